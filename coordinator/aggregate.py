@@ -1,0 +1,59 @@
+"""The one aggregation kernel: the weighted mean of each tensor over those who own it.
+
+A running mean rather than a running sum: identical clients in give the identical model out, to the
+last bit, and memory is one model whatever the number of clients. A tensor that nobody brought keeps
+its old value. Float statistics of BatchNorm follow the same rule; integers take the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from edge_sdk.errors import ShapeError
+from edge_sdk.tensors import Tensors
+
+
+class OwnersMean:
+    """theta[k] = sum_i a_i w_i[k] / sum_i a_i over the i that brought tensor k, in float32."""
+
+    def __init__(self) -> None:
+        self._means: Tensors = {}
+        self._weights: dict[str, float] = {}
+
+    def add_(self, tensors: Mapping[str, Tensor], weight: float) -> None:
+        """Fold one contribution in; its tensors may be freed then. weight 0 changes nothing."""
+        if weight < 0:
+            raise ValueError(f"aggregation weight {weight} is negative")
+        if weight == 0:
+            return
+        for name, tensor in tensors.items():
+            mean = self._means.get(name)
+            total = self._weights.get(name, 0.0) + weight
+            self._weights[name] = total
+            if mean is None:
+                self._means[name] = _wide(tensor).clone()
+            elif mean.shape != tensor.shape:
+                raise ShapeError(f"{name} is {tuple(tensor.shape)}, expected {tuple(mean.shape)}")
+            elif mean.is_floating_point():
+                mean.lerp_(_wide(tensor), weight / total)
+            else:
+                torch.maximum(mean, tensor, out=mean)
+
+    def weight(self, name: str) -> float:
+        """Summed weight of what was folded into a tensor; 0 if nobody owns it."""
+        return self._weights.get(name, 0.0)
+
+    def result(self, previous: Mapping[str, Tensor]) -> Tensors:
+        """The new model: means where there is an owner, else `previous` itself. Same order and
+        dtypes as `previous`."""
+        return {
+            name: self._means[name].to(old.dtype) if name in self._means else old
+            for name, old in previous.items()
+        }
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor

@@ -1,0 +1,137 @@
+"""Clients, what they are given and what they return; the seam that real and emulated rounds share.
+
+InProcessCohort trains the same jobs in this process, one after another, for experiments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from edge_sdk.data import Examples
+from edge_sdk.errors import EdgeError
+from edge_sdk.profile import DeviceProfile
+from edge_sdk.tensors import Tensors, check_finite, check_specs, specs_of
+from edge_sdk.trainer import train
+from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, TensorSpec, layout
+
+
+@dataclass(frozen=True)
+class Client:
+    """A device known to the coordinator. exit: the deepest it can train, its group; stages: deeper
+    ones that it could train alone over a frozen prefix."""
+
+    id: str
+    exit: int
+    stages: tuple[int, ...] = ()
+    num_examples: int = 0
+    profile: DeviceProfile | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One job: what to build, how to train, what travels down, and what must come back."""
+
+    model: ModelSpec
+    plan: Plan
+    tensors: Tensors
+    returns: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a participant returned, checked against its assignment."""
+
+    client: Client
+    tensors: Tensors
+    num_examples: int
+    num_steps: int
+    exits: tuple[ExitResult, ...]
+    phases: Mapping[str, Phase]
+    peak_memory_bytes: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    retries: int = 0
+
+
+@dataclass(frozen=True)
+class Absence:
+    """A participant that returned nothing that counts, and why."""
+
+    client: Client
+    outcome: str  # "straggler" | "failed"
+    code: str
+    detail: str
+    phases: Mapping[str, Phase] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+class Cohort(Protocol):
+    """Clients behind one interface; train yields results as they arrive, in any order."""
+
+    def clients(self) -> Sequence[Client]: ...
+    def train(
+        self, work: Mapping[str, Assignment], round: int, deadline_s: float
+    ) -> Iterator[ClientUpdate | Absence]: ...
+    def close(self, reason: str) -> None: ...
+
+
+class InProcessCohort:
+    """Clients as shards in this process; a failing client is an Absence, as over the network."""
+
+    def __init__(
+        self,
+        shards: Mapping[str, Examples],
+        exits: Mapping[str, int],
+        num_exits: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self._shards = shards
+        self._device = device
+        self._clients = [
+            Client(
+                id=name,
+                exit=exits[name],
+                stages=tuple(range(exits[name] + 1, num_exits + 1)),
+                num_examples=len(shard),
+            )
+            for name, shard in sorted(shards.items())
+        ]
+
+    def clients(self) -> Sequence[Client]:
+        return self._clients
+
+    def train(
+        self, work: Mapping[str, Assignment], round: int, deadline_s: float
+    ) -> Iterator[ClientUpdate | Absence]:
+        """deadline_s is not applied: one process trains for all, its clock says nothing."""
+        by_id = {client.id: client for client in self._clients}
+        for client_id, job in work.items():
+            client = by_id[client_id]
+            try:
+                result = train(
+                    job.model, job.plan, job.tensors, self._shards[client_id], device=self._device
+                )
+                check_specs(specs_of(result.tensors), job.returns, f"update from {client_id}")
+                check_finite(result.tensors, f"update from {client_id}")
+            except EdgeError as error:
+                yield Absence(client, "failed", error.code, str(error))
+                continue
+            yield ClientUpdate(
+                client=client,
+                tensors=result.tensors,
+                num_examples=result.num_examples,
+                num_steps=result.num_steps,
+                exits=result.exits,
+                phases=result.phases,
+                peak_memory_bytes=result.peak_memory_bytes,
+                bytes_down=layout(specs_of(job.tensors))[1],
+                bytes_up=layout(job.returns)[1],
+            )
+
+    def close(self, reason: str) -> None:
+        """Nothing to close."""

@@ -1,0 +1,45 @@
+"""A federated method: what each client gets, and what is done with what returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from coordinator.cohort import Assignment, Client, ClientUpdate
+from edge_sdk.tensors import Tensors
+from edge_sdk.wire import ModelSpec, Phase
+
+
+@dataclass
+class Metrics:
+    """Figures of a round by name, and the time of each server phase."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, Phase] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """State in, state out: everything between rounds is in state_dict."""
+
+    spec: ModelSpec  # the whole model that it trains
+
+    def assign(self, client: Client, round: int) -> Assignment:
+        """This client's job in this round."""
+
+    def aggregate(self, round: int, updates: Iterable[ClientUpdate]) -> Metrics:
+        """Consume updates as they arrive, then take the server's step. None arrived: no step."""
+
+    def current(self) -> Tensors:
+        """The global model that the next round begins from."""
+
+    def served(self) -> Tensors:
+        """The global model to use."""
+
+    def deployed(self, client: Client) -> tuple[ModelSpec, Tensors]:
+        """The part of the served model that this client can run."""
+
+    def state_dict(self) -> Tensors: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...

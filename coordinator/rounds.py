@@ -1,0 +1,70 @@
+"""Federated learning on one page: the same loop over emulated clients and real devices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+import torch
+
+from coordinator.cohort import Cohort
+from coordinator.evaluate import accuracy_per_exit
+from coordinator.methods.base import Method, Metrics
+from coordinator.sampling import sample
+from coordinator.store import RoundTotals, Store
+from edge_sdk.data import Examples
+from edge_sdk.trainer import clock, since
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One finished round, for whoever watches. Accuracies: exit 1 first; empty if not evaluated."""
+
+    round: int
+    accuracy: list[float]
+    accuracy_served: list[float]
+    metrics: Metrics
+    totals: RoundTotals
+
+
+def run_rounds(
+    store: Store,
+    method: Method,
+    cohort: Cohort,
+    test: Examples | None,
+    *,
+    device: str | torch.device = "cpu",
+    should_stop: Callable[[], bool] = lambda: False,
+    report: Callable[[RoundReport], None] = lambda _: None,
+) -> None:
+    """Run the rounds that the store's run still lacks. Raises what store and cohort raise; every
+    finished round is kept then."""
+    config = store.config
+    state = store.load_checkpoint()
+    if state is not None:
+        method.load_state_dict(state)
+    for round in range(store.next_round(), config.rounds + 1):
+        if should_stop():
+            return
+        started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
+        chosen = sample(cohort.clients(), config.participants, seed=config.seed, round=round)
+        work = {client.id: method.assign(client, round) for client in chosen}
+        store.record_clients(chosen)
+        results = cohort.train(work, round, config.deadline_s)
+        metrics = method.aggregate(round, store.recording(round, results))
+        accuracy: list[float] = []
+        served: list[float] = []
+        if test is not None and (round % config.eval_every == 0 or round == config.rounds):
+            start = clock()
+            accuracy = accuracy_per_exit(method.spec, method.current(), test, device=device)
+            served = accuracy_per_exit(method.spec, method.served(), test, device=device)
+            metrics.phases["evaluate"] = since(start)
+            for exit, (last, kept) in enumerate(zip(accuracy, served, strict=True), 1):
+                metrics.values[f"accuracy_exit_{exit}"] = last
+                metrics.values[f"accuracy_served_exit_{exit}"] = kept
+        wall_s = time.monotonic() - started
+        state = method.state_dict()
+        totals = store.commit(round, metrics, state, started_utc, wall_s, len(chosen))
+        report(RoundReport(round, accuracy, served, metrics, totals))

@@ -1,0 +1,317 @@
+"""A run's memory: one folder with SQLite for what happened and safetensors for the model.
+
+Order of a commit: checkpoint written, synced, renamed, folder synced; then the database row that
+names it, in the same transaction as everything recorded about the round. Killed anywhere, the last
+row names a whole checkpoint. The newest two checkpoints are kept, so the folder grows by rows only:
+about (participants x 5) phases a round.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+
+import msgspec
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coordinator.cohort import Absence, Client, ClientUpdate
+from coordinator.config import RunConfig, read_config
+from coordinator.methods.base import Metrics
+from edge_sdk.errors import StoreError
+from edge_sdk.tensors import Tensors
+from edge_sdk.trainer import clock, since
+from edge_sdk.wire import Phase
+
+log = logging.getLogger(__name__)
+VERSION = 1
+DATABASE = "run.sqlite"
+SCHEMA = """
+CREATE TABLE runs (version INTEGER, run TEXT, created_utc TEXT, config TEXT, kind TEXT);
+CREATE TABLE clients (client_id TEXT PRIMARY KEY, exit INTEGER, stages TEXT, num_examples INTEGER,
+    platform TEXT, board TEXT, is_emulated INTEGER, cpu_scale REAL, link_mbit_s REAL, profile TEXT);
+CREATE TABLE rounds (round INTEGER PRIMARY KEY, started_utc TEXT, wall_s REAL, chosen INTEGER,
+    returned INTEGER, stragglers INTEGER, failures INTEGER, retries INTEGER, bytes_down INTEGER,
+    bytes_up INTEGER, checkpoint TEXT);
+CREATE TABLE participations (round INTEGER, client_id TEXT, exit INTEGER, segments TEXT,
+    outcome TEXT, code TEXT, detail TEXT, num_examples INTEGER, num_steps INTEGER,
+    bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,
+    exits TEXT, PRIMARY KEY (round, client_id));
+CREATE TABLE phases (round INTEGER, client_id TEXT, phase TEXT, wall_s REAL, cpu_s REAL);
+CREATE TABLE metrics (round INTEGER, name TEXT, value REAL, PRIMARY KEY (round, name));
+"""
+
+
+@dataclass(frozen=True)
+class RoundTotals:
+    """A round in numbers, in the order of the table `rounds`."""
+
+    wall_s: float
+    chosen: int
+    returned: int
+    stragglers: int
+    failures: int
+    retries: int
+    bytes_down: int
+    bytes_up: int
+
+
+class Store:
+    """Opened by `create` for a new run or `resume` for one that exists."""
+
+    def __init__(self, folder: Path, config: RunConfig, run: str) -> None:
+        self.folder = folder
+        self.config = config
+        self.run = run
+        self._db = _connect(folder)
+
+    @classmethod
+    def create(cls, folder: Path, config: RunConfig, kind: str) -> Store:
+        """Start a run in `folder`. Raises StoreError if one is there already."""
+        if (folder / DATABASE).exists():
+            raise StoreError(
+                f"{folder} holds a run already; go on with --resume or choose another --run-dir"
+            )
+        run = os.urandom(6).hex()
+        draft = folder / (DATABASE + ".new")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            draft.unlink(missing_ok=True)
+            db = sqlite3.connect(draft)
+            with db:
+                db.executescript(SCHEMA)
+                row = (VERSION, run, _utc(), config.to_json(), kind)
+                db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?)", row)
+            db.close()
+            os.replace(draft, folder / DATABASE)
+            _sync_folder(folder)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"cannot start a run in {folder}: {error}") from error
+        return cls(folder, config, run)
+
+    @classmethod
+    def resume(cls, folder: Path) -> Store:
+        """Open the run in `folder`. Raises StoreError: none there, another version, corrupt."""
+        if not (folder / DATABASE).exists():
+            raise StoreError(f"{folder} holds no run; start one without --resume")
+        db = _connect(folder)
+        try:
+            version, run, text = db.execute("SELECT version, run, config FROM runs").fetchone()
+        except (sqlite3.Error, TypeError, ValueError) as error:
+            raise StoreError(f"{folder / DATABASE} is not a run's database: {error}") from error
+        finally:
+            db.close()
+        if version != VERSION:
+            raise StoreError(
+                f"{folder} was written by run format {version}, this is format {VERSION}; "
+                "use the version that made it or another --run-dir"
+            )
+        return cls(folder, read_config(text, str(folder / DATABASE)), run)
+
+    def next_round(self) -> int:
+        """1 for a new run, else the one after the last that was committed."""
+        return int(self._db.execute("SELECT COALESCE(MAX(round), 0) + 1 FROM rounds").fetchone()[0])
+
+    def load_checkpoint(self) -> Tensors | None:
+        """State of the last committed round; None before the first. Raises StoreError."""
+        row = self._db.execute(
+            "SELECT checkpoint FROM rounds ORDER BY round DESC LIMIT 1"
+        ).fetchone()
+        if row is None:
+            return None
+        path = self.folder / row[0]
+        try:
+            state: Tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"checkpoint {path} cannot be read: {error}") from error
+        return state
+
+    def history(self) -> list[dict[str, object]]:
+        """Every committed round: accuracies per exit (last and served), seconds by phase (CPU where
+        measured, summed over clients), bytes, counts, and the method's own figures."""
+        rounds = []
+        totals = [field.name for field in fields(RoundTotals)]
+        for row in self._db.execute(
+            f"SELECT round, {', '.join(totals)} FROM rounds ORDER BY round"
+        ):
+            round = row[0]
+            values = dict(
+                self._db.execute("SELECT name, value FROM metrics WHERE round = ?", (round,))
+            )
+            seconds = dict(
+                self._db.execute(
+                    "SELECT phase, SUM(COALESCE(cpu_s, wall_s)) FROM phases WHERE round = ?"
+                    " GROUP BY phase",
+                    (round,),
+                )
+            )
+            rounds.append(
+                {
+                    "round": round,
+                    "accuracy": _per_exit(values, "accuracy_exit_"),
+                    "accuracy_served": _per_exit(values, "accuracy_served_exit_"),
+                    "seconds": seconds,
+                    **dict(zip(totals, row[1:], strict=True)),
+                    "figures": {k: v for k, v in values.items() if not k.startswith("accuracy")},
+                }
+            )
+        return rounds
+
+    def record_clients(self, clients: Iterable[Client]) -> None:
+        """What is known of each client now; replaces what was known. Part of the next commit."""
+        for client in clients:
+            p = client.profile
+            self._write(
+                "INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                client.id, client.exit, _list(client.stages), client.num_examples,
+                p.platform if p else "in-process", p.board if p else "",
+                bool(p and p.is_emulated), p.cpu_scale if p else None,
+                p.link_mbit_s if p else None,
+                msgspec.json.encode(p).decode() if p else None,
+            )  # fmt: skip
+
+    def recording(
+        self, round: int, results: Iterable[ClientUpdate | Absence]
+    ) -> Iterator[ClientUpdate]:
+        """Pass the updates on, having recorded every result for the next commit."""
+        for result in results:
+            if isinstance(result, ClientUpdate):
+                self._record_update(round, result)
+                yield result
+            else:
+                self._record_absence(round, result)
+
+    def commit(
+        self,
+        round: int,
+        metrics: Metrics,
+        state: Mapping[str, Tensor],
+        started_utc: str,
+        wall_s: float,
+        chosen: int,
+    ) -> RoundTotals:
+        """Make the round final. Raises StoreError (disk full, read-only) and then changes nothing:
+        the run resumes at this round."""
+        name = f"round-{round:06d}.safetensors"
+        for phase, time in metrics.phases.items():
+            self._phase(round, None, phase, time)
+        for key, value in metrics.values.items():
+            self._write("INSERT INTO metrics VALUES (?, ?, ?)", round, key, value)
+        try:
+            start = clock()
+            _write_checkpoint(self.folder / name, state)
+            self._phase(round, None, "checkpoint", since(start))
+            totals = self._totals(round, wall_s, chosen)
+            row = (round, started_utc, *astuple(totals), name)
+            self._db.execute(f"INSERT INTO rounds VALUES ({', '.join('?' * len(row))})", row)
+            self._db.commit()
+        except (OSError, sqlite3.Error, SafetensorError) as error:
+            self.rollback()
+            (self.folder / (name + ".new")).unlink(missing_ok=True)
+            raise StoreError(
+                f"round {round} could not be saved in {self.folder}: {error}; free space or make "
+                f"it writable, then go on with --resume at round {round}"
+            ) from error
+        for old in sorted(self.folder.glob("round-*.safetensors"))[:-2]:
+            old.unlink(missing_ok=True)
+        return totals
+
+    def rollback(self) -> None:
+        """Forget what was recorded since the last commit."""
+        try:
+            self._db.rollback()
+        except sqlite3.Error:
+            log.exception("rollback failed; the database keeps its last commit")
+
+    def close(self) -> None:
+        self.rollback()
+        self._db.close()
+
+    def _totals(self, round: int, wall_s: float, chosen: int) -> RoundTotals:
+        row = self._db.execute(
+            "SELECT TOTAL(outcome = 'ok'), TOTAL(outcome = 'straggler'), TOTAL(outcome = 'failed'),"
+            " TOTAL(retries), TOTAL(bytes_down), TOTAL(bytes_up) FROM participations"
+            " WHERE round = ?",
+            (round,),
+        ).fetchone()
+        return RoundTotals(wall_s, chosen, *(int(value) for value in row))
+
+    def _record_update(self, round: int, update: ClientUpdate) -> None:
+        stages = sorted({result.exit for result in update.exits})
+        self._write(
+            "INSERT INTO participations VALUES (?, ?, ?, ?, 'ok', '', '', ?, ?, ?, ?, ?, ?, ?)",
+            round, update.client.id, update.client.exit, _list(stages), update.num_examples,
+            update.num_steps, update.bytes_down, update.bytes_up, update.peak_memory_bytes,
+            update.retries, msgspec.json.encode(update.exits).decode(),
+        )  # fmt: skip
+        for phase, time in update.phases.items():
+            self._phase(round, update.client.id, phase, time)
+
+    def _record_absence(self, round: int, absence: Absence) -> None:
+        self._write(
+            "INSERT INTO participations VALUES (?, ?, ?, '', ?, ?, ?, 0, 0, ?, ?, 0, 0, '[]')",
+            round, absence.client.id, absence.client.exit, absence.outcome, absence.code,
+            absence.detail, absence.bytes_down, absence.bytes_up,
+        )  # fmt: skip
+        for phase, time in absence.phases.items():
+            self._phase(round, absence.client.id, phase, time)
+
+    def _phase(self, round: int, client_id: str | None, phase: str, time: Phase) -> None:
+        row = (round, client_id, phase, time.wall_s, time.cpu_s)
+        self._write("INSERT INTO phases VALUES (?, ?, ?, ?, ?)", *row)
+
+    def _write(self, statement: str, *values: object) -> None:
+        try:
+            self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            self.rollback()
+            raise StoreError(f"{self.folder / DATABASE}: {error}; go on with --resume") from error
+
+
+def _connect(folder: Path) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(folder / DATABASE, timeout=30)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error as error:
+        raise StoreError(f"{folder / DATABASE} cannot be opened: {error}") from error
+    return db
+
+
+def _write_checkpoint(path: Path, state: Mapping[str, Tensor]) -> None:
+    draft = path.with_name(path.name + ".new")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft)
+    with open(draft, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _per_exit(values: Mapping[str, float], prefix: str) -> list[float]:
+    """Values named prefix1, prefix2, ... in order."""
+    found: list[float] = []
+    while (name := f"{prefix}{len(found) + 1}") in values:
+        found.append(values[name])
+    return found
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ",".join(str(number) for number in numbers)
+
+
+def _utc() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

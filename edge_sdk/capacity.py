@@ -1,0 +1,141 @@
+"""How deep a device can train: predicted memory and time of every segment against its profile.
+
+Counting costs needs torch (models/costs.py); choosing by them does not, so the agent can choose
+anew whenever its free memory changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+from edge_sdk.errors import CapacityError
+from edge_sdk.profile import DeviceProfile
+
+# Peak memory of a training step over (saved activations + gradients). Our measurement: VGG of
+# 4.7 M parameters, batches 8 to 64, torch 2.13 on x86, peak resident memory in fresh processes:
+# ratios 1.2 to 1.43. The rest is a few of the largest activations and the kernels' scratch.
+# tests/test_costs.py repeats it. A lower allowance would let the kernel kill the trainer.
+ALLOWANCE = 1.45
+
+
+class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What training stages first..last on one device takes, counted before it is tried."""
+
+    first: int
+    last: int
+    parameter_bytes: int  # every tensor held: the model with its frozen prefix, and those received
+    gradient_bytes: int
+    optimizer_bytes: int  # its state, and the received weights where a proximal term pulls to them
+    saved_bytes: int  # activations kept for the backward pass of one batch
+    cache_bytes: int  # features that the frozen prefix makes of all examples; 0 without one
+    runtime_bytes: int  # resident memory of the trainer after its imports, its data included
+    flops_per_example: float  # forward and backward through the trained stages
+    frozen_flops_per_example: float  # forward through the frozen stages, once a job
+    upload_bytes: int
+    download_bytes: int
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One segment judged. seconds is None where the profile has no measured compute."""
+
+    first: int
+    last: int
+    peak_bytes: int
+    seconds: float | None
+    is_feasible: bool
+    reason: str = ""  # why not
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """exit: the deepest e whose prefix (1, e) fits, 0 if none does. stages: deeper ones that would
+    each fit alone, with everything before frozen. reason: what limits, one line."""
+
+    exit: int
+    stages: tuple[int, ...]
+    reason: str
+    rows: tuple[Row, ...]
+
+
+def peak_bytes(cost: SegmentCost) -> int:
+    """Predicted peak resident memory of the trainer."""
+    held = cost.runtime_bytes + cost.parameter_bytes + cost.optimizer_bytes + cost.cache_bytes
+    return held + math.ceil(ALLOWANCE * (cost.saved_bytes + cost.gradient_bytes))
+
+
+def seconds(
+    cost: SegmentCost, profile: DeviceProfile, num_examples: int, plan_epochs: int
+) -> float:
+    """Predicted duration of a job: compute, and its transfers where the link is known.
+
+    Raises CapacityError if the profile has no measured compute."""
+    if profile.gflops <= 0:
+        raise CapacityError("this profile has no measured compute; measure it with compute=True")
+    flops = plan_epochs * cost.flops_per_example + cost.frozen_flops_per_example
+    compute_s = num_examples * flops / (profile.gflops * 1e9)
+    if profile.link_mbit_s is None:
+        return compute_s
+    return compute_s + 8 * (cost.upload_bytes + cost.download_bytes) / (profile.link_mbit_s * 1e6)
+
+
+def choose_exit(
+    costs: Sequence[SegmentCost],
+    profile: DeviceProfile,
+    *,
+    deadline_s: float | None,
+    num_examples: int,
+    epochs: int,
+) -> Choice:
+    """The deepest exit that fits in memory and, with a deadline (None or 0: none), in time.
+
+    A shallower exit need not fit: an exit is one classifier on wide features and may cost more than
+    a deeper one. The order of `costs` does not matter. Raises CapacityError for an empty list."""
+    rows = tuple(_judge(cost, profile, deadline_s, num_examples, epochs) for cost in costs)
+    prefixes = sorted((row for row in rows if row.first == 1), key=lambda row: row.last)
+    if not prefixes:
+        raise CapacityError("no exit was costed, so none can be chosen; count segment_costs first")
+    chosen = max((row.last for row in prefixes if row.is_feasible), default=0)
+    stages = sorted(
+        row.first
+        for row in rows
+        if row.is_feasible and row.first == row.last and row.first > max(chosen, 1)
+    )
+    deeper = [row for row in prefixes if row.last > chosen]
+    reason = deeper[0].reason if deeper else f"exit {chosen} is the deepest of the model"
+    return Choice(exit=chosen, stages=tuple(stages), reason=reason, rows=rows)
+
+
+def _judge(
+    cost: SegmentCost,
+    profile: DeviceProfile,
+    deadline_s: float | None,
+    num_examples: int,
+    epochs: int,
+) -> Row:
+    peak = peak_bytes(cost)
+    needed_s = seconds(cost, profile, num_examples, epochs) if profile.gflops > 0 else None
+    name = f"exit {cost.last}" if cost.first == 1 else f"stages {cost.first}-{cost.last}"
+    if cost.first == cost.last > 1:
+        name = f"stage {cost.first} alone"
+    reasons = []
+    if peak > profile.memory_available_bytes:
+        have = f"{mebibytes(profile.memory_available_bytes)} available ({profile.memory_bound})"
+        reasons.append(f"needs {mebibytes(peak)}, {have}")
+    if deadline_s and needed_s is None:
+        reasons.append("cannot be held against the deadline without measured compute")
+    elif deadline_s and needed_s is not None and needed_s > deadline_s:
+        reasons.append(f"takes {needed_s:.1f} s, the deadline is {deadline_s:.1f} s")
+    return Row(
+        first=cost.first,
+        last=cost.last,
+        peak_bytes=peak,
+        seconds=needed_s,
+        is_feasible=not reasons,
+        reason=f"{name} {' and '.join(reasons)}" if reasons else "",
+    )
+
+
+def mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1024**2:.1f} MiB"

@@ -1,0 +1,55 @@
+"""Every error that a caller may want to catch, in one tree.
+
+    EdgeError
+    ├── ConfigError      a value from a person: flag, file, preset, unknown name
+    ├── DataError        a data set: missing, corrupt, wrong shape, empty shard
+    ├── ShapeError       tensors that do not belong to the model: name, shape, dtype, NaN
+    ├── CapacityError    the device cannot do what is asked: too small, out of memory
+    ├── TrainerError     the training process ended or failed
+    ├── LinkError        no connection, lost connection, refused identity
+    ├── ProtocolError    a message that breaks PROTOCOL.md
+    └── StoreError       run folder: another version, full disk, corrupt checkpoint
+
+Each message is one line: what, where, got, expected, next step. `code` is what travels in a
+`Fault`, so both ends name a fault alike.
+"""
+
+from __future__ import annotations
+
+
+class EdgeError(Exception):
+    """Base of all errors raised on purpose by edge_sdk and coordinator."""
+
+    code = "error"
+
+
+class ConfigError(EdgeError):
+    code = "config"
+
+
+class DataError(EdgeError):
+    code = "data"
+
+
+class ShapeError(EdgeError):
+    code = "tensors"
+
+
+class CapacityError(EdgeError):
+    code = "capacity"
+
+
+class TrainerError(EdgeError):
+    code = "trainer"
+
+
+class LinkError(EdgeError):
+    code = "link"
+
+
+class ProtocolError(EdgeError):
+    code = "protocol"
+
+
+class StoreError(EdgeError):
+    code = "store"

@@ -1,0 +1,57 @@
+"""Multi-exit model families by name. A user's family is registered on both sides:
+
+    from edge_sdk.models import register_family
+    register_family("mine", build)   # build(spec: ModelSpec) -> StagedModel of spec.exit exits
+
+and loaded with `--import MODULE` on the command lines. Exit e of a family must hold the same
+tensors under the same names and shapes whatever deeper exits exist: a prefix is a real cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from edge_sdk.errors import ConfigError
+from edge_sdk.models.cnn import build_cnn
+from edge_sdk.models.staged import StagedModel
+from edge_sdk.models.vgg import build_vgg
+from edge_sdk.wire import ModelSpec
+
+Build: TypeAlias = Callable[[ModelSpec], StagedModel]
+FAMILIES: dict[str, Build] = {"cnn": build_cnn, "vgg": build_vgg}
+
+__all__ = ["FAMILIES", "StagedModel", "build", "initial_tensors", "register_family"]
+
+
+def register_family(name: str, build: Build) -> None:
+    """Add a family. Raises ConfigError if the name is taken by another builder."""
+    if FAMILIES.setdefault(name, build) is not build:
+        raise ConfigError(f"model family {name!r} is registered already; choose another name")
+
+
+def build(spec: ModelSpec) -> StagedModel:
+    """The model of `spec`, randomly initialised. Raises ConfigError."""
+    builder = FAMILIES.get(spec.family)
+    if builder is None:
+        raise ConfigError(
+            f"unknown model family {spec.family!r}; known: {', '.join(sorted(FAMILIES))}; "
+            "load your own with --import MODULE on both sides"
+        )
+    model = builder(spec)
+    if not (len(model.stages) == len(model.exits) == spec.exit):
+        raise ConfigError(
+            f"family {spec.family!r} built {len(model.stages)} stages, {len(model.exits)} exits; "
+            f"expected {spec.exit} of each"
+        )
+    return model
+
+
+def initial_tensors(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
+    """Parameters and buffers of a fresh model, a function of (spec, seed) alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(spec).tensors()

@@ -1,0 +1,47 @@
+"""`cnn`: a small network with any number of exits, for images of any size and for series.
+
+Stage e is conv3-BatchNorm-ReLU with a halving max pool while at least 4 positions a side are left;
+stage 1 begins with a stem of the same kind (a source convolution with one input channel would give
+a factorised hypernetwork rank 3 at most). Each exit average-pools to 2 a side and is linear.
+Options: channels (default 16, 32, 64, 64, ...).
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from edge_sdk.models.layers import (
+    POOL,
+    channels_option,
+    check_options,
+    conv_block,
+    spatial_dims,
+)
+from edge_sdk.models.staged import StagedModel
+from edge_sdk.wire import ModelSpec
+
+
+def build_cnn(spec: ModelSpec) -> StagedModel:
+    check_options(spec, ["channels"])
+    dims = spatial_dims(spec)
+    default = [16, 32] + [64] * max(0, spec.exit - 2)
+    channels = channels_option(spec, default, spec.exit)
+    side = min(spec.input_shape[1:])
+    pooled = nn.AdaptiveAvgPool2d if dims == 2 else nn.AdaptiveAvgPool1d
+    stages: list[nn.Module] = []
+    exits: list[nn.Module] = []
+    inputs = spec.input_shape[0]
+    for number in range(spec.exit):
+        outputs = channels[number]
+        layers = conv_block(inputs, outputs, dims, bias=False) if number == 0 else []
+        layers += conv_block(outputs if number == 0 else inputs, outputs, dims, bias=False)
+        if side >= 4:
+            layers.append(POOL[dims](2))
+            side //= 2
+        stages.append(nn.Sequential(*layers))
+        features = outputs * math.prod([2] * dims)
+        exits.append(nn.Sequential(pooled(2), nn.Flatten(), nn.Linear(features, spec.num_classes)))
+        inputs = outputs
+    return StagedModel(stages, exits)

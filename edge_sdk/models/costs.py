@@ -1,0 +1,149 @@
+"""Costs of every segment of a model, counted on torch's meta device: shapes without memory.
+
+The saved activations that this counts equal the real ones byte for byte (tests/test_costs.py).
+Counting takes 2 s and 80 MB more than `import torch`: meta BatchNorm and FlopCounterMode both
+import torch._dynamo. On a small board do it in a process that ends afterwards, never in the one
+that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from edge_sdk.capacity import SegmentCost
+from edge_sdk.losses import joint_exit_loss, proximal_term
+from edge_sdk.models import StagedModel, build
+from edge_sdk.models.staged import needed_names, trained_names
+from edge_sdk.wire import ModelSpec, Plan, Segment
+
+# trainer._features holds the chunks of the features and their concatenation for a moment.
+CACHE_COPIES = 2
+
+
+def segment_costs(
+    spec: ModelSpec, plan: Plan, num_examples: int, runtime_bytes: int
+) -> tuple[SegmentCost, ...]:
+    """Costs of the prefixes (1, 1) .. (1, spec.exit), then of the single stages (2, 2), (3, 3) ...
+
+    Of `plan` the batch size, optimizer, exit weights and proximal term count; its segments do not.
+    runtime_bytes: resident memory of the trainer after its imports, with its data loaded.
+    Raises ConfigError where the spec cannot be built."""
+    with torch.device("meta"):
+        model = build(spec)
+    segments = [Segment(first=1, last=e) for e in range(1, spec.exit + 1)]
+    segments += [Segment(first=s, last=s) for s in range(2, spec.exit + 1)]
+    return tuple(_cost(model, spec, g, plan, num_examples, runtime_bytes) for g in segments)
+
+
+def _cost(
+    model: StagedModel,
+    spec: ModelSpec,
+    segment: Segment,
+    plan: Plan,
+    num_examples: int,
+    runtime_bytes: int,
+) -> SegmentCost:
+    first, last = segment.first, segment.last
+    stages, heads = model.stages[first - 1 : last], model.exits[first - 1 : last]
+    named = dict(nn.ModuleList([stages, heads]).named_parameters())
+    held = StagedModel(list(model.stages[:last]), list(model.exits[:last])).tensors()
+    needed, trained = needed_names(held, [segment]), trained_names(held, [segment])
+    batch = max(2, min(plan.batch_size, num_examples))
+    x = torch.empty(batch, *spec.input_shape, device="meta")
+
+    frozen = list(model.stages[: first - 1])
+    with FlopCounterMode(display=False) as frozen_flops:
+        features, widest = _freeze(frozen, x)
+    weights = plan.exit_weights[first - 1 : last] or [1.0] * (last - first + 1)
+    with FlopCounterMode(display=False) as flops:
+        saved = _step(stages, heads, named, features, weights, plan.prox_mu)
+    gradient_bytes = num_bytes(named.values())
+    download_bytes = num_bytes(held[name] for name in needed)
+    return SegmentCost(
+        first=first,
+        last=last,
+        parameter_bytes=num_bytes(held.values()) + download_bytes,
+        gradient_bytes=gradient_bytes,
+        optimizer_bytes=optimizer_copies(plan) * gradient_bytes,
+        # The frozen forward pass comes first and keeps nothing, but its features may be larger.
+        saved_bytes=max(saved, widest),
+        cache_bytes=CACHE_COPIES * num_bytes([features]) * num_examples // batch if frozen else 0,
+        runtime_bytes=runtime_bytes,
+        flops_per_example=flops.get_total_flops() / batch,
+        frozen_flops_per_example=frozen_flops.get_total_flops() / batch,
+        upload_bytes=num_bytes(held[name] for name in trained),
+        download_bytes=download_bytes,
+    )
+
+
+def optimizer_copies(plan: Plan) -> int:
+    """Copies of the trained parameters that the optimizer and the proximal term hold.
+
+    Adam: two moments and, during its step, the square root of the second."""
+    state = 3 if plan.optimizer == "adam" else int(plan.momentum > 0)
+    return state + int(plan.prox_mu > 0)
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@torch.no_grad()
+def _freeze(frozen: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
+    """Features after the frozen stages, and the most bytes that one of their layers has in hand:
+    its input and its output."""
+    if not frozen:
+        return x, 0
+    widest = 0
+
+    def look(_: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        nonlocal widest
+        outputs = [output] if isinstance(output, Tensor) else []
+        widest = max(widest, num_bytes([*inputs, *outputs]))
+
+    chain = nn.Sequential(*frozen).eval()
+    leaves = [module for module in chain.modules() if not list(module.children())]
+    handles = [leaf.register_forward_hook(look) for leaf in leaves]
+    features: Tensor = chain(x)
+    for handle in handles:
+        handle.remove()
+    return features, widest
+
+
+def _step(
+    stages: Iterable[nn.Module],
+    heads: Iterable[nn.Module],
+    named: dict[str, nn.Parameter],
+    features: Tensor,
+    weights: Sequence[float],
+    prox_mu: float,
+) -> int:
+    """One training step without the update. Returns the bytes that autograd saved for it, every
+    storage once and the parameters not at all."""
+    storages: dict[int, int] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in named.values()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage.nbytes()
+        return tensor  # the graph keeps it, so no other storage takes this address
+
+    labels = torch.zeros(len(features), dtype=torch.int64, device=features.device)
+    anchor = {name: weight.detach().clone() for name, weight in named.items()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = []
+        for stage, head in zip(stages, heads, strict=True):
+            features = stage.train()(features)
+            logits.append(head.train()(features))
+        loss = joint_exit_loss(logits, labels, weights)
+        if prox_mu:
+            loss = loss + prox_mu / 2 * proximal_term(named, anchor)
+    loss.backward()
+    for parameter in named.values():
+        parameter.grad = None
+    return sum(storages.values())

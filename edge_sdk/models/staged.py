@@ -1,0 +1,98 @@
+"""A multi-exit network: stages in a chain, one exit (classifier head) after each.
+
+Tensor names are those of the two module lists: `stages.0.*` and `exits.0.*` belong to stage and
+exit 1. Exit e's subnetwork is stages 1..e with exits 1..e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from edge_sdk.errors import ConfigError, ShapeError
+from edge_sdk.wire import Segment
+
+
+class StagedModel(nn.Module):
+    """stages[i] maps features to features; exits[i] maps stage i's features to (B, K) logits."""
+
+    def __init__(self, stages: Sequence[nn.Module], exits: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.exits = nn.ModuleList(exits)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x: (B, *input_shape). Returns the logits of every exit, shallow first, each (B, K)."""
+        logits = []
+        for stage, head in zip(self.stages, self.exits, strict=True):
+            x = stage(x)
+            logits.append(head(x))
+        return logits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter and buffer once, by name, detached and contiguous."""
+        held: dict[str, Tensor] = {}
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            held[name] = tensor.detach().contiguous()
+        return held
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy `tensors` into the model; names it lacks or has otherwise shaped raise ShapeError.
+
+        A name that the model has and `tensors` lacks keeps its value: a job brings only what its
+        segments need."""
+        held = dict([*self.named_parameters(), *self.named_buffers()])
+        for name, new in tensors.items():
+            old = held.get(name)
+            if old is None:
+                raise ShapeError(f"tensor {name!r} does not belong to the model; rebuild its spec")
+            if old.shape != new.shape or old.dtype != new.dtype:
+                raise ShapeError(
+                    f"tensor {name!r} is {tuple(new.shape)} {new.dtype}, expected "
+                    f"{tuple(old.shape)} {old.dtype}; both sides must build the same ModelSpec"
+                )
+        with torch.no_grad():
+            for name, new in tensors.items():
+                held[name].copy_(new)
+
+
+def place(name: str) -> tuple[str, int]:
+    """Where a tensor belongs: ("stages" or "exits", number from 1)."""
+    kind, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    if kind not in ("stages", "exits") or not number.isdigit():
+        raise ShapeError(f"tensor {name!r} is outside stages.N and exits.N of a StagedModel")
+    return kind, int(number) + 1
+
+
+def check_segments(segments: Sequence[Segment], num_exits: int) -> None:
+    """Raise ConfigError unless the segments are within 1..num_exits and do not overlap."""
+    taken: set[int] = set()
+    for segment in segments:
+        stages = set(range(segment.first, segment.last + 1))
+        if not stages or segment.last > num_exits or stages & taken:
+            raise ConfigError(
+                f"segment ({segment.first}, {segment.last}) is empty, overlaps another or exceeds "
+                f"exit {num_exits}"
+            )
+        taken |= stages
+
+
+def trained_names(names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
+    """Names of the tensors that training `segments` changes: their stages and exits."""
+    stages = {s for g in segments for s in range(g.first, g.last + 1)}
+    return [name for name in names if place(name)[1] in stages]
+
+
+def needed_names(names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
+    """Names of the tensors that a device needs to train `segments`: those and the frozen stages
+    before them, without the exits of the frozen ones."""
+    deepest = max(segment.last for segment in segments)
+    trained = set(trained_names(names := list(names), segments))
+    return [
+        name
+        for name in names
+        if name in trained or (place(name)[0] == "stages" and place(name)[1] <= deepest)
+    ]

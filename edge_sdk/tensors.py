@@ -1,0 +1,155 @@
+"""Tensors to specs and a byte stream cut into parts, and back.
+
+The stream is the tensors' raw little-endian bytes in the order of the specs, each beginning at a
+multiple of 8; a part is a fixed-size cut of it, so a part's place follows from its index and any
+part can be asked for again. Neither side ever holds a second copy of a large tensor: parts inside
+one tensor are views, and a receiver writes into the one buffer that its tensors are views of.
+"""
+
+from __future__ import annotations
+
+import bisect
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from edge_sdk.errors import ProtocolError, ShapeError
+from edge_sdk.wire import PART_BYTES, Role, TensorSpec, layout, num_parts, part_size
+
+if sys.byteorder != "little":
+    raise ImportError("edge_sdk needs a little-endian machine: tensors travel as raw bytes")
+
+Tensors: TypeAlias = dict[str, Tensor]
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32, "float64": torch.float64, "float16": torch.float16,
+    "int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def specs_of(tensors: Mapping[str, Tensor], role: Role = "weight") -> tuple[TensorSpec, ...]:
+    """The full list that goes ahead of a transfer. Raises ShapeError for a dtype without name."""
+    specs = []
+    for name, tensor in tensors.items():
+        dtype = NAMES.get(tensor.dtype)
+        if dtype is None:
+            raise ShapeError(f"tensor {name!r} is {tensor.dtype}; known: {', '.join(DTYPES)}")
+        specs.append(TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype, role=role))  # type: ignore[arg-type]
+    return tuple(specs)
+
+
+def check_specs(got: Sequence[TensorSpec], want: Sequence[TensorSpec], where: str) -> None:
+    """Raise ShapeError with the first difference of two tensor lists (order counts)."""
+    have = {spec.name: spec for spec in got}
+    wanted = {spec.name: spec for spec in want}
+    missing, extra = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
+    if missing or extra or len(have) != len(got):
+        raise ShapeError(
+            f"{where}: tensors missing: {', '.join(missing) or 'none'}; "
+            f"not expected: {', '.join(extra) or 'none'}; named {len(got)}, expected {len(want)}"
+        )
+    for spec in got:
+        if spec != wanted[spec.name]:
+            target = wanted[spec.name]
+            raise ShapeError(
+                f"{where}: {spec.name} is {spec.shape} {spec.dtype} {spec.role}, expected "
+                f"{target.shape} {target.dtype} {target.role}"
+            )
+    if [spec.name for spec in got] != [spec.name for spec in want]:
+        raise ShapeError(f"{where}: tensors are not in the order of the model")
+
+
+class Sender:
+    """Parts of a set of tensors on demand; holds references, copies nothing large."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.specs = specs_of(tensors)
+        self.offsets, self.total_bytes = layout(self.specs)
+        self.num_parts = num_parts(self.total_bytes)
+        self._views = [_bytes_of(tensor) for tensor in tensors.values()]
+
+    def part(self, index: int) -> memoryview | bytes:
+        """Payload of part `index`. Raises ProtocolError when there is no such part."""
+        size = part_size(self.total_bytes, index)
+        if size == 0:
+            raise ProtocolError(f"part {index} asked for, the transfer has {self.num_parts}")
+        start = index * PART_BYTES
+        first = bisect.bisect_right(self.offsets, start) - 1
+        offset = start - self.offsets[first]
+        if offset + size <= len(self._views[first]):
+            return self._views[first][offset : offset + size]
+        joined = bytearray(size)
+        for offset, view in zip(self.offsets[first:], self._views[first:], strict=True):
+            if offset >= start + size:
+                break
+            begin, end = max(offset, start), min(offset + len(view), start + size)
+            if begin < end:
+                joined[begin - start : end - start] = view[begin - offset : end - offset]
+        return bytes(joined)
+
+
+class Receiver:
+    """Collects parts in any order into one buffer; the tensors are views of it."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self.specs = tuple(specs)
+        self.offsets, self.total_bytes = layout(self.specs)
+        self.num_parts = num_parts(self.total_bytes)
+        self._storage = torch.empty(self.total_bytes, dtype=torch.uint8)
+        self._buffer = _bytes_of(self._storage)
+        self._has = bytearray(self.num_parts)
+        self.num_received = 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_received == self.num_parts
+
+    @property
+    def next_missing(self) -> int:
+        """Index of the first part that has not arrived; num_parts when all have."""
+        place = self._has.find(0)
+        return self.num_parts if place < 0 else place
+
+    def add(self, index: int, payload: memoryview | bytes) -> None:
+        """Take one part; a part that is here already is ignored. Raises ProtocolError."""
+        size = part_size(self.total_bytes, index)
+        if size == 0 or len(payload) != size:
+            raise ProtocolError(
+                f"part {index} has {len(payload)} bytes, expected {size} "
+                f"(transfer of {self.total_bytes} bytes in {self.num_parts} parts)"
+            )
+        if self._has[index]:
+            return
+        start = index * PART_BYTES
+        self._buffer[start : start + size] = payload
+        self._has[index] = 1
+        self.num_received += 1
+
+    def tensors(self) -> Tensors:
+        """The tensors, views of this receiver's buffer. Raises ProtocolError when parts lack."""
+        if not self.is_complete:
+            raise ProtocolError(
+                f"{self.num_received} of {self.num_parts} parts arrived; nothing is used"
+            )
+        found: Tensors = {}
+        for spec, offset in zip(self.specs, self.offsets, strict=True):
+            raw = self._storage[offset : offset + spec.num_bytes]
+            found[spec.name] = raw.view(DTYPES[spec.dtype]).view(spec.shape)
+        return found
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise ShapeError naming the first tensor with NaN or infinite values."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ShapeError(f"{where}: {name} holds NaN or infinite values; nothing of it is used")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() == 0:
+        return memoryview(b"")
+    return flat.view(torch.uint8).numpy().data

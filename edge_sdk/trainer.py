@@ -1,0 +1,248 @@
+"""The only training loop: a job's model, plan and tensors in, an update out.
+
+Segments are independent: each starts from the tensors received. They are trained deepest first, so
+the frozen prefix of a deep segment is the received one, and only then is a prefix changed. The
+features that a frozen prefix gives are computed once and reused over the epochs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edge_sdk.data import Examples
+from edge_sdk.errors import DataError, ShapeError, TrainerError
+from edge_sdk.losses import joint_exit_loss, proximal_term
+from edge_sdk.models import StagedModel, build
+from edge_sdk.models.staged import check_segments, needed_names, trained_names
+from edge_sdk.optim import Optimizer
+from edge_sdk.tensors import Tensors, check_finite
+from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment
+
+log = logging.getLogger(__name__)
+MIN_BATCH = (
+    3  # BatchNorm statistics of one or two examples ruin a deep stage; such a rest is dropped
+)
+
+
+class Cancelled(TrainerError):
+    """The coordinator no longer wants this job."""
+
+    code = "cancelled"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one job gave. tensors: those of the trained segments, by name, on the CPU."""
+
+    tensors: Tensors
+    num_examples: int
+    num_steps: int
+    exits: tuple[ExitResult, ...]
+    phases: dict[str, Phase]
+    peak_memory_bytes: int
+
+
+def train(
+    spec: ModelSpec,
+    plan: Plan,
+    tensors: Tensors,
+    examples: Examples,
+    *,
+    device: str | torch.device = "cpu",
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainResult:
+    """Train the plan's segments on local data; a function of its arguments.
+
+    tensors: what `needed_names` of the plan lists. Raises ShapeError, DataError, Cancelled, and
+    TrainerError when a loss is not finite."""
+    reset_peak_memory()
+    started = clock()
+    check_segments(plan.segments, spec.exit)
+    check_fits(spec, examples)
+    model = build(spec)
+    wanted = set(needed_names(model.tensors(), plan.segments))
+    if missing := sorted(wanted - set(tensors)):
+        raise ShapeError(f"job lacks tensors {', '.join(missing)}; nothing was trained")
+    check_finite(tensors, "job")
+    model.load(tensors)
+    model.to(device)
+    x = torch.from_numpy(examples.x)
+    y = torch.from_numpy(examples.y)
+    loaded = clock()
+
+    exits: list[ExitResult] = []
+    num_steps = 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)
+        for segment in sorted(plan.segments, key=lambda g: -g.first):
+            steps, results = _train_segment(model, segment, plan, x, y, device, should_stop)
+            num_steps += steps
+            exits += results
+    held = model.tensors()
+    update = {name: held[name].cpu() for name in trained_names(held, plan.segments)}
+    check_finite(update, "training result")
+    finished = clock()
+    return TrainResult(
+        tensors=update,
+        num_examples=len(examples),
+        num_steps=num_steps,
+        exits=tuple(sorted(exits, key=lambda result: result.exit)),
+        phases={"load": since(started, loaded), "train": since(loaded, finished)},
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def _train_segment(
+    model: StagedModel,
+    segment: Segment,
+    plan: Plan,
+    x: Tensor,
+    y: Tensor,
+    device: str | torch.device,
+    should_stop: Callable[[], bool],
+) -> tuple[int, list[ExitResult]]:
+    """Train one segment in place. Returns the number of steps and the last epoch's exit results."""
+    first, last = segment.first, segment.last
+    frozen = list(model.stages[: first - 1])
+    x = _features(frozen, x, plan.batch_size, device, should_stop)
+    stages, heads = model.stages[first - 1 : last], model.exits[first - 1 : last]
+    weights = _exit_weights(plan, first, last)
+    named = dict(torch.nn.ModuleList([stages, heads]).named_parameters())
+    anchor = {k: w.detach().clone() for k, w in named.items()} if plan.prox_mu else {}
+    optimizer = Optimizer(list(named.values()), plan)
+    stages.train()
+    heads.train()
+    order = torch.Generator().manual_seed(plan.seed)
+    num_steps, sums = 0, torch.zeros(3, last - first + 1, dtype=torch.float64)
+    for _ in range(plan.epochs):
+        sums.zero_()
+        for batch in _batches(len(y), plan.batch_size, order):
+            if should_stop():
+                raise Cancelled(f"training of segment ({first}, {last}) cancelled")
+            features, labels = x[batch].to(device), y[batch].to(device)
+            logits = []
+            for stage, head in zip(stages, heads, strict=True):
+                features = stage(features)
+                logits.append(head(features))
+            loss = joint_exit_loss(logits, labels, weights)
+            if plan.prox_mu:
+                loss = loss + plan.prox_mu / 2 * proximal_term(named, anchor)
+            loss.backward()
+            optimizer.step_()
+            num_steps += 1
+            sums += _count(logits, labels)
+    losses, correct, seen = sums[0] / sums[2], sums[1] / sums[2], sums[2]
+    if not bool(torch.isfinite(losses).all()):
+        raise TrainerError(
+            f"loss of segment ({first}, {last}) is not finite after {num_steps} steps; "
+            f"lower the learning rate ({plan.lr}) or check the data"
+        )
+    log.debug("segment (%d, %d): %d steps, %d examples", first, last, num_steps, int(seen[0]))
+    results = [
+        ExitResult(exit=first + i, loss=float(losses[i]), accuracy=float(correct[i]))
+        for i in range(last - first + 1)
+    ]
+    return num_steps, results
+
+
+@torch.no_grad()
+def _features(
+    frozen: Sequence[torch.nn.Module],
+    x: Tensor,
+    batch_size: int,
+    device: str | torch.device,
+    should_stop: Callable[[], bool],
+) -> Tensor:
+    """What the frozen stages make of x, in evaluation mode: (n, channels, ...), kept on the CPU."""
+    if not frozen:
+        return x
+    chain = torch.nn.Sequential(*frozen).eval()
+    chunks = []
+    for chunk in x.split(batch_size):
+        if should_stop():
+            raise Cancelled("training cancelled while computing frozen features")
+        chunks.append(chain(chunk.to(device)).cpu())
+    return torch.cat(chunks)
+
+
+@torch.no_grad()
+def _count(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Rows: summed loss, correct, seen; a column per exit."""
+    stacked = torch.stack([logit.detach() for logit in logits])  # (E, B, K)
+    log_p = stacked.log_softmax(-1).gather(-1, labels.expand(len(logits), -1).unsqueeze(-1))
+    correct = (stacked.argmax(-1) == labels).sum(1)
+    seen = torch.full((len(logits),), len(labels))
+    return torch.stack([-log_p.sum((1, 2)).double().cpu(), correct.double().cpu(), seen.double()])
+
+
+def _batches(n: int, batch_size: int, order: torch.Generator) -> list[Tensor]:
+    """A shuffled epoch; a rest too small for BatchNorm is left out."""
+    batches = torch.randperm(n, generator=order).split(batch_size)
+    return [batch for batch in batches if len(batch) >= min(MIN_BATCH, batch_size)]
+
+
+def _exit_weights(plan: Plan, first: int, last: int) -> Sequence[float]:
+    """The plan's weights of exits first..last; none given means all ones."""
+    if not plan.exit_weights:
+        return [1.0] * (last - first + 1)
+    if len(plan.exit_weights) < last:
+        raise ShapeError(
+            f"plan has {len(plan.exit_weights)} exit weights, trains up to exit {last}; "
+            "give one per exit"
+        )
+    return plan.exit_weights[first - 1 : last]
+
+
+def check_fits(spec: ModelSpec, examples: Examples) -> None:
+    """Raise DataError unless the examples can train the model."""
+    if len(examples) < MIN_BATCH:
+        raise DataError(
+            f"{len(examples)} local examples, at least {MIN_BATCH} are needed; add data or leave "
+            "this device out"
+        )
+    if tuple(examples.input_shape) != tuple(spec.input_shape):
+        raise DataError(
+            f"local examples are {tuple(examples.input_shape)}, the model takes "
+            f"{tuple(spec.input_shape)}; this device's data does not belong to this run"
+        )
+    if int(examples.y.max()) >= spec.num_classes:
+        raise DataError(
+            f"local labels reach {int(examples.y.max())}, the model has {spec.num_classes} "
+            "classes; labels run from 0"
+        )
+
+
+def clock() -> tuple[float, float]:
+    return time.monotonic(), time.process_time()
+
+
+def since(start: tuple[float, float], end: tuple[float, float] | None = None) -> Phase:
+    wall, cpu = end or clock()
+    return Phase(wall_s=max(0.0, wall - start[0]), cpu_s=max(0.0, cpu - start[1]))
+
+
+def reset_peak_memory() -> None:
+    """Make the kernel forget this process's peak, where it can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        log.debug("peak memory cannot be reset here; it counts from the process's start")
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process since the last reset; 0 where unknown."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

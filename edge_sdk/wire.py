@@ -1,0 +1,275 @@
+"""The messages between device and coordinator, and their encoding.
+
+PROTOCOL.md is the contract; this file is its implementation. A message is one msgpack map with a
+"type" key, decoded by msgpack under hard size limits and then checked field by field; unknown
+fields are refused, so every change of a message raises PROTOCOL. A `Part` is followed by one raw
+frame. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgpack
+import msgspec
+from msgspec import Meta
+
+from edge_sdk.errors import ProtocolError
+from edge_sdk.profile import DeviceProfile
+
+PROTOCOL = 1
+PART_BYTES = 512 * 1024  # payload of every part but the last
+MAX_CONTROL_BYTES = 1024 * 1024  # one control frame
+MAX_FRAME_BYTES = 2 * 1024 * 1024  # any frame; ZMQ_MAXMSGSIZE
+MAX_TENSORS = 10_000
+MAX_TRANSFER_BYTES = 4 * 1024**3
+ALIGNMENT = 8  # every tensor starts at a multiple of this in the stream
+
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**48)]
+Index: TypeAlias = Annotated[int, Meta(ge=1, le=2**31)]
+Seconds: TypeAlias = Annotated[float, Meta(ge=0)]
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200)]
+ClientId: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Line: TypeAlias = Annotated[str, Meta(max_length=2000)]
+Role: TypeAlias = Literal["weight", "mask", "correction", "teacher"]
+Dtype: TypeAlias = Literal["float32", "float64", "float16", "int64", "int32", "uint8", "bool"]
+ITEM_BYTES: dict[str, int] = {
+    "float32": 4, "float64": 8, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Immutable record with checked fields."""
+
+
+class ModelSpec(Struct, frozen=True, kw_only=True):
+    """Enough to build a multi-exit model: the exit is a cut, the width a ratio of channels."""
+
+    family: Name
+    input_shape: Annotated[tuple[Index, ...], Meta(min_length=1, max_length=4)]  # (C, H, W)
+    num_classes: Annotated[int, Meta(ge=2, le=1_000_000)]
+    exit: Annotated[int, Meta(ge=1, le=100)]
+    width: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    options: dict[Name, int | float | str | bool | tuple[int, ...]] = {}
+
+
+class Segment(Struct, frozen=True, kw_only=True):
+    """Stages first..last trained together by their exits' joint loss; those before are frozen."""
+
+    first: Annotated[int, Meta(ge=1, le=100)]
+    last: Annotated[int, Meta(ge=1, le=100)]
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """Local training as data. exit_weights () means all ones."""
+
+    segments: Annotated[tuple[Segment, ...], Meta(min_length=1, max_length=100)]
+    epochs: Annotated[int, Meta(ge=1, le=100_000)] = 1
+    batch_size: Annotated[int, Meta(ge=2, le=1_000_000)] = 32
+    lr: Annotated[float, Meta(gt=0)] = 1e-3
+    optimizer: Literal["sgd", "adam"] = "adam"
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # sgd only
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0  # L2 term added to the gradient
+    exit_weights: tuple[Annotated[float, Meta(ge=0)], ...] = ()
+    prox_mu: Annotated[float, Meta(ge=0)] = 0.0  # FedProx: mu/2 |w - w_received|^2
+    seed: Annotated[int, Meta(ge=0, lt=2**62)] = 0
+
+
+class TensorSpec(Struct, frozen=True, kw_only=True):
+    """One tensor of a transfer; its bytes lie at the next multiple of ALIGNMENT in the stream."""
+
+    name: Name
+    shape: Annotated[tuple[Count, ...], Meta(max_length=8)]
+    dtype: Dtype
+    role: Role = "weight"
+
+    @property
+    def num_bytes(self) -> int:
+        count = ITEM_BYTES[self.dtype]
+        for size in self.shape:
+            count *= size
+        return count
+
+
+Specs: TypeAlias = Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
+
+
+class Phase(Struct, frozen=True, kw_only=True):
+    """Time of one phase: wall clock and CPU seconds of the processes doing it."""
+
+    wall_s: Seconds
+    cpu_s: Seconds | None = None  # None: not measured
+
+
+class ExitResult(Struct, frozen=True, kw_only=True):
+    """Loss (nats) and accuracy of one exit on the local training data, last epoch."""
+
+    exit: Index
+    loss: float
+    accuracy: Annotated[float, Meta(ge=0, le=1)]
+
+
+class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
+    """Device to coordinator, first message of every connection."""
+
+    protocol: int
+    client_id: ClientId
+    session: Name  # new with every start of the agent
+    profile: DeviceProfile
+    num_examples: Count
+    input_shape: tuple[Index, ...]
+    num_classes: Index
+    software: Name = "edge-sdk"
+
+
+class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
+    """Coordinator to device: the whole model, the training it will be asked for, the deadline."""
+
+    protocol: int
+    run: Name
+    model: ModelSpec  # exit = the deepest that exists
+    plan: Plan
+    deadline_s: Seconds  # 0: none
+    heartbeat_s: Annotated[float, Meta(gt=0, le=3600)]
+
+
+class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
+    """Device to coordinator: the deepest exit it can train (0: none), and the deeper stages it
+    could train alone over a frozen prefix. Sent again when the choice changes."""
+
+    exit: Annotated[int, Meta(ge=0, le=100)]
+    stages: tuple[Index, ...] = ()
+    reason: Line = ""  # what limits it
+
+
+class Job(Struct, frozen=True, kw_only=True, tag="job"):
+    """Coordinator to device: train this. `tensors` is the full list of what will travel."""
+
+    round: Index
+    model: ModelSpec
+    plan: Plan
+    tensors: Specs
+    deadline_s: Seconds
+
+
+class Fetch(Struct, frozen=True, kw_only=True, tag="fetch"):
+    """Receiver to sender: send me parts first .. first + count - 1 of this round's transfer."""
+
+    round: Index
+    first: Count
+    count: Annotated[int, Meta(ge=1, le=1024)]
+
+
+class Part(Struct, frozen=True, kw_only=True, tag="part"):
+    """One part; one raw frame with its bytes follows."""
+
+    round: Index
+    index: Count
+
+
+class Update(Struct, frozen=True, kw_only=True, tag="update"):
+    """Device to coordinator: a finished job; its tensors are fetched with Fetch."""
+
+    round: Index
+    num_examples: Index
+    num_steps: Count
+    exits: tuple[ExitResult, ...]
+    phases: dict[Literal["wait", "download", "load", "train"], Phase]
+    peak_memory_bytes: Count
+    retries: Count = 0
+    tensors: Specs
+
+
+class Accepted(Struct, frozen=True, kw_only=True, tag="accepted"):
+    """Coordinator to device: the update arrived whole and counts."""
+
+    round: Index
+
+
+class Fault(Struct, frozen=True, kw_only=True, tag="fault"):
+    """Either way: something named went wrong. round 0: not about a round."""
+
+    code: Name
+    detail: Line
+    round: Annotated[int, Meta(ge=0)] = 0
+
+
+class Heartbeat(Struct, frozen=True, kw_only=True, tag="heartbeat"):
+    """Device to coordinator every heartbeat_s, and the coordinator's answer to it."""
+
+    round: Annotated[int, Meta(ge=0)] = 0  # the job in hand, 0: none
+
+
+class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
+    """Either way: a clean end."""
+
+    reason: Line = ""
+
+
+Message: TypeAlias = (
+    Hello | Welcome | Ready | Job | Fetch | Part | Update | Accepted | Fault | Heartbeat | Bye
+)
+_DECODE: Any = Message
+
+
+def encode(message: Message) -> bytes:
+    """One control frame. Raises ProtocolError when it exceeds MAX_CONTROL_BYTES."""
+    frame: bytes = msgpack.packb(msgspec.to_builtins(message))
+    if len(frame) > MAX_CONTROL_BYTES:
+        raise ProtocolError(
+            f"{type(message).__name__} takes {len(frame)} bytes, at most {MAX_CONTROL_BYTES} "
+            "travel; use a model with fewer tensors"
+        )
+    return frame
+
+
+def unpack(frame: bytes | memoryview) -> Any:
+    """msgpack to plain values under hard limits. Raises ProtocolError."""
+    size = len(frame)
+    if size > MAX_CONTROL_BYTES:
+        raise ProtocolError(
+            f"control frame of {size} bytes, at most {MAX_CONTROL_BYTES} are accepted"
+        )
+    try:
+        return msgpack.unpackb(
+            frame,
+            max_str_len=4096,
+            max_bin_len=0,
+            max_ext_len=0,
+            max_array_len=MAX_TENSORS,
+            max_map_len=1000,
+        )
+    except Exception as error:  # msgpack raises several unrelated types for bad bytes
+        raise ProtocolError(f"control frame of {size} bytes is not msgpack: {error!r}") from error
+
+
+def decode(frame: bytes | memoryview) -> Message:
+    """Inverse of encode. Raises ProtocolError naming the field that is wrong."""
+    try:
+        message: Message = msgspec.convert(unpack(frame), type=_DECODE)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(
+            f"message refused: {error}; see PROTOCOL.md version {PROTOCOL}"
+        ) from error
+    return message
+
+
+def layout(specs: tuple[TensorSpec, ...]) -> tuple[tuple[int, ...], int]:
+    """Offset of every tensor in the byte stream, and the stream's length in bytes."""
+    offsets, end = [], 0
+    for spec in specs:
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        offsets.append(start)
+        end = start + spec.num_bytes
+    if end > MAX_TRANSFER_BYTES:
+        raise ProtocolError(f"transfer of {end} bytes, at most {MAX_TRANSFER_BYTES} are accepted")
+    return tuple(offsets), end
+
+
+def num_parts(total_bytes: int) -> int:
+    return -(-total_bytes // PART_BYTES)
+
+
+def part_size(total_bytes: int, index: int) -> int:
+    """Bytes of part `index` of a stream of total_bytes; 0 when there is no such part."""
+    return max(0, min(PART_BYTES, total_bytes - index * PART_BYTES))
