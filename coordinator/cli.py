@@ -248,3 +248,7 @@ def print_round(report: RoundReport) -> None:
         f"accuracy per exit {last} %, served {served} %, {totals.wall_s:.1f} s",
         flush=True,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

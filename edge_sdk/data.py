@@ -299,8 +299,9 @@ def _readers(source: str) -> tuple[str, Reader, Reader | None]:
         raise DataError(f"data {source!r}: no such file, directory or name; known are {KINDS}")
     if path.suffix == ".npz":
         return path.stem, partial(_read_npz, path), None
-    if path.name.removesuffix("_data.mat") in UNIMIB_CLASSES:
-        return f"unimib-shar-{path.name[:-9]}", partial(_read_unimib, path), None
+    kind = path.name.removesuffix("_data.mat")
+    if kind in UNIMIB_CLASSES and path.suffix == ".mat":
+        return f"unimib-shar-{kind}", partial(_read_unimib, path), None
     if "images" in path.name and "idx3" in path.name:
         return path.resolve().parent.name, partial(_read_idx_pair, path), None
     raise DataError(f"data {source!r}: a file of unknown kind; known are {KINDS}")
@@ -362,7 +363,7 @@ def _read_npz(path: Path) -> Examples:
     elif x.dtype.kind != "f":
         raise _bad(path, f"x of dtype {x.dtype}", "uint8 or float")
     with np.errstate(all="ignore"):  # beyond float32 becomes infinite and is refused as such
-        x = np.ascontiguousarray(x, dtype=np.float32)
+        x = np.asarray(x, dtype=np.float32, order="C")
     subject = None if subject is None else subject.astype(np.int64)
     return check_examples(Examples(x, y, int(num_classes.item()), subject), str(path))
 

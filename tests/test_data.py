@@ -364,7 +364,7 @@ def test_dirichlet_with_small_alpha_ends_and_is_skewed():
     parts = partition_dirichlet(y, 50, 0.05, seed=0)
     sizes = np.array([len(part) for part in parts])
     assert sizes.min() == 10  # reached by the repair
-    assert sizes.max() > 3 * 60  # 3000 / 50 = 60 each if even
+    assert sizes.max() > 2 * 60  # 3000 / 50 = 60 each if even
     share_of_top_class = [np.bincount(y[part]).max() / len(part) for part in parts]
     assert np.median(share_of_top_class) > 0.4  # 0.1 to 0.2 if even
 
@@ -426,7 +426,7 @@ def test_unknown_source_lists_the_known(source):
 
 
 def test_file_of_unknown_kind(tmp_path):
-    for name in ("data.csv", "fall_labels.mat"):
+    for name in ("data.csv", "fall_labels.mat", "fall"):
         (tmp_path / name).write_text("1,2")
         fails(lambda name=name: load(str(tmp_path / name)), name, "unknown kind", "digits")
     fails(lambda: load(str(tmp_path)), str(tmp_path), "without data files", "train.npz")
@@ -499,7 +499,7 @@ BAD_NPZ = {
     "float count": ({"x": PIXELS, "y": LABELS, "num_classes": 3.0}, "num_classes of dtype"),
     "text subject": ({"x": PIXELS, "y": LABELS, "subject": list("abc")}, "subject of dtype <U1"),
     "short subject": ({"x": PIXELS, "y": LABELS, "subject": [1]}, "subject of shape (1,)"),
-    "nan": ({"x": FLOATS + [[[0]], [[np.nan]], [[0]]], "y": LABELS}, "in 1 examples, first at 1"),
+    "nan": ({"x": [[[0.0]], [[np.nan]], [[0]]], "y": LABELS}, "in 1 examples, first at 1"),
     "inf": ({"x": FLOATS - np.inf, "y": LABELS}, "in 3 examples, first at 0"),
     "beyond float32": ({"x": FLOATS + np.float64(1e39), "y": LABELS}, "NaN or infinite"),
     "empty": ({"x": PIXELS[:0], "y": LABELS[:0]}, "empty data"),
@@ -548,16 +548,15 @@ def test_corrupt_bytes_raise_nothing_but_data_errors(tmp_path, write):
     else:
         path = tmp_path / "a.npz"
         (np.savez if write == "npz" else np.savez_compressed)(path, x=PIXELS, y=LABELS)
-    outcomes = set()
+    messages = []
     for raw in broken_copies(path.read_bytes(), 150):
         path.write_bytes(raw)
         try:
-            check_examples(load_shard(str(path)), "readable")
-            outcomes.add("read")
+            load_shard(str(path))  # a changed pixel is not noticed, and need not be
         except DataError as error:
-            assert "\n" not in str(error)
-            outcomes.add("refused")
-    assert "refused" in outcomes
+            messages.append(str(error))
+    assert len(messages) >= 150  # all that were cut short, at least
+    assert not any("\n" in message for message in messages)
 
 
 def write_mat(folder: Path, data, labels, name: str = "fall_data") -> str:
@@ -634,7 +633,9 @@ def test_fashion_mnist():
     assert test.label_counts().tolist() == [1000] * 10
     # 0.2860 of 255 is 0.2860 * 2 - 1 here; the standard deviation 0.3530 doubles
     assert train.x.mean(dtype=np.float64) == pytest.approx(2 * 0.2860 - 1, abs=1e-4)
-    assert train.x[::10].std(dtype=np.float64) == pytest.approx(2 * 0.3530, abs=2e-3)
+    flat = train.x.ravel()
+    deviation = np.sqrt(np.vdot(flat, flat) / flat.size - flat.mean(dtype=np.float64) ** 2)
+    assert deviation == pytest.approx(2 * 0.3530, abs=2e-4)
     assert (train.x.min(), train.x.max()) == (-1.0, 1.0)
 
 
