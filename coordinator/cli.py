@@ -14,15 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
-from coordinator.config import GeneratorOptions, RunConfig, ServerOptions, checked
+from coordinator.admission import Admission, add_client
+from coordinator.cli_arguments import (
+    add_run_arguments,
+    open_store,
+    pick_device,
+    run_config,
+    whole_numbers,
+)
+from coordinator.cohort_zmq import Stopped, Terms, ZmqCohort
+from coordinator.config import checked
 from coordinator.emulate import SPLITS, emulate, group_exits, split_shards, write_json
-from coordinator.methods import METHODS
-from coordinator.rounds import RoundReport
+from coordinator.hub import Hub
+from coordinator.methods import make_method
+from coordinator.rounds import RoundReport, run_rounds
 from coordinator.store import Store
-from edge_sdk.data import DataSet, load_dataset
+from edge_sdk.data import Examples, load, load_dataset
 from edge_sdk.errors import ConfigError, EdgeError
-from edge_sdk.wire import ModelSpec
+from edge_sdk.keys import check_key, make_keys, read_keys
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True)
     add_emulate_command(commands)
+    add_serve_command(commands)
+    add_keys_command(commands)
+    add_clients_command(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(
         level=logging.DEBUG if args.debug else logging.INFO,
@@ -51,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add_emulate_command(commands: Any) -> None:
     parser = commands.add_parser("emulate", help="run the rounds over clients in this process")
     add_run_arguments(parser)
+    parser.add_argument(
+        "--data", default="digits", help="digits, a folder or a file; see README.md"
+    )
+    parser.add_argument("--examples", type=int, help="stratified subset of the training data")
+    parser.add_argument("--test-examples", type=int, help="stratified subset of the test data")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--groups", default="17,17,16", help="clients per exit, shallow first")
     parser.add_argument("--alpha", type=float, default=0.5, help="Dirichlet label skew")
@@ -63,7 +84,10 @@ def run_emulate(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     torch.set_num_threads(args.threads)
     data = load_dataset(args.data, args.seed, args.examples, args.test_examples)
-    config = run_config(args, data)
+    shared = run_config(args, data.train.input_shape, data.train.num_classes)
+    config = checked(
+        replace(shared, data=args.data, examples=args.examples, test_examples=args.test_examples)
+    )
     groups = whole_numbers(args.groups, "--groups")
     exits = group_exits(groups, args.clients, config.model.exit)
     shards = split_shards(
@@ -76,13 +100,13 @@ def run_emulate(args: argparse.Namespace) -> int:
         "split": args.split,
     }
     with tempfile.TemporaryDirectory() as scratch, stop_signals() as stopping:
-        folder = args.run_dir or Path(scratch) / "run"
-        store = open_store(folder, config, "emulate", args.resume)
+        store = open_store(args.run_dir or Path(scratch) / "run", config, "emulate", args.resume)
         try:
-            emulate(
+            method = emulate(
                 store, data, shards, exits,
                 device=device, should_stop=lambda: bool(stopping), report=print_round,
             )  # fmt: skip
+            store.write_model(method.spec, method.served())
             if args.out:
                 write_json(store, setting, args.out)
         finally:
@@ -90,134 +114,139 @@ def run_emulate(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every way of running shares: the method, the model, the training, the run folder."""
+def add_serve_command(commands: Any) -> None:
+    parser = commands.add_parser("serve", help="run the rounds over devices, by ZeroMQ")
+    add_run_arguments(parser)
     add = parser.add_argument
-    add("--method", default="hypemefed", choices=sorted(METHODS))
-    add("--data", default="digits", help="digits, a folder or a file; the test set comes from it")
-    add("--rounds", type=int, default=20)
-    add("--participants", type=int, help="clients per round, default all")
-    add("--seed", type=int, default=0)
-    add("--model", default="cnn", help="model family")
-    add("--exits", type=int, default=3, help="number of exits of the whole model")
-    add("--option", action="append", default=[], metavar="KEY=VALUE", help="model option")
-    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="Python module that registers your model families")  # fmt: skip
-    add("--epochs", type=int, default=2, help="local epochs")
-    add("--batch-size", type=int, default=32)
-    add("--lr", type=float, default=1e-3)
-    add("--optimizer", choices=("adam", "sgd"), default="adam")
-    add("--momentum", type=float, default=0.0, help="of local SGD")
-    add("--examples", type=int, help="use a stratified subset of the training data")
-    add("--test-examples", type=int, help="use a stratified subset of the test data")
-    add("--eval-every", type=int, default=1)
-    server, generator = ServerOptions(), GeneratorOptions()
-    add("--server-momentum", type=float, default=server.momentum)
-    add("--server-lr", type=float, default=server.lr)
-    add("--ema", type=float, default=server.ema, help="decay of the served average")
-    add("--serve", choices=("ema", "last"), default=server.serve)
-    add("--gain", type=float, default=generator.gain, help="weight of generated tensors, 0 to 1")
-    add("--rank", type=int, default=generator.rank)
-    add("--hidden", type=int, default=generator.hidden)
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--threads", type=int, default=1, help="torch threads on the CPU")
-    add("--run-dir", type=Path, help="where the run lives")
-    add("--resume", action="store_true", help="go on with the run in --run-dir")
+    add("--listen", default="tcp://*:5555", help="where devices connect, default %(default)s")
+    add("--keys", type=Path, default=Path("keys"), help="folder of server.public and .secret")
+    add("--clients-file", type=Path, help="admitted devices, default KEYS/clients")
+    add("--insecure", action="store_true", help="no encryption, admit everybody")
+    add("--test", help="common test set: a data source, its test part or else all of it")
+    add("--input", help="without --test: shape of one example, e.g. 1x28x28")
+    add("--classes", type=int, help="without --test: number of classes")
+    add("--min-clients", type=int, default=1, help="devices to wait for before the first round")
+    add("--deadline", type=float, default=0.0, help="seconds a job may take, devices plan for it")
+    add("--grace", type=float, default=600.0,
+        help="seconds after the deadline before a round closes without its stragglers")  # fmt: skip
+    add("--quorum", type=float, default=0.5, help="share of participants that must return")
+    parser.set_defaults(run=run_serve)
 
 
-def run_config(args: argparse.Namespace, data: DataSet) -> RunConfig:
-    """The run's settings from the command line. Raises ConfigError."""
-    model = ModelSpec(
-        family=args.model,
-        input_shape=tuple(data.train.input_shape),
-        num_classes=data.train.num_classes,
-        exit=args.exits,
-        options=model_options(args.option),
-    )
-    server = ServerOptions(
-        momentum=args.server_momentum, lr=args.server_lr, ema=args.ema, serve=args.serve
-    )
-    generator = GeneratorOptions(gain=args.gain, rank=args.rank, hidden=args.hidden)
-    return checked(
-        RunConfig(
-            method=args.method,
-            model=model,
-            data=str(args.data),
-            rounds=args.rounds,
-            participants=args.participants,
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            lr=args.lr,
-            optimizer=args.optimizer,
-            momentum=args.momentum,
-            seed=args.seed,
-            eval_every=args.eval_every,
-            examples=args.examples,
-            test_examples=args.test_examples,
-            server=server,
-            generator=generator,
-        )
-    )
-
-
-def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Store:
-    """A new run, or with `resume` the one there, which must have the same settings."""
-    if not resume:
-        return Store.create(folder, config, kind)
-    store = Store.resume(folder)
-    same = store.config.to_json() == config.to_json()
-    if not same:
-        store.close()
+def run_serve(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    test = None
+    if args.test:
+        _, train_part, test_part = load(args.test)
+        test = test_part or train_part
+        shape, num_classes = test.input_shape, test.num_classes
+    elif args.input and args.classes:
+        shape, num_classes = tuple(whole_numbers(args.input, "--input", "x")), args.classes
+    else:
         raise ConfigError(
-            f"{folder} was started with other settings; resume with the same flags: "
-            f"{store.config.to_json()}"
+            "give --test SOURCE, or --input and --classes to train without a test set"
         )
-    return store
+    if args.run_dir is None:
+        raise ConfigError("serve needs --run-dir, the folder that the run lives in")
+    shared = run_config(args, shape, num_classes)
+    config = checked(
+        replace(
+            shared,
+            data=args.test or "",
+            deadline_s=args.deadline,
+            grace_s=args.grace,
+            quorum=args.quorum,
+        )
+    )
+    keys, admission = None, None
+    if args.insecure:
+        log.warning("--insecure: nothing is encrypted and every device is admitted")
+    else:
+        keys = read_keys(args.keys, "server")
+        admission = Admission(args.clients_file or args.keys / "clients")
+    hub = Hub(args.listen, keys, admission)
+    try:
+        store = open_store(args.run_dir, config, "serve", args.resume)
+    except BaseException:
+        hub.close()
+        raise
+    return serve(args, hub, store, test, device)
 
 
-def model_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE texts: whole numbers, comma lists of them, numbers, true/false, else text."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not (key and equals and text):
-            raise ConfigError(f"--option {pair!r} is not KEY=VALUE, e.g. channels=32,64,128")
-        options[key] = _value(text)
-    return options
-
-
-def _value(text: str) -> int | float | str | bool | tuple[int, ...]:
-    if text in ("true", "false"):
-        return text == "true"
-    if "," in text:
-        return tuple(whole_numbers(text, "--option"))
-    for kind in (int, float):
+def serve(
+    args: argparse.Namespace,
+    hub: Hub,
+    store: Store,
+    test: Examples | None,
+    device: torch.device,
+) -> int:
+    """Rounds over the hub until all are done or a signal arrives; closes hub and store."""
+    config = store.config
+    method = make_method(config, device)
+    terms = Terms(
+        run=store.run,
+        model=method.spec,
+        plan=config.plan(),
+        deadline_s=config.deadline_s,
+        grace_s=config.grace_s,
+        quorum=config.quorum,
+        min_clients=args.min_clients,
+    )
+    log.info("run %s in %s, listening on %s", store.run, store.folder, hub.endpoint)
+    goodbye = "coordinator stopped"
+    with stop_signals() as stopping:
+        cohort = ZmqCohort(hub, terms, lambda: bool(stopping))
         try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+            run_rounds(
+                store, method, cohort, test,
+                device=device, should_stop=lambda: bool(stopping), report=print_round,
+            )  # fmt: skip
+            store.write_model(method.spec, method.served())
+            goodbye = "run finished"
+        except Stopped:
+            pass
+        finally:
+            if stopping:
+                next_round = store.next_round()
+                log.info("stopped; round %d is next, go on with --resume", next_round)
+            store.close()
+            cohort.close(goodbye)
+    return 0
 
 
-def whole_numbers(text: str, flag: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(
-            f"{flag} {text!r} is not whole numbers with commas, e.g. 4,4,2"
-        ) from error
+def add_keys_command(commands: Any) -> None:
+    parser = commands.add_parser("keys", help="make the coordinator's key pair")
+    parser.add_argument("--keys", type=Path, default=Path("keys"))
+    parser.set_defaults(run=run_keys)
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r} is unknown; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device here; use auto or cpu")
-    return device
+def run_keys(args: argparse.Namespace) -> int:
+    make_keys(args.keys, "server")
+    print(f"wrote {args.keys}/server.public and server.secret; copy server.public to every device")
+    return 0
+
+
+def add_clients_command(commands: Any) -> None:
+    parser = commands.add_parser("clients", help="the list of admitted devices")
+    parser.add_argument("action", choices=("add", "list"))
+    parser.add_argument("name", nargs="?", help="of the device")
+    parser.add_argument("public_key", nargs="?", help="40 characters, as `edge-sdk keys` prints")
+    parser.add_argument("--keys", type=Path, default=Path("keys"))
+    parser.add_argument("--clients-file", type=Path, help="default KEYS/clients")
+    parser.set_defaults(run=run_clients)
+
+
+def run_clients(args: argparse.Namespace) -> int:
+    path = args.clients_file or args.keys / "clients"
+    if args.action == "add":
+        if not (args.name and args.public_key):
+            raise ConfigError("clients add needs NAME and PUBLIC_KEY")
+        add_client(path, args.name, check_key(args.public_key, "PUBLIC_KEY"))
+        return 0
+    for name, key in sorted(Admission(path).names().items()):
+        print(name, key.decode())
+    return 0
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     method: str
     model: ModelSpec  # exit = the number of exits of the whole model
-    data: str  # what the common test set comes from
+    data: str = ""  # what the common test set comes from
     rounds: Positive
     participants: Positive | None = None  # None: every client
     epochs: Positive = 1

@@ -17,7 +17,7 @@ import torch
 
 from coordinator.cohort import InProcessCohort
 from coordinator.config import RunConfig
-from coordinator.methods import make_method
+from coordinator.methods import Method, make_method
 from coordinator.rounds import RoundReport, run_rounds
 from coordinator.store import Store
 from edge_sdk.data import (
@@ -68,7 +68,7 @@ def emulate(
     device: torch.device,
     should_stop: Callable[[], bool],
     report: Callable[[RoundReport], None],
-) -> None:
+) -> Method:
     """Run what is left of the store's run."""
     config = store.config
     names = [f"client-{number:03d}" for number in range(1, len(shards) + 1)]
@@ -82,6 +82,7 @@ def emulate(
     run_rounds(
         store, method, cohort, data.test, device=device, should_stop=should_stop, report=report
     )
+    return method
 
 
 def write_json(store: Store, setting: dict[str, object], path: Path) -> None:

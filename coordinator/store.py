@@ -27,7 +27,7 @@ from coordinator.methods.base import Metrics
 from edge_sdk.errors import StoreError
 from edge_sdk.tensors import Tensors
 from edge_sdk.trainer import clock, since
-from edge_sdk.wire import Phase
+from edge_sdk.wire import ModelSpec, Phase
 
 log = logging.getLogger(__name__)
 VERSION = 1
@@ -222,6 +222,15 @@ class Store:
             old.unlink(missing_ok=True)
         return totals
 
+    def write_model(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Path:
+        """The model to use as `model.safetensors`, its ModelSpec as JSON in the file's metadata."""
+        path = self.folder / "model.safetensors"
+        try:
+            _write_checkpoint(path, tensors, {"spec": msgspec.json.encode(spec).decode()})
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{path} cannot be written: {error}; free space, --resume") from error
+        return path
+
     def rollback(self) -> None:
         """Forget what was recorded since the last commit."""
         try:
@@ -284,9 +293,11 @@ def _connect(folder: Path) -> sqlite3.Connection:
     return db
 
 
-def _write_checkpoint(path: Path, state: Mapping[str, Tensor]) -> None:
+def _write_checkpoint(
+    path: Path, state: Mapping[str, Tensor], about: dict[str, str] | None = None
+) -> None:
     draft = path.with_name(path.name + ".new")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft, about)
     with open(draft, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(draft, path)

@@ -14,11 +14,14 @@ import msgspec
 from edge_sdk.errors import CapacityError
 from edge_sdk.profile import DeviceProfile
 
-# Peak memory of a training step over (saved activations + gradients). Our measurement: VGG of
-# 4.7 M parameters, batches 8 to 64, torch 2.13 on x86, peak resident memory in fresh processes:
-# ratios 1.2 to 1.43. The rest is a few of the largest activations and the kernels' scratch.
-# tests/test_costs.py repeats it. A lower allowance would let the kernel kill the trainer.
+# Peak memory of a training step over (saved activations + gradients); the rest is a few of the
+# largest activations and the kernels' scratch. Our measurement: torch 2.13 on x86, batches 16 to 64
+# of two VGGs, whole jobs in fresh processes: the prediction was 1.00 to 1.09 times the peak. It
+# holds for a trainer started with TRAINER_ENVIRONMENT; without, the same jobs took up to 75 MB more
+# than predicted: glibc raises its mmap threshold as blocks are freed, and then keeps large blocks
+# in a fragmented heap. tests/test_costs.py repeats the measurement.
 ALLOWANCE = 1.45
+TRAINER_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
 
 
 class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,7 +34,7 @@ class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     optimizer_bytes: int  # its state, and the received weights where a proximal term pulls to them
     saved_bytes: int  # activations kept for the backward pass of one batch
     cache_bytes: int  # features that the frozen prefix makes of all examples; 0 without one
-    runtime_bytes: int  # resident memory of the trainer after its imports, its data included
+    runtime_bytes: int  # resident memory of a trainer that has made a first step, its data included
     flops_per_example: float  # forward and backward through the trained stages
     frozen_flops_per_example: float  # forward through the frozen stages, once a job
     upload_bytes: int
@@ -71,13 +74,17 @@ def seconds(
     """Predicted duration of a job: compute, and its transfers where the link is known.
 
     Raises CapacityError if the profile has no measured compute."""
-    if profile.gflops <= 0:
-        raise CapacityError("this profile has no measured compute; measure it with compute=True")
     flops = plan_epochs * cost.flops_per_example + cost.frozen_flops_per_example
-    compute_s = num_examples * flops / (profile.gflops * 1e9)
+    compute_s = compute_seconds(num_examples * flops, profile)
     if profile.link_mbit_s is None:
         return compute_s
     return compute_s + 8 * (cost.upload_bytes + cost.download_bytes) / (profile.link_mbit_s * 1e6)
+
+
+def compute_seconds(flops: float, profile: DeviceProfile) -> float:
+    if profile.gflops <= 0:
+        raise CapacityError("this profile has no measured compute; measure it with compute=True")
+    return flops / (profile.gflops * 1e9)
 
 
 def choose_exit(

@@ -13,6 +13,8 @@ import gzip
 import importlib
 import math
 import os
+import struct
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +36,11 @@ DIRICHLET_DRAWS = 100
 MAX_ALPHA = 1e12  # shares are equal to 1e-6 there; numpy's gamma draws overflow near 1e308
 TWO_G = 19.6133  # m/s^2, the range of the UniMiB SHAR sensor
 UNIMIB_CLASSES = {"fall": 8, "adl": 9, "acc": 17}
+MAT_DTYPES = {  # by the type numbers of MATLAB 5 files, little endian
+    1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8",
+    12: "<i8", 13: "<u8",
+}  # fmt: skip
+MAT_MATRIX, MAT_COMPRESSED = 14, 15
 KINDS = (
     '"digits"; a directory with IDX (MNIST) files, one UniMiB SHAR part, or train.npz; a file '
     "*.npz, *images*idx3*, fall_data.mat, adl_data.mat or acc_data.mat"
@@ -269,8 +276,8 @@ def _bad(where: str | Path, got: str, expected: str, step: str = "correct the da
 
 @contextmanager
 def _mapped(path: Path, expected: str, step: str = "copy the file again") -> Iterator[None]:
-    """Maps whatever a foreign reader raises to one DataError. On corrupt files numpy, zipfile,
-    zlib and scipy raise a dozen unrelated types, hence `Exception`."""
+    """Maps whatever a foreign reader raises to one DataError. On corrupt files numpy, zipfile
+    and zlib raise a dozen unrelated types, hence `Exception`."""
     try:
         yield
     except EdgeError:
@@ -325,9 +332,10 @@ def _directory_readers(folder: Path) -> tuple[str, Reader, Reader | None]:
     raise DataError(f"{folder}: got a directory without data files; known are {KINDS}")
 
 
+@np.errstate(all="ignore")  # what is beyond float32 becomes infinite and is refused as such
 def _scaled(x: npt.NDArray[Any], divisor: float, offset: float) -> Floats:
     """x / divisor - offset in float32."""
-    result = x.astype(np.float32)
+    result = x.astype(np.float32, order="C")
     result /= np.float32(divisor)  # in place: images are the largest arrays of a device
     result -= np.float32(offset)
     return result
@@ -339,6 +347,7 @@ def _read_digits() -> Examples:
     return check_examples(Examples(x, digits.target.astype(np.int64), 10), "digits")
 
 
+@np.errstate(all="ignore")  # as for _scaled
 def _read_npz(path: Path) -> Examples:
     """uint8 x of (n, H, W) gets a channel axis and is scaled; float x of (n, C, window) or
     (n, C, H, W) stays as it is, so that shards of both kinds come back unchanged."""
@@ -362,8 +371,7 @@ def _read_npz(path: Path) -> Examples:
         x = _scaled(x[:, None] if x.ndim == 3 else x, 127.5, 1)  # (n, H, W) -> (n, 1, H, W)
     elif x.dtype.kind != "f":
         raise _bad(path, f"x of dtype {x.dtype}", "uint8 or float")
-    with np.errstate(all="ignore"):  # beyond float32 becomes infinite and is refused as such
-        x = np.asarray(x, dtype=np.float32, order="C")
+    x = np.asarray(x, dtype=np.float32, order="C")
     subject = None if subject is None else subject.astype(np.int64)
     return check_examples(Examples(x, y, int(num_classes.item()), subject), str(path))
 
@@ -425,12 +433,39 @@ def _read_unimib(path: Path) -> Examples:
 
 
 def _read_mat(path: Path, variable: str) -> npt.NDArray[Any]:
-    loadmat = _optional("scipy.io").loadmat
-    expected = f"a MATLAB 5 file with the matrix {variable}"
-    with _mapped(path, expected), path.open("rb") as file:
-        content = loadmat(file)
-    found = np.asarray(content.get(variable))
-    if found.dtype.kind not in "fiu" or found.ndim != 2:
-        names = [name for name in content if not name.startswith("__")]
-        raise _bad(path, f"{names}, {variable} as {found.dtype} {found.shape}", expected)
-    return found
+    """A real 2-D matrix of a MATLAB 5 file. Not by scipy.io.loadmat: scipy 1.17 looks data types up
+    without a bound, so one wrong byte ends the process by a segmentation fault."""
+    expected = f"a little-endian MATLAB 5 file with the matrix {variable}"
+    with _mapped(path, expected):
+        raw = path.read_bytes()
+        if raw[124:128] != b"\x00\x01IM":
+            raise _bad(path, f"version bytes {raw[124:128]!r}", expected)
+        matrices = [body for kind, body in _mat_elements(raw[128:]) if kind == MAT_MATRIX]
+        variables = [list(_mat_elements(body)) for body in matrices]
+        found = {parts[2][1].decode("latin-1"): parts for parts in variables if len(parts) > 3}
+        if variable not in found:
+            raise _bad(path, f"variables {sorted(found)}", expected)
+        (_, flags), (_, sizes), _, (kind, values) = found[variable][:4]
+        shape = np.frombuffer(sizes, dtype="<i4").tolist()
+        if len(shape) != 2 or not 6 <= flags[0] <= 15 or flags[1] & 8:  # 6..15: double to uint64
+            got = f"{variable} of shape {tuple(shape)}, class {flags[0]}, flags {flags[1]}"
+            raise _bad(path, got, f"{expected}, of real numbers")
+        matrix: npt.NDArray[Any] = np.frombuffer(values, MAT_DTYPES[kind]).reshape(shape, order="F")
+        return matrix
+
+
+def _mat_elements(raw: bytes) -> Iterator[tuple[int, bytes]]:
+    """Type and content of the elements of a MATLAB 5 file or matrix; compressed ones unpacked."""
+    at = 0
+    while at < len(raw):
+        kind, size = struct.unpack_from("<II", raw, at)
+        start, end = at + 8, at + 8 + size + (-size % 8 if kind != MAT_COMPRESSED else 0)
+        if kind >> 16:  # small element: type and size in 4 bytes, content in the next 4
+            kind, size, start, end = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+        if start + size > len(raw):
+            raise ValueError(f"element of {size} bytes where {len(raw) - start} are left")
+        content, at = raw[start : start + size], end
+        if kind == MAT_COMPRESSED:
+            yield from _mat_elements(zlib.decompress(content))
+        else:
+            yield kind, content

@@ -8,6 +8,7 @@
     ├── TrainerError     the training process ended or failed
     ├── LinkError        no connection, lost connection, refused identity
     ├── ProtocolError    a message that breaks PROTOCOL.md
+    │   └── VersionError     the other side speaks another version of it
     └── StoreError       run folder: another version, full disk, corrupt checkpoint
 
 Each message is one line: what, where, got, expected, next step. `code` is what travels in a
@@ -49,6 +50,10 @@ class LinkError(EdgeError):
 
 class ProtocolError(EdgeError):
     code = "protocol"
+
+
+class VersionError(ProtocolError):
+    code = "version"
 
 
 class StoreError(EdgeError):

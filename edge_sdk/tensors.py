@@ -102,6 +102,7 @@ class Receiver:
         self._buffer = _bytes_of(self._storage)
         self._has = bytearray(self.num_parts)
         self.num_received = 0
+        self._requested = 0
 
     @property
     def is_complete(self) -> bool:
@@ -112,6 +113,20 @@ class Receiver:
         """Index of the first part that has not arrived; num_parts when all have."""
         place = self._has.find(0)
         return self.num_parts if place < 0 else place
+
+    def next_request(self, window: int) -> tuple[int, int] | None:
+        """(first, count) of the parts to ask for now so that at most `window` are under way; None
+        while more than half of the window is. Counts them as asked for."""
+        under_way = self._requested - self.num_received
+        count = min(window - under_way, self.num_parts - self._requested)
+        if count <= 0 or under_way > window // 2:
+            return None
+        first, self._requested = self._requested, self._requested + count
+        return first, count
+
+    def restart(self) -> None:
+        """The link broke: what was asked for and has not arrived is asked for again."""
+        self._requested = self.next_missing
 
     def add(self, index: int, payload: memoryview | bytes) -> None:
         """Take one part; a part that is here already is ignored. Raises ProtocolError."""

@@ -14,7 +14,7 @@ import msgpack
 import msgspec
 from msgspec import Meta
 
-from edge_sdk.errors import ProtocolError
+from edge_sdk.errors import ProtocolError, VersionError
 from edge_sdk.profile import DeviceProfile
 
 PROTOCOL = 1
@@ -119,6 +119,7 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     num_examples: Count
     input_shape: tuple[Index, ...]
     num_classes: Index
+    round: Annotated[int, Meta(ge=0)] = 0  # the job in hand, 0: none
     software: Name = "edge-sdk"
 
 
@@ -245,8 +246,14 @@ def unpack(frame: bytes | memoryview) -> Any:
 
 def decode(frame: bytes | memoryview) -> Message:
     """Inverse of encode. Raises ProtocolError naming the field that is wrong."""
+    plain = unpack(frame)
+    if isinstance(plain, dict) and plain.get("protocol", PROTOCOL) != PROTOCOL:
+        raise VersionError(
+            f"{plain.get('type')!r} speaks protocol {plain['protocol']!r}, this side {PROTOCOL}; "
+            "install the same edge-sdk on both"
+        )
     try:
-        message: Message = msgspec.convert(unpack(frame), type=_DECODE)
+        message: Message = msgspec.convert(plain, type=_DECODE)
     except msgspec.ValidationError as error:
         raise ProtocolError(
             f"message refused: {error}; see PROTOCOL.md version {PROTOCOL}"

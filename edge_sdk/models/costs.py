@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +19,7 @@ from edge_sdk.capacity import SegmentCost
 from edge_sdk.losses import joint_exit_loss, proximal_term
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.staged import needed_names, trained_names
+from edge_sdk.optim import Optimizer
 from edge_sdk.wire import ModelSpec, Plan, Segment
 
 # trainer._features holds the chunks of the features and their concatenation for a moment.
@@ -30,7 +32,7 @@ def segment_costs(
     """Costs of the prefixes (1, 1) .. (1, spec.exit), then of the single stages (2, 2), (3, 3) ...
 
     Of `plan` the batch size, optimizer, exit weights and proximal term count; its segments do not.
-    runtime_bytes: resident memory of the trainer after its imports, with its data loaded.
+    runtime_bytes: `warm_resident_bytes` of a trainer, plus the bytes of its data.
     Raises ConfigError where the spec cannot be built."""
     with torch.device("meta"):
         model = build(spec)
@@ -78,6 +80,21 @@ def _cost(
         upload_bytes=num_bytes(held[name] for name in trained),
         download_bytes=download_bytes,
     )
+
+
+def warm_resident_bytes() -> int:
+    """Resident memory of this process after one tiny training step.
+
+    The first step loads kernels and starts threads: 27 MB more than the imports, whatever the
+    model (torch 2.13, x86). Call it in a process that has imported what the trainer imports, and
+    before `segment_costs`."""
+    spec = ModelSpec(family="cnn", input_shape=(1, 8, 8), num_classes=2, exit=1)
+    plan = Plan(segments=(Segment(first=1, last=1),))
+    model = build(spec)
+    logits = model(torch.zeros(4, *spec.input_shape))
+    joint_exit_loss(logits, torch.zeros(4, dtype=torch.int64), [1.0]).backward()
+    Optimizer(list(model.parameters()), plan).step_()
+    return int(psutil.Process().memory_info().rss)
 
 
 def optimizer_copies(plan: Plan) -> int:

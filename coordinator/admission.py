@@ -1,0 +1,89 @@
+"""Which devices may join: a text file with a line `NAME PUBLIC_KEY` per client.
+
+The file is read again when it changes, so an admitted client can connect at once. A line that
+begins with # is a comment.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from pathlib import Path
+
+from edge_sdk.errors import ConfigError
+from edge_sdk.keys import check_key
+
+log = logging.getLogger(__name__)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Admission:
+    """The list of admitted clients. Raises ConfigError when the file is missing or malformed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp: tuple[int, int] = (0, 0)
+        self._names: dict[bytes, str] = {}
+        self._lock = threading.Lock()  # ZeroMQ's authenticator asks from a thread of its own
+        self.reload()
+
+    def reload(self) -> None:
+        try:
+            stat = self.path.stat()
+            text = self.path.read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"client list {self.path} cannot be read: {error}; make it with "
+                "`edge-coordinator clients add`"
+            ) from error
+        names = parse_clients(text, str(self.path))
+        with self._lock:
+            self._names, self._stamp = names, (stat.st_mtime_ns, stat.st_size)
+
+    def name_of(self, public_key: bytes) -> str | None:
+        """The client with this key, None for a stranger. Sees changes of the file."""
+        try:
+            stat = self.path.stat()
+            if (stat.st_mtime_ns, stat.st_size) != self._stamp:
+                self.reload()
+        except (OSError, ConfigError) as error:
+            log.error("client list not reloaded, the last one stays in force: %s", error)
+        with self._lock:
+            return self._names.get(public_key)
+
+    def names(self) -> dict[str, bytes]:
+        with self._lock:
+            return {name: key for key, name in self._names.items()}
+
+
+def parse_clients(text: str, where: str) -> dict[bytes, str]:
+    """Key to name. Raises ConfigError with the line: malformed, or a name or key twice."""
+    found: dict[bytes, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        parts = line.split()
+        if len(parts) != 2 or not _NAME.fullmatch(parts[0]):
+            raise ConfigError(f"{where} line {number}: expected `NAME PUBLIC_KEY`, got {line!r}")
+        key = check_key(parts[1], f"{where} line {number}")
+        if key in found or parts[0] in found.values():
+            raise ConfigError(f"{where} line {number}: {parts[0]} or its key is there already")
+        found[key] = parts[0]
+    return found
+
+
+def add_client(path: Path, name: str, public_key: bytes) -> None:
+    """Append one client. Raises ConfigError; the file is unchanged then."""
+    text = path.read_text(encoding="ascii") if path.exists() else ""
+    if text and not text.endswith("\n"):
+        text += "\n"
+    text += f"{name} {public_key.decode()}\n"
+    parse_clients(text, str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(path.name + ".new")
+        draft.write_text(text, encoding="ascii")
+        draft.replace(path)
+    except OSError as error:
+        raise ConfigError(f"client list {path} cannot be written: {error}") from error

@@ -1,0 +1,141 @@
+"""Flags that `emulate` and `serve` share, and what they become."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coordinator.config import GeneratorOptions, RunConfig, ServerOptions
+from coordinator.methods import METHODS
+from coordinator.store import Store
+from edge_sdk.errors import ConfigError
+from edge_sdk.wire import ModelSpec
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every way of running shares: the method, the model, the training, the run folder."""
+    add = parser.add_argument
+    add("--method", default="hypemefed", choices=sorted(METHODS))
+    add("--rounds", type=int, default=20)
+    add("--participants", type=int, help="clients per round, default all")
+    add("--seed", type=int, default=0)
+    add("--model", default="cnn", help="model family")
+    add("--exits", type=int, default=3, help="number of exits of the whole model")
+    add("--option", action="append", default=[], metavar="KEY=VALUE", help="model option")
+    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="Python module that registers your model families")  # fmt: skip
+    add("--epochs", type=int, default=2, help="local epochs")
+    add("--batch-size", type=int, default=32)
+    add("--lr", type=float, default=1e-3)
+    add("--optimizer", choices=("adam", "sgd"), default="adam")
+    add("--momentum", type=float, default=0.0, help="of local SGD")
+    add("--eval-every", type=int, default=1)
+    server, generator = ServerOptions(), GeneratorOptions()
+    add("--server-momentum", type=float, default=server.momentum)
+    add("--server-lr", type=float, default=server.lr)
+    add("--ema", type=float, default=server.ema, help="decay of the served average")
+    add("--serve", choices=("ema", "last"), default=server.serve)
+    add("--gain", type=float, default=generator.gain, help="weight of generated tensors, 0 to 1")
+    add("--rank", type=int, default=generator.rank)
+    add("--hidden", type=int, default=generator.hidden)
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--threads", type=int, default=1, help="torch threads on the CPU")
+    add("--run-dir", type=Path, help="where the run lives")
+    add("--resume", action="store_true", help="go on with the run in --run-dir")
+
+
+def run_config(
+    args: argparse.Namespace, input_shape: tuple[int, ...], num_classes: int
+) -> RunConfig:
+    """The settings that both commands share; `checked` is for the caller. Raises ConfigError."""
+    model = ModelSpec(
+        family=args.model,
+        input_shape=tuple(input_shape),
+        num_classes=num_classes,
+        exit=args.exits,
+        options=model_options(args.option),
+    )
+    server = ServerOptions(
+        momentum=args.server_momentum, lr=args.server_lr, ema=args.ema, serve=args.serve
+    )
+    generator = GeneratorOptions(gain=args.gain, rank=args.rank, hidden=args.hidden)
+    return RunConfig(
+        method=args.method,
+        model=model,
+        rounds=args.rounds,
+        participants=args.participants,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        optimizer=args.optimizer,
+        momentum=args.momentum,
+        seed=args.seed,
+        eval_every=args.eval_every,
+        server=server,
+        generator=generator,
+    )
+
+
+def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Store:
+    """A new run, or with `resume` the one there, which must have the same settings."""
+    if not resume:
+        return Store.create(folder, config, kind)
+    store = Store.resume(folder)
+    same = store.config.to_json() == config.to_json()
+    if not same:
+        store.close()
+        raise ConfigError(
+            f"{folder} was started with other settings; resume with the same flags: "
+            f"{store.config.to_json()}"
+        )
+    return store
+
+
+def model_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE texts: whole numbers, comma lists of them, numbers, true/false, else text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not (key and equals and text):
+            raise ConfigError(f"--option {pair!r} is not KEY=VALUE, e.g. channels=32,64,128")
+        options[key] = _value(text)
+    return options
+
+
+def _value(text: str) -> int | float | str | bool | tuple[int, ...]:
+    if text in ("true", "false"):
+        return text == "true"
+    if "," in text:
+        return tuple(whole_numbers(text, "--option"))
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def whole_numbers(text: str, flag: str, separator: str = ",") -> list[int]:
+    """Numbers from "17,17,16". Raises ConfigError naming the flag."""
+    try:
+        return [int(part) for part in text.split(separator)]
+    except ValueError as error:
+        raise ConfigError(
+            f"{flag} {text!r} is not whole numbers with commas, e.g. 4,4,2"
+        ) from error
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r} is unknown; use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device here; use auto or cpu")
+    return device

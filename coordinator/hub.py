@@ -1,0 +1,113 @@
+"""The coordinator's end of all links: one ROUTER socket.
+
+Routes are ZeroMQ's own random ids, one per connection, so nobody can take another's by name; who is
+on a route follows from its CURVE key, checked against the admission list before a byte is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from coordinator.admission import Admission
+from edge_sdk.errors import ConfigError, ProtocolError
+from edge_sdk.keys import KeyPair
+from edge_sdk.transport import Payload, parse_frames, send_frames, set_common_options
+from edge_sdk.wire import Fault, Message
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Received:
+    """A checked message. name: the admitted client, None when the link is insecure."""
+
+    route: bytes
+    name: str | None
+    message: Message
+    payload: Payload | None
+
+
+class _Credentials:
+    """What the authenticator asks for every new connection."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        from zmq.utils import z85
+
+        public_key = z85.encode(key)
+        is_known = self._admission.name_of(public_key) is not None
+        if not is_known:
+            log.warning("refused a device with unknown public key %s", public_key.decode())
+        return is_known
+
+
+class Hub:
+    """endpoint: "tcp://HOST:PORT", port 0 or * for any free one. Without keys nothing is encrypted
+    and nobody is checked."""
+
+    def __init__(self, endpoint: str, keys: KeyPair | None, admission: Admission | None) -> None:
+        self._admission = admission
+        self._context = zmq.Context()
+        self._authenticator: ThreadAuthenticator | None = None
+        self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        set_common_options(self.socket)
+        self.socket.set(zmq.ROUTER_MANDATORY, 1)
+        if keys is not None:
+            assert admission is not None, "CURVE without a client list admits nobody"
+            self._authenticator = ThreadAuthenticator(self._context)
+            self._authenticator.start()
+            self._authenticator.configure_curve_callback("*", _Credentials(admission))
+            self.socket.set(zmq.CURVE_SERVER, 1)
+            self.socket.set(zmq.CURVE_PUBLICKEY, keys.public)
+            self.socket.set(zmq.CURVE_SECRETKEY, keys.secret)
+        try:
+            self.socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(
+                f"cannot listen on {endpoint}: {error}; is another coordinator running there? "
+                "choose another --listen"
+            ) from error
+        self.endpoint = bytes(self.socket.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
+
+    def send(self, route: bytes, message: Message, payload: Payload | None = None) -> bool:
+        """False when the route is gone or takes nothing now."""
+        try:
+            send_frames(self.socket, [route], message, payload)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            log.debug("%s not sent: %s", type(message).__name__, error)
+            return False
+        return True
+
+    def receive(self, timeout_ms: int) -> Received | None:
+        """The next good message; a bad one is answered with a Fault and dropped. None: nothing."""
+        if not self.socket.poll(timeout_ms):
+            return None
+        frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        route = frames[0].bytes
+        try:
+            message, payload = parse_frames(frames[1:])
+        except ProtocolError as error:
+            log.warning("message from %s refused: %s", self._name(frames[-1]) or "a device", error)
+            self.send(route, Fault(code=error.code, detail=str(error)[:2000]))
+            return None
+        return Received(route, self._name(frames[-1]), message, payload)
+
+    def _name(self, frame: zmq.Frame) -> str | None:
+        if self._admission is None or self._authenticator is None:
+            return None
+        return self._admission.name_of(str(frame.get("User-Id")).encode())
+
+    def close(self) -> None:
+        self.socket.close()
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._context.term()

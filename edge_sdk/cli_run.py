@@ -1,0 +1,131 @@
+"""`edge-sdk run` and `edge-sdk keys`: take part in training; make this device's key pair."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import signal
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.agent import Agent, AgentOptions
+from edge_sdk.errors import ConfigError
+from edge_sdk.keys import KeyPair, check_key, make_keys, read_key, read_keys
+from edge_sdk.profile import DeviceProfile, board, emulated, measure
+from edge_sdk.transport import Link
+
+log = logging.getLogger(__name__)
+DEVICE_KEYS = "device"
+SERVER_KEYS = "server"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def add_run_command(commands: Any) -> None:
+    parser = commands.add_parser("run", help="take part: connect, train what fits, go on")
+    add = parser.add_argument
+    add("--coordinator", required=True, metavar="tcp://HOST:PORT")
+    add("--data", required=True, help="this device's own data, a file or folder; never leaves it")
+    add("--id", help="this device's name, default the host name")
+    add("--keys", type=Path, default=default_keys(), help="folder of keys, default %(default)s")
+    add("--server-key", help="the coordinator's public key or its file, default KEYS/server.public")
+    add("--insecure", action="store_true", help="no encryption, no identity check")
+    add("--memory-cap", metavar="SIZE", help="use at most this much memory to train, e.g. 512M")
+    add("--threads", type=int, default=0, help="torch threads, default all cores")
+    add("--device", default="cpu", help="cpu or cuda, where training runs")
+    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="Python module that registers your model families")  # fmt: skip
+    add("--board", help="emulate this board: its memory, speed and link instead of this machine's")
+    add("--host-gflops", type=float, default=0.0, help="with --board: speed of one thread here")
+    add("--once", action="store_true", help="end when the coordinator's run ends")
+    parser.set_defaults(run=run_device)
+
+
+def add_keys_command(commands: Any) -> None:
+    parser = commands.add_parser("keys", help="make this device's key pair, print the public key")
+    parser.add_argument("--keys", type=Path, default=default_keys())
+    parser.add_argument("--id", help="this device's name, default the host name")
+    parser.set_defaults(run=run_keys)
+
+
+def run_device(args: argparse.Namespace) -> int:
+    """Runs until stopped by a signal, or with --once until the coordinator's run ends."""
+    from edge_sdk.cli import parse_size
+
+    client_id = checked_id(args.id)
+    keys, server_key = device_keys(args)
+    cap_bytes = parse_size(args.memory_cap) if args.memory_cap else None
+    options = AgentOptions(
+        client_id=client_id,
+        data=str(args.data),
+        measure=make_measure(args.board, args.host_gflops, cap_bytes),
+        threads=args.threads,
+        device=args.device,
+        measure_compute=args.board is None,
+        imports=tuple(args.imports),
+        is_once=args.once,
+    )
+    agent = Agent(Link(args.coordinator, keys, server_key), options)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    agent.run()
+    return 0
+
+
+def run_keys(args: argparse.Namespace) -> int:
+    client_id = checked_id(args.id)
+    keys = make_keys(args.keys, DEVICE_KEYS)
+    print(f"wrote {args.keys / DEVICE_KEYS}.public and .secret; on the coordinator run")
+    print(f"  edge-coordinator clients add {client_id} '{keys.public.decode()}'")
+    print(f"and copy its server.public to {args.keys / SERVER_KEYS}.public")
+    return 0
+
+
+def device_keys(args: argparse.Namespace) -> tuple[KeyPair | None, bytes | None]:
+    """This device's pair and the coordinator's public key; none of them with --insecure."""
+    if args.insecure:
+        log.warning("--insecure: nothing is encrypted and anybody can pretend to be this device")
+        return None, None
+    keys = read_keys(args.keys, DEVICE_KEYS)
+    given = args.server_key
+    if given is None:
+        return keys, read_key(args.keys / f"{SERVER_KEYS}.public")
+    if Path(given).exists():
+        return keys, read_key(Path(given))
+    return keys, check_key(given, "--server-key")
+
+
+def make_measure(board_name: str | None, host_gflops: float, cap_bytes: int | None) -> Any:
+    """What the agent calls to know its profile: this machine's, or an emulated board's."""
+    if board_name is None:
+        return partial(_measure_here, cap_bytes)
+    if host_gflops <= 0:
+        raise ConfigError("--board needs --host-gflops, the GFLOP/s of one thread here")
+    profile = emulated(board(board_name), host_gflops)
+    if cap_bytes is not None and cap_bytes < profile.memory_available_bytes:
+        from msgspec.structs import replace
+
+        profile = replace(profile, memory_available_bytes=cap_bytes, memory_bound="cap")
+    return lambda own_bytes: profile
+
+
+def _measure_here(cap_bytes: int | None, own_bytes: int) -> DeviceProfile:
+    return measure(cap_bytes, own_bytes, compute=False)
+
+
+def checked_id(name: str | None) -> str:
+    client_id = name or socket.gethostname()
+    if not _ID.fullmatch(client_id):
+        raise ConfigError(
+            f"device name {client_id!r} is not 1 to 64 letters, digits, dots, - or _; give --id"
+        )
+    return client_id
+
+
+def default_keys() -> Path:
+    """Under systemd the service's own state folder, else the user's configuration."""
+    state = os.environ.get("STATE_DIRECTORY")
+    return Path(state) / "keys" if state else Path.home() / ".config" / "edge-sdk"

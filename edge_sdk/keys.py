@@ -1,0 +1,80 @@
+"""CURVE key pairs as two small files: NAME.public to hand out, NAME.secret (mode 0600) to keep.
+
+A key is 40 characters of Z85 text. pyzmq's own certificate writer leaves secrets readable by
+everyone, so the files are written here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_sdk.errors import ConfigError
+
+_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """Z85 texts as bytes, as ZeroMQ takes them. The secret never shows in a repr."""
+
+    public: bytes
+    secret: bytes
+
+    def __repr__(self) -> str:
+        return f"KeyPair(public={self.public!r})"
+
+
+def make_keys(folder: Path, name: str) -> KeyPair:
+    """Make NAME.public and NAME.secret in `folder`. Raises ConfigError if they are there."""
+    import zmq
+
+    public_file, secret_file = folder / f"{name}.public", folder / f"{name}.secret"
+    for file in (public_file, secret_file):
+        if file.exists():
+            raise ConfigError(f"{file} exists; a key is never overwritten, remove it first")
+    public, secret = zmq.curve_keypair()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(secret_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(secret + b"\n")
+        public_file.write_bytes(public + b"\n")
+    except OSError as error:
+        raise ConfigError(f"keys cannot be written to {folder}: {error}") from error
+    return KeyPair(public, secret)
+
+
+def read_keys(folder: Path, name: str) -> KeyPair:
+    """Read both files. Raises ConfigError: missing, not a key, or a secret others can read."""
+    secret_file = folder / f"{name}.secret"
+    public = read_key(folder / f"{name}.public")
+    secret = read_key(secret_file)
+    mode = stat.S_IMODE(secret_file.stat().st_mode)
+    if mode & 0o077:
+        raise ConfigError(
+            f"{secret_file} has mode {mode:04o}, others can read it; run chmod 600 {secret_file} "
+            "and think about making a new key"
+        )
+    return KeyPair(public, secret)
+
+
+def read_key(path: Path) -> bytes:
+    """One key from a file. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"key file {path} cannot be read: {error}; make one with `keys`"
+        ) from error
+    return check_key(text, str(path))
+
+
+def check_key(text: str, where: str) -> bytes:
+    """The key as bytes. Raises ConfigError unless it is 40 characters of Z85."""
+    if not _KEY.fullmatch(text):
+        raise ConfigError(f"{where} holds no key: expected 40 characters of Z85, got {len(text)}")
+    return text.encode("ascii")

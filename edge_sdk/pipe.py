@@ -1,0 +1,103 @@
+"""Between the agent and its training process: framed messages over a socket pair, on one machine.
+
+The agent passes Job, Part, Fetch and Update through unchanged, so tensors never lie in the agent;
+the messages here are the rest. Each message is two lengths, the msgpack of the message, a payload.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import TypeAlias
+
+import msgspec
+
+from edge_sdk.capacity import SegmentCost
+from edge_sdk.wire import (
+    Count,
+    Fault,
+    Fetch,
+    Index,
+    Job,
+    ModelSpec,
+    Part,
+    Plan,
+    Struct,
+    Update,
+)
+
+_LENGTHS = struct.Struct("<II")
+
+
+class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
+    """Trainer: my data and myself. gflops 0: not measured; runtime: resident after the imports."""
+
+    num_examples: Index
+    input_shape: tuple[Index, ...]
+    num_classes: Index
+    num_labels: Index  # classes that occur
+    runtime_bytes: Count
+    gflops: float
+
+
+class Estimate(Struct, frozen=True, kw_only=True, tag="estimate"):
+    """Agent: what would training this model cost?"""
+
+    model: ModelSpec
+    plan: Plan
+
+
+class Estimated(Struct, frozen=True, kw_only=True, tag="estimated"):
+    """Trainer: this, for every segment of the model."""
+
+    costs: tuple[SegmentCost, ...]
+
+
+class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):
+    """Agent: drop the job in hand."""
+
+
+class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
+    """Agent: the link is back; ask again for what lacks, or announce the update again."""
+
+
+PipeMessage: TypeAlias = (
+    Inspected | Estimate | Estimated | Cancel | Resume | Job | Fetch | Part | Update | Fault
+)
+_DECODER: msgspec.msgpack.Decoder[PipeMessage] = msgspec.msgpack.Decoder(PipeMessage)
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+class Pipe:
+    """One end. receive raises EOFError when the other end is gone."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+
+    def fileno(self) -> int:
+        return self._end.fileno()
+
+    def send(self, message: PipeMessage, payload: bytes | memoryview = b"") -> None:
+        """Blocks until the other end has taken it. Raises OSError when it is gone."""
+        control = _ENCODER.encode(message)
+        self._end.sendall(_LENGTHS.pack(len(control), len(payload)) + control)
+        if len(payload):
+            self._end.sendall(payload)
+
+    def receive(self) -> tuple[PipeMessage, memoryview]:
+        control_bytes, payload_bytes = _LENGTHS.unpack(self._read(_LENGTHS.size))
+        message = _DECODER.decode(self._read(control_bytes))
+        return message, self._read(payload_bytes)
+
+    def close(self) -> None:
+        self._end.close()
+
+    def _read(self, size: int) -> memoryview:
+        buffer = memoryview(bytearray(size))
+        filled = 0
+        while filled < size:
+            got = self._end.recv_into(buffer[filled:])
+            if got == 0:
+                raise EOFError("the other process is gone")
+            filled += got
+        return buffer

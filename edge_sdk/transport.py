@@ -1,0 +1,142 @@
+"""The device's end of the link: one DEALER socket, CURVE unless refused, control and raw frames.
+
+Liveness is ZeroMQ's own heartbeat in its I/O thread plus the agent's Heartbeat messages, so neither
+waits for training. Nothing is queued for an absent coordinator (IMMEDIATE), so a send that finds no
+connection says so and the agent starts again with Hello.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TypeAlias
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from edge_sdk.errors import LinkError, ProtocolError
+from edge_sdk.keys import KeyPair
+from edge_sdk.wire import MAX_FRAME_BYTES, Message, Part, decode, encode
+
+log = logging.getLogger(__name__)
+PING_MS = 5_000  # ZeroMQ heartbeats, both ends
+PING_TIMEOUT_MS = 15_000
+ZERO_COPY_BYTES = 64 * 1024  # below it copying is cheaper than tracking the buffer
+Payload: TypeAlias = bytes | memoryview
+REFUSALS: dict[int, str] = {
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the coordinator does not know this device's key; "
+    "add its public key to the coordinator's list",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed; the coordinator's public key here "
+    "is probably not the one it runs with",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the two sides do not agree on encryption; use keys on "
+    "both or --insecure on both",
+}
+
+
+def set_common_options(socket: zmq.Socket[bytes]) -> None:
+    """What both ends of a link set."""
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    socket.set(zmq.HEARTBEAT_IVL, PING_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, PING_TIMEOUT_MS)
+    socket.set(zmq.HEARTBEAT_TTL, PING_TIMEOUT_MS)
+    socket.set(zmq.TCP_KEEPALIVE, 1)
+
+
+def send_frames(
+    socket: zmq.Socket[bytes], head: list[bytes], message: Message, payload: Payload | None
+) -> None:
+    """Send without blocking. Raises zmq.ZMQError: EAGAIN, EHOSTUNREACH."""
+    frames: list[Payload] = [*head, encode(message)]
+    if payload is None:
+        socket.send_multipart(frames, zmq.NOBLOCK, copy=True)
+        return
+    socket.send_multipart(frames, zmq.NOBLOCK | zmq.SNDMORE, copy=True)
+    socket.send(payload, zmq.NOBLOCK, copy=len(payload) < ZERO_COPY_BYTES)
+
+
+def parse_frames(frames: list[zmq.Frame]) -> tuple[Message, Payload | None]:
+    """A control frame and, after a Part only, its raw frame. Raises ProtocolError."""
+    if not frames:
+        raise ProtocolError("message without frames")
+    message = decode(frames[0].buffer)
+    expected = 2 if isinstance(message, Part) else 1
+    if len(frames) != expected:
+        raise ProtocolError(
+            f"{type(message).__name__} came with {len(frames)} frames, expected {expected}"
+        )
+    return message, frames[1].buffer if expected == 2 else None
+
+
+class Link:
+    """A connection that may be down. endpoint: "tcp://host:port"."""
+
+    def __init__(self, endpoint: str, keys: KeyPair | None, server_key: bytes | None) -> None:
+        self.endpoint = endpoint
+        self._keys = keys
+        self._server_key = server_key
+        self._context = zmq.Context()
+        self.socket: zmq.Socket[bytes] | None = None
+        self.monitor: zmq.Socket[bytes] | None = None
+        self.open()
+
+    def open(self) -> None:
+        """A fresh socket; ZeroMQ connects and reconnects it in the background."""
+        self.close()
+        socket = self._context.socket(zmq.DEALER)
+        set_common_options(socket)
+        socket.set(zmq.IMMEDIATE, 1)
+        socket.set(zmq.RECONNECT_IVL, 200)
+        socket.set(zmq.RECONNECT_IVL_MAX, 5_000)
+        socket.set(zmq.CONNECT_TIMEOUT, 5_000)
+        if self._keys and self._server_key:
+            socket.set(zmq.CURVE_PUBLICKEY, self._keys.public)
+            socket.set(zmq.CURVE_SECRETKEY, self._keys.secret)
+            socket.set(zmq.CURVE_SERVERKEY, self._server_key)
+        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        for refusal in REFUSALS:
+            events |= refusal
+        self.monitor = socket.get_monitor_socket(events)
+        try:
+            socket.connect(self.endpoint)
+        except zmq.ZMQError as error:
+            socket.disable_monitor()
+            socket.close()
+            raise LinkError(
+                f"cannot connect to {self.endpoint!r}: {error}; expected tcp://HOST:PORT"
+            ) from error
+        self.socket = socket
+
+    def close(self) -> None:
+        if self.socket is not None:
+            self.socket.disable_monitor()
+            self.socket.close()
+        self.socket = self.monitor = None
+
+    def send(self, message: Message, payload: Payload | None = None) -> bool:
+        """False when there is no connection: nothing was sent then."""
+        if self.socket is None:
+            return False
+        try:
+            send_frames(self.socket, [], message, payload)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self) -> tuple[Message, Payload | None] | None:
+        """The next message, None when there is none now. Raises ProtocolError."""
+        if self.socket is None:
+            return None
+        try:
+            frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        return parse_frames(frames)
+
+    def events(self) -> tuple[bool, str]:
+        """Since the last call: was the connection lost, and why it was refused ("" if not)."""
+        is_lost, refusal = False, ""
+        while self.monitor is not None and self.monitor.poll(0):
+            event = parse_monitor_message(self.monitor.recv_multipart())["event"]
+            is_lost = is_lost or event == zmq.EVENT_DISCONNECTED
+            refusal = REFUSALS.get(event, refusal)
+        return is_lost, refusal

@@ -1,0 +1,196 @@
+"""The training process: the only part of a device that imports torch. Started by the agent as
+`python -m edge_sdk.worker --fd N ...`, it ends when the agent's end of the pipe closes.
+
+It may be killed for memory at any time; the agent survives, reports and starts another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import select
+import socket
+import sys
+from collections import deque
+
+import torch
+
+from edge_sdk.data import Examples, load_shard
+from edge_sdk.errors import CapacityError, DataError, EdgeError
+from edge_sdk.models.costs import segment_costs
+from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Pipe, PipeMessage, Resume
+from edge_sdk.profile import measure_gflops
+from edge_sdk.tensors import Receiver, Sender, specs_of
+from edge_sdk.trainer import MIN_BATCH, TrainResult, clock, since, train
+from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update
+
+log = logging.getLogger(__name__)
+WINDOW = 8  # parts asked for ahead: 4 MiB
+
+
+class Worker:
+    """Serves one pipe: inspects its data once, then estimates and trains as asked."""
+
+    def __init__(self, pipe: Pipe, examples: Examples, device: str) -> None:
+        self._pipe = pipe
+        self._examples = examples
+        self._device = device
+        self._runtime_bytes = resident_bytes()
+        self._inbox: deque[tuple[PipeMessage, memoryview]] = deque()
+        self._job: Job | None = None
+        self._receiver: Receiver | None = None
+        self._update: Update | None = None
+        self._sender: Sender | None = None
+        self._started = clock()
+
+    def serve(self, gflops: float) -> None:
+        """Handle messages until the agent is gone (EOFError)."""
+        self._pipe.send(
+            Inspected(
+                num_examples=len(self._examples),
+                input_shape=tuple(self._examples.input_shape),
+                num_classes=self._examples.num_classes,
+                num_labels=int((self._examples.label_counts() > 0).sum()),
+                runtime_bytes=self._runtime_bytes,
+                gflops=gflops,
+            )
+        )
+        while True:
+            message, payload = self._inbox.popleft() if self._inbox else self._pipe.receive()
+            try:
+                self._handle(message, payload)
+            except EdgeError as error:
+                self._fail(error.code, str(error))
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "memory" not in str(error):
+                    raise
+                self._fail(CapacityError.code, f"out of memory while training: {error}")
+
+    def _handle(self, message: PipeMessage, payload: memoryview) -> None:
+        if isinstance(message, Estimate):
+            costs = segment_costs(
+                message.model, message.plan, len(self._examples), self._runtime_bytes
+            )
+            self._pipe.send(Estimated(costs=costs))
+        elif isinstance(message, Job):
+            self._forget()
+            self._job, self._receiver = message, Receiver(message.tensors)
+            self._started = clock()
+            self._ask()
+        elif isinstance(message, Part) and self._receiver and self._job:
+            if message.round == self._job.round:
+                self._receiver.add(message.index, payload)
+                self._ask()
+        elif isinstance(message, Fetch) and self._sender and self._job:
+            if message.round == self._job.round:
+                self._send_parts(message)
+        elif isinstance(message, Cancel):
+            self._forget()
+        elif isinstance(message, Resume):
+            if self._update:
+                self._pipe.send(self._update)
+            elif self._receiver:
+                self._receiver.restart()
+                self._ask()
+
+    def _ask(self) -> None:
+        """Fetch what the window allows; train when everything is here."""
+        assert self._receiver is not None
+        assert self._job is not None
+        if self._receiver.is_complete:
+            self._train(self._job, self._receiver)
+        elif request := self._receiver.next_request(WINDOW):
+            first, count = request
+            self._pipe.send(Fetch(round=self._job.round, first=first, count=count))
+
+    def _train(self, job: Job, receiver: Receiver) -> None:
+        download = since(self._started)
+        tensors = receiver.tensors()
+        result = train(
+            job.model,
+            job.plan,
+            tensors,
+            self._examples,
+            device=self._device,
+            should_stop=self._is_cancelled,
+        )
+        self._receiver = None
+        self._sender = Sender(result.tensors)
+        self._update = make_update(job, result, download)
+        self._pipe.send(self._update)
+
+    def _send_parts(self, fetch: Fetch) -> None:
+        assert self._sender is not None
+        for index in range(fetch.first, min(fetch.first + fetch.count, self._sender.num_parts)):
+            self._pipe.send(Part(round=fetch.round, index=index), self._sender.part(index))
+
+    def _is_cancelled(self) -> bool:
+        """Whether the agent dropped the job; keeps what else it said. EOFError: agent gone."""
+        while select.select([self._pipe], [], [], 0)[0]:
+            self._inbox.append(self._pipe.receive())
+        return any(isinstance(message, Cancel | Job) for message, _ in self._inbox)
+
+    def _fail(self, code: str, detail: str) -> None:
+        round = self._job.round if self._job else 0
+        self._forget()
+        self._pipe.send(Fault(code=code, detail=detail[:2000], round=round))
+
+    def _forget(self) -> None:
+        self._job = self._receiver = self._update = self._sender = None
+
+
+def make_update(job: Job, result: TrainResult, download: Phase) -> Update:
+    """The message that goes ahead of the update's tensors."""
+    return Update(
+        round=job.round,
+        num_examples=result.num_examples,
+        num_steps=result.num_steps,
+        exits=result.exits,
+        phases={"download": download, **result.phases},  # type: ignore[dict-item]
+        peak_memory_bytes=result.peak_memory_bytes,
+        tensors=specs_of(result.tensors),
+    )
+
+
+def resident_bytes() -> int:
+    """Resident memory now, by psutil."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="edge_sdk.worker")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--measure-compute", action="store_true")
+    parser.add_argument("--import", dest="imports", action="append", default=[])
+    args = parser.parse_args()
+    pipe = Pipe(socket.socket(fileno=args.fd))
+    try:
+        for module in args.imports:
+            importlib.import_module(module)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        examples = load_shard(args.data)
+        if len(examples) < MIN_BATCH:
+            raise DataError(
+                f"{args.data} holds {len(examples)} examples, at least {MIN_BATCH} are needed"
+            )
+        gflops = measure_gflops() if args.measure_compute else 0.0
+    except (EdgeError, ImportError) as error:
+        code = error.code if isinstance(error, EdgeError) else "config"
+        pipe.send(Fault(code=code, detail=str(error)[:2000]))
+        return 1
+    try:
+        Worker(pipe, examples, args.device).serve(gflops)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return 0  # the agent is gone
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
