@@ -194,6 +194,7 @@ def serve(
         min_clients=args.min_clients,
     )
     log.info("run %s in %s, listening on %s", store.run, store.folder, hub.endpoint)
+    (store.folder / "endpoint").write_text(hub.endpoint + "\n")  # for scripts: the port may be *
     goodbye = "coordinator stopped"
     with stop_signals() as stopping:
         cohort = ZmqCohort(hub, terms, lambda: bool(stopping))

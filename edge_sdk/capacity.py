@@ -49,7 +49,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int
     seconds: float | None
     is_feasible: bool
-    reason: str = ""  # why not
+    reason: str = ""  # why not: "needs 600.0 MiB, ..."
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,7 +110,9 @@ def choose_exit(
         if row.is_feasible and row.first == row.last and row.first > max(chosen, 1)
     )
     deeper = [row for row in prefixes if row.last > chosen]
-    reason = deeper[0].reason if deeper else f"exit {chosen} is the deepest of the model"
+    reason = f"exit {chosen} is the deepest of the model"
+    if deeper:
+        reason = f"exit {deeper[0].last} {deeper[0].reason}"
     return Choice(exit=chosen, stages=tuple(stages), reason=reason, rows=rows)
 
 
@@ -123,9 +125,6 @@ def _judge(
 ) -> Row:
     peak = peak_bytes(cost)
     needed_s = seconds(cost, profile, num_examples, epochs) if profile.gflops > 0 else None
-    name = f"exit {cost.last}" if cost.first == 1 else f"stages {cost.first}-{cost.last}"
-    if cost.first == cost.last > 1:
-        name = f"stage {cost.first} alone"
     reasons = []
     if peak > profile.memory_available_bytes:
         have = f"{mebibytes(profile.memory_available_bytes)} available ({profile.memory_bound})"
@@ -140,7 +139,7 @@ def _judge(
         peak_bytes=peak,
         seconds=needed_s,
         is_feasible=not reasons,
-        reason=f"{name} {' and '.join(reasons)}" if reasons else "",
+        reason=" and ".join(reasons),
     )
 
 

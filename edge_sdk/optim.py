@@ -29,10 +29,11 @@ class Optimizer:
 
     @torch.no_grad()
     def step_(self) -> None:
-        """One step in place; clears the gradients."""
+        """One step in place; clears the gradients. A parameter without one (an exit of weight 0) is
+        left out from the first step on: the graph is the same at every step."""
+        if self.steps == 0:
+            self.parameters = [p for p in self.parameters if p.grad is not None]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if len(gradients) != len(self.parameters):
-            raise RuntimeError("a trained parameter received no gradient")
         if self.plan.weight_decay:
             torch._foreach_add_(gradients, self.parameters, alpha=self.plan.weight_decay)
         self.steps += 1

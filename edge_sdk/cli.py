@@ -1,0 +1,327 @@
+"""`edge-sdk`: what this device has, and how deep it could train.
+
+A subcommand is one `add_*_command(subparsers)` that sets `run`, a function of the parsed
+arguments; COMMANDS lists them. An EdgeError becomes one line and exit status 1, wrong usage 2;
+`--debug` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import msgspec
+
+from edge_sdk.capacity import (
+    TRAINER_ENVIRONMENT,
+    Choice,
+    SegmentCost,
+    choose_exit,
+    compute_seconds,
+    mebibytes,
+)
+from edge_sdk.errors import ConfigError, EdgeError, TrainerError
+from edge_sdk.profile import (
+    DeviceProfile,
+    board,
+    board_names,
+    emulated,
+    least_bound,
+    measure,
+    measure_gflops,
+)
+from edge_sdk.wire import ModelSpec, Plan
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells
+# What a trainer imports, then one tiny step; prints the resident bytes.
+RUNTIME_PROBE = (
+    "import edge_sdk.trainer; from edge_sdk.models.costs import warm_resident_bytes; "
+    "print(warm_resident_bytes())"
+)
+
+
+def add_measure_command(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("measure", help="memory, compute and platform of this device")
+    add_memory_cap(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.set_defaults(run=run_measure)
+
+
+def run_measure(args: argparse.Namespace) -> int:
+    profile = measure(cap_bytes=args.memory_cap)
+    if args.json:
+        _print_json(msgspec.to_builtins(profile))
+    else:
+        print(_describe(profile))
+    return 0
+
+
+def add_plan_command(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "plan", help="predicted memory and time of every exit of a model, and the choice"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", required=True, help="family, e.g. cnn")
+    model.add_argument("--exits", type=int, default=3, help="exits of the whole model (3)")
+    model.add_argument("--classes", type=int, help="classes; not needed with --data")
+    model.add_argument("--input", type=parse_shape, metavar="1x28x28", help="shape of one example")
+    model.add_argument(
+        "--option", type=parse_option, action="append", default=[], metavar="KEY=VALUE"
+    )
+    model.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    training = parser.add_argument_group("training")
+    training.add_argument("--data", help="data set; gives --input, --classes and --examples")
+    training.add_argument("--examples", type=int, help=f"local examples ({DEFAULT_EXAMPLES})")
+    training.add_argument("--batch-size", type=int, default=32)
+    training.add_argument("--epochs", type=int, default=1)
+    training.add_argument("--optimizer", choices=("sgd", "adam"), default="adam")
+    training.add_argument("--deadline", type=float, metavar="S", help="seconds for a round")
+    add_memory_cap(parser)
+    parser.add_argument("--board", help=f"predict for {', '.join(board_names())}, or a .toml file")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.set_defaults(run=run_plan, usage_error=parser.error)
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    for module in args.imports:
+        import_module(module)
+    input_shape, num_classes, num_examples, data_bytes = _local_data(args)
+    spec = checked(
+        ModelSpec,
+        family=args.model,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        exit=args.exits,
+        options=dict(args.option),
+    )
+    plan = checked(
+        Plan,
+        segments=[{"first": 1, "last": args.exits}],
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        optimizer=args.optimizer,
+    )
+    profile = _profile(args.board, args.memory_cap)
+    from edge_sdk.models.costs import segment_costs
+
+    costs = segment_costs(spec, plan, num_examples, _trainer_runtime_bytes() + data_bytes)
+    choice = choose_exit(
+        costs, profile, deadline_s=args.deadline, num_examples=num_examples, epochs=plan.epochs
+    )
+    if args.json:
+        _print_json(msgspec.to_builtins({"profile": profile, "costs": costs, "choice": choice}))
+        return 0
+    print(_describe(profile))
+    print(
+        f"model    {spec.family}, input {'x'.join(map(str, spec.input_shape))}, "
+        f"{spec.num_classes} classes, {spec.exit} exits\n"
+        f"training {plan.epochs} x {num_examples} examples, batch {plan.batch_size}, "
+        f"{plan.optimizer}; predicted:\n"
+    )
+    print(_table(costs, choice, profile, num_examples))
+    stages = ", ".join(map(str, choice.stages)) or "none"
+    print(f"\nexit {choice.exit}; deeper stages that fit alone: {stages}; {choice.reason}")
+    return 0
+
+
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (add_measure_command, add_plan_command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="edge-sdk", description="Federated learning on a device.")
+    parser.add_argument("--debug", action="store_true", help="tracebacks instead of one line")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add_command in COMMANDS:
+        add_command(subparsers)
+    for command in subparsers.choices.values():  # --debug may stand before or after the command
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except EdgeError as error:
+        if args.debug:
+            raise
+        print(f"edge-sdk: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def add_memory_cap(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory-cap", type=size_flag, metavar="512M", help="most that training may use in all"
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 512M; K, M and G are powers of 1024. Raises ConfigError."""
+    unit = text[-1:].upper() if text[-1:].upper() in UNITS else ""
+    try:
+        num_bytes = round(float(text[: len(text) - len(unit)]) * UNITS[unit])
+    except (ValueError, OverflowError):
+        num_bytes = 0
+    if num_bytes < 1:
+        raise ConfigError(f"size {text!r}, expected one such as 512M or 1.5G")
+    return num_bytes
+
+
+def size_flag(text: str) -> int:
+    """parse_size for argparse, where a wrong size is wrong usage."""
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """(1, 28, 28) of 1x28x28."""
+    sizes = text.lower().split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected sizes such as 1x28x28")
+    return tuple(map(int, sizes))
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """("channels", (16, 32)) of channels=16,32; also a number, true, false, else text."""
+    key, separator, value = text.partition("=")
+    if not key or not separator:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected KEY=VALUE")
+    if "," in value:
+        parts = [part for part in value.split(",") if part]
+        if not all(part.isdecimal() for part in parts):
+            raise argparse.ArgumentTypeError(f"{text!r}, expected integers between the commas")
+        return key, tuple(map(int, parts))
+    try:
+        plain = json.loads(value)
+    except ValueError:
+        return key, value
+    return key, plain if isinstance(plain, int | float | bool) else value
+
+
+def checked(kind: type[Any], **fields: Any) -> Any:
+    """A wire struct from a person's values. Raises ConfigError naming the field."""
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"{kind.__name__} refused: {error}; correct the flag of that name"
+        ) from error
+
+
+def import_module(name: str) -> None:
+    """Import a module for what it registers. Raises ConfigError."""
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"--import {name}: {error}; is it on PYTHONPATH?") from error
+
+
+def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, int]:
+    """Input shape, number of classes, number of examples and bytes of the data that will train."""
+    if args.examples is not None and args.examples < 2:
+        args.usage_error(f"--examples {args.examples}: at least 2 are needed")
+    if args.data:
+        from edge_sdk.data import load_shard
+
+        shard = load_shard(args.data)
+        data_bytes = shard.x.nbytes + shard.y.nbytes
+        num_examples = args.examples or len(shard)
+        return (
+            args.input or shard.input_shape,
+            args.classes or shard.num_classes,
+            num_examples,
+            data_bytes,
+        )
+    if args.input is None or args.classes is None:
+        args.usage_error("give --input and --classes, or --data to take them from")
+    num_examples = args.examples or DEFAULT_EXAMPLES
+    example_bytes = 8  # the label
+    values = 1
+    for size in args.input:
+        values *= size
+    return args.input, args.classes, num_examples, num_examples * (example_bytes + 4 * values)
+
+
+def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:
+    """This device, or the named board; the cap counts for both."""
+    if board_name is None:
+        return measure(cap_bytes=cap_bytes)
+    profile = emulated(board(board_name), measure_gflops(threads=1))
+    available_bytes, bound = least_bound(profile.memory_available_bytes, None, cap_bytes, 0)
+    return msgspec.structs.replace(
+        profile, memory_available_bytes=available_bytes, memory_bound=bound
+    )
+
+
+def _trainer_runtime_bytes() -> int:
+    """Resident memory of a trainer on this machine before it has a model, from a real one."""
+    result = subprocess.run(
+        [sys.executable, "-c", RUNTIME_PROBE],
+        env={**os.environ, **TRAINER_ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        last = (result.stderr.strip() or "no message").splitlines()[-1]
+        raise TrainerError(f"a trial trainer ended with status {result.returncode}: {last}")
+    return int(result.stdout)
+
+
+def _describe(profile: DeviceProfile) -> str:
+    kind = "emulated board" if profile.is_emulated else "this device"
+    link = "not known" if profile.link_mbit_s is None else f"{profile.link_mbit_s:g} Mbit/s"
+    return (
+        f"device   {profile.platform} ({kind}) {profile.board or profile.machine}\n"
+        f"memory   {mebibytes(profile.memory_available_bytes)} for training "
+        f"(bound: {profile.memory_bound}) of {mebibytes(profile.memory_total_bytes)}\n"
+        f"compute  {profile.gflops:.1f} GFLOPS in training, {profile.cores:g} cores\n"
+        f"link     {link}"
+    )
+
+
+def _table(
+    costs: Sequence[SegmentCost], choice: Choice, profile: DeviceProfile, num_examples: int
+) -> str:
+    """One line per exit and deeper single stage, columns aligned."""
+    lines = [("trains", "parameters", "peak memory", "s/epoch", "s/round", "fits")]
+    for cost, row in zip(costs, choice.rows, strict=True):
+        epoch_s = compute_seconds(num_examples * cost.flops_per_example, profile)
+        lines.append(
+            (
+                f"exit {cost.last}" if cost.first == 1 else f"stage {cost.first} alone",
+                f"{cost.gradient_bytes // 4:,}",
+                mebibytes(row.peak_bytes),
+                f"{epoch_s:.2f}",
+                "-" if row.seconds is None else f"{row.seconds:.2f}",
+                "yes" if row.is_feasible else f"no: {row.reason}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(line[1:5], widths[1:5], strict=True)]
+            + [line[5]]
+        )
+        for line in lines
+    )
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Small real things that several tests use: examples, specs, clients, updates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coordinator.cohort import Assignment, Client, ClientUpdate
+from coordinator.config import GeneratorOptions, RunConfig, ServerOptions
+from edge_sdk.data import Examples
+from edge_sdk.wire import ModelSpec
+
+SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+def shared_data(part: str) -> str:
+    """A real data set, or skip the test."""
+    folder = SHARED_DATA / part
+    if not folder.exists():
+        pytest.skip(f"no data set {part} in {SHARED_DATA}")
+    return str(folder)
+
+
+def cnn(exit: int = 3, channels: tuple[int, ...] = (4, 5, 6)) -> ModelSpec:
+    """A cnn for 1 x 8 x 8 and 3 classes, a few hundred parameters."""
+    return ModelSpec(
+        family="cnn",
+        input_shape=(1, 8, 8),
+        num_classes=3,
+        exit=exit,
+        options={"channels": channels},
+    )
+
+
+def examples(n: int = 24, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8)) -> Examples:
+    """Three classes that differ in their mean, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n, dtype=np.int64) % 3
+    x = rng.normal(size=(n, *shape)).astype(np.float32)
+    x += (y - 1.0).astype(np.float32).reshape(-1, *[1] * len(shape))
+    return Examples(x=x, y=y, num_classes=3)
+
+
+def config(method: str, **changes: object) -> RunConfig:
+    settings: dict[str, object] = {
+        "method": method,
+        "model": cnn(),
+        "rounds": 3,
+        "epochs": 1,
+        "batch_size": 8,
+        "server": ServerOptions(),
+        "generator": GeneratorOptions(rank=4, hidden=8, epochs=3),
+    }
+    return RunConfig(**(settings | changes))  # type: ignore[arg-type]
+
+
+def client(name: str, exit: int, num_exits: int = 3) -> Client:
+    return Client(id=name, exit=exit, stages=tuple(range(exit + 1, num_exits + 1)))
+
+
+def answer(
+    who: Client, job: Assignment, num_examples: int = 10, shift: float | None = None
+) -> ClientUpdate:
+    """An update made without training: what was sent, moved by `shift` or by a draw of its own."""
+    rng = torch.Generator().manual_seed(hash_of(who.id))
+    moved = {}
+    for spec in job.returns:
+        old = job.tensors[spec.name]
+        step = (
+            torch.full_like(old, shift)
+            if shift is not None
+            else (0.1 * torch.randn(old.shape, generator=rng))
+        )
+        moved[spec.name] = old + step
+    return ClientUpdate(
+        client=who,
+        tensors=moved,
+        num_examples=num_examples,
+        num_steps=1,
+        exits=(),
+        phases={},
+    )
+
+
+def hash_of(name: str) -> int:
+    return sum(ord(letter) * 31**place for place, letter in enumerate(name)) % 2**31

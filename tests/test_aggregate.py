@@ -1,0 +1,134 @@
+"""The aggregation kernel, the server's step, sampling."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from coordinator.aggregate import OwnersMean
+from coordinator.config import ServerOptions
+from coordinator.sampling import job_seed, sample
+from coordinator.server_optim import Server
+from edge_sdk.errors import ShapeError
+from tests.helpers import client
+
+
+def scalars(**values: float) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([value]) for name, value in values.items()}
+
+
+def test_mean_over_owners_with_weights():
+    # a: (1*10 + 3*30) / 4 = 25; b has one owner: 7; c has none: stays
+    mean = OwnersMean()
+    mean.add_(scalars(a=10.0), 1)
+    mean.add_(scalars(a=30.0, b=7.0), 3)
+    result = mean.result(scalars(a=0.0, b=0.0, c=5.0))
+    assert {name: t.item() for name, t in result.items()} == {"a": 25.0, "b": 7.0, "c": 5.0}
+    assert (mean.weight("a"), mean.weight("c")) == (4, 0)
+
+
+def test_identical_contributions_come_out_bit_by_bit():
+    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    mean = OwnersMean()
+    for weight in (3, 7, 1, 11, 0.1):
+        mean.add_({"w": tensor}, weight)
+    assert torch.equal(mean.result({"w": tensor})["w"], tensor)
+
+
+def test_integers_take_the_largest_and_halves_are_summed_wide():
+    mean = OwnersMean()
+    mean.add_({"n": torch.tensor(3), "h": torch.tensor([2048.0]).half()}, 1)
+    mean.add_({"n": torch.tensor(9), "h": torch.tensor([2050.0]).half()}, 1)
+    result = mean.result({"n": torch.tensor(0), "h": torch.zeros(1).half()})
+    assert result["n"].item() == 9
+    assert result["h"].dtype == torch.float16
+    assert mean._means["h"].item() == 2049.0  # not a float16 number
+
+
+def test_contributions_are_not_changed_and_may_be_freed():
+    tensor = torch.ones(3)
+    mean = OwnersMean()
+    mean.add_({"w": tensor}, 1)
+    mean.add_({"w": torch.zeros(3)}, 1)
+    assert tensor.tolist() == [1, 1, 1]
+
+
+def test_zero_weight_changes_nothing_negative_is_refused():
+    mean = OwnersMean()
+    mean.add_(scalars(a=4.0), 0)
+    assert mean.result(scalars(a=1.0))["a"].item() == 1.0
+    with pytest.raises(ValueError, match="negative"):
+        mean.add_(scalars(a=4.0), -1)
+
+
+def test_other_shape_is_refused():
+    mean = OwnersMean()
+    mean.add_({"w": torch.zeros(2)}, 1)
+    with pytest.raises(ShapeError, match="w is"):
+        mean.add_({"w": torch.zeros(3)}, 1)
+
+
+def test_server_momentum_by_hand():
+    # b = 0.5, a = 0.75, w0 = 0. round 1: v = 4, w = 3. round 2: aggregate 7: v = 2 + 4 = 6, w = 7.5
+    server = Server(scalars(w=0.0, s=0.0), {"w"}, ServerOptions(momentum=0.5, lr=0.75, ema=0.5))
+    server.step(scalars(w=4.0, s=4.0))
+    assert server.globals["w"].item() == 3.0
+    assert server.globals["s"].item() == 4.0, "statistics follow the aggregate"
+    server.step(scalars(w=7.0, s=7.0))
+    assert server.globals["w"].item() == 7.5
+    # served: (7.5 + 0.5 * 3) / 1.5 = 6
+    assert server.served()["w"].item() == pytest.approx(6.0)
+
+
+def test_plain_server_takes_the_aggregate_itself():
+    server = Server(scalars(w=1.0), {"w"}, ServerOptions(serve="last"))
+    aggregate = scalars(w=0.1)
+    server.step(aggregate)
+    assert server.globals["w"] is aggregate["w"]
+    assert server.served() is server.globals
+
+
+def test_served_average_is_never_fed_back():
+    server = Server(scalars(w=0.0), {"w"}, ServerOptions(ema=0.9))
+    for value in (1.0, 5.0, 9.0):
+        server.step(scalars(w=value))
+        assert server.globals["w"].item() == value
+    # (9 + 0.9 * 5 + 0.81 * 1) / 2.71
+    assert server.served()["w"].item() == pytest.approx(14.31 / 2.71)
+
+
+CLIENTS = [client(f"c{i:02d}", 1 + (i >= 17) + (i >= 34)) for i in range(50)]  # 17, 17, 16
+
+
+def test_sample_spreads_over_groups():
+    # 10 of 50: 3.4 + 3.4 + 3.2 seats, so 3 each and the last seat to group 1 or 2
+    for round in range(1, 30):
+        groups = Counter(c.exit for c in sample(CLIENTS, 10, seed=0, round=round))
+        assert sorted(groups.values()) == [3, 3, 4]
+        assert groups[3] == 3
+
+
+def test_sample_is_a_function_of_seed_and_round():
+    one = sample(CLIENTS, 10, seed=1, round=5)
+    assert one == sample(list(reversed(CLIENTS)), 10, seed=1, round=5)
+    assert one != sample(CLIENTS, 10, seed=1, round=6)
+    assert one != sample(CLIENTS, 10, seed=2, round=5)
+
+
+def test_everybody_gets_a_turn():
+    seen = Counter(c.id for r in range(1, 101) for c in sample(CLIENTS, 10, seed=0, round=r))
+    assert len(seen) == 50
+    assert max(seen.values()) < 45  # 20 expected
+
+
+def test_sample_of_none_or_too_many_is_everybody():
+    assert len(sample(CLIENTS, None, seed=0, round=1)) == 50
+    assert len(sample(CLIENTS, 80, seed=0, round=1)) == 50
+
+
+def test_job_seed_depends_on_every_part():
+    seeds = {job_seed(s, r, c) for s in (0, 1) for r in (1, 2) for c in ("a", "b")}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**62 for seed in seeds)

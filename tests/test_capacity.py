@@ -1,0 +1,133 @@
+"""Which exit a device trains, with numbers small enough to check by eye."""
+
+import pytest
+from msgspec.structs import replace
+
+from edge_sdk.capacity import Choice, SegmentCost, choose_exit, peak_bytes, seconds
+from edge_sdk.errors import CapacityError
+from edge_sdk.profile import DeviceProfile
+
+DEVICE = DeviceProfile(
+    platform="generic",
+    memory_total_bytes=2000,
+    memory_available_bytes=1000,
+    cores=1.0,
+    gflops=2.0,
+    link_mbit_s=8e-6,  # 8 bits, one byte a second
+)
+
+
+def cost(
+    first: int, last: int, saved_bytes: int = 0, flops_per_example: float = 1e9
+) -> SegmentCost:
+    return SegmentCost(
+        first=first,
+        last=last,
+        parameter_bytes=100,
+        gradient_bytes=20,
+        optimizer_bytes=40,
+        saved_bytes=saved_bytes,
+        cache_bytes=7,
+        runtime_bytes=500,
+        flops_per_example=flops_per_example,
+        frozen_flops_per_example=0.5e9,
+        upload_bytes=1,
+        download_bytes=2,
+    )
+
+
+def choose(
+    costs: list[SegmentCost], profile: DeviceProfile = DEVICE, deadline_s: float | None = None
+) -> Choice:
+    return choose_exit(costs, profile, deadline_s=deadline_s, num_examples=4, epochs=3)
+
+
+def test_peak_adds_what_is_held_and_the_allowance_on_the_step():
+    # 500 + 100 + 40 + 7 + 1.45 * (80 + 20) = 792
+    assert peak_bytes(cost(1, 1, saved_bytes=80)) == 792
+    # 647 + 1.45 * 21 = 677.45, rounded up
+    assert peak_bytes(cost(1, 1, saved_bytes=1)) == 678
+
+
+def test_seconds_count_epochs_the_frozen_pass_once_and_both_transfers():
+    # 4 examples * (3 epochs * 1e9 + 0.5e9) / 2e9 = 7 s; (1 + 2) bytes at 1 byte/s = 3 s
+    assert seconds(cost(1, 1), DEVICE, 4, 3) == pytest.approx(10.0)
+
+
+def test_seconds_leave_out_a_link_that_is_not_known():
+    assert seconds(cost(1, 1), replace(DEVICE, link_mbit_s=None), 4, 3) == pytest.approx(7.0)
+
+
+def test_seconds_without_measured_compute_are_refused():
+    with pytest.raises(CapacityError, match="no measured compute"):
+        seconds(cost(1, 1), replace(DEVICE, gflops=0.0), 4, 3)
+
+
+def test_deepest_prefix_that_fits_and_the_stages_that_fit_alone():
+    # peaks: 647 + 1.45 * (saved + 20); 1000 are available, so saved may be 223 at most
+    costs = [
+        cost(1, 1, 100),
+        cost(1, 2, 223),  # 647 + 352.35 = 999.35, up to 1000: just fits
+        cost(1, 3, 224),  # 647 + 353.8 = 1000.8, up to 1001
+        cost(1, 4, 300),
+        cost(2, 2, 10),  # within exit 2 anyway
+        cost(3, 3, 10),
+        cost(4, 4, 400),
+    ]
+    choice = choose(costs)
+    assert (choice.exit, choice.stages) == (2, (3,))
+    assert choice.reason == "exit 3 needs 0.0 MiB, 0.0 MiB available (host)"
+    assert [row.is_feasible for row in choice.rows] == [True, True, False, False, True, True, False]
+    assert [row.peak_bytes for row in choice.rows[:3]] == [821, 1000, 1001]
+
+
+def test_everything_fits():
+    choice = choose([cost(1, 1), cost(1, 2), cost(2, 2)])
+    assert (choice.exit, choice.stages) == (2, ())
+    assert choice.reason == "exit 2 is the deepest of the model"
+
+
+def test_a_deeper_exit_may_fit_where_a_shallower_does_not():
+    assert choose([cost(1, 1, 900), cost(1, 2, 10)]).exit == 2
+
+
+def test_nothing_fits_and_says_why():
+    costs = [cost(1, 1), cost(1, 2), cost(2, 2)]
+    profile = replace(DEVICE, memory_available_bytes=600, memory_bound="cap")
+    choice = choose([replace(c, runtime_bytes=500 * 1024**2) for c in costs], profile)
+    assert (choice.exit, choice.stages) == (0, ())
+    assert choice.reason == "exit 1 needs 500.0 MiB, 0.0 MiB available (cap)"
+
+
+def test_stage_1_alone_is_exit_1_and_never_a_stage():
+    costs = [cost(1, 1, 900), cost(2, 2, 10)]
+    assert (choose(costs).exit, choose(costs).stages) == (0, (2,))
+
+
+@pytest.mark.parametrize(("deadline_s", "expected"), [(None, 2), (0.0, 2), (16.0, 2), (15.9, 1)])
+def test_deadline(deadline_s, expected):
+    # exit 1: 10 s as above; exit 2: 4 * (3 * 2e9 + 0.5e9) / 2e9 + 3 = 16 s
+    costs = [cost(1, 1), cost(1, 2, flops_per_example=2e9)]
+    assert choose(costs, deadline_s=deadline_s).exit == expected
+
+
+def test_deadline_in_the_reason():
+    costs = [cost(1, 1), cost(1, 2, saved_bytes=900, flops_per_example=2e9)]
+    choice = choose(costs, deadline_s=12.0)
+    assert choice.reason == (
+        "exit 2 needs 0.0 MiB, 0.0 MiB available (host) and takes 16.0 s, the deadline is 12.0 s"
+    )
+
+
+def test_without_measured_compute_memory_decides_and_a_deadline_cannot_be_kept():
+    profile = replace(DEVICE, gflops=0.0)
+    assert choose([cost(1, 1)], profile).exit == 1
+    assert choose([cost(1, 1)], profile).rows[0].seconds is None
+    late = choose([cost(1, 1)], profile, deadline_s=60.0)
+    assert late.exit == 0
+    assert "without measured compute" in late.reason
+
+
+def test_no_costs_are_refused():
+    with pytest.raises(CapacityError, match="no exit was costed"):
+        choose([cost(2, 2)])

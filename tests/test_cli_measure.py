@@ -1,0 +1,147 @@
+"""The measure and plan commands, as a person calls them."""
+
+import json
+
+import pytest
+
+from edge_sdk import cli
+from edge_sdk.errors import ConfigError, TrainerError
+
+MiB = 1024**2
+PLAN = ["plan", "--model", "cnn", "--input", "1x8x8", "--classes", "10"]
+
+
+@pytest.fixture
+def fixed_runtime(monkeypatch):
+    """230 MiB instead of starting a trainer for every test; one test below starts it."""
+    monkeypatch.setattr(cli, "_trainer_runtime_bytes", lambda: 230 * MiB)
+
+
+def test_measure_prints_json(capsys):
+    assert cli.main(["measure", "--memory-cap", "64M", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory_available_bytes"] == 64 * MiB
+    assert found["memory_bound"] == "cap"
+    assert found["gflops"] > 0
+
+
+def test_measure_prints_lines(capsys):
+    assert cli.main(["measure", "--memory-cap", "64M"]) == 0
+    assert "memory   64.0 MiB for training (bound: cap)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("fixed_runtime")
+def test_plan_for_a_board(capsys):
+    arguments = ["--board", "raspberry-pi-4", "--examples", "300", "--epochs", "2"]
+    assert cli.main([*PLAN, *arguments, "--option", "channels=4,8,8"]) == 0
+    out = capsys.readouterr().out
+    assert "raspberry-pi-4 (emulated board)" in out
+    assert "2 x 300 examples" in out
+    assert [line.split("  ")[0] for line in out.splitlines() if line.endswith("yes")] == [
+        "exit 1",
+        "exit 2",
+        "exit 3",
+        "stage 2 alone",
+        "stage 3 alone",
+    ]
+    assert "exit 3; deeper stages that fit alone: none; exit 3 is the deepest of the model" in out
+
+
+@pytest.mark.usefixtures("fixed_runtime")
+def test_plan_under_a_cap_says_why_nothing_fits(capsys):
+    arguments = ["--board", "raspberry-pi-4", "--memory-cap", "200M", "--json"]
+    assert cli.main([*PLAN, *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["choice"]["exit"] == 0
+    assert found["choice"]["reason"].endswith("200.0 MiB available (cap)")
+    assert len(found["costs"]) == 5
+    # 1000 examples of 8 * 8 floats and a label: 1000 * (256 + 8)
+    assert found["costs"][0]["runtime_bytes"] == 230 * MiB + 264_000
+
+
+@pytest.mark.usefixtures("fixed_runtime")
+def test_plan_takes_shape_and_classes_from_data(capsys):
+    arguments = ["plan", "--model", "cnn", "--data", "digits", "--board", "generic"]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "input 1x8x8, 10 classes" in out
+    assert "1 x 1797 examples" in out
+
+
+def test_the_trial_trainer_is_real():
+    assert 100 * MiB < cli._trainer_runtime_bytes() < 1024 * MiB
+
+
+def test_a_trial_trainer_that_fails_is_reported(monkeypatch):
+    monkeypatch.setattr(cli, "RUNTIME_PROBE", "raise SystemExit('no torch here')")
+    with pytest.raises(TrainerError, match="status 1: no torch here"):
+        cli._trainer_runtime_bytes()
+
+
+@pytest.mark.usefixtures("fixed_runtime")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*PLAN, "--board", "pi"], "unknown board 'pi'; known: generic"),
+        ([*PLAN, "--batch-size", "1"], "Plan refused: Expected `int` >= 2"),
+        ([*PLAN, "--exits", "0"], r"ModelSpec refused: Expected `int` >= 1"),
+        (["plan", "--model", "none", "--input", "1x8x8", "--classes", "2"], "unknown model family"),
+        ([*PLAN, "--option", "depth=3"], "has no option depth"),
+        ([*PLAN, "--import", "no_such_module_here"], "--import no_such_module_here"),
+    ],
+)
+def test_a_wrong_value_is_one_line_and_status_1(capsys, arguments, message):
+    assert cli.main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("edge-sdk: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_debug_shows_the_traceback(at):
+    arguments = [*PLAN, "--board", "pi"]
+    arguments.insert(at, "--debug")
+    with pytest.raises(ConfigError):
+        cli.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["plan", "--model", "cnn"], "give --input and --classes, or --data"),
+        (["measure", "--memory-cap", "much"], "expected one such as 512M"),
+        ([*PLAN, "--input", "8,8"], "expected sizes such as 1x28x28"),
+        ([*PLAN, "--option", "channels"], "expected KEY=VALUE"),
+        ([*PLAN, "--examples", "1"], "at least 2"),
+    ],
+)
+def test_wrong_usage_is_status_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("1024", 1024), ("2k", 2048), ("512M", 512 * MiB), ("1.5G", 1536 * MiB)]
+)
+def test_sizes(text, num_bytes):
+    assert cli.parse_size(text) == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("channels=16,32", (16, 32)),
+        ("channels=16,", (16,)),
+        ("depth=3", 3),
+        ("dropout=0.5", 0.5),
+        ("wide=true", True),
+        ("kind=slim", "slim"),
+        ("kind=null", "null"),
+    ],
+)
+def test_options(text, value):
+    assert cli.parse_option(text) == (text.split("=")[0], value)

@@ -1,0 +1,221 @@
+"""Matricisation, canonical factors, the paper's hypernetworks, and that they reach the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from coordinator.config import GeneratorOptions, ServerOptions
+from coordinator.factors import (
+    Factors,
+    dematricise,
+    factorise,
+    matricise,
+    matrix_shape,
+    reconstruct,
+)
+from coordinator.generators.svd_mlp import HyperNetwork, SvdMlp, conv_pairs
+from coordinator.methods import make_method
+from edge_sdk.models import initial_tensors
+from edge_sdk.wire import ModelSpec
+from tests.helpers import answer, client, cnn, config
+
+SHAPES = [(3, 2), (4, 3, 5), (4, 3, 5, 7)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matricise_puts_inputs_in_rows(shape):
+    weight = torch.randn(shape)
+    matrix = matricise(weight)
+    assert tuple(matrix.shape) == matrix_shape(shape)
+    assert torch.equal(dematricise(matrix, shape), weight)
+    if len(shape) == 4:  # entry (ic * KH + kh, oc * KW + kw)
+        assert matrix[1 * 5 + 4, 3 * 7 + 6] == weight[3, 1, 4, 6]
+
+
+def test_separable_kernel_has_rank_one():
+    # the published reshape without permutation gives rank 9 here
+    a, b = torch.randn(3 * 3), torch.randn(4 * 3)
+    weight = dematricise(torch.outer(a, b), (4, 3, 3, 3))
+    assert torch.linalg.matrix_rank(matricise(weight)).item() == 1
+    view = weight.reshape(3 * 3, 4 * 3)
+    assert torch.linalg.matrix_rank(view).item() > 1
+
+
+def test_factors_are_a_function_of_the_weight():
+    matrix = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    factors = factorise(matrix, 100)
+    assert factors.left.shape == (6, 6), "rank is clipped to the smaller side"
+    assert torch.allclose(reconstruct(factors), matrix, atol=1e-5)
+    # signs are canonical: the largest entry of every left vector is positive
+    peaks = factors.left.gather(1, factors.left.abs().argmax(1, keepdim=True))
+    assert (peaks > 0).all()
+    again = factorise(matrix.clone(), 100)
+    assert torch.allclose(again.left, factors.left, atol=1e-5)
+
+
+def test_truncation_is_the_best_approximation():
+    # diag(3, 2, 1) at rank 2 leaves an error of 1
+    factors = factorise(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
+    error = torch.diag(torch.tensor([3.0, 2.0, 1.0])) - reconstruct(factors)
+    assert torch.linalg.norm(error).item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_size_does_not_depend_on_the_rank():
+    spec = cnn()
+    shapes = {name: tuple(t.shape) for name, t in initial_tensors(spec, 0).items()}
+
+    def size(rank: int) -> int:
+        made = SvdMlp(shapes, GeneratorOptions(rank=rank), 0)
+        return sum(p.numel() for p in made.networks.parameters())
+
+    assert size(1) == size(100)
+
+
+def test_hypernetwork_size_by_hand():
+    # left: 6 -> 5 -> 8, right: 9 -> 5 -> 10: (6*5+5 + 5*8+8) + (9*5+5 + 5*10+10) = 83 + 110
+    network = HyperNetwork((6, 9), (8, 10), 5)
+    assert sum(p.numel() for p in network.parameters()) == 193
+    made = network(Factors(torch.randn(4, 6), torch.randn(4, 9)))
+    assert made.shape == (8, 10)
+
+
+def test_pairs_follow_the_stages():
+    shapes = {name: tuple(t.shape) for name, t in initial_tensors(cnn(), 0).items()}
+    assert [(p.stage, p.source, p.target) for p in conv_pairs(shapes)] == [
+        (2, "stages.0.3.weight", "stages.1.0.weight"),  # not the stem stages.0.0
+        (3, "stages.1.0.weight", "stages.2.0.weight"),
+    ]
+    vgg = ModelSpec(family="vgg", input_shape=(3, 32, 32), num_classes=10, exit=3)
+    shapes = {name: tuple(t.shape) for name, t in initial_tensors(vgg, 0).items()}
+    assert len(conv_pairs(shapes)) == 4  # two convolutions a block: 8 MLPs, as published
+
+
+COHORT = [client("a", 1), client("b", 2), client("c", 3), client("d", 3)]
+PLAIN = ServerOptions()
+
+
+def after_rounds(rounds=1, patch=None, cohort=COHORT, **options):
+    settings = {"rank": 4, "hidden": 8, "epochs": 3} | options
+    method = make_method(config("hypemefed", server=PLAIN, generator=GeneratorOptions(**settings)))
+    if patch:
+        patch(method._generator)
+    figures = {}
+    for number in range(1, rounds + 1):
+        updates = [answer(who, method.assign(who, number)) for who in cohort]
+        figures = method.aggregate(number, updates).values
+    return method, figures
+
+
+def owners_mean(cohort=COHORT):
+    method = make_method(config("owners-mean", server=PLAIN))
+    method.aggregate(1, [answer(who, method.assign(who, 1)) for who in cohort])
+    return method.current()
+
+
+def test_gain_zero_is_the_owners_mean_exactly():
+    method, _ = after_rounds(gain=0.0)
+    want = owners_mean()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in method.current().items())
+
+
+def test_only_convolutions_are_generated():
+    method, _ = after_rounds()
+    want = owners_mean()
+    changed = {name for name, t in method.current().items() if not torch.equal(t, want[name])}
+    assert changed == {"stages.1.0.weight", "stages.2.0.weight"}
+
+
+def test_garbage_reaches_the_model():
+    """Published code assigns generated weights to a temporary: garbage changed nothing."""
+
+    def garbage(generator):
+        real = generator.generate
+
+        def made():
+            for weight, tensors in real():
+                yield weight, {name: torch.full_like(t, 1e3) for name, t in tensors.items()}
+
+        generator.generate = made
+
+    method, _ = after_rounds(patch=garbage)
+    # all have 10 examples: stage 2 is missing at a: 1000 / 4; stage 3 at a and b: 2 * 1000 / 4
+    want = owners_mean()
+    for name, owners, missing in (("stages.1.0.weight", 3, 1), ("stages.2.0.weight", 2, 2)):
+        expected = (want[name] * owners + 1e3 * missing) / 4
+        assert torch.allclose(method.current()[name], expected, atol=1e-2), name
+
+
+def test_the_configured_rank_is_used():
+    """Published code passes the round number as the rank, so it is 1 for ever."""
+    seen = []
+
+    def spy(generator):
+        observe = generator.observe
+
+        def observed(update):
+            observe(update)
+            seen.extend(f.left.shape[0] for f in generator._seen[-1].factors.values())
+
+        generator.observe = observed
+
+    after_rounds(rounds=2, patch=spy, rank=3)
+    assert set(seen) == {3}
+
+
+def test_generated_stage_three_comes_from_generated_stage_two():
+    method, _ = after_rounds()
+    generator = method._generator
+    for who in COHORT:
+        generator.observe(answer(who, method.assign(who, 9)))
+    generator.fit(method.current(), 9)
+    with torch.no_grad():
+        first, second = generator.networks
+        source = generator._seen[0].factors["stages.0.3.weight"]
+        stage_2 = first(source)
+        stage_3 = second(factorise(stage_2, 4))
+    made = next(tensors for _, tensors in generator.generate())  # client a, exit 1
+    assert torch.allclose(matricise(made["stages.1.0.weight"]), stage_2, atol=1e-6)
+    assert torch.allclose(matricise(made["stages.2.0.weight"]), stage_3, atol=1e-5)
+
+
+def test_nothing_is_generated_for_a_stage_without_owner():
+    weak = [client("a", 1), client("b", 2)]
+    method, figures = after_rounds(cohort=weak)
+    start = make_method(config("hypemefed")).current()
+    assert torch.equal(method.current()["stages.2.0.weight"], start["stages.2.0.weight"])
+    assert not any(name.endswith("stage_3") for name in figures)
+
+
+def test_networks_are_warm_started_and_figures_say_what_they_are_worth():
+    _, first = after_rounds(rounds=1, epochs=40, hidden=32)
+    _, later = after_rounds(rounds=12, epochs=40, hidden=32)
+    assert set(first) == {
+        "error_stage_2", "previous_stage_2", "error_stage_3", "previous_stage_3",
+    }  # fmt: skip
+    assert later["error_stage_2"] < first["error_stage_2"]
+
+
+def test_round_is_forgotten_afterwards():
+    method, _ = after_rounds()
+    assert method._generator._seen == []
+
+
+def test_ten_exits_are_chained():
+    spec = replace(cnn(10), options={"channels": (4,) * 10})
+    method = make_method(
+        config("hypemefed", model=spec, generator=GeneratorOptions(rank=4, hidden=8, epochs=2))
+    )
+    cohort = [client("a", 1, 10), client("z", 10, 10)]
+    made = {}
+    generate = method._generator.generate
+
+    def spied():
+        for weight, tensors in generate():
+            made.update(tensors)
+            yield weight, tensors
+
+    method._generator.generate = spied
+    method.aggregate(1, [answer(who, method.assign(who, 1)) for who in cohort])
+    assert len(made) == 9
