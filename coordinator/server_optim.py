@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coordinator.config import ServerOptions
-from edge_sdk.tensors import Tensors
+from edge_sdk.tensors import Tensors, check_specs, specs_of
 
 
 class Server:
@@ -54,9 +54,15 @@ class Server:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.globals = under(state, "globals/")
+        """Raises ShapeError if the state is another model's. Tensors keep the model's order: a
+        checkpoint file has its own, and the wire's tensor lists follow the model's."""
+        loaded = under(state, "globals/")
+        check_specs(specs_of(loaded), specs_of(self.globals), "checkpoint", is_ordered=False)
+        order = list(self.globals)
+        self.globals = {name: loaded[name] for name in order}
         self._velocity = under(state, "velocity/")
-        self._average = under(state, "average/")
+        average = under(state, "average/")
+        self._average = {name: average[name] for name in order if name in average}
         self._average_weight = float(state["average_weight"])
 
 

@@ -41,8 +41,10 @@ def specs_of(tensors: Mapping[str, Tensor], role: Role = "weight") -> tuple[Tens
     return tuple(specs)
 
 
-def check_specs(got: Sequence[TensorSpec], want: Sequence[TensorSpec], where: str) -> None:
-    """Raise ShapeError with the first difference of two tensor lists (order counts)."""
+def check_specs(
+    got: Sequence[TensorSpec], want: Sequence[TensorSpec], where: str, *, is_ordered: bool = True
+) -> None:
+    """Raise ShapeError with the first difference of two tensor lists."""
     have = {spec.name: spec for spec in got}
     wanted = {spec.name: spec for spec in want}
     missing, extra = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
@@ -58,7 +60,7 @@ def check_specs(got: Sequence[TensorSpec], want: Sequence[TensorSpec], where: st
                 f"{where}: {spec.name} is {spec.shape} {spec.dtype} {spec.role}, expected "
                 f"{target.shape} {target.dtype} {target.role}"
             )
-    if [spec.name for spec in got] != [spec.name for spec in want]:
+    if is_ordered and [spec.name for spec in got] != [spec.name for spec in want]:
         raise ShapeError(f"{where}: tensors are not in the order of the model")
 
 

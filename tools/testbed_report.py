@@ -1,18 +1,10 @@
-"""Sum up a run from what its database recorded: time by platform and phase, bytes, faults, accuracy.
+"""Sum up a run from its database: seconds by platform and phase, bytes, faults, accuracy.
 
     python tools/testbed_report.py RUN_DIR [--json] [--csv FILE]
 
-Only measured data is read, read-only, so a run in progress can be looked at; rounds not yet
-finished are left out. A phase that was never measured says so and is never shown as 0.
-
-Emulated boards run on this machine. Their seconds are what it measured, converted by the board's
-profile: CPU seconds x cpu_scale for load and train, bytes x 8 / (link_mbit_s x 1e6) for download
-and upload, wall clock for wait. Wall clock of this machine stands beside them. Real and emulated
-boards of one platform are never mixed.
-
-The database lists the exits with results, not the segments: a participant's stages 1, 2, ... up to
-its own exit are its prefix, any other was trained alone. That is exact for devices, which refuse
-a longer prefix; in one process a method of WHOLE_MODEL gives it to everybody.
+Only what the run recorded is read, read-only, so one in progress can be looked at; a phase never
+measured says so and is never 0. Emulated boards: see board_seconds. Real and emulated boards of
+one platform are kept apart. Bytes are tensor payload, that of absent participants too.
 """
 
 from __future__ import annotations
@@ -27,7 +19,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -39,41 +30,22 @@ DEVICE_PHASES = ("wait", "download", "load", "train", "upload")
 SERVER_PHASES = ("fit", "generate", "aggregate", "evaluate", "checkpoint")
 WALL, CPU, LINK = "wall clock", "CPU x scale", "bytes / link"
 EMULATED = {"load": CPU, "train": CPU, "download": LINK, "upload": LINK}  # others: wall clock
-WHOLE_MODEL = ("fedavg-l",)
-SERVED, LAST = "accuracy_served_exit_", "accuracy_exit_"
+WHOLE_MODEL = ("fedavg-l",)  # methods that train one prefix deeper than a client's exit
+LAST, SERVED = "accuracy_exit_", "accuracy_served_exit_"
 MISSING = "not measured"
-COLUMNS = 100
-
-
-class Participation(NamedTuple):
-    """One participant in one round and its client, in the order of PARTICIPATIONS."""
-
-    round: int
-    client_id: str
-    exit: int
-    segments: str
-    outcome: str
-    code: str
-    bytes_down: int
-    bytes_up: int
-    peak_memory_bytes: int
-    retries: int
-    platform: str
-    is_emulated: int
-    cpu_scale: float | None
-    link_mbit_s: float | None
-
-
-PARTICIPATIONS = """
-SELECT p.round, client_id, p.exit, segments, outcome, code, bytes_down, bytes_up,
-    peak_memory_bytes, retries, COALESCE(platform, 'unknown'), COALESCE(is_emulated, 0),
-    cpu_scale, link_mbit_s
-FROM participations AS p LEFT JOIN clients USING (client_id) ORDER BY p.round, client_id"""
+SEATS = """SELECT p.*, COALESCE(platform, 'unknown') AS platform, cpu_scale, link_mbit_s,
+    COALESCE(is_emulated, 0) AS is_emulated
+    FROM participations AS p LEFT JOIN clients USING (client_id) ORDER BY p.round, client_id"""
+EMULATED_NOTE = """EMULATED boards ran on this machine; their seconds are CPU seconds x cpu_scale
+(load, train), bytes x 8 / link_mbit_s (download, upload), wall clock (wait). Measured: all else."""
+REAL_NOTE = "No board is emulated: all seconds are wall clock, measured where the work was done."
+IN_PROCESS_NOTE = """In-process clients train by turns inside the coordinator: bytes are what would
+be sent, peak memory is the whole process's."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Nearest-rank percentiles of measurements; None where there are none."""
+    """Nearest-rank percentiles of `count` measurements; None where there are none."""
 
     count: int
     p50_s: float | None = None
@@ -83,7 +55,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """board: the board's seconds, by `source`; wall: clock of the machine that did the work."""
+    """board: the board's seconds, got by `source`; wall: clock of the machine that did the work."""
 
     phase: str
     source: str
@@ -93,9 +65,7 @@ class PhaseTime:
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts over all finished rounds; bytes are tensor payload, absent participants' too.
-
-    each: mean over participations; a_round: mean over finished rounds."""
+    """Over all finished rounds. each: mean over participations; a_round: mean over rounds."""
 
     participations: int
     returned: int
@@ -111,33 +81,29 @@ class Tally:
 
 @dataclass(frozen=True)
 class Trained:
-    """How many clients returned this exit's prefix (or this stage alone), in how many updates."""
+    """Clients and updates that trained all stages up to this one, or this one alone."""
 
-    number: int
+    stage: int
+    is_alone: bool
     clients: int
     updates: int
 
 
 @dataclass(frozen=True)
 class Platform:
-    """All clients of one platform, real or emulated."""
+    """All clients of one platform, either real or emulated."""
 
     platform: str
     is_emulated: bool
     clients: int
     phases: list[PhaseTime]
     tally: Tally
-    exits: list[Trained]
-    stages: list[Trained]
-
-    @property
-    def label(self) -> str:
-        return self.platform + " (emulated)" * self.is_emulated
+    trained: list[Trained]
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One exit's accuracy (0..1) in the first and the last evaluated round."""
+    """One exit's accuracy (0..1) in the first and the last round that was evaluated."""
 
     exit: int
     first_round: int
@@ -149,7 +115,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Report:
-    """A run's finished rounds. figures: the method's own, of the last round."""
+    """A run's finished rounds. figures: the method's own, of the last round; None: NaN."""
 
     run: str
     created_utc: str
@@ -196,9 +162,10 @@ def read_run(folder: Path) -> Report:
     try:
         uri = f"{path.resolve().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as db:
+            db.row_factory = sqlite3.Row
             db.execute("BEGIN")  # one snapshot: a round that ends meanwhile is not half in it
             return _read(db, folder)
-    except (sqlite3.Error, TypeError, ValueError) as error:
+    except (sqlite3.Error, LookupError, TypeError, ValueError) as error:
         raise StoreError(f"{path} cannot be read as a run's database: {error}") from error
 
 
@@ -209,36 +176,32 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
             f"{folder} was written by run format {version}, this is format {VERSION}; "
             "use the version that made it"
         )
-    run, created_utc, text, kind = db.execute(
-        "SELECT run, created_utc, config, kind FROM runs"
-    ).fetchone()
-    config = read_config(text, str(folder / DATABASE))
+    run = db.execute("SELECT * FROM runs").fetchone()
     rounds, last_round = db.execute("SELECT COUNT(*), MAX(round) FROM rounds").fetchone()
     if not rounds:
-        raise StoreError(f"run {run} in {folder} has no finished round yet; nothing to sum up")
-    seats = [Participation._make(row) for row in db.execute(PARTICIPATIONS)]
+        raise StoreError(f"run {run['run']} in {folder} has no finished round yet; nothing to show")
+    config = read_config(run["config"], str(folder / DATABASE))
     phases = db.execute("SELECT round, client_id, phase, wall_s, cpu_s FROM phases").fetchall()
     metrics = db.execute("SELECT round, name, value FROM metrics ORDER BY round, name").fetchall()
-    groups: dict[tuple[str, int], list[Participation]] = {}
+    seats = db.execute(SEATS).fetchall()
+    groups: dict[tuple[str, int], list[sqlite3.Row]] = {}
     for seat in seats:
-        groups.setdefault((seat.platform, seat.is_emulated), []).append(seat)
-    server_times = [(name, wall, wall) for _, client, name, wall, _ in phases if client is None]
+        groups.setdefault((seat["platform"], seat["is_emulated"]), []).append(seat)
+    is_whole = config.method in WHOLE_MODEL
+    server = [(name, wall_s, wall_s) for _, client, name, wall_s, _ in phases if client is None]
     return Report(
-        run=run,
-        created_utc=created_utc,
-        kind=kind,
+        run=run["run"],
+        created_utc=run["created_utc"],
+        kind=run["kind"],
         method=config.method,
         rounds=rounds,
         rounds_planned=config.rounds,
-        platforms=[
-            _platform(groups[key], phases, rounds, config.method in WHOLE_MODEL)
-            for key in sorted(groups)
-        ],
-        server=_phase_times(SERVER_PHASES, server_times, {}),
+        platforms=[_platform(groups[key], phases, rounds, is_whole) for key in sorted(groups)],
+        server=_phase_times(SERVER_PHASES, server, {}),
         tally=_tally(seats, rounds),
         accuracy=_accuracies(metrics),
         figures={
-            name: value  # None: SQLite has no NaN
+            name: value
             for round, name, value in metrics
             if round == last_round and not name.startswith((LAST, SERVED))
         },
@@ -246,49 +209,55 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
 
 
 def _platform(
-    seats: list[Participation], phases: list[tuple], rounds: int, is_whole: bool
+    seats: list[sqlite3.Row], phases: list[sqlite3.Row], rounds: int, is_whole: bool
 ) -> Platform:
-    """is_whole: the method trains every stage as one prefix, whatever the client's exit."""
-    by_key = {(seat.round, seat.client_id): seat for seat in seats}
+    by_key = {(seat["round"], seat["client_id"]): seat for seat in seats}
     times = [
         (phase, board_seconds(by_key[round, client], phase, wall_s, cpu_s), wall_s)
         for round, client, phase, wall_s, cpu_s in phases
         if (round, client) in by_key
     ]
-    prefixes: list[tuple[int, str]] = []
-    alone: list[tuple[int, str]] = []
+    users: dict[tuple[bool, int], list[str]] = {}
     for seat in seats:
-        stages = [int(stage) for stage in seat.segments.split(",") if stage]
-        prefix, rest = split_stages(stages, len(stages) if is_whole else seat.exit)
-        prefixes += [(prefix, seat.client_id)] if prefix else []
-        alone += [(stage, seat.client_id) for stage in rest]
-    first = seats[0]
+        stages = [int(stage) for stage in seat["segments"].split(",") if stage]
+        prefix, alone = split_stages(stages, max(stages, default=0) if is_whole else seat["exit"])
+        for key in [(False, prefix)] * (prefix > 0) + [(True, stage) for stage in alone]:
+            users.setdefault(key, []).append(seat["client_id"])
+    is_emulated = bool(seats[0]["is_emulated"])
     return Platform(
-        platform=first.platform,
-        is_emulated=bool(first.is_emulated),
-        clients=len({seat.client_id for seat in seats}),
-        phases=_phase_times(DEVICE_PHASES, times, EMULATED if first.is_emulated else {}),
+        platform=seats[0]["platform"],
+        is_emulated=is_emulated,
+        clients=len({seat["client_id"] for seat in seats}),
+        phases=_phase_times(DEVICE_PHASES, times, EMULATED if is_emulated else {}),
         tally=_tally(seats, rounds),
-        exits=_trained(prefixes),
-        stages=_trained(alone),
+        trained=[
+            Trained(stage, is_alone, len(set(names)), len(names))
+            for (is_alone, stage), names in sorted(users.items())
+        ],
     )
 
 
 def board_seconds(
-    seat: Participation, phase: str, wall_s: float, cpu_s: float | None
+    seat: sqlite3.Row, phase: str, wall_s: float, cpu_s: float | None
 ) -> float | None:
-    """Seconds of a phase on the board; None where its profile or the run lacks what it takes."""
-    source = EMULATED.get(phase, WALL) if seat.is_emulated else WALL
+    """Seconds of a phase on the board: wall clock of a real one, and of every `wait`.
+
+    Emulated: load and train are CPU seconds here x cpu_scale, transfers are the participation's
+    bytes x 8 / (link_mbit_s x 1e6). None where profile or run lack what that takes."""
+    source = EMULATED.get(phase, WALL) if seat["is_emulated"] else WALL
     if source == CPU:
-        return cpu_s * seat.cpu_scale if cpu_s is not None and seat.cpu_scale else None
+        return cpu_s * seat["cpu_scale"] if cpu_s is not None and seat["cpu_scale"] else None
     if source == LINK:
-        size = seat.bytes_down if phase == "download" else seat.bytes_up
-        return size * 8 / (seat.link_mbit_s * 1e6) if seat.link_mbit_s else None
+        num_bits = 8 * seat["bytes_down" if phase == "download" else "bytes_up"]
+        return num_bits / (seat["link_mbit_s"] * 1e6) if seat["link_mbit_s"] else None
     return wall_s
 
 
 def split_stages(stages: Sequence[int], exit: int) -> tuple[int, list[int]]:
-    """The prefix's exit (0: none) and the stages trained alone, of a client of this exit."""
+    """The prefix (0: none) and the stages trained alone, of a client of this exit.
+
+    The database lists exits with results, not segments: 1, 2, ... up to the client's own exit are
+    taken for its prefix. That is exact for devices, which refuse a prefix deeper than it."""
     prefix = 0
     while prefix < exit and prefix + 1 in stages:
         prefix += 1
@@ -297,7 +266,7 @@ def split_stages(stages: Sequence[int], exit: int) -> tuple[int, list[int]]:
 
 def nearest_rank(values: Iterable[float], percent: int) -> float:
     """The smallest value that at least `percent` % of the values do not exceed: of n sorted
-    values number ceil(percent x n / 100), from 1. Always a measured value, never between two."""
+    values, number ceil(percent x n / 100), from 1. Always a measured value, never between two."""
     ordered = sorted(values)
     return ordered[max(1, -(-percent * len(ordered) // 100)) - 1]
 
@@ -305,20 +274,15 @@ def nearest_rank(values: Iterable[float], percent: int) -> float:
 def summarise(values: Sequence[float]) -> Summary:
     if not values:
         return Summary(0)
-    p50_s, p95_s = (nearest_rank(values, percent) for percent in (50, 95))
-    return Summary(len(values), p50_s, p95_s, max(values))
+    return Summary(len(values), nearest_rank(values, 50), nearest_rank(values, 95), max(values))
 
 
 def _phase_times(
-    known: tuple[str, ...],
-    times: list[tuple[str, float | None, float]],
-    sources: dict[str, str],
+    known: tuple[str, ...], times: list[tuple[str, float | None, float]], sources: dict[str, str]
 ) -> list[PhaseTime]:
-    """One per known phase, measured or not, then phases of other names. times: phase, board
-    seconds, wall seconds."""
-    others = sorted({phase for phase, _, _ in times} - set(known))
+    """Every known phase, measured or not, then others. times: phase, board's and wall seconds."""
     found = []
-    for phase in (*known, *others):
+    for phase in (*known, *sorted({name for name, _, _ in times} - set(known))):
         board = [board_s for name, board_s, _ in times if name == phase and board_s is not None]
         wall = [wall_s for name, _, wall_s in times if name == phase]
         source = sources.get(phase, WALL)
@@ -326,61 +290,49 @@ def _phase_times(
     return found
 
 
-def _tally(seats: Sequence[Participation], rounds: int) -> Tally:
-    down, up = sum(seat.bytes_down for seat in seats), sum(seat.bytes_up for seat in seats)
-    outcomes = Counter(seat.outcome for seat in seats)
-    failures = Counter(seat.code for seat in seats if seat.outcome == "failed")
+def _tally(seats: Sequence[sqlite3.Row], rounds: int) -> Tally:
+    down, up = (sum(seat[name] for seat in seats) for name in ("bytes_down", "bytes_up"))
+    outcomes = Counter(seat["outcome"] for seat in seats)
+    failures = Counter(seat["code"] for seat in seats if seat["outcome"] == "failed")
     return Tally(
         participations=len(seats),
         returned=outcomes["ok"],
         stragglers=outcomes["straggler"],
         failures=dict(sorted(failures.items())),
-        retries=sum(seat.retries for seat in seats),
+        retries=sum(seat["retries"] for seat in seats),
         bytes_down_each=down / max(1, len(seats)),
         bytes_up_each=up / max(1, len(seats)),
         bytes_down_a_round=down / rounds,
         bytes_up_a_round=up / rounds,
-        peak_memory_bytes=max((seat.peak_memory_bytes for seat in seats), default=0) or None,
+        peak_memory_bytes=max((seat["peak_memory_bytes"] for seat in seats), default=0) or None,
     )
 
 
-def _trained(pairs: list[tuple[int, str]]) -> list[Trained]:
-    """pairs: exit or stage and client, one per update."""
-    return [
-        Trained(
-            number, len({c for n, c in pairs if n == number}), sum(n == number for n, _ in pairs)
-        )
-        for number in sorted({n for n, _ in pairs})
-    ]
-
-
-def _accuracies(metrics: list[tuple[int, str, float | None]]) -> list[Accuracy]:
-    """metrics: round, name, value in order of rounds. Exits never evaluated are left out."""
+def _accuracies(metrics: Iterable[tuple[int, str, float | None]]) -> list[Accuracy]:
+    """metrics: round, name, value in order of rounds."""
     series: dict[str, list[tuple[int, float]]] = {}
     for round, name, value in metrics:
         if value is not None:
             series.setdefault(name, []).append((round, value))
-    exits = [int(name[len(LAST) :]) for name in series if name.startswith(LAST)]
     found = []
-    for exit in sorted(exits):
-        rows, served = series[f"{LAST}{exit}"], series.get(f"{SERVED}{exit}")
-        found.append(Accuracy(exit, *rows[0], *rows[-1], served[-1][1] if served else None))
+    for exit in sorted(int(name[len(LAST) :]) for name in series if name.startswith(LAST)):
+        values, served = series[f"{LAST}{exit}"], series.get(f"{SERVED}{exit}")
+        found.append(Accuracy(exit, *values[0], *values[-1], served[-1][1] if served else None))
     return found
 
 
 def write_csv(report: Report, path: Path) -> None:
-    """One row per platform (the coordinator is "server") and phase."""
-    head = "platform is_emulated phase source count p50_s p95_s max_s"
-    wall = "wall_count wall_p50_s wall_p95_s wall_max_s"
+    """One row per platform (the coordinator's is "server") and phase."""
     rows = [(p.platform, int(p.is_emulated), time) for p in report.platforms for time in p.phases]
     rows += [("server", 0, time) for time in report.server]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(f"{head} {wall}".split())
+        head = "platform is_emulated phase source count p50_s p95_s max_s"
+        writer.writerow(f"{head} wall_count wall_p50_s wall_p95_s wall_max_s".split())
         for platform, is_emulated, time in rows:
             cells = (*astuple(time.board), *astuple(time.wall))
-            cells = tuple(MISSING if cell is None else cell for cell in cells)
-            writer.writerow((platform, is_emulated, time.phase, time.source, *cells))
+            figures = (MISSING if cell is None else cell for cell in cells)
+            writer.writerow((platform, is_emulated, time.phase, time.source, *figures))
 
 
 def print_report(report: Report) -> None:
@@ -388,122 +340,93 @@ def print_report(report: Report) -> None:
     clients = sum(p.clients for p in report.platforms)
     print(f"Run {report.run} ({report.kind}, {report.method}), begun {report.created_utc}:")
     print(f"{report.rounds} of {report.rounds_planned} rounds finished, {clients} clients.")
-    for line in notes(report.platforms):
-        print(textwrap.fill(line, COLUMNS))
+    print(EMULATED_NOTE if any(p.is_emulated for p in report.platforms) else REAL_NOTE)
+    if any(p.platform == "in-process" for p in report.platforms):
+        print(IN_PROCESS_NOTE)
 
-    has_wall = any(p.is_emulated for p in report.platforms)
-    head = ["seconds", "count", "p50", "p95", "max"]
-    head += ["wall p50", "wall p95", "wall max"] * has_wall + ["from"]
-    rows: list[list[str]] = []
-    for p in report.platforms:
-        rows.append([f"{p.label}, {p.clients} client{'s' * (p.clients != 1)}"])
-        rows += [_phase_row(time, has_wall, p.is_emulated) for time in p.phases]
-    rows.append(["server"])
-    rows += [_phase_row(time, has_wall, False) for time in report.server]
+    names = [p.platform + " (emulated)" * p.is_emulated for p in report.platforms]
+    rows = []
+    for name, p in zip(names, report.platforms, strict=True):
+        rows.append([f"{name}, {p.clients} client{'s' * (p.clients != 1)}"])
+        rows += [_phase_row(time, p.is_emulated) for time in p.phases]
+    rows += [["server"], *(_phase_row(time, False) for time in report.server)]
+    head = "seconds,count,p50,p95,max,wall p50,wall p95,wall max,from"
     print_table(head, rows)
 
-    tallies = [(p.label, p.tally) for p in report.platforms] + [("all", report.tally)]
-    head = ["bytes of tensors, memory", "down each", "up each", "down a round", "up a round"]
-    rows = [
-        [label, _size(t.bytes_down_each), _size(t.bytes_up_each), _size(t.bytes_down_a_round),
-         _size(t.bytes_up_a_round), _size(t.peak_memory_bytes)]
-        for label, t in tallies
-    ]  # fmt: skip
-    print_table([*head, "peak memory"], rows)
-    rows = [
-        [label, *map(str, (t.participations, t.returned, t.stragglers, t.retries)), _faults(t)]
-        for label, t in tallies
-    ]
-    print_table(["participants", "chosen", "returned", "stragglers", "retries", "failed"], rows)
+    tallies = [*zip(names, (p.tally for p in report.platforms), strict=True), ("all", report.tally)]
+    rows = []
+    for name, t in tallies:
+        sizes = (t.bytes_down_each, t.bytes_up_each, t.bytes_down_a_round, t.bytes_up_a_round)
+        rows.append([name, *map(_size, (*sizes, t.peak_memory_bytes))])
+    print_table("bytes,down/client,up/client,down/round,up/round,peak memory", rows)
+    rows = []
+    for name, t in tallies:
+        codes = ", ".join(f"{code} {count}" for code, count in t.failures.items())
+        failed = str(sum(t.failures.values())) + f" ({codes})" * bool(codes)
+        counts = (t.participations, t.returned, t.stragglers, t.retries)
+        rows.append([name, *map(str, counts), failed])
+    print_table("participants,chosen,returned,stragglers,retries,failed", rows)
 
     rows = []
-    for p in report.platforms:
-        rows += [[p.label, str(t.clients), str(t.updates), f"exit {t.number}"] for t in p.exits]
-        for t in p.stages:
-            rows.append([p.label, str(t.clients), str(t.updates), f"stage {t.number} alone"])
-    print_table(["trained up to", "clients", "updates", "depth"], rows or [["nothing returned"]])
+    for name, p in zip(names, report.platforms, strict=True):
+        for done in p.trained:
+            depth = f"stage {done.stage} alone" if done.is_alone else f"up to exit {done.stage}"
+            rows.append([name, depth, str(done.clients), str(done.updates)])
+    print_table("trained,depth,clients,updates", rows or [["nothing returned"]])
 
-    rows = [
-        [f"exit {a.exit}", _percent(a.first), str(a.first_round), _percent(a.last),
-         _percent(a.served_last), str(a.last_round)]
-        for a in report.accuracy
-    ]  # fmt: skip
-    head = ["accuracy in %", "first", "in round", "last", "served last", "in round"]
-    print_table(head, rows or [[MISSING]])
-    if report.figures:
-        figures = [
-            f"{name} = {'not a number' if value is None else f'{value:.4g}'}"
-            for name, value in report.figures.items()
-        ]
-        text = f"Figures of the method in its last round: {'; '.join(figures)}"
-        print("\n" + textwrap.fill(text, COLUMNS, break_long_words=False))
-
-
-def notes(platforms: Sequence[Platform]) -> list[str]:
-    """What is emulated and what is measured."""
-    found = []
-    if any(p.is_emulated for p in platforms):
-        found.append(
-            "EMULATED boards ran on this machine. Their seconds: load and train are CPU seconds x "
-            "cpu_scale, download and upload bytes x 8 / link_mbit_s, wait is wall clock. Measured: "
-            "the wall columns, bytes, memory, counts, accuracy and all of other platforms."
+    rows = []
+    for a in report.accuracy:
+        shares = [_figure(s and 100 * s, ".1f") for s in (a.first, a.last, a.served_last)]
+        rows.append(
+            [f"exit {a.exit}", str(a.first_round), shares[0], str(a.last_round), *shares[1:]]
         )
-    else:
-        found.append("No board is emulated: all seconds are wall clock where the work was done.")
-    if any(p.platform == "in-process" for p in platforms):
-        found.append(
-            "In-process clients train by turns inside the coordinator: nothing is sent (bytes are "
-            "what would be) and peak memory is the whole process's."
-        )
-    return found
+    print_table("accuracy in %,round,first,round,last,served last", rows or [[MISSING]])
+    figures = [f"{name} = {_figure(value, '.4g')}" for name, value in report.figures.items()]
+    text = f"Figures of the method in its last round: {'; '.join(figures) or 'none'}"
+    print("\n" + textwrap.fill(text, 100, break_long_words=False))
 
 
-def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """First column to the left, the others to the right; a row of one cell is a heading."""
-    lines = [head, *([_printable(cell) for cell in row] for row in rows)]
-    full = [line for line in lines if len(line) == len(head)]
-    widths = [max(len(line[i]) for line in full) for i in range(len(head))]
+def print_table(head: str, rows: list[list[str]]) -> None:
+    """First column to the left, the others to the right; a row of one cell is a heading.
+
+    Names come from devices: what would control the terminal is shown as "?"."""
+    lines = [head.split(",")]
+    lines += [
+        ["".join(c if c.isprintable() else "?" for c in cell) for cell in row] for row in rows
+    ]
+    columns = zip(*(line for line in lines if len(line) > 1), strict=True)
+    widths = [max(map(len, column)) for column in columns]
     print()
     for line in lines:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=False)]
-        print("  ".join(cells).rstrip())
+        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=False)]
+        print("  ".join([line[0].ljust(widths[0]), *cells]).rstrip())
 
 
-def _phase_row(time: PhaseTime, has_wall: bool, is_emulated: bool) -> list[str]:
-    walls = [*_seconds(time.wall)] if is_emulated else ["", "", ""]
-    board = [str(time.board.count), *_seconds(time.board)]
-    if not time.board.count:
-        board, walls = ["", MISSING, "", ""], walls if time.wall.count else ["", "", ""]
-    return ["  " + time.phase, *board, *walls * has_wall, time.source]
+def _phase_row(time: PhaseTime, is_emulated: bool) -> list[str]:
+    """Wall clock stands beside an emulated board's seconds only: elsewhere it is the same."""
+    board = [str(time.board.count), *map(_seconds, astuple(time.board)[1:])]
+    wall = [*map(_seconds, astuple(time.wall)[1:])]
+    return [
+        f"  {time.phase}",
+        *(board if time.board.count else ["", MISSING, "", ""]),
+        *(wall if is_emulated and time.wall.count else ["", "", ""]),
+        time.source,
+    ]
 
 
-def _seconds(summary: Summary) -> list[str]:
-    values = (summary.p50_s, summary.p95_s, summary.max_s)
-    return [MISSING if v is None else "<0.001" if 0 < v < 0.0005 else f"{v:.3f}" for v in values]
+def _seconds(seconds: float | None) -> str:
+    return "<0.001" if seconds and seconds < 0.0005 else _figure(seconds, ".3f")
+
+
+def _figure(value: float | None, form: str) -> str:
+    return MISSING if value is None else format(value, form)
 
 
 def _size(num_bytes: float | None) -> str:
-    if num_bytes is None:
-        return MISSING
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= factor:
+        if num_bytes and num_bytes >= factor:
             return f"{num_bytes / factor:.1f} {unit}"
-    return f"{num_bytes:.0f} B"
-
-
-def _percent(share: float | None) -> str:
-    return MISSING if share is None else f"{100 * share:.1f}"
-
-
-def _faults(tally: Tally) -> str:
-    codes = ", ".join(f"{code} {count}" for code, count in tally.failures.items())
-    return f"{sum(tally.failures.values())}" + f" ({codes})" * bool(codes)
-
-
-def _printable(text: str) -> str:
-    """Names come from devices: control characters must not reach the terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return _figure(num_bytes, ".0f") + " B" * (num_bytes is not None)
 
 
 if __name__ == "__main__":

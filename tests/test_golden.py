@@ -1,0 +1,341 @@
+"""The wire's bytes and its description stay as they are: golden files and PROTOCOL.md.
+
+A golden file is one control frame, an example with every field set to something other than its
+default. After a deliberate change of a message raise PROTOCOL, run
+
+    python -m tests.test_golden
+
+which writes the files anew, and bring PROTOCOL.md's tables up to date; the tests say what lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import typing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import inspect
+from msgspec.structs import fields
+
+import edge_sdk
+from coordinator import cohort_zmq
+from edge_sdk import agent, transport, wire, worker
+from edge_sdk.errors import EdgeError
+from edge_sdk.profile import DeviceProfile
+from edge_sdk.tensors import DTYPES
+from edge_sdk.trainer import Cancelled
+from edge_sdk.wire import (
+    Accepted,
+    Bye,
+    ExitResult,
+    Fault,
+    Fetch,
+    Heartbeat,
+    Hello,
+    Job,
+    Message,
+    ModelSpec,
+    Part,
+    Phase,
+    Plan,
+    Ready,
+    Segment,
+    TensorSpec,
+    Update,
+    Welcome,
+    decode,
+    encode,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+TYPES = typing.get_args(Message)
+MODEL = ModelSpec(
+    family="cnn",
+    input_shape=(1, 28, 28),
+    num_classes=10,
+    exit=3,
+    width=0.5,
+    options={"channels": (16, 32, 64), "dropout": 0.25, "name": "é", "is_wide": True, "depth": 4},
+)
+PLAN = Plan(
+    segments=(Segment(first=1, last=2), Segment(first=3, last=3)),
+    epochs=2,
+    batch_size=16,
+    lr=0.0625,
+    optimizer="sgd",
+    momentum=0.5,
+    weight_decay=0.125,
+    exit_weights=(1.0, 0.5, 0.25),
+    prox_mu=0.75,
+    seed=2**61 + 7,
+)
+SPECS = (
+    TensorSpec(name="stages.0.0.weight", shape=(16, 1, 3, 3), dtype="float32", role="mask"),
+    TensorSpec(name="exits.0.2.bias", shape=(10,), dtype="float16", role="correction"),
+    TensorSpec(name="stages.1.1.count", shape=(), dtype="int64", role="teacher"),
+)
+EXAMPLES: tuple[Message, ...] = (
+    Hello(
+        protocol=1,
+        client_id="pi-4.kitchen_1",
+        session="5f0c9a6e1b2d3c4f",
+        profile=DeviceProfile(
+            platform="raspberry-pi-4",
+            board="Raspberry Pi 4 Model B Rev 1.5",
+            machine="aarch64",
+            memory_total_bytes=4_000_000_000,
+            memory_available_bytes=536_870_912,
+            memory_bound="cgroup",
+            cores=3.5,
+            gflops=9.25,
+            link_mbit_s=90.5,
+            is_emulated=True,
+            cpu_scale=6.5,
+        ),
+        num_examples=640,
+        input_shape=(1, 28, 28),
+        num_classes=10,
+        round=7,
+        software="edge-sdk 0.1.0",
+    ),
+    Welcome(
+        protocol=1, run="a1b2c3d4e5f6", model=MODEL, plan=PLAN, deadline_s=90.5, heartbeat_s=5.0
+    ),
+    Ready(exit=2, stages=(3,), reason="exit 3 needs 700.0 MiB, 512.0 MiB available (cgroup)"),
+    Job(round=7, model=MODEL, plan=PLAN, tensors=SPECS, deadline_s=90.5),
+    Fetch(round=7, first=8, count=4),
+    Part(round=7, index=300),
+    Update(
+        round=7,
+        num_examples=640,
+        num_steps=80,
+        exits=(ExitResult(exit=1, loss=0.5, accuracy=0.875),),
+        phases={
+            "wait": Phase(wall_s=1.5, cpu_s=0.125),
+            "download": Phase(wall_s=2.5, cpu_s=0.25),
+            "load": Phase(wall_s=0.25, cpu_s=0.25),
+            "train": Phase(wall_s=30.5, cpu_s=100.25),
+        },
+        peak_memory_bytes=400_000_000,
+        retries=2,
+        tensors=SPECS,
+    ),
+    Accepted(round=7),
+    Fault(code="capacity", detail="out of memory while training", round=7),
+    Heartbeat(round=7),
+    Bye(reason="run finished"),
+)
+# What a peer sees of every module's constants; PROTOCOL.md gives each name and value in a table.
+CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
+    wire: (
+        "PROTOCOL",
+        "PART_BYTES",
+        "MAX_CONTROL_BYTES",
+        "MAX_FRAME_BYTES",
+        "MAX_TENSORS",
+        "MAX_TRANSFER_BYTES",
+        "ALIGNMENT",
+    ),
+    transport: ("PING_MS", "PING_TIMEOUT_MS"),
+    agent: (
+        "HELLO_S",
+        "HELLO_MAX_S",
+        "REFUSED_S",
+        "REFUSED_MAX_S",
+        "SILENT_HEARTBEATS",
+        "GROWN",
+    ),
+    worker: ("WINDOW",),
+    cohort_zmq: ("WINDOW", "UPLOAD_BUDGET_BYTES", "HEARTBEAT_S", "SILENCE_S"),
+}
+
+
+def tag(kind: type) -> str:
+    return str(kind.__struct_config__.tag)
+
+
+def golden(kind: type) -> Path:
+    return GOLDEN / f"{tag(kind)}.msgpack"
+
+
+def write_golden() -> None:
+    GOLDEN.mkdir(exist_ok=True)
+    for example in EXAMPLES:
+        golden(type(example)).write_bytes(encode(example))
+
+
+# -- golden files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: tag(type(example)))
+def test_bytes_stay_as_they_are(example):
+    data = golden(type(example)).read_bytes()
+    assert encode(example) == data
+    assert decode(data) == example
+
+
+def test_every_message_type_has_one_example_and_one_file():
+    assert sorted(map(tag, map(type, EXAMPLES))) == sorted(map(tag, TYPES))
+    assert {path.name for path in GOLDEN.iterdir()} == {golden(kind).name for kind in TYPES}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: tag(type(example)))
+def test_examples_leave_no_field_at_its_default(example):
+    left = [f.name for f in fields(example) if getattr(example, f.name) == default_of(f)]
+    assert not left
+
+
+# -- PROTOCOL.md -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return (Path(edge_sdk.__file__).parent / "PROTOCOL.md").read_text(encoding="utf-8")
+
+
+def section(text: str, title: str) -> str:
+    """What stands under the heading ### `title`, up to the next heading."""
+    found = re.search(rf"^### `{re.escape(title)}`.*?\n(.*?)(?=^#{{1,3}} |\Z)", text, re.M | re.S)
+    assert found, f"PROTOCOL.md has no section ### `{title}`"
+    return found[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of the table rows whose first cell is one name in backticks."""
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def reachable() -> list[type]:
+    """The message types and every struct that their fields lead to, each once."""
+    found: list[type] = []
+
+    def visit(info: Any) -> None:
+        if isinstance(info, inspect.StructType):
+            if info.cls in found:
+                return
+            found.append(info.cls)
+            for field in info.fields:
+                visit(field.type)
+        for name in ("types", "item_types"):
+            for inner in getattr(info, name, ()):
+                visit(inner)
+        for name in ("item_type", "key_type", "value_type"):
+            if hasattr(info, name):
+                visit(getattr(info, name))
+
+    visit(inspect.type_info(Message))
+    return found
+
+
+def number(value: float) -> str:
+    exponent = int(value).bit_length() - 1
+    if isinstance(value, int) and value >= 2**20 and value == 2**exponent:
+        return f"2^{exponent}"
+    return str(value)
+
+
+def spread(info: Any) -> str:
+    """ "", or the range of a number as PROTOCOL.md writes it."""
+    low = number(info.ge) if info.ge is not None else ""
+    low = f"above {number(info.gt)}" if info.gt is not None else low
+    high = number(info.le) if info.le is not None else ""
+    high = f"below {number(info.lt)}" if info.lt is not None else high
+    if low and high:
+        return f", {low} to {high}"
+    if low:
+        return f", {low}" if low.startswith("above") else f", {low} or more"
+    assert not high, "a range without a lower end; say how PROTOCOL.md writes it"
+    return ""
+
+
+def lengths(info: Any, unit: str) -> str:
+    low, high = info.min_length, info.max_length
+    if low is None and high is None:
+        return ""
+    return f", at most {high} {unit}" if low is None else f", {low} to {high} {unit}"
+
+
+def type_text(info: Any) -> str:
+    """A field's type as PROTOCOL.md writes it."""
+    if isinstance(info, inspect.StructType):
+        return f"`{info.cls.__name__}`"
+    if isinstance(info, inspect.LiteralType):
+        return "one of " + ", ".join(f"`{value}`" for value in info.values)
+    if isinstance(info, inspect.UnionType):
+        return " or ".join(type_text(inner) for inner in info.types)
+    if isinstance(info, inspect.VarTupleType):
+        return f"array of ({type_text(info.item_type)}){lengths(info, 'items')}"
+    if isinstance(info, inspect.DictType):
+        return f"map of ({type_text(info.key_type)}) to ({type_text(info.value_type)})"
+    if isinstance(info, inspect.StrType):
+        pattern = f", matches `{info.pattern}`" if info.pattern else ""
+        return "str" + lengths(info, "characters") + pattern
+    if isinstance(info, inspect.IntType | inspect.FloatType):
+        return ("int" if isinstance(info, inspect.IntType) else "float") + spread(info)
+    plain = {inspect.BoolType: "bool", inspect.NoneType: "nil"}
+    return plain[type(info)]
+
+
+def default_of(field: Any) -> Any:
+    if field.default_factory is not msgspec.NODEFAULT:
+        return field.default_factory()
+    return field.default
+
+
+def default_text(field: Any) -> str:
+    if field.required:
+        return "required"
+    value = default_of(field)
+    return "`nil`" if value is None else f"`{json.dumps(msgspec.to_builtins(value))}`"
+
+
+@pytest.mark.parametrize("kind", reachable(), ids=lambda kind: kind.__name__)
+def test_protocol_lists_every_field_with_its_type_and_default(text, kind):
+    title = tag(kind) if kind in TYPES else kind.__name__
+    described = rows(section(text, title))
+    wanted = [
+        [f"`{field.name}`", type_text(field.type), default_text(field)]
+        for field in inspect.type_info(kind).fields
+    ]
+    assert [row[:3] for row in described] == wanted
+    assert all(len(row) == 4 and row[3] for row in described), "a field without its meaning"
+
+
+def test_protocol_gives_every_constant_and_its_value(text):
+    table = {row[0].strip("`"): row[1] for row in rows(text)}
+    for module, names in CONSTANTS.items():
+        owner = module.__name__.partition(".")[2]
+        for name in names:
+            assert table.get(f"{owner}.{name}") == str(getattr(module, name)), f"{owner}.{name}"
+
+
+def test_protocol_names_every_fault_code(text):
+    codes = {kind.code for kind in EdgeError.__subclasses__()} - {"link", "store"}
+    codes |= {"version", Cancelled.code, *agent.FATAL}
+    for path in (cohort_zmq.__file__, agent.__file__):  # Fault(code="..."), _fault(route, "...")
+        source = Path(str(path)).read_text(encoding="utf-8")
+        codes |= set(re.findall(r'(?:Fault\(code=|_fault\([\w.]+, )"(\w+)"', source))
+    table = {row[0].strip("`") for row in rows(text)}
+    assert codes <= table, f"no row for {codes - table}"
+
+
+def test_protocol_gives_every_dtype_and_its_size(text):
+    assert list(wire.ITEM_BYTES) == list(DTYPES)
+    table = {row[0].strip("`"): row[1] for row in rows(text) if len(row) > 1}
+    assert {name: table.get(name) for name in DTYPES} == {
+        name: str(size) for name, size in wire.ITEM_BYTES.items()
+    }
+
+
+def test_protocol_works_the_fetch_example_in_hex(text):
+    assert golden(Fetch).read_bytes().hex(" ") in text
+
+
+if __name__ == "__main__":
+    write_golden()

@@ -1,0 +1,199 @@
+"""The run folder: what is kept, when it is final, what a kill or a full disk leaves."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+
+import pytest
+import torch
+
+import coordinator.store as store_module
+from coordinator.cohort import Absence, ClientUpdate, InProcessCohort
+from coordinator.emulate import group_exits, split_shards, write_json
+from coordinator.methods import make_method
+from coordinator.methods.base import Metrics
+from coordinator.rounds import run_rounds
+from coordinator.store import Store
+from edge_sdk.errors import ConfigError, DataError, StoreError
+from edge_sdk.wire import ExitResult, Phase
+from tests.helpers import client, config, examples
+
+
+def update(who, **changes):
+    settings = {
+        "client": who,
+        "tensors": {},
+        "num_examples": 10,
+        "num_steps": 2,
+        "exits": (ExitResult(exit=1, loss=0.5, accuracy=0.75),),
+        "phases": {"train": Phase(wall_s=2.0, cpu_s=1.5), "wait": Phase(wall_s=3.0)},
+        "bytes_down": 100,
+        "bytes_up": 40,
+        "retries": 1,
+    }
+    return ClientUpdate(**(settings | changes))
+
+
+def commit(store, number, state=None, results=()):
+    passed = list(store.recording(number, results))
+    metrics = Metrics({"accuracy_exit_1": 0.5}, {"fit": Phase(wall_s=1.0, cpu_s=0.5)})
+    tensors = {"w": torch.tensor([float(number)])} if state is None else state
+    return passed, store.commit(number, metrics, tensors, "2026-01-01T00:00:00", 4.0, 3)
+
+
+def test_round_is_recorded_as_it_was(tmp_path):
+    store = Store.create(tmp_path / "run", config("owners-mean"), "emulate")
+    a, b, c = client("a", 1), client("b", 2), client("c", 3)
+    store.record_clients([a, b, c])
+    late = Absence(b, "straggler", "late", "did not return")
+    gone = Absence(c, "failed", "gone", "killed", {}, 7, 0)
+    passed, totals = commit(store, 1, results=[update(a), late, gone])
+    assert [u.client.id for u in passed] == ["a"], "a method sees updates only"
+    assert (totals.returned, totals.stragglers, totals.failures) == (1, 1, 1)
+    assert (totals.bytes_down, totals.bytes_up, totals.retries) == (107, 40, 1)
+    (row,) = store.history()
+    assert row["accuracy"] == [0.5]
+    assert row["seconds"]["train"] == 1.5, "CPU seconds where measured"
+    assert row["seconds"]["wait"] == 3.0, "else wall clock"
+    assert row["seconds"]["checkpoint"] > 0
+    store.close()
+
+
+def test_resume_goes_on_after_the_last_round(tmp_path):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    assert store.next_round() == 1
+    assert store.load_checkpoint() is None
+    for number in (1, 2, 3):
+        commit(store, number)
+    store.close()
+    again = Store.resume(tmp_path)
+    assert again.next_round() == 4
+    assert again.load_checkpoint()["w"].item() == 3.0
+    assert again.config == config("owners-mean")
+    assert again.run == store.run
+    assert len(list(tmp_path.glob("round-*.safetensors"))) == 2, "the newest two are kept"
+    again.close()
+
+
+def test_what_was_not_committed_is_not_there(tmp_path):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    commit(store, 1)
+    list(store.recording(2, [update(client("a", 1))]))
+    store._db.close()  # killed here
+    again = Store.resume(tmp_path)
+    assert again.next_round() == 2
+    count = again._db.execute("SELECT COUNT(*) FROM participations").fetchone()[0]
+    assert count == 0
+    commit(again, 2, results=[update(client("a", 1))])
+    again.close()
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "rename"])
+def test_full_disk_keeps_the_last_round(tmp_path, monkeypatch, where):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    commit(store, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = {"checkpoint": (store_module, "save_file"), "rename": (store_module.os, "replace")}
+    monkeypatch.setattr(*target[where], full)
+    with pytest.raises(StoreError, match=r"round 2 .*No space left.*--resume at round 2"):
+        commit(store, 2)
+    monkeypatch.undo()
+    assert store.next_round() == 2
+    assert store.load_checkpoint()["w"].item() == 1.0
+    assert not list(tmp_path.glob("*.new"))
+    commit(store, 2)  # space was made
+    assert store.next_round() == 3
+    store.close()
+
+
+def test_truncated_checkpoint_is_a_clear_error(tmp_path):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    commit(store, 1)
+    (tmp_path / "round-000001.safetensors").write_bytes(b"abc")
+    with pytest.raises(StoreError, match="cannot be read"):
+        store.load_checkpoint()
+    store.close()
+
+
+def test_wrong_folders_say_so(tmp_path):
+    with pytest.raises(StoreError, match="holds no run"):
+        Store.resume(tmp_path / "nothing")
+    Store.create(tmp_path / "a", config("owners-mean"), "serve").close()
+    with pytest.raises(StoreError, match="--resume"):
+        Store.create(tmp_path / "a", config("owners-mean"), "serve")
+    db = sqlite3.connect(tmp_path / "a" / "run.sqlite")
+    with db:
+        db.execute("UPDATE runs SET version = 99")
+    db.close()
+    with pytest.raises(StoreError, match="format 99, this is format 1"):
+        Store.resume(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "run.sqlite").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(StoreError):
+        Store.resume(tmp_path / "b")
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot start a run"):
+        Store.create(tmp_path / "file" / "run", config("owners-mean"), "serve")
+
+
+def cohort():
+    shards = {name: examples(12, seed=i) for i, name in enumerate("abcd")}
+    return InProcessCohort(shards, {"a": 1, "b": 1, "c": 2, "d": 3}, 3)
+
+
+@pytest.mark.parametrize("name", ["hypemefed", "stage-rotation"])
+def test_stopped_and_resumed_run_equals_a_straight_one(tmp_path, name):
+    """Same cohorts, same jobs, same bytes: everything is a function of (seed, round, client)."""
+    settings = config(name, rounds=4, participants=3)
+    models = []
+    for folder, stops in (("straight", [99]), ("stopped", [2, 99])):
+        for turn, most in enumerate(stops):
+            path = tmp_path / folder
+            store = Store.resume(path) if turn else Store.create(path, settings, "emulate")
+            seen = []
+            method = make_method(settings)
+            run_rounds(
+                store,
+                method,
+                cohort(),
+                examples(30, seed=9),
+                should_stop=lambda seen=seen, most=most: len(seen) >= most,
+                report=lambda report, seen=seen: seen.append(report.round),
+            )
+            store.close()
+        models.append(method.state_dict())
+        assert list(method.current()) == list(make_method(settings).current()), "order of the model"
+    assert set(models[0]) == set(models[1])
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
+def test_failing_client_is_counted_and_the_round_goes_on(tmp_path):
+    shards = {"a": examples(12), "b": examples(2)}  # b is too small to train
+    store = Store.create(tmp_path, config("owners-mean", rounds=1), "emulate")
+    reports = []
+    method = make_method(store.config)
+    clients = InProcessCohort(shards, {"a": 1, "b": 1}, 3)
+    run_rounds(store, method, clients, None, report=reports.append)
+    assert (reports[0].totals.returned, reports[0].totals.failures) == (1, 1)
+    write_json(store, {"groups": [2]}, tmp_path / "out" / "x.json")
+    assert '"round": 1' in (tmp_path / "out" / "x.json").read_text()
+    store.close()
+
+
+def test_groups_and_splits():
+    assert group_exits([2, 0, 1], 3, 3) == [1, 1, 3]
+    for groups, clients in (([2, 2], 3), ([1, 1, 1, 1], 4), ([4, -1], 3)):
+        with pytest.raises(ConfigError, match="groups"):
+            group_exits(groups, clients, 3)
+    data = examples(60)
+    parts = split_shards(data, 4, split="iid", alpha=0.5, seed=0)
+    assert sum(len(part) for part in parts) == 60
+    with pytest.raises(DataError, match="no subjects"):
+        split_shards(data, 4, split="subject", alpha=0.5, seed=0)
