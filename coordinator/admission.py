@@ -7,14 +7,19 @@ begins with # is a comment.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import shutil
 import threading
 from pathlib import Path
+from typing import TypeAlias
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import check_key
 
 log = logging.getLogger(__name__)
+Stamp: TypeAlias = tuple[int, int]  # time of the last change in ns, size in bytes
+NOWHERE: Stamp = (0, -1)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -23,32 +28,32 @@ class Admission:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stamp: tuple[int, int] = (0, 0)
+        self._stamp = NOWHERE  # of the file that is in force
+        self._refused = NOWHERE  # of the last that is malformed: reading it again is of no use
+        self._told = NOWHERE  # of the last that an error was logged about
         self._names: dict[bytes, str] = {}
         self._lock = threading.Lock()  # ZeroMQ's authenticator asks from a thread of its own
         self.reload()
 
     def reload(self) -> None:
-        try:
-            stat = self.path.stat()
-            text = self.path.read_text(encoding="ascii")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"client list {self.path} cannot be read: {error}; make it with "
-                "`edge-coordinator clients add`"
-            ) from error
-        names = parse_clients(text, str(self.path))
+        stamp = _stamp_of(self.path)
+        names = parse_clients(_read(self.path), str(self.path))
         with self._lock:
-            self._names, self._stamp = names, (stat.st_mtime_ns, stat.st_size)
+            self._names, self._stamp = names, stamp
 
     def name_of(self, public_key: bytes) -> str | None:
-        """The client with this key, None for a stranger. Sees changes of the file."""
-        try:
-            stat = self.path.stat()
-            if (stat.st_mtime_ns, stat.st_size) != self._stamp:
+        """The client with this key, None for a stranger. Sees changes of the file. It is asked for
+        every message, so it complains about a file once."""
+        stamp = _stamp_of(self.path)
+        if stamp == NOWHERE or stamp not in (self._stamp, self._refused):
+            try:
                 self.reload()
-        except (OSError, ConfigError) as error:
-            log.error("client list not reloaded, the last one stays in force: %s", error)
+            except ConfigError as error:
+                if not isinstance(error.__cause__, OSError):
+                    self._refused = stamp
+                if stamp != self._told:
+                    log.error("client list not reloaded, the last one stays in force: %s", error)
+                self._told = stamp
         with self._lock:
             return self._names.get(public_key)
 
@@ -75,15 +80,44 @@ def parse_clients(text: str, where: str) -> dict[bytes, str]:
 
 def add_client(path: Path, name: str, public_key: bytes) -> None:
     """Append one client. Raises ConfigError; the file is unchanged then."""
-    text = path.read_text(encoding="ascii") if path.exists() else ""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"client name {name!r} is not 1 to 64 letters, digits, dots, - or _, the first a "
+            "letter or digit"
+        )
+    is_new = _stamp_of(path) == NOWHERE
+    text = "" if is_new else _read(path)
     if text and not text.endswith("\n"):
         text += "\n"
     text += f"{name} {public_key.decode()}\n"
     parse_clients(text, str(path))
+    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".new")
-        draft.write_text(text, encoding="ascii")
-        draft.replace(path)
+        try:
+            draft.write_text(text, encoding="ascii")
+            if not is_new:
+                shutil.copymode(path, draft)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"client list {path} cannot be written: {error}") from error
+
+
+def _stamp_of(path: Path) -> Stamp:
+    try:
+        stat = path.stat()
+    except OSError:
+        return NOWHERE
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"client list {path} cannot be read: {error}; make it with "
+            "`edge-coordinator clients add`"
+        ) from error

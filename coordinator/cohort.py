@@ -16,7 +16,7 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.profile import DeviceProfile
 from edge_sdk.tensors import Tensors, check_finite, check_specs, specs_of
 from edge_sdk.trainer import train
-from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, TensorSpec, layout
+from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment, TensorSpec, layout
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class ClientUpdate:
 
     client: Client
     tensors: Tensors
+    segments: tuple[Segment, ...]
     num_examples: int
     num_steps: int
     exits: tuple[ExitResult, ...]
@@ -62,6 +63,7 @@ class Absence:
     """A participant that returned nothing that counts, and why."""
 
     client: Client
+    segments: tuple[Segment, ...]
     outcome: str  # "straggler" | "failed"
     code: str
     detail: str
@@ -119,11 +121,12 @@ class InProcessCohort:
                 check_specs(specs_of(result.tensors), job.returns, f"update from {client_id}")
                 check_finite(result.tensors, f"update from {client_id}")
             except EdgeError as error:
-                yield Absence(client, "failed", error.code, str(error))
+                yield Absence(client, job.plan.segments, "failed", error.code, str(error))
                 continue
             yield ClientUpdate(
                 client=client,
                 tensors=result.tensors,
+                segments=job.plan.segments,
                 num_examples=result.num_examples,
                 num_steps=result.num_steps,
                 exits=result.exits,

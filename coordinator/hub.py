@@ -37,10 +37,8 @@ class _Credentials:
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
 
-    def callback(self, domain: str, key: bytes) -> bool:
-        from zmq.utils import z85
-
-        public_key = z85.encode(key)
+    def callback(self, domain: str, public_key: bytes) -> bool:
+        """public_key: Z85 text."""
         is_known = self._admission.name_of(public_key) is not None
         if not is_known:
             log.warning("refused a device with unknown public key %s", public_key.decode())
@@ -87,27 +85,33 @@ class Hub:
             return False
         return True
 
-    def receive(self, timeout_ms: int) -> Received | None:
-        """The next good message; a bad one is answered with a Fault and dropped. None: nothing."""
+    def receive(self, timeout_ms: int) -> tuple[bool, Received | None]:
+        """Whether there was a message, and the message if it was good. A bad one, or one of a
+        device that is no longer admitted, is answered with a Fault and dropped."""
         if not self.socket.poll(timeout_ms):
-            return None
+            return False, None
         frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        route = frames[0].bytes
+        route, name = frames[0].bytes, self._name(frames[-1])
+        if self._admission is not None and name is None:
+            self.send(route, Fault(code="admission", detail="this device is not admitted any more"))
+            return True, None
         try:
             message, payload = parse_frames(frames[1:])
         except ProtocolError as error:
-            log.warning("message from %s refused: %s", self._name(frames[-1]) or "a device", error)
+            log.warning("message from %s refused: %s", name or "a device", error)
             self.send(route, Fault(code=error.code, detail=str(error)[:2000]))
-            return None
-        return Received(route, self._name(frames[-1]), message, payload)
+            return True, None
+        return True, Received(route, name, message, payload)
 
     def _name(self, frame: zmq.Frame) -> str | None:
-        if self._admission is None or self._authenticator is None:
+        """The admitted client that a frame came from; None for a stranger or an open hub."""
+        if self._admission is None:
             return None
         return self._admission.name_of(str(frame.get("User-Id")).encode())
 
-    def close(self) -> None:
-        self.socket.close()
+    def close(self, linger_ms: int = 0) -> None:
+        """Close the socket; what was sent has linger_ms to leave."""
+        self.socket.close(linger=linger_ms)
         if self._authenticator is not None:
             self._authenticator.stop()
         self._context.term()

@@ -48,8 +48,9 @@ def run_rounds(
     for round in range(store.next_round(), config.rounds + 1):
         if should_stop():
             return
+        clients = cohort.clients()  # may wait for devices
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
-        chosen = sample(cohort.clients(), config.participants, seed=config.seed, round=round)
+        chosen = sample(clients, config.participants, seed=config.seed, round=round)
         work = {client.id: method.assign(client, round) for client in chosen}
         store.record_clients(chosen)
         results = cohort.train(work, round, config.deadline_s)

@@ -12,6 +12,7 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,10 +28,11 @@ from coordinator.methods.base import Metrics
 from edge_sdk.errors import StoreError
 from edge_sdk.tensors import Tensors
 from edge_sdk.trainer import clock, since
-from edge_sdk.wire import ModelSpec, Phase
+from edge_sdk.wire import ModelSpec, Phase, Segment
 
 log = logging.getLogger(__name__)
 VERSION = 1
+KEPT_CHECKPOINTS = 2
 DATABASE = "run.sqlite"
 SCHEMA = """
 CREATE TABLE runs (version INTEGER, run TEXT, created_utc TEXT, config TEXT, kind TEXT);
@@ -82,13 +84,12 @@ class Store:
         draft = folder / (DATABASE + ".new")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            draft.unlink(missing_ok=True)
-            db = sqlite3.connect(draft)
-            with db:
+            for stale in (draft, *(folder / (DATABASE + end) for end in ("-wal", "-shm"))):
+                stale.unlink(missing_ok=True)  # SQLite would replay a deleted run's log
+            with closing(sqlite3.connect(draft)) as db, db:
                 db.executescript(SCHEMA)
                 row = (VERSION, run, _utc(), config.to_json(), kind)
                 db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?)", row)
-            db.close()
             os.replace(draft, folder / DATABASE)
             _sync_folder(folder)
         except (OSError, sqlite3.Error) as error:
@@ -100,13 +101,11 @@ class Store:
         """Open the run in `folder`. Raises StoreError: none there, another version, corrupt."""
         if not (folder / DATABASE).exists():
             raise StoreError(f"{folder} holds no run; start one without --resume")
-        db = _connect(folder)
         try:
-            version, run, text = db.execute("SELECT version, run, config FROM runs").fetchone()
+            with closing(sqlite3.connect(folder / DATABASE, timeout=30)) as db:
+                version, run, text = db.execute("SELECT version, run, config FROM runs").fetchone()
         except (sqlite3.Error, TypeError, ValueError) as error:
             raise StoreError(f"{folder / DATABASE} is not a run's database: {error}") from error
-        finally:
-            db.close()
         if version != VERSION:
             raise StoreError(
                 f"{folder} was written by run format {version}, this is format {VERSION}; "
@@ -198,7 +197,7 @@ class Store:
     ) -> RoundTotals:
         """Make the round final. Raises StoreError (disk full, read-only) and then changes nothing:
         the run resumes at this round."""
-        name = f"round-{round:06d}.safetensors"
+        name = _checkpoint_name(round)
         for phase, time in metrics.phases.items():
             self._phase(round, None, phase, time)
         for key, value in metrics.values.items():
@@ -218,8 +217,7 @@ class Store:
                 f"round {round} could not be saved in {self.folder}: {error}; free space or make "
                 f"it writable, then go on with --resume at round {round}"
             ) from error
-        for old in sorted(self.folder.glob("round-*.safetensors"))[:-2]:
-            old.unlink(missing_ok=True)
+        (self.folder / _checkpoint_name(round - KEPT_CHECKPOINTS)).unlink(missing_ok=True)
         return totals
 
     def write_model(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Path:
@@ -252,20 +250,20 @@ class Store:
         return RoundTotals(wall_s, chosen, *(int(value) for value in row))
 
     def _record_update(self, round: int, update: ClientUpdate) -> None:
-        stages = sorted({result.exit for result in update.exits})
         self._write(
             "INSERT INTO participations VALUES (?, ?, ?, ?, 'ok', '', '', ?, ?, ?, ?, ?, ?, ?)",
-            round, update.client.id, update.client.exit, _list(stages), update.num_examples,
-            update.num_steps, update.bytes_down, update.bytes_up, update.peak_memory_bytes,
-            update.retries, msgspec.json.encode(update.exits).decode(),
+            round, update.client.id, update.client.exit, _segments(update.segments),
+            update.num_examples, update.num_steps, update.bytes_down, update.bytes_up,
+            update.peak_memory_bytes, update.retries, msgspec.json.encode(update.exits).decode(),
         )  # fmt: skip
         for phase, time in update.phases.items():
             self._phase(round, update.client.id, phase, time)
 
     def _record_absence(self, round: int, absence: Absence) -> None:
         self._write(
-            "INSERT INTO participations VALUES (?, ?, ?, '', ?, ?, ?, 0, 0, ?, ?, 0, 0, '[]')",
-            round, absence.client.id, absence.client.exit, absence.outcome, absence.code,
+            "INSERT INTO participations VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0, ?, ?, 0, 0, '[]')",
+            round, absence.client.id, absence.client.exit, _segments(absence.segments),
+            absence.outcome, absence.code,
             absence.detail, absence.bytes_down, absence.bytes_up,
         )  # fmt: skip
         for phase, time in absence.phases.items():
@@ -293,6 +291,10 @@ def _connect(folder: Path) -> sqlite3.Connection:
     return db
 
 
+def _checkpoint_name(round: int) -> str:
+    return f"round-{round:06d}.safetensors"
+
+
 def _write_checkpoint(
     path: Path, state: Mapping[str, Tensor], about: dict[str, str] | None = None
 ) -> None:
@@ -318,6 +320,11 @@ def _per_exit(values: Mapping[str, float], prefix: str) -> list[float]:
     while (name := f"{prefix}{len(found) + 1}") in values:
         found.append(values[name])
     return found
+
+
+def _segments(segments: Sequence[Segment]) -> str:
+    """As first-last, e.g. "1-1,3-3": prefix 1, and stage 3 alone."""
+    return ",".join(f"{segment.first}-{segment.last}" for segment in segments)
 
 
 def _list(numbers: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ from edge_sdk.profile import DeviceProfile
 
 # Peak memory of a training step over (saved activations + gradients); the rest is a few of the
 # largest activations and the kernels' scratch. Our measurement: torch 2.13 on x86, batches 16 to 64
-# of two VGGs, whole jobs in fresh processes: the prediction was 1.00 to 1.09 times the peak. It
+# of two VGGs and a CNN, whole jobs in fresh processes: prediction 1.00 to 1.10 times the peak. It
 # holds for a trainer started with TRAINER_ENVIRONMENT; without, the same jobs took up to 75 MB more
 # than predicted: glibc raises its mmap threshold as blocks are freed, and then keeps large blocks
 # in a fragmented heap. tests/test_costs.py repeats the measurement.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from edge_sdk.capacity import (
     compute_seconds,
     mebibytes,
 )
+from edge_sdk.cli_flags import add_memory_cap
+from edge_sdk.cli_run import add_keys_command, add_run_command
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
 from edge_sdk.profile import (
     DeviceProfile,
@@ -39,12 +42,9 @@ from edge_sdk.profile import (
 from edge_sdk.wire import ModelSpec, Plan
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells
-# What a trainer imports, then one tiny step; prints the resident bytes.
 RUNTIME_PROBE = (
-    "import edge_sdk.trainer; from edge_sdk.models.costs import warm_resident_bytes; "
-    "print(warm_resident_bytes())"
+    "from edge_sdk.models.costs import warm_resident_bytes; print(warm_resident_bytes())"
 )
 
 
@@ -132,7 +132,12 @@ def run_plan(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: tuple[Callable[[Subparsers], None], ...] = (add_measure_command, add_plan_command)
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
+    add_measure_command,
+    add_plan_command,
+    add_run_command,
+    add_keys_command,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,6 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
     args = parser.parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if args.debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
     try:
         status: int = args.run(args)
     except EdgeError as error:
@@ -156,32 +165,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
-
-
-def add_memory_cap(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--memory-cap", type=size_flag, metavar="512M", help="most that training may use in all"
-    )
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 512M; K, M and G are powers of 1024. Raises ConfigError."""
-    unit = text[-1:].upper() if text[-1:].upper() in UNITS else ""
-    try:
-        num_bytes = round(float(text[: len(text) - len(unit)]) * UNITS[unit])
-    except (ValueError, OverflowError):
-        num_bytes = 0
-    if num_bytes < 1:
-        raise ConfigError(f"size {text!r}, expected one such as 512M or 1.5G")
-    return num_bytes
-
-
-def size_flag(text: str) -> int:
-    """parse_size for argparse, where a wrong size is wrong usage."""
-    try:
-        return parse_size(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk.agent import Agent, AgentOptions
+from edge_sdk.cli_flags import add_memory_cap
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import KeyPair, check_key, make_keys, read_key, read_keys
 from edge_sdk.profile import DeviceProfile, board, emulated, measure
@@ -33,7 +34,7 @@ def add_run_command(commands: Any) -> None:
     add("--keys", type=Path, default=default_keys(), help="folder of keys, default %(default)s")
     add("--server-key", help="the coordinator's public key or its file, default KEYS/server.public")
     add("--insecure", action="store_true", help="no encryption, no identity check")
-    add("--memory-cap", metavar="SIZE", help="use at most this much memory to train, e.g. 512M")
+    add_memory_cap(parser)
     add("--threads", type=int, default=0, help="torch threads, default all cores")
     add("--device", default="cpu", help="cpu or cuda, where training runs")
     add("--import", dest="imports", action="append", default=[], metavar="MODULE",
@@ -53,15 +54,12 @@ def add_keys_command(commands: Any) -> None:
 
 def run_device(args: argparse.Namespace) -> int:
     """Runs until stopped by a signal, or with --once until the coordinator's run ends."""
-    from edge_sdk.cli import parse_size
-
     client_id = checked_id(args.id)
     keys, server_key = device_keys(args)
-    cap_bytes = parse_size(args.memory_cap) if args.memory_cap else None
     options = AgentOptions(
         client_id=client_id,
         data=str(args.data),
-        measure=make_measure(args.board, args.host_gflops, cap_bytes),
+        measure=make_measure(args.board, args.host_gflops, args.memory_cap),
         threads=args.threads,
         device=args.device,
         measure_compute=args.board is None,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 import stat
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk.errors import ConfigError
 
-_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
+_TEXT = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,31 @@ def make_keys(folder: Path, name: str) -> KeyPair:
     import zmq
 
     public_file, secret_file = folder / f"{name}.public", folder / f"{name}.secret"
-    for file in (public_file, secret_file):
-        if file.exists():
-            raise ConfigError(f"{file} exists; a key is never overwritten, remove it first")
     public, secret = zmq.curve_keypair()
     try:
+        for file in (public_file, secret_file):
+            if file.exists():
+                raise ConfigError(f"{file} exists; a key is never overwritten, remove it first")
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(secret_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(secret + b"\n")
-        public_file.write_bytes(public + b"\n")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(secret + b"\n")
+            public_file.write_bytes(public + b"\n")
+        except OSError:
+            for file in (secret_file, public_file):
+                file.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise ConfigError(f"keys cannot be written to {folder}: {error}") from error
     return KeyPair(public, secret)
 
 
 def read_keys(folder: Path, name: str) -> KeyPair:
-    """Read both files. Raises ConfigError: missing, not a key, or a secret others can read."""
+    """Read both files. Raises ConfigError: missing, not a key, a secret others can read, or two
+    files that are not a pair."""
+    import zmq
+
     secret_file = folder / f"{name}.secret"
     public = read_key(folder / f"{name}.public")
     secret = read_key(secret_file)
@@ -58,6 +67,11 @@ def read_keys(folder: Path, name: str) -> KeyPair:
         raise ConfigError(
             f"{secret_file} has mode {mode:04o}, others can read it; run chmod 600 {secret_file} "
             "and think about making a new key"
+        )
+    if zmq.curve_public(secret) != public:
+        raise ConfigError(
+            f"{folder / name}.public does not belong to {secret_file}; bring back the file that "
+            "does, or remove both and make new keys"
         )
     return KeyPair(public, secret)
 
@@ -74,7 +88,16 @@ def read_key(path: Path) -> bytes:
 
 
 def check_key(text: str, where: str) -> bytes:
-    """The key as bytes. Raises ConfigError unless it is 40 characters of Z85."""
-    if not _KEY.fullmatch(text):
+    """The key as bytes. Raises ConfigError unless it is Z85 of 32 bytes."""
+    if not _TEXT.fullmatch(text):
         raise ConfigError(f"{where} holds no key: expected 40 characters of Z85, got {len(text)}")
-    return text.encode("ascii")
+    from zmq.utils import z85
+
+    key = text.encode("ascii")
+    try:
+        is_key = z85.encode(z85.decode(key)) == key
+    except struct.error:  # five characters above 2^32 - 1
+        is_key = False
+    if not is_key:
+        raise ConfigError(f"{where} holds no key: 40 characters, but not Z85 of 32 bytes")
+    return key

@@ -77,12 +77,17 @@ class Pipe:
     def fileno(self) -> int:
         return self._end.fileno()
 
+    @staticmethod
+    def blocks(message: PipeMessage, payload: bytes | memoryview = b"") -> list[bytes | memoryview]:
+        """What goes over the socket for one message, in order."""
+        control = _ENCODER.encode(message)
+        head = _LENGTHS.pack(len(control), len(payload)) + control
+        return [head, payload] if len(payload) else [head]
+
     def send(self, message: PipeMessage, payload: bytes | memoryview = b"") -> None:
         """Blocks until the other end has taken it. Raises OSError when it is gone."""
-        control = _ENCODER.encode(message)
-        self._end.sendall(_LENGTHS.pack(len(control), len(payload)) + control)
-        if len(payload):
-            self._end.sendall(payload)
+        for block in self.blocks(message, payload):
+            self._end.sendall(block)
 
     def receive(self) -> tuple[PipeMessage, memoryview]:
         control_bytes, payload_bytes = _LENGTHS.unpack(self._read(_LENGTHS.size))

@@ -45,6 +45,10 @@ PLATFORMS = (
 )
 Positive = Annotated[float, Meta(gt=0)]
 PositiveInt = Annotated[int, Meta(gt=0)]
+# What a message may hold as text: no control characters, no line or paragraph separators.
+PLAIN_TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
+Text = Annotated[str, Meta(max_length=200, pattern=PLAIN_TEXT)]
+Bytes = Annotated[int, Meta(ge=0, le=2**53)]
 Bound = Literal["host", "cgroup", "cap"]
 
 
@@ -55,20 +59,21 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     least of what the host, the cgroup and the user's cap leave; `memory_bound` names which.
     gflops is sustained float32 forward+backward throughput in 1e9 operations per second on all
     `cores`; 0: not measured. cpu_scale, for an emulated board only, is board seconds per CPU second
-    of this host.
+    of this host. The ranges are checked when a profile is decoded, not when it is made here.
     """
 
-    platform: str  # "raspberry-pi-4", "jetson-nano", else "generic"
-    board: str = ""  # model string as the board gives it
-    machine: str = ""  # "aarch64", "x86_64"
-    memory_total_bytes: int
-    memory_available_bytes: int
+    platform: Text  # "raspberry-pi-4", "jetson-nano", else "generic"
+    board: Text = ""  # model string as the board gives it
+    machine: Text = ""  # "aarch64", "x86_64"
+    memory_total_bytes: Bytes
+    memory_available_bytes: Bytes
     memory_bound: Bound = "host"
-    cores: float
-    gflops: float
-    link_mbit_s: float | None = None  # None: not known, transfers are left out of predictions
+    cores: Annotated[float, Meta(gt=0, le=4096)]
+    gflops: Annotated[float, Meta(ge=0, le=10**9)]
+    # None: not known, transfers are left out of predictions
+    link_mbit_s: Annotated[float, Meta(gt=0, le=10**6)] | None = None
     is_emulated: bool = False
-    cpu_scale: float | None = None
+    cpu_scale: Annotated[float, Meta(gt=0, le=10**9)] | None = None
 
 
 class Board(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -244,8 +249,8 @@ def jetson_module() -> str:
         return ""
 
 
-def measure_gflops(seconds: float = 0.5, threads: int | None = None) -> float:
-    """Sustained float32 training throughput of the CPU, 1e9 operations per second.
+def measure_gflops(seconds: float = 0.5, threads: int | None = None, device: str = "cpu") -> float:
+    """Sustained float32 training throughput of torch's `device`, 1e9 operations per second.
 
     Real forward and backward passes of three 3x3 convolutions of 32 channels on (8, 32, 32, 32),
     about 10 MB; an operation is a multiply or an add, and a backward pass counts as two forward
@@ -259,9 +264,9 @@ def measure_gflops(seconds: float = 0.5, threads: int | None = None) -> float:
     torch.set_num_threads(threads or max(1, math.ceil(cores())))
     try:
         convolutions = [torch.nn.Conv2d(channels, channels, 3, padding=1) for _ in range(layers)]
-        stack = torch.nn.Sequential(*convolutions)
+        stack = torch.nn.Sequential(*convolutions).to(device)
         # The input asks for its gradient: else the first layer does two thirds of what is counted.
-        images = torch.ones(batch, channels, size, size, requires_grad=True)
+        images = torch.ones(batch, channels, size, size, device=device, requires_grad=True)
         _steps_per_s(stack, images, at_least_s=0.0)  # warm up
         samples: list[float] = []
         end = time.monotonic() + seconds
@@ -273,9 +278,13 @@ def measure_gflops(seconds: float = 0.5, threads: int | None = None) -> float:
 
 
 def _steps_per_s(stack: nn.Module, images: Tensor, at_least_s: float) -> float:
+    import torch
+
     start, num_steps, elapsed_s = time.monotonic(), 0, 0.0
     while not num_steps or elapsed_s < at_least_s:
         stack(images).sum().backward()
+        if images.is_cuda:
+            torch.cuda.synchronize()
         num_steps += 1
         elapsed_s = time.monotonic() - start
     return num_steps / elapsed_s

@@ -50,8 +50,8 @@ def check_specs(
     missing, extra = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
     if missing or extra or len(have) != len(got):
         raise ShapeError(
-            f"{where}: tensors missing: {', '.join(missing) or 'none'}; "
-            f"not expected: {', '.join(extra) or 'none'}; named {len(got)}, expected {len(want)}"
+            f"{where}: tensors missing: {_some(missing)}; not expected: {_some(extra)}; "
+            f"named {len(got)}, expected {len(want)}"
         )
     for spec in got:
         if spec != wanted[spec.name]:
@@ -62,6 +62,12 @@ def check_specs(
             )
     if is_ordered and [spec.name for spec in got] != [spec.name for spec in want]:
         raise ShapeError(f"{where}: tensors are not in the order of the model")
+
+
+def _some(names: Sequence[str]) -> str:
+    """At most five of them: a peer may name thousands."""
+    shown = ", ".join(names[:5]) or "none"
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 class Sender:
@@ -104,7 +110,7 @@ class Receiver:
         self._buffer = _bytes_of(self._storage)
         self._has = bytearray(self.num_parts)
         self.num_received = 0
-        self._requested = 0
+        self._requested = 0  # parts before this index have been asked for, unless they were here
 
     @property
     def is_complete(self) -> bool:
@@ -118,16 +124,21 @@ class Receiver:
 
     def next_request(self, window: int) -> tuple[int, int] | None:
         """(first, count) of the parts to ask for now so that at most `window` are under way; None
-        while more than half of the window is. Counts them as asked for."""
-        under_way = self._requested - self.num_received
-        count = min(window - under_way, self.num_parts - self._requested)
-        if count <= 0 or under_way > window // 2:
+        while more than half of the window is. Counts them as asked for.
+
+        Under way is what was asked for and has not arrived. What came unasked changes nothing but
+        that it is not asked for any more."""
+        under_way = self._has.count(0, 0, self._requested)
+        first = self._has.find(0, self._requested)
+        if first < 0 or under_way > window // 2:
             return None
-        first, self._requested = self._requested, self._requested + count
-        return first, count
+        here = self._has.find(1, first)
+        end = self.num_parts if here < 0 else here
+        self._requested = min(end, first + window - under_way)
+        return first, self._requested - first
 
     def restart(self) -> None:
-        """The link broke: what was asked for and has not arrived is asked for again."""
+        """The link broke or is silent: what has not arrived is asked for again."""
         self._requested = self.next_missing
 
     def add(self, index: int, payload: memoryview | bytes) -> None:

@@ -20,6 +20,7 @@ from edge_sdk.wire import MAX_FRAME_BYTES, Message, Part, decode, encode
 log = logging.getLogger(__name__)
 PING_MS = 5_000  # ZeroMQ heartbeats, both ends
 PING_TIMEOUT_MS = 15_000
+HIGH_WATER = 32  # messages queued per peer: a window of parts and some control
 ZERO_COPY_BYTES = 64 * 1024  # below it copying is cheaper than tracking the buffer
 Payload: TypeAlias = bytes | memoryview
 REFUSALS: dict[int, str] = {
@@ -35,6 +36,8 @@ REFUSALS: dict[int, str] = {
 def set_common_options(socket: zmq.Socket[bytes]) -> None:
     """What both ends of a link set."""
     socket.set(zmq.LINGER, 0)
+    socket.set(zmq.SNDHWM, HIGH_WATER)
+    socket.set(zmq.RCVHWM, HIGH_WATER)
     socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     socket.set(zmq.HEARTBEAT_IVL, PING_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, PING_TIMEOUT_MS)
@@ -106,11 +109,14 @@ class Link:
             ) from error
         self.socket = socket
 
-    def close(self) -> None:
+    def close(self, *, is_final: bool = False) -> None:
+        """is_final: let what was sent leave, up to half a second, and end for good."""
         if self.socket is not None:
             self.socket.disable_monitor()
-            self.socket.close()
+            self.socket.close(linger=500 if is_final else 0)
         self.socket = self.monitor = None
+        if is_final:
+            self._context.term()
 
     def send(self, message: Message, payload: Payload | None = None) -> bool:
         """False when there is no connection: nothing was sent then."""

@@ -2,8 +2,9 @@
 
 PROTOCOL.md is the contract; this file is its implementation. A message is one msgpack map with a
 "type" key, decoded by msgpack under hard size limits and then checked field by field; unknown
-fields are refused, so every change of a message raises PROTOCOL. A `Part` is followed by one raw
-frame. Nothing is ever unpickled.
+fields are refused, so every change of a message raises PROTOCOL. Every number has a range and every
+text a length, and no text may break a line: what a peer sends ends up in logs. A `Part` is followed
+by one raw frame. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -13,24 +14,38 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgpack
 import msgspec
 from msgspec import Meta
+from msgspec.structs import force_setattr
 
 from edge_sdk.errors import ProtocolError, VersionError
-from edge_sdk.profile import DeviceProfile
+from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
 
 PROTOCOL = 1
 PART_BYTES = 512 * 1024  # payload of every part but the last
-MAX_CONTROL_BYTES = 1024 * 1024  # one control frame
-MAX_FRAME_BYTES = 2 * 1024 * 1024  # any frame; ZMQ_MAXMSGSIZE
+MAX_FRAME_BYTES = 1024 * 1024  # any frame as it is on the network; ZMQ_MAXMSGSIZE
+MAX_CONTROL_BYTES = MAX_FRAME_BYTES - 1024  # one control frame; CURVE adds 33 bytes to each
 MAX_TENSORS = 10_000
+MAX_LINE = 2000  # characters
 MAX_TRANSFER_BYTES = 4 * 1024**3
 ALIGNMENT = 8  # every tensor starts at a multiple of this in the stream
 
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**48)]
 Index: TypeAlias = Annotated[int, Meta(ge=1, le=2**31)]
-Seconds: TypeAlias = Annotated[float, Meta(ge=0)]
-Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200)]
-ClientId: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Line: TypeAlias = Annotated[str, Meta(max_length=2000)]
+JobInHand: TypeAlias = Annotated[int, Meta(ge=0, le=2**31)]  # its round, 0: none
+Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=10**9)]
+Factor: TypeAlias = Annotated[float, Meta(ge=0, le=10**6)]
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200, pattern=PLAIN_TEXT)]
+ClientId: TypeAlias = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+Line: TypeAlias = Annotated[str, Meta(max_length=MAX_LINE, pattern=PLAIN_TEXT)]
+InputShape: TypeAlias = Annotated[tuple[Index, ...], Meta(min_length=1, max_length=4)]
+# The text has no pattern: msgspec 0.22 frees what is not its own once a type that joins a str with a
+# pattern and an array is dropped. Families quote options by their repr.
+Option: TypeAlias = (
+    int
+    | Annotated[float, Meta(ge=-(10**9), le=10**9)]
+    | Annotated[str, Meta(max_length=MAX_LINE)]
+    | bool
+    | Annotated[tuple[int, ...], Meta(max_length=100)]
+)
 Role: TypeAlias = Literal["weight", "mask", "correction", "teacher"]
 Dtype: TypeAlias = Literal["float32", "float64", "float16", "int64", "int32", "uint8", "bool"]
 ITEM_BYTES: dict[str, int] = {
@@ -46,11 +61,11 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     """Enough to build a multi-exit model: the exit is a cut, the width a ratio of channels."""
 
     family: Name
-    input_shape: Annotated[tuple[Index, ...], Meta(min_length=1, max_length=4)]  # (C, H, W)
+    input_shape: InputShape  # (C, H, W)
     num_classes: Annotated[int, Meta(ge=2, le=1_000_000)]
     exit: Annotated[int, Meta(ge=1, le=100)]
     width: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    options: dict[Name, int | float | str | bool | tuple[int, ...]] = {}
+    options: Annotated[dict[Name, Option], Meta(max_length=50)] = {}
 
 
 class Segment(Struct, frozen=True, kw_only=True):
@@ -66,12 +81,12 @@ class Plan(Struct, frozen=True, kw_only=True):
     segments: Annotated[tuple[Segment, ...], Meta(min_length=1, max_length=100)]
     epochs: Annotated[int, Meta(ge=1, le=100_000)] = 1
     batch_size: Annotated[int, Meta(ge=2, le=1_000_000)] = 32
-    lr: Annotated[float, Meta(gt=0)] = 1e-3
+    lr: Annotated[float, Meta(gt=0, le=10**6)] = 1e-3
     optimizer: Literal["sgd", "adam"] = "adam"
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # sgd only
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.0  # L2 term added to the gradient
-    exit_weights: tuple[Annotated[float, Meta(ge=0)], ...] = ()
-    prox_mu: Annotated[float, Meta(ge=0)] = 0.0  # FedProx: mu/2 |w - w_received|^2
+    weight_decay: Factor = 0.0  # L2 term added to the gradient
+    exit_weights: Annotated[tuple[Factor, ...], Meta(max_length=100)] = ()
+    prox_mu: Factor = 0.0  # FedProx: mu/2 |w - w_received|^2
     seed: Annotated[int, Meta(ge=0, lt=2**62)] = 0
 
 
@@ -102,7 +117,10 @@ class Phase(Struct, frozen=True, kw_only=True):
 
 
 class ExitResult(Struct, frozen=True, kw_only=True):
-    """Loss (nats) and accuracy of one exit on the local training data, last epoch."""
+    """Loss (nats) and accuracy of one exit on the local training data, last epoch.
+
+    A loss that is not finite says that training diverged: it gets through here, so that the
+    coordinator can refuse the update by name (cohort_zmq.check_update)."""
 
     exit: Index
     loss: float
@@ -116,10 +134,10 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     client_id: ClientId
     session: Name  # new with every start of the agent
     profile: DeviceProfile
-    num_examples: Count
-    input_shape: tuple[Index, ...]
+    num_examples: Index
+    input_shape: InputShape
     num_classes: Index
-    round: Annotated[int, Meta(ge=0)] = 0  # the job in hand, 0: none
+    round: JobInHand = 0
     software: Name = "edge-sdk"
 
 
@@ -139,7 +157,7 @@ class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
     could train alone over a frozen prefix. Sent again when the choice changes."""
 
     exit: Annotated[int, Meta(ge=0, le=100)]
-    stages: tuple[Index, ...] = ()
+    stages: Annotated[tuple[Index, ...], Meta(max_length=100)] = ()
     reason: Line = ""  # what limits it
 
 
@@ -174,7 +192,7 @@ class Update(Struct, frozen=True, kw_only=True, tag="update"):
     round: Index
     num_examples: Index
     num_steps: Count
-    exits: tuple[ExitResult, ...]
+    exits: Annotated[tuple[ExitResult, ...], Meta(max_length=100)]
     phases: dict[Literal["wait", "download", "load", "train"], Phase]
     peak_memory_bytes: Count
     retries: Count = 0
@@ -188,17 +206,22 @@ class Accepted(Struct, frozen=True, kw_only=True, tag="accepted"):
 
 
 class Fault(Struct, frozen=True, kw_only=True, tag="fault"):
-    """Either way: something named went wrong. round 0: not about a round."""
+    """Either way: something named went wrong. round 0: not about a round.
+
+    `detail` is often the text of a foreign error, so it is made one Line here."""
 
     code: Name
     detail: Line
-    round: Annotated[int, Meta(ge=0)] = 0
+    round: JobInHand = 0
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "detail", one_line(self.detail, MAX_LINE))
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """Device to coordinator every heartbeat_s, and the coordinator's answer to it."""
 
-    round: Annotated[int, Meta(ge=0)] = 0  # the job in hand, 0: none
+    round: JobInHand = 0
 
 
 class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
@@ -234,14 +257,15 @@ def unpack(frame: bytes | memoryview) -> Any:
     try:
         return msgpack.unpackb(
             frame,
-            max_str_len=4096,
+            max_str_len=4 * MAX_LINE,  # bytes
             max_bin_len=0,
             max_ext_len=0,
             max_array_len=MAX_TENSORS,
             max_map_len=1000,
         )
     except Exception as error:  # msgpack raises several unrelated types for bad bytes
-        raise ProtocolError(f"control frame of {size} bytes is not msgpack: {error!r}") from error
+        cause = f"{type(error).__name__}: {one_line(str(error))}".rstrip(": ")
+        raise ProtocolError(f"control frame of {size} bytes is not msgpack: {cause}") from error
 
 
 def decode(frame: bytes | memoryview) -> Message:
@@ -249,16 +273,34 @@ def decode(frame: bytes | memoryview) -> Message:
     plain = unpack(frame)
     if isinstance(plain, dict) and plain.get("protocol", PROTOCOL) != PROTOCOL:
         raise VersionError(
-            f"{plain.get('type')!r} speaks protocol {plain['protocol']!r}, this side {PROTOCOL}; "
-            "install the same edge-sdk on both"
+            f"{_quoted(plain.get('type'))} speaks protocol {_quoted(plain['protocol'])}, this "
+            f"side {PROTOCOL}; install the same edge-sdk on both"
         )
     try:
         message: Message = msgspec.convert(plain, type=_DECODE)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RecursionError) as error:
         raise ProtocolError(
-            f"message refused: {error}; see PROTOCOL.md version {PROTOCOL}"
+            f"message refused: {one_line(str(error))}; see PROTOCOL.md version {PROTOCOL}"
         ) from error
     return message
+
+
+def one_line(text: str, max_length: int = 200) -> str:
+    """`text` with all that does not print escaped; cut in the middle, as errors end with a place
+    or what to do next."""
+    if not text.isprintable():
+        shown = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        text = "".join(shown)
+    if len(text) <= max_length:
+        return text
+    tail = max_length // 3
+    return f"{text[: max_length - tail - 5]} ... {text[-tail:]}"
+
+
+def _quoted(value: object) -> str:
+    """Of what a peer sent only what is short: a repr of nested arrays recurses, and has no end."""
+    is_short = isinstance(value, int) or (isinstance(value, str) and len(value) <= 40)
+    return repr(value) if is_short else type(value).__name__
 
 
 def layout(specs: tuple[TensorSpec, ...]) -> tuple[tuple[int, ...], int]:

@@ -18,7 +18,7 @@ import torch
 
 from edge_sdk.data import Examples, load_shard
 from edge_sdk.errors import CapacityError, DataError, EdgeError
-from edge_sdk.models.costs import segment_costs
+from edge_sdk.models.costs import segment_costs_apart, warm_resident_bytes
 from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Pipe, PipeMessage, Resume
 from edge_sdk.profile import measure_gflops
 from edge_sdk.tensors import Receiver, Sender, specs_of
@@ -36,7 +36,7 @@ class Worker:
         self._pipe = pipe
         self._examples = examples
         self._device = device
-        self._runtime_bytes = resident_bytes()
+        self._runtime_bytes = warm_resident_bytes()
         self._inbox: deque[tuple[PipeMessage, memoryview]] = deque()
         self._job: Job | None = None
         self._receiver: Receiver | None = None
@@ -69,7 +69,7 @@ class Worker:
 
     def _handle(self, message: PipeMessage, payload: memoryview) -> None:
         if isinstance(message, Estimate):
-            costs = segment_costs(
+            costs = segment_costs_apart(
                 message.model, message.plan, len(self._examples), self._runtime_bytes
             )
             self._pipe.send(Estimated(costs=costs))
@@ -153,13 +153,6 @@ def make_update(job: Job, result: TrainResult, download: Phase) -> Update:
     )
 
 
-def resident_bytes() -> int:
-    """Resident memory now, by psutil."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="edge_sdk.worker")
     parser.add_argument("--fd", type=int, required=True)
@@ -180,7 +173,7 @@ def main() -> int:
             raise DataError(
                 f"{args.data} holds {len(examples)} examples, at least {MIN_BATCH} are needed"
             )
-        gflops = measure_gflops() if args.measure_compute else 0.0
+        gflops = measure_gflops(device=args.device) if args.measure_compute else 0.0
     except (EdgeError, ImportError) as error:
         code = error.code if isinstance(error, EdgeError) else "config"
         pipe.send(Fault(code=code, detail=str(error)[:2000]))

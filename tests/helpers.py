@@ -78,6 +78,7 @@ def answer(
     return ClientUpdate(
         client=who,
         tensors=moved,
+        segments=job.plan.segments,
         num_examples=num_examples,
         num_steps=1,
         exits=(),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from edge_sdk import cli
+from edge_sdk import cli, cli_flags
 from edge_sdk.errors import ConfigError, TrainerError
 
 MiB = 1024**2
@@ -128,7 +128,7 @@ def test_wrong_usage_is_status_2(capsys, arguments, message):
     ("text", "num_bytes"), [("1024", 1024), ("2k", 2048), ("512M", 512 * MiB), ("1.5G", 1536 * MiB)]
 )
 def test_sizes(text, num_bytes):
-    assert cli.parse_size(text) == num_bytes
+    assert cli_flags.parse_size(text) == num_bytes
 
 
 @pytest.mark.parametrize(

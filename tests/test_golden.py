@@ -24,11 +24,10 @@ from msgspec.structs import fields
 
 import edge_sdk
 from coordinator import cohort_zmq
-from edge_sdk import agent, transport, wire, worker
+from edge_sdk import agent, trainer, transport, wire, worker
 from edge_sdk.errors import EdgeError
 from edge_sdk.profile import DeviceProfile
 from edge_sdk.tensors import DTYPES
-from edge_sdk.trainer import Cancelled
 from edge_sdk.wire import (
     Accepted,
     Bye,
@@ -151,6 +150,7 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
         "GROWN",
     ),
     worker: ("WINDOW",),
+    trainer: ("MIN_BATCH",),
     cohort_zmq: ("WINDOW", "UPLOAD_BUDGET_BYTES", "HEARTBEAT_S", "SILENCE_S"),
 }
 
@@ -268,7 +268,8 @@ def type_text(info: Any) -> str:
     if isinstance(info, inspect.LiteralType):
         return "one of " + ", ".join(f"`{value}`" for value in info.values)
     if isinstance(info, inspect.UnionType):
-        return " or ".join(type_text(inner) for inner in info.types)
+        names = [type_text(inner) for inner in info.types]
+        return " or ".join(f"({name})" if "," in name else name for name in names)
     if isinstance(info, inspect.VarTupleType):
         return f"array of ({type_text(info.item_type)}){lengths(info, 'items')}"
     if isinstance(info, inspect.DictType):
@@ -317,7 +318,7 @@ def test_protocol_gives_every_constant_and_its_value(text):
 
 def test_protocol_names_every_fault_code(text):
     codes = {kind.code for kind in EdgeError.__subclasses__()} - {"link", "store"}
-    codes |= {"version", Cancelled.code, *agent.FATAL}
+    codes |= {"version", trainer.Cancelled.code, *agent.FATAL}
     for path in (cohort_zmq.__file__, agent.__file__):  # Fault(code="..."), _fault(route, "...")
         source = Path(str(path)).read_text(encoding="utf-8")
         codes |= set(re.findall(r'(?:Fault\(code=|_fault\([\w.]+, )"(\w+)"', source))

@@ -16,7 +16,7 @@ from coordinator.methods.base import Metrics
 from coordinator.rounds import run_rounds
 from coordinator.store import Store
 from edge_sdk.errors import ConfigError, DataError, StoreError
-from edge_sdk.wire import ExitResult, Phase
+from edge_sdk.wire import ExitResult, Phase, Segment
 from tests.helpers import client, config, examples
 
 
@@ -24,6 +24,7 @@ def update(who, **changes):
     settings = {
         "client": who,
         "tensors": {},
+        "segments": (Segment(first=1, last=1), Segment(first=3, last=3)),
         "num_examples": 10,
         "num_steps": 2,
         "exits": (ExitResult(exit=1, loss=0.5, accuracy=0.75),),
@@ -46,12 +47,14 @@ def test_round_is_recorded_as_it_was(tmp_path):
     store = Store.create(tmp_path / "run", config("owners-mean"), "emulate")
     a, b, c = client("a", 1), client("b", 2), client("c", 3)
     store.record_clients([a, b, c])
-    late = Absence(b, "straggler", "late", "did not return")
-    gone = Absence(c, "failed", "gone", "killed", {}, 7, 0)
+    late = Absence(b, (Segment(first=1, last=2),), "straggler", "late", "did not return")
+    gone = Absence(c, (Segment(first=1, last=3),), "failed", "gone", "killed", {}, 7, 0)
     passed, totals = commit(store, 1, results=[update(a), late, gone])
     assert [u.client.id for u in passed] == ["a"], "a method sees updates only"
     assert (totals.returned, totals.stragglers, totals.failures) == (1, 1, 1)
     assert (totals.bytes_down, totals.bytes_up, totals.retries) == (107, 40, 1)
+    rows = store._db.execute("SELECT client_id, segments FROM participations ORDER BY client_id")
+    assert rows.fetchall() == [("a", "1-1,3-3"), ("b", "1-2"), ("c", "1-3")]
     (row,) = store.history()
     assert row["accuracy"] == [0.5]
     assert row["seconds"]["train"] == 1.5, "CPU seconds where measured"
@@ -117,6 +120,24 @@ def test_truncated_checkpoint_is_a_clear_error(tmp_path):
     with pytest.raises(StoreError, match="cannot be read"):
         store.load_checkpoint()
     store.close()
+
+
+def test_a_deleted_run_leaves_nothing_behind(tmp_path):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    for number in (1, 2, 3):
+        commit(store, number)
+    for end in ("-wal", "-shm"):  # as a kill leaves them
+        (tmp_path / f"run.sqlite{end}").rename(tmp_path / f"kept{end}")
+    store.close()
+    (tmp_path / "run.sqlite").unlink()
+    for end in ("-wal", "-shm"):
+        (tmp_path / f"kept{end}").rename(tmp_path / f"run.sqlite{end}")
+    fresh = Store.create(tmp_path, config("owners-mean"), "serve")
+    assert fresh.next_round() == 1
+    commit(fresh, 1)
+    commit(fresh, 2)
+    assert fresh.load_checkpoint()["w"].item() == 2.0, "old checkpoints do not push new ones out"
+    fresh.close()
 
 
 def test_wrong_folders_say_so(tmp_path):

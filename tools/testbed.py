@@ -4,9 +4,9 @@
 
 Real: the processes, the sockets on loopback, CURVE, the data (each device holds its own shard and
 nobody else's), the training, every byte. Emulated: the boards. A board's memory, speed and link
-come from profiles/*.toml; its seconds are its trainer's CPU seconds here times the ratio of the speeds,
-its link's seconds are bytes over the profile's rate. Wall clock on one crowded machine means little
-and is shown beside them.
+come from profiles/*.toml; its seconds are its trainer's CPU seconds here times the ratio of the
+speeds, its link's seconds are bytes over the profile's rate. Wall clock on one crowded machine
+means little and is shown beside them.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def announce(
     endpoint: str,
 ) -> None:
     sizes = sorted(len(device.examples) for device in devices)
-    limit = f"{deadline_s:.3g} board seconds" if deadline_s else "none"
+    limit = f"{deadline_s:.3g} board seconds, by predicted operations" if deadline_s else "none"
     console.print(
         f"{len(devices)} emulated boards ({args.devices}) with {sizes[0]} to {sizes[-1]} examples "
         f"of {args.data}\nmethod {args.method}, {args.rounds} rounds, deadline of a job {limit}, "

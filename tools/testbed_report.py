@@ -30,7 +30,6 @@ DEVICE_PHASES = ("wait", "download", "load", "train", "upload")
 SERVER_PHASES = ("fit", "generate", "aggregate", "evaluate", "checkpoint")
 WALL, CPU, LINK = "wall clock", "CPU x scale", "bytes / link"
 EMULATED = {"load": CPU, "train": CPU, "download": LINK, "upload": LINK}  # others: wall clock
-WHOLE_MODEL = ("fedavg-l",)  # methods that train one prefix deeper than a client's exit
 LAST, SERVED = "accuracy_exit_", "accuracy_served_exit_"
 MISSING = "not measured"
 SEATS = """SELECT p.*, COALESCE(platform, 'unknown') AS platform, cpu_scale, link_mbit_s,
@@ -187,7 +186,6 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
     groups: dict[tuple[str, int], list[sqlite3.Row]] = {}
     for seat in seats:
         groups.setdefault((seat["platform"], seat["is_emulated"]), []).append(seat)
-    is_whole = config.method in WHOLE_MODEL
     server = [(name, wall_s, wall_s) for _, client, name, wall_s, _ in phases if client is None]
     return Report(
         run=run["run"],
@@ -196,7 +194,7 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
         method=config.method,
         rounds=rounds,
         rounds_planned=config.rounds,
-        platforms=[_platform(groups[key], phases, rounds, is_whole) for key in sorted(groups)],
+        platforms=[_platform(groups[key], phases, rounds) for key in sorted(groups)],
         server=_phase_times(SERVER_PHASES, server, {}),
         tally=_tally(seats, rounds),
         accuracy=_accuracies(metrics),
@@ -208,9 +206,7 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
     )
 
 
-def _platform(
-    seats: list[sqlite3.Row], phases: list[sqlite3.Row], rounds: int, is_whole: bool
-) -> Platform:
+def _platform(seats: list[sqlite3.Row], phases: list[sqlite3.Row], rounds: int) -> Platform:
     by_key = {(seat["round"], seat["client_id"]): seat for seat in seats}
     times = [
         (phase, board_seconds(by_key[round, client], phase, wall_s, cpu_s), wall_s)
@@ -219,8 +215,9 @@ def _platform(
     ]
     users: dict[tuple[bool, int], list[str]] = {}
     for seat in seats:
-        stages = [int(stage) for stage in seat["segments"].split(",") if stage]
-        prefix, alone = split_stages(stages, max(stages, default=0) if is_whole else seat["exit"])
+        if seat["outcome"] != "ok":
+            continue
+        prefix, alone = split_segments(seat["segments"])
         for key in [(False, prefix)] * (prefix > 0) + [(True, stage) for stage in alone]:
             users.setdefault(key, []).append(seat["client_id"])
     is_emulated = bool(seats[0]["is_emulated"])
@@ -253,15 +250,16 @@ def board_seconds(
     return wall_s
 
 
-def split_stages(stages: Sequence[int], exit: int) -> tuple[int, list[int]]:
-    """The prefix (0: none) and the stages trained alone, of a client of this exit.
-
-    The database lists exits with results, not segments: 1, 2, ... up to the client's own exit are
-    taken for its prefix. That is exact for devices, which refuse a prefix deeper than it."""
-    prefix = 0
-    while prefix < exit and prefix + 1 in stages:
-        prefix += 1
-    return prefix, [stage for stage in stages if stage > prefix]
+def split_segments(text: str) -> tuple[int, list[int]]:
+    """The prefix (0: none) and the deeper stages of "1-2,3-3": (2, [3])."""
+    prefix, deeper = 0, []
+    for segment in filter(None, text.split(",")):
+        first, last = map(int, segment.split("-"))
+        if first == 1:
+            prefix = last
+        else:
+            deeper += range(first, last + 1)
+    return prefix, deeper
 
 
 def nearest_rank(values: Iterable[float], percent: int) -> float:
@@ -381,7 +379,10 @@ def print_report(report: Report) -> None:
             [f"exit {a.exit}", str(a.first_round), shares[0], str(a.last_round), *shares[1:]]
         )
     print_table("accuracy in %,round,first,round,last,served last", rows or [[MISSING]])
-    figures = [f"{name} = {_figure(value, '.4g')}" for name, value in report.figures.items()]
+    figures = [
+        f"{name} = {'not a number' if value is None else f'{value:.4g}'}"
+        for name, value in report.figures.items()
+    ]
     text = f"Figures of the method in its last round: {'; '.join(figures) or 'none'}"
     print("\n" + textwrap.fill(text, 100, break_long_words=False))
 

@@ -24,7 +24,6 @@ from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.losses import joint_exit_loss, proximal_term
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.staged import needed_names, trained_names
-from edge_sdk.optim import Optimizer
 from edge_sdk.wire import ModelSpec, Plan, Segment
 
 # trainer._features holds the chunks of the features and their concatenation for a moment.
@@ -141,17 +140,18 @@ def _cost(
 
 
 def warm_resident_bytes() -> int:
-    """Resident memory of this process after one tiny training step.
+    """Resident memory of this process after one tiny job, trained by the real trainer.
 
-    The first step loads kernels and starts threads: 27 MB more than the imports, whatever the
-    model (torch 2.13, x86). Call it in a process that has imported what the trainer imports, and
-    before `segment_costs`."""
-    spec = ModelSpec(family="cnn", input_shape=(1, 8, 8), num_classes=2, exit=1)
-    plan = Plan(segments=(Segment(first=1, last=1),))
-    model = build(spec)
-    logits = model(torch.zeros(4, *spec.input_shape))
-    joint_exit_loss(logits, torch.zeros(4, dtype=torch.int64), [1.0]).backward()
-    Optimizer(list(model.parameters()), plan).step_()
+    The first steps load kernels and start threads: 27 MB more than the imports, whatever the model
+    (torch 2.13, x86). Call it once the data is loaded."""
+    from edge_sdk.data import Examples
+    from edge_sdk.trainer import train  # which imports models: here, not above
+
+    spec = ModelSpec(family="cnn", input_shape=(1, 8, 8), num_classes=2, exit=2)
+    segments = (Segment(first=1, last=1), Segment(first=2, last=2))
+    x, y = torch.zeros(8, *spec.input_shape), torch.arange(8) % 2
+    plan = Plan(segments=segments, batch_size=4)
+    train(spec, plan, build(spec).tensors(), Examples(x.numpy(), y.numpy(), 2))
     return int(psutil.Process().memory_info().rss)
 
 

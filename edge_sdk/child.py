@@ -1,0 +1,110 @@
+"""The agent's side of the training process: start it, talk to it, see how it ended."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+
+from edge_sdk.capacity import TRAINER_ENVIRONMENT
+from edge_sdk.pipe import Pipe, PipeMessage
+from edge_sdk.transport import Payload
+
+
+class TrainerProcess:
+    """A running `edge_sdk.worker`. Sending never blocks: what the process does not take yet waits
+    here, so that the agent can always read what it says."""
+
+    def __init__(
+        self,
+        data: str,
+        *,
+        threads: int = 0,
+        device: str = "cpu",
+        measure_compute: bool = False,
+        imports: Sequence[str] = (),
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        command = [
+            sys.executable, "-m", "edge_sdk.worker", "--fd", str(theirs.fileno()),
+            "--data", data, "--threads", str(threads), "--device", device,
+        ]  # fmt: skip
+        command += ["--measure-compute"] if measure_compute else []
+        command += [part for module in imports for part in ("--import", module)]
+        self._process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=os.environ | TRAINER_ENVIRONMENT,
+            start_new_session=True,  # Ctrl-C is for the agent, which ends the trainer
+        )
+        theirs.close()
+        self._socket = ours
+        self._pipe = Pipe(ours)
+        self._outbox: deque[memoryview] = deque()
+
+    def fileno(self) -> int:
+        return self._pipe.fileno()
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._outbox)
+
+    def is_readable(self) -> bool:
+        return bool(select.select([self], [], [], 0)[0])
+
+    def send(self, message: PipeMessage, payload: Payload = b"") -> None:
+        """Queue a message. A dead trainer's end shows when it is read."""
+        self._outbox += [memoryview(block) for block in self._pipe.blocks(message, payload)]
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand over as much as the process takes now."""
+        while self._outbox:
+            block = self._outbox[0]
+            try:
+                taken = self._socket.send(block, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._outbox.clear()
+                return
+            if taken == len(block):
+                self._outbox.popleft()
+            else:
+                self._outbox[0] = block[taken:]
+
+    def receive(self) -> tuple[PipeMessage, memoryview]:
+        """The next message, waiting for it. Raises EOFError or OSError when the process is gone."""
+        return self._pipe.receive()
+
+    def resident_bytes(self) -> int:
+        import psutil
+
+        try:
+            return int(psutil.Process(self._process.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+
+    def end(self) -> None:
+        """Stop it now."""
+        self._pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+    def cause_of_death(self) -> str:
+        """How it ended; waits for the end, which the closed pipe has announced."""
+        self._pipe.close()
+        try:
+            status = self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        if status == -signal.SIGKILL:
+            return "was killed by signal 9, most likely for memory"
+        return f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
