@@ -29,8 +29,8 @@ class Admission:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stamp = NOWHERE  # of the file that is in force
-        self._refused = NOWHERE  # of the last that is malformed: reading it again is of no use
-        self._told = NOWHERE  # of the last that an error was logged about
+        self._refused: Stamp | None = None  # of one that is malformed: not worth reading again
+        self._told: Stamp | None = None  # of one that an error has been logged about
         self._names: dict[bytes, str] = {}
         self._lock = threading.Lock()  # ZeroMQ's authenticator asks from a thread of its own
         self.reload()
@@ -45,15 +45,16 @@ class Admission:
         """The client with this key, None for a stranger. Sees changes of the file. It is asked for
         every message, so it complains about a file once."""
         stamp = _stamp_of(self.path)
-        if stamp == NOWHERE or stamp not in (self._stamp, self._refused):
+        if stamp == self._stamp:
+            self._told = None
+        elif stamp != self._refused:
             try:
                 self.reload()
             except ConfigError as error:
-                if not isinstance(error.__cause__, OSError):
-                    self._refused = stamp
                 if stamp != self._told:
                     log.error("client list not reloaded, the last one stays in force: %s", error)
                 self._told = stamp
+                self._refused = None if isinstance(error.__cause__, OSError) else stamp
         with self._lock:
             return self._names.get(public_key)
 

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 5.0
 SILENCE_S = 45.0  # a device that says nothing for so long is gone
 TELL_S = 15.0  # between lines about what is waited for
+FAREWELL_S = 3.0  # for devices to answer a Bye
 LISTENING_GAP_S = 1.0  # a longer pause between two looks was the caller's
 
 
@@ -135,10 +136,18 @@ class ZmqCohort:
             self._desk = None
 
     def close(self, reason: str) -> None:
-        """Tell every device, then close the socket."""
+        """Tell every device and wait for its answer, not long, then close the socket. ZeroMQ drops
+        what a device has not read yet when the connection ends, so an unanswered Bye may be lost."""
         for name in self._devices:
             self._send(name, Bye(reason=reason))
-        self._hub.close(linger_ms=500)
+        give_up = time.monotonic() + FAREWELL_S
+        while self._devices and time.monotonic() < give_up:
+            _, received = self._hub.receive(100)
+            if received is not None and isinstance(received.message, Bye):
+                name = self._names.get(received.route, "")
+                if name in self._devices:
+                    self._leave(name, "said bye")
+        self._hub.close()
 
     # -- devices -----------------------------------------------------------------------------
 

@@ -110,7 +110,8 @@ class Agent:
                 self._read_trainer()
                 self._read_link()
                 self._on_time(time.monotonic())
-            self._link.send(Bye(reason="device stopped"))
+            if self._state.welcome:
+                self._link.send(Bye(reason="device stopped"))
         finally:
             if self._trainer:
                 self._trainer.end()
@@ -229,6 +230,7 @@ class Agent:
         elif isinstance(message, Bye):
             log.info("coordinator: %s", message.reason or "bye")
             self._end_job()
+            self._link.send(Bye(reason="bye"))
             self._state.welcome = None
             self._is_stopping = self._options.is_once
 

@@ -37,8 +37,8 @@ Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200, pattern=PLAI
 ClientId: TypeAlias = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 Line: TypeAlias = Annotated[str, Meta(max_length=MAX_LINE, pattern=PLAIN_TEXT)]
 InputShape: TypeAlias = Annotated[tuple[Index, ...], Meta(min_length=1, max_length=4)]
-# The text has no pattern: msgspec 0.22 frees what is not its own once a type that joins a str with a
-# pattern and an array is dropped. Families quote options by their repr.
+# The text has no pattern: msgspec 0.22 frees what is not its own when it drops a type that joins a
+# str with a pattern and an array. Families quote options by their repr.
 Option: TypeAlias = (
     int
     | Annotated[float, Meta(ge=-(10**9), le=10**9)]
@@ -158,7 +158,10 @@ class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
 
     exit: Annotated[int, Meta(ge=0, le=100)]
     stages: Annotated[tuple[Index, ...], Meta(max_length=100)] = ()
-    reason: Line = ""  # what limits it
+    reason: Line = ""  # what limits it; may be an error's text, so it is made one Line here
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "reason", one_line(self.reason, MAX_LINE))
 
 
 class Job(Struct, frozen=True, kw_only=True, tag="job"):

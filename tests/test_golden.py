@@ -23,10 +23,10 @@ from msgspec import inspect
 from msgspec.structs import fields
 
 import edge_sdk
-from coordinator import cohort_zmq
-from edge_sdk import agent, trainer, transport, wire, worker
+from coordinator import cohort_zmq, hub, seats
+from edge_sdk import agent, chooser, trainer, transport, wire, worker
 from edge_sdk.errors import EdgeError
-from edge_sdk.profile import DeviceProfile
+from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
 from edge_sdk.tensors import DTYPES
 from edge_sdk.wire import (
     Accepted,
@@ -137,21 +137,24 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
         "MAX_CONTROL_BYTES",
         "MAX_FRAME_BYTES",
         "MAX_TENSORS",
+        "MAX_LINE",
         "MAX_TRANSFER_BYTES",
         "ALIGNMENT",
     ),
-    transport: ("PING_MS", "PING_TIMEOUT_MS"),
+    transport: ("PING_MS", "PING_TIMEOUT_MS", "HIGH_WATER"),
     agent: (
         "HELLO_S",
         "HELLO_MAX_S",
         "REFUSED_S",
         "REFUSED_MAX_S",
-        "SILENT_HEARTBEATS",
-        "GROWN",
+        "RESTART_S",
+        "RESTART_MAX_S",
     ),
+    chooser: ("GROWN",),
     worker: ("WINDOW",),
     trainer: ("MIN_BATCH",),
-    cohort_zmq: ("WINDOW", "UPLOAD_BUDGET_BYTES", "HEARTBEAT_S", "SILENCE_S"),
+    cohort_zmq: ("HEARTBEAT_S", "SILENCE_S"),
+    seats: ("WINDOW", "UPLOAD_BUDGET_BYTES", "RESEND_S", "STALL_S"),
 }
 
 
@@ -273,10 +276,12 @@ def type_text(info: Any) -> str:
     if isinstance(info, inspect.VarTupleType):
         return f"array of ({type_text(info.item_type)}){lengths(info, 'items')}"
     if isinstance(info, inspect.DictType):
-        return f"map of ({type_text(info.key_type)}) to ({type_text(info.value_type)})"
+        pair = f"({type_text(info.key_type)}) to ({type_text(info.value_type)})"
+        return f"map of {pair}{lengths(info, 'pairs')}"
     if isinstance(info, inspect.StrType):
-        pattern = f", matches `{info.pattern}`" if info.pattern else ""
-        return "str" + lengths(info, "characters") + pattern
+        special = f", matches `{info.pattern}`" if info.pattern else ", any text"
+        special = "" if info.pattern == PLAIN_TEXT else special
+        return "str" + lengths(info, "characters") + special
     if isinstance(info, inspect.IntType | inspect.FloatType):
         return ("int" if isinstance(info, inspect.IntType) else "float") + spread(info)
     plain = {inspect.BoolType: "bool", inspect.NoneType: "nil"}
@@ -319,9 +324,9 @@ def test_protocol_gives_every_constant_and_its_value(text):
 def test_protocol_names_every_fault_code(text):
     codes = {kind.code for kind in EdgeError.__subclasses__()} - {"link", "store"}
     codes |= {"version", trainer.Cancelled.code, *agent.FATAL}
-    for path in (cohort_zmq.__file__, agent.__file__):  # Fault(code="..."), _fault(route, "...")
-        source = Path(str(path)).read_text(encoding="utf-8")
-        codes |= set(re.findall(r'(?:Fault\(code=|_fault\([\w.]+, )"(\w+)"', source))
+    for module in (cohort_zmq, hub, seats, agent):  # Fault(code="..."), _fault(name, "...")
+        source = Path(str(module.__file__)).read_text(encoding="utf-8")
+        codes |= set(re.findall(r'(?:Fault\(code=|_(?:fault|refuse)\([\w.]+, )"(\w+)"', source))
     table = {row[0].strip("`") for row in rows(text)}
     assert codes <= table, f"no row for {codes - table}"
 

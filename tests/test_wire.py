@@ -4,15 +4,18 @@ than raise ProtocolError in one line."""
 from __future__ import annotations
 
 import math
-from contextlib import suppress
+import subprocess
+import sys
 from typing import Any
 
 import msgpack
 import pytest
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import ProtocolError, VersionError
+from edge_sdk.transport import set_common_options
 from edge_sdk.wire import (
     MAX_CONTROL_BYTES,
     MAX_TENSORS,
@@ -99,7 +102,18 @@ def refused(data: bytes) -> str:
     """The one line that decode refuses `data` with."""
     with pytest.raises(ProtocolError) as caught:
         decode(data)
-    line = str(caught.value)
+    return checked_line(caught.value)
+
+
+def decoded_or_refused(data: bytes) -> None:
+    try:
+        decode(data)
+    except ProtocolError as error:
+        checked_line(error)
+
+
+def checked_line(error: ProtocolError) -> str:
+    line = str(error)
     assert line
     assert line.isprintable(), "not one printable line"
     assert len(line) < 1000, "a peer decides how long our log lines are"
@@ -170,19 +184,64 @@ def test_what_is_not_a_frame_is_refused(data):
 def test_size_is_checked_before_anything_else():
     data = b"\xc0" * (MAX_CONTROL_BYTES + 1)
     assert refused(data) == (
-        "control frame of 1048577 bytes, at most 1048576 are accepted"  # 1024 * 1024 + 1
+        "control frame of 1047553 bytes, at most 1047552 are accepted"  # 1023 * 1024 + 1
     )
+
+
+@pytest.mark.parametrize("is_encrypted", [False, True])
+def test_the_largest_control_frame_fits_the_transport(is_encrypted):
+    context = zmq.Context()
+    router, dealer = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    try:
+        for socket in (router, dealer):
+            set_common_options(socket)
+        if is_encrypted:
+            router.set(zmq.CURVE_SERVER, 1)
+            public, secret = zmq.curve_keypair()
+            for socket in (router, dealer):
+                socket.set(zmq.CURVE_PUBLICKEY, public)
+                socket.set(zmq.CURVE_SECRETKEY, secret)
+            dealer.set(zmq.CURVE_SERVERKEY, public)
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        dealer.connect(f"tcp://127.0.0.1:{port}")
+        dealer.send(bytes(MAX_CONTROL_BYTES))
+        assert router.poll(10_000), "the connection was closed"
+        assert len(router.recv_multipart()[-1]) == MAX_CONTROL_BYTES
+    finally:
+        context.destroy(linger=0)
+
+
+def test_the_types_of_messages_can_be_dropped():
+    # msgspec 0.22 aborts at the end of the process over some unions; see wire.Option.
+    code = "from edge_sdk import pipe, wire; wire.decode(wire.encode(wire.Bye()))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_limits_of_arrays_maps_and_strings():
     assert decode(frame("update", exits=[]))
     refused(frame("update", exits=[{"exit": 1, "loss": 0.5, "accuracy": 1.0}] * 10_001))
-    options = {str(i): i for i in range(1000)}
-    assert len(decode(frame("job", model={**MODEL, "options": options})).model.options) == 1000
-    refused(frame("job", model={**MODEL, "options": {**options, "one more": 1}}))
-    text = decode(frame("job", model={**MODEL, "options": {"text": "x" * 4096}}))
-    assert len(text.model.options["text"]) == 4096
-    refused(frame("job", model={**MODEL, "options": {"text": "x" * 4097}}))
+    refused(frame("bye", **{str(i): i for i in range(1000)}))  # 1002 pairs
+    assert len(decode(frame("bye", reason="🛑" * 2000)).reason) == 2000  # 8000 bytes
+    refused(frame("bye", reason="x" * 8001))
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ({str(i): i for i in range(50)}, {str(i): i for i in range(51)}),
+        ({"x" * 200: 1}, {"x" * 201: 1}),
+        ({"text": "x" * 2000}, {"text": "x" * 2001}),
+        ({"channels": [1] * 100}, {"channels": [1] * 101}),
+        ({"ratio": 1e9}, {"ratio": 1.1e9}),
+        ({"ratio": -1e9}, {"ratio": INF}),
+        ({"ratio": 0.0}, {"ratio": NAN}),
+        ({"a b": 1}, {"a\n": 1}),
+        ({"n": 2**64 - 1}, {"n": None}),
+    ],
+)
+def test_options_are_limited(good, bad):
+    assert len(decode(frame("job", model={**MODEL, "options": good})).model.options) == len(good)
+    assert "$.model.options" in refused(frame("job", model={**MODEL, "options": bad}))
 
 
 def test_number_of_tensors_is_limited():
@@ -199,25 +258,19 @@ def test_nesting_that_msgpack_lets_through_is_refused(levels):
     refused(nested)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="wire.decode puts repr(protocol) in the message: RecursionError, no limit"
-)
 @pytest.mark.parametrize("levels", [700, 1000, 1020])
 def test_nesting_in_the_version_is_refused(levels):
     refused(b"\x82\xa4type\xa5hello\xa8protocol" + b"\x91" * levels + b"\xc0")
 
 
-@pytest.mark.xfail(strict=True, reason="wire.unpack puts repr(ExtraData), the whole frame, in it")
 def test_errors_stay_short_whatever_the_frame_holds():
     refused(encode(Bye()) + b"\x01" * 100_000)
 
 
-@pytest.mark.xfail(strict=True, reason="wire.decode quotes a name of up to 4096 bytes")
 def test_errors_stay_short_for_long_unknown_fields():
     refused(frame("bye", **{"x" * 4000: 1}))
 
 
-@pytest.mark.xfail(strict=True, reason="wire.decode quotes an unknown field as it is")
 def test_an_unknown_field_cannot_forge_a_log_line():
     refused(frame("bye", **{"x\n2030-01-01 INFO all is well": 1}))
 
@@ -288,6 +341,15 @@ def test_missing_fields_are_refused(tag, field):
         ("hello", {"client_id": "a b"}, "$.client_id"),
         ("hello", {"client_id": "a" * 65}, "$.client_id"),
         ("hello", {"client_id": "../a"}, "$.client_id"),
+        ("hello", {"client_id": "a\n"}, "$.client_id"),
+        ("hello", {"num_examples": 0}, "$.num_examples"),
+        ("hello", {"num_examples": 2**31 + 1}, "$.num_examples"),
+        ("hello", {"input_shape": []}, "$.input_shape"),
+        ("hello", {"input_shape": [1] * 5}, "$.input_shape"),
+        ("hello", {"round": 2**31 + 1}, "$.round"),
+        ("ready", {"stages": [1] * 101}, "$.stages"),
+        ("update", {"exits": [{"exit": 1, "loss": 0.5, "accuracy": 1.0}] * 101}, "$.exits"),
+        ("job", {"plan": {**PLAN, "exit_weights": [1.0] * 101}}, "$.plan.exit_weights"),
         ("hello", {"session": ""}, "$.session"),
         ("hello", {"session": "s" * 201}, "$.session"),
         ("welcome", {"heartbeat_s": 0.0}, "$.heartbeat_s"),
@@ -323,34 +385,96 @@ def test_missing_fields_are_refused(tag, field):
             {"exits": [{"exit": 1, "loss": 0.5, "accuracy": NAN}]},
             "$.exits[0].accuracy",
         ),
+        ("job", {"deadline_s": INF}, "$.deadline_s"),
+        ("job", {"deadline_s": 1.1e9}, "$.deadline_s"),
+        ("job", {"plan": {**PLAN, "lr": INF}}, "$.plan.lr"),
+        ("job", {"plan": {**PLAN, "momentum": INF}}, "$.plan.momentum"),
+        ("job", {"plan": {**PLAN, "weight_decay": INF}}, "$.plan.weight_decay"),
+        ("job", {"plan": {**PLAN, "prox_mu": INF}}, "$.plan.prox_mu"),
+        ("job", {"plan": {**PLAN, "exit_weights": [INF]}}, "$.plan.exit_weights[0]"),
+        ("update", {"phases": {"train": {"wall_s": INF}}}, "$.phases[...].wall_s"),
+        ("update", {"phases": {"train": {"wall_s": 1.0, "cpu_s": INF}}}, "$.phases[...].cpu_s"),
     ],
 )
 def test_wrong_values_are_refused_with_their_place(tag, changes, path):
     assert f"`{path}" in refused(frame(tag, **changes))
 
 
-@pytest.mark.xfail(strict=True, reason="Seconds and the plan's floats have no upper end")
 @pytest.mark.parametrize(
-    ("tag", "changes"),
+    ("field", "good", "bad"),
     [
-        ("job", {"deadline_s": INF}),
-        ("job", {"plan": {**PLAN, "lr": INF}}),
-        ("update", {"phases": {"train": {"wall_s": INF}}}),
-        ("hello", {"profile": {**PROFILE, "gflops": INF}}),
-        ("hello", {"profile": {**PROFILE, "cores": NAN}}),
-        ("hello", {"profile": {**PROFILE, "memory_total_bytes": -1}}),
+        ("memory_total_bytes", [0, 2**53], [-1, 2**53 + 1, 1.0]),
+        ("memory_available_bytes", [0, 2**53], [-1, 2**53 + 1]),
+        ("cores", [0.25, 4096], [0.0, -1.0, 4097.0, INF, NAN]),
+        ("gflops", [0.0, 1e9], [-1.0, 2e9, INF, NAN]),
+        ("link_mbit_s", [None, 0.5, 1e6], [0.0, -1.0, 2e6, INF, NAN]),
+        ("cpu_scale", [None, 0.5, 1e9], [0.0, -1.0, 2e9, INF, NAN]),
+        ("platform", ["", "x" * 200], ["x" * 201, "a\nb", None]),
+        ("board", ["", "é" * 200], ["x" * 201, "\x1b[2J"]),
+        ("machine", ["", "aarch64"], ["x" * 201, "a\0"]),
     ],
 )
-def test_numbers_that_mean_nothing_are_refused(tag, changes):
-    refused(frame(tag, **changes))
+def test_a_profile_holds_what_a_device_can_have(field, good, bad):
+    for value in good:
+        profile = decode(frame("hello", profile={**PROFILE, field: value})).profile
+        assert getattr(profile, field) == value
+    for value in bad:
+        assert f"$.profile.{field}" in refused(frame("hello", profile={**PROFILE, field: value}))
 
 
-@pytest.mark.xfail(strict=True, reason="$ in ClientId's pattern matches before a last line feed")
-def test_a_client_id_does_not_end_in_a_line_feed():
-    refused(frame("hello", client_id="a\n"))
+def test_a_loss_that_is_no_number_can_be_reported():
+    exits = [{"exit": 1, "loss": NAN, "accuracy": 0.0}, {"exit": 2, "loss": INF, "accuracy": 0.0}]
+    losses = [result.loss for result in decode(frame("update", exits=exits)).exits]
+    assert math.isnan(losses[0])
+    assert losses[1] == INF
 
 
-@pytest.mark.xfail(strict=True, reason="a Line has 2000 characters, max_str_len is 4096 bytes")
+# C0, DEL, C1, and the separators that some terminals and str.splitlines take for a line's end.
+@pytest.mark.parametrize(
+    "char", ["\0", "\n", "\r", "\t", "\x1b", "\x7f", "\x85", "\u2028", "\u2029"]
+)
+@pytest.mark.parametrize(
+    ("tag", "field"),
+    [
+        ("bye", "reason"),
+        ("fault", "detail"),
+        ("fault", "code"),
+        ("ready", "reason"),
+        ("hello", "session"),
+        ("hello", "software"),
+        ("hello", "client_id"),
+        ("welcome", "run"),
+    ],
+)
+def test_text_that_breaks_a_line_is_refused(tag, field, char):
+    for text in (char, f"a{char}", f"{char}a", f"a{char}b"):
+        assert f"$.{field}" in refused(frame(tag, **{field: text}))
+
+
+def test_tensor_names_are_plain_text():
+    for name in ["stages.0.weight", "exits.12.2.running_mean", "größe 1"]:
+        job = decode(frame("job", tensors=[{**SPEC, "name": name}]))
+        assert job.tensors[0].name == name
+    assert "$.tensors[0].name" in refused(frame("job", tensors=[{**SPEC, "name": "a\nb"}]))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("plain", "plain"),
+        ("", ""),
+        ("two\nlines\t\x1b\u2028", r"two\nlines\t\x1b\u2028"),
+        ("Daten größer", "Daten größer"),
+        ("file \udcff", r"file \udcff"),  # a lone surrogate, of a file name that is not UTF-8
+        ("x" * 3000, "x" * 1329 + " ... " + "x" * 666),  # 2000 in all
+    ],
+)
+def test_details_become_one_line_where_they_are_made(text, line):
+    assert Fault(code="data", detail=text).detail == line
+    assert Ready(exit=0, reason=text).reason == line
+    assert decode(encode(Fault(code="data", detail=text))).detail == line
+
+
 def test_every_line_that_may_be_sent_can_be_read():
     message = Fault(code="data", detail="データ" * 600)  # 1800 characters, 5400 bytes
     assert decode(encode(message)) == message
@@ -390,7 +514,7 @@ def test_encode_refuses_what_no_peer_would_take():
         tensors=specs,
         deadline_s=0.0,
     )
-    with pytest.raises(ProtocolError, match="Job takes 14[0-9]{5} bytes, at most 1048576"):
+    with pytest.raises(ProtocolError, match="Job takes 14[0-9]{5} bytes, at most 1047552"):
         encode(job)
 
 
@@ -460,11 +584,12 @@ def test_parts(total, sizes):
 # -- properties --------------------------------------------------------------------------------
 
 QUICK = settings(max_examples=150, deadline=None, database=None)
-names = st.text(min_size=1, max_size=200)
-lines = st.text(max_size=1000)  # at most 4 bytes each: below the limit of 4096 bytes
+characters = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])
+names = st.text(characters, min_size=1, max_size=200)
+lines = st.text(characters, max_size=2000)
 rounds = st.integers(1, 2**31)
 counts = st.integers(0, 2**48)
-seconds = st.floats(0, 1e12)
+seconds = st.floats(0, 1e9)
 specs = st.builds(
     TensorSpec,
     name=names,
@@ -476,9 +601,9 @@ options = st.dictionaries(
     names,
     st.one_of(
         st.integers(-(2**63), 2**64 - 1),
-        st.floats(allow_nan=False),
+        st.floats(-1e9, 1e9),
         st.booleans(),
-        lines,
+        st.text(max_size=2000),
         st.lists(st.integers(-(2**63), 2**63), max_size=4).map(tuple),
     ),
     max_size=4,
@@ -497,7 +622,7 @@ plans = st.builds(
     Plan,
     segments=st.lists(segments, min_size=1, max_size=4).map(tuple),
     lr=st.floats(0, 1e6, exclude_min=True),
-    exit_weights=st.lists(seconds, max_size=4).map(tuple),
+    exit_weights=st.lists(st.floats(0, 1e6), max_size=4).map(tuple),
     seed=st.integers(0, 2**62 - 1),
 )
 phases = st.dictionaries(
@@ -541,13 +666,12 @@ def test_what_is_encoded_is_decoded(message):
 @QUICK
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused(data):
-    with pytest.raises(ProtocolError):
-        decode(data)
+    refused(data)
 
 
 plain_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | lines,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(lines, inner, max_size=4),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=8,
 )
 
@@ -557,8 +681,7 @@ plain_values = st.recursive(
 def test_a_good_message_with_one_field_replaced_is_decoded_or_refused(tag, data):
     field = data.draw(st.sampled_from(["type", "protocol", "surprise", *GOOD[tag]]))
     changed = {"type": tag, **GOOD[tag], field: data.draw(plain_values)}
-    with suppress(ProtocolError):
-        decode(msgpack.packb(changed))
+    decoded_or_refused(msgpack.packb(changed))
 
 
 @QUICK
@@ -567,8 +690,7 @@ def test_a_good_frame_with_bytes_changed_is_decoded_or_refused(tag, data):
     spoiled = bytearray(frame(tag))
     for _ in range(data.draw(st.integers(1, 4))):
         spoiled[data.draw(st.integers(0, len(spoiled) - 1))] = data.draw(st.integers(0, 255))
-    with suppress(ProtocolError):
-        decode(bytes(spoiled))
+    decoded_or_refused(bytes(spoiled))
 
 
 @QUICK

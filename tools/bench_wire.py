@@ -217,6 +217,8 @@ def client(name: str, endpoint: str, keys: str) -> int:
                     part = Part(round=job.round, index=index)
                     link.send(part, data[start : start + size])
         elif isinstance(message, Bye):
+            link.send(Bye())
+            link.close(is_final=True)
             return 0
         elif isinstance(message, Part) and payload is not None:
             start = message.index * PART_BYTES

@@ -1,0 +1,455 @@
+"""Both ends of the link, driven step by step from a test over real sockets.
+
+ScriptedDevice talks to the real coordinator, ScriptedCoordinator to the real agent. Nothing sleeps:
+every wait is for a message and ends after WAIT_S.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import zmq
+
+from coordinator.admission import Admission, add_client
+from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohort_zmq import Terms, ZmqCohort
+from coordinator.hub import Hub, Received
+from edge_sdk.keys import KeyPair, make_keys
+from edge_sdk.models.staged import trained_names
+from edge_sdk.profile import DeviceProfile
+from edge_sdk.tensors import Receiver, Sender, Tensors, specs_of
+from edge_sdk.transport import Link, Payload
+from edge_sdk.wire import (
+    PROTOCOL,
+    Accepted,
+    ExitResult,
+    Fault,
+    Fetch,
+    Heartbeat,
+    Hello,
+    Job,
+    Message,
+    ModelSpec,
+    Part,
+    Phase,
+    Plan,
+    Ready,
+    Segment,
+    Update,
+    Welcome,
+)
+from tests.helpers import cnn
+
+WAIT_S = 30.0  # for what must come; the machine may be busy
+ANY_PORT = "tcp://127.0.0.1:*"
+PROFILE = DeviceProfile(
+    platform="generic",
+    memory_total_bytes=4 * 1024**3,
+    memory_available_bytes=2 * 1024**3,
+    cores=4,
+    gflops=10.0,
+)
+M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+Result = ClientUpdate | Absence
+
+
+class ScriptedDevice:
+    """One device. Every start of its program has a session of its own; restart() begins another."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        name: str,
+        keys: KeyPair | None = None,
+        server_key: bytes | None = None,
+    ) -> None:
+        self.name = name
+        self.session = f"{name}, first start"
+        self.link = Link(endpoint, keys, server_key)
+        self.job: Job | None = None
+        self.received: list[int] = []  # indices of the job's parts, as they came
+        self.sent: list[int] = []  # of the update's
+        self.trained: Tensors = {}  # what it returns
+
+    # -- messages ------------------------------------------------------------------------------
+
+    def send(self, message: Message, payload: Payload | None = None) -> None:
+        """Send, waiting for a connection if there is none."""
+        until = time.monotonic() + WAIT_S
+        while not self.link.send(message, payload):
+            self._wait(zmq.POLLOUT, until)
+
+    def send_frames(self, *frames: bytes) -> None:
+        """Send what is not a message."""
+        assert self.link.socket is not None
+        self._wait(zmq.POLLOUT, time.monotonic() + WAIT_S)
+        self.link.socket.send_multipart(frames)
+
+    def receive(self) -> tuple[Message, Payload | None]:
+        """The next message."""
+        until = time.monotonic() + WAIT_S
+        while (received := self.link.receive()) is None:
+            self._wait(zmq.POLLIN, until)
+        return received
+
+    def expect(self, kind: type[M]) -> M:
+        """The next message, which must be of this type."""
+        message, _ = self.receive()
+        assert isinstance(message, kind), f"{self.name} expected {kind.__name__}, got {message}"
+        return message
+
+    def stays_quiet(self, seconds: float = 0.2) -> None:
+        """Nothing arrives for so long."""
+        assert self.link.socket is not None
+        assert not self.link.socket.poll(int(1000 * seconds)), f"{self.name}: {self.receive()}"
+
+    def ping(self, round: int = 0) -> None:
+        """A heartbeat and its answer: the coordinator has handled all that was sent before."""
+        self.send(Heartbeat(round=round))
+        assert self.expect(Heartbeat).round == round
+
+    def loses_connection(self) -> None:
+        """Wait until the other side has ended the connection."""
+        while not self._next_event()[0]:
+            pass
+
+    def refusal(self) -> str:
+        """Wait until the handshake is refused; why."""
+        while not (text := self._next_event()[1]):
+            pass
+        return text
+
+    # -- a session -----------------------------------------------------------------------------
+
+    def hello(self, **changes: Any) -> Welcome:
+        self.send(self.make_hello(**changes))
+        return self.expect(Welcome)
+
+    def make_hello(self, **changes: Any) -> Hello:
+        fields: dict[str, Any] = {
+            "protocol": PROTOCOL,
+            "client_id": self.name,
+            "session": self.session,
+            "profile": PROFILE,
+            "num_examples": 10,
+            "input_shape": (1, 8, 8),
+            "num_classes": 3,
+        }
+        return Hello(**(fields | changes))
+
+    def ready(self, exit: int = 3, stages: tuple[int, ...] = ()) -> None:
+        self.send(Ready(exit=exit, stages=stages))
+
+    def join(self) -> None:
+        self.hello()
+        self.ready()
+
+    def reconnect(self, **changes: Any) -> None:
+        """A new connection of the same start; `round` of the job in hand unless told otherwise."""
+        self.link.open()
+        self.hello(**({"round": self.job.round if self.job else 0} | changes))
+
+    def restart(self) -> None:
+        """The device's program ended and was started again."""
+        self.session, self.job = f"{self.session} again", None
+        self.link.open()
+        self.hello()
+
+    def take_job(self) -> Job:
+        """Receive a job and all its parts; what it would return is what came, plus one."""
+        job = self.expect_job()
+        receiver = Receiver(job.tensors)
+        while request := receiver.next_request(8):
+            self.fetch(receiver, *request)
+        self.train(receiver)
+        return job
+
+    def expect_job(self) -> Job:
+        self.job = self.expect(Job)
+        self.received, self.sent = [], []
+        return self.job
+
+    def fetch(self, receiver: Receiver, first: int, count: int, take: int | None = None) -> None:
+        """Ask for parts; wait for all of them, or for the first `take`."""
+        assert self.job is not None
+        self.send(Fetch(round=self.job.round, first=first, count=count))
+        for _ in range(count if take is None else take):
+            part, payload = self.receive()
+            assert isinstance(part, Part), part
+            assert part.round == self.job.round
+            assert payload is not None
+            receiver.add(part.index, payload)
+            self.received.append(part.index)
+
+    def train(self, receiver: Receiver) -> None:
+        assert self.job is not None
+        tensors = receiver.tensors()
+        names = trained_names(tensors, self.job.plan.segments)
+        self.trained = {name: tensors[name] + 1 for name in names}
+
+    def make_update(self, **changes: Any) -> Update:
+        """Of the job in hand, as the coordinator wants it."""
+        assert self.job is not None
+        exits = [e for g in self.job.plan.segments for e in range(g.first, g.last + 1)]
+        fields: dict[str, Any] = {
+            "round": self.job.round,
+            "num_examples": 10,
+            "num_steps": 2,
+            "exits": tuple(ExitResult(exit=exit, loss=0.5, accuracy=0.5) for exit in exits),
+            "phases": {"train": Phase(wall_s=1.0, cpu_s=0.5)},
+            "peak_memory_bytes": 0,
+            "tensors": specs_of(self.trained),
+        }
+        return Update(**(fields | changes))
+
+    def send_parts(self, indices: Iterable[int]) -> None:
+        """Parts of the trained tensors."""
+        assert self.job is not None
+        sender = Sender(self.trained)
+        for index in indices:
+            self.send(Part(round=self.job.round, index=index), sender.part(index))
+            self.sent.append(index)
+
+    def upload(self) -> Accepted | Fault:
+        """Send the parts that the coordinator asks for; what it says in the end."""
+        while isinstance(message := self.receive()[0], Fetch):
+            self.send_parts(asked_for(message))
+        assert isinstance(message, Accepted | Fault), message
+        return message
+
+    def return_update(self) -> None:
+        """Announce, upload, be accepted."""
+        self.send(self.make_update())
+        answer = self.upload()
+        assert isinstance(answer, Accepted), answer
+
+    def finish(self) -> None:
+        """Do a whole job."""
+        self.take_job()
+        self.return_update()
+
+    def close(self) -> None:
+        self.link.close(is_final=True)
+
+    # -- waiting -------------------------------------------------------------------------------
+
+    def _wait(self, flags: int, until: float) -> None:
+        assert self.link.socket is not None
+        left_ms = int(1000 * (until - time.monotonic()))
+        assert left_ms > 0, f"{self.name} waited {WAIT_S} s"
+        assert self.link.socket.poll(left_ms, flags), f"{self.name} waited {WAIT_S} s"
+
+    def _next_event(self) -> tuple[bool, str]:
+        assert self.link.monitor is not None
+        assert self.link.monitor.poll(int(1000 * WAIT_S)), f"{self.name} waited {WAIT_S} s"
+        return self.link.events()
+
+
+def asked_for(fetch: Fetch) -> range:
+    return range(fetch.first, fetch.first + fetch.count)
+
+
+class Coordinator:
+    """The real Hub and ZmqCohort. The cohort is used by one thread only, as it must be; what is
+    asked of it comes back as a Future.
+
+    folder: of keys and the client list; None: insecure. terms: changes to TERMS."""
+
+    def __init__(self, folder: Path | None, names: Sequence[str], **terms: Any) -> None:
+        self.folder = folder
+        self.names = tuple(names)
+        self.keys: dict[str, KeyPair] = {}
+        self.clients_file = folder / "clients" if folder else None
+        if folder:
+            self.keys = {name: make_keys(folder, name) for name in ("server", *names)}
+            for name in names:
+                add_client(folder / "clients", name, self.keys[name].public)
+        admission = Admission(self.clients_file) if self.clients_file else None
+        self.hub = Hub(ANY_PORT, self.keys.get("server"), admission)
+        fields: dict[str, Any] = {
+            "run": "a run",
+            "model": cnn(),
+            "plan": Plan(segments=(Segment(first=1, last=3),)),
+            "deadline_s": 0.0,
+            "grace_s": 600.0,
+            "quorum": 1.0,
+            "min_clients": len(names),
+        }
+        self.terms = Terms(**(fields | terms))
+        self.arrived: queue.Queue[Result] = queue.Queue()  # results, as the cohort yields them
+        self._stopping = threading.Event()
+        self._cohort = ZmqCohort(self.hub, self.terms, self._stopping.is_set)
+        self._thread = ThreadPoolExecutor(1)
+        self._devices: list[ScriptedDevice] = []
+
+    def device(self, name: str, **link: Any) -> ScriptedDevice:
+        """A device that has not said hello. link: other keys than its own."""
+        own = {"keys": self.keys.get(name)}
+        if server := self.keys.get("server"):
+            own["server_key"] = server.public  # type: ignore[assignment]
+        device = ScriptedDevice(self.hub.endpoint, name, **(own | link))  # type: ignore[arg-type]
+        self._devices.append(device)
+        return device
+
+    def gather(self) -> list[ScriptedDevice]:
+        """All the devices that have names here, joined and ready."""
+        clients = self.clients()
+        devices = [self.device(name) for name in self.names]
+        for device in devices:
+            device.join()
+        assert [client.id for client in clients.result(WAIT_S)] == sorted(self.names)
+        return devices
+
+    def ask(self, question: Callable[[ZmqCohort], T]) -> Future[T]:
+        """Anything, in the cohort's thread."""
+        return self._thread.submit(question, self._cohort)
+
+    def clients(self) -> Future[Sequence[Client]]:
+        return self.ask(lambda cohort: cohort.clients())
+
+    def train(
+        self,
+        work: Mapping[str, Assignment],
+        round: int = 1,
+        deadline_s: float = 0.0,
+        pause: Callable[[], object] = lambda: None,
+    ) -> Future[list[Result]]:
+        """A round. pause: what the caller does with each result before it asks for the next."""
+
+        def all_results(cohort: ZmqCohort) -> list[Result]:
+            results = []
+            for result in cohort.train(work, round, deadline_s):
+                self.arrived.put(result)
+                results.append(result)
+                pause()
+            return results
+
+        return self.ask(all_results)
+
+    def close(self, reason: str = "test over") -> None:
+        """Whatever is under way is stopped."""
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        self.ask(lambda cohort: cohort.close(reason)).result(WAIT_S)
+        self._thread.shutdown()
+
+    def close_devices(self) -> None:
+        for device in self._devices:
+            device.close()
+
+
+class ScriptedCoordinator:
+    """The other end of one agent, without encryption."""
+
+    def __init__(self) -> None:
+        self.hub = Hub(ANY_PORT, None, None)
+        self.endpoint = self.hub.endpoint
+        self.run = 0  # number of runs that were begun
+        self.route = b""
+        self.heartbeats: list[int] = []  # rounds that the agent named since the last expect()
+        self._is_open = True
+
+    def send(self, message: Message, payload: Payload | None = None) -> None:
+        assert self.hub.send(self.route, message, payload), f"{message} was not sent"
+
+    def receive(self) -> Received:
+        """The next message; answers go where it came from."""
+        until = time.monotonic() + WAIT_S
+        while (left_s := until - time.monotonic()) > 0:
+            _, received = self.hub.receive(int(1000 * left_s))
+            if received is not None:
+                self.route = received.route
+                return received
+        raise AssertionError(f"nothing came for {WAIT_S} s")
+
+    def expect(self, kind: type[M]) -> M:
+        """The next message but heartbeats, which must be of this type."""
+        self.heartbeats = []
+        while True:
+            message = self.receive().message
+            if isinstance(message, kind):
+                return message
+            assert isinstance(message, Heartbeat), f"expected {kind.__name__}, got {message}"
+            self.heartbeats.append(message.round)
+
+    def wait_for(self, kind: type[M], is_it: Callable[[M], bool] = lambda _: True) -> M:
+        """The next message of this type that is it; others are passed over."""
+        until = time.monotonic() + WAIT_S
+        while time.monotonic() < until:
+            message = self.receive().message
+            if isinstance(message, kind) and is_it(message):
+                return message
+        raise AssertionError(f"no such {kind.__name__} for {WAIT_S} s")
+
+    def welcome(self, model: ModelSpec, plan: Plan, **changes: Any) -> None:
+        fields: dict[str, Any] = {
+            "protocol": PROTOCOL,
+            "run": f"run {self.run}",
+            "model": model,
+            "plan": plan,
+            "deadline_s": 0.0,
+            "heartbeat_s": 0.1,
+        }
+        self.send(Welcome(**(fields | changes)))
+
+    def give(self, round: int, model: ModelSpec, plan: Plan, tensors: Tensors) -> Sender:
+        """Send a job; the sender of its parts."""
+        sender = Sender(tensors)
+        specs = sender.specs
+        self.send(Job(round=round, model=model, plan=plan, tensors=specs, deadline_s=0.0))
+        return sender
+
+    def send_parts(self, round: int, sender: Sender, indices: Iterable[int]) -> None:
+        for index in indices:
+            self.send(Part(round=round, index=index), sender.part(index))
+
+    def serve_parts(self, round: int, sender: Sender) -> None:
+        """Answer the agent until it has asked for the last part."""
+        last = -1
+        while last + 1 < sender.num_parts:
+            asked = asked_for(self.expect(Fetch))
+            last = min(asked[-1], sender.num_parts - 1)
+            self.send_parts(round, sender, range(asked[0], last + 1))
+
+    def fetch_update(self, update: Update) -> Tensors:
+        """The tensors of an announced update."""
+        receiver = Receiver(update.tensors)
+        while request := receiver.next_request(8):
+            first, count = request
+            self.send(Fetch(round=update.round, first=first, count=count))
+            for _ in range(count):
+                received = self.receive()
+                while isinstance(received.message, Heartbeat):
+                    received = self.receive()
+                assert isinstance(received.message, Part), received.message
+                assert received.payload is not None
+                receiver.add(received.message.index, received.payload)
+        return {name: tensor.clone() for name, tensor in receiver.tensors().items()}
+
+    def hang_up(self) -> None:
+        """The coordinator's program is gone."""
+        self.hub.close()
+        self._is_open = False
+
+    def listen_again(self) -> None:
+        self.hub = Hub(self.endpoint, None, None)
+        self._is_open = True
+
+    def close(self) -> None:
+        if self._is_open:
+            self.hang_up()
+
+
+def floats(*shape: int, start: float = 0.0) -> torch.Tensor:
+    """Counting up from start."""
+    count = int(torch.tensor(shape).prod()) if shape else 1
+    return torch.arange(count, dtype=torch.float32).reshape(shape) + start
