@@ -85,8 +85,15 @@ def run_emulate(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     data = load_dataset(args.data, args.seed, args.examples, args.test_examples)
     shared = run_config(args, data.train.input_shape, data.train.num_classes)
+    population = f"{args.clients} clients, groups {args.groups}, {args.split}, alpha {args.alpha}"
     config = checked(
-        replace(shared, data=args.data, examples=args.examples, test_examples=args.test_examples)
+        replace(
+            shared,
+            data=args.data,
+            population=population,
+            examples=args.examples,
+            test_examples=args.test_examples,
+        )
     )
     groups = whole_numbers(args.groups, "--groups")
     exits = group_exits(groups, args.clients, config.model.exit)
@@ -106,6 +113,12 @@ def run_emulate(args: argparse.Namespace) -> int:
                 store, data, shards, exits,
                 device=device, should_stop=lambda: bool(stopping), report=print_round,
             )  # fmt: skip
+            if not store.is_finished:
+                hint = (
+                    "go on with --resume" if args.run_dir else "nothing was kept without --run-dir"
+                )
+                log.info("stopped; round %d was next, %s", store.next_round(), hint)
+                return 0
             store.write_model(method.spec, method.served())
             if args.out:
                 write_json(store, setting, args.out)
@@ -203,14 +216,14 @@ def serve(
                 store, method, cohort, test,
                 device=device, should_stop=lambda: bool(stopping), report=print_round,
             )  # fmt: skip
-            store.write_model(method.spec, method.served())
-            goodbye = "run finished"
+            if store.is_finished:
+                store.write_model(method.spec, method.served())
+                goodbye = "run finished"
         except Stopped:
             pass
         finally:
-            if stopping:
-                next_round = store.next_round()
-                log.info("stopped; round %d is next, go on with --resume", next_round)
+            if stopping and not store.is_finished:
+                log.info("stopped; round %d is next, go on with --resume", store.next_round())
             store.close()
             cohort.close(goodbye)
     return 0

@@ -136,8 +136,8 @@ class ZmqCohort:
             self._desk = None
 
     def close(self, reason: str) -> None:
-        """Tell every device and wait for its answer, not long, then close the socket. ZeroMQ drops
-        what a device has not read yet when the connection ends, so an unanswered Bye may be lost."""
+        """Tell every device and wait for its answer, not long, then close the socket: ZeroMQ drops
+        what a device has not read yet when the connection ends."""
         for name in self._devices:
             self._send(name, Bye(reason=reason))
         give_up = time.monotonic() + FAREWELL_S

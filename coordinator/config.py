@@ -57,6 +57,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     deadline_s: Annotated[float, Meta(ge=0)] = 0.0  # what devices plan for; 0: none
     grace_s: Annotated[float, Meta(gt=0)] = 600.0  # how much longer the coordinator waits
     quorum: Share = 0.5  # share of the participants that must return
+    population: str = ""  # emulated clients: count, groups, split; a resumed run must have the same
     examples: Positive | None = None  # stratified subsets, None: all
     test_examples: Positive | None = None
     server: ServerOptions = ServerOptions()

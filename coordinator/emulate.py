@@ -20,14 +20,9 @@ from coordinator.config import RunConfig
 from coordinator.methods import Method, make_method
 from coordinator.rounds import RoundReport, run_rounds
 from coordinator.store import Store
-from edge_sdk.data import (
-    DataSet,
-    Examples,
-    partition_by_subject,
-    partition_dirichlet,
-    partition_iid,
-)
+from edge_sdk.data import DataSet, Examples
 from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.partition import partition_by_subject, partition_dirichlet, partition_iid
 
 SPLITS = ("dirichlet", "iid", "subject")
 

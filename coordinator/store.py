@@ -117,6 +117,11 @@ class Store:
         """1 for a new run, else the one after the last that was committed."""
         return int(self._db.execute("SELECT COALESCE(MAX(round), 0) + 1 FROM rounds").fetchone()[0])
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether every round of the settings is committed."""
+        return self.next_round() > self.config.rounds
+
     def load_checkpoint(self) -> Tensors | None:
         """State of the last committed round; None before the first. Raises StoreError."""
         row = self._db.execute(

@@ -24,15 +24,16 @@ from uuid import uuid4
 import psutil
 
 from coordinator.admission import add_client
-from edge_sdk.data import Examples, load_dataset, partition_iid, save_shard
+from edge_sdk.data import Examples, load_dataset, save_shard
 from edge_sdk.keys import make_keys
+from edge_sdk.partition import partition_iid
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "EDGE_TEST_MARK"
 SHARD = 60  # examples of a device: the deadlines in the tests count on it
 HOST_GFLOPS = "30"  # named, so that no device spends time on a benchmark
-PATIENCE_S = 90.0  # two busy cores import torch in 2 to 10 s
+PATIENCE_S = 40.0  # two busy cores import torch in 2 to 10 s
 
 
 class Running:

@@ -15,19 +15,15 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from edge_sdk.data import (
-    Examples,
-    check_examples,
-    load,
-    load_dataset,
-    load_shard,
+from edge_sdk.data import load, load_dataset, load_shard, save_shard
+from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.examples import Examples, check_examples
+from edge_sdk.partition import (
     partition_by_subject,
     partition_dirichlet,
     partition_iid,
-    save_shard,
     stratified_split,
 )
-from edge_sdk.errors import ConfigError, DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Three images of 1 x 2 pixels: 0 -> -1, 255 -> 1, 51 -> 51 / 127.5 - 1 = -0.6

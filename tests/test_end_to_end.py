@@ -119,9 +119,7 @@ def test_devices_give_the_model_that_one_process_gives(
     )
     store = Store.create(tmp_path / "run", config, "serve")
     made = make_method(config)
-    terms = Terms(
-        store.run, made.spec, config.plan(), DEADLINE_S, config.grace_s, config.quorum, 3
-    )
+    terms = Terms(store.run, made.spec, config.plan(), DEADLINE_S, config.grace_s, config.quorum, 3)
     hub = Hub(world.endpoint, read_keys(world.keys, "server"), Admission(world.keys / "clients"))
     give_up = time.monotonic() + 90
     cohort = ZmqCohort(hub, terms, lambda: time.monotonic() > give_up)
@@ -134,7 +132,9 @@ def test_devices_give_the_model_that_one_process_gives(
     assert {name: (exit, stages) for name, exit, stages in announced} == {
         name: (exit, ",".join(map(str, stages))) for name, (exit, stages) in CHOICES.items()
     }
-    segments = read_rows(tmp_path / "run", "SELECT client_id, segments, outcome FROM participations")
+    segments = read_rows(
+        tmp_path / "run", "SELECT client_id, segments, outcome FROM participations"
+    )
     deeper = ",3-3" if method == "stage-rotation" else ""
     wanted = [("a", "1-1", "ok"), ("b", f"1-2{deeper}", "ok"), ("c", "1-3", "ok")]
     assert sorted(segments) == sorted(wanted * rounds)
@@ -255,9 +255,12 @@ def tiny_disk(tmp_path):
     """A folder with room for a run's database and one checkpoint or two; grows on demand."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() or subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=900k", "none", str(folder)], check=False
-    ).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=900k", "none", str(folder)], check=False
+        ).returncode
+    ):
         pytest.skip("a tiny tmpfs cannot be mounted: needs root")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)

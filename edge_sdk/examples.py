@@ -1,0 +1,97 @@
+"""Labelled examples in memory, and what is checked of them. All numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_sdk.errors import DataError, EdgeError
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+Ints: TypeAlias = npt.NDArray[np.int64]
+MAX_CLASSES = 1_000_000  # as in wire.ModelSpec; larger labels are something else, e.g. hashes
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Inputs and labels: x (n, C, H, W) or (n, C, window) float32, y (n,) int64 in
+    0..num_classes - 1, subject (n,) int64 or None: who was measured."""
+
+    x: Floats
+    y: Ints
+    num_classes: int
+    subject: Ints | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example, (C, H, W) or (C, window)."""
+        return self.x.shape[1:]
+
+    def take(self, indices: Ints) -> Examples:
+        """The examples at `indices`, in that order, as copies."""
+        subject = None if self.subject is None else self.subject[indices]
+        return replace(self, x=self.x[indices], y=self.y[indices], subject=subject)
+
+    def label_counts(self) -> Ints:
+        """Examples per class, (num_classes,). Zeros are legitimate: clients may be skewed."""
+        return np.bincount(self.y, minlength=self.num_classes).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """A named data set with its test part; both have the same input_shape and num_classes."""
+
+    name: str
+    train: Examples
+    test: Examples
+
+
+def check_examples(examples: Examples, where: str) -> Examples:
+    """The same examples, if they are as `Examples` promises; else DataError naming `where`.
+
+    Checks shapes, dtypes, lengths, label range, finite values. A single class is no error."""
+    x, y, num_classes = examples.x, examples.y, examples.num_classes
+    if x.ndim not in (3, 4) or x.dtype != np.float32:
+        wanted = "(n, C, H, W) or (n, C, window) of float32"
+        raise bad(where, f"x of shape {x.shape}, {x.dtype}", wanted)
+    if 0 in x.shape:
+        raise bad(where, f"empty data, x of shape {x.shape}", "at least one example")
+    for name, array in (("y", y), ("subject", y if examples.subject is None else examples.subject)):
+        if array.shape != x.shape[:1] or array.dtype != np.int64:
+            wanted = f"{x.shape[:1]} of int64, one for each example in x"
+            raise bad(where, f"{name} of shape {array.shape}, {array.dtype}", wanted)
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise bad(where, f"{num_classes} classes", f"1 to {MAX_CLASSES}")
+    if y.min() < 0 or y.max() >= num_classes:
+        raise bad(where, f"labels from {y.min()} to {y.max()}", f"0 to {num_classes - 1}")
+    is_bad = ~np.isfinite(x).all(axis=tuple(range(1, x.ndim)))  # (n,)
+    if is_bad.any():
+        got = f"NaN or infinite values in {is_bad.sum()} examples, first at {is_bad.argmax()}"
+        raise bad(where, got, "finite numbers", "remove or repair these examples")
+    return examples
+
+
+def bad(where: str | Path, got: str, expected: str, step: str = "correct the data") -> DataError:
+    return DataError(f"{where}: got {got}, expected {expected}; {step}")
+
+
+@contextmanager
+def mapped(path: Path, expected: str, step: str = "copy the file again") -> Iterator[None]:
+    """Maps whatever a foreign reader raises to one DataError. On corrupt files numpy, zipfile
+    and zlib raise a dozen unrelated types, hence `Exception`."""
+    try:
+        yield
+    except EdgeError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise bad(path, f"{type(error).__name__} ({reason})", expected, step) from error
