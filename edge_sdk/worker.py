@@ -20,7 +20,7 @@ from edge_sdk.data import Examples, load_shard
 from edge_sdk.errors import CapacityError, DataError, EdgeError
 from edge_sdk.models.costs import segment_costs_apart, warm_resident_bytes
 from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Pipe, PipeMessage, Resume
-from edge_sdk.profile import measure_gflops
+from edge_sdk.profile import measure_gflops, measure_layer_s
 from edge_sdk.tensors import Receiver, Sender, specs_of
 from edge_sdk.trainer import MIN_BATCH, TrainResult, clock, since, train
 from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update
@@ -44,7 +44,7 @@ class Worker:
         self._sender: Sender | None = None
         self._started = clock()
 
-    def serve(self, gflops: float) -> None:
+    def serve(self, gflops: float, layer_s: float) -> None:
         """Handle messages until the agent is gone (EOFError)."""
         self._pipe.send(
             Inspected(
@@ -54,6 +54,7 @@ class Worker:
                 num_labels=int((self._examples.label_counts() > 0).sum()),
                 runtime_bytes=self._runtime_bytes,
                 gflops=gflops,
+                layer_s=layer_s,
             )
         )
         while True:
@@ -173,13 +174,18 @@ def main() -> int:
             raise DataError(
                 f"{args.data} holds {len(examples)} examples, at least {MIN_BATCH} are needed"
             )
-        gflops = measure_gflops(device=args.device) if args.measure_compute else 0.0
+        gflops = layer_s = 0.0
+        if args.measure_compute:
+            gflops, layer_s = (
+                measure_gflops(device=args.device),
+                measure_layer_s(device=args.device),
+            )
     except (EdgeError, ImportError) as error:
         code = error.code if isinstance(error, EdgeError) else "config"
         pipe.send(Fault(code=code, detail=str(error)[:2000]))
         return 1
     try:
-        Worker(pipe, examples, args.device).serve(gflops)
+        Worker(pipe, examples, args.device).serve(gflops, layer_s)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0  # the agent is gone
     return 0

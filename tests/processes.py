@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import sqlite3
@@ -90,6 +91,29 @@ class Running:
         ]
         assert len(found) == 1, f"{self.name} has {len(found)} trainers"
         return found[0]
+
+    @contextlib.contextmanager
+    def held_in_training(self) -> Iterator[int]:
+        """The device's trainer stands still in the middle of a job; its round."""
+        trainer = self.trainer()
+        while True:
+            round = wait_until(self._open_job, f"{self.name} has a job", PATIENCE_S, self)
+            trainer.suspend()
+            time.sleep(0.2)  # it may have finished: the agent says so at once
+            if self._open_job() == round:
+                break
+            trainer.resume()
+        try:
+            yield round
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                trainer.resume()
+
+    def _open_job(self) -> int:
+        """The round of the job in hand, 0 for none."""
+        assert self.is_alive, f"{self.name} has ended:\n{self.text()}"
+        events = re.findall(r"round (\d+): (job|trained)", self.text())
+        return int(events[-1][0]) if events and events[-1][1] == "job" else 0
 
 
 class World:
@@ -197,17 +221,6 @@ def wait_until(
             raise AssertionError("\n".join([f"not within {timeout_s:g} s: {what}", *tails]))
         time.sleep(0.02)
     return value
-
-
-@contextlib.contextmanager
-def frozen(process: psutil.Process) -> Iterator[None]:
-    """The process stands still meanwhile."""
-    process.suspend()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.resume()
 
 
 def marked(mark: str) -> list[psutil.Process]:

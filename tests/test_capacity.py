@@ -58,6 +58,13 @@ def test_seconds_leave_out_a_link_that_is_not_known():
     assert seconds(cost(1, 1), replace(DEVICE, link_mbit_s=None), 4, 3) == pytest.approx(7.0)
 
 
+def test_seconds_count_what_layers_cost_beside_their_arithmetic():
+    # 7 s as above, and 3 epochs * 2 steps of 4 examples in batches of 3 * 5 layers * 0.1 s = 3 s
+    layered = replace(cost(1, 1), batch_size=3, num_layers=5)
+    device = replace(DEVICE, link_mbit_s=None, layer_s=0.1)
+    assert seconds(layered, device, 4, 3) == pytest.approx(10.0)
+
+
 def test_seconds_without_measured_compute_are_refused():
     with pytest.raises(CapacityError, match="no measured compute"):
         seconds(cost(1, 1), replace(DEVICE, gflops=0.0), 4, 3)

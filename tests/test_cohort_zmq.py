@@ -49,7 +49,7 @@ from edge_sdk.wire import (
     encode,
 )
 from tests.helpers import cnn
-from tests.scripted import ANY_PORT, WAIT_S, Coordinator, Result, ScriptedDevice, floats
+from tests.scripted import WAIT_S, Coordinator, Result, ScriptedDevice, floats
 
 FLOATS_PER_PART = PART_BYTES // 4
 STAGE_2 = Plan(segments=(Segment(first=2, last=2),))

@@ -92,6 +92,7 @@ EXAMPLES: tuple[Message, ...] = (
             memory_bound="cgroup",
             cores=3.5,
             gflops=9.25,
+            layer_s=0.0001,
             link_mbit_s=90.5,
             is_emulated=True,
             cpu_scale=6.5,

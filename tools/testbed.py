@@ -37,13 +37,21 @@ from edge_sdk.data import Examples, load_dataset, save_shard
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.keys import make_keys
 from edge_sdk.models.costs import segment_costs
-from edge_sdk.profile import DeviceProfile, board, emulated, measure_gflops
+from edge_sdk.profile import DeviceProfile, board, emulated, measure_gflops, measure_layer_s
 from edge_sdk.wire import ModelSpec, Plan, Segment
 
 REPORT = Path(__file__).with_name("testbed_report.py")
 DEFAULT_DEVICES = "raspberry-pi-4=4,jetson-nano=4,jetson-tx2=4"
 START_S = 60.0  # for the coordinator to listen
 FAREWELL_S = 20.0  # for devices to end after the run
+
+
+@dataclass(frozen=True)
+class Host:
+    """This machine, one thread: training GFLOP/s, and seconds of a layer beside its arithmetic."""
+
+    gflops: float
+    layer_s: float
 
 
 @dataclass(frozen=True)
@@ -99,14 +107,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     folder = (args.run_dir or Path("runs") / f"testbed-{stamp}").resolve()
     if (folder / "run.sqlite").exists():
         raise ConfigError(f"{folder} holds a run already; choose another --run-dir")
-    host_gflops = measure_gflops(threads=1)
-    devices = prepare(args, folder, host_gflops)
+    host = Host(measure_gflops(threads=1), measure_layer_s(threads=1))
+    devices = prepare(args, folder, host)
     deadline_s = choose_deadline(args, devices)
     with contextlib.ExitStack() as stack:
         stack.enter_context(terminating())
         server = stack.enter_context(coordinator(args, folder, len(devices), deadline_s))
         endpoint = wait_for_endpoint(folder, server)
-        boards = [stack.enter_context(device_process(d, endpoint, host_gflops)) for d in devices]
+        boards = [stack.enter_context(device_process(d, endpoint, host)) for d in devices]
         announce(console, args, devices, deadline_s, endpoint)
         prepared = time.monotonic()
         follow(console, folder, server, args.rounds)
@@ -132,12 +140,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def prepare(args: argparse.Namespace, folder: Path, host_gflops: float) -> list[Device]:
+def prepare(args: argparse.Namespace, folder: Path, host: Host) -> list[Device]:
     """Shards, keys and folders: what somebody would carry to each board."""
     data = load_dataset(args.data, args.seed, args.examples)
     platforms = parse_devices(args.devices)
     names = [f"{name}-{i}" for name, count in platforms for i in range(1, count + 1)]
-    profiles = {name: emulated(board(name), host_gflops) for name, _ in platforms}
+    profiles = {name: emulated(board(name), host.gflops, host.layer_s) for name, _ in platforms}
     shards = split_shards(
         data.train, len(names), split="dirichlet", alpha=args.alpha, seed=args.seed
     )
@@ -216,13 +224,12 @@ def coordinator(
 
 
 @contextlib.contextmanager
-def device_process(
-    device: Device, endpoint: str, host_gflops: float
-) -> Iterator[subprocess.Popen[bytes]]:
+def device_process(device: Device, endpoint: str, host: Host) -> Iterator[subprocess.Popen[bytes]]:
     command = [
         "run", "--coordinator", endpoint, "--data", str(device.folder / "data.npz"),
         "--id", device.name, "--keys", str(device.folder), "--board", device.platform,
-        "--host-gflops", str(host_gflops), "--threads", "1", "--once",
+        "--host-gflops", str(host.gflops), "--host-layer-us", str(1e6 * host.layer_s),
+        "--threads", "1", "--once",
     ]  # fmt: skip
     with process("edge_sdk.cli", command, device.folder / "device.log") as child:
         yield child
@@ -286,7 +293,7 @@ def announce(
     endpoint: str,
 ) -> None:
     sizes = sorted(len(device.examples) for device in devices)
-    limit = f"{deadline_s:.3g} board seconds, by predicted operations" if deadline_s else "none"
+    limit = f"{deadline_s:.3g} board seconds as predicted" if deadline_s else "none"
     console.print(
         f"{len(devices)} emulated boards ({args.devices}) with {sizes[0]} to {sizes[-1]} examples "
         f"of {args.data}\nmethod {args.method}, {args.rounds} rounds, deadline of a job {limit}, "

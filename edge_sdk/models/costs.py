@@ -132,6 +132,8 @@ def _cost(
         saved_bytes=max(saved, widest),
         cache_bytes=CACHE_COPIES * num_bytes([features]) * num_examples // batch if frozen else 0,
         runtime_bytes=runtime_bytes,
+        batch_size=batch,
+        num_layers=sum(not list(m.children()) for m in nn.ModuleList([stages, heads]).modules()),
         flops_per_example=flops.get_total_flops() / batch,
         frozen_flops_per_example=frozen_flops.get_total_flops() / batch,
         upload_bytes=num_bytes(held[name] for name in trained),
