@@ -60,7 +60,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     gflops is sustained float32 forward+backward throughput in 1e9 operations per second on all
     `cores`; 0: not measured. layer_s is what a layer costs per training step beside its arithmetic,
     which is most of what a very small model takes. cpu_scale, for an emulated board only, is board
-    seconds per CPU second of this host. The ranges are checked when a profile is decoded, not when it is made here.
+    seconds per CPU second of this host. The ranges are checked when a profile is decoded, not when
+    it is made here.
     """
 
     platform: Text  # "raspberry-pi-4", "jetson-nano", else "generic"
