@@ -16,11 +16,11 @@ from typing import TypeAlias
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import check_key
+from edge_sdk.wire import CLIENT_NAME
 
 log = logging.getLogger(__name__)
 Stamp: TypeAlias = tuple[int, int]  # time of the last change in ns, size in bytes
 NOWHERE: Stamp = (0, -1)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Admission:
@@ -70,7 +70,7 @@ def parse_clients(text: str, where: str) -> dict[bytes, str]:
         if not line.strip() or line.startswith("#"):
             continue
         parts = line.split()
-        if len(parts) != 2 or not _NAME.fullmatch(parts[0]):
+        if len(parts) != 2 or not re.match(CLIENT_NAME, parts[0]):
             raise ConfigError(f"{where} line {number}: expected `NAME PUBLIC_KEY`, got {line!r}")
         key = check_key(parts[1], f"{where} line {number}")
         if key in found or parts[0] in found.values():
@@ -81,7 +81,7 @@ def parse_clients(text: str, where: str) -> dict[bytes, str]:
 
 def add_client(path: Path, name: str, public_key: bytes) -> None:
     """Append one client. Raises ConfigError; the file is unchanged then."""
-    if not _NAME.fullmatch(name):
+    if not re.match(CLIENT_NAME, name):
         raise ConfigError(
             f"client name {name!r} is not 1 to 64 letters, digits, dots, - or _, the first a "
             "letter or digit"

@@ -3,6 +3,8 @@
 A running mean rather than a running sum: identical clients in give the identical model out, to the
 last bit, and memory is one model whatever the number of clients. A tensor that nobody brought keeps
 its old value. Float statistics of BatchNorm follow the same rule; integers take the largest.
+Another order of arrival changes the result by float32 rounding only; sums in float64 would not, for
+the memory of a second model.
 """
 
 from __future__ import annotations
@@ -41,10 +43,6 @@ class OwnersMean:
                 mean.lerp_(_wide(tensor), weight / total)
             else:
                 torch.maximum(mean, tensor, out=mean)
-
-    def weight(self, name: str) -> float:
-        """Summed weight of what was folded into a tensor; 0 if nobody owns it."""
-        return self._weights.get(name, 0.0)
 
     def result(self, previous: Mapping[str, Tensor]) -> Tensors:
         """The new model: means where there is an owner, else `previous` itself. Same order and

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,25 @@ from coordinator.cli_arguments import (
 )
 from coordinator.cohort_zmq import Stopped, Terms, ZmqCohort
 from coordinator.config import checked
-from coordinator.emulate import SPLITS, emulate, group_exits, split_shards, write_json
+from coordinator.emulate import (
+    SPLITS,
+    check_writable,
+    emulate,
+    group_exits,
+    split_shards,
+    write_json,
+)
 from coordinator.hub import Hub
-from coordinator.methods import make_method
+from coordinator.methods import Method, make_method
 from coordinator.rounds import RoundReport, run_rounds
 from coordinator.store import Store
+from edge_sdk.cli_flags import checked_endpoint, import_module
 from edge_sdk.data import Examples, load, load_dataset
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.keys import check_key, make_keys, read_keys
 
 log = logging.getLogger(__name__)
+FINISHED = "run finished"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,13 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         for module in getattr(args, "imports", []):
-            importlib.import_module(module)
+            import_module(module)
         return int(args.run(args))
     except EdgeError as error:
         if args.debug:
             raise
         print(f"edge-coordinator: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def add_emulate_command(commands: Any) -> None:
@@ -106,11 +116,14 @@ def run_emulate(args: argparse.Namespace) -> int:
         "alpha": args.alpha,
         "split": args.split,
     }
+    method = make_method(config, device)  # a model that cannot be built begins no run
+    if args.out:
+        check_writable(args.out)
     with tempfile.TemporaryDirectory() as scratch, stop_signals() as stopping:
         store = open_store(args.run_dir or Path(scratch) / "run", config, "emulate", args.resume)
         try:
-            method = emulate(
-                store, data, shards, exits,
+            emulate(
+                store, method, data, shards, exits,
                 device=device, should_stop=lambda: bool(stopping), report=print_round,
             )  # fmt: skip
             if not store.is_finished:
@@ -170,33 +183,35 @@ def run_serve(args: argparse.Namespace) -> int:
             deadline_s=args.deadline,
             grace_s=args.grace,
             quorum=args.quorum,
+            min_clients=args.min_clients,
         )
     )
+    method = make_method(config, device)  # a model that cannot be built begins no run
     keys, admission = None, None
     if args.insecure:
         log.warning("--insecure: nothing is encrypted and every device is admitted")
     else:
         keys = read_keys(args.keys, "server")
         admission = Admission(args.clients_file or args.keys / "clients")
-    hub = Hub(args.listen, keys, admission)
+    hub = Hub(checked_endpoint(args.listen, "--listen"), keys, admission)
     try:
         store = open_store(args.run_dir, config, "serve", args.resume)
     except BaseException:
         hub.close()
         raise
-    return serve(args, hub, store, test, device)
+    return serve(args, hub, store, method, test, device)
 
 
 def serve(
     args: argparse.Namespace,
     hub: Hub,
     store: Store,
+    method: Method,
     test: Examples | None,
     device: torch.device,
 ) -> int:
     """Rounds over the hub until all are done or a signal arrives; closes hub and store."""
     config = store.config
-    method = make_method(config, device)
     terms = Terms(
         run=store.run,
         model=method.spec,
@@ -204,28 +219,28 @@ def serve(
         deadline_s=config.deadline_s,
         grace_s=config.grace_s,
         quorum=config.quorum,
-        min_clients=args.min_clients,
+        min_clients=config.min_clients,
     )
     log.info("run %s in %s, listening on %s", store.run, store.folder, hub.endpoint)
-    (store.folder / "endpoint").write_text(hub.endpoint + "\n")  # for scripts: the port may be *
     goodbye = "coordinator stopped"
     with stop_signals() as stopping:
         cohort = ZmqCohort(hub, terms, lambda: bool(stopping))
         try:
+            store.write_endpoint(hub.endpoint)
             run_rounds(
                 store, method, cohort, test,
                 device=device, should_stop=lambda: bool(stopping), report=print_round,
             )  # fmt: skip
             if store.is_finished:
                 store.write_model(method.spec, method.served())
-                goodbye = "run finished"
+                goodbye = FINISHED
         except Stopped:
             pass
         finally:
             if stopping and not store.is_finished:
                 log.info("stopped; round %d is next, go on with --resume", store.next_round())
             store.close()
-            cohort.close(goodbye)
+            cohort.close(goodbye, is_final=goodbye == FINISHED)
     return 0
 
 
@@ -264,7 +279,7 @@ def run_clients(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def stop_signals():  # type: ignore[no-untyped-def]
+def stop_signals() -> Iterator[list[int]]:
     """A list that gets an entry when SIGTERM or SIGINT arrives; a second SIGINT interrupts."""
     stopping: list[int] = []
 

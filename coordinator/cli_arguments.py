@@ -33,6 +33,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, default=1e-3)
     add("--optimizer", choices=("adam", "sgd"), default="adam")
     add("--momentum", type=float, default=0.0, help="of local SGD")
+    add("--weight-decay", type=float, default=0.0)
+    add("--prox-mu", type=float, default=0.0, help="FedProx's pull to the received weights")
+    add("--exit-weights", default="", help="of the joint loss, e.g. 1,1,2; default all ones")
+    add("--weighting", choices=("examples", "equal"), default="examples", help="of clients")
     add("--eval-every", type=int, default=1)
     server, generator = ServerOptions(), GeneratorOptions()
     add("--server-momentum", type=float, default=server.momentum)
@@ -43,7 +47,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=int, default=generator.rank)
     add("--hidden", type=int, default=generator.hidden)
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--threads", type=int, default=1, help="torch threads on the CPU")
+    add("--threads", type=positive, default=1, help="torch threads on the CPU")
     add("--run-dir", type=Path, help="where the run lives")
     add("--resume", action="store_true", help="go on with the run in --run-dir")
 
@@ -73,6 +77,10 @@ def run_config(
         lr=args.lr,
         optimizer=args.optimizer,
         momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        prox_mu=args.prox_mu,
+        exit_weights=numbers(args.exit_weights, "--exit-weights"),
+        weighting=args.weighting,
         seed=args.seed,
         eval_every=args.eval_every,
         server=server,
@@ -127,6 +135,21 @@ def whole_numbers(text: str, flag: str, separator: str = ",") -> list[int]:
         raise ConfigError(
             f"{flag} {text!r} is not whole numbers with commas, e.g. 4,4,2"
         ) from error
+
+
+def numbers(text: str, flag: str) -> tuple[float, ...]:
+    """Numbers from "1,1,0.5"; none from "". Raises ConfigError naming the flag."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise ConfigError(f"{flag} {text!r} is not numbers with commas, e.g. 1,1,0.5") from error
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
+    return int(text)
 
 
 def pick_device(name: str) -> torch.device:

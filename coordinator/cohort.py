@@ -6,7 +6,7 @@ InProcessCohort trains the same jobs in this process, one after another, for exp
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -67,7 +67,6 @@ class Absence:
     outcome: str  # "straggler" | "failed"
     code: str
     detail: str
-    phases: Mapping[str, Phase] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
 
@@ -79,7 +78,6 @@ class Cohort(Protocol):
     def train(
         self, work: Mapping[str, Assignment], round: int, deadline_s: float
     ) -> Iterator[ClientUpdate | Absence]: ...
-    def close(self, reason: str) -> None: ...
 
 
 class InProcessCohort:
@@ -135,6 +133,3 @@ class InProcessCohort:
                 bytes_down=layout(specs_of(job.tensors))[1],
                 bytes_up=layout(job.returns)[1],
             )
-
-    def close(self, reason: str) -> None:
-        """Nothing to close."""

@@ -105,7 +105,7 @@ class ZmqCohort:
         self, work: Mapping[str, Assignment], round: int, deadline_s: float
     ) -> Iterator[ClientUpdate | Absence]:
         """Hand out the jobs; yield each result as it completes. The round closes when nobody is
-        left to wait for, or at deadline + grace once a quorum has returned."""
+        left to wait for, or at deadline + grace once a quorum has returned or no longer can."""
         desk = self._desk = RoundDesk(round, deadline_s, self._send)
         ready = {client.id: client for client in self._ready_clients()}
         started = told = time.monotonic()
@@ -124,22 +124,22 @@ class ZmqCohort:
                 if desk.is_over:
                     return
                 overdue_s = time.monotonic() - started - deadline_s - self._terms.grace_s
-                if overdue_s > 0 and returned >= needed:
+                is_hopeless = returned + desk.num_open < needed  # too many have failed
+                if overdue_s > 0 and (returned >= needed or is_hopeless):
                     desk.close_late()
                     continue
                 if overdue_s > 0 and time.monotonic() - told > TELL_S:
                     told = time.monotonic()
                     log.warning("round %d: %d of %d needed returned", round, returned, needed)
                 self._pump()
-                desk.check_stalls()
         finally:
             self._desk = None
 
-    def close(self, reason: str) -> None:
+    def close(self, reason: str, *, is_final: bool) -> None:
         """Tell every device and wait for its answer, not long, then close the socket: ZeroMQ drops
         what a device has not read yet when the connection ends."""
         for name in self._devices:
-            self._send(name, Bye(reason=reason))
+            self._send(name, Bye(reason=reason, is_final=is_final))
         give_up = time.monotonic() + FAREWELL_S
         while self._devices and time.monotonic() < give_up:
             _, received = self._hub.receive(100)
@@ -181,19 +181,22 @@ class ZmqCohort:
                 return
 
     def _pump(self, timeout_ms: int = 500) -> bool:
-        """Handle one message if there is one; look after silent devices. Raises Stopped."""
+        """Handle one message if there is one; look after those who are silent. Raises Stopped."""
         if self._should_stop():
             raise Stopped
         now = time.monotonic()
         if now - self._listened > LISTENING_GAP_S:
             for device in self._devices.values():
                 device.seen += now - self._listened
-        has_message, received = self._hub.receive(timeout_ms)
+        has_message, received = self._hub.receive(0)
+        if not has_message:  # all that came has been heard
+            self._drop_silent()
+            if self._desk:
+                self._desk.check_stalls()
+            has_message, received = self._hub.receive(timeout_ms)
         self._listened = time.monotonic()
         if received is not None:
             self._handle(received)
-        if not has_message:
-            self._drop_silent()
         return has_message
 
     def _drop_silent(self) -> None:
@@ -301,4 +304,4 @@ class ZmqCohort:
     def _refuse(self, route: bytes, code: str, detail: str) -> None:
         """A Fault that is not about a round."""
         log.debug("fault to a device: %s: %s", code, detail)
-        self._hub.send(route, Fault(code=code, detail=detail[:2000]))
+        self._hub.send(route, Fault(code=code, detail=detail))

@@ -57,6 +57,11 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     deadline_s: Annotated[float, Meta(ge=0)] = 0.0  # what devices plan for; 0: none
     grace_s: Annotated[float, Meta(gt=0)] = 600.0  # how much longer the coordinator waits
     quorum: Share = 0.5  # share of the participants that must return
+    min_clients: Positive = 1  # devices to wait for before the first round
+    exit_weights: tuple[Annotated[float, Meta(ge=0)], ...] = ()  # of the joint loss; (): all ones
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    prox_mu: Annotated[float, Meta(ge=0)] = 0.0  # FedProx, on any method
+    weighting: Literal["examples", "equal"] = "examples"  # of clients in the mean
     population: str = ""  # emulated clients: count, groups, split; a resumed run must have the same
     examples: Positive | None = None  # stratified subsets, None: all
     test_examples: Positive | None = None
@@ -72,6 +77,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             lr=self.lr,
             optimizer=self.optimizer,
             momentum=self.momentum,
+            exit_weights=self.exit_weights,
+            weight_decay=self.weight_decay,
+            prox_mu=self.prox_mu,
         )
 
     def to_json(self) -> str:
@@ -89,6 +97,11 @@ def read_config(text: str, where: str) -> RunConfig:
 def checked(config: RunConfig) -> RunConfig:
     """The same config, its constraints checked: a struct made in Python is not by itself."""
     try:
-        return msgspec.convert(msgspec.to_builtins(config), type=RunConfig)
+        good = msgspec.convert(msgspec.to_builtins(config), type=RunConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"setting refused: {error}; see --help") from error
+    if good.exit_weights and len(good.exit_weights) != good.model.exit:
+        raise ConfigError(
+            f"{len(good.exit_weights)} exit weights for {good.model.exit} exits; give one each"
+        )
+    return good

@@ -17,7 +17,7 @@ import torch
 
 from coordinator.cohort import InProcessCohort
 from coordinator.config import RunConfig
-from coordinator.methods import Method, make_method
+from coordinator.methods import Method
 from coordinator.rounds import RoundReport, run_rounds
 from coordinator.store import Store
 from edge_sdk.data import DataSet, Examples
@@ -56,6 +56,7 @@ def group_exits(groups: Sequence[int], num_clients: int, num_exits: int) -> list
 
 def emulate(
     store: Store,
+    method: Method,
     data: DataSet,
     shards: Sequence[Examples],
     exits: Sequence[int],
@@ -63,7 +64,7 @@ def emulate(
     device: torch.device,
     should_stop: Callable[[], bool],
     report: Callable[[RoundReport], None],
-) -> Method:
+) -> None:
     """Run what is left of the store's run."""
     config = store.config
     names = [f"client-{number:03d}" for number in range(1, len(shards) + 1)]
@@ -73,11 +74,19 @@ def emulate(
         config.model.exit,
         device,
     )
-    method = make_method(config, device)
     run_rounds(
         store, method, cohort, data.test, device=device, should_stop=should_stop, report=report
     )
-    return method
+
+
+def check_writable(path: Path) -> None:
+    """Raise ConfigError now rather than after a long run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(path.name + ".new").touch()
+        path.with_name(path.name + ".new").unlink()
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be written: {error}") from error
 
 
 def write_json(store: Store, setting: dict[str, object], path: Path) -> None:

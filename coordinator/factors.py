@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edge_sdk.errors import ShapeError
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -49,8 +51,12 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def factorise(matrix: Tensor, rank: int) -> Factors:
-    """Truncated canonical SVD at min(rank, rows, columns). matrix: (rows, columns) float32."""
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    """Truncated canonical SVD at min(rank, rows, columns). matrix: (rows, columns) float32.
+    Raises ShapeError where the SVD does not converge (huge values)."""
+    try:
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ShapeError(f"a matrix {tuple(matrix.shape)} has no usable SVD: {error}") from error
     kept = min(rank, len(s))
     u, s, vt = u[:, :kept], s[:kept].sqrt(), vt[:kept]
     peaks = u.gather(0, u.abs().argmax(0, keepdim=True))[0]  # (r,) largest entry of each column

@@ -99,7 +99,7 @@ class Hub:
             message, payload = parse_frames(frames[1:])
         except ProtocolError as error:
             log.warning("message from %s refused: %s", name or "a device", error)
-            self.send(route, Fault(code=error.code, detail=str(error)[:2000]))
+            self.send(route, Fault(code=error.code, detail=str(error)))
             return True, None
         return True, Received(route, name, message, payload)
 
@@ -109,9 +109,8 @@ class Hub:
             return None
         return self._admission.name_of(str(frame.get("User-Id")).encode())
 
-    def close(self, linger_ms: int = 0) -> None:
-        """Close the socket; what was sent has linger_ms to leave."""
-        self.socket.close(linger=linger_ms)
+    def close(self) -> None:
+        self.socket.close()
         if self._authenticator is not None:
             self._authenticator.stop()
         self._context.term()

@@ -15,7 +15,10 @@ from coordinator.methods.base import Method, Metrics
 from coordinator.sampling import sample
 from coordinator.store import RoundTotals, Store
 from edge_sdk.data import Examples
+from edge_sdk.errors import TrainerError
 from edge_sdk.trainer import clock, since
+
+EMPTY_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,15 @@ def run_rounds(
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[RoundReport], None] = lambda _: None,
 ) -> None:
-    """Run the rounds that the store's run still lacks. Raises what store and cohort raise; every
-    finished round is kept then."""
+    """Run the rounds that the store's run still lacks. A round without any update is not one: it
+    is tried again, EMPTY_ROUNDS times. Raises what store and cohort raise, and TrainerError when
+    nobody returns anything; every finished round is kept then."""
     config = store.config
     state = store.load_checkpoint()
     if state is not None:
         method.load_state_dict(state)
-    for round in range(store.next_round(), config.rounds + 1):
-        if should_stop():
-            return
+    empty = 0
+    while (round := store.next_round()) <= config.rounds and not should_stop():
         clients = cohort.clients()  # may wait for devices
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
         chosen = sample(clients, config.participants, seed=config.seed, round=round)
@@ -55,6 +58,16 @@ def run_rounds(
         store.record_clients(chosen)
         results = cohort.train(work, round, config.deadline_s)
         metrics = method.aggregate(round, store.recording(round, results))
+        if metrics.num_updates == 0:
+            store.rollback()
+            empty += 1
+            if empty == EMPTY_ROUNDS:
+                raise TrainerError(
+                    f"round {round}: none of {len(chosen)} participants returned an update, "
+                    f"{empty} times in a row; see the lines above for why, then go on with --resume"
+                )
+            continue
+        empty = 0
         accuracy: list[float] = []
         served: list[float] = []
         if test is not None and (round % config.eval_every == 0 or round == config.rounds):

@@ -6,8 +6,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-import numpy as np
-
 from coordinator.cohort import Client
 
 
@@ -20,23 +18,24 @@ def job_seed(seed: int, round: int, client_id: str) -> int:
 def sample(clients: Sequence[Client], count: int | None, *, seed: int, round: int) -> list[Client]:
     """`count` clients, spread over the groups (deepest exit) in proportion to their sizes.
 
-    Seats left by rounding down go to the largest remainders, ties by lot. None or a count of at
-    least all clients: everybody. Sorted by id; independent of the order of `clients`."""
-    ordered = sorted(clients, key=lambda client: client.id)
-    if count is None or count >= len(ordered):
-        return ordered
-    rng = np.random.default_rng([seed, round, 0x5A11])
+    Systematic sampling: groups lie end to end on a line of `count` seats, and a draw shifts where
+    the seats fall, so a group's expected seats are its exact share, however small. Within a group
+    the seats go to the smallest draws of (seed, round, client): an absent client changes its own
+    seat only. None or a count of at least all clients: everybody. Sorted by id; independent of the
+    order of `clients`."""
+    if count is None or count >= len(clients):
+        return sorted(clients, key=lambda client: client.id)
     groups: dict[int, list[Client]] = {}
-    for client in ordered:
+    for client in clients:
         groups.setdefault(client.exit, []).append(client)
-    exact = {exit: count * len(group) / len(ordered) for exit, group in sorted(groups.items())}
-    seats = {exit: int(share) for exit, share in exact.items()}
-    lot = {exit: rng.random() for exit in exact}
-    by_remainder = sorted(exact, key=lambda exit: (seats[exit] - exact[exit], lot[exit]))
-    for exit in by_remainder[: count - sum(seats.values())]:
-        seats[exit] += 1
+    shift = job_seed(seed, round, "groups") / 2**62
     chosen: list[Client] = []
-    for exit, group in sorted(groups.items()):
-        picks = rng.choice(len(group), size=seats[exit], replace=False)
-        chosen += [group[i] for i in sorted(picks)]
+    seen = 0
+    for _, group in sorted(groups.items()):
+        before, seen = seen, seen + len(group)
+        seats = int(count * seen / len(clients) + shift) - int(
+            count * before / len(clients) + shift
+        )
+        drawn = sorted(group, key=lambda client: job_seed(seed, round, f"sample/{client.id}"))
+        chosen += drawn[:seats]
     return sorted(chosen, key=lambda client: client.id)

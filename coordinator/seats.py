@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from edge_sdk.errors import EdgeError, ShapeError
@@ -46,7 +46,7 @@ class Seat:
     assignment: Assignment
     sender: Sender
     hello: Hello
-    job_sent: float = field(default_factory=time.monotonic)
+    mismatched_since: float | None = None
     update: Update | None = None
     announced: float = 0.0
     receiver: Receiver | None = None
@@ -71,8 +71,13 @@ class RoundDesk:
         self._seats: dict[str, Seat] = {}
 
     @property
+    def num_open(self) -> int:
+        """Participants that are still waited for."""
+        return sum(not seat.outcome for seat in self._seats.values())
+
+    @property
     def is_over(self) -> bool:
-        return all(seat.outcome for seat in self._seats.values())
+        return self.num_open == 0
 
     def open_seat(self, name: str) -> Seat | None:
         """The seat that is still waited for, if this client has one."""
@@ -98,13 +103,11 @@ class RoundDesk:
             Absence(client, assignment.plan.segments, "failed", "gone", "left before its job")
         )
 
-    def close_late(self) -> list[str]:
-        """Count everybody who is still waited for as a straggler and tell them; their names."""
-        late = [seat for seat in self._seats.values() if not seat.outcome]
-        for seat in late:
+    def close_late(self) -> None:
+        """Count everybody who is still waited for as a straggler and tell them."""
+        for seat in [seat for seat in self._seats.values() if not seat.outcome]:
             self._fault(seat.client.id, "late", "the round was closed without this update")
             self._absent(seat, "straggler", "late", "did not return in time")
-        return [seat.client.id for seat in late]
 
     # -- what devices say ----------------------------------------------------------------------
 
@@ -152,7 +155,14 @@ class RoundDesk:
     def on_heartbeat(self, name: str, round: int) -> None:
         """A device that has another job in hand, or none, for a while never got this one."""
         seat = self.open_seat(name)
-        if seat and round != self.number and time.monotonic() - seat.job_sent > RESEND_S:
+        if seat is None or round == self.number:
+            if seat:
+                seat.mismatched_since = None
+            return
+        now = time.monotonic()
+        if seat.mismatched_since is None:  # may have been sent before the job came
+            seat.mismatched_since = now
+        elif now - seat.mismatched_since > RESEND_S:
             self._send_again(seat)
 
     def on_gone(self, name: str, code: str, why: str) -> None:
@@ -177,7 +187,7 @@ class RoundDesk:
 
     def _send_again(self, seat: Seat) -> None:
         seat.update = seat.receiver = None
-        seat.job_sent = time.monotonic()
+        seat.mismatched_since = None
         self._send(seat.client.id, seat.job, None)
         self._admit_uploads()
 
@@ -193,6 +203,8 @@ class RoundDesk:
     def _on_update(self, seat: Seat, update: Update) -> None:
         if seat.update is not None:  # announced again after a reconnect
             return
+        if not seat.bytes_down:  # of a job that a coordinator gave before it was killed; the device
+            return  # has not fetched this one yet
         try:
             check_update(update, seat)
         except EdgeError as error:
@@ -211,6 +223,9 @@ class RoundDesk:
             if open_bytes and open_bytes + size > UPLOAD_BUDGET_BYTES:
                 return
             seat.receiver, seat.moved = Receiver(seat.update.tensors), time.monotonic()
+            if seat.receiver.is_complete:  # an update of no bytes
+                self._complete(seat, seat.receiver)
+                return
             open_bytes += size
             self._fetch(seat)
 
@@ -276,7 +291,7 @@ class RoundDesk:
 
     def _fault(self, name: str, code: str, detail: str, round: int | None = None) -> None:
         number = self.number if round is None else round
-        self._send(name, Fault(code=code, detail=detail[:2000], round=number), None)
+        self._send(name, Fault(code=code, detail=detail, round=number), None)
 
 
 def check_update(update: Update, seat: Seat) -> None:

@@ -27,6 +27,8 @@ class Server:
         new = dict(aggregate)
         if self.options.momentum or self.options.lr != 1:
             for name in self._parameters & set(new):
+                if new[name] is self.globals[name]:
+                    continue  # nobody owned it this round: neither it nor its momentum moves
                 moved = new[name] - self.globals[name]
                 if name in self._velocity:
                     moved = moved + self.options.momentum * self._velocity[name]

@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from safetensors import SafetensorError
@@ -115,7 +116,7 @@ class Store:
 
     def next_round(self) -> int:
         """1 for a new run, else the one after the last that was committed."""
-        return int(self._db.execute("SELECT COALESCE(MAX(round), 0) + 1 FROM rounds").fetchone()[0])
+        return int(self._read("SELECT COALESCE(MAX(round), 0) + 1 FROM rounds")[0][0])
 
     @property
     def is_finished(self) -> bool:
@@ -124,12 +125,10 @@ class Store:
 
     def load_checkpoint(self) -> Tensors | None:
         """State of the last committed round; None before the first. Raises StoreError."""
-        row = self._db.execute(
-            "SELECT checkpoint FROM rounds ORDER BY round DESC LIMIT 1"
-        ).fetchone()
-        if row is None:
+        rows = self._read("SELECT checkpoint FROM rounds ORDER BY round DESC LIMIT 1")
+        if not rows:
             return None
-        path = self.folder / row[0]
+        path = self.folder / rows[0][0]
         try:
             state: Tensors = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -141,18 +140,14 @@ class Store:
         measured, summed over clients), bytes, counts, and the method's own figures."""
         rounds = []
         totals = [field.name for field in fields(RoundTotals)]
-        for row in self._db.execute(
-            f"SELECT round, {', '.join(totals)} FROM rounds ORDER BY round"
-        ):
+        for row in self._read(f"SELECT round, {', '.join(totals)} FROM rounds ORDER BY round"):
             round = row[0]
-            values = dict(
-                self._db.execute("SELECT name, value FROM metrics WHERE round = ?", (round,))
-            )
+            values = dict(self._read("SELECT name, value FROM metrics WHERE round = ?", round))
             seconds = dict(
-                self._db.execute(
+                self._read(
                     "SELECT phase, SUM(COALESCE(cpu_s, wall_s)) FROM phases WHERE round = ?"
                     " GROUP BY phase",
-                    (round,),
+                    round,
                 )
             )
             rounds.append(
@@ -234,6 +229,14 @@ class Store:
             raise StoreError(f"{path} cannot be written: {error}; free space, --resume") from error
         return path
 
+    def write_endpoint(self, endpoint: str) -> None:
+        """Where the coordinator listens, for scripts: the port may be any free one."""
+        path = self.folder / "endpoint"
+        try:
+            path.write_text(endpoint + "\n")
+        except OSError as error:
+            raise StoreError(f"{path} cannot be written: {error}; free space, --resume") from error
+
     def rollback(self) -> None:
         """Forget what was recorded since the last commit."""
         try:
@@ -246,12 +249,12 @@ class Store:
         self._db.close()
 
     def _totals(self, round: int, wall_s: float, chosen: int) -> RoundTotals:
-        row = self._db.execute(
+        (row,) = self._read(
             "SELECT TOTAL(outcome = 'ok'), TOTAL(outcome = 'straggler'), TOTAL(outcome = 'failed'),"
             " TOTAL(retries), TOTAL(bytes_down), TOTAL(bytes_up) FROM participations"
             " WHERE round = ?",
-            (round,),
-        ).fetchone()
+            round,
+        )
         return RoundTotals(wall_s, chosen, *(int(value) for value in row))
 
     def _record_update(self, round: int, update: ClientUpdate) -> None:
@@ -271,12 +274,16 @@ class Store:
             absence.outcome, absence.code,
             absence.detail, absence.bytes_down, absence.bytes_up,
         )  # fmt: skip
-        for phase, time in absence.phases.items():
-            self._phase(round, absence.client.id, phase, time)
 
     def _phase(self, round: int, client_id: str | None, phase: str, time: Phase) -> None:
         row = (round, client_id, phase, time.wall_s, time.cpu_s)
         self._write("INSERT INTO phases VALUES (?, ?, ?, ?, ?)", *row)
+
+    def _read(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        try:
+            return self._db.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.folder / DATABASE} cannot be read: {error}") from error
 
     def _write(self, statement: str, *values: object) -> None:
         try:

@@ -158,7 +158,7 @@ class Agent:
                 raise LinkError(f"coordinator {self._link.endpoint}: {error}") from error
             except ProtocolError as error:
                 log.error("message from the coordinator refused: %s", error)
-                self._link.send(Fault(code=error.code, detail=str(error)[:2000]))
+                self._link.send(Fault(code=error.code, detail=str(error)))
                 continue
             if received is None:
                 return
@@ -201,11 +201,13 @@ class Agent:
             round=state.job.round if state.job else 0,
             software=f"edge-sdk {__version__}",
         )
-        if not self._link.send(hello) and not state.is_told:
+        is_said = self._link.send(hello)
+        if not is_said and not state.is_told:
             log.info("coordinator %s not reached yet; waiting for it", self._link.endpoint)
             state.is_told = True
         state.next_hello = now + state.hello_pause_s * random.uniform(0.8, 1.2)
-        state.hello_pause_s = min(HELLO_MAX_S, state.hello_pause_s * 1.3)
+        if is_said:  # nothing left this device otherwise, so nothing is spared by waiting longer
+            state.hello_pause_s = min(HELLO_MAX_S, state.hello_pause_s * 1.3)
 
     def _from_coordinator(self, message: Message, payload: Payload | None) -> None:
         job = self._state.job
@@ -232,7 +234,7 @@ class Agent:
             self._end_job()
             self._link.send(Bye(reason="bye"))
             self._state.welcome = None
-            self._is_stopping = self._options.is_once
+            self._is_stopping = self._options.is_once and message.is_final
 
     def _on_welcome(self, welcome: Welcome) -> None:
         state, before = self._state, self._state.terms
@@ -318,8 +320,9 @@ class Agent:
         if isinstance(message, Inspected):
             self._on_inspected(message)
         elif isinstance(message, Estimated):
-            self._chooser.costs = message.costs
-            self._tell_choice(is_repeated=True)
+            if state.terms and message.model == state.terms.model:
+                self._chooser.costs = message.costs
+                self._tell_choice(is_repeated=True)
         elif isinstance(message, Fault):
             self._on_trainer_fault(message)
         elif state.job is None or getattr(message, "round", 0) != state.job.round:
@@ -344,8 +347,8 @@ class Agent:
             known = state.inspected
             inspected = replace(inspected, gflops=known.gflops, layer_s=known.layer_s)
         state.inspected = inspected
-        if not is_first and state.welcome:
-            self._to_trainer(Estimate(model=state.welcome.model, plan=state.welcome.plan))
+        if not is_first and state.terms:
+            self._to_trainer(Estimate(model=state.terms.model, plan=state.terms.plan))
 
     def _on_trainer_fault(self, fault: Fault) -> None:
         state = self._state
@@ -357,7 +360,7 @@ class Agent:
         if state.job and fault.round == state.job.round:
             self._fail_job(fault.code, fault.detail, is_memory=fault.code == "capacity")
         elif state.job is None:
-            self._link.send(Ready(exit=0, reason=fault.detail[:500]))
+            self._link.send(Ready(exit=0, reason=fault.detail))
 
     def _on_trainer_death(self, trainer: TrainerProcess) -> None:
         """Report it, choose less if it was killed at work, start another after a pause."""
@@ -377,7 +380,7 @@ class Agent:
     def _fail_job(self, code: str, detail: str, *, is_memory: bool) -> None:
         job = self._state.job
         assert job is not None
-        self._link.send(Fault(code=code, detail=detail[:2000], round=job.round))
+        self._link.send(Fault(code=code, detail=detail, round=job.round))
         if is_memory:
             available = self._profile().memory_available_bytes
             log.warning("%s", self._chooser.failed(job.plan.segments, available))

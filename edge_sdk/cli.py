@@ -8,7 +8,6 @@ arguments; COMMANDS lists them. An EdgeError becomes one line and exit status 1,
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from edge_sdk.capacity import (
     mebibytes,
     seconds,
 )
-from edge_sdk.cli_flags import add_memory_cap
+from edge_sdk.cli_flags import add_memory_cap, import_module
 from edge_sdk.cli_run import add_keys_command, add_run_command
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
 from edge_sdk.profile import (
@@ -201,14 +200,6 @@ def checked(kind: type[Any], **fields: Any) -> Any:
         raise ConfigError(
             f"{kind.__name__} refused: {error}; correct the flag of that name"
         ) from error
-
-
-def import_module(name: str) -> None:
-    """Import a module for what it registers. Raises ConfigError."""
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"--import {name}: {error}; is it on PYTHONPATH?") from error
 
 
 def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, int]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
 
 from edge_sdk.errors import ConfigError
 
+_ENDPOINT = re.compile(r"tcp://[^/\s]+:(\*|[0-9]{1,5})")
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 
 
@@ -33,3 +36,24 @@ def size_flag(text: str) -> int:
         return parse_size(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def checked_endpoint(text: str, flag: str) -> str:
+    """A TCP address. ZeroMQ takes any number for a port: it waits in vain, or listens elsewhere.
+
+    Port 0 or * is any free one, for who listens. Raises ConfigError."""
+    found = _ENDPOINT.fullmatch(text)
+    is_bound = flag == "--listen"
+    if not found or (found[1] == "*" and not is_bound):
+        raise ConfigError(f"{flag} {text!r} is not tcp://HOST:PORT")
+    if found[1] != "*" and not (0 if is_bound else 1) <= int(found[1]) <= 65535:
+        raise ConfigError(f"{flag} {text!r} has a port outside 1 to 65535")
+    return text
+
+
+def import_module(name: str) -> None:
+    """Import a module for what it registers. Raises ConfigError."""
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"--import {name}: {error}; is it on PYTHONPATH?") from error

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk.agent import Agent, AgentOptions
-from edge_sdk.cli_flags import add_memory_cap
+from edge_sdk.cli_flags import add_memory_cap, checked_endpoint
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import KeyPair, check_key, make_keys, read_key, read_keys
 from edge_sdk.profile import DeviceProfile, board, emulated, measure
 from edge_sdk.transport import Link
+from edge_sdk.wire import CLIENT_NAME
 
 log = logging.getLogger(__name__)
 DEVICE_KEYS = "device"
 SERVER_KEYS = "server"
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def add_run_command(commands: Any) -> None:
@@ -56,7 +56,7 @@ def add_keys_command(commands: Any) -> None:
 
 def run_device(args: argparse.Namespace) -> int:
     """Runs until stopped by a signal, or with --once until the coordinator's run ends."""
-    client_id = checked_id(args.id)
+    client_id, endpoint = checked_id(args.id), checked_endpoint(args.coordinator, "--coordinator")
     keys, server_key = device_keys(args)
     options = AgentOptions(
         client_id=client_id,
@@ -68,7 +68,7 @@ def run_device(args: argparse.Namespace) -> int:
         imports=tuple(args.imports),
         is_once=args.once,
     )
-    agent = Agent(Link(args.coordinator, keys, server_key), options)
+    agent = Agent(Link(endpoint, keys, server_key), options)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     agent.run()
@@ -119,7 +119,7 @@ def _measure_here(cap_bytes: int | None, own_bytes: int) -> DeviceProfile:
 
 def checked_id(name: str | None) -> str:
     client_id = name or socket.gethostname()
-    if not _ID.fullmatch(client_id):
+    if not re.match(CLIENT_NAME, client_id):
         raise ConfigError(
             f"device name {client_id!r} is not 1 to 64 letters, digits, dots, - or _; give --id"
         )

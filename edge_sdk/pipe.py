@@ -52,6 +52,7 @@ class Estimate(Struct, frozen=True, kw_only=True, tag="estimate"):
 class Estimated(Struct, frozen=True, kw_only=True, tag="estimated"):
     """Trainer: this, for every segment of the model."""
 
+    model: ModelSpec
     costs: tuple[SegmentCost, ...]
 
 

@@ -27,7 +27,7 @@ REFUSALS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the coordinator does not know this device's key; "
     "add its public key to the coordinator's list",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed; the coordinator's public key here "
-    "is probably not the one it runs with",
+    "is probably not the one it runs with, or it runs with --insecure",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the two sides do not agree on encryption; use keys on "
     "both or --insecure on both",
 }
@@ -95,24 +95,23 @@ class Link:
             socket.set(zmq.CURVE_PUBLICKEY, self._keys.public)
             socket.set(zmq.CURVE_SECRETKEY, self._keys.secret)
             socket.set(zmq.CURVE_SERVERKEY, self._server_key)
-        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        events = int(zmq.EVENT_DISCONNECTED)
         for refusal in REFUSALS:
             events |= refusal
-        self.monitor = socket.get_monitor_socket(events)
+        self.socket, self.monitor = socket, socket.get_monitor_socket(events)
         try:
             socket.connect(self.endpoint)
         except zmq.ZMQError as error:
-            socket.disable_monitor()
-            socket.close()
+            self.close()
             raise LinkError(
                 f"cannot connect to {self.endpoint!r}: {error}; expected tcp://HOST:PORT"
             ) from error
-        self.socket = socket
 
     def close(self, *, is_final: bool = False) -> None:
         """is_final: let what was sent leave, up to half a second, and end for good."""
-        if self.socket is not None:
+        if self.socket is not None and self.monitor is not None:
             self.socket.disable_monitor()
+            self.monitor.close()  # an open one would keep the context from ending
             self.socket.close(linger=500 if is_final else 0)
         self.socket = self.monitor = None
         if is_final:
@@ -144,5 +143,7 @@ class Link:
         while self.monitor is not None and self.monitor.poll(0):
             event = parse_monitor_message(self.monitor.recv_multipart())["event"]
             is_lost = is_lost or event == zmq.EVENT_DISCONNECTED
+            if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and not self._keys:
+                event = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # a coordinator with keys just hangs up
             refusal = REFUSALS.get(event, refusal)
         return is_lost, refusal

@@ -34,7 +34,8 @@ JobInHand: TypeAlias = Annotated[int, Meta(ge=0, le=2**31)]  # its round, 0: non
 Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=10**9)]
 Factor: TypeAlias = Annotated[float, Meta(ge=0, le=10**6)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200, pattern=PLAIN_TEXT)]
-ClientId: TypeAlias = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+CLIENT_NAME = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+ClientId: TypeAlias = Annotated[str, Meta(pattern=CLIENT_NAME)]
 Line: TypeAlias = Annotated[str, Meta(max_length=MAX_LINE, pattern=PLAIN_TEXT)]
 InputShape: TypeAlias = Annotated[tuple[Index, ...], Meta(min_length=1, max_length=4)]
 # The text has no pattern: msgspec 0.22 frees what is not its own when it drops a type that joins a
@@ -228,8 +229,9 @@ class Heartbeat(Struct, frozen=True, kw_only=True, tag="heartbeat"):
 
 
 class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
-    """Either way: a clean end."""
+    """Either way: a clean end. is_final: the coordinator's run is over, it will not come back."""
 
+    is_final: bool = False
     reason: Line = ""
 
 

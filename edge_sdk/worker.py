@@ -17,13 +17,13 @@ from collections import deque
 import torch
 
 from edge_sdk.data import Examples, load_shard
-from edge_sdk.errors import CapacityError, DataError, EdgeError
+from edge_sdk.errors import CapacityError, ConfigError, DataError, EdgeError
 from edge_sdk.models.costs import segment_costs_apart, warm_resident_bytes
 from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Pipe, PipeMessage, Resume
 from edge_sdk.profile import measure_gflops, measure_layer_s
 from edge_sdk.tensors import Receiver, Sender, specs_of
 from edge_sdk.trainer import MIN_BATCH, TrainResult, clock, since, train
-from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update
+from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update, one_line
 
 log = logging.getLogger(__name__)
 WINDOW = 8  # parts asked for ahead: 4 MiB
@@ -73,7 +73,7 @@ class Worker:
             costs = segment_costs_apart(
                 message.model, message.plan, len(self._examples), self._runtime_bytes
             )
-            self._pipe.send(Estimated(costs=costs))
+            self._pipe.send(Estimated(model=message.model, costs=costs))
         elif isinstance(message, Job):
             self._forget()
             self._job, self._receiver = message, Receiver(message.tensors)
@@ -135,7 +135,7 @@ class Worker:
     def _fail(self, code: str, detail: str) -> None:
         round = self._job.round if self._job else 0
         self._forget()
-        self._pipe.send(Fault(code=code, detail=detail[:2000], round=round))
+        self._pipe.send(Fault(code=code, detail=detail, round=round))
 
     def _forget(self) -> None:
         self._job = self._receiver = self._update = self._sender = None
@@ -175,6 +175,10 @@ def main() -> int:
                 f"{args.data} holds {len(examples)} examples, at least {MIN_BATCH} are needed"
             )
         gflops = layer_s = 0.0
+        try:
+            torch.empty(1, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"--device {args.device}: {one_line(str(error), 300)}") from error
         if args.measure_compute:
             gflops, layer_s = (
                 measure_gflops(device=args.device),
@@ -182,7 +186,7 @@ def main() -> int:
             )
     except (EdgeError, ImportError) as error:
         code = error.code if isinstance(error, EdgeError) else "config"
-        pipe.send(Fault(code=code, detail=str(error)[:2000]))
+        pipe.send(Fault(code=code, detail=str(error)))
         return 1
     try:
         Worker(pipe, examples, args.device).serve(gflops, layer_s)

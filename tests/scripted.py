@@ -286,6 +286,7 @@ class Coordinator:
         self.terms = Terms(**(fields | terms))
         self.arrived: queue.Queue[Result] = queue.Queue()  # results, as the cohort yields them
         self._stopping = threading.Event()
+        self._closing: Future[None] | None = None
         self._cohort = ZmqCohort(self.hub, self.terms, self._stopping.is_set)
         self._thread = ThreadPoolExecutor(1)
         self._devices: list[ScriptedDevice] = []
@@ -295,7 +296,7 @@ class Coordinator:
         own = {"keys": self.keys.get(name)}
         if server := self.keys.get("server"):
             own["server_key"] = server.public  # type: ignore[assignment]
-        device = ScriptedDevice(self.hub.endpoint, name, **(own | link))  # type: ignore[arg-type]
+        device = ScriptedDevice(self.hub.endpoint, name, **(own | link))
         self._devices.append(device)
         return device
 
@@ -334,12 +335,15 @@ class Coordinator:
 
         return self.ask(all_results)
 
-    def close(self, reason: str = "test over") -> None:
+    def begin_close(self, reason: str, *, is_final: bool = False) -> Future[None]:
         """Whatever is under way is stopped."""
-        if self._stopping.is_set():
-            return
-        self._stopping.set()
-        self.ask(lambda cohort: cohort.close(reason)).result(WAIT_S)
+        if self._closing is None:
+            self._stopping.set()
+            self._closing = self.ask(lambda cohort: cohort.close(reason, is_final=is_final))
+        return self._closing
+
+    def close(self, reason: str = "test over", *, is_final: bool = False) -> None:
+        self.begin_close(reason, is_final=is_final).result(WAIT_S)
         self._thread.shutdown()
 
     def close_devices(self) -> None:
@@ -355,7 +359,6 @@ class ScriptedCoordinator:
         self.endpoint = self.hub.endpoint
         self.run = 0  # number of runs that were begun
         self.route = b""
-        self.heartbeats: list[int] = []  # rounds that the agent named since the last expect()
         self._is_open = True
 
     def send(self, message: Message, payload: Payload | None = None) -> None:
@@ -373,13 +376,9 @@ class ScriptedCoordinator:
 
     def expect(self, kind: type[M]) -> M:
         """The next message but heartbeats, which must be of this type."""
-        self.heartbeats = []
-        while True:
-            message = self.receive().message
-            if isinstance(message, kind):
-                return message
-            assert isinstance(message, Heartbeat), f"expected {kind.__name__}, got {message}"
-            self.heartbeats.append(message.round)
+        message = self._next(is_heartbeat_wanted=kind is Heartbeat).message
+        assert isinstance(message, kind), f"expected {kind.__name__}, got {message}"
+        return message
 
     def wait_for(self, kind: type[M], is_it: Callable[[M], bool] = lambda _: True) -> M:
         """The next message of this type that is it; others are passed over."""
@@ -427,9 +426,7 @@ class ScriptedCoordinator:
             first, count = request
             self.send(Fetch(round=update.round, first=first, count=count))
             for _ in range(count):
-                received = self.receive()
-                while isinstance(received.message, Heartbeat):
-                    received = self.receive()
+                received = self._next()
                 assert isinstance(received.message, Part), received.message
                 assert received.payload is not None
                 receiver.add(received.message.index, received.payload)
@@ -447,6 +444,14 @@ class ScriptedCoordinator:
     def close(self) -> None:
         if self._is_open:
             self.hang_up()
+
+    def _next(self, *, is_heartbeat_wanted: bool = False) -> Received:
+        until = time.monotonic() + WAIT_S
+        while time.monotonic() < until:
+            received = self.receive()
+            if is_heartbeat_wanted or not isinstance(received.message, Heartbeat):
+                return received
+        raise AssertionError(f"nothing but heartbeats for {WAIT_S} s")
 
 
 def floats(*shape: int, start: float = 0.0) -> torch.Tensor:

@@ -128,7 +128,7 @@ EXAMPLES: tuple[Message, ...] = (
     Accepted(round=7),
     Fault(code="capacity", detail="out of memory while training", round=7),
     Heartbeat(round=7),
-    Bye(reason="run finished"),
+    Bye(reason="run finished", is_final=True),
 )
 # What a peer sees of every module's constants; PROTOCOL.md gives each name and value in a table.
 CONSTANTS: dict[ModuleType, tuple[str, ...]] = {

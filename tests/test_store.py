@@ -48,7 +48,7 @@ def test_round_is_recorded_as_it_was(tmp_path):
     a, b, c = client("a", 1), client("b", 2), client("c", 3)
     store.record_clients([a, b, c])
     late = Absence(b, (Segment(first=1, last=2),), "straggler", "late", "did not return")
-    gone = Absence(c, (Segment(first=1, last=3),), "failed", "gone", "killed", {}, 7, 0)
+    gone = Absence(c, (Segment(first=1, last=3),), "failed", "gone", "killed", 7, 0)
     passed, totals = commit(store, 1, results=[update(a), late, gone])
     assert [u.client.id for u in passed] == ["a"], "a method sees updates only"
     assert (totals.returned, totals.stragglers, totals.failures) == (1, 1, 1)

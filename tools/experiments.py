@@ -66,8 +66,6 @@ def run_grid(args: argparse.Namespace) -> int:
     )
     for seed, name, method, server in grid:
         out = args.out / f"{name}-{method}-{server}-{seed}.json"
-        if out.exists():
-            continue
         command = [
             sys.executable, "-m", "coordinator.cli", "emulate", "--method", method,
             "--data", sources[name], "--clients", "50", "--groups", args.groups,
@@ -75,9 +73,18 @@ def run_grid(args: argparse.Namespace) -> int:
             "--out", str(out), *TRAINING.get(name, TRAINING["default"]), *SERVERS[server],
             *args.extra.split(),
         ]  # fmt: skip
+        note = " ".join(command[3:])
+        record = out.with_suffix(".command")
+        if out.exists():
+            if record.exists() and record.read_text() != note:
+                print(f"experiments: {out} was made by other flags; use another --out", flush=True)
+                failed += 1
+            continue
         print("run", out.stem, flush=True)
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
         failed += done.returncode != 0
+        if done.returncode == 0:
+            record.write_text(note)
     return failed
 
 
@@ -85,8 +92,9 @@ def print_table(folder: Path, target: Path | None) -> int:
     """Rows sorted by data and served accuracy; every figure is read from a run's JSON."""
     cells: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     for path in sorted(folder.glob("*.json")):
-        name, rest = path.stem.split("-", 1)
-        method, server, _ = rest.rsplit("-", 2)
+        rest, server, _ = path.stem.rsplit("-", 2)
+        method = next(m for m in METHODS if rest.endswith(f"-{m}"))
+        name = rest.removesuffix(f"-{method}")
         cells.setdefault((name, method, server), []).append(final_figures(path))
     rows = [summary(key, runs) for key, runs in cells.items()]
     rows.sort(key=lambda row: (row["data"], -float(row["served"])))

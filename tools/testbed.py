@@ -33,9 +33,10 @@ from coordinator.cli_arguments import model_options
 from coordinator.emulate import split_shards
 from coordinator.methods import METHODS
 from edge_sdk.capacity import seconds
-from edge_sdk.data import Examples, load_dataset, save_shard
+from edge_sdk.data import Examples, load, load_dataset, save_shard
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.keys import make_keys
+from edge_sdk.models import build
 from edge_sdk.models.costs import segment_costs
 from edge_sdk.profile import DeviceProfile, board, emulated, measure_gflops, measure_layer_s
 from edge_sdk.wire import ModelSpec, Plan, Segment
@@ -54,7 +55,7 @@ class Host:
     layer_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Device:
     """One emulated board: its name, its profile, its own folder and data."""
 
@@ -73,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgeError as error:
         print(f"testbed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("testbed: interrupted", file=sys.stderr)
+        return 130
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -107,6 +111,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     folder = (args.run_dir or Path("runs") / f"testbed-{stamp}").resolve()
     if (folder / "run.sqlite").exists():
         raise ConfigError(f"{folder} holds a run already; choose another --run-dir")
+    check_model(args)
     host = Host(measure_gflops(threads=1), measure_layer_s(threads=1))
     devices = prepare(args, folder, host)
     deadline_s = choose_deadline(args, devices)
@@ -117,7 +122,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         boards = [stack.enter_context(device_process(d, endpoint, host)) for d in devices]
         announce(console, args, devices, deadline_s, endpoint)
         prepared = time.monotonic()
-        follow(console, folder, server, args.rounds)
+        follow(console, folder, server, dict(zip(devices, boards, strict=True)), args.rounds)
         trained = time.monotonic()
         deadline = trained + FAREWELL_S
         for process in boards:
@@ -138,6 +143,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
         highlight=False,
     )
     return 0
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Refuse a model that cannot be built before anything is written. Raises ConfigError."""
+    _, train, _ = load(args.data)
+    spec = ModelSpec(
+        family=args.model,
+        input_shape=train.input_shape,
+        num_classes=train.num_classes,
+        exit=args.exits,
+        options=model_options(args.option),
+    )
+    build(spec)
 
 
 def prepare(args: argparse.Namespace, folder: Path, host: Host) -> list[Device]:
@@ -304,9 +322,14 @@ def announce(
 
 
 def follow(
-    console: Console, folder: Path, server: subprocess.Popen[bytes], num_rounds: int
+    console: Console,
+    folder: Path,
+    server: subprocess.Popen[bytes],
+    boards: dict[Device, subprocess.Popen[bytes]],
+    num_rounds: int,
 ) -> None:
-    """Show rounds as they are committed, until the coordinator ends."""
+    """Show rounds as they are committed, until the coordinator ends. Raises ConfigError when a
+    board ends early, or cannot take part and so keeps the first round from beginning."""
     columns = [
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
         TimeElapsedColumn(), TextColumn("{task.fields[accuracy]}"),
@@ -324,14 +347,26 @@ def follow(
                     console.print(f"round {finished}: {accuracy}", highlight=False)
             if has_ended:
                 return
+            for device, process in boards.items():
+                trouble = last_error(device)
+                if process.poll() not in (None, 0) or (seen == 0 and trouble):
+                    raise ConfigError(f"{device.name}: {trouble or 'ended early, see its log'}")
             time.sleep(0.3)
+
+
+def last_error(device: Device) -> str:
+    """The last error line of a device's log, without its time; "" if there is none."""
+    lines = (device.folder / "device.log").read_text(errors="replace").splitlines()
+    errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
+    errors += [line for line in lines if line.startswith("edge-sdk: ")]
+    return errors[-1] if errors else ""
 
 
 def latest_round(folder: Path) -> tuple[int, str]:
     """The last committed round and its served accuracy per exit as text."""
     try:
         with contextlib.closing(
-            sqlite3.connect(f"file:{folder / 'run.sqlite'}?mode=ro", uri=True)
+            sqlite3.connect((folder / "run.sqlite").as_uri() + "?mode=ro", uri=True)
         ) as db:
             (finished,) = db.execute("SELECT COALESCE(MAX(round), 0) FROM rounds").fetchone()
             rows = db.execute(

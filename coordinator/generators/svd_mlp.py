@@ -10,12 +10,14 @@ exit-1 client comes from its generated stage 2.
 Choices and deviations: convolutions of neighbouring stages pair off from the last (a family's first
 stage may hold a stem). One owner is one step ("single batch"), in an order drawn from the seed. The
 target is the owner's weight truncated to `rank`, equal to the full weight when rank reaches the
-smaller matrix side: so of a client only factors are kept, O(rank (rows + columns)) per convolution.
+smaller matrix side: so of a client only factors are kept, O(rank (rows + columns)) per convolution;
+memory grows with the participants of a round by that, and while fitting by the owners' targets.
 A new Adam each round, networks warm-started. BatchNorm, biases and exits are never generated.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -32,8 +34,11 @@ from coordinator.factors import (
     matrix_shape,
     reconstruct,
 )
+from edge_sdk.errors import ShapeError
 from edge_sdk.models.staged import place
 from edge_sdk.tensors import Tensors
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class _Seen:
+    client_id: str
     weight: float
     factors: dict[str, Factors]
 
@@ -90,19 +96,22 @@ class SvdMlp:
             ).to(device)
 
     def observe(self, update: ClientUpdate) -> None:
-        factors = {
-            name: factorise(
-                matricise(update.tensors[name].float()).to(self._device), self.options.rank
-            )
-            for name in self._shapes
-            if name in update.tensors
-        }
-        self._seen.append(_Seen(float(update.num_examples), factors))
+        factors: dict[str, Factors] = {}
+        for name in self._shapes:
+            if name in update.tensors:
+                matrix = matricise(update.tensors[name].float()).to(self._device)
+                try:
+                    factors[name] = factorise(matrix, self.options.rank)
+                except ShapeError as error:  # it still counts in the mean
+                    log.warning("%s of %s is left out: %s", name, update.client.id, error)
+        self._seen.append(_Seen(update.client.id, float(update.num_examples), factors))
 
     def fit(self, current: Mapping[str, Tensor], round: int) -> dict[str, float]:
         """Train every pair that has owners. The figures are taken before training on this round:
-        error_stage_t is |prediction - weight| / |weight| over owners, previous_stage_t the same of
-        the global weight; above it, generation carries nothing that the global does not."""
+        error_stage_t is |prediction - weight| / |weight| over owners, weights cut to the rank;
+        previous_stage_t the same of the global weight. Above it, generation carries nothing that
+        the global does not."""
+        self._seen.sort(key=lambda seen: seen.client_id)  # arrival order must not matter
         order = torch.Generator().manual_seed(self._seed * 1_000_003 + round)
         sums: dict[str, float] = {}
         for pair, network in zip(self.pairs, self.networks, strict=True):
@@ -148,7 +157,11 @@ class SvdMlp:
                 if pair.target in chain or pair.source not in chain or pair.target not in owned:
                     continue
                 matrix = network(chain[pair.source])
-                chain[pair.target] = factorise(matrix, self.options.rank)
+                try:
+                    chain[pair.target] = factorise(matrix, self.options.rank)
+                except ShapeError as error:
+                    log.warning("nothing generated for %s: %s", seen.client_id, error)
+                    continue
                 made[pair.target] = (
                     dematricise(matrix, self._shapes[pair.target]).contiguous().cpu()
                 )

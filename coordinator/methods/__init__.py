@@ -18,9 +18,10 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.config import RunConfig
+from coordinator.generators.base import Generator
 from coordinator.generators.svd_mlp import SvdMlp
 from coordinator.methods.base import Method, Metrics
-from coordinator.methods.depthwise import DepthAveraging, fixed, prefix, rotation
+from coordinator.methods.depthwise import DepthAveraging, Rule, fixed, prefix, rotation
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import initial_tensors
 
@@ -31,34 +32,39 @@ Device: TypeAlias = str | torch.device
 def hypemefed(config: RunConfig, device: Device) -> Method:
     shapes = {name: tuple(t.shape) for name, t in initial_tensors(config.model, 0).items()}
     generator = SvdMlp(shapes, config.generator, config.seed, device)
-    return DepthAveraging(
-        config.model,
-        config.plan(),
-        prefix,
-        config.seed,
-        config.server,
-        generator,
-        config.generator.gain,
-    )
+    return _depthwise(config, prefix, generator)
 
 
 def owners_mean(config: RunConfig, device: Device) -> Method:
-    return DepthAveraging(config.model, config.plan(), prefix, config.seed, config.server)
+    return _depthwise(config, prefix)
 
 
 def stage_rotation(config: RunConfig, device: Device) -> Method:
-    rule = rotation(config.seed)
-    return DepthAveraging(config.model, config.plan(), rule, config.seed, config.server)
+    return _depthwise(config, rotation(config.seed))
 
 
 def fedavg_s(config: RunConfig, device: Device) -> Method:
     shallow = replace(config.model, exit=1)
-    return DepthAveraging(shallow, config.plan(), fixed(1), config.seed, config.server)
+    return _depthwise(
+        replace(config, model=shallow, exit_weights=config.exit_weights[:1]), fixed(1)
+    )
 
 
 def fedavg_l(config: RunConfig, device: Device) -> Method:
-    rule = fixed(config.model.exit)
-    return DepthAveraging(config.model, config.plan(), rule, config.seed, config.server)
+    return _depthwise(config, fixed(config.model.exit))
+
+
+def _depthwise(config: RunConfig, rule: Rule, generator: Generator | None = None) -> Method:
+    return DepthAveraging(
+        config.model,
+        config.plan(),
+        rule,
+        config.seed,
+        config.server,
+        generator,
+        config.generator.gain,
+        config.weighting == "examples",
+    )
 
 
 METHODS: dict[str, Callable[[RunConfig, Device], Method]] = {

@@ -15,10 +15,11 @@ from edge_sdk.wire import ModelSpec, Phase
 
 @dataclass
 class Metrics:
-    """Figures of a round by name, and the time of each server phase."""
+    """Figures of a round by name, the time of each server phase, how many updates were used."""
 
     values: dict[str, float] = field(default_factory=dict)
     phases: dict[str, Phase] = field(default_factory=dict)
+    num_updates: int = 0
 
 
 class Method(Protocol):

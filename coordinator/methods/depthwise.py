@@ -5,6 +5,7 @@ how deep the model is, and whether a generator fills in for clients that lack a 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
@@ -18,17 +19,20 @@ from coordinator.generators.base import Generator
 from coordinator.methods.base import Metrics
 from coordinator.sampling import job_seed
 from coordinator.server_optim import Server, under
+from edge_sdk.errors import ShapeError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import needed_names, place, trained_names
-from edge_sdk.tensors import Tensors, specs_of
+from edge_sdk.tensors import Tensors, check_finite, specs_of
 from edge_sdk.trainer import clock, since
 from edge_sdk.wire import ModelSpec, Phase, Plan, Segment
 
+log = logging.getLogger(__name__)
 Rule: TypeAlias = Callable[[Client, int], tuple[Segment, ...]]
 
 
 class DepthAveraging:
-    """rule(client, round): the segments it trains. gain: weight of generated against trained."""
+    """rule(client, round): the segments it trains. gain: weight of generated against trained.
+    is_weighted: clients count by their examples, else alike."""
 
     def __init__(
         self,
@@ -39,6 +43,7 @@ class DepthAveraging:
         server: ServerOptions,
         generator: Generator | None = None,
         gain: float = 1.0,
+        is_weighted: bool = True,
     ) -> None:
         self.spec = spec
         self._plan = plan
@@ -46,6 +51,7 @@ class DepthAveraging:
         self._seed = seed
         self._generator = generator if gain > 0 else None
         self._gain = gain
+        self._is_weighted = is_weighted
         parameters = {name for name, _ in build(spec).named_parameters()}
         self.server = Server(initial_tensors(spec, seed), parameters, server)
 
@@ -65,7 +71,7 @@ class DepthAveraging:
         count = 0
         for update in updates:
             start = clock()
-            mean.add_(update.tensors, update.num_examples)
+            mean.add_(update.tensors, update.num_examples if self._is_weighted else 1)
             if self._generator:
                 self._generator.observe(update)
             fold = _plus(fold, since(start))
@@ -76,15 +82,26 @@ class DepthAveraging:
             fit = since(start)
             start = clock()
             for weight, made in self._generator.generate():
-                mean.add_(made, self._gain * weight)
+                mean.add_(made, self._gain * (weight if self._is_weighted else 1))
             generate = since(start)
             metrics.phases |= {"fit": fit, "generate": generate}
         if count:
             start = clock()
-            self.server.step(mean.result(self.server.globals))
+            self._step(mean.result(self.server.globals), round, metrics)
             fold = _plus(fold, since(start))
+        metrics.num_updates = count
         metrics.phases["aggregate"] = fold
         return metrics
+
+    def _step(self, aggregate: Tensors, round: int, metrics: Metrics) -> None:
+        """Take the server's step, unless finite updates summed up to what is not."""
+        try:
+            check_finite(aggregate, f"aggregate of round {round}")
+        except ShapeError as error:
+            log.error("%s; the global model stays as it was", error)
+            metrics.values["aggregate_refused"] = 1.0
+            return
+        self.server.step(aggregate)
 
     def current(self) -> Tensors:
         return self.server.globals

@@ -1,0 +1,91 @@
+"""tools/testbed.py as somebody runs it: real processes, a report, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.processes import Running, kill_marked, marked, read_rows, wait_until
+from tools.testbed import main
+
+FLAGS = ["--devices", "jetson-nano=1,raspberry-pi-4=2", "--examples", "240", "--epochs", "1"]
+NAMES = {"jetson-nano-1", "raspberry-pi-4-1", "raspberry-pi-4-2"}
+
+
+@pytest.fixture
+def testbed(tmp_path):
+    """start(*flags): the tool in a process group of its own, its run in tmp_path / "run"."""
+    started = []
+
+    def start(*flags: str) -> Running:
+        command = ["tools.testbed", *FLAGS, "--run-dir", str(tmp_path / "run"), *flags]
+        running = Running("testbed", command, tmp_path / "testbed.log", tmp_path.name)
+        started.append(running)
+        return running
+
+    yield start
+    kill_marked(tmp_path.name)
+    for running in started:
+        running.process.wait(10)
+
+
+def test_two_rounds_on_three_boards(testbed, tmp_path):
+    running = testbed("--rounds", "2")
+    assert running.end(120) == 0, running.text()
+    assert marked(tmp_path.name) == [], "a process was left behind"
+    run_dir = tmp_path / "run"
+    taken = read_rows(run_dir, "SELECT round, client_id, outcome FROM participations")
+    assert sorted(taken) == sorted((round, name, "ok") for round in (1, 2) for name in NAMES)
+    boards = read_rows(run_dir, "SELECT client_id, platform, is_emulated FROM clients")
+    assert {(name, platform) for name, platform, _ in boards} == {
+        (name, name.rsplit("-", 1)[0]) for name in NAMES
+    }
+    assert all(is_emulated for _, _, is_emulated in boards)
+    assert (run_dir / "model.safetensors").exists()
+    text = running.text()
+    for said in (
+        "3 emulated boards",
+        "round 2: served accuracy per exit",
+        "2 of 2 rounds finished",
+    ):
+        assert said in text, text
+    for name in NAMES:
+        assert "run finished" in (run_dir / "devices" / name / "device.log").read_text()
+
+
+def test_interrupted_it_leaves_no_process_behind(testbed, tmp_path):
+    running = testbed("--rounds", "1000", "--devices", "jetson-nano=1")
+    running.wait_said(": served accuracy per exit")
+    assert len(marked(tmp_path.name)) == 4, "tool, coordinator, agent, trainer"
+    os.killpg(running.process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
+    assert running.end(30) == 130
+    wait_until(lambda: not marked(tmp_path.name), "every process ends", 5)
+    assert "Traceback" not in running.text()
+    coordinator = (tmp_path / "run" / "coordinator.log").read_text()
+    assert "go on with --resume" in coordinator
+    assert "Traceback" not in coordinator
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--devices", "raspberry-pi-4"], "'raspberry-pi-4' is not BOARD=COUNT"),
+    (["--devices", "raspberry-pi-4=0"], "'raspberry-pi-4=0' is not BOARD=COUNT"),
+    (["--devices", "raspberry-pi-4=1,raspberry-pi-4=1"], "names a board twice"),
+    (["--devices", "abacus=2"], "unknown board 'abacus'; known: "),
+    (["--data", "nowhere"], "nowhere"),
+], ids=lambda value: value[1] if isinstance(value, list) else "")  # fmt: skip
+def test_bad_flags_are_one_line(tmp_path, capsys, flags, said):
+    assert main([*FLAGS, "--run-dir", str(tmp_path / "run"), *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("testbed: ")
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_a_run_dir_in_use_is_refused(tmp_path, capsys):
+    (tmp_path / "run.sqlite").touch()
+    assert main([*FLAGS, "--run-dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error == f"testbed: {tmp_path} holds a run already; choose another --run-dir\n"
