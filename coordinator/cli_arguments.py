@@ -19,7 +19,7 @@ from edge_sdk.wire import ModelSpec
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """What every way of running shares: the method, the model, the training, the run folder."""
     add = parser.add_argument
-    add("--method", default="hypemefed", choices=sorted(METHODS))
+    add("--method", default="stage-rotation", choices=sorted(METHODS))
     add("--rounds", type=int, default=20)
     add("--participants", type=int, help="clients per round, default all")
     add("--seed", type=int, default=0)

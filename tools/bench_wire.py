@@ -175,7 +175,7 @@ def serve(megabytes: int, clients: int, rounds: int, keys: str) -> int:
         "base_MB": base,
         "peak_MB": resident_mb("VmHWM"),
     }
-    cohort.close("bench finished")
+    cohort.close("bench finished", is_final=True)
     print(json.dumps(figures), flush=True)
     return 0
 

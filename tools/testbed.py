@@ -97,8 +97,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=2)
     add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=2e-3)
-    add("--server-momentum", type=float, default=0.5)
-    add("--server-lr", type=float, default=0.75)
+    add("--server-momentum", type=float, default=0.0)
+    add("--server-lr", type=float, default=1.0)
     add("--deadline", default="auto",
         help="board seconds that a job may take; auto: the least with which every device can train "
         "exit 1; 0: none")  # fmt: skip
