@@ -126,7 +126,9 @@ class ZmqCohort:
                 overdue_s = time.monotonic() - started - deadline_s - self._terms.grace_s
                 is_hopeless = returned + desk.num_open < needed  # too many have failed
                 if overdue_s > 0 and (returned >= needed or is_hopeless):
-                    desk.close_late()
+                    self._drain()  # what came while the caller aggregated is not late
+                    if not desk.finished:
+                        desk.close_late()
                     continue
                 if overdue_s > 0 and time.monotonic() - told > TELL_S:
                     told = time.monotonic()

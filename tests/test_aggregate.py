@@ -124,7 +124,7 @@ def test_an_absent_client_changes_its_own_seat_only():
     full = sample(CLIENTS, 10, seed=0, round=3)
     missing = full[0]
     rest = sample([c for c in CLIENTS if c != missing], 10, seed=0, round=3)
-    assert len(set(c.id for c in rest) & set(c.id for c in full)) >= 8
+    assert len({c.id for c in rest} & {c.id for c in full}) >= 8
 
 
 def test_sample_is_a_function_of_seed_and_round():

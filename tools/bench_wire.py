@@ -34,6 +34,7 @@ from edge_sdk.wire import (
     PROTOCOL,
     Accepted,
     Bye,
+    ExitResult,
     Fetch,
     Hello,
     Job,
@@ -51,6 +52,7 @@ from edge_sdk.wire import (
 )
 
 NUM_TENSORS = 20
+RESULT = ExitResult(exit=1, loss=0.0, accuracy=0.0)
 WINDOW = 8
 SPEC = ModelSpec(family="bench", input_shape=(1, 1), num_classes=2, exit=1)
 PLAN = Plan(segments=(Segment(first=1, last=1),))
@@ -232,7 +234,7 @@ def client(name: str, endpoint: str, keys: str) -> int:
                 zero = Phase(wall_s=0.0)
                 link.send(
                     Update(
-                        round=job.round, num_examples=1, num_steps=1, exits=(),
+                        round=job.round, num_examples=1, num_steps=1, exits=(RESULT,),
                         phases={"train": zero}, peak_memory_bytes=0, tensors=job.tensors,
                     )
                 )  # fmt: skip
