@@ -74,8 +74,8 @@ def seconds(
     cost: SegmentCost, profile: DeviceProfile, num_examples: int, plan_epochs: int
 ) -> float:
     """Predicted duration of a job: arithmetic, what its layers cost per step beside that, and its
-    transfers where the link is known. Measured on x86 for cnn and vgg: 0.6 to 1.7 of the truth;
-    arithmetic alone gives 0.14 for a cnn on 8 x 8 images.
+    transfers where the link is known. For cnn and vgg on an idle x86 machine 0.7 to 1.9 of the
+    measured time; arithmetic alone is 0.1 for a cnn on 8 x 8 images (tools/bench_predict.py).
 
     Raises CapacityError if the profile has no measured compute."""
     flops = plan_epochs * cost.flops_per_example + cost.frozen_flops_per_example
