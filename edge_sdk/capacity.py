@@ -29,7 +29,7 @@ class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     first: int
     last: int
-    parameter_bytes: int  # every tensor held: the model with its frozen prefix, and those received
+    parameter_bytes: int  # the model with its frozen prefix, those received, a kernel's copy
     gradient_bytes: int
     optimizer_bytes: int  # its state, and the received weights where a proximal term pulls to them
     saved_bytes: int  # activations kept for the backward pass of one batch

@@ -20,7 +20,7 @@ from edge_sdk.data import Examples
 from edge_sdk.errors import DataError, ShapeError, TrainerError
 from edge_sdk.losses import joint_exit_loss, proximal_term
 from edge_sdk.models import StagedModel, build
-from edge_sdk.models.staged import check_segments, needed_names, trained_names
+from edge_sdk.models.staged import check_segments, moved, needed_names, trained_names
 from edge_sdk.optim import Optimizer
 from edge_sdk.tensors import Tensors, check_finite
 from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment
@@ -72,7 +72,7 @@ def train(
         raise ShapeError(f"job lacks tensors {', '.join(missing)}; nothing was trained")
     check_finite(tensors, "job")
     model.load(tensors)
-    model.to(device)
+    model.ready(device)
     x = torch.from_numpy(examples.x)
     y = torch.from_numpy(examples.y)
     loaded = clock()
@@ -126,7 +126,7 @@ def _train_segment(
         for batch in _batches(len(y), plan.batch_size, order):
             if should_stop():
                 raise Cancelled(f"training of segment ({first}, {last}) cancelled")
-            features, labels = x[batch].to(device), y[batch].to(device)
+            features, labels = moved(x[batch], device), y[batch].to(device)
             logits = []
             for stage, head in zip(stages, heads, strict=True):
                 features = stage(features)
@@ -168,7 +168,7 @@ def _features(
     for chunk in x.split(batch_size):
         if should_stop():
             raise Cancelled("training cancelled while computing frozen features")
-        chunks.append(chain(chunk.to(device)).cpu())
+        chunks.append(chain(moved(chunk, device)).cpu())
     return torch.cat(chunks)
 
 

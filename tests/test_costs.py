@@ -43,12 +43,13 @@ def test_tensors_counted_by_hand():
     one, both, alone = found[1, 1], found[1, 2], found[2, 2]
     assert one.gradient_bytes == 4 * (62 + 18)
     assert one.upload_bytes == one.download_bytes == 4 * (70 + 18)
-    assert one.parameter_bytes == 2 * one.download_bytes  # the model, and what was received
+    # the model, what was received, and a kernel's copy of the largest weight, the 36 (54)
+    assert one.parameter_bytes == 2 * one.download_bytes + 4 * 36
     assert both.gradient_bytes == 4 * (62 + 18 + 60 + 26)
     assert alone.gradient_bytes == 4 * (60 + 26)
     assert alone.upload_bytes == 4 * (66 + 26)
     assert alone.download_bytes == 4 * (70 + 66 + 26)  # no exit 1
-    assert alone.parameter_bytes == 4 * (70 + 18 + 66 + 26) + alone.download_bytes
+    assert alone.parameter_bytes == 4 * (70 + 18 + 66 + 26) + alone.download_bytes + 4 * 54
     assert {cost.runtime_bytes for cost in found.values()} == {1000}
 
 

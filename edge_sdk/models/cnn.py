@@ -1,8 +1,9 @@
 """`cnn`: a small network with any number of exits, for images of any size and for series.
 
-Stage e is conv3-BatchNorm-ReLU with a halving max pool while at least 4 positions a side are left;
-stage 1 begins with a stem of the same kind (a source convolution with one input channel would give
-a factorised hypernetwork rank 3 at most). Each exit average-pools to 2 a side and is linear.
+Stage e is conv3-BatchNorm-ReLU, with a halving max pool before the ReLU while at least 4 positions
+a side are left; stage 1 begins with a stem of the same kind (a source convolution with one input
+channel would give a factorised hypernetwork rank 3 at most). Each exit average-pools to 2 a side
+and is linear.
 Options: channels (default 16, 32, 64, 64, ...).
 """
 
@@ -13,7 +14,6 @@ import math
 from torch import nn
 
 from edge_sdk.models.layers import (
-    POOL,
     channels_option,
     check_options,
     conv_block,
@@ -36,10 +36,10 @@ def build_cnn(spec: ModelSpec) -> StagedModel:
     for number in range(spec.exit):
         outputs = channels[number]
         layers = conv_block(inputs, outputs, dims, bias=False) if number == 0 else []
-        layers += conv_block(outputs if number == 0 else inputs, outputs, dims, bias=False)
-        if side >= 4:
-            layers.append(POOL[dims](2))
-            side //= 2
+        halve = side >= 4
+        source = outputs if number == 0 else inputs
+        layers += conv_block(source, outputs, dims, bias=False, halve=halve)
+        side = side // 2 if halve else side
         stages.append(nn.Sequential(*layers))
         features = outputs * math.prod([2] * dims)
         exits.append(nn.Sequential(pooled(2), nn.Flatten(), nn.Linear(features, spec.num_classes)))

@@ -122,10 +122,11 @@ def _cost(
         saved = _step(stages, heads, named, features, weights, plan.prox_mu)
     gradient_bytes = num_bytes(named.values())
     download_bytes = num_bytes(held[name] for name in needed)
+    reordered_bytes = max((num_bytes([w]) for w in named.values()), default=0)  # by a kernel, one
     return SegmentCost(
         first=first,
         last=last,
-        parameter_bytes=num_bytes(held.values()) + download_bytes,
+        parameter_bytes=num_bytes(held.values()) + download_bytes + reordered_bytes,
         gradient_bytes=gradient_bytes,
         optimizer_bytes=optimizer_copies(plan) * gradient_bytes,
         # The frozen forward pass comes first and keeps nothing, but its features may be larger.

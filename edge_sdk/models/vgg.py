@@ -12,7 +12,6 @@ from torch import nn
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.models.layers import (
-    POOL,
     channels_option,
     check_options,
     conv_block,
@@ -36,10 +35,9 @@ def build_vgg(spec: ModelSpec) -> StagedModel:
     inputs = spec.input_shape[0]
     for outputs in channels[: spec.exit + 1]:
         block = conv_block(inputs, outputs, dims, bias=True)
-        block += conv_block(outputs, outputs, dims, bias=True)
-        if min(sides) >= 2:
-            block.append(POOL[dims](2))
-            sides = [side // 2 for side in sides]
+        halve = min(sides) >= 2
+        block += conv_block(outputs, outputs, dims, bias=True, halve=halve)
+        sides = [side // 2 for side in sides] if halve else sides
         blocks.append(block)
         flat = outputs
         for side in sides:
