@@ -38,6 +38,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exit-weights", default="", help="of the joint loss, e.g. 1,1,2; default all ones")
     add("--weighting", choices=("examples", "equal"), default="examples", help="of clients")
     add("--eval-every", type=int, default=1)
+    add("--eval-tail", type=int, default=1, help="last rounds that are always evaluated")
     server, generator = ServerOptions(), GeneratorOptions()
     add("--server-momentum", type=float, default=server.momentum)
     add("--server-lr", type=float, default=server.lr)
@@ -83,6 +84,7 @@ def run_config(
         weighting=args.weighting,
         seed=args.seed,
         eval_every=args.eval_every,
+        eval_tail=args.eval_tail,
         server=server,
         generator=generator,
     )

@@ -54,6 +54,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     eval_every: Positive = 1
+    eval_tail: Positive = 1  # so many last rounds are evaluated in any case
     deadline_s: Annotated[float, Meta(ge=0)] = 0.0  # what devices plan for; 0: none
     grace_s: Annotated[float, Meta(gt=0)] = 600.0  # how much longer the coordinator waits
     quorum: Share = 0.5  # share of the participants that must return
