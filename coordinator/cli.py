@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,18 @@ from coordinator.cli_arguments import (
     add_run_arguments,
     open_store,
     pick_device,
+    positive,
     run_config,
+    settle,
     whole_numbers,
 )
 from coordinator.cohort_zmq import Stopped, Terms, ZmqCohort
 from coordinator.config import checked
 from coordinator.emulate import (
     SPLITS,
+    Population,
     check_writable,
-    emulate,
-    group_exits,
-    split_shards,
+    emulated_cohort,
     write_json,
 )
 from coordinator.hub import Hub
@@ -56,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_serve_command(commands)
     add_keys_command(commands)
     add_clients_command(commands)
-    args = parser.parse_args(argv)
+    try:
+        args = settle(parser, argv)
+    except EdgeError as error:
+        print(f"edge-coordinator: {error}", file=sys.stderr)
+        return 1
     logging.basicConfig(
         level=logging.DEBUG if args.debug else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -85,6 +90,9 @@ def add_emulate_command(commands: Any) -> None:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--groups", default="17,17,16", help="clients per exit, shallow first")
     parser.add_argument("--alpha", type=float, default=0.5, help="Dirichlet label skew")
+    parser.add_argument("--holders", type=float, default=1.0, metavar="SHARE",
+                        help="share of the weak clients that can hold a deeper stage")  # fmt: skip
+    parser.add_argument("--processes", type=positive, default=1, help="clients trained at once")
     parser.add_argument("--split", choices=SPLITS, default="dirichlet")
     parser.add_argument("--out", type=Path, help="write the rounds as JSON here")
     parser.set_defaults(run=run_emulate)
@@ -95,48 +103,47 @@ def run_emulate(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     data = load_dataset(args.data, args.seed, args.examples, args.test_examples)
     shared = run_config(args, data.train.input_shape, data.train.num_classes)
-    population = f"{args.clients} clients, groups {args.groups}, {args.split}, alpha {args.alpha}"
+    population = Population(
+        clients=args.clients,
+        groups=tuple(whole_numbers(args.groups, "--groups")),
+        split=args.split,
+        alpha=args.alpha,
+        holders=args.holders,
+    )
     config = checked(
         replace(
             shared,
             data=args.data,
-            population=population,
+            population=population.text(),
             examples=args.examples,
             test_examples=args.test_examples,
         )
     )
-    groups = whole_numbers(args.groups, "--groups")
-    exits = group_exits(groups, args.clients, config.model.exit)
-    shards = split_shards(
-        data.train, args.clients, split=args.split, alpha=args.alpha, seed=args.seed
-    )
-    setting = {
-        "clients": args.clients,
-        "groups": groups,
-        "alpha": args.alpha,
-        "split": args.split,
-    }
     method = make_method(config, device)  # a model that cannot be built begins no run
     if args.out:
         check_writable(args.out)
-    with tempfile.TemporaryDirectory() as scratch, stop_signals() as stopping:
-        store = open_store(args.run_dir or Path(scratch) / "run", config, "emulate", args.resume)
-        try:
-            emulate(
-                store, method, data, shards, exits,
-                device=device, should_stop=lambda: bool(stopping), report=print_round,
-            )  # fmt: skip
-            if not store.is_finished:
-                hint = (
-                    "go on with --resume" if args.run_dir else "nothing was kept without --run-dir"
-                )
-                log.info("stopped; round %d was next, %s", store.next_round(), hint)
-                return 0
-            store.write_model(method.spec, method.served())
-            if args.out:
-                write_json(store, setting, args.out)
-        finally:
-            store.close()
+    with ExitStack() as stack:
+        cohort = stack.enter_context(
+            emulated_cohort(
+                population, config, data.train,
+                device=device, processes=args.processes, imports=args.imports,
+            )
+        )  # fmt: skip
+        folder = args.run_dir or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        stopping = stack.enter_context(stop_signals())
+        store = open_store(folder, config, "emulate", args.resume)
+        stack.callback(store.close)
+        run_rounds(
+            store, method, cohort, data.test,
+            device=device, should_stop=lambda: bool(stopping), report=print_round,
+        )  # fmt: skip
+        if not store.is_finished:
+            hint = "go on with --resume" if args.run_dir else "nothing was kept without --run-dir"
+            log.info("stopped; round %d was next, %s", store.next_round(), hint)
+            return 0
+        store.write_model(method.spec, method.served())
+        if args.out:
+            write_json(store, population, args.out)
     return 0
 
 

@@ -78,7 +78,9 @@ def run_rounds(
         if test is not None and is_evaluated(config, round):
             start = clock()
             accuracy = accuracy_per_exit(method.spec, method.current(), test, device=device)
-            served = accuracy_per_exit(method.spec, method.served(), test, device=device)
+            served = accuracy
+            if method.served() is not method.current():
+                served = accuracy_per_exit(method.spec, method.served(), test, device=device)
             metrics.phases["evaluate"] = since(start)
             for exit, (last, kept) in enumerate(zip(accuracy, served, strict=True), 1):
                 metrics.values[f"accuracy_exit_{exit}"] = last
