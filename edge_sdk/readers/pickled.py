@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.examples import Examples, bad, mapped
-from edge_sdk.readers.binary import CIFAR_PIXELS, CIFAR_SHAPE
+from edge_sdk.readers.binary import CIFAR_PIXELS, CIFAR_SHAPE, joined
 from edge_sdk.readers.scaling import image_examples
 
 EXPECTED = "a CIFAR pickle of protocol 2: a dict with one uint8 array, lists, strings and integers"
@@ -189,8 +189,7 @@ def _read_cifar(paths: Sequence[Path], key: str, num_classes: int) -> Examples:
     x = np.concatenate([pixels for pixels, _ in batches]).reshape(-1, *CIFAR_SHAPE)
     y = np.concatenate([labels for _, labels in batches])
     del batches  # before the float32 copy is made
-    where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
-    return image_examples(x, y, num_classes, where)
+    return image_examples(x, y, num_classes, joined(paths))
 
 
 def _read_batch(path: Path, key: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
