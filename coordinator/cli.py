@@ -36,11 +36,12 @@ from coordinator.emulate import (
 )
 from coordinator.hub import Hub
 from coordinator.methods import Method, make_method
+from coordinator.presets import missing_data
 from coordinator.rounds import RoundReport, run_rounds
 from coordinator.store import Store
 from edge_sdk.cli_flags import checked_endpoint, import_module
-from edge_sdk.data import Examples, load, load_dataset
-from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.data import DataSet, Examples, load, load_dataset
+from edge_sdk.errors import ConfigError, DataError, EdgeError
 from edge_sdk.keys import check_key, make_keys, read_keys
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def add_emulate_command(commands: Any) -> None:
 def run_emulate(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     torch.set_num_threads(args.threads)
-    data = load_dataset(args.data, args.seed, args.examples, args.test_examples)
+    data = load_for(args)
     shared = run_config(args, data.train.input_shape, data.train.num_classes)
     population = Population(
         clients=args.clients,
@@ -145,6 +146,13 @@ def run_emulate(args: argparse.Namespace) -> int:
         if args.out:
             write_json(store, population, args.out)
     return 0
+
+
+def load_for(args: argparse.Namespace) -> DataSet:
+    """The data of --data. Raises DataError, which for a preset says what files it needs."""
+    if args.preset and not Path(args.data).expanduser().exists():
+        raise DataError(missing_data(args.preset, args.data))
+    return load_dataset(args.data, args.seed, args.examples, args.test_examples)
 
 
 def add_serve_command(commands: Any) -> None:

@@ -19,6 +19,7 @@ from coordinator.config import (
 )
 from coordinator.defaults import GENERATE, RANK, defaults_of
 from coordinator.methods import METHODS
+from coordinator.presets import PRESETS, find_preset
 from coordinator.store import Store
 from edge_sdk.errors import ConfigError
 from edge_sdk.wire import ModelSpec
@@ -29,6 +30,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--method", default="hypemefed", choices=sorted(METHODS))
     add("--paper", action="store_true", help="hypemefed as published, instead of what is best")
+    add("--preset", choices=sorted(PRESETS), help="model and training of a published experiment")
     add("--rounds", type=int, default=20)
     add("--participants", type=int, help="clients per round, default all")
     add("--seed", type=int, default=0)
@@ -94,15 +96,18 @@ def choices(options: type[msgspec.Struct], field: str) -> tuple[str, ...]:
 
 
 def settle(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse with the defaults that the chosen method has; what the command line says wins.
+    """Parse with the values that the preset and then the method have; the command line wins.
     Raises ConfigError for --paper with another method."""
     args = parser.parse_args(argv)
-    if hasattr(args, "paper"):
-        if args.paper and args.method != "hypemefed":
-            raise ConfigError(f"--paper is hypemefed's, not {args.method}'s; leave one of them out")
-        args.own_parser.set_defaults(**defaults_of(args.method, args.paper))
-        args = parser.parse_args(argv)
-    return args
+    if not hasattr(args, "paper"):
+        return args
+    preset = find_preset(args.preset).flags if args.preset else {}
+    args.own_parser.set_defaults(**preset)
+    args = parser.parse_args(argv)
+    if args.paper and args.method != "hypemefed":
+        raise ConfigError(f"--paper is hypemefed's, not {args.method}'s; leave one of them out")
+    args.own_parser.set_defaults(**{**defaults_of(args.method, args.paper), **preset})
+    return parser.parse_args(argv)
 
 
 def run_config(

@@ -16,6 +16,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 # HypeMeFed (2024), section 5: absolute weights, rank 100, a plain mean, the last model
 PAPER: Mapping[str, Any] = {
     "generator": "svd-mlp",
+    "weighting": "equal",  # as in its code
     "rank": 100,
     "rotation": "off",
     "serve": "last",

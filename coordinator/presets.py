@@ -2,11 +2,10 @@
 
 Source: HypeMeFed (Shin et al. 2024, arXiv 2407.03086). Where the paper speaks it is followed:
 VGG of four blocks with three exits, 300 rounds of 5 epochs with Adam, Dirichlet 0.5, a fifth of the
-clients a round, rank 100. Where it is silent the authors' code is: hidden width 512, weight decay
-0.1 * lr, dropout 0.5 before each exit, all clients of equal weight. The paper serves the plain mean
-of the last round, hence `serve: last`. The hypernetworks' 25 epochs at 5e-4 are our defaults too.
-Not followed: their code tests on a fifth of each client's own data, we on a common test set.
-Presets give no data; `missing_data` says which files go where.
+clients a round. Where it is silent the authors' code is: weight decay 0.1 * lr, dropout 0.5 before
+each exit. Not followed: their code tests on a fifth of each client's own data, we on a common test
+set. The published method itself is `--paper` (defaults.py). Presets give no data; `missing_data`
+says which files go where.
 """
 
 from __future__ import annotations
@@ -38,10 +37,6 @@ COMMON: dict[str, object] = {
     "alpha": 0.5,
     "epochs": 5,
     "optimizer": "adam",
-    "rank": 100,
-    "hidden": 512,
-    "weighting": "equal",
-    "serve": "last",
 }
 SVHN_TRAINING: dict[str, object] = {"batch_size": 128, "lr": 5e-4, "weight_decay": 5e-5}
 SMALL = "channels=32,64,128,256"

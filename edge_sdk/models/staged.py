@@ -59,11 +59,6 @@ class StagedModel(nn.Module):
         """Itself, on `device`, laid out for inputs from `moved`."""
         return self.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
-    @property
-    def main_weights(self) -> tuple[str, ...]:
-        named = self.stages.named_parameters(prefix="stages")
-        return tuple(name for name, parameter in named if parameter.ndim >= 2)
-
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer once, by name, detached and contiguous."""
         held: dict[str, Tensor] = {}
