@@ -1,7 +1,7 @@
 """An nn.LSTM on the meta device as its fused kernel would do it, for costs.py.
 
 torch computes an LSTM on the meta device step by step. That saves 0.43 of what the real CPU kernel
-(oneDNN) saves for its backward pass, and costs.py then took 17 s for three layers of 51 steps (busy machine). The
+(oneDNN) saves for its backward pass, and costs.py then took 17 s for three layers of 51 steps. The
 stand-in here does the same arithmetic in a few products and saves one buffer of the kernel's size.
 The size is an upper bound fitted to oneDNN 3.12 (the same from SSE 4.1 to AVX-512): 1.05 to 1.35
 times the real one from 9 to 300 features and 51 to 151 steps. Not every page of it is touched: the
