@@ -9,10 +9,9 @@ import torch
 
 from coordinator.cli import add_emulate_command
 from coordinator.cli_arguments import run_config, whole_numbers
-from coordinator.config import checked
-from coordinator.emulate import group_exits
-from coordinator.config import GeneratorOptions
+from coordinator.config import GeneratorOptions, checked
 from coordinator.defaults import PAPER
+from coordinator.emulate import group_exits
 from coordinator.presets import PRESETS, find_preset, missing_data
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import FAMILIES, build

@@ -7,7 +7,8 @@ t, bars for n-weighted means:
 
     f_c   = stage 1's tensors of d_c, each divided by its mean norm over the cohort
     y_c   = d_c - D, stage t, D their mean over H; with one owner D is a running mean (0.7)
-    rows (f_c - fbar, y_c) enter a memory Z, Y of the last `memory_rows` after use
+    rows (f_c - fbar_H, y_c) enter a memory Z, Y of the last `memory_rows` after use; with one owner
+    fbar_H is the cohort's fbar
     P(x)  = Y' (Z Z' / q + 0.3 I)^-1 Z x / q,   q = mean of diag(Z Z'), from 4 rows on
     made  = owners' mean + g P(f_lacking - fbar_H), standing for all that lack stage t
     g     = running mean (0.8) of clip(<P, y> / <P, P>, 0, 1) over H, before its rows enter
@@ -188,7 +189,7 @@ class UpdateRegression:
         running = SINGLE_DECAY * old + (1 - SINGLE_DECAY) * mean if stage.has_mean else mean
         y = d - (mean if len(owners) > 1 else running)
         mean_f, owners_f = weights @ f / weights.sum(), share @ f[rows]
-        centred = f[rows] - mean_f
+        centred = f[rows] - (owners_f if len(owners) > 1 else mean_f)
         known = _padded(stage.rows, width)  # (R, m)
         figures = {}
         gram = stage.basis.gram()
