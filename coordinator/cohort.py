@@ -95,7 +95,7 @@ class InProcessCohort:
         device: str | torch.device = "cpu",
         holders: Collection[str] | None = None,
     ) -> None:
-        self._shards = shards
+        self.shards = shards
         self._device = device
         self._clients = []
         for name, shard in sorted(shards.items()):
@@ -120,7 +120,7 @@ class InProcessCohort:
         """deadline_s is not applied: one process trains for all, its clock says nothing."""
         by_id = {client.id: client for client in self._clients}
         for client_id, job in work.items():
-            yield train_here(by_id[client_id], job, self._shards[client_id], self._device)
+            yield train_here(by_id[client_id], job, self.shards[client_id], self._device)
 
 
 def train_here(
