@@ -22,11 +22,13 @@ from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment, TensorSpe
 @dataclass(frozen=True)
 class Client:
     """A device known to the coordinator. exit: the deepest it can train, its group; stages: deeper
-    ones that it could train alone over a frozen prefix."""
+    ones that it could train alone over a frozen prefix; both: those of them for which a round also
+    leaves time beside its own prefix."""
 
     id: str
     exit: int
     stages: tuple[int, ...] = ()
+    both: tuple[int, ...] = ()
     num_examples: int = 0
     profile: DeviceProfile | None = None
 
@@ -97,6 +99,7 @@ class InProcessCohort:
                 id=name,
                 exit=exits[name],
                 stages=tuple(range(exits[name] + 1, num_exits + 1)),
+                both=tuple(range(exits[name] + 1, num_exits + 1)),
                 num_examples=len(shard),
             )
             for name, shard in sorted(shards.items())

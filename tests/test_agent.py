@@ -331,9 +331,9 @@ def test_bad_data_file_is_one_clear_error(tmp_path, make, message):
     [
         (Fault(code="admission", detail="this is 'a'"), LinkError, "refused .*: this is 'a'"),
         (
-            Welcome(protocol=2, run="r", model=MODEL, plan=WHOLE, deadline_s=0.0, heartbeat_s=1.0),
+            Welcome(protocol=3, run="r", model=MODEL, plan=WHOLE, deadline_s=0.0, heartbeat_s=1.0),
             LinkError,
-            "protocol 2, this side 1",
+            "protocol 3, this side 2",
         ),
     ],
     ids=["admission", "version"],

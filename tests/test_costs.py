@@ -65,9 +65,19 @@ def test_flops_counted_by_hand():
 
 
 def test_cache_is_the_features_of_all_examples():
-    # 10 examples, features (2, 2, 2) of 4 bytes, held in chunks and joined for a moment
-    assert by_segment(CNN)[2, 2].cache_bytes == costs.CACHE_COPIES * 10 * 8 * 4
-    assert by_segment(CNN)[1, 2].cache_bytes == 0
+    # 10 examples, features (2, 2, 2) of 4 bytes
+    twice = replace(PLAN, epochs=2)
+    assert by_segment(CNN, twice)[2, 2].cache_bytes == 10 * 8 * 4
+    assert by_segment(CNN, twice)[1, 2].cache_bytes == 0
+    assert by_segment(CNN)[2, 2].cache_bytes == 0  # a single epoch has no use for them
+
+
+def test_layers_counted_by_hand():
+    found = by_segment(CNN)
+    # stage 1: convolution, norm, ReLU, twice, and a pool; exit: pool, flatten, linear; stage 2: a
+    # convolution, norm, ReLU, and no pool of sides below 4
+    assert (found[1, 1].num_layers, found[1, 1].num_frozen_layers) == (10, 0)
+    assert (found[2, 2].num_layers, found[2, 2].num_frozen_layers) == (6, 7)
 
 
 @pytest.mark.parametrize(
@@ -91,20 +101,32 @@ def test_the_proximal_term_saves_a_difference_per_parameter():
         assert pulled[key].saved_bytes - plain[key].saved_bytes >= plain[key].gradient_bytes
 
 
+DISTILLED = replace(PLAN, distill="mutual", distill_weight=1.0)
+
+
+@pytest.mark.parametrize("plan", [PLAN, DISTILLED], ids=["plain", "distilled"])
 @pytest.mark.parametrize("family", ["cnn", "vgg"])
-def test_saved_bytes_on_meta_equal_those_of_the_real_graph(family):
-    spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=2)
+def test_saved_bytes_on_meta_equal_those_of_the_real_graph(family, plan):
+    spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=3)
     model = build(spec)
     real = costs._step(
         model.stages,
         model.exits,
         dict(model.named_parameters()),
         torch.randn(8, *spec.input_shape),
-        [1.0, 1.0],
-        0.0,
+        [1.0, 1.0, 1.0],
+        plan,
     )
-    counted = by_segment(spec, replace(PLAN, batch_size=8), num_examples=100)[1, 2]
+    counted = by_segment(spec, replace(plan, batch_size=8), num_examples=100)[1, 3]
     assert counted.saved_bytes == real
+
+
+def test_distillation_saves_a_few_logits_and_no_operations_that_count():
+    plain, distilled = by_segment(CNN), by_segment(CNN, DISTILLED)
+    assert distilled[2, 2] == plain[2, 2]  # one exit
+    # 2 exits, each with logits, 4 examples of 2 classes of 4 bytes: softmax, teacher, ...
+    assert 0 < distilled[1, 2].saved_bytes - plain[1, 2].saved_bytes <= 2 * 3 * 4 * 2 * 4
+    assert distilled[1, 2].flops_per_example == plain[1, 2].flops_per_example
 
 
 def test_a_wide_frozen_prefix_counts_where_it_exceeds_the_trained_stage():
