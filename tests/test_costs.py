@@ -10,7 +10,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from edge_sdk.capacity import TRAINER_ENVIRONMENT, SegmentCost, peak_bytes
+from edge_sdk.capacity import TRAINER_ENVIRONMENT, SegmentCost, peak_bytes, uncached
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, costs
 from edge_sdk.models.costs import segment_costs, segment_costs_apart
@@ -165,7 +165,7 @@ from edge_sdk.wire import ModelSpec, Plan
 
 spec = msgspec.json.decode(sys.argv[1], type=ModelSpec)
 plan = msgspec.json.decode(sys.argv[2], type=Plan)
-count = 2 * plan.batch_size
+count = int(sys.argv[4])
 x = numpy.ones((count, *spec.input_shape), dtype=numpy.float32)
 examples = Examples(x, numpy.arange(count) % spec.num_classes, spec.num_classes)
 runtime_bytes = warm_resident_bytes()
@@ -173,10 +173,35 @@ costs = segment_costs_apart(spec, plan, count, runtime_bytes)
 after_bytes = psutil.Process().memory_info().rss
 tensors = initial_tensors(spec, 0)
 tensors = {name: tensors[name] for name in needed_names(tensors, plan.segments)}
-result = train(spec, plan, tensors, examples)
+result = train(spec, plan, tensors, examples, cache_bytes=int(sys.argv[3]))
 found = [runtime_bytes, after_bytes, result.peak_memory_bytes, msgspec.to_builtins(costs)]
 print(json.dumps(found))
 """
+
+
+def predicted_and_measured(
+    spec: ModelSpec, plan: Plan, count: int, cache_bytes: int
+) -> tuple[int, int]:
+    """Peak bytes of a real trainer of the plan's one segment."""
+    arguments = [msgspec.json.encode(spec).decode(), msgspec.json.encode(plan).decode()]
+    run = subprocess.run(
+        [sys.executable, "-c", TRAINER, *arguments, str(cache_bytes), str(count)],
+        env={**os.environ, **TRAINER_ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    runtime_bytes, after_bytes, peak, counted = json.loads(run.stdout)
+    if not peak:
+        pytest.skip("this kernel does not tell a process's peak memory")
+    assert after_bytes < runtime_bytes + 8e6  # counting apart left this process as it was
+    (segment,) = plan.segments
+    found = msgspec.convert(counted, list[SegmentCost])
+    cost = next(c for c in found if (c.first, c.last) == (segment.first, segment.last))
+    predicted = peak_bytes(cost if cache_bytes >= cost.cache_bytes else uncached(cost))
+    print(f"predicted {predicted / 1e6:.1f} MB, measured {peak / 1e6:.1f} MB")
+    return predicted, peak
 
 
 @pytest.mark.parametrize(("first", "batch_size", "optimizer"), [(1, 32, "adam"), (3, 16, "sgd")])
@@ -192,19 +217,17 @@ def test_predicted_peak_covers_a_real_trainer(first, batch_size, optimizer):
     plan = Plan(
         segments=(Segment(first=first, last=3),), batch_size=batch_size, optimizer=optimizer
     )
-    run = subprocess.run(
-        [sys.executable, "-c", TRAINER, msgspec.json.encode(spec), msgspec.json.encode(plan)],
-        env={**os.environ, **TRAINER_ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    runtime_bytes, after_bytes, peak, counted = json.loads(run.stdout)
-    if not peak:
-        pytest.skip("this kernel does not tell a process's peak memory")
-    assert after_bytes < runtime_bytes + 8e6  # counting apart left this process as it was
-    found = msgspec.convert(counted, list[SegmentCost])
-    predicted = next(peak_bytes(c) for c in found if (c.first, c.last) == (first, 3))
-    print(f"predicted {predicted / 1e6:.1f} MB, measured {peak / 1e6:.1f} MB")
+    predicted, peak = predicted_and_measured(spec, plan, 2 * batch_size, 0)
     assert peak <= predicted <= 1.3 * peak
+
+
+def test_predicted_peak_with_and_without_a_cache():
+    spec = ModelSpec(family="cnn", input_shape=(1, 48, 48), num_classes=10, exit=2)
+    plan = Plan(segments=(Segment(first=2, last=2),), epochs=2, batch_size=16)
+    features_bytes = 3000 * 16 * 24 * 24 * 4  # 111 MB, of data of 28 MB
+    with_it, peak_with_it = predicted_and_measured(spec, plan, 3000, features_bytes)
+    without, peak_without = predicted_and_measured(spec, plan, 3000, features_bytes - 1)
+    assert with_it - without == pytest.approx(features_bytes, abs=8e6)  # two processes
+    assert peak_with_it - peak_without == pytest.approx(features_bytes, rel=0.1)
+    for predicted, peak in [(with_it, peak_with_it), (without, peak_without)]:
+        assert peak <= predicted <= 1.3 * peak
