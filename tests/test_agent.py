@@ -391,7 +391,6 @@ def test_job_goes_to_the_trainer_with_what_it_may_keep(settled):
     where they do not."""
     coordinator, device = settled
     plan = replace(WHOLE, segments=(Segment(first=3, last=3),), epochs=2)
-    device.agent._chooser.costs = ()
     coordinator.run += 1
     coordinator.welcome(MODEL, plan)  # of two epochs, or there is no use for a cache
     coordinator.wait_for(Ready, lambda ready: ready.exit == 3)
