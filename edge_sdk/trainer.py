@@ -88,8 +88,15 @@ def train(
         torch.manual_seed(plan.seed)
         for segment in sorted(plan.segments, key=lambda g: -g.first):
             frozen = torch.nn.Sequential(*model.stages[: segment.first - 1]).eval()
-            inputs = _inputs(frozen, x, plan, device, cache_bytes, should_stop)
-            steps, results = _train_segment(model, segment, plan, inputs, y, device, should_stop)
+            steps, results = _train_segment(
+                model,
+                segment,
+                plan,
+                _inputs(frozen, x, plan, device, cache_bytes, should_stop),  # ends with the segment
+                y,
+                device,
+                should_stop,
+            )
             num_steps += steps
             exits += results
     held = model.tensors()
