@@ -159,6 +159,7 @@ class ZmqCohort:
                 id=name,
                 exit=device.ready.exit,
                 stages=device.ready.stages,
+                both=device.ready.both,
                 num_examples=device.hello.num_examples,
                 profile=device.hello.profile,
             )
@@ -298,6 +299,10 @@ class ZmqCohort:
         deepest = self._terms.model.exit
         if ready.exit > deepest or any(stage > deepest for stage in ready.stages):
             self._refuse(device.route, "protocol", f"the model has {deepest} exits")
+            return
+        if not set(ready.both) <= set(ready.stages):
+            detail = f"both {list(ready.both)} is not a part of stages {list(ready.stages)}"
+            self._refuse(device.route, "protocol", detail)
             return
         if device.ready is None or device.ready.exit != ready.exit:
             log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason)

@@ -18,9 +18,9 @@ from msgspec.structs import replace
 
 from edge_sdk import __version__
 from edge_sdk.child import TrainerProcess
-from edge_sdk.chooser import Chooser
+from edge_sdk.chooser import Chooser, told
 from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError, VersionError
-from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, PipeMessage, Resume
+from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, PipeMessage, Resume, Train
 from edge_sdk.profile import DeviceProfile
 from edge_sdk.transport import Link, Payload
 from edge_sdk.wire import (
@@ -270,7 +270,8 @@ class Agent:
         log.info("round %d: job for stages %s", job.round, stages)
         state.job, state.granted, state.retries = job, 0, 0
         state.waited_s = time.monotonic() - state.idle_since
-        self._to_trainer(job)
+        cache_bytes = self._chooser.cache_bytes(job.plan.segments)
+        self._to_trainer(Train(job=job, cache_bytes=cache_bytes))
 
     def _on_fault(self, fault: Fault, is_mine: bool) -> None:
         if fault.code == "hello":
@@ -410,4 +411,5 @@ class Agent:
         elif is_new and self._chooser.costs:
             log.error("this device is too small for exit 1: %s", choice.reason)
         if is_new or is_repeated:
-            self._link.send(Ready(exit=choice.exit, stages=choice.stages, reason=choice.reason))
+            exit, stages, both = told(choice)
+            self._link.send(Ready(exit=exit, stages=stages, both=both, reason=choice.reason))

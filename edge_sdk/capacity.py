@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from edge_sdk.errors import CapacityError
 from edge_sdk.profile import DeviceProfile
@@ -22,6 +23,7 @@ from edge_sdk.profile import DeviceProfile
 # in a fragmented heap. tests/test_costs.py repeats the measurement.
 ALLOWANCE = 1.45
 TRAINER_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
+FORWARD = 1 / 3  # of layer_s is the forward pass: 0.33 on x86, torch 2.13
 
 
 class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,22 +35,28 @@ class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gradient_bytes: int
     optimizer_bytes: int  # its state, and the received weights where a proximal term pulls to them
     saved_bytes: int  # activations kept for the backward pass of one batch
-    cache_bytes: int  # features that the frozen prefix makes of all examples; 0 without one
+    # Features that the frozen prefix makes of all examples, kept over the epochs; 0: none kept, a
+    # single epoch has no use for them.
+    cache_bytes: int
     runtime_bytes: int  # resident memory of a trainer that has made a first step, its data included
     batch_size: int = 1
-    num_layers: int = 0  # of the trained stages and exits
+    num_layers: float = 0  # of the trained stages and exits
+    num_frozen_layers: int = 0
     flops_per_example: float  # forward and backward through the trained stages
-    frozen_flops_per_example: float  # forward through the frozen stages, once a job
+    frozen_flops_per_example: float  # forward through the frozen stages; once a job if cached
     upload_bytes: int
     download_bytes: int
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One segment judged. seconds is None where the profile has no measured compute."""
+    """One segment judged. seconds is None where the profile has no measured compute. cache_bytes:
+    features of the frozen prefix that are kept; 0 where every step makes its own, as they would not
+    fit beside it."""
 
     first: int
     last: int
     peak_bytes: int
+    cache_bytes: int
     seconds: float | None
     is_feasible: bool
     reason: str = ""  # why not: "needs 600.0 MiB, ..."
@@ -56,12 +64,28 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """exit: the deepest e whose prefix (1, e) fits, 0 if none does. stages: deeper ones that would
-    each fit alone, with everything before frozen. reason: what limits, one line."""
+    each fit alone, with everything before frozen. both: those of them that fit in a round beside
+    the prefix; one is trained after the other, so this is a matter of time only. reason: what
+    limits, one line."""
 
     exit: int
     stages: tuple[int, ...]
+    both: tuple[int, ...]
     reason: str
     rows: tuple[Row, ...]
+
+
+def uncached(cost: SegmentCost) -> SegmentCost:
+    """The same segment with its frozen stages run in every epoch instead of once: less memory, more
+    time. A prefix stays as it is."""
+    return replace(
+        cost,
+        cache_bytes=0,
+        flops_per_example=cost.flops_per_example + cost.frozen_flops_per_example,
+        frozen_flops_per_example=0.0,
+        num_layers=cost.num_layers + FORWARD * cost.num_frozen_layers,
+        num_frozen_layers=0,
+    )
 
 
 def peak_bytes(cost: SegmentCost) -> int:
@@ -79,9 +103,9 @@ def seconds(
 
     Raises CapacityError if the profile has no measured compute."""
     flops = plan_epochs * cost.flops_per_example + cost.frozen_flops_per_example
-    num_steps = plan_epochs * math.ceil(num_examples / cost.batch_size)
+    layers = plan_epochs * cost.num_layers + FORWARD * cost.num_frozen_layers
     compute_s = compute_seconds(num_examples * flops, profile)
-    compute_s += num_steps * cost.num_layers * profile.layer_s
+    compute_s += math.ceil(num_examples / cost.batch_size) * layers * profile.layer_s
     if profile.link_mbit_s is None:
         return compute_s
     return compute_s + 8 * (cost.upload_bytes + cost.download_bytes) / (profile.link_mbit_s * 1e6)
@@ -110,16 +134,30 @@ def choose_exit(
     if not prefixes:
         raise CapacityError("no exit was costed, so none can be chosen; count segment_costs first")
     chosen = max((row.last for row in prefixes if row.is_feasible), default=0)
-    stages = sorted(
-        row.first
-        for row in rows
-        if row.is_feasible and row.first == row.last and row.first > max(chosen, 1)
+    alone = sorted(
+        (r for r in rows if r.is_feasible and r.first == r.last and r.first > max(chosen, 1)),
+        key=lambda row: row.first,
     )
+    prefix_s = next((row.seconds for row in prefixes if row.last == chosen), None)
+    both = [r for r in alone if chosen and _is_in_time(prefix_s, r.seconds, deadline_s)]
     deeper = [row for row in prefixes if row.last > chosen]
     reason = f"exit {chosen} is the deepest of the model"
     if deeper:
         reason = f"exit {deeper[0].last} {deeper[0].reason}"
-    return Choice(exit=chosen, stages=tuple(stages), reason=reason, rows=rows)
+    return Choice(
+        exit=chosen,
+        stages=tuple(row.first for row in alone),
+        both=tuple(row.first for row in both),
+        reason=reason,
+        rows=rows,
+    )
+
+
+def _is_in_time(first_s: float | None, then_s: float | None, deadline_s: float | None) -> bool:
+    """Whether one job after another ends by the deadline, if there is one."""
+    if not deadline_s:
+        return True
+    return first_s is not None and then_s is not None and first_s + then_s <= deadline_s
 
 
 def _judge(
@@ -129,20 +167,24 @@ def _judge(
     num_examples: int,
     epochs: int,
 ) -> Row:
+    how = ""
+    if cost.cache_bytes and peak_bytes(cost) > profile.memory_available_bytes:
+        cost, how = uncached(cost), " without a cache"
     peak = peak_bytes(cost)
     needed_s = seconds(cost, profile, num_examples, epochs) if profile.gflops > 0 else None
     reasons = []
     if peak > profile.memory_available_bytes:
         have = f"{mebibytes(profile.memory_available_bytes)} available ({profile.memory_bound})"
-        reasons.append(f"needs {mebibytes(peak)}, {have}")
+        reasons.append(f"needs {mebibytes(peak)}{how}, {have}")
     if deadline_s and needed_s is None:
         reasons.append("cannot be held against the deadline without measured compute")
     elif deadline_s and needed_s is not None and needed_s > deadline_s:
-        reasons.append(f"takes {needed_s:.1f} s, the deadline is {deadline_s:.1f} s")
+        reasons.append(f"takes {needed_s:.1f} s{how}, the deadline is {deadline_s:.1f} s")
     return Row(
         first=cost.first,
         last=cost.last,
         peak_bytes=peak,
+        cache_bytes=cost.cache_bytes,
         seconds=needed_s,
         is_feasible=not reasons,
         reason=" and ".join(reasons),

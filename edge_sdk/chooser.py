@@ -31,7 +31,7 @@ class Chooser:
         costs = [c for c in self.costs if self._ceiling is None or c.last < self._ceiling]
         old = self.choice
         self.choice = self._choose(costs, profile, welcome, num_examples)
-        return old is None or (old.exit, old.stages) != (self.choice.exit, self.choice.stages)
+        return old is None or told(old) != told(self.choice)
 
     def _choose(
         self,
@@ -42,7 +42,7 @@ class Chooser:
     ) -> Choice:
         if not costs:
             reason = "exit 1 failed for memory here" if self.costs else "costs are not counted yet"
-            return Choice(exit=0, stages=(), reason=reason, rows=())
+            return Choice(exit=0, stages=(), both=(), reason=reason, rows=())
         try:
             choice = choose_exit(
                 costs,
@@ -52,8 +52,8 @@ class Chooser:
                 epochs=welcome.plan.epochs,
             )
         except EdgeError as error:
-            return Choice(exit=0, stages=(), reason=str(error), rows=())
-        return replace(choice, stages=()) if self._is_prefix_only else choice
+            return Choice(exit=0, stages=(), both=(), reason=str(error), rows=())
+        return replace(choice, stages=(), both=()) if self._is_prefix_only else choice
 
     def failed(self, segments: Sequence[Segment], available_bytes: int) -> str:
         """A job ended for memory: what is not tried again until memory grew, as one line."""
@@ -63,6 +63,14 @@ class Chooser:
             return "training a deeper stage failed for memory; only the prefix from now on"
         self._ceiling = max(segment.last for segment in segments)
         return f"training exit {self._ceiling} failed for memory; one exit less from now on"
+
+    def cache_bytes(self, segments: Sequence[Segment]) -> int:
+        """How much of frozen features the trainer may keep, as it was predicted for these segments:
+        0 if one of them has no room for its own."""
+        rows = self.choice.rows if self.choice else ()
+        deep = {segment.first for segment in segments if segment.first > 1}
+        kept = [row.cache_bytes for row in rows if row.first == row.last and row.first in deep]
+        return max(kept, default=0) if all(kept) else 0
 
     def refusal(self, segments: Sequence[Segment]) -> str:
         """Why these segments are more than this device said it can train; "" when they are not."""
@@ -80,3 +88,8 @@ class Chooser:
                     f"exit {choice.exit} and stages {list(choice.stages)} alone: {choice.reason}"
                 )
         return ""
+
+
+def told(choice: Choice) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """What the coordinator hears of it and acts on."""
+    return choice.exit, choice.stages, choice.both

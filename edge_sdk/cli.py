@@ -25,6 +25,7 @@ from edge_sdk.capacity import (
     choose_exit,
     mebibytes,
     seconds,
+    uncached,
 )
 from edge_sdk.cli_flags import add_memory_cap, import_module
 from edge_sdk.cli_run import add_keys_command, add_run_command
@@ -128,7 +129,11 @@ def run_plan(args: argparse.Namespace) -> int:
     )
     print(_table(costs, choice, profile, num_examples))
     stages = ", ".join(map(str, choice.stages)) or "none"
-    print(f"\nexit {choice.exit}; deeper stages that fit alone: {stages}; {choice.reason}")
+    both = ", ".join(map(str, choice.both)) or "none"
+    print(
+        f"\nexit {choice.exit}; deeper stages that fit alone: {stages}; in one round with exit "
+        f"{choice.exit}: {both}; {choice.reason}"
+    )
     return 0
 
 
@@ -271,18 +276,18 @@ def _table(
     costs: Sequence[SegmentCost], choice: Choice, profile: DeviceProfile, num_examples: int
 ) -> str:
     """One line per exit and deeper single stage, columns aligned."""
-    lines = [("trains", "parameters", "peak memory", "s/epoch", "s/round", "fits")]
+    lines = [("trains", "parameters", "peak memory", "cache", "s/epoch", "s/round", "fits")]
     for cost, row in zip(costs, choice.rows, strict=True):
         local = msgspec.structs.replace(profile, link_mbit_s=None)
-        epoch_s = seconds(
-            msgspec.structs.replace(cost, frozen_flops_per_example=0.0), local, num_examples, 1
-        )
+        run = cost if row.cache_bytes else uncached(cost)
+        once_s, twice_s = (seconds(run, local, num_examples, epochs) for epochs in (1, 2))
         lines.append(
             (
                 f"exit {cost.last}" if cost.first == 1 else f"stage {cost.first} alone",
                 f"{cost.gradient_bytes // 4:,}",
                 mebibytes(row.peak_bytes),
-                f"{epoch_s:.2f}",
+                mebibytes(row.cache_bytes) if row.cache_bytes else "-",
+                f"{twice_s - once_s:.2f}",
                 "-" if row.seconds is None else f"{row.seconds:.2f}",
                 "yes" if row.is_feasible else f"no: {row.reason}",
             )
@@ -291,8 +296,8 @@ def _table(
     return "\n".join(
         "  ".join(
             [line[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(line[1:5], widths[1:5], strict=True)]
-            + [line[5]]
+            + [cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:-1], strict=True)]
+            + [line[-1]]
         )
         for line in lines
     )

@@ -1,7 +1,7 @@
 """Between the agent and its training process: framed messages over a socket pair, on one machine.
 
-The agent passes Job, Part, Fetch and Update through unchanged, so tensors never lie in the agent;
-the messages here are the rest. Each message is two lengths, the msgpack of the message, a payload.
+The agent passes Part, Fetch and Update through unchanged, so tensors never lie in the agent; the
+messages here are the rest. Each message is two lengths, the msgpack of the message, a payload.
 """
 
 from __future__ import annotations
@@ -56,6 +56,13 @@ class Estimated(Struct, frozen=True, kw_only=True, tag="estimated"):
     costs: tuple[SegmentCost, ...]
 
 
+class Train(Struct, frozen=True, kw_only=True, tag="train"):
+    """Agent: this job. cache_bytes: how much of frozen features may be kept over its epochs."""
+
+    job: Job
+    cache_bytes: Count
+
+
 class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):
     """Agent: drop the job in hand."""
 
@@ -65,7 +72,7 @@ class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
 
 
 PipeMessage: TypeAlias = (
-    Inspected | Estimate | Estimated | Cancel | Resume | Job | Fetch | Part | Update | Fault
+    Inspected | Estimate | Estimated | Train | Cancel | Resume | Fetch | Part | Update | Fault
 )
 _DECODER: msgspec.msgpack.Decoder[PipeMessage] = msgspec.msgpack.Decoder(PipeMessage)
 _ENCODER = msgspec.msgpack.Encoder()

@@ -2,7 +2,8 @@
 
 Segments are independent: each starts from the tensors received. They are trained deepest first, so
 the frozen prefix of a deep segment is the received one, and only then is a prefix changed. The
-features that a frozen prefix gives are computed once and reused over the epochs.
+features that a frozen prefix gives are computed once and reused over the epochs, if they fit a
+bound; else, or for a single epoch, every batch makes its own.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from edge_sdk.data import Examples
 from edge_sdk.errors import DataError, ShapeError, TrainerError
-from edge_sdk.losses import joint_exit_loss, proximal_term
+from edge_sdk.losses import local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.staged import check_segments, moved, needed_names, trained_names
 from edge_sdk.optim import Optimizer
@@ -26,9 +28,10 @@ from edge_sdk.tensors import Tensors, check_finite
 from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment
 
 log = logging.getLogger(__name__)
-MIN_BATCH = (
-    3  # BatchNorm statistics of one or two examples ruin a deep stage; such a rest is dropped
-)
+# BatchNorm statistics of one or two examples ruin a deep stage; such a rest is dropped.
+MIN_BATCH = 3
+CACHE_BYTES = 256 * 1024**2  # of a segment's frozen features, where nobody knows a better bound
+Inputs: TypeAlias = Callable[[Tensor], Tensor]  # from a batch's indices to its input on the device
 
 
 class Cancelled(TrainerError):
@@ -56,11 +59,13 @@ def train(
     examples: Examples,
     *,
     device: str | torch.device = "cpu",
+    cache_bytes: int = CACHE_BYTES,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Train the plan's segments on local data; a function of its arguments.
 
-    tensors: what `needed_names` of the plan lists. Raises ShapeError, DataError, Cancelled, and
+    tensors: what `needed_names` of the plan lists. cache_bytes: features of a frozen prefix that
+    take more are not kept over the epochs. Raises ShapeError, DataError, Cancelled, and
     TrainerError when a loss is not finite."""
     reset_peak_memory()
     started = clock()
@@ -82,7 +87,16 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         for segment in sorted(plan.segments, key=lambda g: -g.first):
-            steps, results = _train_segment(model, segment, plan, x, y, device, should_stop)
+            frozen = torch.nn.Sequential(*model.stages[: segment.first - 1]).eval()
+            steps, results = _train_segment(
+                model,
+                segment,
+                plan,
+                _inputs(frozen, x, plan, device, cache_bytes, should_stop),  # ends with the segment
+                y,
+                device,
+                should_stop,
+            )
             num_steps += steps
             exits += results
     held = model.tensors()
@@ -103,15 +117,13 @@ def _train_segment(
     model: StagedModel,
     segment: Segment,
     plan: Plan,
-    x: Tensor,
+    inputs: Inputs,
     y: Tensor,
     device: str | torch.device,
     should_stop: Callable[[], bool],
 ) -> tuple[int, list[ExitResult]]:
     """Train one segment in place. Returns the number of steps and the last epoch's exit results."""
     first, last = segment.first, segment.last
-    frozen = list(model.stages[: first - 1])
-    x = _features(frozen, x, plan.batch_size, device, should_stop)
     stages, heads = model.stages[first - 1 : last], model.exits[first - 1 : last]
     weights = _exit_weights(plan, first, last)
     named = dict(torch.nn.ModuleList([stages, heads]).named_parameters())
@@ -126,15 +138,12 @@ def _train_segment(
         for batch in _batches(len(y), plan.batch_size, order):
             if should_stop():
                 raise Cancelled(f"training of segment ({first}, {last}) cancelled")
-            features, labels = moved(x[batch], device), y[batch].to(device)
+            features, labels = inputs(batch), y[batch].to(device)
             logits = []
             for stage, head in zip(stages, heads, strict=True):
                 features = stage(features)
                 logits.append(head(features))
-            loss = joint_exit_loss(logits, labels, weights)
-            if plan.prox_mu:
-                loss = loss + plan.prox_mu / 2 * proximal_term(named, anchor)
-            loss.backward()
+            local_loss(logits, labels, weights, plan, named, anchor).backward()
             optimizer.step_()
             num_steps += 1
             sums += _count(logits, labels)
@@ -152,24 +161,48 @@ def _train_segment(
     return num_steps, results
 
 
+def _inputs(
+    frozen: torch.nn.Sequential,
+    x: Tensor,
+    plan: Plan,
+    device: str | torch.device,
+    cache_bytes: int,
+    should_stop: Callable[[], bool],
+) -> Inputs:
+    """What the first trained stage takes of a batch: x, or what the frozen stages make of it."""
+
+    @torch.no_grad()
+    def make(batch: Tensor) -> Tensor:
+        made: Tensor = frozen(moved(x[batch], device))
+        return made
+
+    if not len(frozen) or plan.epochs == 1:
+        return make
+    cache = _features(frozen, x, plan.batch_size, device, cache_bytes, should_stop)
+    return make if cache is None else lambda batch: moved(cache[batch], device)
+
+
 @torch.no_grad()
 def _features(
-    frozen: Sequence[torch.nn.Module],
+    frozen: torch.nn.Sequential,
     x: Tensor,
     batch_size: int,
     device: str | torch.device,
+    cache_bytes: int,
     should_stop: Callable[[], bool],
-) -> Tensor:
-    """What the frozen stages make of x, in evaluation mode: (n, channels, ...), kept on the CPU."""
-    if not frozen:
-        return x
-    chain = torch.nn.Sequential(*frozen).eval()
-    chunks = []
-    for chunk in x.split(batch_size):
+) -> Tensor | None:
+    """What the frozen stages make of all x: (n, channels, ...), kept on the CPU. None: it would
+    take more than cache_bytes."""
+    one = frozen(moved(x[:1], device))
+    if len(x) * one.numel() * one.element_size() > cache_bytes:
+        return None
+    order = torch.channels_last if one.ndim == 4 else torch.contiguous_format
+    features = torch.empty((len(x), *one.shape[1:]), dtype=one.dtype, memory_format=order)
+    for chunk, place in zip(x.split(batch_size), features.split(batch_size), strict=True):
         if should_stop():
             raise Cancelled("training cancelled while computing frozen features")
-        chunks.append(chain(moved(chunk, device)).cpu())
-    return torch.cat(chunks)
+        place.copy_(frozen(moved(chunk, device)))
+    return features
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from msgspec.structs import force_setattr
 from edge_sdk.errors import ProtocolError, VersionError
 from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
 
-PROTOCOL = 1
+PROTOCOL = 2
 PART_BYTES = 512 * 1024  # payload of every part but the last
 MAX_FRAME_BYTES = 1024 * 1024  # any frame as it is on the network; ZMQ_MAXMSGSIZE
 MAX_CONTROL_BYTES = MAX_FRAME_BYTES - 1024  # one control frame; CURVE adds 33 bytes to each
@@ -48,6 +48,7 @@ Option: TypeAlias = (
     | Annotated[tuple[int, ...], Meta(max_length=100)]
 )
 Role: TypeAlias = Literal["weight", "mask", "correction", "teacher"]
+Distill: TypeAlias = Literal["none", "deep-to-shallow", "shallow-to-deep", "mutual"]
 Dtype: TypeAlias = Literal["float32", "float64", "float16", "int64", "int32", "uint8", "bool"]
 ITEM_BYTES: dict[str, int] = {
     "float32": 4, "float64": 8, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1,
@@ -77,7 +78,10 @@ class Segment(Struct, frozen=True, kw_only=True):
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """Local training as data. exit_weights () means all ones."""
+    """Local training as data. exit_weights () means all ones.
+
+    distill_weight is that of the round: a ramp over rounds is the coordinator's, which sends every
+    round's weight, and in Welcome's plan the largest."""
 
     segments: Annotated[tuple[Segment, ...], Meta(min_length=1, max_length=100)]
     epochs: Annotated[int, Meta(ge=1, le=100_000)] = 1
@@ -88,6 +92,9 @@ class Plan(Struct, frozen=True, kw_only=True):
     weight_decay: Factor = 0.0  # L2 term added to the gradient
     exit_weights: Annotated[tuple[Factor, ...], Meta(max_length=100)] = ()
     prox_mu: Factor = 0.0  # FedProx: mu/2 |w - w_received|^2
+    distill: Distill = "none"  # between the exits of a segment, see losses.distillation
+    distill_weight: Factor = 0.0
+    distill_temperature: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     seed: Annotated[int, Meta(ge=0, lt=2**62)] = 0
 
 
@@ -154,11 +161,13 @@ class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
 
 
 class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
-    """Device to coordinator: the deepest exit it can train (0: none), and the deeper stages it
-    could train alone over a frozen prefix. Sent again when the choice changes."""
+    """Device to coordinator: the deepest exit it can train (0: none), the deeper stages it could
+    train alone over a frozen prefix, and those of them for which a round also leaves time beside
+    the prefix. Sent again when the choice changes."""
 
     exit: Annotated[int, Meta(ge=0, le=100)]
     stages: Annotated[tuple[Index, ...], Meta(max_length=100)] = ()
+    both: Annotated[tuple[Index, ...], Meta(max_length=100)] = ()  # some of `stages`
     reason: Line = ""  # what limits it; may be an error's text, so it is made one Line here
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ import torch
 from edge_sdk.data import Examples, load_shard
 from edge_sdk.errors import CapacityError, ConfigError, DataError, EdgeError
 from edge_sdk.models.costs import segment_costs_apart, warm_resident_bytes
-from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Pipe, PipeMessage, Resume
+from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Pipe, PipeMessage, Resume, Train
 from edge_sdk.profile import measure_gflops, measure_layer_s
 from edge_sdk.tensors import Receiver, Sender, specs_of
 from edge_sdk.trainer import MIN_BATCH, TrainResult, clock, since, train
@@ -39,6 +39,7 @@ class Worker:
         self._runtime_bytes = warm_resident_bytes()
         self._inbox: deque[tuple[PipeMessage, memoryview]] = deque()
         self._job: Job | None = None
+        self._cache_bytes = 0  # of the job
         self._receiver: Receiver | None = None
         self._update: Update | None = None
         self._sender: Sender | None = None
@@ -74,9 +75,10 @@ class Worker:
                 message.model, message.plan, len(self._examples), self._runtime_bytes
             )
             self._pipe.send(Estimated(model=message.model, costs=costs))
-        elif isinstance(message, Job):
+        elif isinstance(message, Train):
             self._forget()
-            self._job, self._receiver = message, Receiver(message.tensors)
+            self._job, self._cache_bytes = message.job, message.cache_bytes
+            self._receiver = Receiver(message.job.tensors)
             self._started = clock()
             self._ask()
         elif isinstance(message, Part) and self._receiver and self._job:
@@ -114,6 +116,7 @@ class Worker:
             tensors,
             self._examples,
             device=self._device,
+            cache_bytes=self._cache_bytes,
             should_stop=self._is_cancelled,
         )
         self._receiver = None
@@ -130,7 +133,7 @@ class Worker:
         """Whether the agent dropped the job; keeps what else it said. EOFError: agent gone."""
         while select.select([self._pipe], [], [], 0)[0]:
             self._inbox.append(self._pipe.receive())
-        return any(isinstance(message, Cancel | Job) for message, _ in self._inbox)
+        return any(isinstance(message, Cancel | Train) for message, _ in self._inbox)
 
     def _fail(self, code: str, detail: str) -> None:
         round = self._job.round if self._job else 0

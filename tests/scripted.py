@@ -145,8 +145,10 @@ class ScriptedDevice:
         }
         return Hello(**(fields | changes))
 
-    def ready(self, exit: int = 3, stages: tuple[int, ...] = ()) -> None:
-        self.send(Ready(exit=exit, stages=stages))
+    def ready(
+        self, exit: int = 3, stages: tuple[int, ...] = (), both: tuple[int, ...] = ()
+    ) -> None:
+        self.send(Ready(exit=exit, stages=stages, both=both))
 
     def join(self) -> None:
         self.hello()

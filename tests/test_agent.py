@@ -24,7 +24,7 @@ from coordinator.admission import Admission, add_client
 from coordinator.hub import Hub
 from edge_sdk import agent as agent_module
 from edge_sdk.agent import Agent, AgentOptions
-from edge_sdk.capacity import SegmentCost
+from edge_sdk.capacity import SegmentCost, peak_bytes
 from edge_sdk.chooser import Chooser
 from edge_sdk.data import Examples, save_shard
 from edge_sdk.errors import DataError, EdgeError, LinkError
@@ -331,9 +331,9 @@ def test_bad_data_file_is_one_clear_error(tmp_path, make, message):
     [
         (Fault(code="admission", detail="this is 'a'"), LinkError, "refused .*: this is 'a'"),
         (
-            Welcome(protocol=2, run="r", model=MODEL, plan=WHOLE, deadline_s=0.0, heartbeat_s=1.0),
+            Welcome(protocol=3, run="r", model=MODEL, plan=WHOLE, deadline_s=0.0, heartbeat_s=1.0),
             LinkError,
-            "protocol 2, this side 1",
+            "protocol 3, this side 2",
         ),
     ],
     ids=["admission", "version"],
@@ -384,6 +384,33 @@ def test_update_has_exactly_what_was_trained(settled, segments):
     assert list(update.phases) == ["wait", "download", "load", "train"]
     coordinator.send(Accepted(round=1))
     assert coordinator.expect(Ready).exit == 3
+
+
+def test_job_goes_to_the_trainer_with_what_it_may_keep(settled):
+    """Stage 3 of 24 examples keeps (5, 2, 2) features of 4 bytes where they fit, and trains alike
+    where they do not."""
+    coordinator, device = settled
+    plan = replace(WHOLE, segments=(Segment(first=3, last=3),), epochs=2)
+    coordinator.run += 1
+    coordinator.welcome(MODEL, plan)  # of two epochs, or there is no use for a cache
+    coordinator.wait_for(Ready, lambda ready: ready.exit == 3)
+    kept = 24 * 5 * 2 * 2 * 4
+    assert device.agent._chooser.cache_bytes(plan.segments) == kept
+    (row,) = [c for c in device.agent._chooser.costs if (c.first, c.last) == (3, 3)]
+    trained = []
+    for round, memory_bytes in ((1, 64 * GIB), (2, peak_bytes(row) - 1)):
+        device.memory_bytes = memory_bytes
+        coordinator.wait_for(Heartbeat)
+        coordinator.wait_for(Heartbeat)  # chosen anew for this memory
+        sender = coordinator.give(round, MODEL, plan, job_tensors(plan))
+        coordinator.wait_for(Fetch)
+        coordinator.send_parts(round, sender, range(sender.num_parts))
+        trained.append(coordinator.fetch_update(coordinator.wait_for(Update)))
+        bound = device.agent._chooser.cache_bytes(plan.segments)
+        assert bound == (kept if round == 1 else 0)
+        coordinator.send(Accepted(round=round))
+    for name, tensor in trained[0].items():
+        assert torch.allclose(tensor, trained[1][name], rtol=0, atol=1e-6), name
 
 
 def test_heartbeats_go_on_while_it_trains(settled):
@@ -707,6 +734,34 @@ def test_choice_by_deadline(chooser):
     assert "the deadline is 1.9 s" in chooser.choice.reason
 
 
+def test_both_by_deadline_and_told_when_it_changes(chooser):
+    # as above: with exit 1 in 2 s, a stage in 2 s more
+    assert choose(chooser, 120, deadline_s=4.0, epochs=2) == (1, (2, 3))
+    assert chooser.choice.both == (2, 3)
+    slower = welcome(deadline_s=3.9, epochs=2)
+    assert chooser.choose(with_memory(120), slower, num_examples=10)
+    assert (chooser.choice.stages, chooser.choice.both) == ((2, 3), ())
+    assert not chooser.choose(with_memory(120), slower, num_examples=10)
+
+
+def test_features_are_kept_as_predicted(chooser):
+    # stage 2 keeps 20 MiB: 130 in all; stage 3 keeps 5: 125
+    kept = {2: 20 * 1024**2, 3: 5 * 1024**2}
+    chooser.costs = tuple(
+        replace(c, cache_bytes=kept[c.first]) if c.first > 1 else c for c in COSTS
+    )
+    assert chooser.cache_bytes(segments((2, 2))) == 0  # nothing chosen yet
+    assert choose(chooser, 130) == (1, (2, 3))
+    assert chooser.cache_bytes(segments((1, 1))) == 0
+    assert chooser.cache_bytes(segments((1, 1), (2, 2))) == kept[2]
+    assert chooser.cache_bytes(segments((3, 3))) == kept[3]
+    assert chooser.cache_bytes(segments((2, 2), (3, 3))) == kept[2]
+    assert choose(chooser, 129) == (1, (2, 3))
+    assert chooser.cache_bytes(segments((1, 1), (2, 2))) == 0
+    assert chooser.cache_bytes(segments((1, 1), (3, 3))) == kept[3]
+    assert chooser.cache_bytes(segments((2, 2), (3, 3))) == 0  # those of stage 2 must not be kept
+
+
 def test_choose_tells_whether_the_choice_changed(chooser):
     def told(mebibytes: float) -> bool:
         return bool(chooser.choose(with_memory(mebibytes), welcome(), num_examples=10))
@@ -751,6 +806,7 @@ def test_stage_that_failed_leaves_the_prefix(chooser):
     line = chooser.failed(segments((1, 2), (3, 3)), 200 * 1024**2)
     assert line == "training a deeper stage failed for memory; only the prefix from now on"
     assert choose(chooser, 200) == (2, ())
+    assert chooser.choice.both == ()
     assert choose(chooser, 251) == (2, (3,))
 
 

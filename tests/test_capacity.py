@@ -3,7 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from edge_sdk.capacity import Choice, SegmentCost, choose_exit, peak_bytes, seconds
+from edge_sdk.capacity import Choice, SegmentCost, choose_exit, peak_bytes, seconds, uncached
 from edge_sdk.errors import CapacityError
 from edge_sdk.profile import DeviceProfile
 
@@ -27,7 +27,7 @@ def cost(
         gradient_bytes=20,
         optimizer_bytes=40,
         saved_bytes=saved_bytes,
-        cache_bytes=7,
+        cache_bytes=0 if first == 1 else 7,
         runtime_bytes=500,
         flops_per_example=flops_per_example,
         frozen_flops_per_example=0.5e9,
@@ -44,9 +44,9 @@ def choose(
 
 def test_peak_adds_what_is_held_and_the_allowance_on_the_step():
     # 500 + 100 + 40 + 7 + 1.45 * (80 + 20) = 792
-    assert peak_bytes(cost(1, 1, saved_bytes=80)) == 792
-    # 647 + 1.45 * 21 = 677.45, rounded up
-    assert peak_bytes(cost(1, 1, saved_bytes=1)) == 678
+    assert peak_bytes(cost(2, 2, saved_bytes=80)) == 792
+    # without a cache 640 + 1.45 * 21 = 670.45, rounded up
+    assert peak_bytes(cost(1, 1, saved_bytes=1)) == 671
 
 
 def test_seconds_count_epochs_the_frozen_pass_once_and_both_transfers():
@@ -65,17 +65,70 @@ def test_seconds_count_what_layers_cost_beside_their_arithmetic():
     assert seconds(layered, device, 4, 3) == pytest.approx(10.0)
 
 
+def test_seconds_count_the_frozen_layers_once_and_a_third_of_each():
+    # 2 steps * (3 epochs * 5 layers + 6 / 3) * 0.1 s = 3.4 s beside the 7 s
+    layered = replace(cost(2, 2), batch_size=3, num_layers=5, num_frozen_layers=6)
+    device = replace(DEVICE, link_mbit_s=None, layer_s=0.1)
+    assert seconds(layered, device, 4, 3) == pytest.approx(10.4)
+    # in each of the 3 epochs: 4 * 3 * (1e9 + 0.5e9) / 2e9 = 9 s; 2 * 3 * (5 + 2) * 0.1 s = 4.2 s
+    assert seconds(uncached(layered), device, 4, 3) == pytest.approx(13.2)
+    # which is the same for a single epoch
+    assert seconds(layered, device, 4, 1) == pytest.approx(seconds(uncached(layered), device, 4, 1))
+
+
+def test_without_a_cache_a_prefix_is_what_it_was():
+    prefix = replace(cost(1, 2), frozen_flops_per_example=0.0)
+    assert uncached(prefix) == prefix
+
+
+@pytest.mark.parametrize(
+    ("saved_bytes", "deadline_s", "is_feasible", "cache_bytes"),
+    [
+        (223, 10.0, True, 7),  # 647 + 1.45 * 243 = 999.35 with the cache, and 10 s as above
+        (224, 12.0, True, 0),  # 1000.8 with it, 993.8 without: 9 s, and 3 s on the link
+        (224, 11.9, False, 0),
+        (229, 12.0, False, 0),  # 640 + 1.45 * 249 = 1001.05
+    ],
+)
+def test_features_are_kept_where_they_fit(saved_bytes, deadline_s, is_feasible, cache_bytes):
+    row = choose([cost(1, 1), cost(2, 2, saved_bytes)], deadline_s=deadline_s).rows[1]
+    assert (row.is_feasible, row.cache_bytes) == (is_feasible, cache_bytes)
+    assert row.seconds == pytest.approx(10.0 if cache_bytes else 12.0)
+
+
+def test_a_stage_that_is_too_slow_without_a_cache_says_so():
+    rows = choose([cost(1, 1), cost(2, 2, 224)], deadline_s=11.9).rows
+    assert rows[1].reason == "takes 12.0 s without a cache, the deadline is 11.9 s"
+
+
+@pytest.mark.parametrize(
+    ("deadline_s", "both"),
+    [(None, (2, 3)), (0.0, (2, 3)), (26.0, (2, 3)), (20.0, (2,)), (19.9, ())],
+)
+def test_both_are_the_stages_that_leave_time_for_the_prefix(deadline_s, both):
+    # exit 1 and stage 2 take 10 s each as above, stage 3 takes 4 * (6e9 + 0.5e9) / 2e9 + 3 = 16 s;
+    # a prefix to exit 2 does not fit in memory
+    costs = [cost(1, 1), cost(1, 2, 900), cost(2, 2), cost(3, 3, flops_per_example=2e9)]
+    choice = choose(costs, deadline_s=deadline_s)
+    assert (choice.exit, choice.stages, choice.both) == (1, (2, 3), both)
+
+
+def test_nothing_goes_beside_a_prefix_that_does_not_fit():
+    choice = choose([cost(1, 1, 900), cost(2, 2)])
+    assert (choice.exit, choice.stages, choice.both) == (0, (2,), ())
+
+
 def test_seconds_without_measured_compute_are_refused():
     with pytest.raises(CapacityError, match="no measured compute"):
         seconds(cost(1, 1), replace(DEVICE, gflops=0.0), 4, 3)
 
 
 def test_deepest_prefix_that_fits_and_the_stages_that_fit_alone():
-    # peaks: 647 + 1.45 * (saved + 20); 1000 are available, so saved may be 223 at most
+    # peaks: 640 + 1.45 * (saved + 20); 1000 are available, so saved may be 228 at most
     costs = [
         cost(1, 1, 100),
-        cost(1, 2, 223),  # 647 + 352.35 = 999.35, up to 1000: just fits
-        cost(1, 3, 224),  # 647 + 353.8 = 1000.8, up to 1001
+        cost(1, 2, 228),  # 640 + 359.6 = 999.6, up to 1000: just fits
+        cost(1, 3, 229),  # 640 + 361.05 = 1001.05, up to 1002
         cost(1, 4, 300),
         cost(2, 2, 10),  # within exit 2 anyway
         cost(3, 3, 10),
@@ -85,7 +138,7 @@ def test_deepest_prefix_that_fits_and_the_stages_that_fit_alone():
     assert (choice.exit, choice.stages) == (2, (3,))
     assert choice.reason == "exit 3 needs 0.0 MiB, 0.0 MiB available (host)"
     assert [row.is_feasible for row in choice.rows] == [True, True, False, False, True, True, False]
-    assert [row.peak_bytes for row in choice.rows[:3]] == [821, 1000, 1001]
+    assert [row.peak_bytes for row in choice.rows[:3]] == [814, 1000, 1002]
 
 
 def test_everything_fits():

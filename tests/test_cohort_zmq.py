@@ -344,10 +344,10 @@ def test_other_protocol_version(coordinator, devices):
     round = coordinator.train(work(*BOTH))
     good.take_job()
     bad.take_job()
-    bad.send(bad.make_hello(protocol=2))
+    bad.send(bad.make_hello(protocol=3))
     fault = bad.expect(Fault)
     assert_about_round(fault, "version", 0)
-    assert "protocol 2, this side 1" in fault.detail
+    assert "protocol 3, this side 2" in fault.detail
     bad.send(Bye())
     end(round, good, "failed", "gone")
 
@@ -422,6 +422,24 @@ def test_ready_beyond_the_model(coordinator, devices, ready):
     assert_only_these_count(round.result(WAIT_S), good, bad)
     exits = {client.id: client.exit for client in coordinator.clients().result(WAIT_S)}
     assert exits == {"good": 3, "bad": 3}  # as before
+
+
+def test_what_a_client_can_train_is_what_its_device_said(make_coordinator):
+    coordinator = make_coordinator("good", "bad")
+    clients = coordinator.clients()
+    good, bad = coordinator.device("good"), coordinator.device("bad")
+    good.hello()
+    good.ready(1, stages=(2, 3), both=(2,))
+    bad.hello()
+    bad.ready(2, stages=(3,), both=(1, 3))
+    fault = bad.expect(Fault)
+    assert_about_round(fault, "protocol", 0)
+    assert fault.detail == "both [1, 3] is not a part of stages [3]"
+    bad.ready(2, stages=(3,))
+    told = {
+        client.id: (client.exit, client.stages, client.both) for client in clients.result(WAIT_S)
+    }
+    assert told == {"good": (1, (2, 3), (2,)), "bad": (2, (3,), ())}
 
 
 def test_device_that_cannot_train_gets_no_job(make_coordinator):

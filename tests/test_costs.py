@@ -11,7 +11,7 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
-from edge_sdk.capacity import TRAINER_ENVIRONMENT, SegmentCost, peak_bytes
+from edge_sdk.capacity import TRAINER_ENVIRONMENT, SegmentCost, peak_bytes, uncached
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, costs
 from edge_sdk.models.costs import segment_costs, segment_costs_apart
@@ -67,9 +67,19 @@ def test_flops_counted_by_hand():
 
 
 def test_cache_is_the_features_of_all_examples():
-    # 10 examples, features (2, 2, 2) of 4 bytes, held in chunks and joined for a moment
-    assert by_segment(CNN)[2, 2].cache_bytes == costs.CACHE_COPIES * 10 * 8 * 4
-    assert by_segment(CNN)[1, 2].cache_bytes == 0
+    # 10 examples, features (2, 2, 2) of 4 bytes
+    twice = replace(PLAN, epochs=2)
+    assert by_segment(CNN, twice)[2, 2].cache_bytes == 10 * 8 * 4
+    assert by_segment(CNN, twice)[1, 2].cache_bytes == 0
+    assert by_segment(CNN)[2, 2].cache_bytes == 0  # a single epoch has no use for them
+
+
+def test_layers_counted_by_hand():
+    found = by_segment(CNN)
+    # stage 1: convolution, norm, ReLU, twice, and a pool; exit: pool, flatten, linear; stage 2: a
+    # convolution, norm, ReLU, and no pool of sides below 4
+    assert (found[1, 1].num_layers, found[1, 1].num_frozen_layers) == (10, 0)
+    assert (found[2, 2].num_layers, found[2, 2].num_frozen_layers) == (6, 7)
 
 
 @pytest.mark.parametrize(
@@ -93,19 +103,23 @@ def test_the_proximal_term_saves_a_difference_per_parameter():
         assert pulled[key].saved_bytes - plain[key].saved_bytes >= plain[key].gradient_bytes
 
 
+DISTILLED = replace(PLAN, distill="mutual", distill_weight=1.0)
+
+
+@pytest.mark.parametrize("plan", [PLAN, DISTILLED], ids=["plain", "distilled"])
 @pytest.mark.parametrize("family", ["cnn", "mlp", "resnet18", "vgg"])
-def test_saved_bytes_on_meta_equal_those_of_the_real_graph(family):
-    spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=2)
+def test_saved_bytes_on_meta_equal_those_of_the_real_graph(family, plan):
+    spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=3)
     model = build(spec)
     real = costs._step(
         model.stages,
         model.exits,
         dict(model.named_parameters()),
         torch.randn(8, *spec.input_shape),
-        [1.0, 1.0],
-        0.0,
+        [1.0, 1.0, 1.0],
+        plan,
     )
-    counted = by_segment(spec, replace(PLAN, batch_size=8), num_examples=100)[1, 2]
+    counted = by_segment(spec, replace(plan, batch_size=8), num_examples=100)[1, 3]
     assert counted.saved_bytes == real
 
 
@@ -121,7 +135,7 @@ def test_saved_bytes_of_lstm_bound_those_of_the_real_graph(shape, hidden):
         dict(model.named_parameters()),
         torch.randn(8, *shape),
         [1.0, 1.0],
-        0.0,
+        PLAN,
     )
     counted = by_segment(spec, replace(PLAN, batch_size=8), num_examples=100)[1, 2]
     assert real <= counted.saved_bytes <= 1.4 * real
@@ -155,6 +169,14 @@ def test_an_lstm_of_two_directions_is_counted_step_by_step():
     lstm = nn.LSTM(3, 5, bidirectional=True, device="meta")
     count_as_fused(lstm)
     assert "forward" not in vars(lstm)
+
+
+def test_distillation_saves_a_few_logits_and_no_operations_that_count():
+    plain, distilled = by_segment(CNN), by_segment(CNN, DISTILLED)
+    assert distilled[2, 2] == plain[2, 2]  # one exit
+    # 2 exits, each with logits, 4 examples of 2 classes of 4 bytes: softmax, teacher, ...
+    assert 0 < distilled[1, 2].saved_bytes - plain[1, 2].saved_bytes <= 2 * 3 * 4 * 2 * 4
+    assert distilled[1, 2].flops_per_example == plain[1, 2].flops_per_example
 
 
 def test_a_wide_frozen_prefix_counts_where_it_exceeds_the_trained_stage():
@@ -193,7 +215,7 @@ from edge_sdk.wire import ModelSpec, Plan
 
 spec = msgspec.json.decode(sys.argv[1], type=ModelSpec)
 plan = msgspec.json.decode(sys.argv[2], type=Plan)
-count = 2 * plan.batch_size
+count = int(sys.argv[4])
 x = numpy.ones((count, *spec.input_shape), dtype=numpy.float32)
 examples = Examples(x, numpy.arange(count) % spec.num_classes, spec.num_classes)
 runtime_bytes = warm_resident_bytes()
@@ -201,10 +223,35 @@ costs = segment_costs_apart(spec, plan, count, runtime_bytes)
 after_bytes = psutil.Process().memory_info().rss
 tensors = initial_tensors(spec, 0)
 tensors = {name: tensors[name] for name in needed_names(tensors, plan.segments)}
-result = train(spec, plan, tensors, examples)
+result = train(spec, plan, tensors, examples, cache_bytes=int(sys.argv[3]))
 found = [runtime_bytes, after_bytes, result.peak_memory_bytes, msgspec.to_builtins(costs)]
 print(json.dumps(found))
 """
+
+
+def predicted_and_measured(
+    spec: ModelSpec, plan: Plan, count: int, cache_bytes: int
+) -> tuple[int, int]:
+    """Peak bytes of a real trainer of the plan's one segment."""
+    arguments = [msgspec.json.encode(spec).decode(), msgspec.json.encode(plan).decode()]
+    run = subprocess.run(
+        [sys.executable, "-c", TRAINER, *arguments, str(cache_bytes), str(count)],
+        env={**os.environ, **TRAINER_ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    runtime_bytes, after_bytes, peak, counted = json.loads(run.stdout)
+    if not peak:
+        pytest.skip("this kernel does not tell a process's peak memory")
+    assert after_bytes < runtime_bytes + 8e6  # counting apart left this process as it was
+    (segment,) = plan.segments
+    found = msgspec.convert(counted, list[SegmentCost])
+    cost = next(c for c in found if (c.first, c.last) == (segment.first, segment.last))
+    predicted = peak_bytes(cost if cache_bytes >= cost.cache_bytes else uncached(cost))
+    print(f"predicted {predicted / 1e6:.1f} MB, measured {peak / 1e6:.1f} MB")
+    return predicted, peak
 
 
 @pytest.mark.parametrize(("first", "batch_size", "optimizer"), [(1, 32, "adam"), (3, 16, "sgd")])
@@ -220,19 +267,17 @@ def test_predicted_peak_covers_a_real_trainer(first, batch_size, optimizer):
     plan = Plan(
         segments=(Segment(first=first, last=3),), batch_size=batch_size, optimizer=optimizer
     )
-    run = subprocess.run(
-        [sys.executable, "-c", TRAINER, msgspec.json.encode(spec), msgspec.json.encode(plan)],
-        env={**os.environ, **TRAINER_ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    runtime_bytes, after_bytes, peak, counted = json.loads(run.stdout)
-    if not peak:
-        pytest.skip("this kernel does not tell a process's peak memory")
-    assert after_bytes < runtime_bytes + 8e6  # counting apart left this process as it was
-    found = msgspec.convert(counted, list[SegmentCost])
-    predicted = next(peak_bytes(c) for c in found if (c.first, c.last) == (first, 3))
-    print(f"predicted {predicted / 1e6:.1f} MB, measured {peak / 1e6:.1f} MB")
+    predicted, peak = predicted_and_measured(spec, plan, 2 * batch_size, 0)
     assert peak <= predicted <= 1.3 * peak
+
+
+def test_predicted_peak_with_and_without_a_cache():
+    spec = ModelSpec(family="cnn", input_shape=(1, 48, 48), num_classes=10, exit=2)
+    plan = Plan(segments=(Segment(first=2, last=2),), epochs=2, batch_size=32)
+    features_bytes = 2000 * 16 * 24 * 24 * 4  # 74 MB, of data of 18 MB
+    with_it, peak_with_it = predicted_and_measured(spec, plan, 2000, features_bytes)
+    without, peak_without = predicted_and_measured(spec, plan, 2000, features_bytes - 1)
+    assert with_it - without == pytest.approx(features_bytes, abs=8e6)  # two processes
+    assert peak_with_it - peak_without == pytest.approx(features_bytes, rel=0.1)
+    for predicted, peak in [(with_it, peak_with_it), (without, peak_without)]:
+        assert peak <= 1.02 * predicted <= 1.3 * peak

@@ -71,6 +71,9 @@ PLAN = Plan(
     weight_decay=0.125,
     exit_weights=(1.0, 0.5, 0.25),
     prox_mu=0.75,
+    distill="mutual",
+    distill_weight=0.5,
+    distill_temperature=3.0,
     seed=2**61 + 7,
 )
 SPECS = (
@@ -80,7 +83,7 @@ SPECS = (
 )
 EXAMPLES: tuple[Message, ...] = (
     Hello(
-        protocol=1,
+        protocol=2,
         client_id="pi-4.kitchen_1",
         session="5f0c9a6e1b2d3c4f",
         profile=DeviceProfile(
@@ -104,9 +107,14 @@ EXAMPLES: tuple[Message, ...] = (
         software="edge-sdk 0.1.0",
     ),
     Welcome(
-        protocol=1, run="a1b2c3d4e5f6", model=MODEL, plan=PLAN, deadline_s=90.5, heartbeat_s=5.0
+        protocol=2, run="a1b2c3d4e5f6", model=MODEL, plan=PLAN, deadline_s=90.5, heartbeat_s=5.0
     ),
-    Ready(exit=2, stages=(3,), reason="exit 3 needs 700.0 MiB, 512.0 MiB available (cgroup)"),
+    Ready(
+        exit=2,
+        stages=(3,),
+        both=(3,),
+        reason="exit 3 needs 700.0 MiB, 512.0 MiB available (cgroup)",
+    ),
     Job(round=7, model=MODEL, plan=PLAN, tensors=SPECS, deadline_s=90.5),
     Fetch(round=7, first=8, count=4),
     Part(round=7, index=300),

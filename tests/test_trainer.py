@@ -10,7 +10,7 @@ import torch
 from msgspec.structs import replace
 
 from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
-from edge_sdk.losses import joint_exit_loss, proximal_term
+from edge_sdk.losses import distillation
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.optim import Optimizer
 from edge_sdk.trainer import Cancelled, train
@@ -18,24 +18,6 @@ from edge_sdk.wire import Plan, Segment
 from tests.helpers import cnn, examples
 
 PREFIX = (Segment(first=1, last=3),)
-
-
-def test_joint_exit_loss_is_the_weighted_sum():
-    # equal logits of 2 classes cost ln 2; logits (ln 3, 0) give p = 3/4 for class 0: ln(4/3)
-    even, sure = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
-    loss = joint_exit_loss([even, sure], torch.tensor([0]), [1.0, 2.0])
-    assert loss.item() == pytest.approx(math.log(2) + 2 * math.log(4 / 3))
-
-
-def test_joint_exit_loss_wants_a_weight_per_exit():
-    with pytest.raises(ShapeError, match="1 exit weights for 2 exits"):
-        joint_exit_loss([torch.zeros(1, 2)] * 2, torch.tensor([0]), [1.0])
-
-
-def test_proximal_term_is_squared():
-    # (3 - 1)^2 + (0 - 4)^2 = 20; published code uses the norm itself
-    term = proximal_term({"w": torch.tensor([3.0, 0.0])}, {"w": torch.tensor([1.0, 4.0])})
-    assert term.item() == pytest.approx(20.0)
 
 
 @pytest.mark.parametrize("changes", [
@@ -83,6 +65,60 @@ def test_one_sgd_step_by_hand():
     assert sum(r.loss for r in result.exits) == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_one_sgd_step_with_distillation_by_hand():
+    spec, data = cnn(exit=2), examples(6)
+    tensors = initial_tensors(spec, 0)
+    plan = Plan(
+        segments=(Segment(first=1, last=2),),
+        batch_size=6,
+        lr=0.1,
+        optimizer="sgd",
+        distill="mutual",
+        distill_weight=0.5,
+        distill_temperature=2.0,
+    )
+    result = train(spec, plan, tensors, data)
+    model = build(spec)
+    model.load(tensors)
+    logits = model.train()(torch.from_numpy(data.x))
+    loss = sum(torch.nn.functional.cross_entropy(z, torch.from_numpy(data.y)) for z in logits)
+    (loss + 0.5 * distillation(logits, "mutual", 2.0)).backward()
+    for name, parameter in model.named_parameters():
+        want = tensors[name] - 0.1 * parameter.grad
+        assert torch.allclose(result.tensors[name], want, atol=1e-6), name
+    # the losses told are the cross entropies alone
+    assert sum(r.loss for r in result.exits) == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("segments", "changes"),
+    [
+        ([(1, 1), (2, 2), (3, 3)], {"distill": "mutual", "distill_weight": 1.0}),
+        ([(1, 3)], {"distill": "mutual", "distill_weight": 0.0}),
+        ([(1, 3)], {"distill": "none", "distill_weight": 1.0}),
+    ],
+    ids=["one exit each", "no weight", "none"],
+)
+def test_nothing_to_distil(segments, changes):
+    spec, data, tensors = cnn(), examples(), initial_tensors(cnn(), 0)
+    plan = Plan(segments=tuple(Segment(first=a, last=b) for a, b in segments), batch_size=8)
+    plain = train(spec, plan, tensors, data).tensors
+    other = train(spec, replace(plan, **changes), tensors, data).tensors
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_distillation_teaches_an_exit_that_has_no_weight():
+    spec, data, tensors = cnn(exit=2), examples(), initial_tensors(cnn(exit=2), 0)
+    plan = Plan(
+        segments=(Segment(first=1, last=2),),
+        exit_weights=(0.0, 1.0),
+        distill="deep-to-shallow",
+        distill_weight=1.0,
+    )
+    result = train(spec, plan, tensors, data)
+    assert not torch.equal(result.tensors["exits.0.2.weight"], tensors["exits.0.2.weight"])
+
+
 def test_deep_segment_trains_alone_over_the_frozen_prefix():
     spec, data = cnn(), examples()
     tensors = initial_tensors(spec, 0)
@@ -108,6 +144,42 @@ def test_deep_segment_trains_alone_over_the_frozen_prefix():
             optimizer.step_()
     for name, tensor in result.tensors.items():
         assert torch.allclose(tensor, model.tensors()[name], atol=1e-6), name
+
+
+# 24 examples; stage 2 takes (4, 4, 4) features of 4 bytes, stage 3 (5, 2, 2): 6144 and 1920 bytes
+@pytest.mark.parametrize(
+    ("stage", "cache_bytes", "is_kept"),
+    [(2, 6144, True), (2, 6143, False), (3, 1920, True), (3, 1919, False), (3, 0, False)],
+)
+def test_features_beyond_the_bound_are_made_anew_and_train_alike(stage, cache_bytes, is_kept):
+    spec, data, tensors = cnn(), examples(), initial_tensors(cnn(), 0)
+    plan = Plan(segments=(Segment(first=stage, last=stage),), epochs=3, batch_size=7, lr=0.05)
+    calls = CountAsked()
+    kept = train(spec, plan, tensors, data)
+    bounded = train(spec, plan, tensors, data, cache_bytes=cache_bytes, should_stop=calls)
+    # asked before each of 4 chunks of 24 examples, and before each of 3 * 4 batches
+    assert calls.count == (4 if is_kept else 0) + 12
+    for name, tensor in kept.tensors.items():
+        assert torch.allclose(tensor, bounded.tensors[name], rtol=0, atol=1e-6), name
+    assert kept.num_steps == bounded.num_steps
+
+
+def test_a_single_epoch_keeps_no_features():
+    spec, tensors, calls = cnn(), initial_tensors(cnn(), 0), CountAsked()
+    plan = Plan(segments=(Segment(first=3, last=3),), batch_size=8)
+    train(spec, plan, tensors, examples(), should_stop=calls)
+    assert calls.count == 3  # batches
+
+
+class CountAsked:
+    """A should_stop that says no and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> bool:
+        self.count += 1
+        return False
 
 
 def test_segments_are_independent():

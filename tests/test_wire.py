@@ -350,6 +350,11 @@ def test_missing_fields_are_refused(tag, field):
         ("ready", {"stages": [1] * 101}, "$.stages"),
         ("update", {"exits": [{"exit": 1, "loss": 0.5, "accuracy": 1.0}] * 101}, "$.exits"),
         ("job", {"plan": {**PLAN, "exit_weights": [1.0] * 101}}, "$.plan.exit_weights"),
+        ("job", {"plan": {**PLAN, "distill": "both"}}, "$.plan.distill"),
+        ("job", {"plan": {**PLAN, "distill_weight": -0.5}}, "$.plan.distill_weight"),
+        ("job", {"plan": {**PLAN, "distill_temperature": 0.0}}, "$.plan.distill_temperature"),
+        ("job", {"plan": {**PLAN, "distill_temperature": 1001}}, "$.plan.distill_temperature"),
+        ("ready", {"exit": 1, "stages": [2], "both": [0]}, "$.both[0]"),
         ("hello", {"session": ""}, "$.session"),
         ("hello", {"session": "s" * 201}, "$.session"),
         ("welcome", {"heartbeat_s": 0.0}, "$.heartbeat_s"),
@@ -483,20 +488,20 @@ def test_every_line_that_may_be_sent_can_be_read():
 # -- version -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, 1.5, "1", None, NAN, [], {}, 2**64 - 1])
+@pytest.mark.parametrize("version", [0, 1, 3, -1, 1.5, "2", None, NAN, [], {}, 2**64 - 1])
 @pytest.mark.parametrize("tag", ["hello", "welcome"])
 def test_other_versions_are_told_apart(tag, version):
-    with pytest.raises(VersionError, match=f"'{tag}' speaks protocol .*, this side 1; install"):
+    with pytest.raises(VersionError, match=f"'{tag}' speaks protocol .*, this side 2; install"):
         decode(frame(tag, protocol=version))
 
 
 def test_version_is_looked_at_before_the_fields():
     with pytest.raises(VersionError):
-        decode(frame("hello", protocol=2, brand_new_field=1))
+        decode(frame("hello", protocol=3, brand_new_field=1))
 
 
 def test_a_version_must_be_an_integer():
-    refused(frame("hello", protocol=1.0))  # equal to 1, and still not an int
+    refused(frame("hello", protocol=2.0))  # equal to 2, and still not an int
     refused(frame("hello", protocol=True))
 
 
@@ -623,6 +628,9 @@ plans = st.builds(
     segments=st.lists(segments, min_size=1, max_size=4).map(tuple),
     lr=st.floats(0, 1e6, exclude_min=True),
     exit_weights=st.lists(st.floats(0, 1e6), max_size=4).map(tuple),
+    distill=st.sampled_from(["none", "deep-to-shallow", "shallow-to-deep", "mutual"]),
+    distill_weight=st.floats(0, 1e6),
+    distill_temperature=st.floats(0, 1000, exclude_min=True),
     seed=st.integers(0, 2**62 - 1),
 )
 phases = st.dictionaries(
@@ -648,7 +656,13 @@ messages = st.one_of(
         peak_memory_bytes=counts,
         tensors=st.lists(specs, max_size=4).map(tuple),
     ),
-    st.builds(Ready, exit=st.integers(0, 100), stages=st.lists(rounds).map(tuple), reason=lines),
+    st.builds(
+        Ready,
+        exit=st.integers(0, 100),
+        stages=st.lists(rounds).map(tuple),
+        both=st.lists(rounds).map(tuple),
+        reason=lines,
+    ),
     st.builds(Fetch, round=rounds, first=counts, count=st.integers(1, 1024)),
     st.builds(Part, round=rounds, index=counts),
     st.builds(Fault, code=names, detail=lines, round=rounds),

@@ -22,14 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edge_sdk.capacity import SegmentCost
 from edge_sdk.errors import CapacityError, ConfigError
-from edge_sdk.losses import joint_exit_loss, proximal_term
+from edge_sdk.losses import local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.lstm_cost import count_as_fused
 from edge_sdk.models.staged import needed_names, trained_names
 from edge_sdk.wire import ModelSpec, Plan, Segment
-
-# trainer._features holds the chunks of the features and their concatenation for a moment.
-CACHE_COPIES = 2
 
 
 def segment_costs(
@@ -37,7 +34,8 @@ def segment_costs(
 ) -> tuple[SegmentCost, ...]:
     """Costs of the prefixes (1, 1) .. (1, spec.exit), then of the single stages (2, 2), (3, 3) ...
 
-    Of `plan` the batch size, optimizer, exit weights and proximal term count; its segments do not.
+    Of `plan` the batch size, optimizer and loss count, and whether it has more epochs than one; its
+    segments do not.
     runtime_bytes: `warm_resident_bytes` of a trainer, plus the bytes of its data.
     Raises ConfigError where the spec cannot be built."""
     with torch.device("meta"):
@@ -122,9 +120,10 @@ def _cost(
     if not any(weights):  # none given; or none for these exits, which then cannot be trained so
         weights = (1.0,) * (last - first + 1)
     with FlopCounterMode(display=False) as flops:
-        saved = _step(stages, heads, named, features, weights, plan.prox_mu)
+        saved = _step(stages, heads, named, features, weights, plan)
     gradient_bytes = num_bytes(named.values())
     download_bytes = num_bytes(held[name] for name in needed)
+    is_reused = bool(frozen) and plan.epochs > 1  # the features
     reordered_bytes = max((num_bytes([w]) for w in named.values()), default=0)  # by a kernel, one
     return SegmentCost(
         first=first,
@@ -134,10 +133,11 @@ def _cost(
         optimizer_bytes=optimizer_copies(plan) * gradient_bytes,
         # The frozen forward pass comes first and keeps nothing, but its features may be larger.
         saved_bytes=max(saved, widest),
-        cache_bytes=CACHE_COPIES * num_bytes([features]) * num_examples // batch if frozen else 0,
+        cache_bytes=num_bytes([features]) * num_examples // batch if is_reused else 0,
         runtime_bytes=runtime_bytes,
         batch_size=batch,
-        num_layers=sum(not list(m.children()) for m in nn.ModuleList([stages, heads]).modules()),
+        num_layers=len(leaves([*stages, *heads])),
+        num_frozen_layers=len(leaves(frozen)),
         flops_per_example=flops.get_total_flops() / batch,
         frozen_flops_per_example=frozen_flops.get_total_flops() / batch,
         upload_bytes=num_bytes(held[name] for name in trained),
@@ -169,6 +169,11 @@ def optimizer_copies(plan: Plan) -> int:
     return state + int(plan.prox_mu > 0)
 
 
+def leaves(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The layers: modules that hold no others."""
+    return [m for module in modules for m in module.modules() if not list(m.children())]
+
+
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -188,8 +193,7 @@ def _freeze(frozen: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
         widest = max(widest, num_bytes(held))
 
     chain = nn.Sequential(*frozen).eval()
-    leaves = [module for module in chain.modules() if not list(module.children())]
-    handles = [leaf.register_forward_hook(look) for leaf in leaves]
+    handles = [leaf.register_forward_hook(look) for leaf in leaves(frozen)]
     features: Tensor = chain(x)
     for handle in handles:
         handle.remove()
@@ -202,7 +206,7 @@ def _step(
     named: dict[str, nn.Parameter],
     features: Tensor,
     weights: Sequence[float],
-    prox_mu: float,
+    plan: Plan,
 ) -> int:
     """One training step without the update. Returns the bytes that autograd saved for it, every
     storage once and the parameters not at all."""
@@ -222,9 +226,7 @@ def _step(
         for stage, head in zip(stages, heads, strict=True):
             features = stage.train()(features)
             logits.append(head.train()(features))
-        loss = joint_exit_loss(logits, labels, weights)
-        if prox_mu:
-            loss = loss + prox_mu / 2 * proximal_term(named, anchor)
+        loss = local_loss(logits, labels, weights, plan, named, anchor)
     loss.backward()
     for parameter in named.values():
         parameter.grad = None
