@@ -200,9 +200,11 @@ def run_cells(cells: Sequence[Cell], num_jobs: int, folder: Path) -> int:
         raise ConfigError(f"--jobs is {num_jobs}, expected at least 1")
     folder.mkdir(parents=True, exist_ok=True)
     waiting, running, outcomes = deque(cells), list[Job](), Counter[bool]()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stopping: list[int] = []  # a signal that raised could fall between a start and its note here
+    ends = (signal.SIGTERM, signal.SIGINT)
+    before = {end: signal.signal(end, lambda number, _: stopping.append(number)) for end in ends}
     try:
-        while waiting or running:
+        while (waiting or running) and not stopping:
             while waiting and len(running) < num_jobs:
                 running.append(start(waiting.popleft(), folder))
             time.sleep(POLL_S)
@@ -211,18 +213,21 @@ def run_cells(cells: Sequence[Cell], num_jobs: int, folder: Path) -> int:
                 outcomes[finish(job)] += 1
                 say(f"{outcomes.total()} of {len(cells)} done")
     finally:
+        for end, handler in before.items():
+            signal.signal(end, handler)
         stop(running)
-        signal.signal(signal.SIGTERM, before)
+    if stopping:
+        raise KeyboardInterrupt
     return outcomes[False]
 
 
 def start(cell: Cell, folder: Path) -> Job:
     """Begin one run in a process group of its own, so that Ctrl-C reaches this process only."""
-    say(f"run {cell.name}")
     result, log = folder / f"{cell.name}.json", folder / f"{cell.name}.log"
     record = folder / f"{cell.name}.record.json"
     record.write_text(json.dumps(cell.record(), indent=1) + "\n")
     command = [sys.executable, "-m", "coordinator.cli", "emulate", *cell.flags]
+    say(f"run {cell.name}")
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*command, "--out", str(result.resolve())],

@@ -176,7 +176,7 @@ def draw_cka(path: Path, means: Mapping[tuple[str, str], Sequence[float]]) -> No
             color=COLOURS[(4, 1)[place_of]],
             label=names[loss],
         )
-    ax.set_xticks(range(len(pairs)), [f"exit {pair.replace('-', ' and ')}" for pair in pairs])
+    ax.set_xticks(range(len(pairs)), [f"exits {pair.replace('-', ' and ')}" for pair in pairs])
     ax.set_xlabel("networks trained up to")
     ax.set_ylabel("linear CKA of stage-1 features")
     ax.set_ylim(0, 1.05)
@@ -310,7 +310,7 @@ def draw_weights(path: Path, edges: np.ndarray, shares: Mapping[str, np.ndarray]
     ):
         ax.stairs(100 * share, edges, color=colour, linewidth=1.5, label=kind)
     ax.set_xlabel("weight of the convolution")
-    ax.set_ylabel(f"share of weights (% per bin,\n{BINS} bins)")
+    ax.set_ylabel(f"share of weights\n(% per bin, {BINS} bins)")
     ax.grid(alpha=0.3)
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False)
     sheet.savefig(path, dpi=120)
