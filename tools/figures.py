@@ -74,6 +74,7 @@ class Axes:
     x: str
     y: str
     ticks: Sequence[str] = ()
+    is_log: bool = False  # y
 
 
 def add_command(commands: Any) -> None:
@@ -103,7 +104,9 @@ def run_plot(args: argparse.Namespace) -> int:
 
 
 ROUNDS_SERVED = Axes("round", SERVED)
-ROUNDS_ERROR = Axes("round", "relative weight error\n|predicted − trained| / |trained|")
+ROUNDS_ERROR = Axes(
+    "round", "relative weight error\n|predicted − trained| / |trained|", is_log=True
+)
 
 
 def setting_of(cell: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -190,7 +193,7 @@ def alpha_panels(rows: Sequence[Row], data: str, regime: str) -> tuple[list[Pane
     for row in here:
         groups.setdefault(row["label"], []).append((float(alphas.index(str(row["alpha"]))), row))
     curves = [(label, points_of(pairs)) for label, pairs in groups.items()]
-    curves = [(label, points) for label, points in curves if points]
+    curves = [(label, points) for label, points in curves if len(points) > 1]
     curves.sort(key=lambda item: -item[1][0].mean)  # at the strongest skew
     return panels_of(curves, f"{data}, {regime} groups"), axes
 
@@ -234,9 +237,19 @@ def point(x: float, values: Sequence[float]) -> Point:
 
 
 def panels_of(curves: Sequence[tuple[str, Sequence[Point]]], title: str) -> list[Panel]:
+    """The bound and the baseline in every panel, the others shared out in their order."""
+    held = dict(curves)
+    references = [
+        Line(label, held[label], style, is_dashed=True)
+        for label, style in ((BOUND, 0), (BASELINE, len(COLOURS) - 1))
+        if label in held
+    ]
+    others = [item for item in curves if item[0] not in (BOUND, BASELINE)]
+    chunks = even_chunks(others, MAX_LINES - len(references)) or ([[]] if references else [])
+    first = 1 if references else 0  # the references have the first colour and the last
     return [
-        Panel(title, [Line(label, points, i) for i, (label, points) in enumerate(chunk)])
-        for chunk in even_chunks(curves, MAX_LINES)
+        Panel(title, [*references, *(Line(*item, first + i) for i, item in enumerate(chunk))])
+        for chunk in chunks
     ]
 
 
@@ -263,8 +276,12 @@ def draw(path: Path, panels: Sequence[Panel], axes: Axes) -> None:
         ax.tick_params(labelbottom=True)
         ax.grid(alpha=0.3)
         ax.margins(x=0.02)
+        if axes.is_log:
+            log_scale(ax)
         if axes.ticks:
             ax.set_xticks(range(len(axes.ticks)), axes.ticks)
+        else:
+            ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False)
     sheet.savefig(path, dpi=120)
     plt.close(sheet)
@@ -279,6 +296,16 @@ def draw(path: Path, panels: Sequence[Panel], axes: Axes) -> None:
     print(path)
 
 
+def log_scale(ax: Any) -> None:
+    """y as 0.1, 0.2, 0.5, 1, ...: powers of ten alone would leave a small range without a tick."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ax.set_yscale("log", nonpositive="clip")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
 def name_of(x: float, axes: Axes) -> str:
     return axes.ticks[int(x)] if axes.ticks else f"{x:g}"
 
@@ -291,8 +318,8 @@ def draw_line(ax: Any, line: Line, has_whiskers: bool) -> None:
     if line.is_dashed:
         ax.plot(x, mean, linestyle="--", **look)
         return
-    every = max(1, len(x) // 10)  # markers tell lines apart; more would hide them
-    ax.plot(x, mean, marker=MARKERS[line.style], markevery=every, **look)
+    # by distance: rounds lie close together where every round is evaluated
+    ax.plot(x, mean, marker=MARKERS[line.style], markevery=None if has_whiskers else 0.08, **look)
     if not any(sd):
         return
     if has_whiskers:
@@ -336,7 +363,7 @@ def draw_bars(path: Path, rows: Sequence[Row], title: str) -> None:
     ax.set_title(title, loc="left", fontsize=10)
     ax.grid(axis="x", alpha=0.3)
     ax.set_axisbelow(True)
-    ax.margins(y=0.01)
+    ax.set_ylim(-0.5, len(order) - 0.5)
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False)
     sheet.savefig(path, dpi=120)
     plt.close(sheet)

@@ -242,6 +242,8 @@ def compared(
     method = make_method(config)
     method.load_state_dict(state)
     name = tensor or deepest_convolution(method.current())
+    if name not in method.current():
+        raise ConfigError(f"--tensor {name} is none of the model's: {', '.join(method.current())}")
     ids = [f"client-{number:03d}" for number in range(1, len(shards) + 1)]
     cohort = InProcessCohort(
         dict(zip(ids, shards, strict=True)), dict(zip(ids, exits, strict=True)), config.model.exit
@@ -289,8 +291,10 @@ def generated(
 
 
 def deepest_convolution(tensors: Mapping[str, Tensor]) -> str:
-    """The last one of the deepest stage."""
+    """The last one of the deepest stage. Raises ConfigError if there is none."""
     convolutions = [n for n, t in tensors.items() if place(n)[0] == "stages" and t.ndim >= 3]
+    if not convolutions:
+        raise ConfigError("the model has no convolution; choose one of its tensors by --tensor")
     return max(enumerate(convolutions), key=lambda item: (place(item[1])[1], item[0]))[1]
 
 
