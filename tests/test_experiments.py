@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 from tools.experiments import main
-from tools.figures import MAX_LINES, alpha_order, even_chunks
+from tools.figures import MAX_LINES, Point, alpha_order, even_chunks, panels_of
 from tools.grids import GRIDS
 from tools.tables import STUDENT_T, all_rows, interval, read_rows, table_lines
 
@@ -183,7 +183,8 @@ def test_plots_and_the_numbers_behind_them(tmp_path: Path, capsys: pytest.Captur
     assert len(capsys.readouterr().out.splitlines()) == len(made)
     curves = rows_of(figures / "accuracy-fashion-even-iid.csv")
     assert [row["x"] for row in curves if row["label"] == "svd-mlp-k25"] == ["1", "2"]
-    assert (curves[0]["mean"], curves[0]["sd"], curves[0]["seeds"]) == ("50.0", "14.1421", "2")
+    first = next(row for row in curves if row["label"] == "svd-mlp-k25")
+    assert (first["mean"], first["sd"], first["seeds"]) == ("50.0", "14.1421", "2")
     ranks = rows_of(figures / "rank-fashion-even-0.1.csv")
     assert {(row["label"], row["x"]) for row in ranks} == {
         (label, k) for label in ("svd-mlp", "owners-mean") for k in ("25", "full")
@@ -204,6 +205,22 @@ def test_plot_without_matplotlib_is_one_line(tmp_path: Path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plot", "--out", str(tmp_path), "--figures", str(tmp_path / "f")]) == 1
     assert capsys.readouterr().err.endswith("install it: pip install matplotlib\n")
+
+
+def test_every_panel_has_the_baseline_and_few_lines():
+    """9 rules and two references, 8 lines a panel: 6 + 6 places, so 4 and 5."""
+    point = [Point(1.0, 50.0, 0.0, 1)]
+    curves = [(f"rule-{i}", point) for i in range(9)] + [
+        ("owners-mean", point),
+        ("fedavg-l", point),
+    ]
+    panels = panels_of(curves, "t")
+    assert [len(panel.lines) for panel in panels] == [6, 7]
+    for panel in panels:
+        assert [line.label for line in panel.lines[:2]] == ["fedavg-l", "owners-mean"]
+        assert len({line.style for line in panel.lines}) == len(panel.lines)
+    assert [len(panel.lines) for panel in panels_of(curves[:9], "t")] == [4, 5]
+    assert [len(panel.lines) for panel in panels_of(curves[9:], "t")] == [2]
 
 
 def test_panels_are_few_and_even():
@@ -309,7 +326,7 @@ def test_a_real_grid_of_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "0 run, 1 there already" in capsys.readouterr().err
     broken = [*TINY[:-1], "--clients 3"]  # the groups sum to 50
     assert main([*DIGITS, *broken, "--out", str(tmp_path / "bad")]) == 1
-    assert "failed with 1: edge-coordinator: groups 17,17,16 need" in capsys.readouterr().err
+    assert "failed, exit code 1: edge-coordinator: groups 17,17,16 need" in capsys.readouterr().err
     assert (tmp_path / "bad" / f"{name}.log").exists()
 
 

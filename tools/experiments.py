@@ -246,7 +246,8 @@ def finish(job: Job) -> bool:
         job.log.unlink(missing_ok=True)
         return True
     lines = job.log.read_text(errors="replace").strip().splitlines() or ["(nothing was printed)"]
-    say(f"{job.cell.name} failed with {job.process.returncode}: {lines[-1]}; see {job.log}")
+    ended = f"exit code {job.process.returncode}"  # 0 without a result: it was told to stop
+    say(f"{job.cell.name} failed, {ended}: {lines[-1]}; see {job.log}")
     return False
 
 
