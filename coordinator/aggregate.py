@@ -44,6 +44,10 @@ class OwnersMean:
             else:
                 torch.maximum(mean, tensor, out=mean)
 
+    def weight(self, name: str) -> float:
+        """Sum of the weights of those who brought tensor `name`."""
+        return self._weights.get(name, 0.0)
+
     def result(self, previous: Mapping[str, Tensor]) -> Tensors:
         """The new model: means where there is an owner, else `previous` itself. Same order and
         dtypes as `previous`."""

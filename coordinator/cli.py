@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,28 @@ from coordinator.cli_arguments import (
     add_run_arguments,
     open_store,
     pick_device,
+    positive,
     run_config,
+    settle,
     whole_numbers,
 )
 from coordinator.cohort_zmq import Stopped, Terms, ZmqCohort
 from coordinator.config import checked
 from coordinator.emulate import (
     SPLITS,
+    Population,
     check_writable,
-    emulate,
-    group_exits,
-    split_shards,
+    emulated_cohort,
     write_json,
 )
 from coordinator.hub import Hub
 from coordinator.methods import Method, make_method
+from coordinator.presets import missing_data
 from coordinator.rounds import RoundReport, run_rounds
 from coordinator.store import Store
 from edge_sdk.cli_flags import checked_endpoint, import_module
-from edge_sdk.data import Examples, load, load_dataset
-from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.data import DataSet, Examples, load, load_dataset
+from edge_sdk.errors import ConfigError, DataError, EdgeError
 from edge_sdk.keys import check_key, make_keys, read_keys
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_serve_command(commands)
     add_keys_command(commands)
     add_clients_command(commands)
-    args = parser.parse_args(argv)
+    try:
+        args = settle(parser, argv)
+    except EdgeError as error:
+        print(f"edge-coordinator: {error}", file=sys.stderr)
+        return 1
     logging.basicConfig(
         level=logging.DEBUG if args.debug else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -85,6 +91,9 @@ def add_emulate_command(commands: Any) -> None:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--groups", default="17,17,16", help="clients per exit, shallow first")
     parser.add_argument("--alpha", type=float, default=0.5, help="Dirichlet label skew")
+    parser.add_argument("--holders", type=float, default=1.0, metavar="SHARE",
+                        help="share of the weak clients that can hold a deeper stage")  # fmt: skip
+    parser.add_argument("--processes", type=positive, default=1, help="clients trained at once")
     parser.add_argument("--split", choices=SPLITS, default="dirichlet")
     parser.add_argument("--out", type=Path, help="write the rounds as JSON here")
     parser.set_defaults(run=run_emulate)
@@ -93,51 +102,57 @@ def add_emulate_command(commands: Any) -> None:
 def run_emulate(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     torch.set_num_threads(args.threads)
-    data = load_dataset(args.data, args.seed, args.examples, args.test_examples)
+    data = load_for(args)
     shared = run_config(args, data.train.input_shape, data.train.num_classes)
-    population = f"{args.clients} clients, groups {args.groups}, {args.split}, alpha {args.alpha}"
+    population = Population(
+        clients=args.clients,
+        groups=tuple(whole_numbers(args.groups, "--groups")),
+        split=args.split,
+        alpha=args.alpha,
+        holders=args.holders,
+    )
     config = checked(
         replace(
             shared,
             data=args.data,
-            population=population,
+            population=population.text(),
             examples=args.examples,
             test_examples=args.test_examples,
         )
     )
-    groups = whole_numbers(args.groups, "--groups")
-    exits = group_exits(groups, args.clients, config.model.exit)
-    shards = split_shards(
-        data.train, args.clients, split=args.split, alpha=args.alpha, seed=args.seed
-    )
-    setting = {
-        "clients": args.clients,
-        "groups": groups,
-        "alpha": args.alpha,
-        "split": args.split,
-    }
     method = make_method(config, device)  # a model that cannot be built begins no run
     if args.out:
         check_writable(args.out)
-    with tempfile.TemporaryDirectory() as scratch, stop_signals() as stopping:
-        store = open_store(args.run_dir or Path(scratch) / "run", config, "emulate", args.resume)
-        try:
-            emulate(
-                store, method, data, shards, exits,
-                device=device, should_stop=lambda: bool(stopping), report=print_round,
-            )  # fmt: skip
-            if not store.is_finished:
-                hint = (
-                    "go on with --resume" if args.run_dir else "nothing was kept without --run-dir"
-                )
-                log.info("stopped; round %d was next, %s", store.next_round(), hint)
-                return 0
-            store.write_model(method.spec, method.served())
-            if args.out:
-                write_json(store, setting, args.out)
-        finally:
-            store.close()
+    with ExitStack() as stack:
+        cohort = stack.enter_context(
+            emulated_cohort(
+                population, config, data.train,
+                device=device, processes=args.processes, imports=args.imports,
+            )
+        )  # fmt: skip
+        folder = args.run_dir or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        stopping = stack.enter_context(stop_signals())
+        store = open_store(folder, config, "emulate", args.resume)
+        stack.callback(store.close)
+        run_rounds(
+            store, method, cohort, data.test,
+            device=device, should_stop=lambda: bool(stopping), report=print_round,
+        )  # fmt: skip
+        if not store.is_finished:
+            hint = "go on with --resume" if args.run_dir else "nothing was kept without --run-dir"
+            log.info("stopped; round %d was next, %s", store.next_round(), hint)
+            return 0
+        store.write_model(method.spec, method.served())
+        if args.out:
+            write_json(store, population, args.out)
     return 0
+
+
+def load_for(args: argparse.Namespace) -> DataSet:
+    """The data of --data. Raises DataError, which for a preset says what files it needs."""
+    if args.preset and not Path(args.data).expanduser().exists():
+        raise DataError(missing_data(args.preset, args.data))
+    return load_dataset(args.data, args.seed, args.examples, args.test_examples)
 
 
 def add_serve_command(commands: Any) -> None:

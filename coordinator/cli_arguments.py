@@ -5,12 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import msgspec
 import torch
 
-from coordinator.config import GeneratorOptions, RunConfig, ServerOptions
+from coordinator.config import (
+    DistillOptions,
+    GeneratorOptions,
+    RotationOptions,
+    RunConfig,
+    ServerOptions,
+)
+from coordinator.defaults import GENERATE, RANK, defaults_of
 from coordinator.methods import METHODS
+from coordinator.presets import PRESETS, find_preset
 from coordinator.store import Store
 from edge_sdk.errors import ConfigError
 from edge_sdk.wire import ModelSpec
@@ -19,7 +28,9 @@ from edge_sdk.wire import ModelSpec
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """What every way of running shares: the method, the model, the training, the run folder."""
     add = parser.add_argument
-    add("--method", default="stage-rotation", choices=sorted(METHODS))
+    add("--method", default="hypemefed", choices=sorted(METHODS))
+    add("--paper", action="store_true", help="hypemefed as published, instead of what is best")
+    add("--preset", choices=sorted(PRESETS), help="model and training of a published experiment")
     add("--rounds", type=int, default=20)
     add("--participants", type=int, help="clients per round, default all")
     add("--seed", type=int, default=0)
@@ -38,18 +49,65 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exit-weights", default="", help="of the joint loss, e.g. 1,1,2; default all ones")
     add("--weighting", choices=("examples", "equal"), default="examples", help="of clients")
     add("--eval-every", type=int, default=1)
-    server, generator = ServerOptions(), GeneratorOptions()
-    add("--server-momentum", type=float, default=server.momentum)
-    add("--server-lr", type=float, default=server.lr)
-    add("--ema", type=float, default=server.ema, help="decay of the served average")
-    add("--serve", choices=("ema", "last"), default=server.serve)
-    add("--gain", type=float, default=generator.gain, help="weight of generated tensors, 0 to 1")
-    add("--rank", type=int, default=generator.rank)
-    add("--hidden", type=int, default=generator.hidden)
+    add("--eval-tail", type=int, default=1, help="last rounds that are always evaluated")
+    add_server_arguments(parser)
+    add_generation_arguments(parser)
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--threads", type=positive, default=1, help="torch threads on the CPU")
+    parser.set_defaults(own_parser=parser)
     add("--run-dir", type=Path, help="where the run lives")
     add("--resume", action="store_true", help="go on with the run in --run-dir")
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """From aggregate to global and served model."""
+    add, server = parser.add_argument, ServerOptions()
+    add("--server-optimizer", choices=choices(ServerOptions, "optimizer"), default=server.optimizer)
+    add("--server-momentum", type=float, default=server.momentum)
+    add("--server-lr", type=float, default=server.lr)
+    add("--damping", type=float, default=server.damping, help="0 owners' mean, 1 stale copy")
+    add("--ema", type=float, default=server.ema, help="decay of the served average")
+    add("--serve", choices=choices(ServerOptions, "serve"), default=server.serve)
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """How clients come to stages that they do not train by themselves."""
+    add, generator, rotation = parser.add_argument, GeneratorOptions(), RotationOptions()
+    add("--generator", choices=choices(GeneratorOptions, "name"), default=generator.name)
+    add("--generate", choices=choices(GeneratorOptions, "generate"), help="which tensors")
+    add("--gain", type=float, default=generator.gain, help="weight of generated tensors, 0 to 1")
+    add("--rank", type=int, help="of factors, or of update-regression's memory")
+    add("--hidden", type=int, default=generator.hidden, help="width of the networks")
+    add("--fit-epochs", type=int, default=generator.epochs)
+    add("--owners-per-step", type=int, default=generator.owners_per_step, help="0: all in one step")
+    add("--memory-rows", type=int, default=generator.memory_rows)
+    add("--rotation", choices=choices(RotationOptions, "mode"), default=rotation.mode)
+    add("--rotation-draw", choices=choices(RotationOptions, "draw"), default=rotation.draw)
+    distill = DistillOptions()
+    add("--distill", choices=choices(DistillOptions, "direction"), default=distill.direction)
+    add("--distill-weight", type=float, default=distill.weight)
+    add("--distill-temperature", type=float, default=distill.temperature)
+    add("--distill-ramp", type=int, default=distill.ramp_rounds, help="rounds to the full weight")
+
+
+def choices(options: type[msgspec.Struct], field: str) -> tuple[str, ...]:
+    """The values that a setting may have, from its declaration."""
+    return get_args(get_type_hints(options)[field])
+
+
+def settle(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse with the values that the preset and then the method have; the command line wins.
+    Raises ConfigError for --paper with another method."""
+    args = parser.parse_args(argv)
+    if not hasattr(args, "paper"):
+        return args
+    preset = find_preset(args.preset).flags if args.preset else {}
+    args.own_parser.set_defaults(**preset)
+    args = parser.parse_args(argv)
+    if args.paper and args.method != "hypemefed":
+        raise ConfigError(f"--paper is hypemefed's, not {args.method}'s; leave one of them out")
+    args.own_parser.set_defaults(**{**defaults_of(args.method, args.paper), **preset})
+    return parser.parse_args(argv)
 
 
 def run_config(
@@ -64,9 +122,30 @@ def run_config(
         options=model_options(args.option),
     )
     server = ServerOptions(
-        momentum=args.server_momentum, lr=args.server_lr, ema=args.ema, serve=args.serve
+        optimizer=args.server_optimizer,
+        momentum=args.server_momentum,
+        lr=args.server_lr,
+        damping=args.damping,
+        ema=args.ema,
+        serve=args.serve,
     )
-    generator = GeneratorOptions(gain=args.gain, rank=args.rank, hidden=args.hidden)
+    generate: Any = args.generate or GENERATE.get(args.generator, "conv")
+    generator = GeneratorOptions(
+        name=args.generator,
+        generate=generate,
+        gain=args.gain,
+        rank=args.rank or RANK.get(args.generator, GeneratorOptions().rank),
+        hidden=args.hidden,
+        epochs=args.fit_epochs,
+        owners_per_step=args.owners_per_step,
+        memory_rows=args.memory_rows,
+    )
+    distill = DistillOptions(
+        direction=args.distill,
+        weight=args.distill_weight,
+        temperature=args.distill_temperature,
+        ramp_rounds=args.distill_ramp,
+    )
     return RunConfig(
         method=args.method,
         model=model,
@@ -83,8 +162,11 @@ def run_config(
         weighting=args.weighting,
         seed=args.seed,
         eval_every=args.eval_every,
+        eval_tail=args.eval_tail,
         server=server,
         generator=generator,
+        rotation=RotationOptions(mode=args.rotation, draw=args.rotation_draw),
+        distill=distill,
     )
 
 

@@ -5,7 +5,7 @@ InProcessCohort trains the same jobs in this process, one after another, for exp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,11 +22,13 @@ from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment, TensorSpe
 @dataclass(frozen=True)
 class Client:
     """A device known to the coordinator. exit: the deepest it can train, its group; stages: deeper
-    ones that it could train alone over a frozen prefix."""
+    ones that it could train alone over a frozen prefix; both: those of them that fit its deadline
+    beside the prefix."""
 
     id: str
     exit: int
     stages: tuple[int, ...] = ()
+    both: tuple[int, ...] = ()
     num_examples: int = 0
     profile: DeviceProfile | None = None
 
@@ -81,7 +83,9 @@ class Cohort(Protocol):
 
 
 class InProcessCohort:
-    """Clients as shards in this process; a failing client is an Absence, as over the network."""
+    """Clients as shards in this process; a failing client is an Absence, as over the network.
+
+    holders: who can hold any deeper stage over a frozen prefix; None: everybody."""
 
     def __init__(
         self,
@@ -89,18 +93,23 @@ class InProcessCohort:
         exits: Mapping[str, int],
         num_exits: int,
         device: str | torch.device = "cpu",
+        holders: Collection[str] | None = None,
     ) -> None:
         self._shards = shards
         self._device = device
-        self._clients = [
-            Client(
-                id=name,
-                exit=exits[name],
-                stages=tuple(range(exits[name] + 1, num_exits + 1)),
-                num_examples=len(shard),
+        self._clients = []
+        for name, shard in sorted(shards.items()):
+            can_hold = holders is None or name in holders
+            deeper = tuple(range(exits[name] + 1, num_exits + 1)) if can_hold else ()
+            self._clients.append(
+                Client(
+                    id=name,
+                    exit=exits[name],
+                    stages=deeper,
+                    both=deeper,
+                    num_examples=len(shard),
+                )
             )
-            for name, shard in sorted(shards.items())
-        ]
 
     def clients(self) -> Sequence[Client]:
         return self._clients
@@ -111,25 +120,28 @@ class InProcessCohort:
         """deadline_s is not applied: one process trains for all, its clock says nothing."""
         by_id = {client.id: client for client in self._clients}
         for client_id, job in work.items():
-            client = by_id[client_id]
-            try:
-                result = train(
-                    job.model, job.plan, job.tensors, self._shards[client_id], device=self._device
-                )
-                check_specs(specs_of(result.tensors), job.returns, f"update from {client_id}")
-                check_finite(result.tensors, f"update from {client_id}")
-            except EdgeError as error:
-                yield Absence(client, job.plan.segments, "failed", error.code, str(error))
-                continue
-            yield ClientUpdate(
-                client=client,
-                tensors=result.tensors,
-                segments=job.plan.segments,
-                num_examples=result.num_examples,
-                num_steps=result.num_steps,
-                exits=result.exits,
-                phases=result.phases,
-                peak_memory_bytes=result.peak_memory_bytes,
-                bytes_down=layout(specs_of(job.tensors))[1],
-                bytes_up=layout(job.returns)[1],
-            )
+            yield train_here(by_id[client_id], job, self._shards[client_id], self._device)
+
+
+def train_here(
+    client: Client, job: Assignment, shard: Examples, device: str | torch.device
+) -> ClientUpdate | Absence:
+    """One job in this process, its result checked as one from the network."""
+    try:
+        result = train(job.model, job.plan, job.tensors, shard, device=device)
+        check_specs(specs_of(result.tensors), job.returns, f"update from {client.id}")
+        check_finite(result.tensors, f"update from {client.id}")
+    except EdgeError as error:
+        return Absence(client, job.plan.segments, "failed", error.code, str(error))
+    return ClientUpdate(
+        client=client,
+        tensors=result.tensors,
+        segments=job.plan.segments,
+        num_examples=result.num_examples,
+        num_steps=result.num_steps,
+        exits=result.exits,
+        phases=result.phases,
+        peak_memory_bytes=result.peak_memory_bytes,
+        bytes_down=layout(specs_of(job.tensors))[1],
+        bytes_up=layout(job.returns)[1],
+    )

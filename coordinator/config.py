@@ -14,32 +14,73 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[int, Meta(ge=1)]
 
 
-class ServerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What happens to the aggregate; the same for every method.
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Frozen, checked settings."""
 
-    momentum b and lr a: v <- b v + (aggregate - w), w <- w + a v on parameters; statistics of
-    BatchNorm follow the aggregate. 0 and 1 is the plain mean. ema d: the served model is the
-    d-weighted average of the globals, never fed back into training."""
 
+class ServerOptions(Options, frozen=True, kw_only=True):
+    """What happens to the aggregate; the same for every method. D = aggregate - w, on parameters;
+    statistics of BatchNorm follow the aggregate.
+
+    damping p: D is taken times rho^p, rho the share of the cohort's weight that trained the tensor
+    or was generated; 0 is the owners' mean, 1 the stale copy of published code.
+    fedavgm: v <- momentum v + D, w <- w + lr v; 0 and 1 is the plain mean.
+    fedadam, fedyogi (Reddi et al. 2021): m <- momentum m + (1 - momentum) D, second moment by
+    beta2, w <- w + lr m / (sqrt(second) + tau).
+    ema d: the served model is the d-weighted average of the globals, never fed back."""
+
+    optimizer: Literal["fedavgm", "fedadam", "fedyogi"] = "fedavgm"
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     lr: Annotated[float, Meta(gt=0)] = 1.0
+    beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Meta(gt=0)] = 1e-3
+    damping: Share = 0.0
     ema: Annotated[float, Meta(ge=0, lt=1)] = 0.8
     serve: Literal["ema", "last"] = "ema"
 
 
-class GeneratorOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The paper's factorised hypernetworks; defaults are its settings, `hidden` is its code's.
+class GeneratorOptions(Options, frozen=True, kw_only=True):
+    """What fills the stages that clients lack; see generators/. Networks have the paper's settings,
+    `hidden` is its code's.
 
-    gain: weight of a generated tensor against a trained one; 0 is the owners' mean exactly."""
+    generate: "conv" main weights only, "conv+bn" every parameter of a stage, "all" exits too.
+    gain: weight of a generated tensor against a trained one; 0 is the owners' mean exactly.
+    rank: of the factors that networks see, and of update-regression's memory."""
 
+    name: Literal["none", "svd-mlp", "naive-mlp", "svd-mlp-residual", "update-regression"] = "none"
+    generate: Literal["conv", "conv+bn", "all"] = "conv"
     gain: Share = 1.0
     rank: Positive = 100
     hidden: Positive = 512
     epochs: Positive = 25
     lr: Annotated[float, Meta(gt=0)] = 5e-4
+    owners_per_step: Annotated[int, Meta(ge=0)] = 0  # 0: all of a round in one step
+    memory_rows: Annotated[int, Meta(ge=4)] = 30
 
 
-class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RotationOptions(Options, frozen=True, kw_only=True):
+    """Deeper stages for weak clients, over a frozen prefix (methods/rotation.py). add: one beside
+    the client's prefix, replace: instead of it; draw: needy favours stages with few owners."""
+
+    mode: Literal["off", "add", "replace", "tail", "all"] = "off"
+    draw: Literal["uniform", "needy"] = "uniform"
+
+
+class DistillOptions(Options, frozen=True, kw_only=True):
+    """Distillation between a client's exits; the weight rises linearly over `ramp_rounds`."""
+
+    direction: Literal["none", "deep-to-shallow", "shallow-to-deep", "mutual"] = "none"
+    weight: Annotated[float, Meta(ge=0, le=1000)] = 1.0
+    temperature: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    ramp_rounds: Annotated[int, Meta(ge=0)] = 10
+
+    def weight_at(self, round: int) -> float:
+        if self.direction == "none":
+            return 0.0
+        return self.weight * min(1.0, round / self.ramp_rounds) if self.ramp_rounds else self.weight
+
+
+class RunConfig(Options, frozen=True, kw_only=True):
     """Everything that decides a run but the devices themselves."""
 
     method: str
@@ -54,6 +95,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     eval_every: Positive = 1
+    eval_tail: Positive = 1  # so many last rounds are evaluated in any case
     deadline_s: Annotated[float, Meta(ge=0)] = 0.0  # what devices plan for; 0: none
     grace_s: Annotated[float, Meta(gt=0)] = 600.0  # how much longer the coordinator waits
     quorum: Share = 0.5  # share of the participants that must return
@@ -67,8 +109,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     test_examples: Positive | None = None
     server: ServerOptions = ServerOptions()
     generator: GeneratorOptions = GeneratorOptions()
+    rotation: RotationOptions = RotationOptions()
+    distill: DistillOptions = DistillOptions()
 
-    def plan(self) -> Plan:
+    def plan(self, round: int = 1) -> Plan:
         """The training that every device is asked for; segments and seed are set per job."""
         return Plan(
             segments=(Segment(first=1, last=self.model.exit),),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 
 from coordinator.cohort import InProcessCohort
+from coordinator.cohort_processes import ProcessCohort
 from coordinator.config import RunConfig
-from coordinator.methods import Method
-from coordinator.rounds import RoundReport, run_rounds
+from coordinator.sampling import job_seed
 from coordinator.store import Store
-from edge_sdk.data import DataSet, Examples
+from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.partition import partition_by_subject, partition_dirichlet, partition_iid
 
@@ -54,29 +55,61 @@ def group_exits(groups: Sequence[int], num_clients: int, num_exits: int) -> list
     return [exit for exit, count in enumerate(groups, 1) for _ in range(count)]
 
 
-def emulate(
-    store: Store,
-    method: Method,
-    data: DataSet,
-    shards: Sequence[Examples],
-    exits: Sequence[int],
+class Population(msgspec.Struct, frozen=True, kw_only=True):
+    """Emulated clients. groups: how many stop at exit 1, 2, ...; alpha: label skew of the split
+    "dirichlet"; holders: share of the weak clients of each group that can hold a deeper stage."""
+
+    clients: int
+    groups: tuple[int, ...]
+    split: str
+    alpha: float
+    holders: float = 1.0
+
+    def text(self) -> str:
+        """For the run's settings: a resumed run must have the same."""
+        return msgspec.json.encode(self).decode()
+
+
+@contextmanager
+def emulated_cohort(
+    population: Population,
+    config: RunConfig,
+    train: Examples,
     *,
     device: torch.device,
-    should_stop: Callable[[], bool],
-    report: Callable[[RoundReport], None],
-) -> None:
-    """Run what is left of the store's run."""
-    config = store.config
-    names = [f"client-{number:03d}" for number in range(1, len(shards) + 1)]
-    cohort = InProcessCohort(
-        dict(zip(names, shards, strict=True)),
-        dict(zip(names, exits, strict=True)),
-        config.model.exit,
-        device,
+    processes: int = 1,
+    imports: Sequence[str] = (),
+) -> Iterator[InProcessCohort | ProcessCohort]:
+    """The population as a cohort; everything about it is a function of the run's seed."""
+    exits = group_exits(population.groups, population.clients, config.model.exit)
+    parts = split_shards(
+        train, population.clients, split=population.split, alpha=population.alpha, seed=config.seed
     )
-    run_rounds(
-        store, method, cohort, data.test, device=device, should_stop=should_stop, report=report
-    )
+    names = [f"client-{number:03d}" for number in range(1, population.clients + 1)]
+    shards, exit_of = dict(zip(names, parts, strict=True)), dict(zip(names, exits, strict=True))
+    holders = choose_holders(exit_of, population.holders, config.seed)
+    num_exits = config.model.exit
+    if processes == 1:
+        yield InProcessCohort(shards, exit_of, num_exits, device, holders)
+        return
+    if device.type != "cpu":
+        raise ConfigError(f"--processes {processes} is for the CPU; leave it out with {device}")
+    with ProcessCohort(
+        shards, exit_of, num_exits, processes,
+        holders=holders, imports=imports, threads=torch.get_num_threads(),
+    ) as cohort:  # fmt: skip
+        yield cohort
+
+
+def choose_holders(exits: Mapping[str, int], share: float, seed: int) -> set[str]:
+    """`share` of each group, rounded, by draws of (seed, client)."""
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--holders {share}, expected a share from 0 to 1")
+    chosen: set[str] = set()
+    for exit in set(exits.values()):
+        group = sorted((n for n in exits if exits[n] == exit), key=lambda n: job_seed(seed, 0, n))
+        chosen |= set(group[: round(share * len(group))])
+    return chosen
 
 
 def check_writable(path: Path) -> None:
@@ -89,11 +122,11 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"--out {path} cannot be written: {error}") from error
 
 
-def write_json(store: Store, setting: dict[str, object], path: Path) -> None:
+def write_json(store: Store, population: Population, path: Path) -> None:
     """The run as one JSON file, from the database, replaced as a whole."""
     config: RunConfig = store.config
     content = {
-        "config": msgspec.to_builtins(config) | setting,
+        "config": msgspec.to_builtins(config) | msgspec.to_builtins(population),
         "machine": {"torch": torch.__version__, "numpy": np.__version__, "cpus": os.cpu_count()},
         "rounds": store.history(),
     }

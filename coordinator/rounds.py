@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 import torch
 
 from coordinator.cohort import Cohort
+from coordinator.config import RunConfig
 from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.base import Method, Metrics
 from coordinator.sampling import sample
@@ -19,6 +20,10 @@ from edge_sdk.errors import TrainerError
 from edge_sdk.trainer import clock, since
 
 EMPTY_ROUNDS = 3
+
+
+def is_evaluated(config: RunConfig, round: int) -> bool:
+    return round % config.eval_every == 0 or round > config.rounds - config.eval_tail
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,12 @@ def run_rounds(
         empty = 0
         accuracy: list[float] = []
         served: list[float] = []
-        if test is not None and (round % config.eval_every == 0 or round == config.rounds):
+        if test is not None and is_evaluated(config, round):
             start = clock()
             accuracy = accuracy_per_exit(method.spec, method.current(), test, device=device)
-            served = accuracy_per_exit(method.spec, method.served(), test, device=device)
+            served = accuracy
+            if method.served() is not method.current():
+                served = accuracy_per_exit(method.spec, method.served(), test, device=device)
             metrics.phases["evaluate"] = since(start)
             for exit, (last, kept) in enumerate(zip(accuracy, served, strict=True), 1):
                 metrics.values[f"accuracy_exit_{exit}"] = last

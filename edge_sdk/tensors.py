@@ -169,6 +169,11 @@ class Receiver:
         return found
 
 
+def under(state: Mapping[str, Tensor], prefix: str) -> Tensors:
+    """The entries whose name begins with `prefix`, without it."""
+    return {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+
+
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise ShapeError naming the first tensor with NaN or infinite values."""
     for name, tensor in tensors.items():

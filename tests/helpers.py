@@ -52,13 +52,16 @@ def config(method: str, **changes: object) -> RunConfig:
         "epochs": 1,
         "batch_size": 8,
         "server": ServerOptions(),
-        "generator": GeneratorOptions(rank=4, hidden=8, epochs=3),
+        "generator": GeneratorOptions(
+            name="svd-mlp" if method == "hypemefed" else "none", rank=4, hidden=8, epochs=3
+        ),
     }
     return RunConfig(**(settings | changes))  # type: ignore[arg-type]
 
 
 def client(name: str, exit: int, num_exits: int = 3) -> Client:
-    return Client(id=name, exit=exit, stages=tuple(range(exit + 1, num_exits + 1)))
+    deeper = tuple(range(exit + 1, num_exits + 1))
+    return Client(id=name, exit=exit, stages=deeper, both=deeper)
 
 
 def answer(

@@ -52,7 +52,7 @@ def test_run_folder_resumes_and_holds_the_model(tmp_path, capsys):
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--data", "nowhere"], "nowhere"),
-    (["--model", "resnet99"], "known: cnn, vgg"),
+    (["--model", "resnet99"], "known: cnn, lstm, mlp, resnet18, vgg"),
     (["--groups", "1,2"], "groups 1,2"),
     (["--groups", "a,b"], "--groups 'a,b'"),
     (["--option", "channels"], "KEY=VALUE"),

@@ -9,11 +9,13 @@ import msgspec
 import pytest
 import torch
 from msgspec.structs import replace
+from torch import nn
 
 from edge_sdk.capacity import TRAINER_ENVIRONMENT, SegmentCost, peak_bytes
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, costs
 from edge_sdk.models.costs import segment_costs, segment_costs_apart
+from edge_sdk.models.lstm_cost import count_as_fused
 from edge_sdk.wire import ModelSpec, Plan, Segment
 
 CNN = ModelSpec(
@@ -91,7 +93,7 @@ def test_the_proximal_term_saves_a_difference_per_parameter():
         assert pulled[key].saved_bytes - plain[key].saved_bytes >= plain[key].gradient_bytes
 
 
-@pytest.mark.parametrize("family", ["cnn", "vgg"])
+@pytest.mark.parametrize("family", ["cnn", "mlp", "resnet18", "vgg"])
 def test_saved_bytes_on_meta_equal_those_of_the_real_graph(family):
     spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=2)
     model = build(spec)
@@ -105,6 +107,54 @@ def test_saved_bytes_on_meta_equal_those_of_the_real_graph(family):
     )
     counted = by_segment(spec, replace(PLAN, batch_size=8), num_examples=100)[1, 2]
     assert counted.saved_bytes == real
+
+
+@pytest.mark.parametrize(("shape", "hidden"), [((3, 51), 64), ((9, 40), 24), ((20, 30), 16)])
+def test_saved_bytes_of_lstm_bound_those_of_the_real_graph(shape, hidden):
+    spec = ModelSpec(
+        family="lstm", input_shape=shape, num_classes=5, exit=2, options={"hidden": hidden}
+    )
+    model = build(spec)
+    real = costs._step(
+        model.stages,
+        model.exits,
+        dict(model.named_parameters()),
+        torch.randn(8, *shape),
+        [1.0, 1.0],
+        0.0,
+    )
+    counted = by_segment(spec, replace(PLAN, batch_size=8), num_examples=100)[1, 2]
+    assert real <= counted.saved_bytes <= 1.4 * real
+
+
+def test_flops_of_lstm_counted_by_hand():
+    spec = ModelSpec(
+        family="lstm", input_shape=(3, 7), num_classes=2, exit=2, options={"hidden": 5}
+    )
+    found = by_segment(spec)
+    # per step 4 gates of 5 from 3 inputs and 5 states: 60 + 100 multiply-adds of two operations;
+    # backward twice forward, but no gradient for the input. The exit: 5 * 2 = 10.
+    assert found[1, 1].flops_per_example == 2 * (7 * (2 * 60 + 3 * 100) + 3 * 10)
+    assert found[2, 2].frozen_flops_per_example == 2 * 7 * (60 + 100)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_an_lstm_counted_has_the_shapes_of_the_real_one(batch_first):
+    x = torch.randn(2, 7, 3)
+    with torch.device("meta"):
+        counted = nn.LSTM(3, 5, batch_first=batch_first)
+    count_as_fused(counted)
+    real_out, real_state = nn.LSTM(3, 5, batch_first=batch_first)(x)
+    out, state = counted(x.to("meta"))
+    assert out.shape == real_out.shape
+    assert [s.shape for s in state] == [s.shape for s in real_state]
+    assert counted(x[0].to("meta"))[0].shape == (7, 5)  # one example, step by step
+
+
+def test_an_lstm_of_two_directions_is_counted_step_by_step():
+    lstm = nn.LSTM(3, 5, bidirectional=True, device="meta")
+    count_as_fused(lstm)
+    assert "forward" not in vars(lstm)
 
 
 def test_a_wide_frozen_prefix_counts_where_it_exceeds_the_trained_stage():

@@ -1,4 +1,4 @@
-"""Matricisation, canonical factors, the paper's hypernetworks, and that they reach the model."""
+"""Matricisation, canonical factors, the generators, and that they reach the model."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from msgspec.structs import replace
 
 from coordinator.config import GeneratorOptions, ServerOptions
 from coordinator.factors import (
-    Factors,
     dematricise,
     factorise,
     matricise,
     matrix_shape,
     reconstruct,
 )
-from coordinator.generators.svd_mlp import HyperNetwork, SvdMlp, conv_pairs
+from coordinator.generators import make_generator
+from coordinator.generators.networks import FactorMlps, FlatMlps
+from coordinator.generators.pairwise import groups_of
 from coordinator.methods import make_method
 from edge_sdk.models import initial_tensors
+from edge_sdk.models.staged import place
 from edge_sdk.wire import ModelSpec
 from tests.helpers import answer, client, cnn, config
 
@@ -62,34 +64,55 @@ def test_truncation_is_the_best_approximation():
     assert torch.linalg.norm(error).item() == pytest.approx(1.0, abs=1e-5)
 
 
+def size(options: GeneratorOptions) -> int:
+    made = make_generator(cnn(), options, 0)
+    return sum(p.numel() for p in made.networks.parameters())
+
+
 def test_size_does_not_depend_on_the_rank():
-    spec = cnn()
-    shapes = {name: tuple(t.shape) for name, t in initial_tensors(spec, 0).items()}
-
-    def size(rank: int) -> int:
-        made = SvdMlp(shapes, GeneratorOptions(rank=rank), 0)
-        return sum(p.numel() for p in made.networks.parameters())
-
-    assert size(1) == size(100)
+    sizes = {size(GeneratorOptions(name="svd-mlp", rank=rank)) for rank in (1, 100)}
+    assert len(sizes) == 1
 
 
-def test_hypernetwork_size_by_hand():
+def test_network_sizes_by_hand():
     # left: 6 -> 5 -> 8, right: 9 -> 5 -> 10: (6*5+5 + 5*8+8) + (9*5+5 + 5*10+10) = 83 + 110
-    network = HyperNetwork((6, 9), (8, 10), 5)
+    network = FactorMlps(1, (6, 9), (8, 10), 5)
     assert sum(p.numel() for p in network.parameters()) == 193
-    made = network(Factors(torch.randn(4, 6), torch.randn(4, 9)))
-    assert made.shape == (8, 10)
+    assert network(torch.randn(2, 1, 4, 6), torch.randn(2, 1, 4, 9)).shape == (2, 1, 8, 10)
+    # flattened: 54 -> 5 -> 80: 54*5+5 + 5*80+80 = 755
+    naive = FlatMlps(1, (6, 9), (8, 10), 5)
+    assert sum(p.numel() for p in naive.parameters()) == 755
+    assert naive(torch.randn(2, 1, 6, 9)).shape == (2, 1, 8, 10)
+
+
+def test_grouped_networks_are_independent():
+    """Two pairs in one group give what each would give alone."""
+    both, alone = FactorMlps(2, (6, 9), (8, 10), 5), FactorMlps(1, (6, 9), (8, 10), 5)
+    left, right = torch.randn(3, 2, 4, 6), torch.randn(3, 2, 4, 9)
+    for pair in (0, 1):
+        alone.load_state_dict({k: t[pair : pair + 1] for k, t in both.state_dict().items()})
+        want = alone(left[:, pair : pair + 1], right[:, pair : pair + 1])
+        assert torch.allclose(both(left, right)[:, pair : pair + 1], want, atol=1e-6)
+
+
+def matrices(spec):
+    shapes = {name: tuple(t.shape) for name, t in initial_tensors(spec, 0).items()}
+    return {name: s for name, s in shapes.items() if place(name)[0] == "stages" and len(s) > 1}
 
 
 def test_pairs_follow_the_stages():
-    shapes = {name: tuple(t.shape) for name, t in initial_tensors(cnn(), 0).items()}
-    assert [(p.stage, p.source, p.target) for p in conv_pairs(shapes)] == [
-        (2, "stages.0.3.weight", "stages.1.0.weight"),  # not the stem stages.0.0
-        (3, "stages.1.0.weight", "stages.2.0.weight"),
+    assert [(g.stage, g.sources, g.targets) for g in groups_of(matrices(cnn()))] == [
+        (2, ("stages.0.3.weight",), ("stages.1.0.weight",)),  # not the stem stages.0.0
+        (3, ("stages.1.0.weight",), ("stages.2.0.weight",)),
     ]
     vgg = ModelSpec(family="vgg", input_shape=(3, 32, 32), num_classes=10, exit=3)
-    shapes = {name: tuple(t.shape) for name, t in initial_tensors(vgg, 0).items()}
-    assert len(conv_pairs(shapes)) == 4  # two convolutions a block: 8 MLPs, as published
+    found = groups_of(matrices(vgg))
+    assert sum(len(g.targets) for g in found) == 4  # two convolutions a block: 8 MLPs, as published
+
+
+def test_equal_shapes_of_a_stage_are_one_group():
+    shapes = {f"stages.{s}.{i}.weight": (4, 4, 3, 3) for s in range(3) for i in range(3)}
+    assert [len(group.targets) for group in groups_of(shapes)] == [3, 3]
 
 
 COHORT = [client("a", 1), client("b", 2), client("c", 3), client("d", 3)]
@@ -97,7 +120,7 @@ PLAIN = ServerOptions()
 
 
 def after_rounds(rounds=1, patch=None, cohort=COHORT, **options):
-    settings = {"rank": 4, "hidden": 8, "epochs": 3} | options
+    settings = {"name": "svd-mlp", "rank": 4, "hidden": 8, "epochs": 3} | options
     method = make_method(config("hypemefed", server=PLAIN, generator=GeneratorOptions(**settings)))
     if patch:
         patch(method._generator)
@@ -133,8 +156,8 @@ def test_garbage_reaches_the_model():
     def garbage(generator):
         real = generator.generate
 
-        def made():
-            for weight, tensors in real():
+        def made(current, mean):
+            for weight, tensors in real(current, mean):
                 yield weight, {name: torch.full_like(t, 1e3) for name, t in tensors.items()}
 
         generator.generate = made
@@ -154,9 +177,9 @@ def test_the_configured_rank_is_used():
     def spy(generator):
         observe = generator.observe
 
-        def observed(update):
-            observe(update)
-            seen.extend(f.left.shape[0] for f in generator._seen[-1].factors.values())
+        def observed(*args):
+            observe(*args)
+            seen.extend(f.left.shape[0] for f in generator._seen[-1].codes.values())
 
         generator.observe = observed
 
@@ -167,15 +190,21 @@ def test_the_configured_rank_is_used():
 def test_generated_stage_three_comes_from_generated_stage_two():
     method, _ = after_rounds()
     generator = method._generator
+    # one weak client beside the owners, so that what is generated is its own
     for who in COHORT:
-        generator.observe(answer(who, method.assign(who, 9)))
+        if who.id != "b":
+            generator.observe(answer(who, method.assign(who, 9)), method.current(), 10.0)
     generator.fit(method.current(), 9)
     with torch.no_grad():
         first, second = generator.networks
-        source = generator._seen[0].factors["stages.0.3.weight"]
-        stage_2 = first(source)
-        stage_3 = second(factorise(stage_2, 4))
-    made = next(tensors for _, tensors in generator.generate())  # client a, exit 1
+        source = generator._seen[0].codes["stages.0.3.weight"]
+        stage_2 = first(source.left[None, None], source.right[None, None])[0, 0]
+        factors = factorise(stage_2, 4)
+        stage_3 = second(factors.left[None, None], factors.right[None, None])[0, 0]
+    made = {}
+    for weight, tensors in generator.generate(method.current(), method.current()):
+        assert weight == 10
+        made |= tensors
     assert torch.allclose(matricise(made["stages.1.0.weight"]), stage_2, atol=1e-6)
     assert torch.allclose(matricise(made["stages.2.0.weight"]), stage_3, atol=1e-5)
 
@@ -191,9 +220,8 @@ def test_nothing_is_generated_for_a_stage_without_owner():
 def test_networks_are_warm_started_and_figures_say_what_they_are_worth():
     _, first = after_rounds(rounds=1, epochs=40, hidden=32)
     _, later = after_rounds(rounds=12, epochs=40, hidden=32)
-    assert set(first) == {
-        "error_stage_2", "previous_stage_2", "error_stage_3", "previous_stage_3",
-    }  # fmt: skip
+    names = ("error_stage", "previous_stage", "trust_stage")
+    assert set(first) == {f"{name}_{t}" for name in names for t in (2, 3)} | {"generator_bytes"}
     assert later["error_stage_2"] < first["error_stage_2"]
 
 
@@ -204,15 +232,14 @@ def test_round_is_forgotten_afterwards():
 
 def test_ten_exits_are_chained():
     spec = replace(cnn(10), options={"channels": (4,) * 10})
-    method = make_method(
-        config("hypemefed", model=spec, generator=GeneratorOptions(rank=4, hidden=8, epochs=2))
-    )
+    options = GeneratorOptions(name="svd-mlp", rank=4, hidden=8, epochs=2)
+    method = make_method(config("hypemefed", model=spec, generator=options))
     cohort = [client("a", 1, 10), client("z", 10, 10)]
     made = {}
     generate = method._generator.generate
 
-    def spied():
-        for weight, tensors in generate():
+    def spied(*args):
+        for weight, tensors in generate(*args):
             made.update(tensors)
             yield weight, tensors
 

@@ -5,24 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from coordinator.cohort import ClientUpdate
+from edge_sdk.models import build
+from edge_sdk.models.staged import place
 from edge_sdk.tensors import Tensors
+from edge_sdk.wire import ModelSpec
 
 
 class Generator(Protocol):
-    """Each round in this order: observe every update, fit, generate; then forget the round."""
+    """Each round in this order: observe every update, fit, generate; then forget the round.
 
-    def observe(self, update: ClientUpdate) -> None:
-        """Keep of one update what fit and generate need; never the update itself."""
+    Nothing is generated before the first fit, for a stage without an owner in the round, or for a
+    (client, stage) that the client trained. Statistics of BatchNorm are never generated."""
+
+    def observe(self, update: ClientUpdate, current: Mapping[str, Tensor], weight: float) -> None:
+        """Keep of one update what fit and generate need; never the update itself.
+        current: the global model sent out; weight: the client's in the mean."""
 
     def fit(self, current: Mapping[str, Tensor], round: int) -> dict[str, float]:
-        """Learn from the round's owners. current: the global model sent out. Returns figures that
-        say how far its predictions can be trusted."""
+        """Learn from the round's owners. Returns figures that say how far its predictions can be
+        trusted, taken before it learned from this round: `error_stage_t` (relative, of predicted
+        against trained tensors), `previous_stage_t` (the same of the global that was sent),
+        `trust_stage_t` (0 to 1); and `generator_bytes`, the memory it held at most."""
 
-    def generate(self) -> Iterator[tuple[float, Tensors]]:
-        """For each client lacking stages: its weight (examples) and the tensors made for it."""
+    def generate(
+        self, current: Mapping[str, Tensor], mean: Mapping[str, Tensor]
+    ) -> Iterator[tuple[float, Tensors]]:
+        """A weight, and tensors that stand for lacking clients of that weight; each name once.
+        mean: the owners' mean, as it was before anything was generated for its tensors."""
 
     def state_dict(self) -> Tensors: ...
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+def generated_names(spec: ModelSpec, generate: str) -> list[str]:
+    """Parameters that are generated, in the model's order, those of stage and exit 1 (which are
+    sources only) included. generate: "conv" the family's main weights; "conv+bn" every parameter of
+    the stages; "all" the exits too."""
+    with torch.device("meta"):
+        model = build(spec)
+    if generate == "conv":
+        return list(model.main_weights)
+    names = [name for name, _ in model.named_parameters()]
+    return [name for name in names if generate == "all" or place(name)[0] == "stages"]

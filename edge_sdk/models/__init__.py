@@ -4,7 +4,8 @@
     register_family("mine", build)   # build(spec: ModelSpec) -> StagedModel of spec.exit exits
 
 and loaded with `--import MODULE` on the command lines. Exit e of a family must hold the same
-tensors under the same names and shapes whatever deeper exits exist: a prefix is a real cut.
+tensors under the same names and shapes whatever deeper exits exist: a prefix is a real cut. Which
+of them a coordinator may generate is `StagedModel.main_weights`; name a subset to leave some out.
 """
 
 from __future__ import annotations
@@ -17,12 +18,21 @@ from torch import Tensor
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.models.cnn import build_cnn
+from edge_sdk.models.lstm import build_lstm
+from edge_sdk.models.mlp import build_mlp
+from edge_sdk.models.resnet import build_resnet18
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.models.vgg import build_vgg
 from edge_sdk.wire import ModelSpec
 
 Build: TypeAlias = Callable[[ModelSpec], StagedModel]
-FAMILIES: dict[str, Build] = {"cnn": build_cnn, "vgg": build_vgg}
+FAMILIES: dict[str, Build] = {
+    "cnn": build_cnn,
+    "lstm": build_lstm,
+    "mlp": build_mlp,
+    "resnet18": build_resnet18,
+    "vgg": build_vgg,
+}
 
 __all__ = ["FAMILIES", "StagedModel", "build", "initial_tensors", "register_family"]
 

@@ -14,10 +14,10 @@ import math
 from torch import nn
 
 from edge_sdk.models.layers import (
-    channels_option,
     check_options,
     conv_block,
     spatial_dims,
+    widths_option,
 )
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.wire import ModelSpec
@@ -27,7 +27,7 @@ def build_cnn(spec: ModelSpec) -> StagedModel:
     check_options(spec, ["channels"])
     dims = spatial_dims(spec)
     default = [16, 32] + [64] * max(0, spec.exit - 2)
-    channels = channels_option(spec, default, spec.exit)
+    channels = widths_option(spec, "channels", default, spec.exit)
     side = min(spec.input_shape[1:])
     pooled = nn.AdaptiveAvgPool2d if dims == 2 else nn.AdaptiveAvgPool1d
     stages: list[nn.Module] = []

@@ -1,6 +1,7 @@
 """Costs of every segment of a model, counted on torch's meta device: shapes without memory.
 
-The saved activations that this counts equal the real ones byte for byte (tests/test_costs.py).
+The saved activations that this counts equal the real ones byte for byte (tests/test_costs.py), but
+for LSTM layers, where they are an upper bound (lstm_cost.py).
 Counting takes 2 s and leaves 75 MB behind: BatchNorm on the meta device and FlopCounterMode both
 import torch._dynamo. A process that goes on to train uses `segment_costs_apart`, which counts in a
 forked child; a fresh process instead would hold another 230 MB of torch beside the trainer's.
@@ -23,6 +24,7 @@ from edge_sdk.capacity import SegmentCost
 from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.losses import joint_exit_loss, proximal_term
 from edge_sdk.models import StagedModel, build
+from edge_sdk.models.lstm_cost import count_as_fused
 from edge_sdk.models.staged import needed_names, trained_names
 from edge_sdk.wire import ModelSpec, Plan, Segment
 
@@ -40,6 +42,7 @@ def segment_costs(
     Raises ConfigError where the spec cannot be built."""
     with torch.device("meta"):
         model = build(spec)
+    count_as_fused(model)
     segments = [Segment(first=1, last=e) for e in range(1, spec.exit + 1)]
     segments += [Segment(first=s, last=s) for s in range(2, spec.exit + 1)]
     return tuple(_cost(model, spec, g, plan, num_examples, runtime_bytes) for g in segments)
@@ -180,8 +183,9 @@ def _freeze(frozen: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
 
     def look(_: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
         nonlocal widest
-        outputs = [output] if isinstance(output, Tensor) else []
-        widest = max(widest, num_bytes([*inputs, *outputs]))
+        outputs = output if isinstance(output, tuple) else (output,)  # an LSTM: also its state
+        held = (tensor for tensor in (*inputs, *outputs) if isinstance(tensor, Tensor))
+        widest = max(widest, num_bytes(held))
 
     chain = nn.Sequential(*frozen).eval()
     leaves = [module for module in chain.modules() if not list(module.children())]

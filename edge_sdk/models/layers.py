@@ -1,4 +1,4 @@
-"""Layers that the families share, for images (C, H, W) and for series (C, window)."""
+"""Layers and options that the families share, for images (C, H, W), series (C, window), (C,)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from edge_sdk.wire import ModelSpec
 
 CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 POOL: dict[int, type[nn.MaxPool1d] | type[nn.MaxPool2d]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d}
+FORMS = {1: "(C,)", 2: "(C, window)", 3: "(C, H, W)"}  # of an input, by its number of axes
 
 
 def batch_norm(channels: int, dims: int) -> nn.Module:
@@ -34,14 +35,18 @@ def conv_block(
     return [conv, batch_norm(outputs, dims), *pool, nn.ReLU()]
 
 
+def input_axes(spec: ModelSpec, *known: int) -> int:
+    """The input's number of axes. Raises ConfigError unless it is one of `known`."""
+    axes = len(spec.input_shape)
+    if axes not in known:
+        takes = " or ".join(FORMS[number] for number in known)
+        raise ConfigError(f"family {spec.family!r} takes input {takes}, got {spec.input_shape}")
+    return axes
+
+
 def spatial_dims(spec: ModelSpec) -> int:
     """1 for (C, window), 2 for (C, H, W). Raises ConfigError otherwise."""
-    dims = len(spec.input_shape) - 1
-    if dims not in CONV:
-        raise ConfigError(
-            f"family {spec.family!r} takes input (C, window) or (C, H, W), got {spec.input_shape}"
-        )
-    return dims
+    return input_axes(spec, 2, 3) - 1
 
 
 def ratio_option(spec: ModelSpec, key: str, default: float) -> float:
@@ -51,19 +56,23 @@ def ratio_option(spec: ModelSpec, key: str, default: float) -> float:
     return float(value)
 
 
-def channels_option(spec: ModelSpec, default: Sequence[int], least: int) -> list[int]:
-    """Channels per block as option `channels`, e.g. (32, 64, 128), scaled by the spec's width."""
-    value = spec.options.get("channels", tuple(default))
-    if (
-        not isinstance(value, tuple | list)
-        or len(value) < least
-        or not all(isinstance(c, int) and not isinstance(c, bool) and c >= 1 for c in value)
-    ):
+def integers_option(spec: ModelSpec, key: str, default: Sequence[int], least: int) -> list[int]:
+    """At least `least` positive integers, e.g. (32, 64, 128); a lone one stands for a list of one.
+    Raises ConfigError."""
+    value = spec.options.get(key, tuple(default))
+    values = value if isinstance(value, tuple | list) else (value,)
+    whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 1]
+    if not len(values) == len(whole) >= least:
         raise ConfigError(
-            f"model option channels is {value!r}, expected at least {least} positive integers "
+            f"model option {key} is {value!r}, expected at least {least} positive integers "
             f"for {spec.exit} exits"
         )
-    return [math.ceil(c * spec.width) for c in value]
+    return whole
+
+
+def widths_option(spec: ModelSpec, key: str, default: Sequence[int], least: int) -> list[int]:
+    """integers_option, each scaled by the spec's width and rounded up: channels or features."""
+    return [math.ceil(v * spec.width) for v in integers_option(spec, key, default, least)]
 
 
 def check_options(spec: ModelSpec, known: Sequence[str]) -> None:

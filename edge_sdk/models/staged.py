@@ -16,12 +16,36 @@ from edge_sdk.wire import Segment
 
 
 class StagedModel(nn.Module):
-    """stages[i] maps features to features; exits[i] maps stage i's features to (B, K) logits."""
+    """stages[i] maps features to features; exits[i] maps stage i's features to (B, K) logits.
 
-    def __init__(self, stages: Sequence[nn.Module], exits: Sequence[nn.Module]) -> None:
+    main_weights: names of the weights that a coordinator may generate for stages that nobody
+    trained; by default every parameter of the stages with at least 2 axes. Raises ConfigError for
+    a name that is not one of those."""
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        exits: Sequence[nn.Module],
+        *,
+        main_weights: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.exits = nn.ModuleList(exits)
+        matrices = [f"stages.{n}" for n, w in self.stages.named_parameters() if w.ndim >= 2]
+        chosen = set(matrices if main_weights is None else main_weights)
+        if unknown := sorted(chosen - set(matrices)):
+            raise ConfigError(
+                f"main weights {', '.join(unknown)} are no parameters of at least 2 axes in the "
+                f"stages; those are {', '.join(matrices) or 'none'}"
+            )
+        self._main_weights = tuple(name for name in matrices if name in chosen)
+
+    @property
+    def main_weights(self) -> tuple[str, ...]:
+        """Names of the convolutions, linear and recurrent matrices inside the stages, in
+        registration order. BatchNorm, biases and exits are never among them."""
+        return self._main_weights
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x: (B, *input_shape). Returns the logits of every exit, shallow first, each (B, K)."""

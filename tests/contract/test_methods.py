@@ -38,7 +38,12 @@ def one_round(method, cohort=COHORT, number=1, **changes):
     return updates
 
 
+STALE = "stale-copy is the published defect itself, kept to be measured"
+
+
 def test_identical_clients_in_identical_model_out(name):
+    if name == "stale-copy":
+        pytest.skip(STALE)
     # published code divides a sum of n by n - 1, or averages aliased tensors twice.
     # what is generated is not what the clients sent, so generation is off here.
     method = fresh(name, generator=NO_GENERATION)
@@ -78,6 +83,8 @@ def test_mean_is_weighted_by_examples(name):
 
 
 def test_client_without_a_tensor_has_no_influence_on_it(name):
+    if name == "stale-copy":
+        pytest.skip(STALE)
     method, other = (fresh(name, generator=NO_GENERATION) for _ in range(2))
     if method.spec.exit == 1 or not any(
         len(method.assign(who, 1).returns) < len(method.current()) for who in COHORT

@@ -1,0 +1,112 @@
+"""Emulated clients in several processes; the same updates, in the same order, to the bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from types import TracebackType
+
+import torch
+
+from coordinator.cohort import (
+    Absence,
+    Assignment,
+    Client,
+    ClientUpdate,
+    InProcessCohort,
+    train_here,
+)
+from edge_sdk.cli_flags import import_module
+from edge_sdk.data import Examples
+from edge_sdk.errors import TrainerError
+
+_shards: dict[str, Examples] = {}  # of a worker process, set once when it starts
+
+
+class ProcessCohort:
+    """InProcessCohort with `processes` workers, each with a copy of all shards. Jobs and updates
+    cross as numpy arrays; at most 2 x processes updates are held at once. Close it, or use `with`.
+
+    imports: modules that register model families."""
+
+    def __init__(
+        self,
+        shards: Mapping[str, Examples],
+        exits: Mapping[str, int],
+        num_exits: int,
+        processes: int,
+        *,
+        holders: Collection[str] | None = None,
+        imports: Sequence[str] = (),
+        threads: int = 1,
+    ) -> None:
+        self._inner = InProcessCohort(shards, exits, num_exits, holders=holders)
+        self._processes = processes
+        self._pool = ProcessPoolExecutor(
+            processes,
+            multiprocessing.get_context("spawn"),
+            initializer=_start,
+            initargs=(dict(shards), tuple(imports), threads),
+        )
+
+    def clients(self) -> Sequence[Client]:
+        return self._inner.clients()
+
+    def train(
+        self, work: Mapping[str, Assignment], round: int, deadline_s: float
+    ) -> Iterator[ClientUpdate | Absence]:
+        """As InProcessCohort.train. Raises TrainerError if a worker process died."""
+        by_id = {client.id: client for client in self.clients()}
+        waiting = deque(work.items())
+        running: deque[Future[ClientUpdate | Absence]] = deque()
+        try:
+            while waiting or running:
+                while waiting and len(running) < 2 * self._processes:
+                    client_id, job = waiting.popleft()
+                    running.append(self._pool.submit(_train, by_id[client_id], _as_arrays(job)))
+                result = running.popleft().result()
+                yield _as_tensors(result) if isinstance(result, ClientUpdate) else result
+        except BrokenProcessPool as error:
+            raise TrainerError(
+                f"round {round}: an emulating process died, out of memory? Use fewer --processes"
+            ) from error
+        finally:
+            for future in running:
+                future.cancel()
+
+    def __enter__(self) -> ProcessCohort:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _start(shards: dict[str, Examples], imports: Sequence[str], threads: int) -> None:
+    torch.set_num_threads(threads)
+    for module in imports:
+        import_module(module)
+    _shards.update(shards)
+
+
+def _train(client: Client, job: Assignment) -> ClientUpdate | Absence:
+    result = train_here(client, _as_tensors(job), _shards[client.id], "cpu")
+    return _as_arrays(result) if isinstance(result, ClientUpdate) else result
+
+
+def _as_arrays(message: Assignment | ClientUpdate):  # type: ignore[no-untyped-def]
+    """The same with numpy arrays: torch would hand every tensor over by a file descriptor."""
+    return replace(message, tensors={n: t.numpy() for n, t in message.tensors.items()})  # type: ignore[misc]
+
+
+def _as_tensors(message: Assignment | ClientUpdate):  # type: ignore[no-untyped-def]
+    tensors = {n: torch.from_numpy(array) for n, array in message.tensors.items()}
+    return replace(message, tensors=tensors)

@@ -1,0 +1,139 @@
+"""The networks that predict one stage's weights from another's: factorised, or naive.
+
+Pairs of one stage and of equal shapes are one group, evaluated by batched matrix products: G pairs,
+B clients. Both kinds take and give matrices; what they need of a matrix is its code, so of a client
+only codes are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from coordinator.factors import Factors, factorise, reconstruct
+
+Shape = tuple[int, int]
+Code = TypeVar("Code")
+
+
+class Codec(Protocol, Generic[Code]):
+    """What a kind of network keeps of a matrix (rows, columns)."""
+
+    def encode(self, matrix: Tensor) -> Code: ...
+    def decode(self, code: Code, scale: float) -> Tensor: ...
+    def num_bytes(self, code: Code) -> int: ...
+    def predict(
+        self, network: nn.Module, codes: Sequence[Sequence[Code]], scales: Sequence[float]
+    ) -> Tensor:
+        """codes: B clients by G pairs, with a scale for each pair. (B, G, rows, columns)."""
+
+    def network(self, pairs: int, source: Shape, target: Shape, hidden: int) -> nn.Module: ...
+
+
+class GroupedMlp(nn.Module):
+    """G independent MLPs (linear, ReLU, linear) of one shape; initialised like nn.Linear."""
+
+    def __init__(self, pairs: int, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.first = _uniform((pairs, inputs, hidden), inputs)
+        self.first_bias = _uniform((pairs, 1, hidden), inputs)
+        self.second = _uniform((pairs, hidden, outputs), hidden)
+        self.second_bias = _uniform((pairs, 1, outputs), hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, G, r, inputs) -> (B, G, r, outputs)."""
+        clients, pairs, rank, inputs = x.shape
+        flat = x.transpose(0, 1).reshape(pairs, clients * rank, inputs)
+        hidden = torch.baddbmm(self.first_bias, flat, self.first).relu()
+        out = torch.baddbmm(self.second_bias, hidden, self.second)
+        return out.reshape(pairs, clients, rank, -1).transpose(0, 1)
+
+
+class FactorMlps(nn.Module):
+    """HypeMeFed's hypernetwork: one MLP maps each left singular vector of the source, one each
+    right; the product of the outputs is the prediction. Its size does not depend on the rank."""
+
+    def __init__(self, pairs: int, source: Shape, target: Shape, hidden: int) -> None:
+        super().__init__()
+        self.left = GroupedMlp(pairs, source[0], hidden, target[0])
+        self.right = GroupedMlp(pairs, source[1], hidden, target[1])
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """(B, G, r, source rows), (B, G, r, source columns) -> (B, G, rows, columns)."""
+        return reconstruct(Factors(self.left(left), self.right(right)))
+
+
+class FlatMlps(nn.Module):
+    """The naive hypernetwork: one MLP from the flattened source to the flattened target."""
+
+    def __init__(self, pairs: int, source: Shape, target: Shape, hidden: int) -> None:
+        super().__init__()
+        self.target = target
+        self.mlp = GroupedMlp(pairs, source[0] * source[1], hidden, target[0] * target[1])
+
+    def forward(self, matrices: Tensor) -> Tensor:
+        """(B, G, source rows, source columns) -> (B, G, rows, columns)."""
+        made: Tensor = self.mlp(matrices.flatten(2).unsqueeze(2))  # (B, G, 1, rows columns)
+        return made.reshape(*made.shape[:2], *self.target)
+
+
+@dataclass(frozen=True)
+class SvdCodec:
+    """Codes are factors of rank at most `rank`: O(rank (rows + columns)) a matrix."""
+
+    rank: int
+
+    def encode(self, matrix: Tensor) -> Factors:
+        return factorise(matrix, self.rank)
+
+    def decode(self, code: Factors, scale: float) -> Tensor:
+        return reconstruct(code) * scale
+
+    def num_bytes(self, code: Factors) -> int:
+        return code.left.nbytes + code.right.nbytes
+
+    def predict(
+        self, network: nn.Module, codes: Sequence[Sequence[Factors]], scales: Sequence[float]
+    ) -> Tensor:
+        roots = torch.tensor(scales).sqrt().to(codes[0][0].left.device)[:, None, None]
+        left = torch.stack([torch.stack([code.left for code in row]) for row in codes])
+        right = torch.stack([torch.stack([code.right for code in row]) for row in codes])
+        made: Tensor = network(left * roots, right * roots)
+        return made
+
+    def network(self, pairs: int, source: Shape, target: Shape, hidden: int) -> nn.Module:
+        return FactorMlps(pairs, source, target, hidden)
+
+
+@dataclass(frozen=True)
+class FlatCodec:
+    """Codes are the matrices themselves."""
+
+    def encode(self, matrix: Tensor) -> Tensor:
+        return matrix.clone()
+
+    def decode(self, code: Tensor, scale: float) -> Tensor:
+        return code * scale
+
+    def num_bytes(self, code: Tensor) -> int:
+        return code.nbytes
+
+    def predict(
+        self, network: nn.Module, codes: Sequence[Sequence[Tensor]], scales: Sequence[float]
+    ) -> Tensor:
+        factors = torch.tensor(scales).to(codes[0][0].device)[:, None, None]
+        made: Tensor = network(torch.stack([torch.stack(list(row)) for row in codes]) * factors)
+        return made
+
+    def network(self, pairs: int, source: Shape, target: Shape, hidden: int) -> nn.Module:
+        return FlatMlps(pairs, source, target, hidden)
+
+
+def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
+    bound = 1 / math.sqrt(fan_in)
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))

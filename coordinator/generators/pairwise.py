@@ -1,0 +1,299 @@
+"""Generators by networks that predict the tensors of stage t from those of stage t - 1, client by
+client; deeper stages are chained: stage 3 of an exit-1 client comes from its generated stage 2.
+
+svd-mlp           HypeMeFed's factorised hypernetworks (2024) on absolute weights
+naive-mlp         the same on flattened weights, for comparison
+svd-mlp-residual  the factorised networks on updates (trained minus sent) in units of their size,
+                  with the honest gate (ours)
+
+Tensors of neighbouring stages pair off from the last, matrices with matrices and vectors with
+vectors (a family's first stage may hold a stem). Trained by mean squared error against the owner's
+tensor, cut to the rank: equal to the full one when the rank reaches the smaller matrix side. One
+Adam step takes every owner of the round (the paper's single batch), or `owners_per_step` of them in
+an order drawn from the seed (published code: one). A new Adam each round, networks warm-started.
+
+The gate of stage t is the least-squares weight of the predictions G against the owners' W, before
+training on them: clip(sum <G - w, W - w> / sum |G - w|^2, 0, 1), w the global sent, averaged over
+rounds (0.8). At 1 a generated tensor counts as a trained one, at 0 the owners' mean is left alone.
+
+Memory grows with the participants of a round, by their codes, and while fitting by the owners'
+targets of one group.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coordinator.cohort import ClientUpdate
+from coordinator.config import GeneratorOptions
+from coordinator.factors import dematricise, matricise, matrix_shape
+from coordinator.generators.networks import Codec, FlatCodec, SvdCodec
+from edge_sdk.errors import ShapeError
+from edge_sdk.models.staged import place
+from edge_sdk.tensors import Tensors
+
+log = logging.getLogger(__name__)
+GATE_DECAY = 0.8
+CLIENTS_AT_ONCE = 8  # predictions in memory
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pairs (source, target) of one stage whose matrices have the same shapes."""
+
+    stage: int
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
+@dataclass
+class _Seen:
+    client_id: str
+    weight: float
+    trained: frozenset[str]
+    codes: dict[str, Any] = field(default_factory=dict)
+
+    def holds(self, names: tuple[str, ...]) -> bool:
+        return all(name in self.codes for name in names)
+
+
+class PairGenerator:
+    """See the module's docstring. shapes: of every tensor that is generated or a source of one."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        options: GeneratorOptions,
+        seed: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.options = options
+        self.groups = groups_of(shapes)
+        self.is_residual = options.name == "svd-mlp-residual"
+        self.codec: Codec[Any]
+        self.codec = FlatCodec() if options.name == "naive-mlp" else SvdCodec(options.rank)
+        names = {name for g in self.groups for name in (*g.sources, *g.targets)}
+        self._shapes = {name: shapes[name] for name in shapes if name in names}
+        self._device = device
+        self._seed = seed
+        self._seen: list[_Seen] = []
+        self._scales: dict[str, float] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.networks = nn.ModuleList(
+                self.codec.network(
+                    len(group.targets),
+                    matrix_shape(shapes[group.sources[0]]),
+                    matrix_shape(shapes[group.targets[0]]),
+                    options.hidden,
+                )
+                for group in self.groups
+            ).to(device)
+        stages = 1 + max((group.stage for group in self.groups), default=0)
+        self._fits = torch.zeros(len(self.groups), dtype=torch.int64)
+        self._gates = torch.full((stages,), -1.0, dtype=torch.float64)  # by stage; -1: none yet
+
+    def observe(self, update: ClientUpdate, current: Mapping[str, Tensor], weight: float) -> None:
+        seen = _Seen(update.client.id, weight, frozenset(update.tensors))
+        for name in self._shapes:
+            if name not in update.tensors:
+                continue
+            tensor = update.tensors[name].float()
+            if self.is_residual:
+                tensor = tensor - current[name].float()
+            try:
+                seen.codes[name] = self.codec.encode(matricise(tensor).to(self._device))
+            except ShapeError as error:  # it still counts in the mean
+                log.warning("%s of %s is left out: %s", name, update.client.id, error)
+        self._seen.append(seen)
+
+    def fit(self, current: Mapping[str, Tensor], round: int) -> dict[str, float]:
+        self._seen.sort(key=lambda seen: seen.client_id)  # arrival order must not matter
+        order = torch.Generator().manual_seed(self._seed * 1_000_003 + round)
+        self._scales = {name: self._scale(name) for name in self._shapes}
+        figures = {"generator_bytes": float(self._held_bytes())}
+        sums: dict[int, Tensor] = {}
+        for number, (group, network) in enumerate(zip(self.groups, self.networks, strict=True)):
+            owners = [seen for seen in self._seen if seen.holds(group.sources + group.targets)]
+            if not owners:
+                continue
+            targets = torch.stack([self._matrices(seen, group.targets) for seen in owners])
+            found = self._measure(group, network, owners, targets, current)
+            sums[group.stage] = sums.get(group.stage, torch.zeros(5)) + found
+            needed = float(self._held_bytes() + 3 * targets.nbytes)
+            figures["generator_bytes"] = max(figures["generator_bytes"], needed)
+            self._train(group, network, owners, targets, order)
+            self._fits[number] += 1
+        for stage, (error, previous, norm, agreement, power) in sums.items():
+            trust = float((agreement / power).clamp(0, 1)) if power > 0 else 0.0
+            last = float(self._gates[stage])
+            trust = trust if last < 0 else GATE_DECAY * last + (1 - GATE_DECAY) * trust
+            self._gates[stage] = trust
+            figures[f"trust_stage_{stage}"] = trust
+            if norm > 0:
+                figures[f"error_stage_{stage}"] = float((error / norm).sqrt())
+                figures[f"previous_stage_{stage}"] = float((previous / norm).sqrt())
+        return figures
+
+    @torch.no_grad()
+    def generate(
+        self, current: Mapping[str, Tensor], mean: Mapping[str, Tensor]
+    ) -> Iterator[tuple[float, Tensors]]:
+        owned = {name for seen in self._seen for name in seen.trained}
+        chained = {name for group in self.groups for name in group.sources}
+        fitted = zip(self.groups, self.networks, self._fits.tolist(), strict=True)
+        for group, network, fits in fitted:
+            lacking = [
+                seen
+                for seen in self._seen
+                if seen.holds(group.sources) and not seen.trained & set(group.targets)
+            ]
+            if not (lacking and fits and owned.issuperset(group.targets)):
+                continue
+            total = sum(seen.weight for seen in lacking)
+            average: Tensor | float = 0.0
+            for start in range(0, len(lacking), CLIENTS_AT_ONCE):
+                some = lacking[start : start + CLIENTS_AT_ONCE]
+                made = self._predict(group, network, some)  # (B, G, rows, columns)
+                weights = torch.tensor([seen.weight / total for seen in some]).to(made)
+                average = average + torch.einsum("b,bgrc->grc", weights, made)
+                if chained & set(group.targets):
+                    for seen, matrices in zip(some, made, strict=True):
+                        self._chain(seen, group.targets, matrices)
+            assert isinstance(average, Tensor)
+            if (factor := self._factor(group, total)) > 0:
+                yield total * factor, self._tensors(group, average, current)
+        self._seen = []
+
+    def state_dict(self) -> Tensors:
+        state = {name: t.detach().cpu().clone() for name, t in self.networks.state_dict().items()}
+        return state | {"fits": self._fits.clone(), "gates": self._gates.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._fits, self._gates = state["fits"].clone(), state["gates"].clone()
+        kept = {name: t for name, t in state.items() if name not in ("fits", "gates")}
+        self.networks.load_state_dict(kept)
+
+    def _train(
+        self,
+        group: Group,
+        network: nn.Module,
+        owners: list[_Seen],
+        targets: Tensor,
+        order: torch.Generator,
+    ) -> None:
+        optimizer = torch.optim.Adam(network.parameters(), lr=self.options.lr)
+        step = self.options.owners_per_step or len(owners)
+        for _ in range(self.options.epochs):
+            for batch in torch.randperm(len(owners), generator=order).split(step):
+                optimizer.zero_grad(set_to_none=True)
+                made = self._predict(group, network, [owners[i] for i in batch.tolist()])
+                errors = (made - targets[batch.to(targets.device)]).square()
+                errors.mean((0, 2, 3)).sum().backward()  # pairs are independent: a sum over them
+                optimizer.step()
+
+    @torch.no_grad()
+    def _measure(
+        self,
+        group: Group,
+        network: nn.Module,
+        owners: list[_Seen],
+        targets: Tensor,
+        current: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Sums over owners and pairs, in units of the weights: |G - W|^2, |w - W|^2, |W|^2,
+        <G - w, W - w>, |G - w|^2."""
+        sums = torch.zeros(5)
+        predicted = self._predict(group, network, owners)
+        for pair, name in enumerate(group.targets):
+            sent = matricise(current[name].float()).to(self._device)
+            base = sent if self.is_residual else torch.zeros_like(sent)
+            made = base + self._scales[name] * predicted[:, pair]  # (B, rows, columns)
+            true = base + self._scales[name] * targets[:, pair]
+            moved, wanted = made - sent, true - sent
+            terms = (
+                (made - true).square(), wanted.square(), true.square(),
+                moved * wanted, moved.square(),
+            )  # fmt: skip
+            sums += torch.stack([term.sum() for term in terms]).cpu()
+        return sums
+
+    def _predict(self, group: Group, network: nn.Module, clients: list[_Seen]) -> Tensor:
+        """(B, G, rows, columns), in units of the targets' scales."""
+        codes = [[seen.codes[name] for name in group.sources] for seen in clients]
+        scales = [1 / self._scales[name] for name in group.sources]
+        return self.codec.predict(network, codes, scales)
+
+    def _matrices(self, seen: _Seen, names: tuple[str, ...]) -> Tensor:
+        """(G, rows, columns), in units of their scales."""
+        return torch.stack([self.codec.decode(seen.codes[n], 1 / self._scales[n]) for n in names])
+
+    def _chain(self, seen: _Seen, names: tuple[str, ...], made: Tensor) -> None:
+        """Keep what was generated as the source of the next stage."""
+        for name, matrix in zip(names, made, strict=True):
+            try:
+                seen.codes[name] = self.codec.encode(matrix * self._scales[name])
+            except ShapeError as error:
+                log.warning("nothing generated beyond %s for %s: %s", name, seen.client_id, error)
+
+    def _scale(self, name: str) -> float:
+        """Root mean square of the round's updates of a tensor; 1 for absolute weights."""
+        if not self.is_residual:
+            return 1.0
+        found = [
+            float(self.codec.decode(seen.codes[name], 1.0).square().mean().sqrt())
+            for seen in self._seen
+            if name in seen.codes
+        ]
+        return sum(found) / len(found) if any(found) else 1.0
+
+    def _tensors(self, group: Group, matrices: Tensor, current: Mapping[str, Tensor]) -> Tensors:
+        """(G, rows, columns) in units of the scales -> tensors of the model."""
+        tensors = {}
+        for name, matrix in zip(group.targets, matrices, strict=True):
+            tensor = dematricise(matrix, self._shapes[name]).contiguous().cpu()
+            if self.is_residual:
+                tensor = current[name] + tensor * self._scales[name]
+            tensors[name] = tensor
+        return tensors
+
+    def _factor(self, group: Group, lacking: float) -> float:
+        """What the weight of generated tensors is multiplied by, so that the mean becomes
+        (owners + lacking (gate G + (1 - gate) owners' mean)) / all."""
+        if not self.is_residual:
+            return 1.0
+        gate = max(0.0, float(self._gates[group.stage]))
+        owners = sum(seen.weight for seen in self._seen if seen.trained & set(group.targets))
+        return owners * gate / (owners + (1 - gate) * lacking) if owners else 0.0
+
+    def _held_bytes(self) -> int:
+        codes = sum(self.codec.num_bytes(c) for seen in self._seen for c in seen.codes.values())
+        # while a network is fitted: its gradients and Adam's two moments
+        return codes + 4 * sum(p.nbytes for p in self.networks.parameters())
+
+
+def groups_of(shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
+    """Pairs of neighbouring stages, from the last of each kind, by stage and shapes; in the order
+    in which a chain can be followed."""
+    kinds: dict[tuple[int, str, bool], list[str]] = {}
+    for name, shape in shapes.items():
+        kind, stage = place(name)
+        kinds.setdefault((stage, kind, len(shape) > 1), []).append(name)
+    groups: dict[tuple[object, ...], list[tuple[str, str]]] = {}
+    for (stage, kind, is_matrix), targets in sorted(kinds.items()):
+        sources = kinds.get((stage - 1, kind, is_matrix), [])
+        # strict=False: the longer list's first tensors stay unpaired
+        found = zip(reversed(sources), reversed(targets), strict=False)
+        for source, target in reversed(list(found)):
+            key = (stage, kind, matrix_shape(shapes[source]), matrix_shape(shapes[target]))
+            groups.setdefault(key, []).append((source, target))
+    return [
+        Group(int(str(key[0])), tuple(s for s, _ in pairs), tuple(t for _, t in pairs))
+        for key, pairs in groups.items()
+    ]

@@ -1,0 +1,90 @@
+"""IDX (MNIST) files, .npz files and scikit-learn's digits."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_sdk.errors import ConfigError
+from edge_sdk.examples import Examples, bad, check_examples, mapped
+from edge_sdk.readers.scaling import scaled, scaled_images
+
+
+def _optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        how = 'run pip install "edge-sdk[data]"'
+        raise ConfigError(f"this data needs {module}, which is not installed; {how}") from error
+
+
+def read_digits() -> Examples:
+    digits = _optional("sklearn.datasets").load_digits()
+    x = scaled(digits.images[:, None], 8, 1)  # (n, 8, 8) in 0..16 -> (n, 1, 8, 8)
+    return check_examples(Examples(x, digits.target.astype(np.int64), 10), "digits")
+
+
+@np.errstate(all="ignore")  # as for scaled
+def read_npz(path: Path) -> Examples:
+    """uint8 x of (n, H, W) gets a channel axis and is scaled; float x of (n, C, window) or
+    (n, C, H, W) stays as it is, so that shards of both kinds come back unchanged."""
+    expected = "an .npz file with numeric arrays x and y"
+    with mapped(path, expected), path.open("rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise bad(path, "a single .npy array", expected)
+        if not {"x", "y"} <= set(archive.files):
+            raise bad(path, f"arrays {archive.files}", expected)
+        names = {"x", "y", "num_classes", "subject"}.intersection(archive.files)
+        arrays = {name: np.asarray(archive[name]) for name in names}
+    for name in names - {"x"}:
+        if arrays[name].dtype.kind not in "iu":
+            raise bad(path, f"{name} of dtype {arrays[name].dtype}", "integers")
+    x, y, subject = arrays["x"], arrays["y"].astype(np.int64), arrays.get("subject")
+    num_classes = arrays.get("num_classes", np.asarray(int(y.max(initial=0)) + 1))
+    if num_classes.size != 1:
+        raise bad(path, f"num_classes of shape {num_classes.shape}", "one number")
+    if x.dtype == np.uint8:
+        x = scaled_images(x[:, None] if x.ndim == 3 else x)  # (n, H, W) -> (n, 1, H, W)
+    elif x.dtype.kind != "f":
+        raise bad(path, f"x of dtype {x.dtype}", "uint8 or float")
+    x = np.asarray(x, dtype=np.float32, order="C")
+    subject = None if subject is None else subject.astype(np.int64)
+    return check_examples(Examples(x, y, int(num_classes.item()), subject), str(path))
+
+
+def first_file(folder: Path, *names: str) -> Path | None:
+    paths = (folder / f"{name}{ending}" for name in names for ending in ("", ".gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_idx_pair(images: Path) -> Examples:
+    name = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    labels = first_file(images.parent, name)
+    if labels is None:
+        raise bad(images, "no labels", f"{name} or {name}.gz beside it", "copy it there")
+    x = scaled_images(_read_idx(images, 3)[:, None])  # (n, H, W) -> (n, 1, H, W)
+    y = _read_idx(labels, 1).astype(np.int64)
+    return check_examples(Examples(x, y, int(y.max()) + 1), f"{images} with {labels.name}")
+
+
+def _read_idx(path: Path, num_dims: int) -> npt.NDArray[np.uint8]:
+    """An IDX file of unsigned bytes: magic 0x0000080N, N sizes of 4 bytes big endian, the data."""
+    header_bytes = 4 + 4 * num_dims
+    magic = (0x0800 + num_dims).to_bytes(4, "big")
+    with mapped(path, "an IDX file, gzip if named .gz"):
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if raw[:4] != magic[: len(raw)]:
+        raise bad(path, f"first bytes {raw[:4].hex()}", f"{magic.hex()} (IDX, gzip if named .gz)")
+    shape = [int.from_bytes(raw[at : at + 4], "big") for at in range(4, header_bytes, 4)]
+    num_bytes = header_bytes + math.prod(shape)
+    if len(raw) != num_bytes or 0 in shape:
+        step = "empty or truncated, copy the file again"
+        raise bad(path, f"{len(raw)} bytes", f"{num_bytes} for sizes {shape}, none 0", step)
+    return np.frombuffer(raw, dtype=np.uint8, offset=header_bytes).reshape(shape)

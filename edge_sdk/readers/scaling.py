@@ -1,0 +1,31 @@
+"""From what files hold to what models take: float32 by constants, never by the shard's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_sdk.examples import Examples, Floats, check_examples
+
+
+@np.errstate(all="ignore")  # what is beyond float32 becomes infinite and is refused as such
+def scaled(x: npt.NDArray[Any], divisor: float, offset: float) -> Floats:
+    """x / divisor - offset in float32."""
+    result = x.astype(np.float32, order="C")
+    result /= np.float32(divisor)  # in place: images are the largest arrays of a device
+    result -= np.float32(offset)
+    return result
+
+
+def scaled_images(x: npt.NDArray[np.uint8]) -> Floats:
+    """(n, C, H, W) of 0..255 in any memory order to -1..1, C order."""
+    return scaled(x, 127.5, 1)
+
+
+def image_examples(
+    x: npt.NDArray[np.uint8], y: npt.NDArray[Any], num_classes: int, where: str
+) -> Examples:
+    """Checked examples from pixels (n, C, H, W) and integer labels (n,) from 0."""
+    return check_examples(Examples(scaled_images(x), y.astype(np.int64), num_classes), where)

@@ -1,0 +1,5 @@
+"""One thread for torch: tiny tensors on a busy machine take several times as long with more."""
+
+import torch
+
+torch.set_num_threads(1)
