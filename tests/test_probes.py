@@ -79,7 +79,7 @@ def test_probe_cka_writes_its_figure(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "cka.png").exists()
 
 
-@pytest.mark.parametrize("method", ["hypemefed", "owners-mean"])
+@pytest.mark.parametrize("method", ["hypemefed --paper", "owners-mean"])
 def test_probe_weights_goes_on_from_a_run(method: str, tmp_path: Path, capsys):
     """owners-mean has no networks: they are trained from new ones. The run stays as it was."""
     run, out = tmp_path / "run", tmp_path / "out"
@@ -90,9 +90,10 @@ def test_probe_weights_goes_on_from_a_run(method: str, tmp_path: Path, capsys):
     population = ["--clients", "3", "--groups", "1,1,1", "--split", "iid"]
     assert main(["probe", "weights", "--run-dir", str(run), "--out", str(out), *population]) == 0
     text = capsys.readouterr().out
-    # the deepest convolution has 6 x 5 x 3 x 3 = 270 weights: one owner, two clients without it
+    # the deepest convolution has 6 x 5 x 3 x 3 = 270 weights: one owner, and one mean of what was
+    # generated for the two clients without it
     assert "trained: 270 weights" in text
-    assert "generated: 540 weights" in text
+    assert "generated: 270 weights" in text
     assert "random: 270 weights" in text
     with (out / "weights.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -106,8 +107,10 @@ def test_probe_weights_goes_on_from_a_run(method: str, tmp_path: Path, capsys):
 
 
 def test_probe_weights_refuses_what_it_cannot_compare(tmp_path: Path, capsys):
-    arguments = "emulate --examples 90 --test-examples 40 --rounds 1 --clients 3 --groups 0,0,3"
-    arguments += " --batch-size 8 --split iid --option channels=4,5,6 --epochs 1"
+    arguments = "emulate --method owners-mean --examples 90 --test-examples 40 --rounds 1"
+    arguments += (
+        " --clients 3 --groups 0,0,3 --batch-size 8 --split iid --option channels=4,5,6 --epochs 1"
+    )
     run = tmp_path / "run"
     assert coordinator([*arguments.split(), "--run-dir", str(run)]) == 0
     capsys.readouterr()

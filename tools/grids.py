@@ -78,7 +78,8 @@ ROWS = {
     "fedavg-s": f"--method fedavg-s {PLAIN}",
     "owners-mean": OWNERS,
     "stale-copy": f"--method stale-copy {PLAIN}",
-    "svd-mlp": "--method hypemefed --paper",
+    # --paper serves the last model; the average here too, or `served` would compare two things
+    "svd-mlp": "--method hypemefed --paper --serve ema",
     "svd-mlp-residual": "--method hypemefed --generator svd-mlp-residual --generate conv"
     f" --rotation off {PLAIN}",
     "update-regression": f"{REGRESSION_ROW} {PLAIN}",

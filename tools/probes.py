@@ -25,12 +25,13 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from coordinator.aggregate import OwnersMean
 from coordinator.cli_arguments import model_options, whole_numbers
 from coordinator.cohort import ClientUpdate, InProcessCohort
 from coordinator.config import RunConfig
 from coordinator.emulate import SPLITS, group_exits, split_shards
 from coordinator.evaluate import linear_cka
-from coordinator.generators.svd_mlp import SvdMlp
+from coordinator.generators import Generator, make_generator
 from coordinator.methods import make_method
 from coordinator.sampling import job_seed, sample
 from coordinator.server_optim import under
@@ -238,7 +239,7 @@ def compared(
     tensor: str | None,
 ) -> dict[str, Tensor]:
     """Weights of one convolution after `num_rounds` more rounds: those of every owner, those made
-    for every client that lacks it, and those of an untrained model."""
+    for clients that lack it (a generator may give their mean), and those of an untrained model."""
     method = make_method(config)
     method.load_state_dict(state)
     name = tensor or deepest_convolution(method.current())
@@ -248,7 +249,7 @@ def compared(
     cohort = InProcessCohort(
         dict(zip(ids, shards, strict=True)), dict(zip(ids, exits, strict=True)), config.model.exit
     )
-    generator = make_generator(config, under(state, "generator/"))
+    generator = generator_of(config, under(state, "generator/"))
     for at in range(round, round + num_rounds):
         chosen = sample(cohort.clients(), config.participants, seed=config.seed, round=at)
         work = {client.id: method.assign(client, at) for client in chosen}
@@ -268,26 +269,31 @@ def compared(
     return {kind: torch.cat([t.flatten() for t in held]) for kind, held in found.items()}
 
 
-def make_generator(config: RunConfig, state: Tensors) -> SvdMlp:
-    """The paper's generator, with the run's networks if the run has such. With `generated`, all
-    that this file knows of generators."""
-    shapes = {name: tuple(t.shape) for name, t in initial_tensors(config.model, 0).items()}
-    generator = SvdMlp(shapes, config.generator, config.seed)
-    try:
+def generator_of(config: RunConfig, state: Tensors) -> Generator:
+    """The run's generator as the run left it, or the paper's from new networks if the run has none.
+    With `generated`, all that this file knows of generators."""
+    options = config.generator
+    if not state:
+        print("the run has no generator; svd-mlp is trained from new networks", file=sys.stderr)
+        options = replace(options, name="svd-mlp", gain=1.0)
+    generator = make_generator(config.model, options, config.seed)
+    if generator is None:
+        raise ConfigError("a model of one exit has nothing to generate; choose another run")
+    if state:
         generator.load_state_dict(state)
-    except RuntimeError:
-        print("the run has no svd-mlp networks; they are trained from new ones", file=sys.stderr)
     return generator
 
 
 def generated(
-    generator: SvdMlp, updates: Sequence[ClientUpdate], current: Tensors, round: int
+    generator: Generator, updates: Sequence[ClientUpdate], current: Tensors, round: int
 ) -> list[Tensors]:
-    """What the generator makes for each client that lacks stages."""
+    """What the generator makes for clients that lack stages."""
+    mean = OwnersMean()
     for update in updates:
-        generator.observe(update)
+        generator.observe(update, current, float(update.num_examples))
+        mean.add_(update.tensors, update.num_examples)
     generator.fit(current, round)
-    return [tensors for _, tensors in generator.generate()]
+    return [tensors for _, tensors in generator.generate(current, mean.result(current))]
 
 
 def deepest_convolution(tensors: Mapping[str, Tensor]) -> str:
