@@ -1,15 +1,25 @@
-"""Accuracy of every exit on the common test set."""
+"""How good a global model is: every exit on the common test set, clients after fine-tuning, and how
+alike two models' features are."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
+from coordinator.sampling import job_seed
 from edge_sdk.data import Examples
+from edge_sdk.errors import ConfigError, DataError, ShapeError
 from edge_sdk.models import build
-from edge_sdk.models.staged import moved
+from edge_sdk.models.staged import moved, place
+from edge_sdk.partition import stratified_split
 from edge_sdk.tensors import Tensors
-from edge_sdk.wire import ModelSpec
+from edge_sdk.trainer import train
+from edge_sdk.wire import ModelSpec, Plan, Segment
 
 
 @torch.no_grad()
@@ -29,6 +39,96 @@ def accuracy_per_exit(
     x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
     for features, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
         logits: list[Tensor] = model(moved(features, device))
-        for place, logit in enumerate(logits):
-            correct[place] += (logit.argmax(1).cpu() == labels).sum()
+        for exit, logit in enumerate(logits):
+            correct[exit] += (logit.argmax(1).cpu() == labels).sum()
     return [int(count) / len(examples) for count in correct]
+
+
+@dataclass(frozen=True)
+class Personalised:
+    """One client's accuracy on its own hold-out, at its deepest exit, as a share."""
+
+    before: float  # the global model as it is
+    after: float  # after fine-tuning on the client's own training part
+
+
+def personalised_accuracy(
+    spec: ModelSpec,
+    tensors: Tensors,
+    shards_train: Sequence[Examples],
+    shards_holdout: Sequence[Examples],
+    plan: Plan,
+    epochs: int,
+    *,
+    exits: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
+) -> list[Personalised]:
+    """Per client, accuracy before and after `epochs` local epochs of fine-tuning its subnetwork by
+    the plan (HypeMeFed, section 5.3.2); the global model is not changed.
+
+    spec, tensors: the global model. exits: the depth of each client's subnetwork, None for the
+    whole model. The plan's segments are replaced by the client's prefix. Clients train like
+    participants of a round 0. Raises DataError for a client that cannot train or has no hold-out.
+    """
+    depths = [spec.exit] * len(shards_train) if exits is None else list(exits)
+    if not len(shards_train) == len(shards_holdout) == len(depths):
+        raise ConfigError(
+            f"{len(shards_train)} training parts, {len(shards_holdout)} hold-outs and "
+            f"{len(depths)} exits; give one of each per client"
+        )
+    results = []
+    for number, (shard, holdout, exit) in enumerate(
+        zip(shards_train, shards_holdout, depths, strict=True), 1
+    ):
+        if len(holdout) == 0:
+            raise DataError(f"client {number} has no hold-out examples; leave it out")
+        part = replace(spec, exit=exit)
+        job = replace(
+            plan,
+            segments=(Segment(first=1, last=exit),),
+            epochs=epochs,
+            seed=job_seed(plan.seed, 0, f"personalise/{number}"),
+        )
+        held = {name: tensor for name, tensor in tensors.items() if place(name)[1] <= exit}
+        before = accuracy_per_exit(part, held, holdout, device=device)[-1]
+        tuned = train(part, job, held, shard, device=device).tensors
+        after = accuracy_per_exit(part, tuned, holdout, device=device)[-1]
+        results.append(Personalised(before, after))
+    return results
+
+
+def split_holdout(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """Training part and hold-out of one client's examples, drawn from `seed`.
+
+    The hold-out is `fraction` of every class, to one example, while some class has two; of
+    examples that are each alone in their class, it is drawn from all, at least one and never all.
+    Raises DataError with fewer than two examples."""
+    if not 0 < fraction < 1:
+        raise ConfigError(f"hold-out fraction is {fraction}, expected between 0 and 1")
+    if len(examples) < 2:
+        raise DataError(f"{len(examples)} examples cannot be split, expected at least 2")
+    if len(np.unique(examples.y)) < len(examples):
+        kept, held = stratified_split(examples.y, fraction, seed)
+    else:
+        size = min(max(1, round(fraction * len(examples))), len(examples) - 1)
+        order = np.random.default_rng(seed).permutation(len(examples))
+        kept, held = np.sort(order[size:]), np.sort(order[:size])
+    return examples.take(kept), examples.take(held)
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """Similarity in [0, 1] of two models' features of the same n examples: centred kernel alignment
+    with linear kernels (Kornblith et al. 2019), |Yc^T Xc|^2 / (|Xc^T Xc| |Yc^T Yc|).
+
+    x: (n, ...), y: (n, ...); each example's features are flattened. By the (n, n) Gram matrices,
+    which is the same number: features are usually more than examples. NaN if all rows of one are
+    alike. Raises ShapeError if the numbers of examples differ."""
+    if len(x) != len(y):
+        raise ShapeError(f"features of {len(x)} and of {len(y)} examples; give the same examples")
+    grams = []
+    for features in (x, y):
+        flat = features.flatten(1).double()  # (n, features)
+        centred = flat - flat.mean(0)
+        grams.append(centred @ centred.T)  # (n, n)
+    norm = grams[0].norm() * grams[1].norm()
+    return float((grams[0] * grams[1]).sum() / norm)

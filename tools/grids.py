@@ -1,0 +1,143 @@
+"""The named grids of tools/experiments.py, as data: rows (what is compared) x settings (on what).
+
+A row is a label and the flags of `edge-coordinator emulate` that make it; a setting is a data set,
+a regime (how many clients reach which exit), a label split and the flags that all rows share. Rows
+name every flag they depend on, so that a changed default changes the row `default` only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+PLAIN = "--server-momentum 0 --server-lr 1"
+MOMENTUM = "--server-momentum 0.5 --server-lr 0.75"
+REGRESSION = "--generator update-regression --generate all"
+DISTILL = "--distill shallow-to-deep --distill-weight 1 --distill-temperature 1 --distill-ramp 10"
+FULL_RANK = 4096  # above every matrix side of the models here: nothing is cut off
+BASELINE, BOUND = "owners-mean", "fedavg-l"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a comparison share. data: a name that --data gives a source for; alpha: the
+    Dirichlet alpha as text, or "iid" or "subject"."""
+
+    data: str
+    regime: str
+    alpha: str
+    flags: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    about: str
+    rows: Mapping[str, str]
+    settings: tuple[Setting, ...]
+
+
+def settings(
+    data: str, regimes: Mapping[str, str], alphas: Iterable[str], flags: str
+) -> list[Setting]:
+    """Every alpha with every regime; a regime is the flags that make the population."""
+    return [
+        Setting(data, regime, alpha, f"{flags} {population} {split_flags(alpha)}")
+        for alpha, (regime, population) in itertools.product(alphas, regimes.items())
+    ]
+
+
+def split_flags(alpha: str) -> str:
+    return (
+        f"--split {alpha}" if alpha in ("iid", "subject") else f"--split dirichlet --alpha {alpha}"
+    )
+
+
+FIFTY = {
+    "even": "--clients 50 --groups 17,17,16 --participants 10",
+    "skew": "--clients 50 --groups 30,15,5 --participants 10",
+}
+THIRTY = {"even": "--clients 30 --groups 10,10,10 --participants 6"}
+FASHION = (
+    "--examples 12000 --epochs 2 --batch-size 32 --lr 0.001 --rounds 100"
+    " --eval-every 20 --eval-tail 5"
+)
+# enough local steps for BatchNorm's statistics to follow; all of it is small, so every round counts
+DIGITS = "--epochs 5 --batch-size 8 --lr 0.002 --rounds 40 --eval-every 1"
+CIFAR = (
+    "--model vgg --examples 10000 --test-examples 2000 --epochs 2 --batch-size 32 --lr 0.0005"
+    " --rounds 60 --eval-every 20 --eval-tail 5"
+)
+UNIMIB = "--epochs 5 --batch-size 16 --lr 0.001 --rounds 60 --eval-every 20 --eval-tail 5"
+UNIMIB_PAPER_MODEL = f"{UNIMIB} --model vgg --option channels=64,128,256,512"
+
+OWNERS = f"--method owners-mean {PLAIN}"
+REGRESSION_ROW = f"--method hypemefed {REGRESSION} --rotation off"
+HALF = "--method hypemefed --rotation add --holders 0.5"
+ROWS = {
+    "fedavg-s": f"--method fedavg-s {PLAIN}",
+    "owners-mean": OWNERS,
+    "stale-copy": f"--method stale-copy {PLAIN}",
+    # --paper serves the last model; the average here too, or `served` would compare two things
+    "svd-mlp": "--method hypemefed --paper --serve ema",
+    "svd-mlp-residual": "--method hypemefed --generator svd-mlp-residual --generate conv"
+    f" --rotation off {PLAIN}",
+    "update-regression": f"{REGRESSION_ROW} {PLAIN}",
+    "rotation-add": f"--method stage-rotation --rotation add {PLAIN}",
+    "rotation-replace": f"--method stage-rotation --rotation replace {PLAIN}",
+    "owners-mean+momentum": f"--method owners-mean {MOMENTUM}",
+    "update-regression+momentum": f"{REGRESSION_ROW} {MOMENTUM}",
+    "rotation-add+momentum": f"--method stage-rotation --rotation add {MOMENTUM}",
+    "rotation-replace+momentum": f"--method stage-rotation --rotation replace {MOMENTUM}",
+    "fedavg-l": f"--method fedavg-l {PLAIN}",
+    "fedavg-l+momentum": f"--method fedavg-l {MOMENTUM}",
+    "rotation-add+momentum+distil": f"--method stage-rotation --rotation add {MOMENTUM} {DISTILL}",
+    "rotation-add+momentum+regression": f"--method hypemefed {REGRESSION} --rotation add"
+    f" {MOMENTUM}",
+    "half+rotation-add+momentum": f"{HALF} --generator none {MOMENTUM}",
+    "half+rotation-add+momentum+regression": f"{HALF} {REGRESSION} {MOMENTUM}",
+    "rotation-add+momentum+needy": "--method stage-rotation --rotation add --rotation-draw needy"
+    f" {MOMENTUM}",
+    "default": "--method hypemefed",
+}
+
+
+def chosen(labels: str) -> dict[str, str]:
+    return {label: ROWS[label] for label in labels.split()}
+
+
+GRIDS = {
+    "main": Grid(
+        "every rule, Fashion-MNIST",
+        ROWS,
+        tuple(settings("fashion", FIFTY, ("0.5", "0.1", "iid"), FASHION)),
+    ),
+    "digits": Grid(
+        "the whole pipeline on the bundled digits, in minutes",
+        chosen("fedavg-s owners-mean svd-mlp update-regression rotation-add default fedavg-l"),
+        tuple(settings("digits", FIFTY, ("0.5",), DIGITS)),
+    ),
+    "second": Grid(
+        "other data: part of CIFAR-100 with the paper's network, UniMiB SHAR's falls",
+        chosen(
+            "fedavg-s owners-mean svd-mlp update-regression+momentum rotation-add+momentum default"
+            " fedavg-l fedavg-l+momentum"
+        ),
+        (
+            *settings("unimib", THIRTY, ("0.5", "subject"), UNIMIB),
+            *settings("cifar", FIFTY, ("0.5",), CIFAR),
+        ),
+    ),
+    "rank": Grid(
+        "the paper's table of ranks, with its network: 256 is the full rank of stage 2, 512 of 3",
+        chosen("owners-mean")
+        | {f"svd-mlp-k{k}": f"{ROWS['svd-mlp']} --rank {k}" for k in (25, 50, 100, 200)}
+        | {"svd-mlp-full": f"{ROWS['svd-mlp']} --rank {FULL_RANK}"},
+        tuple(settings("unimib", THIRTY, ("0.5",), UNIMIB_PAPER_MODEL)),
+    ),
+    "alpha": Grid(
+        "accuracy against label skew; its cells at 0.1 and 0.5 are those of `main`",
+        chosen("fedavg-s owners-mean svd-mlp rotation-add+momentum default fedavg-l"),
+        tuple(settings("fashion", {"even": FIFTY["even"]}, ("0.5", "0.1", "1", "1e4"), FASHION)),
+    ),
+}
