@@ -230,7 +230,7 @@ def serve(
     terms = Terms(
         run=store.run,
         model=method.spec,
-        plan=config.plan(),
+        plan=config.plan(config.rounds),
         deadline_s=config.deadline_s,
         grace_s=config.grace_s,
         quorum=config.quorum,

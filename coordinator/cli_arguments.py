@@ -82,6 +82,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--owners-per-step", type=int, default=generator.owners_per_step, help="0: all in one step")
     add("--memory-rows", type=int, default=generator.memory_rows)
     add("--rotation", choices=choices(RotationOptions, "mode"), default=rotation.mode)
+    add("--rotation-stages", type=int, default=rotation.stages, help="at most a round, 0: all")
     add("--rotation-draw", choices=choices(RotationOptions, "draw"), default=rotation.draw)
     distill = DistillOptions()
     add("--distill", choices=choices(DistillOptions, "direction"), default=distill.direction)
@@ -165,7 +166,9 @@ def run_config(
         eval_tail=args.eval_tail,
         server=server,
         generator=generator,
-        rotation=RotationOptions(mode=args.rotation, draw=args.rotation_draw),
+        rotation=RotationOptions(
+            mode=args.rotation, stages=args.rotation_stages, draw=args.rotation_draw
+        ),
         distill=distill,
     )
 

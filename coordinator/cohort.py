@@ -22,13 +22,14 @@ from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment, TensorSpe
 @dataclass(frozen=True)
 class Client:
     """A device known to the coordinator. exit: the deepest it can train, its group; stages: deeper
-    ones that it could train alone over a frozen prefix; both: those of them that fit its deadline
-    beside the prefix."""
+    ones that it could train alone over a frozen prefix. prefix_s, stage_s: predicted seconds of the
+    prefix's job and of each of `stages`; 0 and () where unknown."""
 
     id: str
     exit: int
     stages: tuple[int, ...] = ()
-    both: tuple[int, ...] = ()
+    prefix_s: float = 0.0
+    stage_s: tuple[float, ...] = ()
     num_examples: int = 0
     profile: DeviceProfile | None = None
 
@@ -106,7 +107,6 @@ class InProcessCohort:
                     id=name,
                     exit=exits[name],
                     stages=deeper,
-                    both=deeper,
                     num_examples=len(shard),
                 )
             )

@@ -159,7 +159,8 @@ class ZmqCohort:
                 id=name,
                 exit=device.ready.exit,
                 stages=device.ready.stages,
-                both=device.ready.both,
+                prefix_s=device.ready.prefix_s,
+                stage_s=device.ready.stage_s,
                 num_examples=device.hello.num_examples,
                 profile=device.hello.profile,
             )
@@ -300,8 +301,8 @@ class ZmqCohort:
         if ready.exit > deepest or any(stage > deepest for stage in ready.stages):
             self._refuse(device.route, "protocol", f"the model has {deepest} exits")
             return
-        if not set(ready.both) <= set(ready.stages):
-            detail = f"both {list(ready.both)} is not a part of stages {list(ready.stages)}"
+        if ready.stage_s and len(ready.stage_s) != len(ready.stages):
+            detail = f"{len(ready.stage_s)} stage_s for {len(ready.stages)} stages"
             self._refuse(device.route, "protocol", detail)
             return
         if device.ready is None or device.ready.exit != ready.exit:

@@ -59,10 +59,12 @@ class GeneratorOptions(Options, frozen=True, kw_only=True):
 
 
 class RotationOptions(Options, frozen=True, kw_only=True):
-    """Deeper stages for weak clients, over a frozen prefix (methods/rotation.py). add: one beside
-    the client's prefix, replace: instead of it; draw: needy favours stages with few owners."""
+    """Deeper stages for weak clients, over a frozen prefix (methods/rotation.py). add: beside the
+    client's prefix, at most `stages` a round (0: all that it can hold and has time for); replace:
+    one instead of it. draw: needy favours stages with few owners."""
 
-    mode: Literal["off", "add", "replace", "tail", "all"] = "off"
+    mode: Literal["off", "add", "replace"] = "off"
+    stages: Annotated[int, Meta(ge=0, le=100)] = 1
     draw: Literal["uniform", "needy"] = "uniform"
 
 
@@ -112,8 +114,9 @@ class RunConfig(Options, frozen=True, kw_only=True):
     rotation: RotationOptions = RotationOptions()
     distill: DistillOptions = DistillOptions()
 
-    def plan(self, round: int = 1) -> Plan:
-        """The training that every device is asked for; segments and seed are set per job."""
+    def plan(self, round: int) -> Plan:
+        """The training that devices are asked for in a round; segments and seed are set per job.
+        The last round's costs most: it is what devices count with."""
         return Plan(
             segments=(Segment(first=1, last=self.model.exit),),
             epochs=self.epochs,
@@ -124,6 +127,9 @@ class RunConfig(Options, frozen=True, kw_only=True):
             exit_weights=self.exit_weights,
             weight_decay=self.weight_decay,
             prox_mu=self.prox_mu,
+            distill=self.distill.direction,
+            distill_weight=self.distill.weight_at(round),
+            distill_temperature=self.distill.temperature,
         )
 
     def to_json(self) -> str:

@@ -37,7 +37,8 @@ KEPT_CHECKPOINTS = 2
 DATABASE = "run.sqlite"
 SCHEMA = """
 CREATE TABLE runs (version INTEGER, run TEXT, created_utc TEXT, config TEXT, kind TEXT);
-CREATE TABLE clients (client_id TEXT PRIMARY KEY, exit INTEGER, stages TEXT, num_examples INTEGER,
+CREATE TABLE clients (client_id TEXT PRIMARY KEY, exit INTEGER, stages TEXT,
+    prefix_s REAL, stage_s TEXT, num_examples INTEGER,
     platform TEXT, board TEXT, is_emulated INTEGER, cpu_scale REAL, link_mbit_s REAL, profile TEXT);
 CREATE TABLE rounds (round INTEGER PRIMARY KEY, started_utc TEXT, wall_s REAL, chosen INTEGER,
     returned INTEGER, stragglers INTEGER, failures INTEGER, retries INTEGER, bytes_down INTEGER,
@@ -167,8 +168,9 @@ class Store:
         for client in clients:
             p = client.profile
             self._write(
-                "INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                client.id, client.exit, _list(client.stages), client.num_examples,
+                "INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                client.id, client.exit, _list(client.stages),
+                client.prefix_s, _list(client.stage_s), client.num_examples,
                 p.platform if p else "in-process", p.board if p else "",
                 bool(p and p.is_emulated), p.cpu_scale if p else None,
                 p.link_mbit_s if p else None,
@@ -339,7 +341,7 @@ def _segments(segments: Sequence[Segment]) -> str:
     return ",".join(f"{segment.first}-{segment.last}" for segment in segments)
 
 
-def _list(numbers: Sequence[int]) -> str:
+def _list(numbers: Sequence[float]) -> str:
     return ",".join(str(number) for number in numbers)
 
 

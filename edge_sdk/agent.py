@@ -411,5 +411,4 @@ class Agent:
         elif is_new and self._chooser.costs:
             log.error("this device is too small for exit 1: %s", choice.reason)
         if is_new or is_repeated:
-            exit, stages, both = told(choice)
-            self._link.send(Ready(exit=exit, stages=stages, both=both, reason=choice.reason))
+            self._link.send(told(choice))

@@ -64,13 +64,14 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """exit: the deepest e whose prefix (1, e) fits, 0 if none does. stages: deeper ones that would
-    each fit alone, with everything before frozen. both: those of them that fit in a round beside
-    the prefix; one is trained after the other, so this is a matter of time only. reason: what
-    limits, one line."""
+    each fit alone, with everything before frozen. prefix_s, stage_s: what prefix and stages take;
+    0 where compute was not measured. A job of several takes the sum, and the memory of the largest:
+    one is trained after the other. reason: what limits, one line."""
 
     exit: int
     stages: tuple[int, ...]
-    both: tuple[int, ...]
+    prefix_s: float
+    stage_s: tuple[float, ...]
     reason: str
     rows: tuple[Row, ...]
 
@@ -139,7 +140,6 @@ def choose_exit(
         key=lambda row: row.first,
     )
     prefix_s = next((row.seconds for row in prefixes if row.last == chosen), None)
-    both = [r for r in alone if chosen and _is_in_time(prefix_s, r.seconds, deadline_s)]
     deeper = [row for row in prefixes if row.last > chosen]
     reason = f"exit {chosen} is the deepest of the model"
     if deeper:
@@ -147,17 +147,11 @@ def choose_exit(
     return Choice(
         exit=chosen,
         stages=tuple(row.first for row in alone),
-        both=tuple(row.first for row in both),
+        prefix_s=prefix_s or 0.0,
+        stage_s=tuple(row.seconds or 0.0 for row in alone),
         reason=reason,
         rows=rows,
     )
-
-
-def _is_in_time(first_s: float | None, then_s: float | None, deadline_s: float | None) -> bool:
-    """Whether one job after another ends by the deadline, if there is one."""
-    if not deadline_s:
-        return True
-    return first_s is not None and then_s is not None and first_s + then_s <= deadline_s
 
 
 def _judge(

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from edge_sdk.capacity import Choice, SegmentCost, choose_exit
 from edge_sdk.errors import EdgeError
 from edge_sdk.profile import DeviceProfile
-from edge_sdk.wire import Segment, Welcome
+from edge_sdk.wire import Ready, Segment, Welcome
 
 GROWN = 1.25  # memory must have grown so much before what failed is tried
 
@@ -31,7 +31,7 @@ class Chooser:
         costs = [c for c in self.costs if self._ceiling is None or c.last < self._ceiling]
         old = self.choice
         self.choice = self._choose(costs, profile, welcome, num_examples)
-        return old is None or told(old) != told(self.choice)
+        return old is None or _facts(old) != _facts(self.choice)
 
     def _choose(
         self,
@@ -42,7 +42,7 @@ class Chooser:
     ) -> Choice:
         if not costs:
             reason = "exit 1 failed for memory here" if self.costs else "costs are not counted yet"
-            return Choice(exit=0, stages=(), both=(), reason=reason, rows=())
+            return Choice(exit=0, stages=(), prefix_s=0.0, stage_s=(), reason=reason, rows=())
         try:
             choice = choose_exit(
                 costs,
@@ -52,8 +52,8 @@ class Chooser:
                 epochs=welcome.plan.epochs,
             )
         except EdgeError as error:
-            return Choice(exit=0, stages=(), both=(), reason=str(error), rows=())
-        return replace(choice, stages=(), both=()) if self._is_prefix_only else choice
+            return Choice(exit=0, stages=(), prefix_s=0.0, stage_s=(), reason=str(error), rows=())
+        return replace(choice, stages=(), stage_s=()) if self._is_prefix_only else choice
 
     def failed(self, segments: Sequence[Segment], available_bytes: int) -> str:
         """A job ended for memory: what is not tried again until memory grew, as one line."""
@@ -90,6 +90,17 @@ class Chooser:
         return ""
 
 
-def told(choice: Choice) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """What the coordinator hears of it and acts on."""
-    return choice.exit, choice.stages, choice.both
+def told(choice: Choice) -> Ready:
+    """What the coordinator hears of it."""
+    return Ready(
+        exit=choice.exit,
+        stages=choice.stages,
+        prefix_s=choice.prefix_s,
+        stage_s=choice.stage_s,
+        reason=choice.reason,
+    )
+
+
+def _facts(choice: Choice) -> Ready:
+    """Without the reason: it names the memory available, which changes all the time."""
+    return replace(told(choice), reason="")

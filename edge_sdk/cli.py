@@ -129,11 +129,7 @@ def run_plan(args: argparse.Namespace) -> int:
     )
     print(_table(costs, choice, profile, num_examples))
     stages = ", ".join(map(str, choice.stages)) or "none"
-    both = ", ".join(map(str, choice.both)) or "none"
-    print(
-        f"\nexit {choice.exit}; deeper stages that fit alone: {stages}; in one round with exit "
-        f"{choice.exit}: {both}; {choice.reason}"
-    )
+    print(f"\nexit {choice.exit}; deeper stages that fit alone: {stages}; {choice.reason}")
     return 0
 
 

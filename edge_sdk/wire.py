@@ -167,7 +167,8 @@ class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
 
     exit: Annotated[int, Meta(ge=0, le=100)]
     stages: Annotated[tuple[Index, ...], Meta(max_length=100)] = ()
-    both: Annotated[tuple[Index, ...], Meta(max_length=100)] = ()  # some of `stages`
+    prefix_s: Seconds = 0.0  # predicted for the job of the prefix; 0: not known
+    stage_s: Annotated[tuple[Seconds, ...], Meta(max_length=100)] = ()  # of each of `stages`, or ()
     reason: Line = ""  # what limits it; may be an error's text, so it is made one Line here
 
     def __post_init__(self) -> None:

@@ -60,8 +60,7 @@ def config(method: str, **changes: object) -> RunConfig:
 
 
 def client(name: str, exit: int, num_exits: int = 3) -> Client:
-    deeper = tuple(range(exit + 1, num_exits + 1))
-    return Client(id=name, exit=exit, stages=deeper, both=deeper)
+    return Client(id=name, exit=exit, stages=tuple(range(exit + 1, num_exits + 1)))
 
 
 def answer(

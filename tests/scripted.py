@@ -146,9 +146,9 @@ class ScriptedDevice:
         return Hello(**(fields | changes))
 
     def ready(
-        self, exit: int = 3, stages: tuple[int, ...] = (), both: tuple[int, ...] = ()
+        self, exit: int = 3, stages: tuple[int, ...] = (), stage_s: tuple[float, ...] = ()
     ) -> None:
-        self.send(Ready(exit=exit, stages=stages, both=both))
+        self.send(Ready(exit=exit, stages=stages, prefix_s=1.0, stage_s=stage_s))
 
     def join(self) -> None:
         self.hello()

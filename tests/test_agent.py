@@ -734,14 +734,14 @@ def test_choice_by_deadline(chooser):
     assert "the deadline is 1.9 s" in chooser.choice.reason
 
 
-def test_both_by_deadline_and_told_when_it_changes(chooser):
-    # as above: with exit 1 in 2 s, a stage in 2 s more
+def test_seconds_are_told_when_they_change(chooser):
+    # as above: exit 1 in 2 s, a stage in 2 s
     assert choose(chooser, 120, deadline_s=4.0, epochs=2) == (1, (2, 3))
-    assert chooser.choice.both == (2, 3)
-    slower = welcome(deadline_s=3.9, epochs=2)
-    assert chooser.choose(with_memory(120), slower, num_examples=10)
-    assert (chooser.choice.stages, chooser.choice.both) == ((2, 3), ())
-    assert not chooser.choose(with_memory(120), slower, num_examples=10)
+    assert (chooser.choice.prefix_s, chooser.choice.stage_s) == (2.0, (2.0, 2.0))
+    longer = welcome(deadline_s=40.0, epochs=4)
+    assert chooser.choose(with_memory(120), longer, num_examples=10)
+    assert (chooser.choice.prefix_s, chooser.choice.stage_s) == (4.0, (4.0, 4.0))
+    assert not chooser.choose(with_memory(120), longer, num_examples=10)
 
 
 def test_features_are_kept_as_predicted(chooser):
@@ -806,7 +806,7 @@ def test_stage_that_failed_leaves_the_prefix(chooser):
     line = chooser.failed(segments((1, 2), (3, 3)), 200 * 1024**2)
     assert line == "training a deeper stage failed for memory; only the prefix from now on"
     assert choose(chooser, 200) == (2, ())
-    assert chooser.choice.both == ()
+    assert chooser.choice.stage_s == ()
     assert choose(chooser, 251) == (2, (3,))
 
 

@@ -101,21 +101,19 @@ def test_a_stage_that_is_too_slow_without_a_cache_says_so():
     assert rows[1].reason == "takes 12.0 s without a cache, the deadline is 11.9 s"
 
 
-@pytest.mark.parametrize(
-    ("deadline_s", "both"),
-    [(None, (2, 3)), (0.0, (2, 3)), (26.0, (2, 3)), (20.0, (2,)), (19.9, ())],
-)
-def test_both_are_the_stages_that_leave_time_for_the_prefix(deadline_s, both):
+def test_what_prefix_and_stages_take_is_told():
     # exit 1 and stage 2 take 10 s each as above, stage 3 takes 4 * (6e9 + 0.5e9) / 2e9 + 3 = 16 s;
     # a prefix to exit 2 does not fit in memory
     costs = [cost(1, 1), cost(1, 2, 900), cost(2, 2), cost(3, 3, flops_per_example=2e9)]
-    choice = choose(costs, deadline_s=deadline_s)
-    assert (choice.exit, choice.stages, choice.both) == (1, (2, 3), both)
+    choice = choose(costs)
+    assert (choice.exit, choice.stages) == (1, (2, 3))
+    assert choice.prefix_s == pytest.approx(10)
+    assert choice.stage_s == pytest.approx((10, 16))
 
 
-def test_nothing_goes_beside_a_prefix_that_does_not_fit():
+def test_no_exit_takes_no_time():
     choice = choose([cost(1, 1, 900), cost(2, 2)])
-    assert (choice.exit, choice.stages, choice.both) == (0, (2,), ())
+    assert (choice.exit, choice.stages, choice.prefix_s) == (0, (2,), 0.0)
 
 
 def test_seconds_without_measured_compute_are_refused():

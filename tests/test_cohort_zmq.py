@@ -429,17 +429,18 @@ def test_what_a_client_can_train_is_what_its_device_said(make_coordinator):
     clients = coordinator.clients()
     good, bad = coordinator.device("good"), coordinator.device("bad")
     good.hello()
-    good.ready(1, stages=(2, 3), both=(2,))
+    good.ready(1, stages=(2, 3), stage_s=(4.0, 5.0))
     bad.hello()
-    bad.ready(2, stages=(3,), both=(1, 3))
+    bad.ready(2, stages=(3,), stage_s=(1.0, 2.0))
     fault = bad.expect(Fault)
     assert_about_round(fault, "protocol", 0)
-    assert fault.detail == "both [1, 3] is not a part of stages [3]"
+    assert fault.detail == "2 stage_s for 1 stages"
     bad.ready(2, stages=(3,))
     told = {
-        client.id: (client.exit, client.stages, client.both) for client in clients.result(WAIT_S)
+        client.id: (client.exit, client.stages, client.prefix_s, client.stage_s)
+        for client in clients.result(WAIT_S)
     }
-    assert told == {"good": (1, (2, 3), (2,)), "bad": (2, (3,), ())}
+    assert told == {"good": (1, (2, 3), 1.0, (4.0, 5.0)), "bad": (2, (3,), 1.0, ())}
 
 
 def test_device_that_cannot_train_gets_no_job(make_coordinator):

@@ -112,7 +112,8 @@ EXAMPLES: tuple[Message, ...] = (
     Ready(
         exit=2,
         stages=(3,),
-        both=(3,),
+        prefix_s=1.5,
+        stage_s=(2.0, 2.5),
         reason="exit 3 needs 700.0 MiB, 512.0 MiB available (cgroup)",
     ),
     Job(round=7, model=MODEL, plan=PLAN, tensors=SPECS, deadline_s=90.5),

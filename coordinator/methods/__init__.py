@@ -14,16 +14,16 @@ fedavg-l         everyone trains the whole model: the bound, not for weak device
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from msgspec.structs import replace
 
-from coordinator.config import RotationOptions, RunConfig
+from coordinator.config import RunConfig
 from coordinator.generators import make_generator
 from coordinator.methods.base import Method, Metrics
 from coordinator.methods.depthwise import DepthAveraging
-from coordinator.methods.rotation import fixed, rotation
+from coordinator.methods.rotation import Rule, fixed, rotation
 from edge_sdk.errors import ConfigError
 
 __all__ = ["METHODS", "Method", "Metrics", "make_method"]
@@ -32,17 +32,19 @@ Device: TypeAlias = str | torch.device
 
 def hypemefed(config: RunConfig, device: Device) -> Method:
     generator = make_generator(config.model, config.generator, config.seed, device)
-    return DepthAveraging(config, rotation(config.rotation, config.seed), generator)
+    return DepthAveraging(config, _rotation(config), generator)
 
 
 def owners_mean(config: RunConfig, device: Device) -> Method:
-    return DepthAveraging(config, rotation(config.rotation, config.seed))
+    return DepthAveraging(config, _rotation(config))
 
 
 def stage_rotation(config: RunConfig, device: Device) -> Method:
-    mode = "add" if config.rotation.mode == "off" else config.rotation.mode
-    options = RotationOptions(mode=mode, draw=config.rotation.draw)
-    return DepthAveraging(config, rotation(options, config.seed))
+    mode: Literal["add", "replace"] = (
+        "add" if config.rotation.mode == "off" else config.rotation.mode
+    )
+    config = replace(config, rotation=replace(config.rotation, mode=mode))
+    return DepthAveraging(config, _rotation(config))
 
 
 def stale_copy(config: RunConfig, device: Device) -> Method:
@@ -57,6 +59,10 @@ def fedavg_s(config: RunConfig, device: Device) -> Method:
 
 def fedavg_l(config: RunConfig, device: Device) -> Method:
     return DepthAveraging(config, fixed(config.model.exit))
+
+
+def _rotation(config: RunConfig) -> Rule:
+    return rotation(config.rotation, config.seed, config.deadline_s)
 
 
 METHODS: dict[str, Callable[[RunConfig, Device], Method]] = {

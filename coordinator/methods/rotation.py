@@ -1,14 +1,16 @@
 """Which segments a client trains: its prefix, and with stage rotation (ours; related: FeDepth 2023,
-ProFL 2024) by turns one deeper stage alone over the frozen stages before it.
+ProFL 2024) deeper stages, each alone over the frozen global stages before it.
 
-add: the prefix and one of the deeper stages that the client can hold; where prefix and stage do not
-both fit its deadline, as `replace`. replace: one of prefix and deeper stages instead; the prefix
-stands for all the stages it covers. Draws are functions of (seed, round, client) and, for `needy`,
-of how many clients trained each stage so far: a stage's chance is proportional to 1 / (1 + owners).
+add: the prefix, and deeper stages in an order drawn anew each round, as many as `stages` allows and
+as fit the deadline beside the prefix by the client's own prediction; where not even the first one
+fits, as `replace`. replace: one stage is drawn instead; a stage within the prefix stands for it.
+Draws are functions of (seed, round, client) and, for `needy`, of how many clients trained each
+stage so far: a stage's chance is proportional to 1 / (1 + owners).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -26,27 +28,42 @@ def fixed(exit: int) -> Rule:
     return lambda client, round, owners: (Segment(first=1, last=exit),)
 
 
-def rotation(options: RotationOptions, seed: int) -> Rule:
+def rotation(options: RotationOptions, seed: int, deadline_s: float = 0.0) -> Rule:
+    """deadline_s: of a round; 0: none."""
+
     def rule(client: Client, round: int, owners: Sequence[float]) -> tuple[Segment, ...]:
         prefix = Segment(first=1, last=client.exit)
         deeper = [stage for stage in sorted(client.stages) if stage > client.exit]
         if options.mode == "off" or not deeper:
             return (prefix,)
-        if options.mode == "tail":
-            return (prefix, Segment(first=client.exit + 1, last=max(deeper)))
-        if options.mode == "all":
-            return (prefix, *(Segment(first=s, last=s) for s in deeper))
-        is_added = options.mode == "add" and set(deeper) <= set(client.both)
-        stages = deeper if is_added else [*range(1, client.exit + 1), *deeper]
-        chances = [1.0 if options.draw == "uniform" else 1 / (1 + owners[s - 1]) for s in stages]
-        point = job_seed(seed, round, f"stage/{client.id}") / 2**62 * sum(chances)
-        for drawn, chance in zip(stages, chances, strict=True):  # noqa: B007 drawn is used below
-            point -= chance
-            if point < 0:
-                break
-        alone = Segment(first=drawn, last=drawn)
-        if is_added:
-            return (prefix, alone)
-        return (prefix,) if drawn <= client.exit else (alone,)
+
+        def drawn(stages: Sequence[int]) -> list[int]:
+            even = options.draw == "uniform"
+            chances = {stage: 1.0 if even else 1 / (1 + owners[stage - 1]) for stage in stages}
+            return draw_order(chances, f"{seed}/{round}/{client.id}")
+
+        if options.mode == "add":
+            seconds = dict(zip(client.stages, client.stage_s, strict=bool(client.stage_s)))
+            added, taken_s = [], client.prefix_s
+            for stage in drawn(deeper)[: options.stages or None]:
+                taken_s += seconds.get(stage, 0.0)
+                if deadline_s and taken_s > deadline_s:
+                    break
+                added.append(stage)
+            if added:
+                return (prefix, *(Segment(first=s, last=s) for s in sorted(added)))
+        stage = drawn([*range(1, client.exit + 1), *deeper])[0]
+        return (prefix,) if stage <= client.exit else (Segment(first=stage, last=stage),)
 
     return rule
+
+
+def draw_order(chances: dict[int, float], key: str) -> list[int]:
+    """Items in a random order, each next one drawn in proportion to its chance among those left.
+    Exponential waiting times, sorted, do that (Efraimidis and Spirakis 2006)."""
+
+    def waiting(item: int) -> float:
+        uniform = (job_seed(0, item, key) + 1) / (2**62 + 1)
+        return -math.log(uniform) / chances[item]
+
+    return sorted(chances, key=waiting)
