@@ -10,8 +10,13 @@ from typing import Any
 # 100 rounds of Fashion-MNIST, tools/results/main.csv; tuned on seeds 0 and 1 at alpha 0.5
 MOMENTUM: dict[str, Any] = {"server_momentum": 0.5, "server_lr": 0.75}
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "hypemefed": {"rotation": "add", **MOMENTUM},
-    "stage-rotation": {"rotation": "add"},
+    "hypemefed": {
+        "rotation": "add",
+        "rotation_stages": 0,
+        "generator": "update-regression",
+        **MOMENTUM,
+    },
+    "stage-rotation": {"rotation": "add", "rotation_stages": 0},
 }
 # HypeMeFed (2024), section 5: absolute weights, rank 100, a plain mean, the last model
 PAPER: Mapping[str, Any] = {

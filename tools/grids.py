@@ -73,7 +73,8 @@ UNIMIB_PAPER_MODEL = f"{UNIMIB} --model vgg --option channels=64,128,256,512"
 
 OWNERS = f"--method owners-mean {PLAIN}"
 REGRESSION_ROW = f"--method hypemefed {REGRESSION} --rotation off"
-HALF = "--method hypemefed --rotation add --holders 0.5"
+ONE, ALL = "--rotation add --rotation-stages 1", "--rotation add --rotation-stages 0"
+HALF = f"--method hypemefed {ALL} --holders 0.5 {MOMENTUM}"
 ROWS = {
     "fedavg-s": f"--method fedavg-s {PLAIN}",
     "owners-mean": OWNERS,
@@ -83,20 +84,23 @@ ROWS = {
     "svd-mlp-residual": "--method hypemefed --generator svd-mlp-residual --generate conv"
     f" --rotation off {PLAIN}",
     "update-regression": f"{REGRESSION_ROW} {PLAIN}",
-    "rotation-add": f"--method stage-rotation --rotation add {PLAIN}",
+    "rotation-add": f"--method stage-rotation {ONE} {PLAIN}",
+    "rotation-all": f"--method stage-rotation {ALL} {PLAIN}",
     "rotation-replace": f"--method stage-rotation --rotation replace {PLAIN}",
     "owners-mean+momentum": f"--method owners-mean {MOMENTUM}",
     "update-regression+momentum": f"{REGRESSION_ROW} {MOMENTUM}",
-    "rotation-add+momentum": f"--method stage-rotation --rotation add {MOMENTUM}",
+    "rotation-add+momentum": f"--method stage-rotation {ONE} {MOMENTUM}",
+    "rotation-all+momentum": f"--method stage-rotation {ALL} {MOMENTUM}",
     "rotation-replace+momentum": f"--method stage-rotation --rotation replace {MOMENTUM}",
     "fedavg-l": f"--method fedavg-l {PLAIN}",
     "fedavg-l+momentum": f"--method fedavg-l {MOMENTUM}",
-    "rotation-add+momentum+distil": f"--method stage-rotation --rotation add {MOMENTUM} {DISTILL}",
-    "rotation-add+momentum+regression": f"--method hypemefed {REGRESSION} --rotation add"
+    "rotation-all+momentum+distil": f"--method stage-rotation {ALL} {MOMENTUM} {DISTILL}",
+    "rotation-add+momentum+regression": f"--method hypemefed {REGRESSION} {ONE} {MOMENTUM}",
+    "rotation-replace+momentum+regression": f"--method hypemefed {REGRESSION} --rotation replace"
     f" {MOMENTUM}",
-    "half+rotation-add+momentum": f"{HALF} --generator none {MOMENTUM}",
-    "half+rotation-add+momentum+regression": f"{HALF} {REGRESSION} {MOMENTUM}",
-    "rotation-add+momentum+needy": "--method stage-rotation --rotation add --rotation-draw needy"
+    "half+rotation-all+momentum": f"{HALF} --generator none",
+    "half+rotation-all+momentum+regression": f"{HALF} {REGRESSION}",
+    "rotation-add+momentum+needy": f"--method stage-rotation {ONE} --rotation-draw needy"
     f" {MOMENTUM}",
     "default": "--method hypemefed",
 }
@@ -114,13 +118,13 @@ GRIDS = {
     ),
     "digits": Grid(
         "the whole pipeline on the bundled digits, in minutes",
-        chosen("fedavg-s owners-mean svd-mlp update-regression rotation-add default fedavg-l"),
+        chosen("fedavg-s owners-mean svd-mlp update-regression rotation-all default fedavg-l"),
         tuple(settings("digits", FIFTY, ("0.5",), DIGITS)),
     ),
     "second": Grid(
         "other data: part of CIFAR-100 with the paper's network, UniMiB SHAR's falls",
         chosen(
-            "fedavg-s owners-mean svd-mlp update-regression+momentum rotation-add+momentum default"
+            "fedavg-s owners-mean svd-mlp update-regression+momentum rotation-add+momentum rotation-all+momentum default"
             " fedavg-l fedavg-l+momentum"
         ),
         (
@@ -137,7 +141,7 @@ GRIDS = {
     ),
     "alpha": Grid(
         "accuracy against label skew; its cells at 0.1 and 0.5 are those of `main`",
-        chosen("fedavg-s owners-mean svd-mlp rotation-add+momentum default fedavg-l"),
+        chosen("fedavg-s owners-mean svd-mlp rotation-all+momentum default fedavg-l"),
         tuple(settings("fashion", {"even": FIFTY["even"]}, ("0.5", "0.1", "1", "1e4"), FASHION)),
     ),
 }
