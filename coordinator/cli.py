@@ -144,7 +144,7 @@ def run_emulate(args: argparse.Namespace) -> int:
             return 0
         store.write_model(method.spec, method.served())
         if args.out:
-            write_json(store, population, args.out)
+            write_json(store, population, args.out, {})
     return 0
 
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,8 +22,10 @@ from coordinator.cohort_processes import ProcessCohort
 from coordinator.config import RunConfig
 from coordinator.sampling import job_seed
 from coordinator.store import Store
+from edge_sdk.capacity import peak_bytes
 from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.models.costs import segment_costs
 from edge_sdk.partition import partition_by_subject, partition_dirichlet, partition_iid
 
 SPLITS = ("dirichlet", "iid", "subject")
@@ -122,15 +125,40 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"--out {path} cannot be written: {error}") from error
 
 
-def write_json(store: Store, population: Population, path: Path) -> None:
-    """The run as one JSON file, from the database, replaced as a whole."""
+def write_json(store: Store, population: Population, path: Path, extra: Mapping[str, Any]) -> None:
+    """The run as one JSON file, from the database, replaced as a whole. extra: more of its keys."""
     config: RunConfig = store.config
+    costs = client_costs(store)
     content = {
         "config": msgspec.to_builtins(config) | msgspec.to_builtins(population),
         "machine": {"torch": torch.__version__, "numpy": np.__version__, "cpus": os.cpu_count()},
-        "rounds": store.history(),
+        "rounds": [entry | costs.get(int(str(entry["round"])), {}) for entry in store.history()],
+        **extra,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".new")
     draft.write_text(json.dumps(content, indent=1))
     os.replace(draft, path)
+
+
+def client_costs(store: Store) -> dict[int, dict[str, int]]:
+    """By round: `stages_trained`, the sum over participants of examples x stages x epochs, and
+    `peak_memory_bytes`, the largest that capacity.py predicts for a client of the shallowest exit,
+    its runtime and data left out (one process emulates all: what it takes says nothing)."""
+    config, trained = store.config, store.trained()
+    if not trained:
+        return {}
+    shallowest = min(exit for _, exit, _, _ in trained)
+    examples = max(2, sum(row[3] for row in trained) // len(trained))
+    found = segment_costs(config.model, config.plan(config.rounds), examples, 0)
+    peaks = {f"{cost.first}-{cost.last}": peak_bytes(cost) for cost in found}
+    costs: dict[int, dict[str, int]] = {}
+    for round, exit, segments, num_examples in trained:
+        entry = costs.setdefault(round, {"stages_trained": 0, "peak_memory_bytes": 0})
+        for segment in segments.split(","):
+            first, last = map(int, segment.split("-"))
+            work = num_examples * (last - first + 1) * config.epochs
+            entry["stages_trained"] += work
+            if exit == shallowest:
+                entry["peak_memory_bytes"] = max(entry["peak_memory_bytes"], peaks[segment])
+    return costs

@@ -163,6 +163,12 @@ class Store:
             )
         return rounds
 
+    def trained(self) -> list[tuple[int, int, str, int]]:
+        """Of every update that counts: round, the client's exit, segments ("1-1,3-3"), examples."""
+        return self._read(
+            "SELECT round, exit, segments, num_examples FROM participations WHERE outcome = 'ok'"
+        )
+
     def record_clients(self, clients: Iterable[Client]) -> None:
         """What is known of each client now; replaces what was known. Part of the next commit."""
         for client in clients:

@@ -124,7 +124,8 @@ GRIDS = {
     "second": Grid(
         "other data: part of CIFAR-100 with the paper's network, UniMiB SHAR's falls",
         chosen(
-            "fedavg-s owners-mean svd-mlp update-regression+momentum rotation-add+momentum rotation-all+momentum default"
+            "fedavg-s owners-mean svd-mlp update-regression+momentum rotation-add+momentum"
+            " rotation-all+momentum default"
             " fedavg-l fedavg-l+momentum"
         ),
         (
