@@ -31,7 +31,9 @@ from coordinator.emulate import (
     SPLITS,
     Population,
     check_writable,
+    emulated_clients,
     emulated_cohort,
+    personalise,
     write_json,
 )
 from coordinator.hub import Hub
@@ -46,6 +48,7 @@ from edge_sdk.keys import check_key, make_keys, read_keys
 
 log = logging.getLogger(__name__)
 FINISHED = "run finished"
+HOLDOUT = 0.2  # as in the paper
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,6 +97,9 @@ def add_emulate_command(commands: Any) -> None:
     parser.add_argument("--holders", type=float, default=1.0, metavar="SHARE",
                         help="share of the weak clients that can hold a deeper stage")  # fmt: skip
     parser.add_argument("--processes", type=positive, default=1, help="clients trained at once")
+    parser.add_argument("--personalise", type=positive, metavar="EPOCHS",
+                        help="at the end, fine-tune the model at every client; each keeps a fifth "
+                        "of its examples for testing")  # fmt: skip
     parser.add_argument("--split", choices=SPLITS, default="dirichlet")
     parser.add_argument("--out", type=Path, help="write the rounds as JSON here")
     parser.set_defaults(run=run_emulate)
@@ -110,6 +116,7 @@ def run_emulate(args: argparse.Namespace) -> int:
         split=args.split,
         alpha=args.alpha,
         holders=args.holders,
+        holdout=HOLDOUT if args.personalise else 0.0,
     )
     config = checked(
         replace(
@@ -123,10 +130,11 @@ def run_emulate(args: argparse.Namespace) -> int:
     method = make_method(config, device)  # a model that cannot be built begins no run
     if args.out:
         check_writable(args.out)
+    clients = emulated_clients(population, config, data.train)
     with ExitStack() as stack:
         cohort = stack.enter_context(
             emulated_cohort(
-                population, config, data.train,
+                population, config, clients,
                 device=device, processes=args.processes, imports=args.imports,
             )
         )  # fmt: skip
@@ -143,8 +151,19 @@ def run_emulate(args: argparse.Namespace) -> int:
             log.info("stopped; round %d was next, %s", store.next_round(), hint)
             return 0
         store.write_model(method.spec, method.served())
+        extra = {}
+        if args.personalise:
+            served, epochs = method.served(), args.personalise
+            found = personalise(config, method.spec, served, clients, epochs, device)
+            extra["personalised"] = found
+            for name, group in found["groups"].items():
+                print(
+                    f"{name}: {group['clients']} clients, accuracy on their own hold-outs "
+                    f"{100 * group['before']:.1f} %, after {epochs} local epochs "
+                    f"{100 * group['after']:.1f} %"
+                )
         if args.out:
-            write_json(store, population, args.out, {})
+            write_json(store, population, args.out, extra)
     return 0
 
 

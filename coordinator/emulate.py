@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from coordinator.cohort import InProcessCohort
 from coordinator.cohort_processes import ProcessCohort
 from coordinator.config import RunConfig
+from coordinator.evaluate import Personalised, personalised_accuracy, split_holdout
 from coordinator.sampling import job_seed
 from coordinator.store import Store
 from edge_sdk.capacity import peak_bytes
@@ -27,6 +29,9 @@ from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.models.costs import segment_costs
 from edge_sdk.partition import partition_by_subject, partition_dirichlet, partition_iid
+from edge_sdk.tensors import Tensors
+from edge_sdk.trainer import MIN_BATCH
+from edge_sdk.wire import ModelSpec
 
 SPLITS = ("dirichlet", "iid", "subject")
 
@@ -60,48 +65,111 @@ def group_exits(groups: Sequence[int], num_clients: int, num_exits: int) -> list
 
 class Population(msgspec.Struct, frozen=True, kw_only=True):
     """Emulated clients. groups: how many stop at exit 1, 2, ...; alpha: label skew of the split
-    "dirichlet"; holders: share of the weak clients of each group that can hold a deeper stage."""
+    "dirichlet"; holders: share of the weak clients of each group that can hold a deeper stage;
+    holdout: share of each client's examples that it keeps from training."""
 
     clients: int
     groups: tuple[int, ...]
     split: str
     alpha: float
     holders: float = 1.0
+    holdout: float = 0.0
 
     def text(self) -> str:
         """For the run's settings: a resumed run must have the same."""
         return msgspec.json.encode(self).decode()
 
 
+@dataclass(frozen=True)
+class EmulatedClient:
+    id: str
+    exit: int
+    shard: Examples
+    holdout: Examples | None
+
+
+def emulated_clients(
+    population: Population, config: RunConfig, train: Examples
+) -> list[EmulatedClient]:
+    """Everything about them is a function of the run's seed. A client of a single example has no
+    hold-out."""
+    exits = group_exits(population.groups, population.clients, config.model.exit)
+    parts = split_shards(
+        train, population.clients, split=population.split, alpha=population.alpha, seed=config.seed
+    )
+    clients = []
+    for number, (exit, part) in enumerate(zip(exits, parts, strict=True), 1):
+        name, held = f"client-{number:03d}", None
+        if population.holdout and len(part) > 1:
+            part, held = split_holdout(part, population.holdout, job_seed(config.seed, 0, name))
+        clients.append(EmulatedClient(name, exit, part, held))
+    return clients
+
+
 @contextmanager
 def emulated_cohort(
     population: Population,
     config: RunConfig,
-    train: Examples,
+    clients: Sequence[EmulatedClient],
     *,
     device: torch.device,
     processes: int = 1,
     imports: Sequence[str] = (),
 ) -> Iterator[InProcessCohort | ProcessCohort]:
-    """The population as a cohort; everything about it is a function of the run's seed."""
-    exits = group_exits(population.groups, population.clients, config.model.exit)
-    parts = split_shards(
-        train, population.clients, split=population.split, alpha=population.alpha, seed=config.seed
-    )
-    names = [f"client-{number:03d}" for number in range(1, population.clients + 1)]
-    shards, exit_of = dict(zip(names, parts, strict=True)), dict(zip(names, exits, strict=True))
-    holders = choose_holders(exit_of, population.holders, config.seed)
+    """The clients as a cohort, trained here or in `processes`."""
+    shards = {client.id: client.shard for client in clients}
+    exits = {client.id: client.exit for client in clients}
+    holders = choose_holders(exits, population.holders, config.seed)
     num_exits = config.model.exit
     if processes == 1:
-        yield InProcessCohort(shards, exit_of, num_exits, device, holders)
+        yield InProcessCohort(shards, exits, num_exits, device, holders)
         return
     if device.type != "cpu":
         raise ConfigError(f"--processes {processes} is for the CPU; leave it out with {device}")
     with ProcessCohort(
-        shards, exit_of, num_exits, processes,
+        shards, exits, num_exits, processes,
         holders=holders, imports=imports, threads=torch.get_num_threads(),
     ) as cohort:  # fmt: skip
         yield cohort
+
+
+def personalise(
+    config: RunConfig,
+    spec: ModelSpec,
+    served: Tensors,
+    clients: Sequence[EmulatedClient],
+    epochs: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Accuracy on the clients' hold-outs, of the served model's part that each can run, before and
+    after `epochs` of fine-tuning (HypeMeFed, section 5.3.2): means over all clients and over those
+    of each exit."""
+    able = [c for c in clients if c.holdout is not None and len(c.shard) >= MIN_BATCH]
+    found = personalised_accuracy(
+        spec,
+        served,
+        [client.shard for client in able],
+        [client.holdout for client in able if client.holdout is not None],
+        config.plan(config.rounds),
+        epochs,
+        exits=[min(client.exit, spec.exit) for client in able],
+        device=device,
+    )
+    groups: dict[str, list[Personalised]] = {"all": found}
+    for client, result in zip(able, found, strict=True):
+        groups.setdefault(f"exit {client.exit}", []).append(result)
+    return {
+        "epochs": epochs,
+        "groups": {
+            name: {
+                "clients": len(results),
+                "before": sum(result.before for result in results) / len(results),
+                "after": sum(result.after for result in results) / len(results),
+            }
+            for name, results in groups.items()
+            if results
+        },
+    }
 
 
 def choose_holders(exits: Mapping[str, int], share: float, seed: int) -> set[str]:
