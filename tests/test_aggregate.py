@@ -98,6 +98,40 @@ def test_served_average_is_never_fed_back():
     assert server.served()["w"].item() == pytest.approx(14.31 / 2.71)
 
 
+@pytest.mark.parametrize(("optimizer", "second"), [
+    ("fedadam", 0.99 * 0.01 + 0.01 * 4.0),  # tau^2 = 0.01 at first
+    ("fedyogi", 0.01 + 0.01 * 4.0),  # 4 is larger: it grows by 0.01 * 4
+])  # fmt: skip
+def test_adaptive_server_by_hand(optimizer, second):
+    options = ServerOptions(
+        optimizer=optimizer, momentum=0.9, lr=0.5, beta2=0.99, tau=0.1, serve="last"
+    )
+    server = Server(scalars(w=1.0), {"w"}, options)
+    server.step(scalars(w=3.0))  # D = 2: first moment 0.1 * 2 = 0.2
+    want = 1 + 0.5 * 0.2 / (second**0.5 + 0.1)
+    assert server.globals["w"].item() == pytest.approx(want, rel=1e-5)
+    # resumed, the second step is the same
+    other = Server(scalars(w=0.0), {"w"}, options)
+    other.load_state_dict({k: t.clone() for k, t in server.state_dict().items()})
+    for one in (server, other):
+        one.step(scalars(w=0.0))
+    assert torch.equal(server.globals["w"], other.globals["w"])
+
+
+def test_yogi_lets_the_second_moment_fall_slowly():
+    # D = 0.01 after D = 2: adam forgets by 1 % of itself, yogi by 1 % of D^2 only
+    falls = {}
+    for optimizer in ("fedadam", "fedyogi"):
+        options = ServerOptions(optimizer=optimizer, momentum=0.0, beta2=0.99, tau=0.1)
+        server = Server(scalars(w=0.0), {"w"}, options)
+        server.step(scalars(w=2.0))
+        first = server.state_dict()["second/w"].item()
+        server.step({"w": server.globals["w"] + 0.01})
+        falls[optimizer] = first - server.state_dict()["second/w"].item()
+    assert falls["fedyogi"] == pytest.approx(0.01 * 1e-4, rel=0.05)
+    assert falls["fedadam"] > 100 * falls["fedyogi"]
+
+
 CLIENTS = [client(f"c{i:02d}", 1 + (i >= 17) + (i >= 34)) for i in range(50)]  # 17, 17, 16
 
 

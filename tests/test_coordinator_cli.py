@@ -20,7 +20,8 @@ EMULATE = [
 @pytest.mark.parametrize("method", ["hypemefed", "stage-rotation"])
 def test_emulate_prints_a_line_a_round_and_writes_json(tmp_path, capsys, method):
     out = tmp_path / "out.json"
-    assert main([*EMULATE, "--method", method, "--out", str(out)]) == 0
+    flags = ["--method", method, "--rotation-stages", "1", "--out", str(out)]
+    assert main([*EMULATE, *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["round 1", "round 2"]
     content = json.loads(out.read_text())
@@ -111,3 +112,52 @@ def test_serve_says_what_lacks(tmp_path, capsys):
     assert main(["serve", *folder, "--test", "digits", "--keys", str(tmp_path)]) == 1
     assert "server.public" in capsys.readouterr().err
     assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def settings(tmp_path, *flags):
+    out = tmp_path / "o.json"
+    assert main([*EMULATE, *flags, "--rounds", "1", "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_default_and_paper_settings(tmp_path):
+    best = settings(tmp_path)["config"]
+    assert best["method"] == "hypemefed"
+    assert best["rotation"] == {"mode": "add", "stages": 0, "draw": "uniform"}
+    assert (best["generator"]["name"], best["server"]["serve"]) == ("update-regression", "ema")
+    paper = settings(tmp_path, "--paper")["config"]
+    assert paper["rotation"]["mode"] == "off"
+    assert paper["server"]["serve"] == "last"
+    assert (paper["server"]["momentum"], paper["server"]["lr"]) == (0.0, 1.0)
+    assert {k: paper["generator"][k] for k in ("name", "rank", "hidden", "epochs", "lr")} == {
+        "name": "svd-mlp", "rank": 100, "hidden": 512, "epochs": 25, "lr": 5e-4,
+    }  # fmt: skip
+    own = settings(tmp_path, "--paper", "--rank", "7", "--serve", "ema")["config"]
+    assert (own["generator"]["rank"], own["server"]["serve"]) == (7, "ema")
+
+
+def test_preset_without_its_data_says_which_files(capsys):
+    assert main(["emulate", "--preset", "svhn"]) == 1
+    assert "train_32x32.mat" in capsys.readouterr().err
+
+
+def test_personalised_accuracy_is_told_by_group(tmp_path, capsys):
+    content = settings(tmp_path, "--personalise", "1")
+    groups = content["personalised"]["groups"]
+    assert {name: group["clients"] for name, group in groups.items()} == {
+        "all": 6, "exit 1": 2, "exit 2": 2, "exit 3": 2,
+    }  # fmt: skip
+    assert "exit 1: 2 clients, accuracy on their own hold-outs" in capsys.readouterr().out
+    assert content["config"]["holdout"] == 0.2
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_bytes(tmp_path):
+    """And a client that cannot train is a failure there too."""
+    found = []
+    for processes in ("1", "2"):
+        folder = tmp_path / processes
+        flags = ["--clients", "12", "--groups", "6,6", "--alpha", "0.05", "--participants", "12"]
+        assert main([*EMULATE, *flags, "--run-dir", str(folder), "--processes", processes]) == 0
+        found.append((folder / "model.safetensors").read_bytes())
+    assert found[0] == found[1]

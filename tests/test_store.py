@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import sqlite3
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import coordinator.store as store_module
 from coordinator.cohort import Absence, ClientUpdate, InProcessCohort
-from coordinator.emulate import group_exits, split_shards, write_json
+from coordinator.emulate import Population, choose_holders, group_exits, split_shards, write_json
 from coordinator.methods import make_method
 from coordinator.methods.base import Metrics
 from coordinator.rounds import run_rounds
@@ -203,8 +204,13 @@ def test_failing_client_is_counted_and_the_round_goes_on(tmp_path):
     clients = InProcessCohort(shards, {"a": 1, "b": 1}, 3)
     run_rounds(store, method, clients, None, report=reports.append)
     assert (reports[0].totals.returned, reports[0].totals.failures) == (1, 1)
-    write_json(store, {"groups": [2]}, tmp_path / "out" / "x.json")
-    assert '"round": 1' in (tmp_path / "out" / "x.json").read_text()
+    population = Population(clients=2, groups=(2,), split="iid", alpha=0.5)
+    write_json(store, population, tmp_path / "out" / "x.json", {"more": 1})
+    content = json.loads((tmp_path / "out" / "x.json").read_text())
+    assert (content["more"], content["config"]["groups"]) == (1, [2])
+    # a trained stage 1 of 12 examples, one epoch; b failed
+    assert content["rounds"][0]["stages_trained"] == 12
+    assert content["rounds"][0]["peak_memory_bytes"] > 0
     store.close()
 
 
@@ -218,3 +224,24 @@ def test_groups_and_splits():
     assert sum(len(part) for part in parts) == 60
     with pytest.raises(DataError, match="no subjects"):
         split_shards(data, 4, split="subject", alpha=0.5, seed=0)
+
+
+def test_holders_are_a_share_of_each_group():
+    exits = {f"c{i:02d}": 1 + i // 10 for i in range(30)}
+    half = choose_holders(exits, 0.5, seed=3)
+    assert [sum(exits[name] == exit for name in half) for exit in (1, 2, 3)] == [5, 5, 5]
+    assert half == choose_holders(dict(reversed(exits.items())), 0.5, seed=3)
+    assert choose_holders(exits, 0.0, 3) == set()
+    assert choose_holders(exits, 1.0, 3) == set(exits)
+    with pytest.raises(ConfigError, match="--holders 2"):
+        choose_holders(exits, 2.0, 3)
+
+
+def test_the_last_rounds_are_evaluated(tmp_path):
+    settings = config("owners-mean", rounds=5, eval_every=3, eval_tail=2)
+    store = Store.create(tmp_path, settings, "emulate")
+    cohort = InProcessCohort({"a": examples(12)}, {"a": 1}, 3)
+    run_rounds(store, make_method(settings), cohort, examples(6))
+    evaluated = [entry["round"] for entry in store.history() if entry["accuracy"]]
+    store.close()
+    assert evaluated == [3, 4, 5]

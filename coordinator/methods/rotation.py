@@ -37,22 +37,22 @@ def rotation(options: RotationOptions, seed: int, deadline_s: float = 0.0) -> Ru
         if options.mode == "off" or not deeper:
             return (prefix,)
 
-        def drawn(stages: Sequence[int]) -> list[int]:
+        def drawn(stages: Sequence[int], turn: str) -> list[int]:
             even = options.draw == "uniform"
             chances = {stage: 1.0 if even else 1 / (1 + owners[stage - 1]) for stage in stages}
-            return draw_order(chances, f"{seed}/{round}/{client.id}")
+            return draw_order(chances, f"{seed}/{round}/{client.id}/{turn}")
 
         if options.mode == "add":
             seconds = dict(zip(client.stages, client.stage_s, strict=bool(client.stage_s)))
             added, taken_s = [], client.prefix_s
-            for stage in drawn(deeper)[: options.stages or None]:
+            for stage in drawn(deeper, "add")[: options.stages or None]:
                 taken_s += seconds.get(stage, 0.0)
                 if deadline_s and taken_s > deadline_s:
                     break
                 added.append(stage)
             if added:
                 return (prefix, *(Segment(first=s, last=s) for s in sorted(added)))
-        stage = drawn([*range(1, client.exit + 1), *deeper])[0]
+        stage = drawn([*range(1, client.exit + 1), *deeper], "replace")[0]
         return (prefix,) if stage <= client.exit else (Segment(first=stage, last=stage),)
 
     return rule
