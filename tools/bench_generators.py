@@ -1,0 +1,393 @@
+"""What the generators cost and how well they predict, at the sizes of HypeMeFed's networks.
+
+    python tools/bench_generators.py [--models svhn,...] [--generators svd-mlp,...] [--csv FILE]
+
+One row per (model, generator), each in a process of its own: parameters; peak memory over the
+process before the generator was made; seconds to observe, fit and generate in the last of
+`--rounds` rounds of ten participants (3, 4 and 3 on exits 1, 2 and 3); and the error on owners that
+the generator never saw. In truth every participant trains the whole network, a few steps of Adam on
+data with classes to learn, two of them at each client; the generator is shown its prefix only.
+`error` is that of the tensors that stand for the lacking clients (gate included) against the mean
+of what these trained, relative to its norm; `moved` the same relative to how far it moved from the
+global that was sent: 1 is as good as the stale global. `mean_moved`: the owners' mean in its place.
+
+Seconds are the process's CPU time on one thread (wall clock on CUDA). The naive network is run
+where it needs less than `--memory-gb`; elsewhere its memory is computed (its parameters, gradients
+and Adam's two moments of the largest group, and a temporary of the largest tensor) and its seconds
+are those of the largest network that ran, per parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from coordinator.aggregate import OwnersMean
+from coordinator.cohort import Client, ClientUpdate
+from coordinator.config import GeneratorOptions
+from coordinator.generators import make_generator
+from coordinator.generators.pairwise import PairGenerator
+from edge_sdk.examples import Examples
+from edge_sdk.models import initial_tensors
+from edge_sdk.models.staged import place
+from edge_sdk.tensors import Tensors
+from edge_sdk.trainer import peak_memory_bytes, reset_peak_memory, train
+from edge_sdk.wire import ModelSpec, Plan, Segment
+
+EXITS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 3)
+WIDE = {"channels": (64, 128, 256, 512)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, and how many examples each client has in batches of how many."""
+
+    family: str
+    input_shape: tuple[int, ...]
+    num_classes: int
+    options: dict[str, object]
+    num_examples: int = 32
+    batch_size: int = 8
+
+    def spec(self) -> ModelSpec:
+        return ModelSpec(
+            family=self.family, input_shape=self.input_shape, num_classes=self.num_classes,
+            exit=max(EXITS), options=self.options,
+        )  # fmt: skip
+
+
+MODELS = {
+    "svhn": Case("vgg", (3, 32, 32), 10, {}, 48),
+    "stl10": Case("vgg", (3, 96, 96), 10, WIDE, 12, 4),
+    "unimib": Case("vgg", (3, 151), 8, {**WIDE, "fold": (18, 25)}),
+    "resnet18": Case("resnet18", (3, 32, 32), 100, {}, 16, 4),
+    "tiny": Case("cnn", (1, 8, 8), 3, {"channels": (4, 5, 6)}),
+}
+GENERATORS = {
+    "naive-mlp": GeneratorOptions(name="naive-mlp"),
+    "svd-mlp": GeneratorOptions(name="svd-mlp"),
+    "svd-mlp-residual": GeneratorOptions(name="svd-mlp-residual"),
+    "update-regression": GeneratorOptions(name="update-regression", rank=12),
+}
+FIELDS = (
+    "model", "generator", "how", "parameters", "peak_MB", "generator_MB", "observe_s", "fit_s",
+    "generate_s", "round_s", "memory_saved_%", "times_faster", "error_2", "error_3", "moved_2",
+    "moved_3", "mean_moved_2", "mean_moved_3",
+)  # fmt: skip
+Row = dict[str, object]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", default=",".join(name for name in MODELS if name != "tiny"))
+    parser.add_argument("--generators", default=",".join(GENERATORS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory-gb", type=float, default=10.0)
+    parser.add_argument("--limit-s", type=float, default=1500.0, help="for one row")
+    parser.add_argument("--updates", type=Path, help="keep the clients' updates in this folder")
+    parser.add_argument("--csv", type=Path, help="write the table here too")
+    parser.add_argument("--row", nargs=2, metavar=("MODEL", "GENERATOR"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if args.row:
+        print(json.dumps(measure(*args.row, args.updates, args.rounds, args.device)))
+        return 0
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in args.models.split(","):
+            folder = (args.updates or Path(scratch)) / model
+            make_updates(MODELS[model], folder, args.rounds)
+            for generator in args.generators.split(","):
+                rows.append(run_row(model, generator, folder, args))
+                print(rows[-1], file=sys.stderr, flush=True)
+    compare_with_naive(rows)
+    print_markdown(rows)
+    if args.csv:
+        write_csv(args.csv, rows, args.device)
+    return 0
+
+
+def make_updates(case: Case, folder: Path, rounds: int) -> None:
+    """Per round: what was sent, and what each participant would return had it trained it all. The
+    next global is the owners' mean."""
+    if (folder / "done").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = case.spec()
+    sent = initial_tensors(spec, 0)
+    plan = Plan(
+        segments=(Segment(first=1, last=spec.exit),), batch_size=case.batch_size, lr=5e-4, epochs=1
+    )
+    for number in range(1, rounds + 1):
+        save_file(sent, folder / f"{number}-sent")
+        mean = OwnersMean()
+        for client, exit in enumerate(EXITS):
+            data = examples(case, 100 * number + client)
+            tensors = train(spec, plan, sent, data).tensors
+            save_file(tensors, folder / f"{number}-{client}")
+            mean.add_(prefix(tensors, exit), 1.0)
+        sent = mean.result(sent)
+    (folder / "done").touch()
+
+
+def examples(case: Case, seed: int) -> Examples:
+    """Noise around one mean image a class; nine in ten examples are of two classes."""
+    means = np.random.default_rng(0).normal(size=(case.num_classes, *case.input_shape))
+    rng = np.random.default_rng(seed)
+    frequent = rng.choice(case.num_classes, 2, replace=False)
+    labels = np.where(
+        rng.random(case.num_examples) < 0.9,
+        rng.choice(frequent, case.num_examples),
+        rng.integers(case.num_classes, size=case.num_examples),
+    )
+    x = means[labels] + rng.normal(size=(case.num_examples, *case.input_shape))
+    return Examples(x.astype(np.float32), labels.astype(np.int64), case.num_classes)
+
+
+def prefix(tensors: Mapping[str, Tensor], exit: int) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if place(name)[1] <= exit}
+
+
+def read(path: Path) -> Tensors:
+    return load(path.read_bytes())
+
+
+def run_row(model: str, generator: str, folder: Path, args: argparse.Namespace) -> Row:
+    """In a fresh process; computed where the generator is too large or too slow."""
+    sizes = size_of(MODELS[model], GENERATORS[generator])
+    row: Row = {"model": model, "generator": generator, "how": "computed"} | sizes
+    if float(str(sizes["peak_MB"])) > 1e3 * args.memory_gb:
+        return row
+    command = [
+        sys.executable, __file__, "--row", model, generator, "--updates", str(folder),
+        "--rounds", str(args.rounds), "--device", args.device,
+    ]  # fmt: skip
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=args.limit_s)
+    except subprocess.TimeoutExpired:
+        return row | {"how": f"computed (over {args.limit_s:.0f} s)"}
+    if ran.returncode:
+        return row | {"how": f"failed: {(ran.stderr.strip() or 'killed').splitlines()[-1]}"}
+    return row | {"how": "run"} | json.loads(ran.stdout)
+
+
+def size_of(case: Case, options: GeneratorOptions) -> Row:
+    """Parameters and computed peak, from the networks' shapes alone."""
+    made = make_generator(case.spec(), options, 0, "cpu" if _is_linear(options) else "meta")
+    if not isinstance(made, PairGenerator):
+        return {"parameters": 0, "peak_MB": 0.0}
+    groups = [[p.nbytes for p in network.parameters()] for network in made.networks]
+    peak = sum(map(sum, groups)) + 3 * max(map(sum, groups)) + max(map(max, groups))
+    count = sum(p.numel() for p in made.networks.parameters())
+    return {"parameters": count, "peak_MB": round(peak / 1e6, 1)}
+
+
+def _is_linear(options: GeneratorOptions) -> bool:
+    return options.name == "update-regression"
+
+
+def measure(model: str, generator: str, folder: str, rounds: int, device: str) -> Row:
+    """The row's measured figures; in a process that did nothing before."""
+    warm_up(GENERATORS[generator], device)
+    round_ = load_round(Path(folder), 1)
+    example = shown(Path(folder), 1, 0, 3)
+    before = start_memory(device)
+    made = make_generator(MODELS[model].spec(), GENERATORS[generator], 0, device)
+    assert made is not None
+    row: Row = {}
+    for number in range(1, rounds + 1):
+        if number > 1:
+            round_ = load_round(Path(folder), number)
+        times = [0.0]
+        for client, exit in enumerate(EXITS):
+            example = shown(Path(folder), number, client, exit)
+            start = clock(device)
+            made.observe(example, round_.sent, 1.0)
+            times[0] += clock(device) - start
+        start = clock(device)
+        figures = made.fit(round_.sent, number)
+        times.append(clock(device) - start)
+        errors = Errors()
+        start, judged = clock(device), 0.0
+        for weight, tensors in made.generate(round_.sent, round_.mean):
+            pause = clock(device)
+            errors.add_(round_, weight, tensors)
+            judged += clock(device) - pause
+        times.append(clock(device) - start - judged)
+        row = {
+            "observe_s": times[0], "fit_s": times[1], "generate_s": times[2],
+            "round_s": sum(times), "generator_MB": figures["generator_bytes"] / 1e6,
+        } | errors.row(round_)  # fmt: skip
+    row["peak_MB"] = (peak_memory(device) - before) / 1e6
+    del example
+    return {name: float(f"{value:.4g}") for name, value in row.items()}
+
+
+@dataclass(frozen=True)
+class Round:
+    """sent: the global; mean: over the owners; lacking: the mean of what the others trained, which
+    the generator must guess."""
+
+    sent: Tensors
+    mean: Tensors
+    lacking: Tensors
+
+
+def load_round(folder: Path, number: int) -> Round:
+    sent = read(folder / f"{number}-sent")
+    owners, lacking = OwnersMean(), OwnersMean()
+    for client, exit in enumerate(EXITS):
+        tensors = read(folder / f"{number}-{client}")
+        held = prefix(tensors, exit)
+        owners.add_(held, 1.0)
+        lacking.add_({name: t for name, t in tensors.items() if name not in held}, 1.0)
+    return Round(sent, owners.result(sent), lacking.result(sent))
+
+
+def shown(folder: Path, number: int, client: int, exit: int) -> ClientUpdate:
+    """What the generator sees of a participant: its prefix."""
+    return _update(f"{number}-{client}", exit, prefix(read(folder / f"{number}-{client}"), exit))
+
+
+def _update(name: str, exit: int, tensors: Tensors) -> ClientUpdate:
+    segments = (Segment(first=1, last=exit),)
+    who = Client(id=name, exit=exit)
+    return ClientUpdate(who, tensors, segments, num_examples=1, num_steps=1, exits=(), phases={})
+
+
+class Errors:
+    """Squared errors by stage of what stands for the lacking clients. A tensor of which nothing was
+    generated counts with the owners' mean."""
+
+    def __init__(self) -> None:
+        self._change: dict[int, float] = {}
+
+    def add_(self, round_: Round, weight: float, tensors: Tensors) -> None:
+        """(owners mean + weight G) / (owners + weight) is what the server's mean becomes; solved
+        for the tensors E that all the lacking would have to have sent."""
+        for name, generated in tensors.items():
+            if name not in main_weights(round_):
+                continue
+            stage = place(name)[1]
+            owners = sum(exit >= stage for exit in EXITS)
+            lacking = len(EXITS) - owners
+            total = (owners * round_.mean[name] + weight * generated) / (owners + weight)
+            stands = (total * len(EXITS) - owners * round_.mean[name]) / lacking
+            true = round_.lacking[name]
+            change = (stands - true).square().sum() - (round_.mean[name] - true).square().sum()
+            self._change[stage] = self._change.get(stage, 0.0) + float(change)
+
+    def row(self, round_: Round) -> Row:
+        found: Row = {}
+        for stage in (2, 3):
+            names = [name for name in main_weights(round_) if place(name)[1] == stage]
+
+            def squared(a: Tensors, b: Tensors | None = None, names: list[str] = names) -> float:
+                return sum(float((a[n] - (b[n] if b else 0)).square().sum()) for n in names)
+
+            plain = squared(round_.mean, round_.lacking)
+            moved = squared(round_.lacking, round_.sent)
+            error = max(0.0, plain + self._change.get(stage, 0.0))
+            found[f"error_{stage}"] = (error / squared(round_.lacking)) ** 0.5
+            found[f"moved_{stage}"] = (error / moved) ** 0.5
+            found[f"mean_moved_{stage}"] = (plain / moved) ** 0.5
+        return found
+
+
+def main_weights(round_: Round) -> list[str]:
+    """Convolutions of the stages that may lack: what every generator generates."""
+    return [n for n, t in round_.sent.items() if t.ndim > 2 and place(n) > ("stages", 1)]
+
+
+def warm_up(options: GeneratorOptions, device: str) -> None:
+    """Two rounds on a tiny model, so that libraries are loaded before memory is looked at."""
+    spec = MODELS["tiny"].spec()
+    sent = initial_tensors(spec, 0)
+    made = make_generator(spec, options, 0, device)
+    assert made is not None
+    for number in (1, 2):
+        for client, exit in enumerate(EXITS):
+            moved = {n: t + (0.01 * torch.randn(t.shape)).to(t.dtype) for n, t in sent.items()}
+            made.observe(_update(f"{client}", exit, prefix(moved, exit)), sent, 1.0)
+        made.fit(sent, number)
+        list(made.generate(sent, sent))
+
+
+def clock(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def start_memory(device: str) -> float:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return float(torch.cuda.memory_allocated())
+    reset_peak_memory()
+    return float(psutil.Process().memory_info().rss)
+
+
+def peak_memory(device: str) -> float:
+    return float(peak_memory_bytes() if device == "cpu" else torch.cuda.max_memory_allocated())
+
+
+def compare_with_naive(rows: list[Row]) -> None:
+    """Fill in the naive network's seconds where it did not run, and the ratios to it."""
+    naive = {row["model"]: row for row in rows if row["generator"] == "naive-mlp"}
+    ran = [row for row in naive.values() if row["how"] == "run"]
+    if ran:
+        largest = max(ran, key=lambda row: int(str(row["parameters"])))
+        pace = float(str(largest["round_s"])) / int(str(largest["parameters"]))
+        for row in naive.values():
+            row.setdefault("round_s", float(f"{pace * int(str(row['parameters'])):.3g}"))
+    for row in rows:
+        base = naive.get(row["model"])
+        if base is None or base is row or row["how"] != "run":
+            continue
+        saved = 100 * (1 - float(str(row["peak_MB"])) / float(str(base["peak_MB"])))
+        row["memory_saved_%"] = round(saved, 2)
+        if "round_s" in base:
+            faster = float(str(base["round_s"])) / float(str(row["round_s"]))
+            row["times_faster"] = float(f"{faster:.3g}")
+
+
+def print_markdown(rows: list[Row]) -> None:
+    print("| " + " | ".join(FIELDS) + " |")
+    print("| " + " | ".join("---" for _ in FIELDS) + " |")
+    for row in rows:
+        print("| " + " | ".join(str(row.get(name, "-")) for name in FIELDS) + " |")
+
+
+def write_csv(path: Path, rows: list[Row], device: str) -> None:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()  # fmt: skip
+    where = torch.cuda.get_device_name() if device != "cpu" else "one thread of 2 shared cores"
+    head = f"# python tools/bench_generators.py; commit {commit}; {platform.machine()}, {where}"
+    with path.open("w", newline="") as file:
+        file.write(head + "\n")
+        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
