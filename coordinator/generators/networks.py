@@ -15,22 +15,32 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coordinator.factors import Factors, factorise, reconstruct
+from coordinator.factors import Factors, factorise, reconstruct, refactorise
 
 Shape = tuple[int, int]
 Code = TypeVar("Code")
 
 
 class Codec(Protocol, Generic[Code]):
-    """What a kind of network keeps of a matrix (rows, columns)."""
+    """What a kind of network keeps of a matrix (rows, columns): its code. A stack is a code with
+    two more dimensions, B clients by G pairs; networks map stacks to stacks."""
 
     def encode(self, matrix: Tensor) -> Code: ...
-    def decode(self, code: Code, scale: float) -> Tensor: ...
     def num_bytes(self, code: Code) -> int: ...
-    def predict(
-        self, network: nn.Module, codes: Sequence[Sequence[Code]], scales: Sequence[float]
-    ) -> Tensor:
-        """codes: B clients by G pairs, with a scale for each pair. (B, G, rows, columns)."""
+    def norm(self, code: Code) -> float: ...
+    def stack(self, codes: Sequence[Sequence[Code]], scales: Sequence[float]) -> Code:
+        """Codes of B clients by G pairs, with a scale for the matrices of each pair."""
+
+    def take(self, stack: Code, clients: Tensor) -> Code: ...
+    def predict(self, network: nn.Module, sources: Code) -> Code: ...
+    def squared_errors(self, made: Code, true: Code) -> Tensor:
+        """(B, G), of stacks."""
+
+    def matrices(self, stack: Code, client: int) -> Tensor:
+        """One client's, (G, rows, columns)."""
+
+    def encode_made(self, stack: Code, client: int, pair: int, scale: float) -> Code:
+        """The code of one matrix of a stack."""
 
     def network(self, pairs: int, source: Shape, target: Shape, hidden: int) -> nn.Module: ...
 
@@ -65,7 +75,11 @@ class FactorMlps(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """(B, G, r, source rows), (B, G, r, source columns) -> (B, G, rows, columns)."""
-        return reconstruct(Factors(self.left(left), self.right(right)))
+        return reconstruct(self.factors(left, right))
+
+    def factors(self, left: Tensor, right: Tensor) -> Factors:
+        """The same, (B, G, r, rows) and (B, G, r, columns), not yet multiplied."""
+        return Factors(self.left(left), self.right(right))
 
 
 class FlatMlps(nn.Module):
@@ -84,27 +98,42 @@ class FlatMlps(nn.Module):
 
 @dataclass(frozen=True)
 class SvdCodec:
-    """Codes are factors of rank at most `rank`: O(rank (rows + columns)) a matrix."""
+    """Codes are factors of rank at most `rank`: O(rank (rows + columns)) a matrix, and so is all
+    that is done with them. Inner products of matrices are sums over products of the factors' Gram
+    matrices: <L1^T R1, L2^T R2> = sum (L1 L2^T) * (R1 R2^T)."""
 
     rank: int
 
     def encode(self, matrix: Tensor) -> Factors:
         return factorise(matrix, self.rank)
 
-    def decode(self, code: Factors, scale: float) -> Tensor:
-        return reconstruct(code) * scale
-
     def num_bytes(self, code: Factors) -> int:
         return code.left.nbytes + code.right.nbytes
 
-    def predict(
-        self, network: nn.Module, codes: Sequence[Sequence[Factors]], scales: Sequence[float]
-    ) -> Tensor:
+    def norm(self, code: Factors) -> float:
+        return float(_inner(code, code).sqrt())
+
+    def stack(self, codes: Sequence[Sequence[Factors]], scales: Sequence[float]) -> Factors:
         roots = torch.tensor(scales).sqrt().to(codes[0][0].left.device)[:, None, None]
         left = torch.stack([torch.stack([code.left for code in row]) for row in codes])
         right = torch.stack([torch.stack([code.right for code in row]) for row in codes])
-        made: Tensor = network(left * roots, right * roots)
-        return made
+        return Factors(left.mul_(roots), right.mul_(roots))
+
+    def take(self, stack: Factors, clients: Tensor) -> Factors:
+        return Factors(stack.left[clients], stack.right[clients])
+
+    def predict(self, network: nn.Module, sources: Factors) -> Factors:
+        assert isinstance(network, FactorMlps)
+        return network.factors(sources.left, sources.right)
+
+    def squared_errors(self, made: Factors, true: Factors) -> Tensor:
+        return _inner(made, made) - 2 * _inner(made, true) + _inner(true, true)
+
+    def matrices(self, stack: Factors, client: int) -> Tensor:
+        return reconstruct(Factors(stack.left[client], stack.right[client]))
+
+    def encode_made(self, stack: Factors, client: int, pair: int, scale: float) -> Factors:
+        return refactorise(Factors(stack.left[client, pair] * scale, stack.right[client, pair]))
 
     def network(self, pairs: int, source: Shape, target: Shape, hidden: int) -> nn.Module:
         return FactorMlps(pairs, source, target, hidden)
@@ -117,21 +146,40 @@ class FlatCodec:
     def encode(self, matrix: Tensor) -> Tensor:
         return matrix.clone()
 
-    def decode(self, code: Tensor, scale: float) -> Tensor:
-        return code * scale
-
     def num_bytes(self, code: Tensor) -> int:
         return code.nbytes
 
-    def predict(
-        self, network: nn.Module, codes: Sequence[Sequence[Tensor]], scales: Sequence[float]
-    ) -> Tensor:
+    def norm(self, code: Tensor) -> float:
+        return float(code.norm())
+
+    def stack(self, codes: Sequence[Sequence[Tensor]], scales: Sequence[float]) -> Tensor:
         factors = torch.tensor(scales).to(codes[0][0].device)[:, None, None]
-        made: Tensor = network(torch.stack([torch.stack(list(row)) for row in codes]) * factors)
+        return torch.stack([torch.stack(list(row)) for row in codes]).mul_(factors)
+
+    def take(self, stack: Tensor, clients: Tensor) -> Tensor:
+        return stack[clients]
+
+    def predict(self, network: nn.Module, sources: Tensor) -> Tensor:
+        made: Tensor = network(sources)
         return made
+
+    def squared_errors(self, made: Tensor, true: Tensor) -> Tensor:
+        return (made - true).square().sum((2, 3))
+
+    def matrices(self, stack: Tensor, client: int) -> Tensor:
+        return stack[client]
+
+    def encode_made(self, stack: Tensor, client: int, pair: int, scale: float) -> Tensor:
+        return stack[client, pair] * scale
 
     def network(self, pairs: int, source: Shape, target: Shape, hidden: int) -> nn.Module:
         return FlatMlps(pairs, source, target, hidden)
+
+
+def _inner(a: Factors, b: Factors) -> Tensor:
+    """(..., r, rows) and (..., r, columns) each -> (...)."""
+    left, right = a.left @ b.left.transpose(-1, -2), a.right @ b.right.transpose(-1, -2)
+    return (left * right).sum((-1, -2))
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
