@@ -133,7 +133,11 @@ class SvdCodec:
         return reconstruct(Factors(stack.left[client], stack.right[client]))
 
     def encode_made(self, stack: Factors, client: int, pair: int, scale: float) -> Factors:
-        return refactorise(Factors(stack.left[client, pair] * scale, stack.right[client, pair]))
+        made = refactorise(Factors(stack.left[client, pair] * scale, stack.right[client, pair]))
+        # a small source gives few factors; owners' matrices of the same shape have the full rank
+        kept, rows = made.left.shape
+        missing = min(self.rank, rows, made.right.shape[1]) - kept
+        return Factors(*(nn.functional.pad(t, (0, 0, 0, missing)) for t in (made.left, made.right)))
 
     def network(self, pairs: int, source: Shape, target: Shape, hidden: int) -> nn.Module:
         return FactorMlps(pairs, source, target, hidden)
