@@ -33,8 +33,8 @@ class Codec(Protocol, Generic[Code]):
 
     def take(self, stack: Code, clients: Tensor) -> Code: ...
     def predict(self, network: nn.Module, sources: Code) -> Code: ...
-    def squared_errors(self, made: Code, true: Code) -> Tensor:
-        """(B, G), of stacks."""
+    def backward(self, made: Code, true: Code, factor: float) -> None:
+        """Backpropagate factor times the sum of squared errors over whole stacks."""
 
     def matrices(self, stack: Code, client: int) -> Tensor:
         """One client's, (G, rows, columns)."""
@@ -99,8 +99,8 @@ class FlatMlps(nn.Module):
 @dataclass(frozen=True)
 class SvdCodec:
     """Codes are factors of rank at most `rank`: O(rank (rows + columns)) a matrix, and so is all
-    that is done with them. Inner products of matrices are sums over products of the factors' Gram
-    matrices: <L1^T R1, L2^T R2> = sum (L1 L2^T) * (R1 R2^T)."""
+    that is done with them while training: products of the factors' Gram matrices take the place of
+    products of matrices."""
 
     rank: int
 
@@ -126,8 +126,12 @@ class SvdCodec:
         assert isinstance(network, FactorMlps)
         return network.factors(sources.left, sources.right)
 
-    def squared_errors(self, made: Factors, true: Factors) -> Tensor:
-        return _inner(made, made) - 2 * _inner(made, true) + _inner(true, true)
+    def backward(self, made: Factors, true: Factors, factor: float) -> None:
+        with torch.no_grad():  # of |L^T R - T^T U|^2 by L: 2 (R R^T L - R U^T T), and so by R
+            by_left = _combined(made.right, true.right, made.left, true.left)
+            by_right = _combined(made.left, true.left, made.right, true.right)
+        gradients = [by_left.mul_(2 * factor), by_right.mul_(2 * factor)]
+        torch.autograd.backward([made.left, made.right], gradients)
 
     def matrices(self, stack: Factors, client: int) -> Tensor:
         return reconstruct(Factors(stack.left[client], stack.right[client]))
@@ -167,8 +171,8 @@ class FlatCodec:
         made: Tensor = network(sources)
         return made
 
-    def squared_errors(self, made: Tensor, true: Tensor) -> Tensor:
-        return (made - true).square().sum((2, 3))
+    def backward(self, made: Tensor, true: Tensor, factor: float) -> None:
+        ((made - true).square().sum() * factor).backward()
 
     def matrices(self, stack: Tensor, client: int) -> Tensor:
         return stack[client]
@@ -178,6 +182,12 @@ class FlatCodec:
 
     def network(self, pairs: int, source: Shape, target: Shape, hidden: int) -> nn.Module:
         return FlatMlps(pairs, source, target, hidden)
+
+
+def _combined(right: Tensor, true_right: Tensor, left: Tensor, true_left: Tensor) -> Tensor:
+    """R R^T L - R U^T T, stacks of factors each: (B, G, r, rows or columns)."""
+    across = right @ true_right.transpose(-1, -2)
+    return (right @ right.transpose(-1, -2)) @ left - across @ true_left
 
 
 def _inner(a: Factors, b: Factors) -> Tensor:

@@ -202,9 +202,9 @@ class PairGenerator:
                 optimizer.zero_grad(set_to_none=True)
                 some = batch.to(self._device)
                 made = self.codec.predict(network, self.codec.take(sources, some))
-                errors = self.codec.squared_errors(made, self.codec.take(targets, some))
-                # the mean over a matrix' entries; pairs are independent: a sum over them
-                (errors.mean(0).sum() / entries).backward()
+                # the mean over clients and a matrix' entries; a sum over pairs: independent
+                factor = 1 / (len(batch) * entries)
+                self.codec.backward(made, self.codec.take(targets, some), factor)
                 optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
