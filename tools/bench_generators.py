@@ -20,14 +20,16 @@ are those of the largest network that ran, per parameter.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import ctypes
 import json
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from torch import Tensor
 from coordinator.aggregate import OwnersMean
 from coordinator.cohort import Client, ClientUpdate
 from coordinator.config import GeneratorOptions
+from coordinator.factors import MIN_SIDE, factorise
 from coordinator.generators import make_generator
 from coordinator.generators.pairwise import PairGenerator
 from edge_sdk.examples import Examples
@@ -189,17 +192,15 @@ def run_row(model: str, generator: str, folder: Path, args: argparse.Namespace) 
 
 def size_of(case: Case, options: GeneratorOptions) -> Row:
     """Parameters and computed peak, from the networks' shapes alone."""
-    made = make_generator(case.spec(), options, 0, "cpu" if _is_linear(options) else "meta")
-    if not isinstance(made, PairGenerator):
+    if options.name == "update-regression":
         return {"parameters": 0, "peak_MB": 0.0}
+    with torch.device("meta"):
+        made = make_generator(case.spec(), options, 0, "meta")
+    assert isinstance(made, PairGenerator)
     groups = [[p.nbytes for p in network.parameters()] for network in made.networks]
     peak = sum(map(sum, groups)) + 3 * max(map(sum, groups)) + max(map(max, groups))
     count = sum(p.numel() for p in made.networks.parameters())
     return {"parameters": count, "peak_MB": round(peak / 1e6, 1)}
-
-
-def _is_linear(options: GeneratorOptions) -> bool:
-    return options.name == "update-regression"
 
 
 def measure(model: str, generator: str, folder: str, rounds: int, device: str) -> Row:
@@ -207,35 +208,34 @@ def measure(model: str, generator: str, folder: str, rounds: int, device: str) -
     warm_up(GENERATORS[generator], device)
     round_ = load_round(Path(folder), 1)
     example = shown(Path(folder), 1, 0, 3)
-    before = start_memory(device)
-    made = make_generator(MODELS[model].spec(), GENERATORS[generator], 0, device)
+    meter = Meter(device)
+    with meter.measure("make"):
+        made = make_generator(MODELS[model].spec(), GENERATORS[generator], 0, device)
     assert made is not None
     row: Row = {}
     for number in range(1, rounds + 1):
         if number > 1:
             round_ = load_round(Path(folder), number)
-        times = [0.0]
+        meter.seconds.clear()
         for client, exit in enumerate(EXITS):
+            del example
             example = shown(Path(folder), number, client, exit)
-            start = clock(device)
-            made.observe(example, round_.sent, 1.0)
-            times[0] += clock(device) - start
-        start = clock(device)
-        figures = made.fit(round_.sent, number)
-        times.append(clock(device) - start)
+            with meter.measure("observe_s"):
+                made.observe(example, round_.sent, 1.0)
+        with meter.measure("fit_s"):
+            figures = made.fit(round_.sent, number)
         errors = Errors()
-        start, judged = clock(device), 0.0
-        for weight, tensors in made.generate(round_.sent, round_.mean):
-            pause = clock(device)
-            errors.add_(round_, weight, tensors)
-            judged += clock(device) - pause
-        times.append(clock(device) - start - judged)
-        row = {
-            "observe_s": times[0], "fit_s": times[1], "generate_s": times[2],
-            "round_s": sum(times), "generator_MB": figures["generator_bytes"] / 1e6,
-        } | errors.row(round_)  # fmt: skip
-    row["peak_MB"] = (peak_memory(device) - before) / 1e6
-    del example
+        generated = iter(made.generate(round_.sent, round_.mean))
+        while True:
+            with meter.measure("generate_s"):
+                found = next(generated, None)
+            if found is None:
+                break
+            errors.add_(round_, *found)
+            del found
+        row = {**meter.seconds, "round_s": sum(meter.seconds.values())}
+        row |= {"generator_MB": figures["generator_bytes"] / 1e6} | errors.row(round_)
+    row["peak_MB"] = meter.peak_bytes / 1e6
     return {name: float(f"{value:.4g}") for name, value in row.items()}
 
 
@@ -293,9 +293,9 @@ class Errors:
             change = (stands - true).square().sum() - (round_.mean[name] - true).square().sum()
             self._change[stage] = self._change.get(stage, 0.0) + float(change)
 
-    def row(self, round_: Round) -> Row:
+    def row(self, round_: Round, stages: Sequence[int] = (2, 3)) -> Row:
         found: Row = {}
-        for stage in (2, 3):
+        for stage in stages:
             names = [name for name in main_weights(round_) if place(name)[1] == stage]
 
             def squared(a: Tensors, b: Tensors | None = None, names: list[str] = names) -> float:
@@ -317,6 +317,7 @@ def main_weights(round_: Round) -> list[str]:
 
 def warm_up(options: GeneratorOptions, device: str) -> None:
     """Two rounds on a tiny model, so that libraries are loaded before memory is looked at."""
+    factorise(torch.randn(MIN_SIDE, MIN_SIDE), 1)
     spec = MODELS["tiny"].spec()
     sent = initial_tensors(spec, 0)
     made = make_generator(spec, options, 0, device)
@@ -329,23 +330,42 @@ def warm_up(options: GeneratorOptions, device: str) -> None:
         list(made.generate(sent, sent))
 
 
-def clock(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+class Meter:
+    """Seconds by name, and the peak of memory inside what is measured over what was held when the
+    meter was made."""
 
+    def __init__(self, device: str) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes = 0.0
+        self._device = device
+        self._before = self._held()
 
-def start_memory(device: str) -> float:
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        return float(torch.cuda.memory_allocated())
-    reset_peak_memory()
-    return float(psutil.Process().memory_info().rss)
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        self._held()
+        if self._device == "cpu":
+            reset_peak_memory()
+        else:
+            torch.cuda.reset_peak_memory_stats()
+        start = self._clock()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - start
+        on_cpu = self._device == "cpu"
+        peak = peak_memory_bytes() if on_cpu else torch.cuda.max_memory_allocated()
+        self.peak_bytes = max(self.peak_bytes, peak - self._before)
 
+    def _clock(self) -> float:
+        if self._device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
-def peak_memory(device: str) -> float:
-    return float(peak_memory_bytes() if device == "cpu" else torch.cuda.max_memory_allocated())
+    def _held(self) -> float:
+        if self._device != "cpu":
+            return float(torch.cuda.memory_allocated())
+        with contextlib.suppress(OSError, AttributeError):  # what is free but was not given back
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return float(psutil.Process().memory_info().rss)
 
 
 def compare_with_naive(rows: list[Row]) -> None:
