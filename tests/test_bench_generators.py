@@ -1,4 +1,4 @@
-"""tools/bench_generators.py on a tiny model: every generator gets a row, large ones are computed."""
+"""tools/bench_generators.py on a tiny model: rows are measured, or computed where large."""
 
 from __future__ import annotations
 
