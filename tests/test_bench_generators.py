@@ -9,12 +9,13 @@ import torch
 
 from coordinator.config import GeneratorOptions
 from tools import bench_generators as bench
+from tools.generator_updates import MODELS, Round, make_updates
 
 
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory):
     folder = tmp_path_factory.mktemp("updates")
-    bench.make_updates(bench.MODELS["tiny"], folder / "tiny", 2)
+    make_updates(MODELS["tiny"], folder / "tiny", 2)
     return folder
 
 
@@ -27,7 +28,7 @@ def test_rows_are_measured_and_written(updates, tmp_path, capsys):
         ]
     )  # fmt: skip
     head, *lines = target.read_text().splitlines()
-    assert head.startswith("# python tools/bench_generators.py; commit ")
+    assert head.startswith("# python -m tools.bench_generators; commit ")
     naive, linear = csv.DictReader(lines)
     assert naive["how"] == linear["how"] == "run"
     assert int(naive["parameters"]) > 0 == int(linear["parameters"])
@@ -49,7 +50,7 @@ def test_what_does_not_fit_is_computed(updates, capsys):
 def test_computed_size_by_hand():
     # matrices 12 x 12 (stage 1), 12 x 15, 15 x 18: from stage 1 to 2 at hidden 2
     # (144*2+2 + 2*180+180) = 830 numbers, to 3 (180*2+2 + 2*270+270) = 1172
-    sizes = bench.size_of(bench.MODELS["tiny"], GeneratorOptions(name="naive-mlp", hidden=2))
+    sizes = bench.size_of(MODELS["tiny"], GeneratorOptions(name="naive-mlp", hidden=2))
     assert sizes["parameters"] == 830 + 1172
     # all weights; gradients and two moments of the larger; a temporary of its largest tensor
     assert sizes["peak_MB"] == pytest.approx(4 * (2002 + 3 * 1172 + 540) / 1e6, abs=0.05)
@@ -64,7 +65,7 @@ def test_error_is_of_what_stands_for_the_lacking():
     sent = {name: torch.full((1, 1, 1, 1), 2.0)}
     for weight, stands in ((7.0, 5.0), (3.0, 27 / 7)):
         errors = bench.Errors()
-        round_ = bench.Round(sent, one, true)
+        round_ = Round(sent, one, true)
         errors.add_(round_, weight, {name: torch.full((1, 1, 1, 1), 5.0)})
         row = errors.row(round_, stages=(3,))
         assert row["error_3"] == pytest.approx(abs(stands - 4) / 4, abs=1e-5)

@@ -1,6 +1,6 @@
 """What the generators cost and how well they predict, at the sizes of HypeMeFed's networks.
 
-    python tools/bench_generators.py [--models svhn,...] [--generators svd-mlp,...] [--csv FILE]
+    python -m tools.bench_generators [--models svhn,...] [--generators svd-mlp,...] [--csv FILE]
 
 One row per (model, generator), each in a process of its own: parameters; peak memory over the
 process before the generator was made; seconds to observe, fit and generate in the last of
@@ -29,58 +29,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
-from safetensors.torch import load, save_file
-from torch import Tensor
 
-from coordinator.aggregate import OwnersMean
-from coordinator.cohort import Client, ClientUpdate
 from coordinator.config import GeneratorOptions
 from coordinator.factors import MIN_SIDE, factorise
 from coordinator.generators import make_generator
 from coordinator.generators.pairwise import PairGenerator
-from edge_sdk.examples import Examples
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place
 from edge_sdk.tensors import Tensors
-from edge_sdk.trainer import peak_memory_bytes, reset_peak_memory, train
-from edge_sdk.wire import ModelSpec, Plan, Segment
+from edge_sdk.trainer import peak_memory_bytes, reset_peak_memory
+from tools.generator_updates import (
+    EXITS,
+    MODELS,
+    Case,
+    Round,
+    as_update,
+    load_round,
+    make_updates,
+    prefix,
+    shown,
+)
 
-EXITS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 3)
-WIDE = {"channels": (64, 128, 256, 512)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network, and how many examples each client has in batches of how many."""
-
-    family: str
-    input_shape: tuple[int, ...]
-    num_classes: int
-    options: dict[str, object]
-    num_examples: int = 32
-    batch_size: int = 8
-
-    def spec(self) -> ModelSpec:
-        return ModelSpec(
-            family=self.family, input_shape=self.input_shape, num_classes=self.num_classes,
-            exit=max(EXITS), options=self.options,
-        )  # fmt: skip
-
-
-MODELS = {
-    "svhn": Case("vgg", (3, 32, 32), 10, {}, 48),
-    "stl10": Case("vgg", (3, 96, 96), 10, WIDE, 12, 4),
-    "unimib": Case("vgg", (3, 151), 8, {**WIDE, "fold": (18, 25)}),
-    "resnet18": Case("resnet18", (3, 32, 32), 100, {}, 16, 4),
-    "tiny": Case("cnn", (1, 8, 8), 3, {"channels": (4, 5, 6)}),
-}
+ROOT = Path(__file__).resolve().parent.parent
 GENERATORS = {
     "naive-mlp": GeneratorOptions(name="naive-mlp"),
     "svd-mlp": GeneratorOptions(name="svd-mlp"),
@@ -88,9 +63,9 @@ GENERATORS = {
     "update-regression": GeneratorOptions(name="update-regression", rank=12),
 }
 FIELDS = (
-    "model", "generator", "how", "parameters", "peak_MB", "generator_MB", "observe_s", "fit_s",
-    "generate_s", "round_s", "memory_saved_%", "times_faster", "error_2", "error_3", "moved_2",
-    "moved_3", "mean_moved_2", "mean_moved_3",
+    "model", "generator", "how", "rounds", "parameters", "peak_MB", "generator_MB", "observe_s",
+    "fit_s", "generate_s", "round_s", "memory_saved_%", "times_faster", "error_2", "error_3",
+    "moved_2", "moved_3", "mean_moved_2", "mean_moved_3",
 )  # fmt: skip
 Row = dict[str, object]
 
@@ -103,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory-gb", type=float, default=10.0)
     parser.add_argument("--limit-s", type=float, default=1500.0, help="for one row")
-    parser.add_argument("--updates", type=Path, help="keep the clients' updates in this folder")
+    parser.add_argument(
+        "--updates",
+        type=Path,
+        help="folder to keep updates and rows in; what is there is not made again",
+    )
     parser.add_argument("--csv", type=Path, help="write the table here too")
     parser.add_argument("--row", nargs=2, metavar=("MODEL", "GENERATOR"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -126,68 +105,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def make_updates(case: Case, folder: Path, rounds: int) -> None:
-    """Per round: what was sent, and what each participant would return had it trained it all. The
-    next global is the owners' mean."""
-    if (folder / "done").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    spec = case.spec()
-    sent = initial_tensors(spec, 0)
-    plan = Plan(
-        segments=(Segment(first=1, last=spec.exit),), batch_size=case.batch_size, lr=5e-4, epochs=1
-    )
-    for number in range(1, rounds + 1):
-        save_file(sent, folder / f"{number}-sent")
-        mean = OwnersMean()
-        for client, exit in enumerate(EXITS):
-            data = examples(case, 100 * number + client)
-            tensors = train(spec, plan, sent, data).tensors
-            save_file(tensors, folder / f"{number}-{client}")
-            mean.add_(prefix(tensors, exit), 1.0)
-        sent = mean.result(sent)
-    (folder / "done").touch()
-
-
-def examples(case: Case, seed: int) -> Examples:
-    """Noise around one mean image a class; nine in ten examples are of two classes."""
-    means = np.random.default_rng(0).normal(size=(case.num_classes, *case.input_shape))
-    rng = np.random.default_rng(seed)
-    frequent = rng.choice(case.num_classes, 2, replace=False)
-    labels = np.where(
-        rng.random(case.num_examples) < 0.9,
-        rng.choice(frequent, case.num_examples),
-        rng.integers(case.num_classes, size=case.num_examples),
-    )
-    x = means[labels] + rng.normal(size=(case.num_examples, *case.input_shape))
-    return Examples(x.astype(np.float32), labels.astype(np.int64), case.num_classes)
-
-
-def prefix(tensors: Mapping[str, Tensor], exit: int) -> Tensors:
-    return {name: tensor for name, tensor in tensors.items() if place(name)[1] <= exit}
-
-
-def read(path: Path) -> Tensors:
-    return load(path.read_bytes())
-
-
 def run_row(model: str, generator: str, folder: Path, args: argparse.Namespace) -> Row:
     """In a fresh process; computed where the generator is too large or too slow."""
     sizes = size_of(MODELS[model], GENERATORS[generator])
     row: Row = {"model": model, "generator": generator, "how": "computed"} | sizes
+    kept = folder / f"row-{generator}.json"
+    if kept.exists():
+        return row | json.loads(kept.read_text())
     if float(str(sizes["peak_MB"])) > 1e3 * args.memory_gb:
         return row
     command = [
-        sys.executable, __file__, "--row", model, generator, "--updates", str(folder),
+        sys.executable, "-m", "tools.bench_generators", "--row", model, generator,
+        "--updates", str(folder.resolve()),
         "--rounds", str(args.rounds), "--device", args.device,
     ]  # fmt: skip
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=args.limit_s)
+        ran = subprocess.run(
+            command, capture_output=True, text=True, timeout=args.limit_s, cwd=ROOT, check=False
+        )
     except subprocess.TimeoutExpired:
         return row | {"how": f"computed (over {args.limit_s:.0f} s)"}
     if ran.returncode:
         return row | {"how": f"failed: {(ran.stderr.strip() or 'killed').splitlines()[-1]}"}
-    return row | {"how": "run"} | json.loads(ran.stdout)
+    found = {"how": "run", "rounds": args.rounds} | json.loads(ran.stdout)
+    kept.write_text(json.dumps(found))
+    return row | found
 
 
 def size_of(case: Case, options: GeneratorOptions) -> Row:
@@ -237,38 +179,6 @@ def measure(model: str, generator: str, folder: str, rounds: int, device: str) -
         row |= {"generator_MB": figures["generator_bytes"] / 1e6} | errors.row(round_)
     row["peak_MB"] = meter.peak_bytes / 1e6
     return {name: float(f"{value:.4g}") for name, value in row.items()}
-
-
-@dataclass(frozen=True)
-class Round:
-    """sent: the global; mean: over the owners; lacking: the mean of what the others trained, which
-    the generator must guess."""
-
-    sent: Tensors
-    mean: Tensors
-    lacking: Tensors
-
-
-def load_round(folder: Path, number: int) -> Round:
-    sent = read(folder / f"{number}-sent")
-    owners, lacking = OwnersMean(), OwnersMean()
-    for client, exit in enumerate(EXITS):
-        tensors = read(folder / f"{number}-{client}")
-        held = prefix(tensors, exit)
-        owners.add_(held, 1.0)
-        lacking.add_({name: t for name, t in tensors.items() if name not in held}, 1.0)
-    return Round(sent, owners.result(sent), lacking.result(sent))
-
-
-def shown(folder: Path, number: int, client: int, exit: int) -> ClientUpdate:
-    """What the generator sees of a participant: its prefix."""
-    return _update(f"{number}-{client}", exit, prefix(read(folder / f"{number}-{client}"), exit))
-
-
-def _update(name: str, exit: int, tensors: Tensors) -> ClientUpdate:
-    segments = (Segment(first=1, last=exit),)
-    who = Client(id=name, exit=exit)
-    return ClientUpdate(who, tensors, segments, num_examples=1, num_steps=1, exits=(), phases={})
 
 
 class Errors:
@@ -325,7 +235,7 @@ def warm_up(options: GeneratorOptions, device: str) -> None:
     for number in (1, 2):
         for client, exit in enumerate(EXITS):
             moved = {n: t + (0.01 * torch.randn(t.shape)).to(t.dtype) for n, t in sent.items()}
-            made.observe(_update(f"{client}", exit, prefix(moved, exit)), sent, 1.0)
+            made.observe(as_update(f"{client}", exit, prefix(moved, exit)), sent, 1.0)
         made.fit(sent, number)
         list(made.generate(sent, sent))
 
@@ -398,10 +308,10 @@ def print_markdown(rows: list[Row]) -> None:
 def write_csv(path: Path, rows: list[Row], device: str) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-        cwd=Path(__file__).parent,
+        cwd=ROOT,
     ).stdout.strip()  # fmt: skip
     where = torch.cuda.get_device_name() if device != "cpu" else "one thread of 2 shared cores"
-    head = f"# python tools/bench_generators.py; commit {commit}; {platform.machine()}, {where}"
+    head = f"# python -m tools.bench_generators; commit {commit}; {platform.machine()}, {where}"
     with path.open("w", newline="") as file:
         file.write(head + "\n")
         writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")

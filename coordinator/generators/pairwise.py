@@ -16,8 +16,8 @@ The gate of stage t is the least-squares weight of the predictions G against the
 training on them: clip(sum <G - w, W - w> / sum |G - w|^2, 0, 1), w the global sent, averaged over
 rounds (0.8). At 1 a generated tensor counts as a trained one, at 0 the owners' mean is left alone.
 
-Memory grows with the participants of a round, by their codes, and while fitting by the owners'
-targets of one group.
+Memory grows with the participants of a round, by their codes; while fitting, one group at a time
+has gradients, moments of Adam and predictions, which are codes too.
 """
 
 from __future__ import annotations
@@ -280,8 +280,7 @@ class PairGenerator:
 
     def _held_bytes(self) -> int:
         codes = sum(self.codec.num_bytes(c) for seen in self._seen for c in seen.codes.values())
-        # while a network is fitted: its gradients and Adam's two moments
-        return codes + 4 * sum(p.nbytes for p in self.networks.parameters())
+        return codes + sum(p.nbytes for p in self.networks.parameters())
 
 
 def groups_of(shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
