@@ -8,16 +8,19 @@ from msgspec.structs import replace
 
 from coordinator.config import GeneratorOptions, ServerOptions
 from coordinator.factors import (
+    Factors,
     dematricise,
     factorise,
     matricise,
     matrix_shape,
     reconstruct,
+    refactorise,
 )
 from coordinator.generators import make_generator
-from coordinator.generators.networks import FactorMlps, FlatMlps
+from coordinator.generators.networks import FactorMlps, FlatMlps, SvdCodec
 from coordinator.generators.pairwise import groups_of
 from coordinator.methods import make_method
+from edge_sdk.errors import ShapeError
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place
 from edge_sdk.wire import ModelSpec
@@ -62,6 +65,66 @@ def test_truncation_is_the_best_approximation():
     factors = factorise(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
     error = torch.diag(torch.tensor([3.0, 2.0, 1.0])) - reconstruct(factors)
     assert torch.linalg.norm(error).item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_leading_factors_are_those_of_the_whole_svd():
+    """Few large singular values beside slowly falling ones, as updates have them."""
+    rng = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.linalg.qr(torch.randn(n, 300, generator=rng, dtype=torch.float64))[0]
+        for n in (300, 450)
+    )
+    values = torch.linspace(1, 0.1, 300, dtype=torch.float64)
+    values[:5] += torch.linspace(30, 10, 5, dtype=torch.float64)
+    best = (left[:, :20] * values[:20]) @ right.T[:20]
+    matrix = ((left * values) @ right.T).float()
+    for whole, want in ((matrix, best), (matrix.T.contiguous(), best.T)):
+        factors = factorise(whole, 20)
+        assert factors.left.shape == (20, len(whole))
+        error = torch.linalg.norm(reconstruct(factors).double() - want) / torch.linalg.norm(best)
+        assert error < 1e-5
+        peaks = factors.left.gather(1, factors.left.abs().argmax(1, keepdim=True))
+        assert (peaks > 0).all()
+
+
+def test_zeros_and_broken_values_of_a_large_matrix():
+    assert (reconstruct(factorise(torch.zeros(300, 300), 5)) == 0).all()
+    with pytest.raises(ShapeError, match="no usable SVD"):
+        factorise(torch.full((300, 300), float("nan")), 5)
+
+
+def test_refactorising_is_factorising_the_product():
+    rng = torch.Generator().manual_seed(0)
+    made = Factors(torch.randn(3, 6, generator=rng), torch.randn(3, 9, generator=rng))
+    again, want = refactorise(made), factorise(reconstruct(made), 3)
+    assert torch.allclose(again.left, want.left, atol=1e-5)
+    assert torch.allclose(again.right, want.right, atol=1e-5)
+
+
+def test_gradient_by_factors_is_that_of_the_matrices():
+    made, same_, true = (
+        Factors(torch.randn(2, 1, 3, 4, generator=rng), torch.randn(2, 1, 3, 5, generator=rng))
+        for rng in (torch.Generator().manual_seed(seed) for seed in (0, 0, 1))
+    )
+    for code in (made, same_):
+        code.left.requires_grad_()
+        code.right.requires_grad_()
+    SvdCodec(3).backward(made, true, 0.5)
+    (0.5 * (reconstruct(same_) - reconstruct(true)).square().sum()).backward()
+    assert torch.allclose(made.left.grad, same_.left.grad, atol=1e-4)
+    assert torch.allclose(made.right.grad, same_.right.grad, atol=1e-4)
+
+
+def test_generated_factors_have_the_owners_rank():
+    """Stage 1's (9, 4) makes a stage 2 of rank 4; owners' (12, 5) have rank 5."""
+    options_ = {"channels": (3, 4, 5, 6)}
+    spec = ModelSpec(family="vgg", input_shape=(3, 16), num_classes=3, exit=3, options=options_)
+    options = GeneratorOptions(name="svd-mlp", rank=100, hidden=8, epochs=2)
+    method = make_method(config("hypemefed", model=spec, generator=options))
+    for number in (1, 2):
+        updates = [answer(who, method.assign(who, number)) for who in COHORT]
+        figures = method.aggregate(number, updates).values
+    assert "trust_stage_3" in figures
 
 
 def size(options: GeneratorOptions) -> int:

@@ -15,22 +15,32 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coordinator.factors import Factors, factorise, reconstruct
+from coordinator.factors import Factors, factorise, reconstruct, refactorise
 
 Shape = tuple[int, int]
 Code = TypeVar("Code")
 
 
 class Codec(Protocol, Generic[Code]):
-    """What a kind of network keeps of a matrix (rows, columns)."""
+    """What a kind of network keeps of a matrix (rows, columns): its code. A stack is a code with
+    two more dimensions, B clients by G pairs; networks map stacks to stacks."""
 
     def encode(self, matrix: Tensor) -> Code: ...
-    def decode(self, code: Code, scale: float) -> Tensor: ...
     def num_bytes(self, code: Code) -> int: ...
-    def predict(
-        self, network: nn.Module, codes: Sequence[Sequence[Code]], scales: Sequence[float]
-    ) -> Tensor:
-        """codes: B clients by G pairs, with a scale for each pair. (B, G, rows, columns)."""
+    def norm(self, code: Code) -> float: ...
+    def stack(self, codes: Sequence[Sequence[Code]], scales: Sequence[float]) -> Code:
+        """Codes of B clients by G pairs, with a scale for the matrices of each pair."""
+
+    def take(self, stack: Code, clients: Tensor) -> Code: ...
+    def predict(self, network: nn.Module, sources: Code) -> Code: ...
+    def backward(self, made: Code, true: Code, factor: float) -> None:
+        """Backpropagate factor times the sum of squared errors over whole stacks."""
+
+    def matrices(self, stack: Code, client: int) -> Tensor:
+        """One client's, (G, rows, columns)."""
+
+    def encode_made(self, stack: Code, client: int, pair: int, scale: float) -> Code:
+        """The code of one matrix of a stack."""
 
     def network(self, pairs: int, source: Shape, target: Shape, hidden: int) -> nn.Module: ...
 
@@ -65,7 +75,11 @@ class FactorMlps(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """(B, G, r, source rows), (B, G, r, source columns) -> (B, G, rows, columns)."""
-        return reconstruct(Factors(self.left(left), self.right(right)))
+        return reconstruct(self.factors(left, right))
+
+    def factors(self, left: Tensor, right: Tensor) -> Factors:
+        """The same, (B, G, r, rows) and (B, G, r, columns), not yet multiplied."""
+        return Factors(self.left(left), self.right(right))
 
 
 class FlatMlps(nn.Module):
@@ -84,27 +98,50 @@ class FlatMlps(nn.Module):
 
 @dataclass(frozen=True)
 class SvdCodec:
-    """Codes are factors of rank at most `rank`: O(rank (rows + columns)) a matrix."""
+    """Codes are factors of rank at most `rank`: O(rank (rows + columns)) a matrix, and so is all
+    that is done with them while training: products of the factors' Gram matrices take the place of
+    products of matrices."""
 
     rank: int
 
     def encode(self, matrix: Tensor) -> Factors:
         return factorise(matrix, self.rank)
 
-    def decode(self, code: Factors, scale: float) -> Tensor:
-        return reconstruct(code) * scale
-
     def num_bytes(self, code: Factors) -> int:
         return code.left.nbytes + code.right.nbytes
 
-    def predict(
-        self, network: nn.Module, codes: Sequence[Sequence[Factors]], scales: Sequence[float]
-    ) -> Tensor:
+    def norm(self, code: Factors) -> float:
+        return float(_inner(code, code).sqrt())
+
+    def stack(self, codes: Sequence[Sequence[Factors]], scales: Sequence[float]) -> Factors:
         roots = torch.tensor(scales).sqrt().to(codes[0][0].left.device)[:, None, None]
         left = torch.stack([torch.stack([code.left for code in row]) for row in codes])
         right = torch.stack([torch.stack([code.right for code in row]) for row in codes])
-        made: Tensor = network(left * roots, right * roots)
-        return made
+        return Factors(left.mul_(roots), right.mul_(roots))
+
+    def take(self, stack: Factors, clients: Tensor) -> Factors:
+        return Factors(stack.left[clients], stack.right[clients])
+
+    def predict(self, network: nn.Module, sources: Factors) -> Factors:
+        assert isinstance(network, FactorMlps)
+        return network.factors(sources.left, sources.right)
+
+    def backward(self, made: Factors, true: Factors, factor: float) -> None:
+        with torch.no_grad():  # of |L^T R - T^T U|^2 by L: 2 (R R^T L - R U^T T), and so by R
+            by_left = _combined(made.right, true.right, made.left, true.left)
+            by_right = _combined(made.left, true.left, made.right, true.right)
+        gradients = [by_left.mul_(2 * factor), by_right.mul_(2 * factor)]
+        torch.autograd.backward([made.left, made.right], gradients)
+
+    def matrices(self, stack: Factors, client: int) -> Tensor:
+        return reconstruct(Factors(stack.left[client], stack.right[client]))
+
+    def encode_made(self, stack: Factors, client: int, pair: int, scale: float) -> Factors:
+        made = refactorise(Factors(stack.left[client, pair] * scale, stack.right[client, pair]))
+        # a small source gives few factors; owners' matrices of the same shape have the full rank
+        kept, rows = made.left.shape
+        missing = min(self.rank, rows, made.right.shape[1]) - kept
+        return Factors(*(nn.functional.pad(t, (0, 0, 0, missing)) for t in (made.left, made.right)))
 
     def network(self, pairs: int, source: Shape, target: Shape, hidden: int) -> nn.Module:
         return FactorMlps(pairs, source, target, hidden)
@@ -117,21 +154,46 @@ class FlatCodec:
     def encode(self, matrix: Tensor) -> Tensor:
         return matrix.clone()
 
-    def decode(self, code: Tensor, scale: float) -> Tensor:
-        return code * scale
-
     def num_bytes(self, code: Tensor) -> int:
         return code.nbytes
 
-    def predict(
-        self, network: nn.Module, codes: Sequence[Sequence[Tensor]], scales: Sequence[float]
-    ) -> Tensor:
+    def norm(self, code: Tensor) -> float:
+        return float(code.norm())
+
+    def stack(self, codes: Sequence[Sequence[Tensor]], scales: Sequence[float]) -> Tensor:
         factors = torch.tensor(scales).to(codes[0][0].device)[:, None, None]
-        made: Tensor = network(torch.stack([torch.stack(list(row)) for row in codes]) * factors)
+        return torch.stack([torch.stack(list(row)) for row in codes]).mul_(factors)
+
+    def take(self, stack: Tensor, clients: Tensor) -> Tensor:
+        return stack[clients]
+
+    def predict(self, network: nn.Module, sources: Tensor) -> Tensor:
+        made: Tensor = network(sources)
         return made
+
+    def backward(self, made: Tensor, true: Tensor, factor: float) -> None:
+        ((made - true).square().sum() * factor).backward()
+
+    def matrices(self, stack: Tensor, client: int) -> Tensor:
+        return stack[client]
+
+    def encode_made(self, stack: Tensor, client: int, pair: int, scale: float) -> Tensor:
+        return stack[client, pair] * scale
 
     def network(self, pairs: int, source: Shape, target: Shape, hidden: int) -> nn.Module:
         return FlatMlps(pairs, source, target, hidden)
+
+
+def _combined(right: Tensor, true_right: Tensor, left: Tensor, true_left: Tensor) -> Tensor:
+    """R R^T L - R U^T T, stacks of factors each: (B, G, r, rows or columns)."""
+    across = right @ true_right.transpose(-1, -2)
+    return (right @ right.transpose(-1, -2)) @ left - across @ true_left
+
+
+def _inner(a: Factors, b: Factors) -> Tensor:
+    """(..., r, rows) and (..., r, columns) each -> (...)."""
+    left, right = a.left @ b.left.transpose(-1, -2), a.right @ b.right.transpose(-1, -2)
+    return (left * right).sum((-1, -2))
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:

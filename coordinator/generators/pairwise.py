@@ -16,13 +16,14 @@ The gate of stage t is the least-squares weight of the predictions G against the
 training on them: clip(sum <G - w, W - w> / sum |G - w|^2, 0, 1), w the global sent, averaged over
 rounds (0.8). At 1 a generated tensor counts as a trained one, at 0 the owners' mean is left alone.
 
-Memory grows with the participants of a round, by their codes, and while fitting by the owners'
-targets of one group.
+Memory grows with the participants of a round, by their codes; while fitting, one group at a time
+has gradients, moments of Adam and predictions, which are codes too.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,12 +124,16 @@ class PairGenerator:
             owners = [seen for seen in self._seen if seen.holds(group.sources + group.targets)]
             if not owners:
                 continue
-            targets = torch.stack([self._matrices(seen, group.targets) for seen in owners])
-            found = self._measure(group, network, owners, targets, current)
+            sources = self._stacked(owners, group.sources)
+            targets = self._stacked(owners, group.targets)
+            found = self._measure(group, network, sources, targets, len(owners), current)
             sums[group.stage] = sums.get(group.stage, torch.zeros(5)) + found
-            needed = float(self._held_bytes() + 3 * targets.nbytes)
-            figures["generator_bytes"] = max(figures["generator_bytes"], needed)
-            self._train(group, network, owners, targets, order)
+            # its gradients and Adam's two moments; predictions are as large as their targets
+            needed = 3 * sum(p.nbytes for p in network.parameters())
+            needed += self.codec.num_bytes(sources) + 3 * self.codec.num_bytes(targets)
+            held = max(figures["generator_bytes"], float(self._held_bytes() + needed))
+            figures["generator_bytes"] = held
+            self._train(group, network, sources, targets, len(owners), order)
             self._fits[number] += 1
         for stage, (error, previous, norm, agreement, power) in sums.items():
             trust = float((agreement / power).clamp(0, 1)) if power > 0 else 0.0
@@ -160,12 +165,12 @@ class PairGenerator:
             average: Tensor | float = 0.0
             for start in range(0, len(lacking), CLIENTS_AT_ONCE):
                 some = lacking[start : start + CLIENTS_AT_ONCE]
-                made = self._predict(group, network, some)  # (B, G, rows, columns)
-                weights = torch.tensor([seen.weight / total for seen in some]).to(made)
-                average = average + torch.einsum("b,bgrc->grc", weights, made)
-                if chained & set(group.targets):
-                    for seen, matrices in zip(some, made, strict=True):
-                        self._chain(seen, group.targets, matrices)
+                made = self.codec.predict(network, self._stacked(some, group.sources))
+                for client, seen in enumerate(some):
+                    share = seen.weight / total
+                    average = average + share * self.codec.matrices(made, client)
+                    if chained & set(group.targets):
+                        self._chain(seen, group.targets, made, client)
             assert isinstance(average, Tensor)
             if (factor := self._factor(group, total)) > 0:
                 yield total * factor, self._tensors(group, average, current)
@@ -184,61 +189,65 @@ class PairGenerator:
         self,
         group: Group,
         network: nn.Module,
-        owners: list[_Seen],
-        targets: Tensor,
+        sources: Any,
+        targets: Any,
+        owners: int,
         order: torch.Generator,
     ) -> None:
         optimizer = torch.optim.Adam(network.parameters(), lr=self.options.lr)
-        step = self.options.owners_per_step or len(owners)
+        step = self.options.owners_per_step or owners
+        entries = math.prod(matrix_shape(self._shapes[group.targets[0]]))
         for _ in range(self.options.epochs):
-            for batch in torch.randperm(len(owners), generator=order).split(step):
+            for batch in torch.randperm(owners, generator=order).split(step):
                 optimizer.zero_grad(set_to_none=True)
-                made = self._predict(group, network, [owners[i] for i in batch.tolist()])
-                errors = (made - targets[batch.to(targets.device)]).square()
-                errors.mean((0, 2, 3)).sum().backward()  # pairs are independent: a sum over them
+                some = batch.to(self._device)
+                made = self.codec.predict(network, self.codec.take(sources, some))
+                # the mean over clients and a matrix' entries; a sum over pairs: independent
+                factor = 1 / (len(batch) * entries)
+                self.codec.backward(made, self.codec.take(targets, some), factor)
                 optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def _measure(
         self,
         group: Group,
         network: nn.Module,
-        owners: list[_Seen],
-        targets: Tensor,
+        sources: Any,
+        targets: Any,
+        owners: int,
         current: Mapping[str, Tensor],
     ) -> Tensor:
         """Sums over owners and pairs, in units of the weights: |G - W|^2, |w - W|^2, |W|^2,
         <G - w, W - w>, |G - w|^2."""
         sums = torch.zeros(5)
-        predicted = self._predict(group, network, owners)
-        for pair, name in enumerate(group.targets):
-            sent = matricise(current[name].float()).to(self._device)
-            base = sent if self.is_residual else torch.zeros_like(sent)
-            made = base + self._scales[name] * predicted[:, pair]  # (B, rows, columns)
-            true = base + self._scales[name] * targets[:, pair]
-            moved, wanted = made - sent, true - sent
-            terms = (
-                (made - true).square(), wanted.square(), true.square(),
-                moved * wanted, moved.square(),
-            )  # fmt: skip
-            sums += torch.stack([term.sum() for term in terms]).cpu()
+        predicted = self.codec.predict(network, sources)
+        for client in range(owners):
+            made_all = self.codec.matrices(predicted, client)  # (G, rows, columns)
+            true_all = self.codec.matrices(targets, client)
+            for name, made, true in zip(group.targets, made_all, true_all, strict=True):
+                sent = matricise(current[name].float()).to(self._device)
+                base = sent if self.is_residual else torch.zeros_like(sent)
+                made, true = base + self._scales[name] * made, base + self._scales[name] * true
+                moved, wanted = made - sent, true - sent
+                terms = (
+                    (made - true).square(), wanted.square(), true.square(),
+                    moved * wanted, moved.square(),
+                )  # fmt: skip
+                sums += torch.stack([term.sum() for term in terms]).cpu()
         return sums
 
-    def _predict(self, group: Group, network: nn.Module, clients: list[_Seen]) -> Tensor:
-        """(B, G, rows, columns), in units of the targets' scales."""
-        codes = [[seen.codes[name] for name in group.sources] for seen in clients]
-        scales = [1 / self._scales[name] for name in group.sources]
-        return self.codec.predict(network, codes, scales)
+    def _stacked(self, clients: list[_Seen], names: tuple[str, ...]) -> Any:
+        """Their codes, in units of the scales."""
+        codes = [[seen.codes[name] for name in names] for seen in clients]
+        return self.codec.stack(codes, [1 / self._scales[name] for name in names])
 
-    def _matrices(self, seen: _Seen, names: tuple[str, ...]) -> Tensor:
-        """(G, rows, columns), in units of their scales."""
-        return torch.stack([self.codec.decode(seen.codes[n], 1 / self._scales[n]) for n in names])
-
-    def _chain(self, seen: _Seen, names: tuple[str, ...], made: Tensor) -> None:
+    def _chain(self, seen: _Seen, names: tuple[str, ...], made: Any, client: int) -> None:
         """Keep what was generated as the source of the next stage."""
-        for name, matrix in zip(names, made, strict=True):
+        for pair, name in enumerate(names):
             try:
-                seen.codes[name] = self.codec.encode(matrix * self._scales[name])
+                scale = self._scales[name]
+                seen.codes[name] = self.codec.encode_made(made, client, pair, scale)
             except ShapeError as error:
                 log.warning("nothing generated beyond %s for %s: %s", name, seen.client_id, error)
 
@@ -246,12 +255,9 @@ class PairGenerator:
         """Root mean square of the round's updates of a tensor; 1 for absolute weights."""
         if not self.is_residual:
             return 1.0
-        found = [
-            float(self.codec.decode(seen.codes[name], 1.0).square().mean().sqrt())
-            for seen in self._seen
-            if name in seen.codes
-        ]
-        return sum(found) / len(found) if any(found) else 1.0
+        found = [self.codec.norm(seen.codes[name]) for seen in self._seen if name in seen.codes]
+        size = math.sqrt(math.prod(self._shapes[name]))
+        return sum(found) / len(found) / size if any(found) else 1.0
 
     def _tensors(self, group: Group, matrices: Tensor, current: Mapping[str, Tensor]) -> Tensors:
         """(G, rows, columns) in units of the scales -> tensors of the model."""
@@ -274,8 +280,7 @@ class PairGenerator:
 
     def _held_bytes(self) -> int:
         codes = sum(self.codec.num_bytes(c) for seen in self._seen for c in seen.codes.values())
-        # while a network is fitted: its gradients and Adam's two moments
-        return codes + 4 * sum(p.nbytes for p in self.networks.parameters())
+        return codes + sum(p.nbytes for p in self.networks.parameters())
 
 
 def groups_of(shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:

@@ -9,14 +9,14 @@ formed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from edge_sdk.tensors import Tensors
 
-CHUNK = 2**20  # columns taken to float32 at once
+CHUNK = 2**15  # columns taken to float32 at once: what fits a core's cache
 
 
 class RowMemory:
@@ -35,11 +35,17 @@ class RowMemory:
     def num_bytes(self) -> int:
         return 2 * self.width * len(self._rows)
 
-    def add(self, row: Tensor) -> float:
-        """Append a basis vector; returns its coefficient in units of the basis (0 for zeros)."""
-        size = float(row.square().mean().sqrt())
-        scaled = row / size if size else row
-        self._rows.append(scaled.to(self._device, torch.float16))
+    def add(self, ends: Sequence[Tensor], starts: Sequence[Tensor]) -> float:
+        """Append ends - starts, one after another, as a basis vector; returns its coefficient in
+        units of the basis (0 for zeros). At no time is there a second copy of the vector."""
+        pairs = list(zip(ends, starts, strict=True))
+        squares = sum(float((end - start).float().square().sum()) for end, start in pairs)
+        size = math.sqrt(squares / self.width)
+        row = torch.empty(self.width, dtype=torch.float16, device=self._device)
+        widths = [end.numel() for end in ends]
+        for part, (end, start) in zip(row.split(widths), pairs, strict=True):
+            part.copy_(((end - start).float() / (size or 1.0)).flatten())
+        self._rows.append(row)
         return size
 
     def gram(self) -> Tensor:
@@ -53,13 +59,14 @@ class RowMemory:
     def combine(self, coefficients: Tensor) -> Tensor:
         """(m,) -> the vector (P,) float32 on the memory's device."""
         weights = coefficients.float().to(self._device)
-        parts = [weights @ self._columns(s) for s in range(0, self.width, CHUNK)]
-        return torch.cat(parts)
+        made = torch.empty(self.width, device=self._device)
+        for start in range(0, self.width, CHUNK):
+            made[start : start + CHUNK] = weights @ self._columns(start)
+        return made
 
-    def cut(self, coefficients: Tensor) -> Tensor:
-        """Cut the basis back to the best `rank` vectors for the rows (n, m), by the SVD of the
-        stacked rows; returns their coefficients (n, m') in it."""
-        gram = self.gram()
+    def cut(self, coefficients: Tensor, gram: Tensor) -> Tensor:
+        """Cut the basis, whose products are `gram`, back to the best `rank` vectors for the rows
+        (n, m), by the SVD of the stacked rows; returns their coefficients (n, m') in it."""
         products = coefficients @ gram @ coefficients.T  # (n, n)
         values, vectors = torch.linalg.eigh(products)
         kept = values.flip(0)[: self.rank] > 1e-12 * values.max().clamp(min=1e-300)
@@ -67,13 +74,12 @@ class RowMemory:
         sizes = values.flip(0)[: len(kept)][kept].sqrt()
         # right singular vectors, brought to a root mean square of 1
         mixed = (vectors / sizes).T @ coefficients * math.sqrt(self.width)  # (m', m)
-        fresh = [torch.empty(self.width, dtype=torch.float16, device=self._device) for _ in sizes]
         weights = mixed.float().to(self._device)
-        for start in range(0, self.width, CHUNK):
+        for start in range(0, self.width, CHUNK):  # in place: columns are mixed one by one
             part = weights @ self._columns(start)
-            for row, values_ in zip(fresh, part, strict=True):
-                row[start : start + CHUNK] = values_.half()
-        self._rows = fresh
+            for row, values_ in zip(self._rows, part, strict=False):
+                row[start : start + CHUNK] = values_
+        del self._rows[len(sizes) :]
         found: Tensor = vectors * sizes / math.sqrt(self.width)
         return found
 

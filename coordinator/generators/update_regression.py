@@ -113,12 +113,10 @@ class UpdateRegression:
         for number, stage in self._stages.items():
             if not all(name in update.tensors for name in stage.names):
                 continue
-            flat = torch.cat(
-                [(update.tensors[n] - current[n]).float().flatten() for n in stage.names]
-            )
             if len(stage.basis) >= self.options.rank + SLACK:
-                self._cut(number)
-            size = stage.basis.add(flat)
+                self._cut(number, stage.basis.gram())
+            trained, sent = ([held[n] for n in stage.names] for held in (update.tensors, current))
+            size = stage.basis.add(trained, sent)
             row = torch.zeros(1, len(stage.basis), dtype=torch.float64)
             row[0, -1] = size
             self._pending[number].append(_Owner(update.client.id, weight, row))
@@ -220,16 +218,18 @@ class UpdateRegression:
         stage.mean, stage.has_mean = running[None], True
         self._pending[number] = []
         if width > self.options.rank:
-            self._cut(number)
+            self._cut(number, gram)
         return figures
 
-    def _cut(self, number: int) -> None:
+    def _cut(self, number: int, gram: Tensor) -> None:
         """Cut a stage's basis back to the rank, for its rows, its mean and what is pending."""
         stage, pending = self._stages[number], self._pending[number]
         width = len(stage.basis)
         parts = [stage.rows, stage.mean, *(owner.row for owner in pending)]
         counts = [len(part) for part in parts]
-        new = stage.basis.cut(torch.cat([_padded(part, width) for part in parts])).split(counts)
+        new = stage.basis.cut(torch.cat([_padded(part, width) for part in parts]), gram).split(
+            counts
+        )
         stage.rows, stage.mean = new[0], new[1]
         for owner, row in zip(pending, new[2:], strict=True):
             owner.row = row
