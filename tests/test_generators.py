@@ -309,3 +309,22 @@ def test_ten_exits_are_chained():
     method._generator.generate = spied
     method.aggregate(1, [answer(who, method.assign(who, 1)) for who in cohort])
     assert len(made) == 9
+
+
+def test_flipping_a_pair_of_signs_changes_no_prediction(monkeypatch):
+    """An SVD may return either sign of each pair of vectors; published code feeds them as they come,
+    so its prediction depends on the library."""
+    matrix = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
+    network = FactorMlps(1, (6, 9), (8, 10), 5)
+    real = torch.linalg.svd
+    made = []
+    for signs in ((1, 1, 1, 1, 1, 1), (1, -1, 1, -1, -1, 1)):
+
+        def flipped(matrix, full_matrices, signs=torch.tensor(signs, dtype=torch.float32)):
+            u, s, vt = real(matrix, full_matrices=full_matrices)
+            return u * signs, s, vt * signs.unsqueeze(1)
+
+        monkeypatch.setattr(torch.linalg, "svd", flipped)
+        factors = factorise(matrix, 100)
+        made.append(network(factors.left[None, None], factors.right[None, None]))
+    assert torch.allclose(made[0], made[1], atol=1e-6)
