@@ -312,15 +312,16 @@ def test_ten_exits_are_chained():
 
 
 def test_flipping_a_pair_of_signs_changes_no_prediction(monkeypatch):
-    """An SVD may return either sign of each pair of vectors; published code feeds them as they come,
-    so its prediction depends on the library."""
+    """An SVD may return either sign of each pair of vectors; published code takes them as they
+    come, so its prediction depends on the library."""
     matrix = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
     network = FactorMlps(1, (6, 9), (8, 10), 5)
     real = torch.linalg.svd
     made = []
-    for signs in ((1, 1, 1, 1, 1, 1), (1, -1, 1, -1, -1, 1)):
+    for pattern in ((1, 1, 1, 1, 1, 1), (1, -1, 1, -1, -1, 1)):
 
-        def flipped(matrix, full_matrices, signs=torch.tensor(signs, dtype=torch.float32)):
+        def flipped(matrix, full_matrices, pattern=pattern):
+            signs = torch.tensor(pattern).float()
             u, s, vt = real(matrix, full_matrices=full_matrices)
             return u * signs, s, vt * signs.unsqueeze(1)
 
