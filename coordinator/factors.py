@@ -110,7 +110,11 @@ def _leading(matrix: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
         import scipy.linalg  # eigh of torch finds all the vectors, three times as long
 
         last = len(gram) - 1
-        found = scipy.linalg.eigh(gram.numpy(), subset_by_index=[last - kept + 1, last])
+        found = scipy.linalg.eigh(
+            gram.T.numpy(),  # in LAPACK's order, so that it is not copied
+            subset_by_index=[last - kept + 1, last],
+            overwrite_a=True,
+        )
         vectors = torch.from_numpy(found[1])
     u = vectors.flip(1)  # largest first
     scaled = u.T @ wide  # (r, columns): S V^T

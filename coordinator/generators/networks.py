@@ -36,8 +36,8 @@ class Codec(Protocol, Generic[Code]):
     def backward(self, made: Code, true: Code, factor: float) -> None:
         """Backpropagate factor times the sum of squared errors over whole stacks."""
 
-    def matrices(self, stack: Code, client: int) -> Tensor:
-        """One client's, (G, rows, columns)."""
+    def matrix(self, stack: Code, client: int, pair: int) -> Tensor:
+        """(rows, columns)."""
 
     def encode_made(self, stack: Code, client: int, pair: int, scale: float) -> Code:
         """The code of one matrix of a stack."""
@@ -133,8 +133,8 @@ class SvdCodec:
         gradients = [by_left.mul_(2 * factor), by_right.mul_(2 * factor)]
         torch.autograd.backward([made.left, made.right], gradients)
 
-    def matrices(self, stack: Factors, client: int) -> Tensor:
-        return reconstruct(Factors(stack.left[client], stack.right[client]))
+    def matrix(self, stack: Factors, client: int, pair: int) -> Tensor:
+        return reconstruct(Factors(stack.left[client, pair], stack.right[client, pair]))
 
     def encode_made(self, stack: Factors, client: int, pair: int, scale: float) -> Factors:
         made = refactorise(Factors(stack.left[client, pair] * scale, stack.right[client, pair]))
@@ -174,8 +174,8 @@ class FlatCodec:
     def backward(self, made: Tensor, true: Tensor, factor: float) -> None:
         ((made - true).square().sum() * factor).backward()
 
-    def matrices(self, stack: Tensor, client: int) -> Tensor:
-        return stack[client]
+    def matrix(self, stack: Tensor, client: int, pair: int) -> Tensor:
+        return stack[client, pair]
 
     def encode_made(self, stack: Tensor, client: int, pair: int, scale: float) -> Tensor:
         return stack[client, pair] * scale

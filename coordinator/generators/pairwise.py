@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,18 +162,21 @@ class PairGenerator:
             if not (lacking and fits and owned.issuperset(group.targets)):
                 continue
             total = sum(seen.weight for seen in lacking)
-            average: Tensor | float = 0.0
+            averages = [
+                torch.zeros(matrix_shape(self._shapes[name]), device=self._device)
+                for name in group.targets
+            ]
             for start in range(0, len(lacking), CLIENTS_AT_ONCE):
                 some = lacking[start : start + CLIENTS_AT_ONCE]
                 made = self.codec.predict(network, self._stacked(some, group.sources))
                 for client, seen in enumerate(some):
-                    share = seen.weight / total
-                    average = average + share * self.codec.matrices(made, client)
+                    for pair, average in enumerate(averages):
+                        matrix = self.codec.matrix(made, client, pair)
+                        average.add_(matrix, alpha=seen.weight / total)
                     if chained & set(group.targets):
                         self._chain(seen, group.targets, made, client)
-            assert isinstance(average, Tensor)
             if (factor := self._factor(group, total)) > 0:
-                yield total * factor, self._tensors(group, average, current)
+                yield total * factor, self._tensors(group, averages, current)
         self._seen = []
 
     def state_dict(self) -> Tensors:
@@ -222,19 +225,16 @@ class PairGenerator:
         <G - w, W - w>, |G - w|^2."""
         sums = torch.zeros(5)
         predicted = self.codec.predict(network, sources)
-        for client in range(owners):
-            made_all = self.codec.matrices(predicted, client)  # (G, rows, columns)
-            true_all = self.codec.matrices(targets, client)
-            for name, made, true in zip(group.targets, made_all, true_all, strict=True):
-                sent = matricise(current[name].float()).to(self._device)
-                base = sent if self.is_residual else torch.zeros_like(sent)
-                made, true = base + self._scales[name] * made, base + self._scales[name] * true
-                moved, wanted = made - sent, true - sent
-                terms = (
-                    (made - true).square(), wanted.square(), true.square(),
-                    moved * wanted, moved.square(),
-                )  # fmt: skip
-                sums += torch.stack([term.sum() for term in terms]).cpu()
+        for pair, name in enumerate(group.targets):
+            sent = matricise(current[name].float()).to(self._device)
+            for client in range(owners):  # one whole matrix of each kind at a time
+                moved = self.codec.matrix(predicted, client, pair) * self._scales[name]
+                wanted = self.codec.matrix(targets, client, pair) * self._scales[name]
+                if not self.is_residual:
+                    moved, wanted = moved.sub_(sent), wanted.sub_(sent)
+                terms = [_dot(moved - wanted), _dot(wanted), _dot(wanted + sent)]
+                terms += [_dot(moved, wanted), _dot(moved)]
+                sums += torch.stack(terms).cpu()
         return sums
 
     def _stacked(self, clients: list[_Seen], names: tuple[str, ...]) -> Any:
@@ -259,8 +259,10 @@ class PairGenerator:
         size = math.sqrt(math.prod(self._shapes[name]))
         return sum(found) / len(found) / size if any(found) else 1.0
 
-    def _tensors(self, group: Group, matrices: Tensor, current: Mapping[str, Tensor]) -> Tensors:
-        """(G, rows, columns) in units of the scales -> tensors of the model."""
+    def _tensors(
+        self, group: Group, matrices: Sequence[Tensor], current: Mapping[str, Tensor]
+    ) -> Tensors:
+        """One (rows, columns) a pair, in units of the scales -> tensors of the model."""
         tensors = {}
         for name, matrix in zip(group.targets, matrices, strict=True):
             tensor = dematricise(matrix, self._shapes[name]).contiguous().cpu()
@@ -281,6 +283,10 @@ class PairGenerator:
     def _held_bytes(self) -> int:
         codes = sum(self.codec.num_bytes(c) for seen in self._seen for c in seen.codes.values())
         return codes + sum(p.nbytes for p in self.networks.parameters())
+
+
+def _dot(a: Tensor, b: Tensor | None = None) -> Tensor:
+    return (a * (a if b is None else b)).sum()
 
 
 def groups_of(shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
