@@ -45,8 +45,7 @@ def test_plan_for_a_board(capsys):
         "stage 3 alone",
     ]
     assert out.endswith(
-        "\nexit 3; deeper stages that fit alone: none; in one round with exit 3: none; exit 3 is "
-        "the deepest of the model\n"
+        "\nexit 3; deeper stages that fit alone: none; exit 3 is the deepest of the model\n"
     )
     # 300 examples * features (4, 4, 4) and (8, 2, 2) of 4 bytes: 76800 and 38400 bytes
     assert [line.split()[6] for line in out.splitlines() if " alone " in line] == ["0.1", "0.0"]
