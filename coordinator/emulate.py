@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from msgspec.structs import replace
 
 from coordinator.cohort import InProcessCohort
 from coordinator.cohort_processes import ProcessCohort
@@ -150,7 +151,7 @@ def personalise(
         served,
         [client.shard for client in able],
         [client.holdout for client in able if client.holdout is not None],
-        config.plan(config.rounds),
+        replace(config.plan(config.rounds), seed=config.seed),
         epochs,
         exits=[min(client.exit, spec.exit) for client in able],
         device=device,

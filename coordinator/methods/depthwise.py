@@ -28,6 +28,7 @@ from edge_sdk.trainer import clock, since
 from edge_sdk.wire import ModelSpec, Phase
 
 log = logging.getLogger(__name__)
+MAX_WEIGHT = 1e6  # of what generators learn from; squares and products of it stay in float32
 
 
 class DepthAveraging:
@@ -67,7 +68,7 @@ class DepthAveraging:
             weight = float(update.num_examples) if self._config.weighting == "examples" else 1.0
             mean.add_(update.tensors, weight)
             fold = _plus(fold, since(start))
-            if generator:
+            if generator and is_learnable(update):
                 start = clock()
                 generator.observe(update, sent, weight)
                 fit = _plus(fit, since(start))
@@ -137,6 +138,19 @@ class DepthAveraging:
         self._owners = state["owners"].clone()
         if self._generator:
             self._generator.load_state_dict(under(state, "generator/"))
+
+
+def is_learnable(update: ClientUpdate) -> bool:
+    """Whether a generator may learn from an update: one absurd but finite weight would stay in what
+    it remembers. In the mean the update counts all the same."""
+    for name, tensor in update.tensors.items():
+        if tensor.numel() and float(tensor.abs().max()) > MAX_WEIGHT:
+            log.warning(
+                "%s: %s reaches %.1g, more than %.0g; the generator leaves its update out",
+                update.client.id, name, float(tensor.abs().max()), MAX_WEIGHT,
+            )  # fmt: skip
+            return False
+    return True
 
 
 def _plus(a: Phase, b: Phase) -> Phase:

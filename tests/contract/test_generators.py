@@ -301,6 +301,67 @@ def test_one_exit_or_no_name_is_no_generator(name):
     assert make_generator(cnn(), replace(options(name), name="none"), 0) is None
 
 
+@pytest.mark.parametrize("size", [1e7, 1e20, 1e37])
+def test_an_absurd_update_leaves_the_generator_as_it_was(name, size):
+    method = hypemefed(name)
+    play(method, 5)
+    jobs = [(who, method.assign(who, 6)) for who in COHORT]
+    updates = [related(who, job, 6, 5 + i) for i, (who, job) in enumerate(jobs)]
+    wild = {key: torch.full_like(tensor, size) for key, tensor in updates[-1].tensors.items()}
+    updates[-1] = dataclasses.replace(updates[-1], tensors=wild)
+    method.aggregate(6, updates)
+    state = method.state_dict()
+    kept = [tensor for key, tensor in state.items() if key.startswith("generator/")]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in kept)
+    assert max(float(tensor.abs().max()) for tensor in kept if tensor.numel()) < 1e6
+
+
+def test_the_weight_of_generated_tensors_by_hand(name):
+    """Clients of 5 to 9 examples: a, b lack stage 2 (11), a, b and c stage 3 (18)."""
+    method = hypemefed(name)
+    play(method, 6)
+    open_gate(method)
+    real, seen = method._generator.generate, {}
+
+    def spied(current, mean):
+        for weight, tensors in real(current, mean):
+            seen.update({place(key)[1]: weight for key in tensors})
+            yield weight, tensors
+
+    method._generator.generate = spied
+    play(method, 1, first=7)
+    if name == "svd-mlp-residual":  # gate g: owners g / (owners + (1 - g) lacking) of the lacking
+        gates = method._generator._gates.tolist()
+        lacking = {2: (11, 24), 3: (18, 17)}
+        want = {s: n * o * gates[s] / (o + (1 - gates[s]) * n) for s, (n, o) in lacking.items()}
+    else:
+        want = {2: 11.0, 3: 18.0}
+    assert seen == pytest.approx(want)
+
+
+def test_gain_is_the_weight_of_the_generated(name):
+    """Garbage 1000 at gain 0.5: half the weight of the same at gain 1."""
+    found = {}
+    for gain in (0.5, 1.0):
+        method = hypemefed(name, gain=gain)
+        play(method, 6)
+        before = {k: t.clone() for k, t in method.current().items()}
+        weights = {}
+
+        def garbage(current, mean, weights=weights):
+            for key in ("stages.1.0.weight", "stages.2.0.weight"):
+                weights[key] = 7.0
+                yield 7.0, {key: torch.full_like(current[key], 1e3)}
+
+        method._generator.generate = garbage
+        play(method, 1, first=7)
+        owners = {"stages.1.0.weight": 24.0, "stages.2.0.weight": 17.0}
+        for key, weight in weights.items():
+            share = gain * weight / (owners[key] + gain * weight)
+            found[key, gain] = float((method.current()[key] - before[key]).mean())
+            assert found[key, gain] == pytest.approx(1e3 * share, rel=0.02)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_cuda_gives_what_the_cpu_gives(name):

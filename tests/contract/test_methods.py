@@ -82,6 +82,19 @@ def test_mean_is_weighted_by_examples(name):
     assert torch.allclose(moved, torch.full_like(moved, 25.0), atol=1e-4)
 
 
+def test_equal_weighting_counts_clients_alike(name):
+    # as above, but (10 + 30) / 2 = 20
+    method = fresh(name, generator=NO_GENERATION, weighting="equal")
+    before = method.current()["exits.0.2.bias"]
+    a, b = client("a", 1), client("b", 1)
+    jobs = [(a, 1, 10.0), (b, 3, 30.0)]
+    method.aggregate(
+        1, [answer(c, method.assign(c, 1), num_examples=n, shift=s) for c, n, s in jobs]
+    )
+    moved = method.current()["exits.0.2.bias"] - before
+    assert torch.allclose(moved, torch.full_like(moved, 20.0), atol=1e-4)
+
+
 def test_client_without_a_tensor_has_no_influence_on_it(name):
     if name == "stale-copy":
         pytest.skip(STALE)
