@@ -154,6 +154,23 @@ def test_table_from_rows_is_that_from_results(tmp_path: Path):
     assert len(lines) == 4
 
 
+def test_rows_of_an_earlier_folder_are_kept_on_request(tmp_path: Path):
+    """A grid that goes on in another folder: new rows replace those of the same cell only."""
+    first, second, rows = tmp_path / "first", tmp_path / "second", tmp_path / "rows.csv"
+    for folder in (first, second):
+        folder.mkdir()
+    write(first, "owners-mean", 0, served_at(0.5))
+    write(first, "owners-mean", 10, served_at(0.6))
+    write(second, "owners-mean", 2, served_at(0.7))
+    write(second, "owners-mean", 10, served_at(0.8, 0.9))
+    for folder in (first, second):
+        assert main(["rows", "--out", str(folder), "--csv", str(rows), "--add"]) == 0
+    kept = [(row["seed"], row["served_final"], row["served_exit_2"]) for row in read_rows(rows)]
+    assert kept == [("0", 50.0, None), ("2", 70.0, None), ("10", 90.0, 90.0)]
+    assert main(["rows", "--out", str(second), "--csv", str(rows)]) == 0
+    assert [row["seed"] for row in read_rows(rows)] == ["2", "10"]
+
+
 def test_interval_of_one_difference_and_the_table_of_t():
     assert interval([]) == (None, None, None, 0)
     assert interval([3.0]) == (3.0, None, None, 1)

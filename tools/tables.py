@@ -53,6 +53,9 @@ def add_commands(commands: Any) -> None:
     rows = commands.add_parser("rows", help="one CSV row per run")
     rows.add_argument("--csv", type=Path, required=True, help="where to write them")
     rows.add_argument("--out", type=Path, required=True, help="folder of results")
+    rows.add_argument(
+        "--add", action="store_true", help="keep rows of the file that the folder lacks"
+    )
     rows.set_defaults(run=run_rows)
     table = commands.add_parser("table", help="one line per rule and setting")
     source = table.add_mutually_exclusive_group(required=True)
@@ -65,6 +68,8 @@ def add_commands(commands: Any) -> None:
 
 def run_rows(args: argparse.Namespace) -> int:
     rows = all_rows(args.out)
+    if args.add and args.csv.exists():
+        rows = added(read_rows(args.csv), rows)
     write_csv(args.csv, rows)
     print(f"{len(rows)} rows in {args.csv}")
     return 0
@@ -109,9 +114,22 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def all_rows(folder: Path) -> list[Row]:
-    rows = [row_of(run) for run in read_runs(folder)]
-    rows.sort(key=lambda row: [*(str(row[key]) for key in SETTING), row["label"], row["seed"]])
-    fullest = max(rows, key=len)  # fedavg-s has fewer exits; every row gets the same columns
+    return in_order([row_of(run) for run in read_runs(folder)])
+
+
+def added(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """One row per cell of a grid, the new one where both have it."""
+    return in_order({cell_of(row): row for row in [*old, *new]}.values())
+
+
+def cell_of(row: Row) -> tuple[str, ...]:
+    return *(str(row[key]) for key in (*SETTING, "label")), f"{int(row['seed']):04}"
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Sorted by cell, all with the same columns: fedavg-s has fewer exits than others."""
+    rows = sorted(rows, key=cell_of)
+    fullest = max(rows, key=len)
     return [dict.fromkeys(fullest) | row for row in rows]
 
 
