@@ -127,6 +127,20 @@ def test_tensor_that_nobody_owns_is_unchanged(name):
             assert torch.equal(tensor, before[key]), key
 
 
+def test_momentum_does_not_move_what_nobody_owns(name):
+    """A round with every owner fills the momentum of every tensor; then only weak clients come."""
+    method = make_method(config(name, server=ServerOptions(momentum=0.5, lr=0.75)))
+    one_round(method)
+    before = method.current()
+    weak = [dataclasses.replace(client(letter, 1), stages=()) for letter in "ab"]
+    updates = one_round(method, weak, number=2)
+    owned = {key for update in updates for key in update.tensors}
+    moved = {
+        key for key, tensor in method.current().items() if not torch.equal(tensor, before[key])
+    }
+    assert moved == owned
+
+
 def test_round_without_updates_changes_nothing(name):
     method = fresh(name)
     before = method.current()
