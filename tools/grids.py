@@ -65,8 +65,8 @@ FASHION = (
 # enough local steps for BatchNorm's statistics to follow; all of it is small, so every round counts
 DIGITS = "--epochs 5 --batch-size 8 --lr 0.002 --rounds 40 --eval-every 1"
 CIFAR = (
-    "--model vgg --examples 10000 --test-examples 2000 --epochs 2 --batch-size 32 --lr 0.0005"
-    " --rounds 60 --eval-every 20 --eval-tail 5"
+    "--model vgg --option channels=16,32,64,128 --examples 10000 --test-examples 2000 --epochs 2"
+    " --batch-size 32 --lr 0.001 --rounds 60 --eval-every 20 --eval-tail 5"
 )
 UNIMIB = "--epochs 5 --batch-size 16 --lr 0.001 --rounds 60 --eval-every 20 --eval-tail 5"
 UNIMIB_PAPER_MODEL = f"{UNIMIB} --model vgg --option channels=64,128,256,512"
@@ -122,7 +122,7 @@ GRIDS = {
         tuple(settings("digits", FIFTY, ("0.5",), DIGITS)),
     ),
     "second": Grid(
-        "other data: part of CIFAR-100 with the paper's network, UniMiB SHAR's falls",
+        "other data: part of CIFAR-100 with the paper's network at half its width, UniMiB's falls",
         chosen(
             "fedavg-s owners-mean svd-mlp update-regression+momentum rotation-add+momentum"
             " rotation-all+momentum default"
