@@ -69,6 +69,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     first: int
     last: int
     peak_bytes: int
+    runtime_bytes: int  # of the peak: what no lever changes
     cache_bytes: int
     micro_batch: int = 0
     recompute: bool = False
@@ -234,7 +235,7 @@ def _judge(
     tried = list(levers(cost))
     fitting = (c for c in tried if peak_bytes(c) <= profile.memory_available_bytes)
     cost, asked = next(fitting, min(tried, key=peak_bytes)), cost
-    how = "".join(f" {words}" for words in [in_words(cost, asked)] if words)
+    how = "".join(f" ({words})" for words in [in_words(cost, asked)] if words)
     peak = peak_bytes(cost)
     needed_s = seconds(cost, profile, num_examples, epochs) if profile.gflops > 0 else None
     reasons = []
@@ -249,6 +250,7 @@ def _judge(
         first=cost.first,
         last=cost.last,
         peak_bytes=peak,
+        runtime_bytes=cost.runtime_bytes,
         cache_bytes=cost.cache_bytes,
         micro_batch=cost.micro_batch,
         recompute=cost.recompute,
@@ -256,6 +258,12 @@ def _judge(
         is_feasible=not reasons,
         reason=" and ".join(reasons),
     )
+
+
+def pulled(cost: SegmentCost, row: Row) -> SegmentCost:
+    """The segment with the levers that its row tells."""
+    told = (row.cache_bytes, row.micro_batch, row.recompute)
+    return next(c for c in levers(cost) if (c.cache_bytes, c.micro_batch, c.recompute) == told)
 
 
 def in_words(cost: SegmentCost, asked: SegmentCost) -> str:
