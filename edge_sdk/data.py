@@ -13,7 +13,7 @@ from edge_sdk.examples import DataSet, Examples, bad, check_examples, mapped
 from edge_sdk.partition import stratified_split, stratified_subset
 from edge_sdk.readers import readers
 
-__all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "save_shard"]
+__all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "load_test", "save_shard"]
 TEST_FRACTION = 0.2
 
 
@@ -46,6 +46,12 @@ def load_dataset(
         train, test = train.take(train_indices), train.take(test_indices)
     train = stratified_subset(train, examples, seed, "train subset")
     return DataSet(name, train, stratified_subset(test, test_examples, seed, "test subset"))
+
+
+def load_test(source: str) -> Examples:
+    """The official test part of a source, or all of it where it has none; reads nothing else."""
+    _, read_train, read_test = readers(source)
+    return (read_test or read_train)()
 
 
 def load_shard(source: str) -> Examples:
