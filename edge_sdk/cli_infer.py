@@ -112,12 +112,15 @@ def add_threshold_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_infer(args: argparse.Namespace) -> int:
     """One example at a time, as a device meets them, so the latencies are real ones."""
+    from edge_sdk.calibrate import checked_labels
     from edge_sdk.infer import EarlyExit
 
     x, y = read_inputs(args)
     engine = EarlyExit.load(
         args.model, threads=args.threads, threshold=args.threshold, measure=args.measure
     )
+    if y is not None:
+        y = checked_labels(x, y, engine.model)
     found, times_s = predict_each(engine, x)
     if args.out:
         write_predictions(found, args.out)

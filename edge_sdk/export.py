@@ -187,7 +187,8 @@ def _onnx_of(model: StagedModel, spec: ModelSpec, x: Tensor) -> tuple[bytes, lis
 
 
 def _traced(module: nn.Module, x: Tensor, outputs: Sequence[str], what: str) -> bytes:
-    """ONNX with a free batch size. Raises ConfigError for what the exporter cannot express."""
+    """ONNX with a free batch size. Raises ConfigError for what the exporter cannot express; it has
+    then printed its graph, which shows the author of a family where."""
     has_choice = "dynamo" in inspect.signature(torch.onnx.export).parameters  # from torch 2.5
     options: dict[str, Any] = {"dynamo": False} if has_choice else {}
     file: Any = io.BytesIO()  # newer annotations know only paths
