@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from edge_sdk.cli_flags import import_module
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.exported import ExportedModel, Measure, write_file
+from edge_sdk.exported import ExportedModel, Measure, read_model, write_file
 
 if TYPE_CHECKING:  # numpy, which the agent does without
     import numpy.typing as npt
@@ -255,7 +255,12 @@ def read_inputs(args: argparse.Namespace) -> tuple[npt.NDArray[Any], npt.NDArray
     else:
         from edge_sdk.data import load_test
 
-        examples = load_test(args.data)
+        examples, own = load_test(args.data), read_model(args.model).scaling
+        if examples.scaling and own and examples.scaling != own:
+            raise DataError(
+                f"{args.data} becomes x / {examples.scaling[0]:g} - {examples.scaling[1]:g}, the "
+                f"model was trained on x / {own[0]:g} - {own[1]:g}; give it as .npy"
+            )
         x, y = examples.x[part], examples.y[part]
     if not len(x):
         raise DataError(f"{args.data}: no examples are left after --skip {args.skip}")

@@ -68,6 +68,8 @@ def save_shard(path: str | os.PathLike[str], examples: Examples) -> None:
     arrays = {"x": examples.x, "y": examples.y, "num_classes": np.int64(examples.num_classes)}
     if examples.subject is not None:
         arrays["subject"] = examples.subject
+    if examples.scaling is not None:
+        arrays["scaling"] = np.array(examples.scaling)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with mapped(path, "to write the shard", "check the folder, its rights and its free space"):
         try:

@@ -22,6 +22,7 @@ from edge_sdk.models import FAMILIES, StagedModel, build
 from edge_sdk.models.plain import bin_weights, fold_batch_norms_
 from edge_sdk.wire import ModelSpec
 from tests.helpers import cnn, examples, two_exits
+from tests.processes import World
 
 
 def test_batch_norm_folds_into_the_layer_before_it():
@@ -247,3 +248,19 @@ def test_sources_that_are_no_model_are_one_line(tmp_path, capsys):
     flags = ["--exit", "1", "--out", str(tmp_path / "out")]
     assert main(["export", str(tmp_path / "empty"), *flags]) == 1
     assert "no model.json there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_serve_exports_when_its_run_ends(tmp_path):
+    """And then the part of a device, by the exit that it chose: for more it has no time."""
+    with World(tmp_path, num_devices=1) as world:
+        flags = ["--rounds", "1", "--deadline", "0.02", "--export", str(tmp_path / "model")]
+        coordinator = world.serve(*flags)
+        world.device("a", "--once")
+        assert coordinator.end() == 0, coordinator.text()
+        assert coordinator.said("wrote ")
+        assert read_model(tmp_path / "model").checked_on == "40 examples"
+        flags = ["--run", str(world.run_dir), "--client", "a", "--out", str(tmp_path / "part")]
+        assert coordinate(["export", *flags]) == 0
+        assert read_model(tmp_path / "model").spec.exit == 3
+        assert read_model(tmp_path / "part").spec.exit == 1

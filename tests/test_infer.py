@@ -278,6 +278,15 @@ def test_bad_flags_are_one_clear_line(labelled, capsys, flags, said):
     assert err.count("\n") == 1
 
 
+def test_data_scaled_otherwise_than_the_training_data_is_refused(tmp_path, capsys):
+    spec, data = cnn(), examples(6)
+    known = dataclasses.replace(data, scaling=(8.0, 1.0))
+    export(spec, build(spec).tensors(), tmp_path / "model", examples=known)
+    np.savez(tmp_path / "a.npz", x=np.zeros((6, 8, 8), np.uint8), y=data.y)
+    assert main(["infer", str(tmp_path / "model"), "--data", str(tmp_path / "a.npz")]) == 1
+    assert "x / 127.5 - 1, the model was trained on x / 8 - 1" in capsys.readouterr().err
+
+
 def test_pickled_inputs_are_refused(folder, tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     assert main(["infer", str(folder), "--data", str(tmp_path / "x.npy")]) == 1
