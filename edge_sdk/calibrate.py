@@ -1,8 +1,8 @@
 """When to stop: thresholds for a wanted accuracy or latency, from held-out data of this device.
 
 Every example goes through all stages once; what each threshold would have done is then counted. The
-same threshold holds for all exits. Latency is not assumed: each stage is timed here at batch 1, and
-an example costs the stages that it runs.
+same threshold holds for all exits. Latency is not assumed: `predict` is timed here at batch 1 for
+each exit that an example may stop at.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from edge_sdk.exported import (
     sha256_of,
     write_struct,
 )
-from edge_sdk.infer import NEVER, EarlyExit, checked_inputs, confidences
+from edge_sdk.infer import NEVER, EarlyExit, confidences
 
 # Trained networks are sure of most of what they see, hence the steps that get finer towards 1.
 GRID = (
@@ -83,7 +83,7 @@ def calibrate(
     folder = Path(folder)
     engine = EarlyExit.load(folder, threshold=NEVER, measure=measure, threads=threads)
     answers = answers_of(engine, x, y)
-    points = curve(answers, stage_seconds(engine, x))
+    points = curve(answers, exit_seconds(engine, x))
     deepest = answers.accuracies()[-1]
     point, wanted = choose(points, deepest, accuracy, accuracy_loss, latency_s)
     found = Calibration(
@@ -137,10 +137,9 @@ def choose(
     return best, wanted
 
 
-def curve(answers: Answers, stage_s: Sequence[float], grid: Sequence[float] = GRID) -> list[Point]:
-    """One point per threshold. stage_s: seconds of each stage for one example."""
+def curve(answers: Answers, exit_s: Sequence[float], grid: Sequence[float] = GRID) -> list[Point]:
+    """One point per threshold. exit_s: seconds of one example that stops at exit 1, 2, ..."""
     exits, n = answers.labels.shape
-    upto_s = np.cumsum(stage_s)  # (exits,)
     points = []
     for threshold in grid:
         stops = answers.confidences >= threshold  # (exits, n)
@@ -149,7 +148,9 @@ def curve(answers: Answers, stage_s: Sequence[float], grid: Sequence[float] = GR
         shares = np.bincount(at, minlength=exits) / n
         accuracy = (answers.labels[at, np.arange(n)] == answers.y).mean()
         points.append(
-            Point(threshold, float(accuracy), float(shares @ upto_s), tuple(shares.tolist()))
+            Point(
+                threshold, float(accuracy), float(shares @ np.array(exit_s)), tuple(shares.tolist())
+            )
         )
     return points
 
@@ -178,17 +179,20 @@ def checked_labels(x: npt.NDArray[Any], y: npt.NDArray[Any], model: ExportedMode
     return labels.astype(np.int64)
 
 
-def stage_seconds(
+def exit_seconds(
     engine: EarlyExit, x: npt.NDArray[Any], runs: int = TIMED_RUNS
 ) -> tuple[float, ...]:
-    """Median seconds of each stage for one example here, with the exit's confidence."""
-    inputs = checked_inputs(x[:runs], engine.model)
-    times: list[list[float]] = [[] for _ in engine.sessions]
+    """Median seconds of `predict` for one example here, if it stops at exit 1, 2, ..."""
+    last = len(engine.sessions)
+    stopping = [
+        replace(engine, thresholds=(*[NEVER] * (exit - 1), *[0.0] * (last - exit)))
+        for exit in range(1, last + 1)
+    ]
+    times: list[list[float]] = [[] for _ in stopping]
     for number in range(WARM_RUNS + runs):
-        features = inputs[number % len(inputs)][None]  # (1, *input_shape)
-        for stage, taken in enumerate(times, 1):
+        at = number % len(x)
+        for one, taken in zip(stopping, times, strict=True):
             start = time.perf_counter()
-            features, logits = engine.step(stage, features)
-            confidences(logits, engine.measure)
+            one.predict(x[at : at + 1])
             taken.append(time.perf_counter() - start)
     return tuple(statistics.median(taken[WARM_RUNS:]) for taken in times)

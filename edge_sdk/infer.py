@@ -94,15 +94,19 @@ class EarlyExit:
         label, exit = np.zeros(len(x), np.int64), np.zeros(len(x), np.int64)
         confidence = np.zeros(len(x), np.float32)
         left = np.arange(len(x))  # examples that have not stopped, and their features beside it
+        if not len(x):
+            return Prediction(label, exit, confidence)
         for number, threshold in enumerate((*self.thresholds, 0.0), 1):
-            if not len(left):
-                break
             features, logits = self.step(number, features)
             reached = confidences(logits, self.measure)
             stops = reached >= threshold
+            if not stops.any():
+                continue  # no copies: at batch 1 they take as long as a small stage
             done = left[stops]
             label[done], exit[done] = logits[stops].argmax(1), number
             confidence[done] = reached[stops]
+            if len(done) == len(left):
+                break
             left, features = left[~stops], features[~stops]
         return Prediction(label, exit, confidence)
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import numpy.typing as npt
 
-from edge_sdk.calibrate import Point, answers_of, curve, stage_seconds
+from edge_sdk.calibrate import Point, answers_of, curve, exit_seconds
 from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.exported import Measure, write_file
 from edge_sdk.infer import NEVER, EarlyExit
@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 EXPLAINED = (
     "Each example stops at the first exit whose confidence reaches the threshold. Latency: the "
-    "median seconds of each stage at batch 1 here, summed over the stages that an example runs, "
-    "mean over the examples."
+    "median seconds here, at batch 1, of an example that stops at each exit; mean of all examples."
 )
 
 
@@ -34,19 +33,19 @@ def write_report(
 
     x: (n, *input_shape), y: (n,); about: what they are, for the heading. Raises StoreError where
     the folder cannot be written, and what EarlyExit.predict and calibrate raise."""
-    stage_s = stage_seconds(engine, x)
+    exit_s = exit_seconds(engine, x)
     curves: dict[Measure, list[Point]] = {}
     for measure in MEASURES:
         answers = answers_of(replace(engine, measure=measure), x, y)
-        curves[measure] = curve(answers, stage_s)
-    alone = exits_alone(answers.accuracies(), stage_s)
+        curves[measure] = curve(answers, exit_s)
+    alone = list(zip(answers.accuracies(), exit_s, strict=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{folder} cannot be made: {error}; choose another --out") from error
     contents = {
         "curve.csv": csv_of(curves).encode(),
-        "curve.md": markdown(engine, curves, alone, stage_s, about).encode(),
+        "curve.md": markdown(engine, curves, alone, about).encode(),
     }
     try:
         contents["curve.png"] = plot(curves, alone)
@@ -55,11 +54,6 @@ def write_report(
     for name, content in contents.items():
         write_file(folder / name, content)
     return [folder / name for name in contents]
-
-
-def exits_alone(accuracies: Sequence[float], stage_s: Sequence[float]) -> list[tuple[float, float]]:
-    """(accuracy, latency_s) of each exit if all examples stop there."""
-    return [(share, sum(stage_s[:exit])) for exit, share in enumerate(accuracies, 1)]
 
 
 def csv_of(curves: Mapping[Measure, Sequence[Point]]) -> str:
@@ -81,7 +75,6 @@ def markdown(
     engine: EarlyExit,
     curves: Mapping[Measure, Sequence[Point]],
     alone: Sequence[tuple[float, float]],
-    stage_s: Sequence[float],
     about: str,
 ) -> str:
     spec = engine.model.spec
@@ -90,12 +83,11 @@ def markdown(
         "",
         f"{EXPLAINED} Machine: {platform.machine()}.",
         "",
-        "| exit, all stop there | accuracy % | latency ms | its stage ms |",
-        "| --- | --- | --- | --- |",
+        "| exit, all stop there | accuracy % | latency ms |",
+        "| --- | --- | --- |",
     ]
-    for number, ((share, latency_s), own_s) in enumerate(zip(alone, stage_s, strict=True), 1):
-        cells = f"{100 * share:.2f} | {1e3 * latency_s:.3f} | {1e3 * own_s:.3f}"
-        lines.append(f"| {number} | {cells} |")
+    for number, (share, latency_s) in enumerate(alone, 1):
+        lines.append(f"| {number} | {100 * share:.2f} | {1e3 * latency_s:.3f} |")
     heads = " | ".join(f"exit {number} %" for number in range(1, spec.exit + 1))
     for measure, points in curves.items():
         lines += [
@@ -113,7 +105,7 @@ def markdown(
 
 
 def plot(curves: Mapping[Measure, Sequence[Point]], alone: Sequence[tuple[float, float]]) -> bytes:
-    """PNG: a line per measure, a dot per exit alone. Raises ConfigError without matplotlib."""
+    """PNG: a line per measure, a cross per exit alone. Raises ConfigError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -18,7 +18,7 @@ from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
 from edge_sdk.export import cut, export
 from edge_sdk.exported import MODEL, read_model
 from edge_sdk.infer import EarlyExit
-from edge_sdk.models import FAMILIES, StagedModel, build
+from edge_sdk.models import FAMILIES, StagedModel, initial_tensors
 from edge_sdk.models.plain import bin_weights, fold_batch_norms_
 from edge_sdk.wire import ModelSpec
 from tests.helpers import cnn, examples, two_exits
@@ -90,7 +90,7 @@ def family(monkeypatch, stage):
 def test_a_model_that_onnx_computes_otherwise_is_refused(tmp_path, monkeypatch, kind, said):
     spec = family(monkeypatch, Odd(kind))
     with pytest.raises(StoreError) as refused:
-        export(spec, build(spec).tensors(), tmp_path / "model")
+        export(spec, initial_tensors(spec, 0), tmp_path / "model")
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
@@ -100,7 +100,7 @@ def test_a_layer_that_onnx_lacks_is_one_line(tmp_path, monkeypatch):
     pool = nn.Sequential(nn.AdaptiveMaxPool2d(3), nn.ZeroPad2d((0, 1, 0, 1)))  # 3 bins of 4
     spec = family(monkeypatch, pool)
     with pytest.raises(ConfigError) as refused:
-        export(spec, build(spec).tensors(), tmp_path / "model")
+        export(spec, initial_tensors(spec, 0), tmp_path / "model")
     assert "model 'odd' cannot be written as ONNX" in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -109,7 +109,7 @@ def test_batch_norms_that_stay_are_counted_and_right(tmp_path, monkeypatch):
     norm = nn.BatchNorm2d(1)
     norm.running_var.fill_(4.0)
     spec = family(monkeypatch, nn.Sequential(nn.MaxPool2d(1), norm))
-    tensors = {name: t for name, t in build(spec).tensors().items() if "num_batches" not in name}
+    tensors = {name: t for name, t in initial_tensors(spec, 0).items() if "num_batches" not in name}
     made = export(spec, tensors, tmp_path / "model")
     assert made.batch_norms == 1
     assert made.largest_difference < 1e-5
@@ -171,7 +171,7 @@ def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_a_cut_has_the_first_exits(tmp_path):
-    export(cnn(), build(cnn()).tensors(), tmp_path / "model", examples=examples(5))
+    export(cnn(), initial_tensors(cnn(), 0), tmp_path / "model", examples=examples(5))
     x = examples(7).x
     for exit in (1, 2, 3):
         made = cut(tmp_path / "model", exit, tmp_path / "cut")

@@ -23,7 +23,7 @@ from edge_sdk.examples import Examples
 from edge_sdk.export import export
 from edge_sdk.exported import Calibration, sha256_of, write_struct
 from edge_sdk.infer import NEVER, EarlyExit, confidences
-from edge_sdk.models import build
+from edge_sdk.models import build, initial_tensors
 from tests.helpers import cnn, examples, two_exits
 from tests.processes import ROOT
 
@@ -80,6 +80,7 @@ def test_threshold_0_stops_all_at_exit_1_and_above_1_none(folder):
 def test_never_stopping_equals_the_deepest_exit_of_torch(tmp_path):
     spec, data = cnn(), examples(20)
     model = build(spec).eval()
+    model.load(initial_tensors(spec, 0))
     export(spec, model.tensors(), tmp_path / "model", examples=data)
     found = EarlyExit.load(tmp_path / "model", threshold=NEVER).predict(data.x)
     with torch.no_grad():
@@ -97,7 +98,7 @@ def test_entropy_is_one_minus_its_share_of_the_largest():
 
 def test_each_exit_has_its_own_threshold(tmp_path):
     spec = cnn()
-    export(spec, build(spec).tensors(), tmp_path / "model")
+    export(spec, initial_tensors(spec, 0), tmp_path / "model")
     engine = EarlyExit.load(tmp_path / "model", threshold=(NEVER, 0))
     assert set(engine.predict(examples(5).x).exit) == {2}
     with pytest.raises(ConfigError, match="1 thresholds for 3 exits, expected 2"):
@@ -227,7 +228,7 @@ def test_without_onnxruntime_it_says_what_to_install(folder, monkeypatch):
 def labelled(tmp_path):
     """A folder and the .npz of 12 examples (1, 8, 8) for its model."""
     data, spec = examples(12), cnn()
-    export(spec, build(spec).tensors(), tmp_path / "model", examples=data)
+    export(spec, initial_tensors(spec, 0), tmp_path / "model", examples=data)
     save_shard(tmp_path / "held.npz", data)
     return tmp_path / "model", tmp_path / "held.npz", data
 
@@ -281,7 +282,7 @@ def test_bad_flags_are_one_clear_line(labelled, capsys, flags, said):
 def test_data_scaled_otherwise_than_the_training_data_is_refused(tmp_path, capsys):
     spec, data = cnn(), examples(6)
     known = dataclasses.replace(data, scaling=(8.0, 1.0))
-    export(spec, build(spec).tensors(), tmp_path / "model", examples=known)
+    export(spec, initial_tensors(spec, 0), tmp_path / "model", examples=known)
     np.savez(tmp_path / "a.npz", x=np.zeros((6, 8, 8), np.uint8), y=data.y)
     assert main(["infer", str(tmp_path / "model"), "--data", str(tmp_path / "a.npz")]) == 1
     assert "x / 127.5 - 1, the model was trained on x / 8 - 1" in capsys.readouterr().err
