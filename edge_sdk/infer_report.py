@@ -33,12 +33,10 @@ def write_report(
 
     x: (n, *input_shape), y: (n,); about: what they are, for the heading. Raises StoreError where
     the folder cannot be written, and what EarlyExit.predict and calibrate raise."""
+    answers = {one: answers_of(replace(engine, measure=one), x, y) for one in MEASURES}
     exit_s = exit_seconds(engine, x)
-    curves: dict[Measure, list[Point]] = {}
-    for measure in MEASURES:
-        answers = answers_of(replace(engine, measure=measure), x, y)
-        curves[measure] = curve(answers, exit_s)
-    alone = list(zip(answers.accuracies(), exit_s, strict=True))
+    curves = {measure: curve(answers[measure], exit_s) for measure in MEASURES}
+    alone = list(zip(answers["softmax"].accuracies(), exit_s, strict=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
