@@ -6,6 +6,7 @@ on a route follows from its CURVE key, checked against the admission list before
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from edge_sdk.transport import Payload, parse_frames, send_frames, set_common_op
 from edge_sdk.wire import Fault, Message
 
 log = logging.getLogger(__name__)
+STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,24 @@ class Hub:
 
     def close(self) -> None:
         self.socket.close()
-        if self._authenticator is not None:
-            self._authenticator.stop()
-        self._context.term()
+        if self._authenticator is None or _stopped(self._authenticator):
+            self._context.term()
+        else:  # it would wait for the sockets of that thread, which ends with the process
+            log.warning("the thread that checks keys did not end")
+
+
+def _stopped(authenticator: ThreadAuthenticator) -> bool:
+    """Ended. Its own stop() says so once, waits without end for a thread that does not hear it, and
+    blocks at a thread that has died."""
+    for _ in range(STOP_TRIES):
+        if not authenticator.is_alive():
+            break
+        with contextlib.suppress(zmq.Again):
+            authenticator.pipe.send(b"TERMINATE", zmq.NOBLOCK)
+        authenticator.thread.join(STOP_S)
+    if authenticator.is_alive():
+        return False
+    authenticator.pipe.close(linger=0)
+    authenticator.pipe = None  # type: ignore[assignment]
+    authenticator.stop()  # closes the socket that it answered on
+    return True

@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import zmq
 from zmq.utils import z85
 
 from coordinator.admission import Admission, add_client, parse_clients
+from coordinator.hub import Hub
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import KeyPair, check_key, make_keys, read_key, read_keys
 
@@ -352,3 +354,16 @@ def test_clients_that_cannot_be_added_leave_the_list_alone(tmp_path, name, key):
     with pytest.raises(ConfigError):
         add_client(path, name, key)
     assert path.read_text() == line("pi", KEY_A)
+
+
+def test_a_hub_closes_though_the_thread_that_checks_keys_has_died(tmp_path):
+    """pyzmq's own stop() would block: it sends to a thread that is not there any more."""
+    (tmp_path / "clients").write_text("")
+    hub = Hub("tcp://127.0.0.1:0", make_keys(tmp_path, "server"), Admission(tmp_path / "clients"))
+    hub._authenticator.pipe.send(b"TERMINATE")
+    hub._authenticator.thread.join(10)
+    assert not hub._authenticator.is_alive()
+    closing = threading.Thread(target=hub.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
