@@ -31,9 +31,9 @@ class ServerOptions(Options, frozen=True, kw_only=True):
 
     optimizer: Literal["fedavgm", "fedadam", "fedyogi"] = "fedavgm"
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    lr: Annotated[float, Meta(gt=0)] = 1.0
+    lr: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.99
-    tau: Annotated[float, Meta(gt=0)] = 1e-3
+    tau: Annotated[float, Meta(gt=0, le=1000)] = 1e-3
     damping: Share = 0.0
     ema: Annotated[float, Meta(ge=0, lt=1)] = 0.8
     serve: Literal["ema", "last"] = "ema"

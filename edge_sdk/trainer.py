@@ -20,7 +20,7 @@ from torch import Tensor
 
 from edge_sdk.data import Examples
 from edge_sdk.errors import DataError, ShapeError, TrainerError
-from edge_sdk.losses import local_loss
+from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.staged import check_segments, moved, needed_names, trained_names
 from edge_sdk.optim import Optimizer
@@ -125,7 +125,7 @@ def _train_segment(
     """Train one segment in place. Returns the number of steps and the last epoch's exit results."""
     first, last = segment.first, segment.last
     stages, heads = model.stages[first - 1 : last], model.exits[first - 1 : last]
-    weights = _exit_weights(plan, first, last)
+    weights = exit_weights(plan, first, last)
     named = dict(torch.nn.ModuleList([stages, heads]).named_parameters())
     anchor = {k: w.detach().clone() for k, w in named.items()} if plan.prox_mu else {}
     optimizer = Optimizer(list(named.values()), plan)
@@ -219,18 +219,6 @@ def _batches(n: int, batch_size: int, order: torch.Generator) -> list[Tensor]:
     """A shuffled epoch; a rest too small for BatchNorm is left out."""
     batches = torch.randperm(n, generator=order).split(batch_size)
     return [batch for batch in batches if len(batch) >= min(MIN_BATCH, batch_size)]
-
-
-def _exit_weights(plan: Plan, first: int, last: int) -> Sequence[float]:
-    """The plan's weights of exits first..last; none given means all ones."""
-    if not plan.exit_weights:
-        return [1.0] * (last - first + 1)
-    if len(plan.exit_weights) < last:
-        raise ShapeError(
-            f"plan has {len(plan.exit_weights)} exit weights, trains up to exit {last}; "
-            "give one per exit"
-        )
-    return plan.exit_weights[first - 1 : last]
 
 
 def check_fits(spec: ModelSpec, examples: Examples) -> None:
