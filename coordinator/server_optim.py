@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coordinator.config import ServerOptions
-from edge_sdk.tensors import Tensors, check_finite, check_specs, specs_of, under
+from edge_sdk.tensors import Tensors, check_finite, check_shapes, check_specs, specs_of, under
 
 
 class Server:
@@ -82,6 +82,14 @@ class Server:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ShapeError if the state is another model's. Tensors keep the model's order: a
         checkpoint file has its own, and the wire's tensor lists follow the model's."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.globals.items()}
+        for part in ("first/", "second/", "average/"):
+            held = under(state, part)
+            check_shapes(
+                held, {n: s for n, s in shapes.items() if n in held}, f"checkpoint, {part}"
+            )
+        rest = {name: tensor for name, tensor in state.items() if "/" not in name}
+        check_shapes(rest, {"average_weight": ()}, "checkpoint, server")
         loaded = under(state, "globals/")
         check_specs(specs_of(loaded), specs_of(self.globals), "checkpoint", is_ordered=False)
         order = list(self.globals)

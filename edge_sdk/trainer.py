@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from edge_sdk.data import Examples
-from edge_sdk.errors import DataError, ShapeError, TrainerError
+from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
 from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.staged import check_segments, moved, needed_names, trained_names
 from edge_sdk.optim import Optimizer
 from edge_sdk.tensors import Tensors, check_finite
-from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment
+from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment, one_line
 
 log = logging.getLogger(__name__)
 # BatchNorm statistics of one or two examples ruin a deep stage; such a rest is dropped.
@@ -219,6 +219,18 @@ def _batches(n: int, batch_size: int, order: torch.Generator) -> list[Tensor]:
     """A shuffled epoch; a rest too small for BatchNorm is left out."""
     batches = torch.randperm(n, generator=order).split(batch_size)
     return [batch for batch in batches if len(batch) >= min(MIN_BATCH, batch_size)]
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a --device flag, tried. Raises ConfigError."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name!r}: {one_line(str(error))}; use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name!r} is not supported; use cpu or cuda")
+    return device
 
 
 def check_fits(spec: ModelSpec, examples: Examples) -> None:

@@ -311,7 +311,7 @@ def test_a_full_disk_ends_the_run_at_its_last_round(tiny_disk, tmp_path, capsys,
         assert 1 <= last < 6
         message = server.text().splitlines()[-1]
         assert message.startswith(f"edge-coordinator: round {last + 1} could not be saved")
-        assert f"free space or make it writable, then go on with --resume at round {last + 1}" in (
+        assert f"free space or make it writable; go on with --resume at round {last + 1}" in (
             message
         )
         assert "Traceback" not in server.text()

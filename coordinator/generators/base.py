@@ -38,7 +38,8 @@ class Generator(Protocol):
         mean: the owners' mean, as it was before anything was generated for its tensors."""
 
     def state_dict(self) -> Tensors: ...
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ShapeError for the state of another generator or model."""
 
 
 def generated_names(spec: ModelSpec, generate: str) -> list[str]:

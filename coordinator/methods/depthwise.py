@@ -23,7 +23,7 @@ from coordinator.server_optim import Server
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import needed_names, place, trained_names
-from edge_sdk.tensors import Tensors, specs_of, under
+from edge_sdk.tensors import Tensors, check_shapes, specs_of, under
 from edge_sdk.trainer import clock, since
 from edge_sdk.wire import ModelSpec, Phase
 
@@ -132,6 +132,9 @@ class DepthAveraging:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        parts = ("server/", "generator/") if self._generator else ("server/",)
+        rest = {name: tensor for name, tensor in state.items() if not name.startswith(parts)}
+        check_shapes(rest, {"owners": (self.spec.exit,)}, "checkpoint")
         self.server.load_state_dict(under(state, "server/"))
         self._owners = state["owners"].clone()
         if self._generator:
