@@ -180,7 +180,7 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path, capsys):
     for name, more in flags.items():
         assert main([*EMULATE, *more, "--hidden", "8", "--run-dir", str(tmp_path / name)]) == 0
     file = "round-000002.safetensors"
-    for name, source in [("one", "other"), ("other", "svd"), ("svd", "other")]:
+    for name, source in [("one", "other"), ("one", "svd"), ("other", "one"), ("svd", "one")]:
         folder = tmp_path / f"{name}-{source}"
         shutil.copytree(tmp_path / name, folder)
         shutil.copy(tmp_path / source / file, folder / file)

@@ -373,7 +373,10 @@ def test_device_keys_are_checked(lone, spoil, said):
     (["--id", "../../etc"], 1, "--id"),
     (["--server-key", "short"], 1, "--server-key"),
     (["--data", "nowhere.npz"], 1, "nowhere.npz"),
+    (["--device", "meta"], 1, "--device 'meta' is not supported; use cpu or cuda"),
     (["--memory-cap", "much"], 2, "512M"),
+    (["--threads", "99999999999999999999"], 2, "from 0 to 1024"),
+    (["--keys", ""], 2, "expected a path"),
 ], ids=lambda value: value[1] if isinstance(value, list) else "")  # fmt: skip
 def test_device_flags_are_checked(lone, flags, status, said):
     ended = run_cli("edge_sdk.cli", *lone.device_flags("a", *flags))
