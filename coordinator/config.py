@@ -197,7 +197,7 @@ def _converted(settings: msgspec.Struct, kind: type[Checked]) -> Checked:
         for part in found[1].split("."):
             value = value[part]
         raise ConfigError(
-            f"{flag_of(found[1])} is {one_line(str(value))}: {expected}; see --help"
+            f"{flag_of(found[1])} is {one_line(repr(value))}: {expected}; see --help"
         ) from error
 
 
@@ -210,7 +210,7 @@ def differences(old: RunConfig, new: RunConfig) -> str:
     """The settings that differ, with both values; "" if none do."""
     before, now = _flat(old), _flat(new)
     return ", ".join(
-        f"{flag_of(key)} {one_line(str(before.get(key)))} (now {one_line(str(now.get(key)))})"
+        f"{flag_of(key)} {one_line(repr(before.get(key)))} (now {one_line(repr(now.get(key)))})"
         for key in dict.fromkeys([*before, *now])
         if before.get(key) != now.get(key)
     )

@@ -86,7 +86,10 @@ def memory_errors(during: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        raise CapacityError(f"out of memory {during}: {one_line(str(error))}") from error
+        raise CapacityError(
+            f"out of memory {during}: {one_line(str(error))}; a smaller model, batch or generator "
+            "needs less"
+        ) from error
 
 
 def uncached(cost: SegmentCost) -> SegmentCost:
