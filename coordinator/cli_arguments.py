@@ -68,7 +68,9 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add, server = parser.add_argument, ServerOptions()
     add("--server-optimizer", choices=choices(ServerOptions, "optimizer"), default=server.optimizer)
     add("--server-momentum", type=float, default=server.momentum)
-    add("--server-lr", type=float, default=server.lr)
+    add(
+        "--server-lr", type=float, default=server.lr, help="fedadam, fedyogi: about a weight's step"
+    )
     add("--damping", type=float, default=server.damping, help="0 owners' mean, 1 stale copy")
     add("--ema", type=float, default=server.ema, help="decay of the served average")
     add("--serve", choices=choices(ServerOptions, "serve"), default=server.serve)
@@ -113,7 +115,8 @@ def settle(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     args = parser.parse_args(argv)
     if args.paper and args.method != "hypemefed":
         raise ConfigError(f"--paper is hypemefed's, not {args.method}'s; leave one of them out")
-    args.own_parser.set_defaults(**{**defaults_of(args.method, args.paper), **preset})
+    chosen = defaults_of(args.method, args.paper, args.server_optimizer)
+    args.own_parser.set_defaults(**{**chosen, **preset})
     return parser.parse_args(argv)
 
 

@@ -60,6 +60,8 @@ class ClientUpdate:
     bytes_down: int = 0
     bytes_up: int = 0
     retries: int = 0
+    micro_batch: int = 0  # of the plan as it was trained
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,4 +148,6 @@ def train_here(
         peak_memory_bytes=result.peak_memory_bytes,
         bytes_down=layout(specs_of(job.tensors))[1],
         bytes_up=layout(job.returns)[1],
+        micro_batch=job.plan.micro_batch,
+        recompute=job.plan.recompute,
     )

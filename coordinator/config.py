@@ -45,11 +45,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class ServerOptions(Options, frozen=True, kw_only=True):
-    """What happens to the aggregate; the same for every method. D = aggregate - w, on parameters;
-    statistics of BatchNorm follow the aggregate.
+    """What happens to the aggregate; the same for every method. D = aggregate - w.
 
-    damping p: D is taken times rho^p, rho the share of the cohort's weight that trained the tensor
-    or was generated; 0 is the owners' mean, 1 the stale copy of published code.
+    damping p: D is taken times rho^p, rho the share of the cohort's weight that trained the tensor;
+    0 is the owners' mean, 1 without a generator the stale copy of published code.
+    The optimizer steps parameters; statistics of BatchNorm follow the aggregate. Its momentum and
+    lr: 0 and 1 for fedavgm, 0.9 and 0.01 for the others unless a method has its own (defaults.py).
     fedavgm: v <- momentum v + D, w <- w + lr v; 0 and 1 is the plain mean.
     fedadam, fedyogi (Reddi et al. 2021): m <- momentum m + (1 - momentum) D, second moment by
     beta2, w <- w + lr m / (sqrt(second) + tau).
@@ -95,9 +96,11 @@ class RotationOptions(Options, frozen=True, kw_only=True):
 
 
 class DistillOptions(Options, frozen=True, kw_only=True):
-    """Distillation between a client's exits; the weight rises linearly over `ramp_rounds`."""
+    """Distillation between a client's exits; the weight rises linearly over `ramp_rounds`. auto:
+    shallow-to-deep in rounds before which less than half as many clients trained the deepest stage
+    as stage 1, counted over the run; there it helps, elsewhere it does nothing or harm."""
 
-    direction: Literal["none", "deep-to-shallow", "shallow-to-deep", "mutual"] = "none"
+    direction: Literal["none", "deep-to-shallow", "shallow-to-deep", "mutual", "auto"] = "none"
     weight: Annotated[float, Meta(ge=0, le=1000)] = 1.0
     temperature: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     ramp_rounds: Annotated[int, Meta(ge=0)] = 10
@@ -154,7 +157,9 @@ class RunConfig(Options, frozen=True, kw_only=True):
             exit_weights=self.exit_weights,
             weight_decay=self.weight_decay,
             prox_mu=self.prox_mu,
-            distill=self.distill.direction,
+            distill="shallow-to-deep"
+            if self.distill.direction == "auto"
+            else self.distill.direction,
             distill_weight=self.distill.weight_at(round),
             distill_temperature=self.distill.temperature,
         )

@@ -14,6 +14,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "rotation": "add",
         "rotation_stages": 0,
         "generator": "update-regression",
+        "distill": "auto",
         **MOMENTUM,
     },
     "stage-rotation": {"rotation": "add", "rotation_stages": 0},
@@ -33,5 +34,10 @@ GENERATE: Mapping[str, str] = {"update-regression": "all"}
 RANK: Mapping[str, int] = {"update-regression": 12}
 
 
-def defaults_of(method: str, is_paper: bool) -> Mapping[str, Any]:
-    return PAPER if is_paper else METHODS.get(method, {})
+# their step is about lr per weight, whatever the aggregate's; 1 ruins a model in a round
+ADAPTIVE: Mapping[str, Any] = {"server_momentum": 0.9, "server_lr": 0.01}
+
+
+def defaults_of(method: str, is_paper: bool, optimizer: str) -> Mapping[str, Any]:
+    found = PAPER if is_paper else METHODS.get(method, {})
+    return found if optimizer == "fedavgm" else {**found, **ADAPTIVE}

@@ -269,6 +269,8 @@ class RoundDesk:
                 bytes_down=seat.bytes_down,
                 bytes_up=seat.bytes_up,
                 retries=update.retries,
+                micro_batch=update.micro_batch,
+                recompute=update.recompute,
             )
         )
         self._admit_uploads()

@@ -32,7 +32,7 @@ from edge_sdk.trainer import clock, since
 from edge_sdk.wire import ModelSpec, Phase, Segment
 
 log = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 KEPT_CHECKPOINTS = 2
 DATABASE = "run.sqlite"
 SCHEMA = """
@@ -46,7 +46,7 @@ CREATE TABLE rounds (round INTEGER PRIMARY KEY, started_utc TEXT, wall_s REAL, c
 CREATE TABLE participations (round INTEGER, client_id TEXT, exit INTEGER, segments TEXT,
     outcome TEXT, code TEXT, detail TEXT, num_examples INTEGER, num_steps INTEGER,
     bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,
-    exits TEXT, PRIMARY KEY (round, client_id));
+    exits TEXT, micro_batch INTEGER, recompute INTEGER, PRIMARY KEY (round, client_id));
 CREATE TABLE phases (round INTEGER, client_id TEXT, phase TEXT, wall_s REAL, cpu_s REAL);
 CREATE TABLE metrics (round INTEGER, name TEXT, value REAL, PRIMARY KEY (round, name));
 """
@@ -276,17 +276,20 @@ class Store:
 
     def _record_update(self, round: int, update: ClientUpdate) -> None:
         self._write(
-            "INSERT INTO participations VALUES (?, ?, ?, ?, 'ok', '', '', ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO participations"
+            " VALUES (?, ?, ?, ?, 'ok', '', '', ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             round, update.client.id, update.client.exit, _segments(update.segments),
             update.num_examples, update.num_steps, update.bytes_down, update.bytes_up,
             update.peak_memory_bytes, update.retries, msgspec.json.encode(update.exits).decode(),
+            update.micro_batch, update.recompute,
         )  # fmt: skip
         for phase, time in update.phases.items():
             self._phase(round, update.client.id, phase, time)
 
     def _record_absence(self, round: int, absence: Absence) -> None:
         self._write(
-            "INSERT INTO participations VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0, ?, ?, 0, 0, '[]')",
+            "INSERT INTO participations"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0, ?, ?, 0, 0, '[]', 0, 0)",
             round, absence.client.id, absence.client.exit, _segments(absence.segments),
             absence.outcome, absence.code,
             absence.detail, absence.bytes_down, absence.bytes_up,

@@ -271,7 +271,8 @@ class Agent:
         state.job, state.granted, state.retries = job, 0, 0
         state.waited_s = time.monotonic() - state.idle_since
         cache_bytes = self._chooser.cache_bytes(job.plan.segments)
-        self._to_trainer(Train(job=job, cache_bytes=cache_bytes))
+        adapted = replace(job, plan=self._chooser.adapted(job.plan))
+        self._to_trainer(Train(job=adapted, cache_bytes=cache_bytes))
 
     def _on_fault(self, fault: Fault, is_mine: bool) -> None:
         if fault.code == "hello":

@@ -1,7 +1,8 @@
 """How deep a device can train: predicted memory and time of every segment against its profile.
 
 Counting costs needs torch (models/costs.py); choosing by them does not, so the agent can choose
-anew whenever its free memory changes.
+anew whenever its free memory changes. A segment that does not fit as the plan has it is tried with
+less memory (`levers`) before it is given up.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from edge_sdk.wire import one_line
 ALLOWANCE = 1.45
 TRAINER_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
 FORWARD = 1 / 3  # of layer_s is the forward pass: 0.33 on x86, torch 2.13
+MIN_MICRO_BATCH = 8  # BatchNorm's statistics of fewer examples harm more than a deeper exit helps
 
 
 class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,32 +35,46 @@ class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     first: int
     last: int
-    parameter_bytes: int  # the model with its frozen prefix, those received, a kernel's copy
+    parameter_bytes: int  # the model with its frozen prefix, and a kernel's copy of one tensor
+    load_bytes: int = 0  # model and received tensors, before training: the latter are then dropped
     gradient_bytes: int
     optimizer_bytes: int  # its state, and the received weights where a proximal term pulls to them
-    saved_bytes: int  # activations kept for the backward pass of one batch
+    # Activations kept for the backward pass of as many examples as go through at once; `fixed` is
+    # the part of it that does not grow with their number. recompute_: the same where stages are run
+    # again for their gradients; None: nothing to gain.
+    saved_bytes: int
+    fixed_bytes: int = 0
+    recompute_saved_bytes: int | None = None
+    recompute_fixed_bytes: int = 0
+    frozen_bytes: int = 0  # in hand while a frozen layer runs, before anything is saved
     # Features that the frozen prefix makes of all examples, kept over the epochs; 0: none kept, a
     # single epoch has no use for them.
     cache_bytes: int
     runtime_bytes: int  # resident memory of a trainer that has made a first step, its data included
     batch_size: int = 1
+    micro_batch: int = 0  # examples at once, 0: the batch
+    recompute: bool = False
     num_layers: float = 0  # of the trained stages and exits
     num_frozen_layers: int = 0
     flops_per_example: float  # forward and backward through the trained stages
     frozen_flops_per_example: float  # forward through the frozen stages; once a job if cached
+    recompute_flops_per_example: float = 0.0  # forward through what would be run again
     upload_bytes: int
     download_bytes: int
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One segment judged. seconds is None where the profile has no measured compute. cache_bytes:
-    features of the frozen prefix that are kept; 0 where every step makes its own, as they would not
-    fit beside it."""
+    """One segment judged, with the first levers that make it fit. seconds is None where the profile
+    has no measured compute. cache_bytes: features of the frozen prefix that are kept; 0 where every
+    step makes its own, as they would not fit beside it. micro_batch, recompute: as in a plan."""
 
     first: int
     last: int
     peak_bytes: int
+    runtime_bytes: int  # of the peak: what no lever changes
     cache_bytes: int
+    micro_batch: int = 0
+    recompute: bool = False
     seconds: float | None
     is_feasible: bool
     reason: str = ""  # why not: "needs 600.0 MiB, ..."
@@ -105,10 +121,64 @@ def uncached(cost: SegmentCost) -> SegmentCost:
     )
 
 
+def in_parts(cost: SegmentCost, micro_batch: int) -> SegmentCost:
+    """The same segment with at most so many examples at once: less memory, more steps of layers."""
+    ratio = micro_batch / (cost.micro_batch or cost.batch_size)
+    return replace(
+        cost,
+        micro_batch=micro_batch,
+        saved_bytes=_scaled(cost.saved_bytes, cost.fixed_bytes, ratio),
+        frozen_bytes=_scaled(cost.frozen_bytes, 0, ratio),
+    )
+
+
+def recomputing(cost: SegmentCost) -> SegmentCost:
+    """The same segment with its stages run again for their gradients. Raises CapacityError where
+    that saves nothing."""
+    if cost.recompute_saved_bytes is None:
+        raise CapacityError(f"stages {cost.first}-{cost.last} have nothing to run again")
+    return replace(
+        cost,
+        recompute=True,
+        saved_bytes=cost.recompute_saved_bytes,
+        fixed_bytes=cost.recompute_fixed_bytes,
+        recompute_saved_bytes=None,
+        flops_per_example=cost.flops_per_example + cost.recompute_flops_per_example,
+        num_layers=cost.num_layers * (1 + FORWARD),
+    )
+
+
+def levers(cost: SegmentCost) -> Iterator[SegmentCost]:
+    """The segment as it is, then with ever less memory, in the order in which it is tried: without
+    kept features; in parts of half the batch, a quarter, ... MIN_MICRO_BATCH; with stages run
+    again, and then in parts too."""
+    yield cost
+    whole = uncached(cost)
+    if cost.cache_bytes:
+        yield whole
+    yield from _parts(whole)
+    if cost.recompute_saved_bytes is not None:
+        again = recomputing(whole)
+        yield again
+        yield from _parts(again)
+
+
+def _parts(cost: SegmentCost) -> Iterator[SegmentCost]:
+    at_once = cost.micro_batch or cost.batch_size
+    while at_once > MIN_MICRO_BATCH:
+        at_once = max(MIN_MICRO_BATCH, math.ceil(at_once / 2))
+        yield in_parts(cost, at_once)
+
+
+def _scaled(num_bytes: int, fixed_bytes: int, ratio: float) -> int:
+    return fixed_bytes + math.ceil((num_bytes - fixed_bytes) * ratio)
+
+
 def peak_bytes(cost: SegmentCost) -> int:
     """Predicted peak resident memory of the trainer."""
-    held = cost.runtime_bytes + cost.parameter_bytes + cost.optimizer_bytes + cost.cache_bytes
-    return held + math.ceil(ALLOWANCE * (cost.saved_bytes + cost.gradient_bytes))
+    held = cost.parameter_bytes + cost.optimizer_bytes + cost.cache_bytes
+    step = max(cost.saved_bytes, cost.frozen_bytes) + cost.gradient_bytes
+    return cost.runtime_bytes + max(cost.load_bytes, held + math.ceil(ALLOWANCE * step))
 
 
 def seconds(
@@ -122,7 +192,8 @@ def seconds(
     flops = plan_epochs * cost.flops_per_example + cost.frozen_flops_per_example
     layers = plan_epochs * cost.num_layers + FORWARD * cost.num_frozen_layers
     compute_s = compute_seconds(num_examples * flops, profile)
-    compute_s += math.ceil(num_examples / cost.batch_size) * layers * profile.layer_s
+    at_once = cost.micro_batch or cost.batch_size
+    compute_s += math.ceil(num_examples / at_once) * layers * profile.layer_s
     if profile.link_mbit_s is None:
         return compute_s
     return compute_s + 8 * (cost.upload_bytes + cost.download_bytes) / (profile.link_mbit_s * 1e6)
@@ -177,9 +248,10 @@ def _judge(
     num_examples: int,
     epochs: int,
 ) -> Row:
-    how = ""
-    if cost.cache_bytes and peak_bytes(cost) > profile.memory_available_bytes:
-        cost, how = uncached(cost), " without a cache"
+    tried = list(levers(cost))
+    fitting = (c for c in tried if peak_bytes(c) <= profile.memory_available_bytes)
+    cost, asked = next(fitting, min(tried, key=peak_bytes)), cost
+    how = "".join(f" ({words})" for words in [in_words(cost, asked)] if words)
     peak = peak_bytes(cost)
     needed_s = seconds(cost, profile, num_examples, epochs) if profile.gflops > 0 else None
     reasons = []
@@ -194,11 +266,28 @@ def _judge(
         first=cost.first,
         last=cost.last,
         peak_bytes=peak,
+        runtime_bytes=cost.runtime_bytes,
         cache_bytes=cost.cache_bytes,
+        micro_batch=cost.micro_batch,
+        recompute=cost.recompute,
         seconds=needed_s,
         is_feasible=not reasons,
         reason=" and ".join(reasons),
     )
+
+
+def pulled(cost: SegmentCost, row: Row) -> SegmentCost:
+    """The segment with the levers that its row tells."""
+    told = (row.cache_bytes, row.micro_batch, row.recompute)
+    return next(c for c in levers(cost) if (c.cache_bytes, c.micro_batch, c.recompute) == told)
+
+
+def in_words(cost: SegmentCost, asked: SegmentCost) -> str:
+    """What differs from the segment as it was asked for, e.g. "without a cache, 8 at once"."""
+    parts = ["without a cache"] if asked.cache_bytes and not cost.cache_bytes else []
+    parts += [f"{cost.micro_batch} at once"] if cost.micro_batch != asked.micro_batch else []
+    parts += ["stages run again"] if cost.recompute and not asked.recompute else []
+    return ", ".join(parts)
 
 
 def mebibytes(num_bytes: int) -> str:

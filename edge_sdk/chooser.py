@@ -6,12 +6,15 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from edge_sdk.capacity import Choice, SegmentCost, choose_exit
+from edge_sdk.capacity import Choice, Row, SegmentCost, choose_exit, mebibytes
 from edge_sdk.errors import EdgeError
 from edge_sdk.profile import DeviceProfile
-from edge_sdk.wire import Ready, Segment, Welcome
+from edge_sdk.wire import Plan, Ready, Segment, Welcome
 
 GROWN = 1.25  # memory must have grown so much before what failed is tried
+# Of the predicted peak that failed, without the runtime, so much is tried next: the next lever, or
+# an exit less.
+LESS = 0.9
 
 
 class Chooser:
@@ -20,56 +23,73 @@ class Chooser:
     def __init__(self) -> None:
         self.costs: tuple[SegmentCost, ...] = ()
         self.choice: Choice | None = None
-        self._ceiling: int | None = None  # exits from here on failed for memory
-        self._is_prefix_only = False  # a deeper stage alone failed for memory
+        # A predicted peak that exceeds the runtime by more failed for memory. The runtime itself
+        # differs a little from trainer to trainer.
+        self._bound_bytes: int | None = None
         self._failed_bytes = 0  # memory that was available then
 
     def choose(self, profile: DeviceProfile, welcome: Welcome, num_examples: int) -> bool:
         """Choose for the memory there is now; True if it differs from the last choice."""
-        if self._failed_bytes and profile.memory_available_bytes > GROWN * self._failed_bytes:
-            self._ceiling, self._is_prefix_only, self._failed_bytes = None, False, 0
-        costs = [c for c in self.costs if self._ceiling is None or c.last < self._ceiling]
+        if profile.memory_available_bytes > GROWN * self._failed_bytes:
+            self._bound_bytes = None
         old = self.choice
-        self.choice = self._choose(costs, profile, welcome, num_examples)
+        self.choice = self._choose(profile, welcome, num_examples)
         return old is None or _facts(old) != _facts(self.choice)
 
-    def _choose(
-        self,
-        costs: Sequence[SegmentCost],
-        profile: DeviceProfile,
-        welcome: Welcome,
-        num_examples: int,
-    ) -> Choice:
-        if not costs:
-            reason = "exit 1 failed for memory here" if self.costs else "costs are not counted yet"
-            return Choice(exit=0, stages=(), prefix_s=0.0, stage_s=(), reason=reason, rows=())
+    def _choose(self, profile: DeviceProfile, welcome: Welcome, num_examples: int) -> Choice:
+        if not self.costs:
+            return _nothing("costs are not counted yet")
+        available = profile.memory_available_bytes
+        if self._bound_bytes is not None:
+            runtime = max(cost.runtime_bytes for cost in self.costs)
+            available = min(available, runtime + self._bound_bytes)
         try:
             choice = choose_exit(
-                costs,
-                profile,
+                self.costs,
+                replace(profile, memory_available_bytes=available),
                 deadline_s=welcome.deadline_s or None,
                 num_examples=num_examples,
                 epochs=welcome.plan.epochs,
             )
         except EdgeError as error:
-            return Choice(exit=0, stages=(), prefix_s=0.0, stage_s=(), reason=str(error), rows=())
-        return replace(choice, stages=(), stage_s=()) if self._is_prefix_only else choice
+            return _nothing(str(error))
+        if available < profile.memory_available_bytes:
+            failed = f"; more than {mebibytes(available)} failed here before"
+            return replace(choice, reason=choice.reason + failed)
+        return choice
 
     def failed(self, segments: Sequence[Segment], available_bytes: int) -> str:
         """A job ended for memory: what is not tried again until memory grew, as one line."""
+        wanted = [row for row in self._rows() if _segment(row) in segments]
+        peak = max((row.peak_bytes for row in wanted), default=available_bytes)
+        runtime = max((row.runtime_bytes for row in wanted), default=0)
+        self._bound_bytes = int(LESS * max(0, peak - runtime))
         self._failed_bytes = available_bytes
-        if any(segment.first > 1 for segment in segments):
-            self._is_prefix_only = True
-            return "training a deeper stage failed for memory; only the prefix from now on"
-        self._ceiling = max(segment.last for segment in segments)
-        return f"training exit {self._ceiling} failed for memory; one exit less from now on"
+        stages = ", ".join(f"{segment.first}-{segment.last}" for segment in segments)
+        return (
+            f"training stages {stages} failed for memory, predicted {mebibytes(peak)}; at most "
+            f"{mebibytes(runtime + self._bound_bytes)} from now on"
+        )
+
+    def _rows(self) -> Sequence[Row]:
+        return self.choice.rows if self.choice else ()
+
+    def adapted(self, plan: Plan) -> Plan:
+        """The plan with the levers that its segments need to fit here: the smallest micro-batch of
+        any, stages run again if any needs it. A lever that the coordinator set stays."""
+        wanted = [row for row in self._rows() if _segment(row) in plan.segments]
+        sizes = [size for size in (plan.micro_batch, *(r.micro_batch for r in wanted)) if size]
+        return replace(
+            plan,
+            micro_batch=min(sizes, default=0),
+            recompute=plan.recompute or any(row.recompute for row in wanted),
+        )
 
     def cache_bytes(self, segments: Sequence[Segment]) -> int:
         """How much of frozen features the trainer may keep, as it was predicted for these segments:
         0 if one of them has no room for its own."""
-        rows = self.choice.rows if self.choice else ()
-        deep = {segment.first for segment in segments if segment.first > 1}
-        kept = [row.cache_bytes for row in rows if row.first == row.last and row.first in deep]
+        deep = [segment for segment in segments if segment.first > 1]
+        kept = [row.cache_bytes for row in self._rows() if _segment(row) in deep]
         return max(kept, default=0) if all(kept) else 0
 
     def refusal(self, segments: Sequence[Segment]) -> str:
@@ -104,3 +124,11 @@ def told(choice: Choice) -> Ready:
 def _facts(choice: Choice) -> Ready:
     """Without the reason: it names the memory available, which changes all the time."""
     return replace(told(choice), reason="")
+
+
+def _segment(row: Row) -> Segment:
+    return Segment(first=row.first, last=row.last)
+
+
+def _nothing(reason: str) -> Choice:
+    return Choice(exit=0, stages=(), prefix_s=0.0, stage_s=(), reason=reason, rows=())

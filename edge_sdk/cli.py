@@ -23,9 +23,12 @@ from edge_sdk.capacity import (
     Choice,
     SegmentCost,
     choose_exit,
+    in_words,
+    levers,
     mebibytes,
+    peak_bytes,
+    pulled,
     seconds,
-    uncached,
 )
 from edge_sdk.cli_flags import add_memory_cap, import_module
 from edge_sdk.cli_run import add_keys_command, add_run_command
@@ -87,6 +90,7 @@ def add_plan_command(subparsers: Subparsers) -> None:
     training.add_argument("--deadline", type=float, metavar="S", help="seconds for a round")
     add_memory_cap(parser)
     parser.add_argument("--board", help=f"predict for {', '.join(board_names())}, or a .toml file")
+    parser.add_argument("--explain", action="store_true", help="everything that was tried")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=run_plan, usage_error=parser.error)
 
@@ -128,6 +132,8 @@ def run_plan(args: argparse.Namespace) -> int:
         f"{plan.optimizer}; predicted:\n"
     )
     print(_table(costs, choice, profile, num_examples))
+    if args.explain:
+        print(_explain(costs, profile))
     stages = ", ".join(map(str, choice.stages)) or "none"
     print(f"\nexit {choice.exit}; deeper stages that fit alone: {stages}; {choice.reason}")
     return 0
@@ -275,17 +281,18 @@ def _table(
     lines = [("trains", "parameters", "peak memory", "cache", "s/epoch", "s/round", "fits")]
     for cost, row in zip(costs, choice.rows, strict=True):
         local = msgspec.structs.replace(profile, link_mbit_s=None)
-        run = cost if row.cache_bytes else uncached(cost)
+        run = pulled(cost, row)
+        how = in_words(run, cost)
         once_s, twice_s = (seconds(run, local, num_examples, epochs) for epochs in (1, 2))
         lines.append(
             (
-                f"exit {cost.last}" if cost.first == 1 else f"stage {cost.first} alone",
+                _name(cost),
                 f"{cost.gradient_bytes // 4:,}",
                 mebibytes(row.peak_bytes),
                 mebibytes(row.cache_bytes) if row.cache_bytes else "-",
                 f"{twice_s - once_s:.2f}",
                 "-" if row.seconds is None else f"{row.seconds:.2f}",
-                "yes" if row.is_feasible else f"no: {row.reason}",
+                f"yes{', ' * bool(how)}{how}" if row.is_feasible else f"no: {row.reason}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -297,6 +304,28 @@ def _table(
         )
         for line in lines
     )
+
+
+def _explain(costs: Sequence[SegmentCost], profile: DeviceProfile) -> str:
+    """Per exit and stage what is tried to make it fit, in that order, up to what fits."""
+    available = profile.memory_available_bytes
+    lines = [f"\ntried in this order, {mebibytes(available)} available:"]
+    for cost in costs:
+        lines.append(f"  {_name(cost)}")
+        for tried in levers(cost):
+            peak = peak_bytes(tried)
+            lines.append(
+                f"    {in_words(tried, cost) or 'as planned'}: runtime "
+                f"{mebibytes(tried.runtime_bytes)}, in all {mebibytes(peak)}"
+                f"{': fits' if peak <= available else ''}"
+            )
+            if peak <= available:
+                break
+    return "\n".join(lines)
+
+
+def _name(cost: SegmentCost) -> str:
+    return f"exit {cost.last}" if cost.first == 1 else f"stage {cost.first} alone"
 
 
 def _print_json(value: object) -> None:

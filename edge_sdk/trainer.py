@@ -4,11 +4,17 @@ Segments are independent: each starts from the tensors received. They are traine
 the frozen prefix of a deep segment is the received one, and only then is a prefix changed. The
 features that a frozen prefix gives are computed once and reused over the epochs, if they fit a
 bound; else, or for a single epoch, every batch makes its own.
+
+Two fields of the plan save memory. micro_batch: a batch goes through in parts of about equal size,
+whose gradients add up to the batch's; BatchNorm sees the parts. recompute: of all stages but a
+segment's last only the input is kept, and the stage runs again when its gradient is wanted: the
+same update bit by bit, for at most a third more operations.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +22,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
@@ -24,6 +30,7 @@ from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.staged import check_segments, moved, needed_names, trained_names
 from edge_sdk.optim import Optimizer
+from edge_sdk.recompute import recomputed
 from edge_sdk.tensors import Tensors, check_finite
 from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment, one_line
 
@@ -61,11 +68,13 @@ def train(
     device: str | torch.device = "cpu",
     cache_bytes: int = CACHE_BYTES,
     should_stop: Callable[[], bool] = lambda: False,
+    is_consuming: bool = False,
 ) -> TrainResult:
     """Train the plan's segments on local data; a function of its arguments.
 
     tensors: what `needed_names` of the plan lists. cache_bytes: features of a frozen prefix that
-    take more are not kept over the epochs. Raises ShapeError, DataError, Cancelled, and
+    take more are not kept over the epochs. is_consuming: `tensors` is emptied once the model has
+    them, so that they need not lie in memory twice. Raises ShapeError, DataError, Cancelled, and
     TrainerError when a loss is not finite."""
     reset_peak_memory()
     started = clock()
@@ -77,6 +86,8 @@ def train(
         raise ShapeError(f"job lacks tensors {', '.join(missing)}; nothing was trained")
     check_finite(tensors, "job")
     model.load(tensors)
+    if is_consuming:
+        tensors.clear()
     model.ready(device)
     x = torch.from_numpy(examples.x)
     y = torch.from_numpy(examples.y)
@@ -136,17 +147,16 @@ def _train_segment(
     for _ in range(plan.epochs):
         sums.zero_()
         for batch in _batches(len(y), plan.batch_size, order):
-            if should_stop():
-                raise Cancelled(f"training of segment ({first}, {last}) cancelled")
-            features, labels = inputs(batch), y[batch].to(device)
-            logits = []
-            for stage, head in zip(stages, heads, strict=True):
-                features = stage(features)
-                logits.append(head(features))
-            local_loss(logits, labels, weights, plan, named, anchor).backward()
+            for part in _parts(batch, plan.micro_batch):
+                if should_stop():
+                    raise Cancelled(f"training of segment ({first}, {last}) cancelled")
+                features, labels = inputs(part), y[part].to(device)
+                logits = _forward(stages, heads, features, plan.recompute)
+                loss = local_loss(logits, labels, weights, plan, named, anchor)
+                (loss * (len(part) / len(batch))).backward()
+                sums += _count(logits, labels)
             optimizer.step_()
             num_steps += 1
-            sums += _count(logits, labels)
     losses, correct, seen = sums[0] / sums[2], sums[1] / sums[2], sums[2]
     if not bool(torch.isfinite(losses).all()):
         raise TrainerError(
@@ -159,6 +169,19 @@ def _train_segment(
         for i in range(last - first + 1)
     ]
     return num_steps, results
+
+
+def _forward(
+    stages: nn.ModuleList, heads: nn.ModuleList, features: Tensor, recompute: bool
+) -> list[Tensor]:
+    """Logits of each exit. With recompute the graph holds the inputs of all stages but the last:
+    that one's gradient comes first, so running it again would save nothing."""
+    logits = []
+    for number, (stage, head) in enumerate(zip(stages, heads, strict=True), 1):
+        is_kept = not recompute or number == len(stages)
+        features = stage(features) if is_kept else recomputed(stage, features)
+        logits.append(head(features))
+    return logits
 
 
 def _inputs(
@@ -178,7 +201,8 @@ def _inputs(
 
     if not len(frozen) or plan.epochs == 1:
         return make
-    cache = _features(frozen, x, plan.batch_size, device, cache_bytes, should_stop)
+    at_once = plan.micro_batch or plan.batch_size
+    cache = _features(frozen, x, at_once, device, cache_bytes, should_stop)
     return make if cache is None else lambda batch: moved(cache[batch], device)
 
 
@@ -186,7 +210,7 @@ def _inputs(
 def _features(
     frozen: torch.nn.Sequential,
     x: Tensor,
-    batch_size: int,
+    at_once: int,
     device: str | torch.device,
     cache_bytes: int,
     should_stop: Callable[[], bool],
@@ -198,7 +222,7 @@ def _features(
         return None
     order = torch.channels_last if one.ndim == 4 else torch.contiguous_format
     features = torch.empty((len(x), *one.shape[1:]), dtype=one.dtype, memory_format=order)
-    for chunk, place in zip(x.split(batch_size), features.split(batch_size), strict=True):
+    for chunk, place in zip(x.split(at_once), features.split(at_once), strict=True):
         if should_stop():
             raise Cancelled("training cancelled while computing frozen features")
         place.copy_(frozen(moved(chunk, device)))
@@ -231,6 +255,11 @@ def usable_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {name!r} is not supported; use cpu or cuda")
     return device
+
+
+def _parts(batch: Tensor, micro_batch: int) -> Sequence[Tensor]:
+    """A batch in as few parts of about equal size as hold at most micro_batch each; 0: one part."""
+    return batch.tensor_split(math.ceil(len(batch) / micro_batch)) if micro_batch else (batch,)
 
 
 def check_fits(spec: ModelSpec, examples: Examples) -> None:

@@ -19,7 +19,7 @@ from msgspec.structs import force_setattr
 from edge_sdk.errors import ProtocolError, VersionError
 from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
 
-PROTOCOL = 2
+PROTOCOL = 3
 PART_BYTES = 512 * 1024  # payload of every part but the last
 MAX_FRAME_BYTES = 1024 * 1024  # any frame as it is on the network; ZMQ_MAXMSGSIZE
 MAX_CONTROL_BYTES = MAX_FRAME_BYTES - 1024  # one control frame; CURVE adds 33 bytes to each
@@ -82,11 +82,15 @@ class Plan(Struct, frozen=True, kw_only=True):
     trained as if they weighed 1.
 
     distill_weight is that of the round: a ramp over rounds is the coordinator's, which sends every
-    round's weight, and in Welcome's plan the largest."""
+    round's weight, and in Welcome's plan the largest. micro_batch and recompute save memory: a
+    device lowers the one or sets the other by itself where a job would not fit without, and says so
+    in its update."""
 
     segments: Annotated[tuple[Segment, ...], Meta(min_length=1, max_length=100)]
     epochs: Annotated[int, Meta(ge=1, le=100_000)] = 1
     batch_size: Annotated[int, Meta(ge=2, le=1_000_000)] = 32
+    micro_batch: Annotated[int, Meta(ge=0, le=1_000_000)] = 0  # most at once; 0: the whole batch
+    recompute: bool = False  # keep stages' inputs only, run them again for their gradients
     lr: Annotated[float, Meta(gt=0, le=10**6)] = 1e-3
     optimizer: Literal["sgd", "adam"] = "adam"
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # sgd only
@@ -210,6 +214,8 @@ class Update(Struct, frozen=True, kw_only=True, tag="update"):
     exits: Annotated[tuple[ExitResult, ...], Meta(max_length=100)]
     phases: dict[Literal["wait", "download", "load", "train"], Phase]
     peak_memory_bytes: Count
+    micro_batch: Count = 0  # of the plan as it was trained
+    recompute: bool = False
     retries: Count = 0
     tensors: Specs
 

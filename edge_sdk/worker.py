@@ -7,6 +7,7 @@ It may be killed for memory at any time; the agent survives, reports and starts 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import logging
 import select
@@ -100,14 +101,16 @@ class Worker:
         assert self._receiver is not None
         assert self._job is not None
         if self._receiver.is_complete:
-            self._train(self._job, self._receiver)
+            self._train(self._job)
         elif request := self._receiver.next_request(WINDOW):
             first, count = request
             self._pipe.send(Fetch(round=self._job.round, first=first, count=count))
 
-    def _train(self, job: Job, receiver: Receiver) -> None:
+    def _train(self, job: Job) -> None:
+        assert self._receiver is not None
         download = since(self._started)
-        tensors = receiver.tensors()
+        tensors = self._receiver.tensors()
+        self._receiver = None  # the trainer's model is the only copy while it trains
         result = train(
             job.model,
             job.plan,
@@ -116,8 +119,9 @@ class Worker:
             device=self._device,
             cache_bytes=self._cache_bytes,
             should_stop=self._is_cancelled,
+            is_consuming=True,
         )
-        self._receiver = None
+        release_memory()
         self._sender = Sender(result.tensors)
         self._update = make_update(job, result, download)
         self._pipe.send(self._update)
@@ -151,8 +155,18 @@ def make_update(job: Job, result: TrainResult, download: Phase) -> Update:
         exits=result.exits,
         phases={"download": download, **result.phases},  # type: ignore[dict-item]
         peak_memory_bytes=result.peak_memory_bytes,
+        micro_batch=job.plan.micro_batch,
+        recompute=job.plan.recompute,
         tensors=specs_of(result.tensors),
     )
+
+
+def release_memory() -> None:
+    """Give what training freed back to the system, where the C library can (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        log.debug("this C library cannot give freed memory back")
 
 
 def main() -> int:

@@ -106,7 +106,7 @@ def test_features_are_kept_where_they_fit(saved_bytes, deadline_s, is_feasible, 
 
 def test_a_stage_that_is_too_slow_without_a_cache_says_so():
     rows = choose([cost(1, 1), cost(2, 2, 224)], deadline_s=11.9).rows
-    assert rows[1].reason == "takes 12.0 s without a cache, the deadline is 11.9 s"
+    assert rows[1].reason == "takes 12.0 s (without a cache), the deadline is 11.9 s"
 
 
 def test_what_prefix_and_stages_take_is_told():

@@ -34,6 +34,7 @@ from edge_sdk.wire import (
     MAX_CONTROL_BYTES,
     MAX_FRAME_BYTES,
     PART_BYTES,
+    PROTOCOL,
     Accepted,
     Bye,
     ExitResult,
@@ -344,10 +345,10 @@ def test_other_protocol_version(coordinator, devices):
     round = coordinator.train(work(*BOTH))
     good.take_job()
     bad.take_job()
-    bad.send(bad.make_hello(protocol=3))
+    bad.send(bad.make_hello(protocol=99))
     fault = bad.expect(Fault)
     assert_about_round(fault, "version", 0)
-    assert "protocol 3, this side 2" in fault.detail
+    assert f"protocol 99, this side {PROTOCOL}" in fault.detail
     bad.send(Bye())
     end(round, good, "failed", "gone")
 

@@ -65,6 +65,8 @@ PLAN = Plan(
     segments=(Segment(first=1, last=2), Segment(first=3, last=3)),
     epochs=2,
     batch_size=16,
+    micro_batch=8,
+    recompute=True,
     lr=0.0625,
     optimizer="sgd",
     momentum=0.5,
@@ -83,7 +85,7 @@ SPECS = (
 )
 EXAMPLES: tuple[Message, ...] = (
     Hello(
-        protocol=2,
+        protocol=3,
         client_id="pi-4.kitchen_1",
         session="5f0c9a6e1b2d3c4f",
         profile=DeviceProfile(
@@ -107,7 +109,7 @@ EXAMPLES: tuple[Message, ...] = (
         software="edge-sdk 0.1.0",
     ),
     Welcome(
-        protocol=2, run="a1b2c3d4e5f6", model=MODEL, plan=PLAN, deadline_s=90.5, heartbeat_s=5.0
+        protocol=3, run="a1b2c3d4e5f6", model=MODEL, plan=PLAN, deadline_s=90.5, heartbeat_s=5.0
     ),
     Ready(
         exit=2,
@@ -131,6 +133,8 @@ EXAMPLES: tuple[Message, ...] = (
             "train": Phase(wall_s=30.5, cpu_s=100.25),
         },
         peak_memory_bytes=400_000_000,
+        micro_batch=8,
+        recompute=True,
         retries=2,
         tensors=SPECS,
     ),

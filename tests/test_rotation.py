@@ -106,7 +106,7 @@ def test_damping_by_hand():
         method.aggregate(1, [answer(who, method.assign(who, 1), shift=8.0) for who in cohort])
         moved = {k: (t - before[k]).mean().item() for k, t in method.current().items()}
         moves[power] = [moved["stages.0.0.weight"], moved["stages.2.0.weight"]]
-        assert moved["stages.2.1.running_mean"] == pytest.approx(8.0, abs=1e-4)  # not damped
+        assert moved["stages.2.1.running_mean"] == pytest.approx(moves[power][1], abs=1e-4)
     assert moves[0.0] == pytest.approx([8, 8], abs=1e-4)
     assert moves[0.5] == pytest.approx([8, 4], abs=1e-4)
     assert moves[1.0] == pytest.approx([8, 2], abs=1e-4)
@@ -118,9 +118,8 @@ def test_stale_copy_counts_clients_with_what_they_were_sent():
     before = method.current()
     method.aggregate(1, [answer(who, method.assign(who, 1), shift=8.0) for who in cohort])
     for key, tensor in method.current().items():
-        if "running" not in key:  # (3 * 0 + 8) / 4 = 2 where only d trained
-            want = 8.0 if place(key)[1] == 1 else 2.0
-            assert torch.allclose(tensor, before[key] + want, atol=1e-4), key
+        want = 8.0 if place(key)[1] == 1 else 2.0  # (3 * 0 + 8) / 4 = 2 where only d trained
+        assert torch.allclose(tensor, before[key] + want, atol=1e-4), key
 
 
 def test_the_weight_of_distillation_rises_over_the_rounds():
@@ -130,6 +129,42 @@ def test_the_weight_of_distillation_rises_over_the_rounds():
     plan = method.assign(client("a", 3), 1).plan
     assert (plan.distill, plan.distill_weight) == ("mutual", 0.5)
     assert config("owners-mean").plan(5).distill_weight == 0.0
+
+
+def test_automatic_distillation_is_for_stages_with_few_owners():
+    """Owners of stage 3 over those of stage 1: nobody yet, then 1 of 3 and 3 of 6."""
+    settings = config("owners-mean", distill=DistillOptions(direction="auto", ramp_rounds=0))
+    assert settings.plan(1).distill == "shallow-to-deep"  # what devices count with
+    method = make_method(settings)
+    taught = []
+    for number, exits in ((1, (1, 2, 3)), (2, (1, 3, 3)), (3, (1, 1, 3))):
+        cohort = [client(str(place_), exit) for place_, exit in enumerate(exits)]
+        jobs = [(who, method.assign(who, number)) for who in cohort]
+        taught += [{(job.plan.distill, job.plan.distill_weight) for _, job in jobs}]
+        method.aggregate(number, [answer(who, job) for who, job in jobs])
+    on, off = {("shallow-to-deep", 1.0)}, {("none", 0.0)}
+    assert taught == [off, on, off]
+    (four,) = {method.assign(client("x", 3), 4).plan.distill}  # 4 of 9
+    assert four == "shallow-to-deep"
+    resumed = make_method(settings)
+    resumed.load_state_dict(method.state_dict())
+    assert resumed.assign(client("x", 3), 4).plan.distill == "shallow-to-deep"
+
+
+def test_damping_counts_those_who_trained():
+    """What is generated moves the aggregate, not the share: 1 owner of 4, generated exactly its
+    mean, p = 1: a quarter of the way."""
+    cohort = [client(letter, 1) for letter in "abc"] + [client("d", 3)]
+    method = make_method(config("hypemefed", server=ServerOptions(damping=1.0)))
+    before = method.current()
+
+    def generate(current, mean):
+        yield 30.0, {"stages.2.0.weight": mean["stages.2.0.weight"]}
+
+    method._generator.generate = generate
+    method.aggregate(1, [answer(who, method.assign(who, 1), shift=8.0) for who in cohort])
+    moved = method.current()["stages.2.0.weight"] - before["stages.2.0.weight"]
+    assert moved.mean().item() == pytest.approx(2.0, abs=1e-4)
 
 
 def test_only_hypemefed_generates():

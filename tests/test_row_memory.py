@@ -7,8 +7,9 @@ import torch
 
 from coordinator.config import GeneratorOptions
 from coordinator.generators.row_memory import RowMemory
-from coordinator.generators.update_regression import SKETCH, _hashes, _sketched
-from tests.contract.test_generators import hypemefed, play
+from coordinator.generators.update_regression import SKETCH, _hashes, _sketched, slack
+from tests.contract.test_generators import hypemefed, play, related
+from tests.helpers import client
 
 
 def filled(rows, rank):
@@ -52,6 +53,30 @@ def test_the_memory_has_the_configured_rows_and_rank():
     for stage in method._generator._stages.values():
         assert (len(stage.rows), len(stage.z), len(stage.basis)) == (5, 5, 3)
     assert GeneratorOptions().memory_rows == 30
+
+
+def test_a_rank_above_the_rows_keeps_no_more_than_the_rows_need():
+    method = hypemefed("update-regression", memory_rows=5, rank=1000)
+    play(method, 9)
+    for stage in method._generator._stages.values():
+        assert 3 < len(stage.basis) <= 6  # five rows and their mean
+
+
+def test_order_of_arrival_does_not_matter_with_many_owners():
+    """20 owners of every stage in a round, four times the rank."""
+    method, turned = (hypemefed("update-regression", rank=5) for _ in range(2))
+    cohort = [client(f"z{number}", 3) for number in range(20)] + [client("a", 1)]
+    for number in range(1, 5):
+        updates = [related(who, method.assign(who, number), number) for who in cohort]
+        method.aggregate(number, updates)
+        turned.aggregate(number, updates[::-1])
+    for key, tensor in method.current().items():
+        assert torch.allclose(tensor, turned.current()[key], atol=1e-5), key
+
+
+def test_a_round_of_large_tensors_is_cut_before_all_have_arrived():
+    assert slack(1000) == 256 * 1024**2 // 2000
+    assert slack(20_000_000) == 8
 
 
 def test_large_tensors_are_sketched_to_a_fixed_size():

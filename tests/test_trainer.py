@@ -13,8 +13,8 @@ from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
 from edge_sdk.losses import distillation
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.optim import Optimizer
-from edge_sdk.trainer import Cancelled, train
-from edge_sdk.wire import Plan, Segment
+from edge_sdk.trainer import Cancelled, _forward, _parts, train
+from edge_sdk.wire import ModelSpec, Plan, Segment
 from tests.helpers import cnn, examples
 
 PREFIX = (Segment(first=1, last=3),)
@@ -105,6 +105,52 @@ def test_nothing_to_distil(segments, changes):
     plain = train(spec, plan, tensors, data).tensors
     other = train(spec, replace(plan, **changes), tensors, data).tensors
     assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_parts_of_a_batch_give_the_gradients_of_the_whole():
+    """A model without BatchNorm; 24 examples in batches of 12, each in 3 parts, with every term of
+    the loss."""
+    spec = ModelSpec(
+        family="lstm", input_shape=(2, 5), num_classes=3, exit=2, options={"hidden": 4}
+    )
+    data, tensors = examples(24, shape=(2, 5)), initial_tensors(spec, 0)
+    plan = Plan(
+        segments=(Segment(first=1, last=2),), batch_size=12, optimizer="sgd", lr=0.1, epochs=2,
+        prox_mu=0.5, distill="mutual", distill_weight=0.5,
+    )  # fmt: skip
+    whole = train(spec, plan, tensors, data)
+    parts = train(spec, replace(plan, micro_batch=5), tensors, data)
+    assert parts.num_steps == whole.num_steps == 4
+    for name, tensor in whole.tensors.items():
+        assert torch.allclose(tensor, parts.tensors[name], atol=1e-6), name
+        assert not torch.equal(tensor, tensors[name]), name
+    for a, b in zip(whole.exits, parts.exits, strict=True):
+        assert (a.loss, a.accuracy) == pytest.approx((b.loss, b.accuracy), rel=1e-5)
+
+
+def test_parts_are_about_equal():
+    sizes = [[len(part) for part in _parts(torch.arange(n), 8)] for n in (8, 9, 17, 32)]
+    assert sizes == [[8], [5, 4], [6, 6, 5], [8, 8, 8, 8]]
+    assert [len(part) for part in _parts(torch.arange(9), 0)] == [9]
+
+
+def test_recomputing_keeps_less_of_the_graph():
+    """Bytes that autograd saves for a step: of stage 1 its input only."""
+    spec = cnn()
+    model, x = build(spec), torch.randn(6, *spec.input_shape)
+    saved = []
+    for recompute in (False, True):
+        storages = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = _forward(model.stages, model.exits, x, recompute)
+        saved.append(sum(storages.values()))
+        del logits
+    assert saved[1] < 0.6 * saved[0]
 
 
 def test_distillation_teaches_an_exit_that_has_no_weight():

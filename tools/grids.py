@@ -103,6 +103,7 @@ ROWS = {
     "rotation-add+momentum+needy": f"--method stage-rotation {ONE} --rotation-draw needy"
     f" {MOMENTUM}",
     "default": "--method hypemefed",
+    "nobody+default": "--method hypemefed --holders 0",
 }
 
 

@@ -5,19 +5,24 @@ of everybody, is the auxiliary variable that says how the sample differs from th
 Per round, d = trained minus sent, n the clients' weights, H those of the cohort that trained stage
 t, bars for n-weighted means:
 
-    f_c   = stage 1's tensors of d_c, each divided by its mean norm over the cohort
+    f_c   = stage 1's tensors of d_c, each divided by its mean norm over the cohort, which are the
+            clients that trained stage 1
     y_c   = d_c - D, stage t, D their mean over H; with one owner D is a running mean (0.7)
     rows (f_c - fbar_H, y_c) enter a memory Z, Y of the last `memory_rows` after use; with one owner
     fbar_H is the cohort's fbar
     P(x)  = Y' (Z Z' / q + 0.3 I)^-1 Z x / q,   q = mean of diag(Z Z'), from 4 rows on
-    made  = owners' mean + g P(f_lacking - fbar_H), standing for all that lack stage t
+    made  = owners' mean + g P(f_lacking - fbar_H), standing for all of the cohort that lack stage t
     g     = running mean (0.8) of clip(<P, y> / <P, P>, 0, 1) over H, before its rows enter
 
 Averaged with the owners this is the owners' mean minus g P(fbar_H - fbar): clients are never
 generated one by one. Of updates only their place in a low-rank basis in half precision is kept
-(row_memory.py): at most 2 (rank + slack) bytes for each generated parameter, and of stage 1 a
-sketch of at most SKETCH numbers a tensor for each row. Corrects by default main weights, BatchNorm
-affine and exits (`generate` "all"); running statistics follow the owners.
+(row_memory.py): between rounds at most 2 min(rank, memory_rows + 1) bytes for each generated
+parameter, and of stage 1 a sketch of at most SKETCH numbers a tensor for each row. In a round its
+owners' vectors come on top, up to SLACK of them or SLACK_BYTES; beyond that the basis is cut before
+all have arrived, and their order then changes what is kept of them.
+
+Corrects by default main weights, BatchNorm affine and exits (`generate` "all"); running statistics
+follow the owners.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from edge_sdk.tensors import Tensors, check_shapes, under
 
 SKETCH = 4096  # numbers kept of a stage-1 tensor; larger ones are count-sketched
 MIN_ROWS = 4
-SLACK = 8  # basis vectors beyond the rank before it is cut back
+SLACK, SLACK_BYTES = 8, 256 * 1024**2  # basis vectors of a round before it is cut: the larger
 SINGLE_DECAY, GAIN_DECAY = 0.7, 0.8
 
 
@@ -113,7 +118,7 @@ class UpdateRegression:
         for number, stage in self._stages.items():
             if not all(name in update.tensors for name in stage.names):
                 continue
-            if len(stage.basis) >= self.options.rank + SLACK:
+            if len(stage.basis) >= self._kept(stage) + slack(stage.basis.width):
                 self._cut(number, stage.basis.gram())
             trained, sent = ([held[n] for n in stage.names] for held in (update.tensors, current))
             size = stage.basis.add(trained, sent)
@@ -223,9 +228,13 @@ class UpdateRegression:
         stage.z = torch.cat([old_z.float(), centred.float()])[-kept:]
         stage.mean, stage.has_mean = running[None], True
         self._pending[number] = []
-        if width > self.options.rank:
+        if width > self._kept(stage):
             self._cut(number, gram)
         return figures
+
+    def _kept(self, stage: _Stage) -> int:
+        """Basis vectors that the rows in memory and their mean can have use for."""
+        return min(self.options.rank, len(stage.rows) + 1)
 
     def _cut(self, number: int, gram: Tensor) -> None:
         """Cut a stage's basis back to the rank, for its rows, its mean and what is pending."""
@@ -255,6 +264,11 @@ class UpdateRegression:
         made = sum(tensor.nbytes for tensor in self._made.values())
         hashes = sum(t.nbytes for pair in self._hashes.values() if pair for t in pair)
         return features + held + made + hashes
+
+
+def slack(width: int) -> int:
+    """How many vectors of that width a round may add before the basis is cut."""
+    return max(SLACK, SLACK_BYTES // (2 * width))
 
 
 def _solver(z: Tensor) -> Callable[[Tensor], Tensor]:

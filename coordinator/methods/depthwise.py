@@ -28,6 +28,7 @@ from edge_sdk.trainer import clock, since
 from edge_sdk.wire import ModelSpec, Phase
 
 log = logging.getLogger(__name__)
+SCARCE = 0.5  # of stage 1's owners: with fewer of the deepest stage's its exits are taught
 MAX_WEIGHT = 1e6  # of what generators learn from; squares and products of it stay in float32
 
 
@@ -40,7 +41,6 @@ class DepthAveraging:
         self._rule = rule
         self._generator = generator
         parameters = {name for name, _ in build(self.spec).named_parameters()}
-        self._parameters = parameters
         self.server = Server(initial_tensors(self.spec, config.seed), parameters, config.server)
         self._owners = torch.zeros(self.spec.exit, dtype=torch.float64)  # of each stage, so far
 
@@ -56,6 +56,8 @@ class DepthAveraging:
             segments=segments,
             seed=job_seed(config.seed, round, client.id),
         )
+        if config.distill.direction == "auto" and self._owners[-1] >= SCARCE * self._owners[0]:
+            plan = replace(plan, distill="none", distill_weight=0.0)
         return Assignment(model=spec, plan=plan, tensors=down, returns=specs_of(up))
 
     def aggregate(self, round: int, updates: Iterable[ClientUpdate]) -> Metrics:
@@ -76,6 +78,7 @@ class DepthAveraging:
                 self._owners[segment.first - 1 : segment.last] += 1
             total += weight
             metrics.num_updates += 1
+        shares = {name: mean.weight(name) / total for name in sent} if total else {}
         if metrics.num_updates and generator:
             start = clock()
             metrics.values |= generator.fit(sent, round)
@@ -87,20 +90,20 @@ class DepthAveraging:
             metrics.phases |= {"fit": fit, "generate": generate}
         if metrics.num_updates:
             start = clock()
-            self._step(self._damped(mean, total), round, metrics)
+            self._step(self._damped(mean, shares), round, metrics)
             fold = _plus(fold, since(start))
         metrics.phases["aggregate"] = fold
         return metrics
 
-    def _damped(self, mean: OwnersMean, total: float) -> Tensors:
-        """The mean, or a part of the way to it where only a part of the cohort has the tensor."""
+    def _damped(self, mean: OwnersMean, shares: Mapping[str, float]) -> Tensors:
+        """The mean, or a part of the way to it where only a part of the cohort trained the tensor.
+        shares: of the cohort's weight, by tensor."""
         sent, power = self.server.globals, self._config.server.damping
         result = mean.result(sent)
         if not power:
             return result
-        for name in self._parameters:
-            share = min(1.0, mean.weight(name) / total)
-            if 0 < share < 1:
+        for name, share in shares.items():
+            if 0 < share < 1 and sent[name].is_floating_point():
                 result[name] = torch.lerp(sent[name], result[name], share**power)
         return result
 

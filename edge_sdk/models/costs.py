@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import psutil
@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from edge_sdk.capacity import SegmentCost
+from edge_sdk.capacity import SegmentCost, in_parts, recomputing
 from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.lstm_cost import count_as_fused
 from edge_sdk.models.staged import needed_names, trained_names
 from edge_sdk.wire import ModelSpec, Plan, Segment
+
+LAST = 0  # instead of a stage's number: what is saved by a segment's last stage, exits and loss
 
 
 def segment_costs(
@@ -119,18 +121,26 @@ def _cost(
     weights = exit_weights(plan, first, last)
     with FlopCounterMode(display=False) as flops:
         saved = _step(stages, heads, named, features, weights, plan)
+    with FlopCounterMode(display=False) as again_flops, torch.no_grad():
+        nn.Sequential(*stages[:-1])(features)
+    twice_as_many = features.new_empty(2 * batch, *features.shape[1:])
+    double = _step(stages, heads, named, twice_as_many, weights, plan)
     gradient_bytes = num_bytes(named.values())
     download_bytes = num_bytes(held[name] for name in needed)
     is_reused = bool(frozen) and plan.epochs > 1  # the features
     reordered_bytes = max((num_bytes([w]) for w in named.values()), default=0)  # by a kernel, one
-    return SegmentCost(
+    cost = SegmentCost(
         first=first,
         last=last,
-        parameter_bytes=num_bytes(held.values()) + download_bytes + reordered_bytes,
+        parameter_bytes=num_bytes(held.values()) + reordered_bytes,
+        load_bytes=num_bytes(held.values()) + download_bytes,
         gradient_bytes=gradient_bytes,
         optimizer_bytes=optimizer_copies(plan) * gradient_bytes,
-        # The frozen forward pass comes first and keeps nothing, but its features may be larger.
-        saved_bytes=max(saved, widest),
+        saved_bytes=saved[0],
+        fixed_bytes=max(0, 2 * saved[0] - double[0]),
+        recompute_saved_bytes=saved[1] if saved[1] < saved[0] else None,
+        recompute_fixed_bytes=max(0, 2 * saved[1] - double[1]),
+        frozen_bytes=widest,
         cache_bytes=num_bytes([features]) * num_examples // batch if is_reused else 0,
         runtime_bytes=runtime_bytes,
         batch_size=batch,
@@ -138,9 +148,18 @@ def _cost(
         num_frozen_layers=len(leaves(frozen)),
         flops_per_example=flops.get_total_flops() / batch,
         frozen_flops_per_example=frozen_flops.get_total_flops() / batch,
+        recompute_flops_per_example=again_flops.get_total_flops() / batch,
         upload_bytes=num_bytes(held[name] for name in trained),
         download_bytes=download_bytes,
     )
+    return _as_planned(cost, plan)
+
+
+def _as_planned(cost: SegmentCost, plan: Plan) -> SegmentCost:
+    """With the levers that the coordinator's plan sets for every device."""
+    if plan.recompute and cost.recompute_saved_bytes is not None:
+        cost = recomputing(cost)
+    return in_parts(cost, plan.micro_batch) if 0 < plan.micro_batch < cost.batch_size else cost
 
 
 def warm_resident_bytes() -> int:
@@ -199,33 +218,52 @@ def _freeze(frozen: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
 
 
 def _step(
-    stages: Iterable[nn.Module],
-    heads: Iterable[nn.Module],
+    stages: nn.ModuleList,
+    heads: nn.ModuleList,
     named: dict[str, nn.Parameter],
     features: Tensor,
     weights: Sequence[float],
     plan: Plan,
-) -> int:
-    """One training step without the update. Returns the bytes that autograd saved for it, every
-    storage once and the parameters not at all."""
-    storages: dict[int, int] = {}
+) -> tuple[int, int]:
+    """One training step without the update. Returns the bytes that autograd saves for it, every
+    storage once and the parameters not at all; and those where all stages but the last are run
+    again: the stages' inputs, and the most that the last, or one that runs again, holds."""
+    storages: dict[int, tuple[int, int]] = {}  # address: bytes, and the stage that saved them
     own = {parameter.untyped_storage()._cdata for parameter in named.values()}
+    inputs: list[torch.UntypedStorage] = []
+    where = LAST
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            storages[storage._cdata] = storage.nbytes()
+            storages.setdefault(storage._cdata, (storage.nbytes(), where))
         return tensor  # the graph keeps it, so no other storage takes this address
 
     labels = torch.zeros(len(features), dtype=torch.int64, device=features.device)
     anchor = {name: weight.detach().clone() for name, weight in named.items()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = []
-        for stage, head in zip(stages, heads, strict=True):
+        for number, (stage, head) in enumerate(zip(stages, heads, strict=True), 1):
+            inputs.append(features.untyped_storage())
+            where = number if number < len(stages) else LAST
             features = stage.train()(features)
+            where = LAST
             logits.append(head.train()(features))
         loss = local_loss(logits, labels, weights, plan, named, anchor)
     loss.backward()
     for parameter in named.values():
         parameter.grad = None
-    return sum(storages.values())
+    return sum(size for size, _ in storages.values()), _recomputed(storages, inputs)
+
+
+def _recomputed(
+    storages: Mapping[int, tuple[int, int]], inputs: Sequence[torch.UntypedStorage]
+) -> int:
+    kept = {storage._cdata: storage.nbytes() for storage in inputs}
+    held: dict[
+        int, int
+    ] = {}  # beside those: bytes by stage, its output included, made a second time
+    for address, (size, stage) in storages.items():
+        if address not in kept or (stage != LAST and address != inputs[stage - 1]._cdata):
+            held[stage] = held.get(stage, 0) + size
+    return sum(kept.values()) + max(held.values(), default=0)

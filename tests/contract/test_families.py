@@ -176,3 +176,25 @@ def test_load_refuses_what_does_not_belong(spec):
 def test_unknown_family_lists_the_known():
     with pytest.raises(ConfigError, match="known: cnn, lstm, mlp, resnet18, vgg"):
         build(ModelSpec(family="resnet99", input_shape=(1, 8, 8), num_classes=2, exit=1))
+
+
+def test_recomputing_gives_the_same_update_bit_by_bit(spec):
+    check_recomputed(spec)
+
+
+def test_recomputing_draws_the_same_dropout():
+    check_recomputed(replace(FOLDED, options=FOLDED.options | {"dropout": 0.5}))
+
+
+def check_recomputed(spec):
+    data = examples(12, shape=spec.input_shape)
+    plan = Plan(
+        segments=(Segment(first=1, last=2), Segment(first=3, last=3)), batch_size=6, epochs=2
+    )
+    start = initial_tensors(spec, 0)
+    kept, again = (
+        train(spec, replace(plan, recompute=recompute), start, data) for recompute in (False, True)
+    )
+    assert kept.exits == again.exits
+    for name, tensor in kept.tensors.items():
+        assert torch.equal(tensor, again.tensors[name]), name
