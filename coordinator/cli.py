@@ -24,6 +24,12 @@ from coordinator.cli_arguments import (
     settle,
     whole_numbers,
 )
+from coordinator.cli_export import (
+    add_export_command,
+    add_export_flag,
+    check_export,
+    export_served,
+)
 from coordinator.cohort_zmq import Stopped, Terms, ZmqCohort
 from coordinator.config import checked
 from coordinator.emulate import (
@@ -60,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_serve_command(commands)
     add_keys_command(commands)
     add_clients_command(commands)
+    add_export_command(commands)
     try:
         args = settle(parser, argv)
     except EdgeError as error:
@@ -102,6 +109,7 @@ def add_emulate_command(commands: Any) -> None:
                         "of its examples for testing")  # fmt: skip
     parser.add_argument("--split", choices=SPLITS, default="dirichlet")
     parser.add_argument("--out", type=path_flag, help="write the rounds as JSON here")
+    add_export_flag(parser)
     parser.set_defaults(run=run_emulate)
 
 
@@ -130,6 +138,7 @@ def run_emulate(args: argparse.Namespace) -> int:
     method = make_method(config, device)  # a model that cannot be built begins no run
     if args.out:
         check_writable(args.out)
+    check_export(args.export)
     clients = emulated_clients(population, config, data.train)
     with ExitStack() as stack:
         cohort = stack.enter_context(
@@ -164,6 +173,7 @@ def run_emulate(args: argparse.Namespace) -> int:
                 )
         if args.out:
             write_json(store, population, args.out, extra)
+        export_served(method, data.test, args.export)
     return 0
 
 
@@ -190,6 +200,7 @@ def add_serve_command(commands: Any) -> None:
     add("--grace", type=float, default=600.0,
         help="seconds after the deadline before a round closes without its stragglers")  # fmt: skip
     add("--quorum", type=float, default=0.5, help="share of participants that must return")
+    add_export_flag(parser)
     parser.set_defaults(run=run_serve)
 
 
@@ -221,6 +232,7 @@ def run_serve(args: argparse.Namespace) -> int:
         )
     )
     method = make_method(config, device)  # a model that cannot be built begins no run
+    check_export(args.export)
     keys, admission = None, None
     if args.insecure:
         log.warning("--insecure: nothing is encrypted and every device is admitted")
@@ -268,6 +280,7 @@ def serve(
             if store.is_finished:
                 store.write_model(method.spec, method.served())
                 goodbye = FINISHED
+                export_served(method, test, args.export)
         except Stopped:
             pass
         finally:

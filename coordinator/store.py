@@ -170,6 +170,10 @@ class Store:
             )
         return rounds
 
+    def client_exits(self) -> dict[str, int]:
+        """Of every client that was ever chosen, its exit as last known."""
+        return dict(self._read("SELECT client_id, exit FROM clients"))
+
     def trained(self) -> list[tuple[int, int, str, int]]:
         """Of every update that counts: round, the client's exit, segments ("1-1,3-3"), examples."""
         return self._read(

@@ -1,4 +1,4 @@
-"""`edge-sdk`: what this device has, and how deep it could train.
+"""`edge-sdk`: what this device has, how deep it could train, and use of what was trained.
 
 A subcommand is one `add_*_command(subparsers)` that sets `run`, a function of the parsed
 arguments; COMMANDS lists them. An EdgeError becomes one line and exit status 1, wrong usage 2;
@@ -31,6 +31,12 @@ from edge_sdk.capacity import (
     seconds,
 )
 from edge_sdk.cli_flags import add_memory_cap, import_module
+from edge_sdk.cli_infer import (
+    add_calibrate_command,
+    add_export_command,
+    add_infer_command,
+    add_infer_report_command,
+)
 from edge_sdk.cli_run import add_keys_command, add_run_command
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
 from edge_sdk.profile import (
@@ -144,6 +150,10 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     add_plan_command,
     add_run_command,
     add_keys_command,
+    add_export_command,
+    add_infer_command,
+    add_calibrate_command,
+    add_infer_report_command,
 )
 
 

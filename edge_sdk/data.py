@@ -13,7 +13,7 @@ from edge_sdk.examples import DataSet, Examples, bad, check_examples, mapped
 from edge_sdk.partition import stratified_split, stratified_subset
 from edge_sdk.readers import readers
 
-__all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "save_shard"]
+__all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "load_test", "save_shard"]
 TEST_FRACTION = 0.2
 
 
@@ -48,6 +48,12 @@ def load_dataset(
     return DataSet(name, train, stratified_subset(test, test_examples, seed, "test subset"))
 
 
+def load_test(source: str) -> Examples:
+    """The official test part of a source, or all of it where it has none; reads nothing else."""
+    _, read_train, read_test = readers(source)
+    return (read_test or read_train)()
+
+
 def load_shard(source: str) -> Examples:
     """A device's own data, all of it for training; a test part of the source is not read."""
     return readers(source)[1]()
@@ -62,6 +68,8 @@ def save_shard(path: str | os.PathLike[str], examples: Examples) -> None:
     arrays = {"x": examples.x, "y": examples.y, "num_classes": np.int64(examples.num_classes)}
     if examples.subject is not None:
         arrays["subject"] = examples.subject
+    if examples.scaling is not None:
+        arrays["scaling"] = np.array(examples.scaling)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with mapped(path, "to write the shard", "check the folder, its rights and its free space"):
         try:

@@ -9,7 +9,7 @@
     ├── LinkError        no connection, lost connection, refused identity
     ├── ProtocolError    a message that breaks PROTOCOL.md
     │   └── VersionError     the other side speaks another version of it
-    └── StoreError       run folder: another version, full disk, corrupt checkpoint
+    └── StoreError       a run's or model's folder: another version, full disk, corrupt file
 
 Each message is one line: what, where, got, expected, next step. `code` is what travels in a
 `Fault`, so both ends name a fault alike.

@@ -15,18 +15,21 @@ from edge_sdk.errors import DataError, EdgeError
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Ints: TypeAlias = npt.NDArray[np.int64]
+Scaling: TypeAlias = tuple[float, float]
 MAX_CLASSES = 1_000_000  # as in wire.ModelSpec; larger labels are something else, e.g. hashes
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
     """Inputs and labels: x (n, C, H, W) or (n, C, window) float32, y (n,) int64 in
-    0..num_classes - 1, subject (n,) int64 or None: who was measured."""
+    0..num_classes - 1, subject (n,) int64 or None: who was measured. scaling (divisor, offset): x
+    was made of integers as integer / divisor - offset; None: of floats, or it is not known."""
 
     x: Floats
     y: Ints
     num_classes: int
     subject: Ints | None = None
+    scaling: Scaling | None = None
 
     def __len__(self) -> int:
         return len(self.y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,25 @@ def config(method: str, **changes: object) -> RunConfig:
         "rotation": RotationOptions(mode="add" if method == "stage-rotation" else "off"),
     }
     return RunConfig(**(settings | changes))  # type: ignore[arg-type]
+
+
+def two_exits() -> tuple[ModelSpec, dict[str, torch.Tensor]]:
+    """An mlp of features (2,) and two classes whose logits can be told by hand: with f = ReLU(x),
+    exit 1 gives (ln 3 f0, 0), exit 2 (0, ln 4 (f0 + f1))."""
+    spec = ModelSpec(
+        family="mlp", input_shape=(2,), num_classes=2, exit=2, options={"widths": (2, 2)}
+    )
+    tensors = {}
+    for stage in (0, 1):
+        tensors[f"stages.{stage}.{1 - stage}.weight"] = torch.eye(2)
+        for name, value in (
+            ("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1 - 1e-5),
+        ):  # fmt: skip
+            tensors[f"stages.{stage}.{2 - stage}.{name}"] = torch.full((2,), value)
+        tensors[f"exits.{stage}.bias"] = torch.zeros(2)
+    tensors["exits.0.weight"] = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
+    tensors["exits.1.weight"] = torch.tensor([[0.0, 0.0], [math.log(4), math.log(4)]])
+    return spec, tensors
 
 
 def client(name: str, exit: int, num_exits: int = 3) -> Client:

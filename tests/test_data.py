@@ -173,6 +173,14 @@ def test_npz_floats_stay_as_they_are(tmp_path):
     assert examples.subject.tolist() == [5, 6]
 
 
+def test_how_integers_were_scaled_is_known_and_survives_a_shard(tmp_path):
+    pixels = load_shard(write_npz(tmp_path / "a.npz", x=PIXELS, y=LABELS))
+    assert pixels.scaling == (127.5, 1.0)
+    save_shard(tmp_path / "b.npz", pixels.take(np.array([0, 2])))
+    assert load_shard(str(tmp_path / "b.npz")).scaling == (127.5, 1.0)
+    assert load_shard(write_npz(tmp_path / "c.npz", x=FLOATS, y=LABELS)).scaling is None
+
+
 def test_npz_directory(tmp_path):
     write_npz(tmp_path / "train.npz", x=PIXELS, y=LABELS)
     assert load(str(tmp_path))[2] is None
@@ -510,6 +518,9 @@ BAD_NPZ = {
     "nan": ({"x": [[[0.0]], [[np.nan]], [[0]]], "y": LABELS}, "in 1 examples, first at 1"),
     "inf": ({"x": FLOATS - np.inf, "y": LABELS}, "in 3 examples, first at 0"),
     "beyond float32": ({"x": FLOATS + np.float64(1e39), "y": LABELS}, "NaN or infinite"),
+    "three scalings": ({"x": FLOATS, "y": LABELS, "scaling": [1.0] * 3}, "scaling (3,) of float64"),
+    "nan scaling": ({"x": FLOATS, "y": LABELS, "scaling": [np.nan, 0]}, "two finite numbers"),
+    "scaling by 0": ({"x": FLOATS, "y": LABELS, "scaling": [0.0, 1.0]}, "a divisor above 0"),
     "empty": ({"x": PIXELS[:0], "y": LABELS[:0]}, "empty data"),
     "no pixels": ({"x": np.zeros((3, 1, 0)), "y": LABELS}, "empty data"),
 }

@@ -12,13 +12,24 @@ import pytest
 
 from tests.processes import ROOT, World, mapped_libraries
 
-LIGHT = ("", ".wire", ".errors", ".profile", ".capacity", ".keys", ".cli", ".cli_run", ".agent")
+LIGHT = ("", ".wire", ".errors", ".profile", ".capacity", ".keys", ".cli", ".cli_run", ".cli_infer",
+         ".exported", ".agent")  # fmt: skip
 HEAVY = ("torch", "numpy", "ray", "sklearn", "scipy", "rich", "safetensors", "coordinator", "tools")
 
 
 @pytest.mark.parametrize("module", [f"edge_sdk{name}" for name in LIGHT])
 def test_light_modules_import_nothing_heavy(module):
     code = f"import sys, {module}; print(*sorted({set(HEAVY)!r} & set(sys.modules)))"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert ended.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", ["infer", "calibrate", "infer_report", "data"])
+def test_inference_imports_no_torch(name):
+    """It needs numpy and, once a model is loaded, onnxruntime; test_infer.py runs it to the end."""
+    code = f"import sys, edge_sdk.{name}; print(*{set(HEAVY) - {'numpy'}!r} & set(sys.modules))"
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )

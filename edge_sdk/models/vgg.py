@@ -39,7 +39,7 @@ class Fold(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         steps = self.height * self.width // x.shape[1]
-        return x[..., :steps].reshape(len(x), 1, self.height, self.width)
+        return x[..., :steps].reshape(-1, 1, self.height, self.width)
 
 
 def build_vgg(spec: ModelSpec) -> StagedModel:

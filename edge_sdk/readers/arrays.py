@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.examples import Examples, bad, check_examples, mapped
-from edge_sdk.readers.scaling import scaled, scaled_images
+from edge_sdk.examples import Examples, Scaling, bad, check_examples, mapped
+from edge_sdk.readers.scaling import PIXELS, image_examples, scaled, scaled_images
+
+DIGITS: Scaling = (8.0, 1.0)  # 0..16 to -1..1
 
 
 def _optional(module: str) -> Any:
@@ -26,8 +28,9 @@ def _optional(module: str) -> Any:
 
 def read_digits() -> Examples:
     digits = _optional("sklearn.datasets").load_digits()
-    x = scaled(digits.images[:, None], 8, 1)  # (n, 8, 8) in 0..16 -> (n, 1, 8, 8)
-    return check_examples(Examples(x, digits.target.astype(np.int64), 10), "digits")
+    x = scaled(digits.images[:, None], *DIGITS)  # (n, 8, 8) in 0..16 -> (n, 1, 8, 8)
+    y = digits.target.astype(np.int64)
+    return check_examples(Examples(x, y, 10, scaling=DIGITS), "digits")
 
 
 @np.errstate(all="ignore")  # as for scaled
@@ -41,22 +44,36 @@ def read_npz(path: Path) -> Examples:
             raise bad(path, "a single .npy array", expected)
         if not {"x", "y"} <= set(archive.files):
             raise bad(path, f"arrays {archive.files}", expected)
-        names = {"x", "y", "num_classes", "subject"}.intersection(archive.files)
+        names = {"x", "y", "num_classes", "subject", "scaling"}.intersection(archive.files)
         arrays = {name: np.asarray(archive[name]) for name in names}
-    for name in names - {"x"}:
+    for name in names - {"x", "scaling"}:
         if arrays[name].dtype.kind not in "iu":
             raise bad(path, f"{name} of dtype {arrays[name].dtype}", "integers")
     x, y, subject = arrays["x"], arrays["y"].astype(np.int64), arrays.get("subject")
     num_classes = arrays.get("num_classes", np.asarray(int(y.max(initial=0)) + 1))
     if num_classes.size != 1:
         raise bad(path, f"num_classes of shape {num_classes.shape}", "one number")
+    scaling = _scaling(arrays.get("scaling"), path)
     if x.dtype == np.uint8:
+        scaling = PIXELS
         x = scaled_images(x[:, None] if x.ndim == 3 else x)  # (n, H, W) -> (n, 1, H, W)
     elif x.dtype.kind != "f":
         raise bad(path, f"x of dtype {x.dtype}", "uint8 or float")
     x = np.asarray(x, dtype=np.float32, order="C")
     subject = None if subject is None else subject.astype(np.int64)
-    return check_examples(Examples(x, y, int(num_classes.item()), subject), str(path))
+    return check_examples(Examples(x, y, int(num_classes.item()), subject, scaling), str(path))
+
+
+def _scaling(array: npt.NDArray[Any] | None, path: Path) -> Scaling | None:
+    """What `save_shard` noted of how float x came from integers."""
+    if array is None:
+        return None
+    if array.shape != (2,) or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise bad(path, f"scaling {array.shape} of {array.dtype}", "two finite numbers")
+    divisor, offset = array.tolist()
+    if divisor <= 0:
+        raise bad(path, f"scaling by {divisor}", "a divisor above 0")
+    return divisor, offset
 
 
 def first_file(folder: Path, *names: str) -> Path | None:
@@ -69,9 +86,9 @@ def read_idx_pair(images: Path) -> Examples:
     labels = first_file(images.parent, name)
     if labels is None:
         raise bad(images, "no labels", f"{name} or {name}.gz beside it", "copy it there")
-    x = scaled_images(_read_idx(images, 3)[:, None])  # (n, H, W) -> (n, 1, H, W)
-    y = _read_idx(labels, 1).astype(np.int64)
-    return check_examples(Examples(x, y, int(y.max()) + 1), f"{images} with {labels.name}")
+    x = _read_idx(images, 3)[:, None]  # (n, H, W) -> (n, 1, H, W)
+    y = _read_idx(labels, 1)
+    return image_examples(x, y, int(y.max()) + 1, f"{images} with {labels.name}")
 
 
 def _read_idx(path: Path, num_dims: int) -> npt.NDArray[np.uint8]:

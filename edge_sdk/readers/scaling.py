@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.examples import Examples, Floats, check_examples
+from edge_sdk.examples import Examples, Floats, Scaling, check_examples
+
+PIXELS: Scaling = (127.5, 1.0)  # 0..255 to -1..1
 
 
 @np.errstate(all="ignore")  # what is beyond float32 becomes infinite and is refused as such
@@ -21,11 +23,12 @@ def scaled(x: npt.NDArray[Any], divisor: float, offset: float) -> Floats:
 
 def scaled_images(x: npt.NDArray[np.uint8]) -> Floats:
     """(n, C, H, W) of 0..255 in any memory order to -1..1, C order."""
-    return scaled(x, 127.5, 1)
+    return scaled(x, *PIXELS)
 
 
 def image_examples(
     x: npt.NDArray[np.uint8], y: npt.NDArray[Any], num_classes: int, where: str
 ) -> Examples:
     """Checked examples from pixels (n, C, H, W) and integer labels (n,) from 0."""
-    return check_examples(Examples(scaled_images(x), y.astype(np.int64), num_classes), where)
+    examples = Examples(scaled_images(x), y.astype(np.int64), num_classes, scaling=PIXELS)
+    return check_examples(examples, where)

@@ -1,0 +1,208 @@
+"""An exported model: a folder that inference reads, on any machine and without torch.
+
+    model.json        what it is (ExportedModel), its files with their SHA-256
+    whole.onnx        all exits at once: input -> exit_1 .. exit_n, for other runtimes
+    stage_1.onnx ...  one stage with its exit: input -> features, logits; the last: input -> logits
+    calibration.json  when to stop at which exit on this device (Calibration), once it is calibrated
+
+A file is used only if its SHA-256 is the one written down: half a copy is refused, not run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from edge_sdk.errors import StoreError
+from edge_sdk.wire import ModelSpec, Struct, one_line
+
+FORMAT: Literal[1] = 1
+MODEL, WHOLE, CALIBRATION = "model.json", "whole.onnx", "calibration.json"
+Measure: TypeAlias = Literal["softmax", "entropy"]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+T = TypeVar("T", bound=Struct)
+
+
+class ModelFile(Struct, frozen=True, kw_only=True):
+    """A file of the folder; its name leads nowhere else."""
+
+    name: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_]+\.onnx\Z", max_length=100)]
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+
+class ExportedModel(Struct, frozen=True, kw_only=True):
+    """model.json. scaling (divisor, offset): the training inputs were integer / divisor - offset;
+    None: they were floats, or it is not known. batch_norms: how many BatchNormalization nodes are
+    left in whole.onnx; those after a convolution or a linear layer are folded into it.
+    largest_difference: to torch's logits, over the largest of them; checked_on: which inputs."""
+
+    format: Literal[1] = FORMAT
+    spec: ModelSpec  # exit = number of exits here
+    opset: int
+    batch_norms: int
+    scaling: tuple[Annotated[float, Meta(gt=0)], float] | None
+    whole: ModelFile
+    stages: tuple[ModelFile, ...]
+    largest_difference: float
+    checked_on: str
+
+    def __post_init__(self) -> None:
+        if len(self.stages) != self.spec.exit:
+            raise ValueError(f"{len(self.stages)} stages for {self.spec.exit} exits")
+
+
+class Calibration(Struct, frozen=True, kw_only=True):
+    """calibration.json: an example stops at the first exit whose confidence by `measure` reaches
+    that exit's threshold; the last exit has none. Accuracies, latency at batch 1 and `exit_shares`
+    (where examples stop) are those on the held-out examples."""
+
+    format: Literal[1] = FORMAT
+    model_sha256: str  # of the model.json that it is for
+    measure: Measure
+    thresholds: tuple[Annotated[float, Meta(ge=0)], ...]
+    wanted: str
+    num_examples: int
+    accuracy: Share
+    deepest_accuracy: Share
+    latency_s: float
+    exit_shares: tuple[Share, ...]
+    threads: int
+
+
+def read_model(folder: Path) -> ExportedModel:
+    """Raises StoreError: no exported model there, corrupt, or of another version."""
+    if not (folder / MODEL).is_file():
+        raise StoreError(
+            f"{folder}: no {MODEL} there, expected a folder made by edge-sdk export or "
+            "edge-coordinator export"
+        )
+    return _read(folder / MODEL, ExportedModel, "export the model again")
+
+
+def read_calibration(folder: Path, model: ExportedModel) -> Calibration | None:
+    """None if the model was never calibrated here. Raises StoreError: corrupt, of another version
+    or of another model."""
+    path, step = folder / CALIBRATION, "run edge-sdk calibrate again"
+    if not path.exists():
+        return None
+    found = _read(path, Calibration, step)
+    wanted = sha256_of(_bytes(folder / MODEL, step))
+    if found.model_sha256 != wanted or len(found.thresholds) != model.spec.exit - 1:
+        raise StoreError(f"{path} belongs to another model than the {MODEL} beside it; {step}")
+    return found
+
+
+def read_file(folder: Path, file: ModelFile) -> bytes:
+    """The content, checked against its SHA-256. Raises StoreError."""
+    step = "copy the folder again"
+    content = _bytes(folder / file.name, step)
+    if (got := sha256_of(content)) != file.sha256:
+        raise StoreError(
+            f"{folder / file.name}: SHA-256 {got[:12]}..., expected {file.sha256[:12]}...: changed "
+            f"or cut off; {step}"
+        )
+    return content
+
+
+def write_struct(path: Path, value: Struct) -> None:
+    """One JSON file, replaced as a whole. Raises StoreError."""
+    write_file(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Whole or not at all. Raises StoreError."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise StoreError(f"{path} cannot be written: {error}; free space or choose another") from (
+            error
+        )
+
+
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_target(folder: Path) -> None:
+    """Raise StoreError unless an exported model may be written there: nothing is there yet, or an
+    empty folder, or an exported model and nothing else."""
+    if not folder.exists():
+        return
+    strange = [name for name in _names(folder) if not _is_ours(name)]
+    if strange:
+        raise StoreError(
+            f"{folder} holds {strange[0]}, which is no part of an exported model; choose a new "
+            "folder"
+        )
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty draft beside `folder`, which it replaces at the end; after an error nothing has
+    changed. Raises StoreError as check_target does, or if it cannot be written."""
+    folder = folder.resolve()
+    check_target(folder)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+        yield draft
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(draft, folder)
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written: {error}; choose another folder") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_ours(name: str) -> bool:
+    return name in (MODEL, WHOLE, CALIBRATION) or (
+        name.startswith("stage_") and name.endswith(".onnx")
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise StoreError(f"{folder} is no folder that can be read: {error}") from error
+
+
+def _bytes(path: Path, step: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}; {step}") from error
+
+
+def _read(path: Path, kind: type[T], step: str) -> T:
+    content = _bytes(path, step)
+    try:
+        plain: Any = msgspec.json.decode(content)
+        if isinstance(plain, dict) and plain.get("format", FORMAT) != FORMAT:
+            got = one_line(repr(plain["format"]), 40)
+            raise StoreError(
+                f"{path} has format {got}, this edge-sdk reads {FORMAT}; use the version that "
+                f"wrote it, or {step}"
+            )
+        return msgspec.convert(plain, kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path} refused: {one_line(str(error))}; {step}") from error

@@ -1,0 +1,246 @@
+"""Inference with an exported model by onnxruntime, stopping at the first exit that is confident.
+
+    model = EarlyExit.load("model")          # a folder of edge-sdk export; thresholds as calibrated
+    found = model.predict(x)                 # x (n, *input_shape); found.label, .exit, .confidence
+
+Stages are separate ONNX files, so what stops at exit 1 never runs stage 2. torch is never imported:
+tests/test_light.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
+from edge_sdk.examples import Floats, Ints
+from edge_sdk.exported import (
+    ExportedModel,
+    Measure,
+    read_calibration,
+    read_file,
+    read_model,
+)
+from edge_sdk.readers.scaling import scaled
+from edge_sdk.wire import one_line
+
+NEVER = 2.0  # a threshold above every confidence
+BATCH = 100
+Session: TypeAlias = Any  # onnxruntime.InferenceSession, or what has its `run`
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Per example: label (n,) int64, exit (n,) int64 from 1, confidence (n,) float32 at it."""
+
+    label: Ints
+    exit: Ints
+    confidence: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class EarlyExit:
+    """A model ready to run. thresholds: one per exit but the last, which always answers; an example
+    stops at the first exit whose confidence by `measure` is at least its threshold. So 0 stops all
+    at exit 1, NEVER none before the last."""
+
+    model: ExportedModel
+    sessions: tuple[Session, ...]  # one per stage
+    thresholds: tuple[float, ...]
+    measure: Measure = "softmax"
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        threads: int = 1,
+        threshold: float | Sequence[float] | None = None,
+        measure: Measure | None = None,
+    ) -> EarlyExit:
+        """threshold: one for all exits or one for each but the last; None: as calibrated, and
+        without a calibration NEVER. threads: of each stage; each keeps its own pool.
+
+        Raises StoreError for a folder that is corrupt, changed or of another version, and
+        ConfigError for thresholds that do not fit or if onnxruntime is not installed."""
+        folder = Path(folder)
+        model = read_model(folder)
+        calibration = read_calibration(folder, model) if threshold is None else None
+        if calibration:
+            if measure not in (None, calibration.measure):
+                raise ConfigError(
+                    f"{folder} is calibrated for {calibration.measure}, not for {measure}; give a "
+                    "threshold, or calibrate again"
+                )
+            threshold, measure = calibration.thresholds, calibration.measure
+        thresholds = checked_thresholds(NEVER if threshold is None else threshold, model)
+        sessions = tuple(
+            open_session(read_file(folder, file), str(folder / file.name), threads)
+            for file in model.stages
+        )
+        check_sessions(model, sessions, folder)
+        return cls(model, sessions, thresholds, measure or "softmax")
+
+    def predict(self, x: npt.NDArray[Any]) -> Prediction:
+        """x: (n, *input_shape) of float32 as the model was trained on, or of uint8 where model.json
+        says how integers are scaled. Raises ShapeError for another shape or dtype, DataError for
+        NaN or infinite values, StoreError if a stage fails."""
+        features = checked_inputs(x, self.model)
+        label, exit = np.zeros(len(x), np.int64), np.zeros(len(x), np.int64)
+        confidence = np.zeros(len(x), np.float32)
+        left = np.arange(len(x))  # examples that have not stopped, and their features beside it
+        if not len(x):
+            return Prediction(label, exit, confidence)
+        for number, threshold in enumerate((*self.thresholds, 0.0), 1):
+            features, logits = self.step(number, features)
+            reached = confidences(logits, self.measure)
+            stops = reached >= threshold
+            if not stops.any():
+                continue  # no copies: at batch 1 they take as long as a small stage
+            done = left[stops]
+            label[done], exit[done] = logits[stops].argmax(1), number
+            confidence[done] = reached[stops]
+            if len(done) == len(left):
+                break
+            left, features = left[~stops], features[~stops]
+        return Prediction(label, exit, confidence)
+
+    def step(self, number: int, features: Floats) -> tuple[Floats, Floats]:
+        """Stage `number`, from 1, on features (n, ...): the next stage's features (for the last
+        stage the ones given) and this exit's logits (n, K)."""
+        is_last = number == len(self.sessions)
+        names = ["logits"] if is_last else ["features", "logits"]
+        try:
+            *made, logits = self.sessions[number - 1].run(names, {"input": features})
+        except Exception as error:  # onnxruntime's errors have no common base
+            raise StoreError(
+                f"stage {number} failed: {one_line(str(error))}; export the model again"
+            ) from error
+        if not np.isfinite(logits).all():
+            raise DataError(f"exit {number} gave NaN or infinite logits; are the inputs scaled?")
+        return (features if is_last else made[0]), logits
+
+    def all_exits(self, x: npt.NDArray[Any]) -> Floats:
+        """Logits of every exit, (exits, n, K), in batches of BATCH; raises what predict does."""
+        features = checked_inputs(x, self.model)
+        shape = (len(self.sessions), len(x), self.model.spec.num_classes)
+        found = np.empty(shape, np.float32)
+        for start in range(0, len(x), BATCH):
+            part = features[start : start + BATCH]
+            for number in range(1, len(self.sessions) + 1):
+                part, found[number - 1, start : start + BATCH] = self.step(number, part)
+        return found
+
+
+def confidences(logits: Floats, measure: Measure) -> Floats:
+    """(n, K) logits to (n,) in 0..1: the largest softmax probability, or one minus the entropy of
+    the softmax over that of K equal probabilities."""
+    centred = logits - logits.max(1, keepdims=True)
+    powers = np.exp(centred)
+    total = powers.sum(1, keepdims=True)
+    if measure == "softmax":
+        found: Floats = 1 / total[:, 0]
+        return found
+    probabilities = powers / total
+    entropy = (probabilities * (np.log(total) - centred)).sum(1)
+    clipped: Floats = np.clip(1 - entropy / np.float32(np.log(logits.shape[1])), 0, 1)
+    return clipped
+
+
+def checked_inputs(x: npt.NDArray[Any], model: ExportedModel) -> Floats:
+    """What stage 1 takes. Raises ShapeError, DataError."""
+    shape = model.spec.input_shape
+    expected = f"(n, {', '.join(map(str, shape))}) of float32"
+    if not isinstance(x, np.ndarray) or x.shape[1:] != shape or x.ndim != len(shape) + 1:
+        got = f"shape {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise ShapeError(f"inputs are {got}, expected {expected}; a single one is x[None]")
+    if x.dtype == np.uint8 and model.scaling:
+        return scaled(x, *model.scaling)
+    if x.dtype != np.float32:
+        raise ShapeError(
+            f"inputs are {x.dtype}, expected {expected}"
+            + (", or uint8" if model.scaling else "")
+            + "; scale them as the training data were"
+        )
+    is_bad = ~np.isfinite(x).all(axis=tuple(range(1, x.ndim)))  # (n,)
+    if is_bad.any():
+        raise DataError(
+            f"inputs hold NaN or infinite values in {is_bad.sum()} of {len(x)} examples, first at "
+            f"{is_bad.argmax()}; remove or repair them"
+        )
+    return x
+
+
+def checked_thresholds(given: float | Sequence[float], model: ExportedModel) -> tuple[float, ...]:
+    """One per exit but the last. Raises ConfigError."""
+    wanted = model.spec.exit - 1
+    values = [float(given)] * wanted if isinstance(given, int | float) else [*map(float, given)]
+    if len(values) != wanted:
+        raise ConfigError(
+            f"{len(values)} thresholds for {model.spec.exit} exits, expected {wanted}: one for "
+            "each but the last"
+        )
+    if not all(value >= 0 for value in values):  # refuses NaN too
+        raise ConfigError(f"thresholds {values}, expected numbers of at least 0")
+    return tuple(values)
+
+
+def open_session(content: bytes, where: str, threads: int = 1) -> Session:
+    """Raises ConfigError without onnxruntime, StoreError for what it cannot load."""
+    if threads < 1:
+        raise ConfigError(f"{threads} threads, expected at least 1")
+    runtime = _runtime()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors only; they are raised as well
+    try:
+        return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common base
+        raise StoreError(
+            f"{where} cannot be loaded: {one_line(str(error))}; export the model again"
+        ) from error
+
+
+def _runtime() -> Any:
+    """The package. Raises ConfigError if it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError(
+            'inference needs onnxruntime, which is not installed; pip install "edge-sdk[infer]"'
+        ) from error
+    return onnxruntime
+
+
+def check_sessions(model: ExportedModel, sessions: Sequence[Session], folder: Path) -> None:
+    """Raise StoreError unless the stages take and give what model.json says."""
+    spec = model.spec
+    features: Sequence[int | str | None] = spec.input_shape
+    for number, session in enumerate(sessions, 1):
+        inputs = {value.name: value.shape[1:] for value in session.get_inputs()}
+        outputs = {value.name: value.shape[1:] for value in session.get_outputs()}
+        is_last = number == len(sessions)
+        if (
+            set(inputs) != {"input"}
+            or set(outputs) != ({"logits"} if is_last else {"features", "logits"})
+            or not is_same(inputs["input"], features)
+            or not is_same(outputs["logits"], [spec.num_classes])
+        ):
+            raise StoreError(
+                f"{folder / model.stages[number - 1].name} takes {inputs} and gives {outputs}, "
+                f"which is not stage {number} of its model.json; export the model again"
+            )
+        features = outputs.get("features", [])
+
+
+def is_same(got: Sequence[int | str | None], wanted: Sequence[int | str | None]) -> bool:
+    """Whether two shapes fit; a size that the graph leaves open is no number."""
+    return len(got) == len(wanted) and all(
+        a == b or not (isinstance(a, int) and isinstance(b, int))
+        for a, b in zip(got, wanted, strict=True)
+    )
