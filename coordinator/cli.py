@@ -20,7 +20,6 @@ from coordinator.cli_arguments import (
     add_run_arguments,
     open_store,
     pick_device,
-    positive,
     run_config,
     settle,
     whole_numbers,
@@ -47,7 +46,7 @@ from coordinator.methods import Method, make_method
 from coordinator.presets import missing_data
 from coordinator.rounds import RoundReport, run_rounds
 from coordinator.store import Store
-from edge_sdk.cli_flags import checked_endpoint, import_module
+from edge_sdk.cli_flags import checked_endpoint, import_module, path_flag, whole_flag
 from edge_sdk.data import DataSet, Examples, load, load_dataset
 from edge_sdk.errors import ConfigError, DataError, EdgeError
 from edge_sdk.keys import check_key, make_keys, read_keys
@@ -103,12 +102,13 @@ def add_emulate_command(commands: Any) -> None:
     parser.add_argument("--alpha", type=float, default=0.5, help="Dirichlet label skew")
     parser.add_argument("--holders", type=float, default=1.0, metavar="SHARE",
                         help="share of the weak clients that can hold a deeper stage")  # fmt: skip
-    parser.add_argument("--processes", type=positive, default=1, help="clients trained at once")
-    parser.add_argument("--personalise", type=positive, metavar="EPOCHS",
+    parser.add_argument("--processes", type=whole_flag(1, 1024), default=1,
+                        help="clients trained at once")  # fmt: skip
+    parser.add_argument("--personalise", type=whole_flag(1, 100_000), metavar="EPOCHS",
                         help="at the end, fine-tune the model at every client; each keeps a fifth "
                         "of its examples for testing")  # fmt: skip
     parser.add_argument("--split", choices=SPLITS, default="dirichlet")
-    parser.add_argument("--out", type=Path, help="write the rounds as JSON here")
+    parser.add_argument("--out", type=path_flag, help="write the rounds as JSON here")
     add_export_flag(parser)
     parser.set_defaults(run=run_emulate)
 
@@ -151,13 +151,13 @@ def run_emulate(args: argparse.Namespace) -> int:
         stopping = stack.enter_context(stop_signals())
         store = open_store(folder, config, "emulate", args.resume)
         stack.callback(store.close)
+        store.is_temporary = args.run_dir is None
         run_rounds(
             store, method, cohort, data.test,
             device=device, should_stop=lambda: bool(stopping), report=print_round,
         )  # fmt: skip
         if not store.is_finished:
-            hint = "go on with --resume" if args.run_dir else "nothing was kept without --run-dir"
-            log.info("stopped; round %d was next, %s", store.next_round(), hint)
+            log.info("stopped; round %d was next, %s", store.next_round(), store.way_on())
             return 0
         store.write_model(method.spec, method.served())
         extra = {}
@@ -189,8 +189,8 @@ def add_serve_command(commands: Any) -> None:
     add_run_arguments(parser)
     add = parser.add_argument
     add("--listen", default="tcp://*:5555", help="where devices connect, default %(default)s")
-    add("--keys", type=Path, default=Path("keys"), help="folder of server.public and .secret")
-    add("--clients-file", type=Path, help="admitted devices, default KEYS/clients")
+    add("--keys", type=path_flag, default=Path("keys"), help="folder of server.public and .secret")
+    add("--clients-file", type=path_flag, help="admitted devices, default KEYS/clients")
     add("--insecure", action="store_true", help="no encryption, admit everybody")
     add("--test", help="common test set: a data source, its test part or else all of it")
     add("--input", help="without --test: shape of one example, e.g. 1x28x28")
@@ -212,7 +212,7 @@ def run_serve(args: argparse.Namespace) -> int:
         _, train_part, test_part = load(args.test)
         test = test_part or train_part
         shape, num_classes = test.input_shape, test.num_classes
-    elif args.input and args.classes:
+    elif args.input and args.classes is not None:
         shape, num_classes = tuple(whole_numbers(args.input, "--input", "x")), args.classes
     else:
         raise ConfigError(
@@ -293,7 +293,7 @@ def serve(
 
 def add_keys_command(commands: Any) -> None:
     parser = commands.add_parser("keys", help="make the coordinator's key pair")
-    parser.add_argument("--keys", type=Path, default=Path("keys"))
+    parser.add_argument("--keys", type=path_flag, default=Path("keys"))
     parser.set_defaults(run=run_keys)
 
 
@@ -308,8 +308,8 @@ def add_clients_command(commands: Any) -> None:
     parser.add_argument("action", choices=("add", "list"))
     parser.add_argument("name", nargs="?", help="of the device")
     parser.add_argument("public_key", nargs="?", help="40 characters, as `edge-sdk keys` prints")
-    parser.add_argument("--keys", type=Path, default=Path("keys"))
-    parser.add_argument("--clients-file", type=Path, help="default KEYS/clients")
+    parser.add_argument("--keys", type=path_flag, default=Path("keys"))
+    parser.add_argument("--clients-file", type=path_flag, help="default KEYS/clients")
     parser.set_defaults(run=run_clients)
 
 

@@ -16,12 +16,15 @@ from coordinator.config import (
     RotationOptions,
     RunConfig,
     ServerOptions,
+    differences,
 )
 from coordinator.defaults import GENERATE, RANK, defaults_of
 from coordinator.methods import METHODS
 from coordinator.presets import PRESETS, find_preset
 from coordinator.store import Store
-from edge_sdk.errors import ConfigError
+from edge_sdk.cli_flags import MAX_THREADS, path_flag, whole_flag
+from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.trainer import usable_device
 from edge_sdk.wire import ModelSpec
 
 
@@ -53,9 +56,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_server_arguments(parser)
     add_generation_arguments(parser)
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--threads", type=positive, default=1, help="torch threads on the CPU")
+    add("--threads", type=whole_flag(1, MAX_THREADS), default=1,
+        help="torch threads on the CPU")  # fmt: skip
     parser.set_defaults(own_parser=parser)
-    add("--run-dir", type=Path, help="where the run lives")
+    add("--run-dir", type=path_flag, help="where the run lives")
     add("--resume", action="store_true", help="go on with the run in --run-dir")
 
 
@@ -100,10 +104,12 @@ def choices(options: type[msgspec.Struct], field: str) -> tuple[str, ...]:
 
 def settle(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse with the values that the preset and then the method have; the command line wins.
-    Raises ConfigError for --paper with another method."""
+    Raises ConfigError for flags that do not go together."""
     args = parser.parse_args(argv)
     if not hasattr(args, "paper"):
         return args
+    if args.resume and args.run_dir is None:
+        raise ConfigError("--resume needs --run-dir, the folder of the run to go on with")
     preset = find_preset(args.preset).flags if args.preset else {}
     args.own_parser.set_defaults(**preset)
     args = parser.parse_args(argv)
@@ -117,7 +123,13 @@ def settle(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 def run_config(
     args: argparse.Namespace, input_shape: tuple[int, ...], num_classes: int
 ) -> RunConfig:
-    """The settings that both commands share; `checked` is for the caller. Raises ConfigError."""
+    """The settings that both commands share; `checked` is for the caller. Raises ConfigError, and
+    DataError for data of one class."""
+    if num_classes < 2:
+        source = getattr(args, "data", None) or getattr(args, "test", None) or "--classes"
+        raise DataError(
+            f"{source}: got {num_classes} class, expected at least 2 to tell apart; give other data"
+        )
     model = ModelSpec(
         family=args.model,
         input_shape=tuple(input_shape),
@@ -138,7 +150,7 @@ def run_config(
         name=args.generator,
         generate=generate,
         gain=args.gain,
-        rank=args.rank or RANK.get(args.generator, GeneratorOptions().rank),
+        rank=RANK.get(args.generator, GeneratorOptions().rank) if args.rank is None else args.rank,
         hidden=args.hidden,
         epochs=args.fit_epochs,
         owners_per_step=args.owners_per_step,
@@ -181,12 +193,11 @@ def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Stor
     if not resume:
         return Store.create(folder, config, kind)
     store = Store.resume(folder)
-    same = store.config.to_json() == config.to_json()
-    if not same:
+    if store.config.to_json() != config.to_json():
         store.close()
         raise ConfigError(
-            f"{folder} was started with other settings; resume with the same flags: "
-            f"{store.config.to_json()}"
+            f"{folder} was started with other settings: {differences(store.config, config)}; "
+            "resume with the same flags"
         )
     return store
 
@@ -221,7 +232,7 @@ def whole_numbers(text: str, flag: str, separator: str = ",") -> list[int]:
         return [int(part) for part in text.split(separator)]
     except ValueError as error:
         raise ConfigError(
-            f"{flag} {text!r} is not whole numbers with commas, e.g. 4,4,2"
+            f"{flag} {text!r} is not whole numbers, e.g. {separator.join(('4', '4', '2'))}"
         ) from error
 
 
@@ -233,20 +244,7 @@ def numbers(text: str, flag: str) -> tuple[float, ...]:
         raise ConfigError(f"{flag} {text!r} is not numbers with commas, e.g. 1,1,0.5") from error
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
-    return int(text)
-
-
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r} is unknown; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device here; use auto or cpu")
-    return device
+    return usable_device(name)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from edge_sdk.capacity import memory_errors
 from edge_sdk.data import Examples
 from edge_sdk.errors import EdgeError
 from edge_sdk.profile import DeviceProfile
@@ -130,7 +131,8 @@ def train_here(
 ) -> ClientUpdate | Absence:
     """One job in this process, its result checked as one from the network."""
     try:
-        result = train(job.model, job.plan, job.tensors, shard, device=device)
+        with memory_errors(f"training for {client.id}"):
+            result = train(job.model, job.plan, job.tensors, shard, device=device)
         check_specs(specs_of(result.tensors), job.returns, f"update from {client.id}")
         check_finite(result.tensors, f"update from {client.id}")
     except EdgeError as error:

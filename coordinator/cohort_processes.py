@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -67,7 +68,7 @@ class ProcessCohort:
             while waiting or running:
                 while waiting and len(running) < 2 * self._processes:
                     client_id, job = waiting.popleft()
-                    running.append(self._pool.submit(_train, by_id[client_id], _as_arrays(job)))
+                    running.append(self._submit(by_id[client_id], _as_arrays(job)))
                 result = running.popleft().result()
                 yield _as_tensors(result) if isinstance(result, ClientUpdate) else result
         except BrokenProcessPool as error:
@@ -77,6 +78,15 @@ class ProcessCohort:
         finally:
             for future in running:
                 future.cancel()
+
+    def _submit(self, client: Client, job: Assignment) -> Future[ClientUpdate | Absence]:
+        """A worker that this starts inherits the mask: Ctrl-C goes to the whole process group, but
+        it is for this process to stop, after the round."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._pool.submit(_train, client, job)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __enter__(self) -> ProcessCohort:
         return self

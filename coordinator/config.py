@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+import re
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.wire import ModelSpec, Plan, Segment
+from edge_sdk.wire import Index, ModelSpec, Plan, Seconds, Segment, one_line
 
-Share = Annotated[float, Meta(ge=0, le=1)]
-Positive = Annotated[int, Meta(ge=1)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Size: TypeAlias = Annotated[int, Meta(ge=1, le=2**16)]  # of a network or memory
+Checked = TypeVar("Checked")
+FLAGS = {  # of the settings whose flag is not named as their last part is
+    "data": "--data (serve: --test)",
+    "deadline_s": "--deadline",
+    "grace_s": "--grace",
+    "model.family": "--model",
+    "model.exit": "--exits",
+    "model.options": "--option",
+    "model.input_shape": "--input",
+    "model.num_classes": "--classes",
+    "server.optimizer": "--server-optimizer",
+    "server.momentum": "--server-momentum",
+    "server.lr": "--server-lr",
+    "generator.name": "--generator",
+    "generator.epochs": "--fit-epochs",
+    "rotation.mode": "--rotation",
+    "rotation.stages": "--rotation-stages",
+    "rotation.draw": "--rotation-draw",
+    "distill.direction": "--distill",
+    "distill.weight": "--distill-weight",
+    "distill.temperature": "--distill-temperature",
+    "distill.ramp_rounds": "--distill-ramp",
+    "population.holdout": "--personalise",
+}
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,9 +58,9 @@ class ServerOptions(Options, frozen=True, kw_only=True):
 
     optimizer: Literal["fedavgm", "fedadam", "fedyogi"] = "fedavgm"
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    lr: Annotated[float, Meta(gt=0)] = 1.0
+    lr: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.99
-    tau: Annotated[float, Meta(gt=0)] = 1e-3
+    tau: Annotated[float, Meta(gt=0, le=1000)] = 1e-3
     damping: Share = 0.0
     ema: Annotated[float, Meta(ge=0, lt=1)] = 0.8
     serve: Literal["ema", "last"] = "ema"
@@ -51,12 +77,12 @@ class GeneratorOptions(Options, frozen=True, kw_only=True):
     name: Literal["none", "svd-mlp", "naive-mlp", "svd-mlp-residual", "update-regression"] = "none"
     generate: Literal["conv", "conv+bn", "all"] = "conv"
     gain: Share = 1.0
-    rank: Positive = 100
-    hidden: Positive = 512
-    epochs: Positive = 25
-    lr: Annotated[float, Meta(gt=0)] = 5e-4
-    owners_per_step: Annotated[int, Meta(ge=0)] = 0  # 0: all of a round in one step
-    memory_rows: Annotated[int, Meta(ge=4)] = 30
+    rank: Size = 100
+    hidden: Size = 512
+    epochs: Size = 25
+    lr: Annotated[float, Meta(gt=0, le=1000)] = 5e-4
+    owners_per_step: Annotated[int, Meta(ge=0, le=2**16)] = 0  # 0: all of a round in one step
+    memory_rows: Annotated[int, Meta(ge=4, le=2**16)] = 30
 
 
 class RotationOptions(Options, frozen=True, kw_only=True):
@@ -86,32 +112,33 @@ class DistillOptions(Options, frozen=True, kw_only=True):
 
 
 class RunConfig(Options, frozen=True, kw_only=True):
-    """Everything that decides a run but the devices themselves."""
+    """Everything that decides a run but the devices themselves. What goes into `plan` has the
+    bounds of the wire's Plan besides; `checked` applies them."""
 
     method: str
     model: ModelSpec  # exit = the number of exits of the whole model
     data: str = ""  # what the common test set comes from
-    rounds: Positive
-    participants: Positive | None = None  # None: every client
-    epochs: Positive = 1
+    rounds: Index
+    participants: Index | None = None  # None: every client
+    epochs: Index = 1
     batch_size: Annotated[int, Meta(ge=2)] = 32
     lr: Annotated[float, Meta(gt=0)] = 1e-3
     optimizer: Literal["sgd", "adam"] = "adam"
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
-    eval_every: Positive = 1
-    eval_tail: Positive = 1  # so many last rounds are evaluated in any case
-    deadline_s: Annotated[float, Meta(ge=0)] = 0.0  # what devices plan for; 0: none
-    grace_s: Annotated[float, Meta(gt=0)] = 600.0  # how much longer the coordinator waits
+    eval_every: Index = 1
+    eval_tail: Index = 1  # so many last rounds are evaluated in any case
+    deadline_s: Seconds = 0.0  # what devices plan for; 0: none
+    grace_s: Annotated[float, Meta(gt=0, le=10**9)] = 600.0  # how much longer the coordinator waits
     quorum: Share = 0.5  # share of the participants that must return
-    min_clients: Positive = 1  # devices to wait for before the first round
+    min_clients: Index = 1  # devices to wait for before the first round
     exit_weights: tuple[Annotated[float, Meta(ge=0)], ...] = ()  # of the joint loss; (): all ones
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     prox_mu: Annotated[float, Meta(ge=0)] = 0.0  # FedProx, on any method
     weighting: Literal["examples", "equal"] = "examples"  # of clients in the mean
     population: str = ""  # emulated clients: count, groups, split; a resumed run must have the same
-    examples: Positive | None = None  # stratified subsets, None: all
-    test_examples: Positive | None = None
+    examples: Index | None = None  # stratified subsets, None: all
+    test_examples: Index | None = None
     server: ServerOptions = ServerOptions()
     generator: GeneratorOptions = GeneratorOptions()
     rotation: RotationOptions = RotationOptions()
@@ -150,13 +177,57 @@ def read_config(text: str, where: str) -> RunConfig:
 
 
 def checked(config: RunConfig) -> RunConfig:
-    """The same config, its constraints checked: a struct made in Python is not by itself."""
-    try:
-        good = msgspec.convert(msgspec.to_builtins(config), type=RunConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"setting refused: {error}; see --help") from error
+    """The same config, its constraints checked, and those of the plan that devices get: a struct
+    made in Python is not by itself. Raises ConfigError naming the flag."""
+    good = _converted(config, RunConfig)
     if good.exit_weights and len(good.exit_weights) != good.model.exit:
         raise ConfigError(
             f"{len(good.exit_weights)} exit weights for {good.model.exit} exits; give one each"
         )
+    if good.exit_weights and not any(good.exit_weights):
+        raise ConfigError("--exit-weights are all 0, so nothing would be trained; give one above 0")
+    _converted(good.plan(good.rounds), Plan)
     return good
+
+
+def _converted(settings: msgspec.Struct, kind: type[Checked]) -> Checked:
+    value: Any = msgspec.to_builtins(settings)
+    try:
+        return msgspec.convert(value, type=kind)
+    except msgspec.ValidationError as error:
+        expected, _, place = str(error).partition(" - at ")
+        found = re.search(r"\$\.([a-z0-9_.]+)", place)
+        if not found:
+            raise ConfigError(f"setting refused: {error}; see --help") from error
+        for part in found[1].split("."):
+            value = value[part]
+        raise ConfigError(
+            f"{flag_of(found[1])} is {one_line(repr(value))}: {expected}; see --help"
+        ) from error
+
+
+def flag_of(setting: str) -> str:
+    """The flag of a setting such as "generator.epochs"."""
+    return FLAGS.get(setting, "--" + setting.rpartition(".")[2].replace("_", "-"))
+
+
+def differences(old: RunConfig, new: RunConfig) -> str:
+    """The settings that differ, with both values; "" if none do."""
+    before, now = _flat(old), _flat(new)
+    return ", ".join(
+        f"{flag_of(key)} {one_line(repr(before.get(key)))} (now {one_line(repr(now.get(key)))})"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
+    )
+
+
+def _flat(config: RunConfig) -> dict[str, object]:
+    """Every setting by its path."""
+    whole = msgspec.to_builtins(config)
+    if config.population:
+        whole["population"] = json.loads(config.population)
+    flat: dict[str, object] = {}
+    for key, value in whole.items():
+        inner = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{key}.{name}": item for name, item in inner} if inner else {key: value}
+    return flat

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from coordinator.sampling import job_seed
 from coordinator.store import Store
 from edge_sdk.capacity import peak_bytes
 from edge_sdk.data import Examples
-from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.models.costs import segment_costs
 from edge_sdk.partition import partition_by_subject, partition_dirichlet, partition_iid
 from edge_sdk.tensors import Tensors
@@ -185,17 +185,26 @@ def choose_holders(exits: Mapping[str, int], share: float, seed: int) -> set[str
 
 
 def check_writable(path: Path) -> None:
-    """Raise ConfigError now rather than after a long run."""
+    """Raise ConfigError now rather than after a long run; leaves nothing but the folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name(path.name + ".new").touch()
-        path.with_name(path.name + ".new").unlink()
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"--out {path} is no file; give the name of one, e.g. rounds.json")
+        draft = _draft(path)
+        draft.touch(exist_ok=False)
+        draft.unlink()
     except OSError as error:
-        raise ConfigError(f"--out {path} cannot be written: {error}") from error
+        raise ConfigError(f"--out {path} cannot be written: {error}; give another") from error
+
+
+def _draft(path: Path) -> Path:
+    """A name beside `path` that nobody has."""
+    return path.with_name(f".{os.urandom(8).hex()}.new")
 
 
 def write_json(store: Store, population: Population, path: Path, extra: Mapping[str, Any]) -> None:
-    """The run as one JSON file, from the database, replaced as a whole. extra: more of its keys."""
+    """The run as one JSON file, from the database, replaced as a whole. extra: more of its keys.
+    Raises StoreError."""
     config: RunConfig = store.config
     costs = client_costs(store)
     content = {
@@ -204,10 +213,15 @@ def write_json(store: Store, population: Population, path: Path, extra: Mapping[
         "rounds": [entry | costs.get(int(str(entry["round"])), {}) for entry in store.history()],
         **extra,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".new")
-    draft.write_text(json.dumps(content, indent=1))
-    os.replace(draft, path)
+    draft = _draft(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(content, indent=1))
+        os.replace(draft, path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink()
+        raise StoreError(f"{path} cannot be written: {error}; {store.way_on()}") from error
 
 
 def client_costs(store: Store) -> dict[int, dict[str, int]]:

@@ -16,7 +16,7 @@ from coordinator.methods.base import Method, Metrics
 from coordinator.sampling import sample
 from coordinator.store import RoundTotals, Store
 from edge_sdk.data import Examples
-from edge_sdk.errors import TrainerError
+from edge_sdk.errors import ShapeError, StoreError, TrainerError
 from edge_sdk.trainer import clock, since
 
 EMPTY_ROUNDS = 3
@@ -53,7 +53,13 @@ def run_rounds(
     config = store.config
     state = store.load_checkpoint()
     if state is not None:
-        method.load_state_dict(state)
+        try:
+            method.load_state_dict(state)
+        except ShapeError as error:
+            raise StoreError(
+                f"the checkpoint of round {store.next_round() - 1} in {store.folder} is not this "
+                f"run's: {error}; put back the run's own file or start another --run-dir"
+            ) from error
     empty = 0
     while (round := store.next_round()) <= config.rounds and not should_stop():
         clients = cohort.clients()  # may wait for devices
@@ -69,7 +75,7 @@ def run_rounds(
             if empty == EMPTY_ROUNDS:
                 raise TrainerError(
                     f"round {round}: none of {len(chosen)} participants returned an update, "
-                    f"{empty} times in a row; see the lines above for why, then go on with --resume"
+                    f"{empty} times in a row; see the lines above for why; {store.way_on()}"
                 )
             continue
         empty = 0

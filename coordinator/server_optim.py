@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from coordinator.config import ServerOptions
-from edge_sdk.tensors import Tensors, check_specs, specs_of, under
+from edge_sdk.tensors import Tensors, check_finite, check_shapes, check_specs, specs_of, under
 
 
 class Server:
     """Holds the global model w, its moments and the served average: up to four models, whatever the
-    number of clients. See ServerOptions."""
+    number of clients, and during a step the new w and moments beside them. See ServerOptions."""
 
     def __init__(self, initial: Tensors, parameters: set[str], options: ServerOptions) -> None:
         self.options = options
@@ -25,16 +25,20 @@ class Server:
         self._average_weight = 0.0
 
     def step(self, aggregate: Mapping[str, Tensor]) -> None:
-        """Take one round's aggregate; tensors are new objects, the old ones stay as they were."""
+        """Take one round's aggregate; tensors are new objects, the old ones stay as they were.
+        Raises ShapeError, and then changes nothing, if the new state would not be finite."""
         options = self.options
-        new = dict(aggregate)
+        new, first, second = dict(aggregate), dict(self._first), dict(self._second)
         is_plain = options.optimizer == "fedavgm" and not options.momentum and options.lr == 1
         for name in self._parameters & set(new) if not is_plain else ():
             if new[name] is self.globals[name]:
                 continue  # nobody owned it this round: neither it nor its momentum moves
             moved = new[name] - self.globals[name]
-            new[name] = self.globals[name] + options.lr * self._direction(name, moved)
-        self.globals = new
+            direction = self._direction(name, moved, first, second)
+            new[name] = self.globals[name] + options.lr * direction
+        for held in (new, first, second):
+            check_finite(held, "the server's step")
+        self.globals, self._first, self._second = new, first, second
         # normalised geometric average: sum d^i w / sum d^i, newest first
         self._average_weight = options.ema * self._average_weight + 1
         for name, tensor in new.items():
@@ -44,24 +48,24 @@ class Server:
             else:
                 self._average[name] = torch.lerp(old, tensor, 1 / self._average_weight)
 
-    def _direction(self, name: str, moved: Tensor) -> Tensor:
-        """The step of one parameter for the aggregate's difference; updates its moments."""
-        options, old = self.options, self._first.get(name)
+    def _direction(self, name: str, moved: Tensor, first: Tensors, second: Tensors) -> Tensor:
+        """The step of one parameter for the aggregate's difference; replaces its moments in `first`
+        and `second`."""
+        options, old = self.options, first.get(name)
         if options.optimizer == "fedavgm":
-            self._first[name] = moved if old is None else moved + options.momentum * old
-            return self._first[name]
+            first[name] = moved if old is None else moved + options.momentum * old
+            return first[name]
         old = torch.zeros_like(moved) if old is None else old
-        first = options.momentum * old + (1 - options.momentum) * moved
-        square = moved.square()
-        second = self._second.get(name)
-        if second is None:
-            second = torch.full_like(moved, options.tau**2)
+        first[name] = options.momentum * old + (1 - options.momentum) * moved
+        square, spread = moved.square(), second.get(name)
+        if spread is None:
+            spread = torch.full_like(moved, options.tau**2)
         if options.optimizer == "fedadam":
-            second = options.beta2 * second + (1 - options.beta2) * square
+            spread = options.beta2 * spread + (1 - options.beta2) * square
         else:
-            second = second - (1 - options.beta2) * square * torch.sign(second - square)
-        self._first[name], self._second[name] = first, second
-        return first / (second.sqrt() + options.tau)
+            spread = spread - (1 - options.beta2) * square * torch.sign(spread - square)
+        second[name] = spread
+        return first[name] / (spread.sqrt() + options.tau)
 
     def served(self) -> Tensors:
         """The model to deploy: the average of the globals, or the last one."""
@@ -78,6 +82,14 @@ class Server:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ShapeError if the state is another model's. Tensors keep the model's order: a
         checkpoint file has its own, and the wire's tensor lists follow the model's."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.globals.items()}
+        for part in ("first/", "second/", "average/"):
+            held = under(state, part)
+            check_shapes(
+                held, {n: s for n, s in shapes.items() if n in held}, f"checkpoint, {part}"
+            )
+        rest = {name: tensor for name, tensor in state.items() if "/" not in name}
+        check_shapes(rest, {"average_weight": ()}, "checkpoint, server")
         loaded = under(state, "globals/")
         check_specs(specs_of(loaded), specs_of(self.globals), "checkpoint", is_ordered=False)
         order = list(self.globals)

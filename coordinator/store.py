@@ -73,6 +73,7 @@ class Store:
         self.folder = folder
         self.config = config
         self.run = run
+        self.is_temporary = False  # deleted when the program ends
         self._db = _connect(folder)
 
     @classmethod
@@ -114,6 +115,12 @@ class Store:
                 "use the version that made it or another --run-dir"
             )
         return cls(folder, read_config(text, str(folder / DATABASE)), run)
+
+    def way_on(self, round: int | None = None) -> str:
+        """What to do after a stop or an error, as the end of its message."""
+        if self.is_temporary:
+            return "nothing was kept without --run-dir"
+        return "go on with --resume" + (f" at round {round}" if round else "")
 
     def next_round(self) -> int:
         """1 for a new run, else the one after the last that was committed."""
@@ -227,7 +234,7 @@ class Store:
             (self.folder / (name + ".new")).unlink(missing_ok=True)
             raise StoreError(
                 f"round {round} could not be saved in {self.folder}: {error}; free space or make "
-                f"it writable, then go on with --resume at round {round}"
+                f"it writable; {self.way_on(round)}"
             ) from error
         (self.folder / _checkpoint_name(round - KEPT_CHECKPOINTS)).unlink(missing_ok=True)
         return totals
@@ -238,7 +245,9 @@ class Store:
         try:
             _write_checkpoint(path, tensors, {"spec": msgspec.json.encode(spec).decode()})
         except (OSError, SafetensorError) as error:
-            raise StoreError(f"{path} cannot be written: {error}; free space, --resume") from error
+            raise StoreError(
+                f"{path} cannot be written: {error}; free space; {self.way_on()}"
+            ) from error
         return path
 
     def write_endpoint(self, endpoint: str) -> None:
@@ -305,7 +314,7 @@ class Store:
             self._db.execute(statement, values)
         except sqlite3.Error as error:
             self.rollback()
-            raise StoreError(f"{self.folder / DATABASE}: {error}; go on with --resume") from error
+            raise StoreError(f"{self.folder / DATABASE}: {error}; {self.way_on()}") from error
 
 
 def _connect(folder: Path) -> sqlite3.Connection:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import msgspec
 from msgspec.structs import replace
 
 from edge_sdk.errors import CapacityError
 from edge_sdk.profile import DeviceProfile
+from edge_sdk.wire import one_line
 
 # Peak memory of a training step over (saved activations + gradients); the rest is a few of the
 # largest activations and the kernels' scratch. Our measurement: torch 2.13 on x86, batches 16 to 64
@@ -90,6 +92,20 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     stage_s: tuple[float, ...]
     reason: str
     rows: tuple[Row, ...]
+
+
+@contextmanager
+def memory_errors(during: str) -> Iterator[None]:
+    """What torch's and Python's allocators raise, as CapacityError; other errors pass."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise CapacityError(
+            f"out of memory {during}: {one_line(str(error))}; a smaller model, batch or generator "
+            "needs less"
+        ) from error
 
 
 def uncached(cost: SegmentCost) -> SegmentCost:

@@ -231,7 +231,7 @@ def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, in
         num_examples = args.examples or len(shard)
         return (
             args.input or shard.input_shape,
-            args.classes or shard.num_classes,
+            shard.num_classes if args.classes is None else args.classes,
             num_examples,
             data_bytes,
         )

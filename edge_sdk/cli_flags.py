@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 from edge_sdk.errors import ConfigError
 
 _ENDPOINT = re.compile(r"tcp://[^/\s]+:(\*|[0-9]{1,5})")
+MAX_THREADS = 1024
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 
 
@@ -28,6 +31,26 @@ def parse_size(text: str) -> int:
     if num_bytes < 1:
         raise ConfigError(f"size {text!r}, expected one such as 512M or 1.5G")
     return num_bytes
+
+
+def whole_flag(least: int, most: int) -> Callable[[str], int]:
+    """A whole number within bounds, for argparse."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}, expected a whole number from {least} to {most}"
+            )
+        return int(text)
+
+    return parse
+
+
+def path_flag(text: str) -> Path:
+    """A path for argparse; an empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'', expected a path")
+    return Path(text)
 
 
 def size_flag(text: str) -> int:

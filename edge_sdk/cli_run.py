@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk.agent import Agent, AgentOptions
-from edge_sdk.cli_flags import add_memory_cap, checked_endpoint
+from edge_sdk.cli_flags import (
+    MAX_THREADS,
+    add_memory_cap,
+    checked_endpoint,
+    path_flag,
+    whole_flag,
+)
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import KeyPair, check_key, make_keys, read_key, read_keys
 from edge_sdk.profile import DeviceProfile, board, emulated, measure
@@ -32,11 +38,18 @@ def add_run_command(commands: Any) -> None:
     add("--coordinator", required=True, metavar="tcp://HOST:PORT")
     add("--data", required=True, help="this device's own data, a file or folder; never leaves it")
     add("--id", help="this device's name, default the host name")
-    add("--keys", type=Path, default=default_keys(), help="folder of keys, default %(default)s")
+    add(
+        "--keys", type=path_flag, default=default_keys(), help="folder of keys, default %(default)s"
+    )
     add("--server-key", help="the coordinator's public key or its file, default KEYS/server.public")
     add("--insecure", action="store_true", help="no encryption, no identity check")
     add_memory_cap(parser)
-    add("--threads", type=int, default=0, help="torch threads, default all cores")
+    add(
+        "--threads",
+        type=whole_flag(0, MAX_THREADS),
+        default=0,
+        help="torch threads, default all cores",
+    )
     add("--device", default="cpu", help="cpu or cuda, where training runs")
     add("--import", dest="imports", action="append", default=[], metavar="MODULE",
         help="Python module that registers your model families")  # fmt: skip
@@ -49,7 +62,7 @@ def add_run_command(commands: Any) -> None:
 
 def add_keys_command(commands: Any) -> None:
     parser = commands.add_parser("keys", help="make this device's key pair, print the public key")
-    parser.add_argument("--keys", type=Path, default=default_keys())
+    parser.add_argument("--keys", type=path_flag, default=default_keys())
     parser.add_argument("--id", help="this device's name, default the host name")
     parser.set_defaults(run=run_keys)
 

@@ -20,6 +20,20 @@ TEACHES: dict[str, Callable[[int, int], bool]] = {
 }
 
 
+def exit_weights(plan: Plan, first: int, last: int) -> Sequence[float]:
+    """The plan's weights of exits first..last; all ones where it has none, or only zeros for these:
+    a stage trained alone needs its own exit's loss, whatever that counts beside others.
+
+    Raises ShapeError if the plan has weights, but too few."""
+    if plan.exit_weights and len(plan.exit_weights) < last:
+        raise ShapeError(
+            f"plan has {len(plan.exit_weights)} exit weights, trains up to exit {last}; "
+            "give one per exit"
+        )
+    weights = plan.exit_weights[first - 1 : last]
+    return weights if any(weights) else (1.0,) * (last - first + 1)
+
+
 def local_loss(
     logits: Sequence[Tensor],
     labels: Tensor,

@@ -64,6 +64,23 @@ def check_specs(
         raise ShapeError(f"{where}: tensors are not in the order of the model")
 
 
+def check_shapes(
+    tensors: Mapping[str, Tensor], want: Mapping[str, Sequence[int | None]], where: str
+) -> None:
+    """Raise ShapeError unless `tensors` have the names and shapes of `want`; None: any size."""
+    missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - set(want))
+    if missing or extra:
+        raise ShapeError(
+            f"{where}: tensors missing: {_some(missing)}; not expected: {_some(extra)}"
+        )
+    for name, shape in want.items():
+        got = tuple(tensors[name].shape)
+        if len(got) != len(shape) or any(
+            size not in (None, has) for size, has in zip(shape, got, strict=True)
+        ):
+            raise ShapeError(f"{where}: {name} is {got}, expected {tuple(shape)}")
+
+
 def _some(names: Sequence[str]) -> str:
     """At most five of them: a peer may name thousands."""
     shown = ", ".join(names[:5]) or "none"

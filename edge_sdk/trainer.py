@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from edge_sdk.data import Examples
-from edge_sdk.errors import DataError, ShapeError, TrainerError
-from edge_sdk.losses import local_loss
+from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
+from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.staged import check_segments, moved, needed_names, trained_names
 from edge_sdk.optim import Optimizer
 from edge_sdk.recompute import recomputed
 from edge_sdk.tensors import Tensors, check_finite
-from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment
+from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment, one_line
 
 log = logging.getLogger(__name__)
 # BatchNorm statistics of one or two examples ruin a deep stage; such a rest is dropped.
@@ -136,7 +136,7 @@ def _train_segment(
     """Train one segment in place. Returns the number of steps and the last epoch's exit results."""
     first, last = segment.first, segment.last
     stages, heads = model.stages[first - 1 : last], model.exits[first - 1 : last]
-    weights = _exit_weights(plan, first, last)
+    weights = exit_weights(plan, first, last)
     named = dict(torch.nn.ModuleList([stages, heads]).named_parameters())
     anchor = {k: w.detach().clone() for k, w in named.items()} if plan.prox_mu else {}
     optimizer = Optimizer(list(named.values()), plan)
@@ -245,21 +245,21 @@ def _batches(n: int, batch_size: int, order: torch.Generator) -> list[Tensor]:
     return [batch for batch in batches if len(batch) >= min(MIN_BATCH, batch_size)]
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of a --device flag, tried. Raises ConfigError."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name!r}: {one_line(str(error))}; use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name!r} is not supported; use cpu or cuda")
+    return device
+
+
 def _parts(batch: Tensor, micro_batch: int) -> Sequence[Tensor]:
     """A batch in as few parts of about equal size as hold at most micro_batch each; 0: one part."""
     return batch.tensor_split(math.ceil(len(batch) / micro_batch)) if micro_batch else (batch,)
-
-
-def _exit_weights(plan: Plan, first: int, last: int) -> Sequence[float]:
-    """The plan's weights of exits first..last; none given means all ones."""
-    if not plan.exit_weights:
-        return [1.0] * (last - first + 1)
-    if len(plan.exit_weights) < last:
-        raise ShapeError(
-            f"plan has {len(plan.exit_weights)} exit weights, trains up to exit {last}; "
-            "give one per exit"
-        )
-    return plan.exit_weights[first - 1 : last]
 
 
 def check_fits(spec: ModelSpec, examples: Examples) -> None:

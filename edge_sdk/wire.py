@@ -78,7 +78,8 @@ class Segment(Struct, frozen=True, kw_only=True):
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """Local training as data. exit_weights () means all ones.
+    """Local training as data. exit_weights () means all ones; a segment whose exits all weigh 0 is
+    trained as if they weighed 1.
 
     distill_weight is that of the round: a ramp over rounds is the coordinator's, which sends every
     round's weight, and in Welcome's plan the largest. micro_batch and recompute save memory: a

@@ -17,14 +17,15 @@ from collections import deque
 
 import torch
 
+from edge_sdk.capacity import memory_errors
 from edge_sdk.data import Examples, load_shard
-from edge_sdk.errors import CapacityError, ConfigError, DataError, EdgeError
+from edge_sdk.errors import DataError, EdgeError
 from edge_sdk.models.costs import segment_costs_apart, warm_resident_bytes
 from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Pipe, PipeMessage, Resume, Train
 from edge_sdk.profile import measure_gflops, measure_layer_s
 from edge_sdk.tensors import Receiver, Sender, specs_of
-from edge_sdk.trainer import MIN_BATCH, TrainResult, clock, since, train
-from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update, one_line
+from edge_sdk.trainer import MIN_BATCH, TrainResult, clock, since, train, usable_device
+from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update
 
 log = logging.getLogger(__name__)
 WINDOW = 8  # parts asked for ahead: 4 MiB
@@ -62,13 +63,10 @@ class Worker:
         while True:
             message, payload = self._inbox.popleft() if self._inbox else self._pipe.receive()
             try:
-                self._handle(message, payload)
+                with memory_errors("while training"):
+                    self._handle(message, payload)
             except EdgeError as error:
                 self._fail(error.code, str(error))
-            except (MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "memory" not in str(error):
-                    raise
-                self._fail(CapacityError.code, f"out of memory while training: {error}")
 
     def _handle(self, message: PipeMessage, payload: memoryview) -> None:
         if isinstance(message, Estimate):
@@ -192,10 +190,7 @@ def main() -> int:
                 f"{args.data} holds {len(examples)} examples, at least {MIN_BATCH} are needed"
             )
         gflops = layer_s = 0.0
-        try:
-            torch.empty(1, device=args.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"--device {args.device}: {one_line(str(error), 300)}") from error
+        usable_device(args.device)
         if args.measure_compute:
             gflops, layer_s = (
                 measure_gflops(device=args.device),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coordinator.cohort import Assignment, Client, ClientUpdate
-from coordinator.config import GeneratorOptions, RunConfig, ServerOptions
+from coordinator.config import GeneratorOptions, RotationOptions, RunConfig, ServerOptions
 from edge_sdk.data import Examples
 from edge_sdk.wire import ModelSpec
 
@@ -56,6 +56,7 @@ def config(method: str, **changes: object) -> RunConfig:
         "generator": GeneratorOptions(
             name="svd-mlp" if method == "hypemefed" else "none", rank=4, hidden=8, epochs=3
         ),
+        "rotation": RotationOptions(mode="add" if method == "stage-rotation" else "off"),
     }
     return RunConfig(**(settings | changes))  # type: ignore[arg-type]
 

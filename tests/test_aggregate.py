@@ -132,6 +132,24 @@ def test_yogi_lets_the_second_moment_fall_slowly():
     assert falls["fedadam"] > 100 * falls["fedyogi"]
 
 
+@pytest.mark.parametrize("options", [
+    ServerOptions(lr=1000, momentum=0.5), ServerOptions(optimizer="fedyogi", lr=1000, tau=0.1),
+], ids=lambda options: options.optimizer)  # fmt: skip
+def test_a_step_that_is_not_finite_changes_nothing(options):
+    """1000 * 3e36 is above float32's 3.4e38; of 3e36 alone the square is. The next step is taken
+    as if the refused one had never been asked for."""
+    server, other = (Server(scalars(w=0.0), {"w"}, options) for _ in range(2))
+    for one in (server, other):
+        one.step(scalars(w=2.0))
+    before = server.state_dict()
+    with pytest.raises(ShapeError, match="the server's step: w holds NaN or infinite"):
+        server.step(scalars(w=3e36))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in server.state_dict().items())
+    for one in (server, other):
+        one.step(scalars(w=4.0))
+    assert torch.equal(server.globals["w"], other.globals["w"])
+
+
 CLIENTS = [client(f"c{i:02d}", 1 + (i >= 17) + (i >= 34)) for i in range(50)]  # 17, 17, 16
 
 

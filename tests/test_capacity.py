@@ -3,7 +3,15 @@
 import pytest
 from msgspec.structs import replace
 
-from edge_sdk.capacity import Choice, SegmentCost, choose_exit, peak_bytes, seconds, uncached
+from edge_sdk.capacity import (
+    Choice,
+    SegmentCost,
+    choose_exit,
+    memory_errors,
+    peak_bytes,
+    seconds,
+    uncached,
+)
 from edge_sdk.errors import CapacityError
 from edge_sdk.profile import DeviceProfile
 
@@ -189,3 +197,15 @@ def test_without_measured_compute_memory_decides_and_a_deadline_cannot_be_kept()
 def test_no_costs_are_refused():
     with pytest.raises(CapacityError, match="no exit was costed"):
         choose([cost(2, 2)])
+
+
+@pytest.mark.parametrize("error", [MemoryError("8 GiB"), RuntimeError("can't allocate memory")])
+def test_what_allocators_raise_is_a_capacity_error(error):
+    said = "out of memory while testing: (8 GiB|can't)"
+    with pytest.raises(CapacityError, match=said), memory_errors("while testing"):
+        raise error
+
+
+def test_other_runtime_errors_pass():
+    with pytest.raises(RuntimeError, match="wrong shape"), memory_errors("while testing"):
+        raise RuntimeError("wrong shape")

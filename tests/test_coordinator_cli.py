@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 from safetensors import safe_open
@@ -79,9 +83,32 @@ def test_run_folder_resumes_and_holds_the_model(tmp_path, capsys):
     (["--option", "channels"], "KEY=VALUE"),
     (["--option", "depth=3"], "no option depth"),
     (["--option", "channels=4"], "channels"),
-    (["--batch-size", "1"], "batch_size"),
-    (["--gain", "2"], "gain"),
-    (["--rounds", "0"], "rounds"),
+    (["--batch-size", "1"], "--batch-size is 1: Expected `int` >= 2"),
+    (["--gain", "2"], "--gain is 2.0"),
+    (["--rounds", "0"], "--rounds is 0: Expected `int` >= 1"),
+    (["--participants", "0"], "--participants is 0"),
+    (["--fit-epochs", "0"], "--fit-epochs is 0"),
+    (["--distill-ramp", "-1"], "--distill-ramp is -1"),
+    (["--rank", "0"], "--rank is 0"),
+    (["--hidden", "1000000000000000"], "--hidden is 1000000000000000"),
+    (["--server-lr", "inf"], "--server-lr is inf: Expected `float` <= 1000"),
+    (["--epochs", "200000"], "--epochs is 200000: Expected `int` <= 100000"),
+    (["--batch-size", "2000000"], "--batch-size is 2000000: Expected `int` <= 1000000"),
+    (["--lr", "inf"], "--lr is inf"),
+    (["--weight-decay", "1e7"], "--weight-decay is 10000000.0"),
+    (["--prox-mu", "1e7"], "--prox-mu is 10000000.0"),
+    (["--exit-weights", "1,1e7,1"], "--exit-weights is (1.0, 10000000.0, 1.0): Expected"),
+    (["--exit-weights", "0,0,0"], "--exit-weights are all 0"),
+    (["--method", "stage-rotation", "--rotation", "off"], "--rotation off is owners-mean"),
+    (["--method", "fedavg-l", "--rotation", "add"], "--rotation add has no place there"),
+    (["--option", "channels=1000000,1000000,4"], "out of memory making hypemefed"),
+    (["--option", "channels=99999999999999999999,4,4"], "channels"),
+    (["--device", "meta"], "--device 'meta' is not supported; use cpu or cuda"),
+    (["--device", "mps"], "--device 'mps'"),
+    (["--device", "cuda:99"], "--device 'cuda:99'"),
+    (["--out", "."], "--out . is no file"),
+    (["--out", "/dev/null"], "--out /dev/null is no file"),
+    (["--resume"], "--resume needs --run-dir"),
     (["--device", "tpu7"], "--device"),
     (["--alpha", "-1"], "alpha"),
     (["--exits", "0"], "exit"),
@@ -100,6 +127,107 @@ def test_wrong_usage_exits_with_two(capsys):
         main(["emulate", "--method", "fedavgx"])
     assert stop.value.code == 2
     assert "hypemefed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [
+    ["--threads", "99999999999999999999"], ["--threads", "0"], ["--processes", "0"],
+    ["--personalise", "200000"], ["--run-dir", ""], ["--out", ""],
+], ids=str)  # fmt: skip
+def test_values_that_no_run_can_have_are_wrong_usage(capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        main([*EMULATE, *flags])
+    assert stop.value.code == 2
+    assert f"argument {flags[0]}: {flags[1]!r}, expected" in capsys.readouterr().err
+
+
+def test_serve_refuses_what_devices_would(tmp_path, capsys):
+    serve = ["serve", "--run-dir", str(tmp_path / "run"), "--insecure", "--listen", "tcp://*:0"]
+    shape = ["--input", "1x8x8", "--classes", "3"]
+    for flags, said in [
+        ([*shape, "--deadline", "inf"], "--deadline is inf: Expected `float` <= 1000000000"),
+        ([*shape, "--grace", "0"], "--grace is 0.0: Expected `float` > 0"),
+        (["--input", "a", "--classes", "3"], "--input 'a' is not whole numbers, e.g. 4x4x2"),
+        (["--input", "1x8x8", "--classes", "1"], "--classes: got 1 class, expected at least 2"),
+    ]:
+        assert main([*serve, *flags]) == 1
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_zero_exit_weights_with_rotation_train_every_stage(tmp_path):
+    run = settings(tmp_path, "--exit-weights", "0,0,1")
+    assert run["rounds"][0]["returned"] == 4
+    assert run["rounds"][0]["failures"] == 0
+
+
+def test_a_result_file_is_written_beside_what_is_there(tmp_path, capsys):
+    """A folder is refused before anything is trained; a file of the draft's old name stays."""
+    (tmp_path / "folder").mkdir()
+    assert main([*EMULATE, "--out", str(tmp_path / "folder")]) == 1
+    captured = capsys.readouterr()
+    assert f"--out {tmp_path / 'folder'} is no file" in captured.err
+    assert captured.out == "", "no round was run"
+    (tmp_path / "o.json.new").write_text("mine")
+    settings(tmp_path)
+    assert (tmp_path / "o.json.new").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "o.json", "o.json.new"]
+
+
+def test_resume_names_the_settings_that_differ(tmp_path, capsys):
+    folder = ["--run-dir", str(tmp_path / "run")]
+    assert main([*EMULATE, *folder]) == 0
+    capsys.readouterr()
+    changed = ["--seed", "5", "--server-lr", "0.5", "--alpha", "2", "--option", "channels=4,4,4"]
+    assert main([*EMULATE, *folder, "--resume", *changed]) == 1
+    said = capsys.readouterr().err
+    assert "--option {} (now {'channels': (4, 4, 4)}), --seed 0 (now 5)," in said
+    assert "--server-lr 0.75 (now 0.5)" in said
+    assert "--alpha 0.5 (now 2.0)" in said
+    assert "--rounds" not in said
+
+
+def test_a_run_without_a_folder_is_not_to_be_resumed(capsys):
+    """Its clients diverge at once: nobody returns anything."""
+    assert main([*EMULATE, "--lr", "1e6", "--optimizer", "sgd"]) == 1
+    said = capsys.readouterr().err
+    assert "none of 4 participants returned an update" in said
+    assert "nothing was kept without --run-dir" in said
+    assert "--resume" not in said
+
+
+def test_a_checkpoint_of_another_method_is_refused(tmp_path, capsys):
+    flags = {"one": [], "other": ["--method", "owners-mean"], "svd": ["--generator", "svd-mlp"]}
+    for name, more in flags.items():
+        assert main([*EMULATE, *more, "--hidden", "8", "--run-dir", str(tmp_path / name)]) == 0
+    file = "round-000002.safetensors"
+    for name, source in [("one", "other"), ("one", "svd"), ("other", "one"), ("svd", "one")]:
+        folder = tmp_path / f"{name}-{source}"
+        shutil.copytree(tmp_path / name, folder)
+        shutil.copy(tmp_path / source / file, folder / file)
+        capsys.readouterr()
+        resume = [*flags[name], "--hidden", "8", "--run-dir", str(folder), "--resume"]
+        assert main([*EMULATE, *resume]) == 1
+        said = capsys.readouterr().err
+        assert f"checkpoint of round 2 in {folder} is not this run's: checkpoint" in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_of_several_processes_after_the_round(tmp_path):
+    """A terminal sends it to the whole process group."""
+    flags = ["--rounds", "500", "--run-dir", str(tmp_path / "run"), "--processes", "2"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "coordinator.cli", *EMULATE, *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    with running:
+        assert running.stdout.readline().startswith("round 1: 4 of 4 returned")
+        os.killpg(running.pid, signal.SIGINT)
+        out, said = running.communicate(timeout=120)
+    assert running.returncode == 0, said
+    rounds = out.splitlines()  # after the first, where the signal fell between two: none
+    assert all("4 of 4 returned" in line for line in rounds)
+    assert f"round {len(rounds) + 2} was next, go on with --resume" in said
 
 
 def test_debug_shows_the_traceback():

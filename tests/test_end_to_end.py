@@ -311,7 +311,7 @@ def test_a_full_disk_ends_the_run_at_its_last_round(tiny_disk, tmp_path, capsys,
         assert 1 <= last < 6
         message = server.text().splitlines()[-1]
         assert message.startswith(f"edge-coordinator: round {last + 1} could not be saved")
-        assert f"free space or make it writable, then go on with --resume at round {last + 1}" in (
+        assert f"free space or make it writable; go on with --resume at round {last + 1}" in (
             message
         )
         assert "Traceback" not in server.text()
@@ -373,7 +373,10 @@ def test_device_keys_are_checked(lone, spoil, said):
     (["--id", "../../etc"], 1, "--id"),
     (["--server-key", "short"], 1, "--server-key"),
     (["--data", "nowhere.npz"], 1, "nowhere.npz"),
+    (["--device", "meta"], 1, "--device 'meta' is not supported; use cpu or cuda"),
     (["--memory-cap", "much"], 2, "512M"),
+    (["--threads", "99999999999999999999"], 2, "from 0 to 1024"),
+    (["--keys", ""], 2, "expected a path"),
 ], ids=lambda value: value[1] if isinstance(value, list) else "")  # fmt: skip
 def test_device_flags_are_checked(lone, flags, status, said):
     ended = run_cli("edge_sdk.cli", *lone.device_flags("a", *flags))

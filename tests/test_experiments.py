@@ -190,12 +190,15 @@ def test_plots_and_the_numbers_behind_them(tmp_path: Path, capsys: pytest.Captur
                 ]
                 write(tmp_path, f"svd-mlp-k{k}", seed, rounds, alpha, flags=f"--rank {k}")
             write(tmp_path, "owners-mean", seed, served_at(0.3, 0.3), alpha)
+            moved = [{"deviation_error_stage_3": 0.8 + 0.1 * seed}]
+            learned = [evaluated(1, (0.1, 0.2), (0.2, 0.3), figures=moved[0])]
+            write(tmp_path, "default", seed, learned, alpha)
             write(tmp_path, "unknown", seed, [evaluated(1, (), ())], alpha)
     figures = tmp_path / "figures"
     assert main(["plot", "--out", str(tmp_path), "--figures", str(figures)]) == 0
     made = sorted(path.name for path in figures.glob("*.png"))
-    each = [f"{kind}-fashion-even-{a}.png" for kind in ("accuracy", "exits", "rank", "weights")
-            for a in ("0.1", "iid")]  # fmt: skip
+    kinds = ("accuracy", "deviations", "exits", "rank", "weights")
+    each = [f"{kind}-fashion-even-{alpha}.png" for kind in kinds for alpha in ("0.1", "iid")]
     assert made == sorted([*each, "alpha-fashion-even.png"])
     assert len(capsys.readouterr().out.splitlines()) == len(made)
     curves = rows_of(figures / "accuracy-fashion-even-iid.csv")
@@ -208,6 +211,8 @@ def test_plots_and_the_numbers_behind_them(tmp_path: Path, capsys: pytest.Captur
     }
     weights = rows_of(figures / "weights-fashion-even-0.1.csv")
     assert [row["mean"] for row in weights if row["label"] == "svd-mlp-k25"] == ["0.3", "0.1"]
+    (deviation,) = rows_of(figures / "deviations-fashion-even-0.1.csv")
+    assert (deviation["label"], deviation["mean"]) == ("default", "0.85")
     assert "svd-mlp-k25: previous global" in {row["label"] for row in weights}
     assert [row["x"] for row in rows_of(figures / "alpha-fashion-even.csv")][:2] == ["0.1", "IID"]
 
@@ -215,6 +220,26 @@ def test_plots_and_the_numbers_behind_them(tmp_path: Path, capsys: pytest.Captur
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_paths_from_here_reach_runs_that_start_elsewhere(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-data").mkdir()
+    grid = ["run", "--grid", "main", "--only", "owners-mean", "--regimes", "even", "--out", "o"]
+    assert main([*grid, "--alphas", "0.5", "--data", "fashion=my-data", "--dry-run"]) == 0
+    assert f"--data {tmp_path / 'my-data'} " in capsys.readouterr().out
+    assert main([*grid, "--alphas", "0.5", "--data", "fashion=digits", "--dry-run"]) == 0
+    assert "--data digits " in capsys.readouterr().out
+
+
+def test_what_no_grid_can_run_with_is_one_line(tmp_path: Path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([*DIGITS, *TINY, "--out", str(tmp_path / "file" / "x")]) == 1
+    assert f"experiments: {tmp_path / 'file' / 'x'}: Not a directory" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main([*DIGITS, "--rounds", "0", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "argument --rounds: '0', expected a whole number from 1" in capsys.readouterr().err
 
 
 def test_plot_without_matplotlib_is_one_line(tmp_path: Path, monkeypatch, capsys):

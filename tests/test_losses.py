@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from edge_sdk.errors import ConfigError, ShapeError
-from edge_sdk.losses import distillation, joint_exit_loss, proximal_term
+from edge_sdk.losses import distillation, exit_weights, joint_exit_loss, proximal_term
+from edge_sdk.wire import Plan, Segment
 
 LN3 = math.log(3.0)
 
@@ -21,6 +22,23 @@ def test_joint_exit_loss_is_the_weighted_sum():
 def test_joint_exit_loss_wants_a_weight_per_exit():
     with pytest.raises(ShapeError, match="1 exit weights for 2 exits"):
         joint_exit_loss([torch.zeros(1, 2)] * 2, torch.tensor([0]), [1.0])
+
+
+@pytest.mark.parametrize(("weights", "first", "last", "want"), [
+    ((), 1, 2, [1, 1]),
+    ((1, 0, 2), 2, 3, [0, 2]),
+    ((1, 0, 2), 2, 2, [1]),
+    ((0, 0, 2), 1, 2, [1, 1]),
+])  # fmt: skip
+def test_exit_weights_of_a_segment(weights, first, last, want):
+    plan = Plan(segments=(Segment(first=1, last=3),), exit_weights=weights)
+    assert list(exit_weights(plan, first, last)) == want
+
+
+def test_exit_weights_must_reach_the_segment():
+    plan = Plan(segments=(Segment(first=1, last=3),), exit_weights=(1.0,))
+    with pytest.raises(ShapeError, match="1 exit weights, trains up to exit 3"):
+        exit_weights(plan, 3, 3)
 
 
 def test_proximal_term_is_squared():

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from coordinator.cli import main as coordinator
+from coordinator.cohort import ClientUpdate
+from coordinator.emulate import Population
 from coordinator.store import Store
 from edge_sdk.data import DataSet
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.trainer import train
 from edge_sdk.wire import ModelSpec, Plan, Segment
-from tests.helpers import cnn, examples
+from tests.helpers import client, cnn, config, examples
 from tools.experiments import main
-from tools.probes import BINS, cka_rows, deepest_convolution, first_features, histogram
+from tools.probes import (
+    BINS,
+    cka_rows,
+    deepest_convolution,
+    first_features,
+    generated,
+    histogram,
+    population_of,
+)
 
 PLAN = Plan(segments=(Segment(first=1, last=3),), batch_size=8, lr=0.01, seed=3)
 DATA = DataSet("tiny", examples(24, 1), examples(12, 2))
@@ -87,8 +99,7 @@ def test_probe_weights_goes_on_from_a_run(method: str, tmp_path: Path, capsys):
     arguments += " --groups 1,1,1 --batch-size 8 --split iid --option channels=4,5,6 --epochs 1"
     assert coordinator([*arguments.split(), "--run-dir", str(run)]) == 0
     capsys.readouterr()
-    population = ["--clients", "3", "--groups", "1,1,1", "--split", "iid"]
-    assert main(["probe", "weights", "--run-dir", str(run), "--out", str(out), *population]) == 0
+    assert main(["probe", "weights", "--run-dir", str(run), "--out", str(out)]) == 0
     text = capsys.readouterr().out
     # the deepest convolution has 6 x 5 x 3 x 3 = 270 weights: one owner, and one mean of what was
     # generated for the two clients without it
@@ -115,10 +126,51 @@ def test_probe_weights_refuses_what_it_cannot_compare(tmp_path: Path, capsys):
     assert coordinator([*arguments.split(), "--run-dir", str(run)]) == 0
     capsys.readouterr()
     probe = ["probe", "weights", "--run-dir", str(run), "--out", str(tmp_path / "out")]
-    population = ["--clients", "3", "--groups", "0,0,3", "--split", "iid"]
-    assert main([*probe, *population]) == 1
+    assert main(probe) == 1
     assert "has no generated weights in round 2" in capsys.readouterr().err
-    assert main([*probe, *population, "--tensor", "none"]) == 1
+    assert main([*probe, "--tensor", "none"]) == 1
     assert "--tensor none is none of the model's: stages.0.0.weight" in capsys.readouterr().err
     assert main([*probe, "--rounds", "0"]) == 1
     assert "--rounds is 0, expected at least 1" in capsys.readouterr().err
+    assert main([*probe, "--clients", "4"]) == 1
+    assert "groups 0,0,3 need to sum to 4 clients" in capsys.readouterr().err
+
+
+def test_probe_cka_needs_two_depths(tmp_path: Path, capsys):
+    assert main(["probe", "cka", "--data", "digits", "--exits", "1", "--out", str(tmp_path)]) == 1
+    assert "--exits is 1, expected at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("weighting", "want"), [("examples", 25.0), ("equal", 20.0)])
+def test_probe_weighs_clients_as_the_run_does(weighting: str, want: float):
+    """The generator repeats the owners' mean of 10 and 30, seen in 1 and 3 examples."""
+    strong = client("a", 3)
+    sent = {"stages.2.0.weight": torch.zeros(2, 2)}
+    updates = [
+        ClientUpdate(
+            client=strong, tensors={"stages.2.0.weight": torch.full((2, 2), value)},
+            segments=(Segment(first=1, last=3),), num_examples=n, num_steps=1, exits=(), phases={},
+        )
+        for n, value in ((1, 10.0), (3, 30.0))
+    ]  # fmt: skip
+    (made,) = generated(Repeater(), updates, sent, 1, weighting)
+    assert torch.equal(made["stages.2.0.weight"], torch.full((2, 2), want))
+
+
+class Repeater:
+    def observe(self, update, current, weight):
+        assert weight in (1.0, 3.0)
+
+    def fit(self, current, round):
+        return {}
+
+    def generate(self, current, mean):
+        yield 1.0, mean
+
+
+def test_probe_takes_the_runs_own_clients():
+    asked = argparse.Namespace(clients=None, groups=None, split="iid", alpha=None)
+    own = Population(clients=6, groups=(3, 3), split="dirichlet", alpha=0.1, holders=0.5)
+    found = population_of(config("hypemefed", population=own.text()), asked)
+    assert found == replace(own, split="iid")
+    assert population_of(config("hypemefed"), asked).clients == 50

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import coordinator.store as store_module
-from coordinator.cohort import Absence, ClientUpdate, InProcessCohort
+from coordinator.cohort import Absence, Assignment, ClientUpdate, InProcessCohort, train_here
 from coordinator.emulate import Population, choose_holders, group_exits, split_shards, write_json
 from coordinator.methods import make_method
 from coordinator.methods.base import Metrics
 from coordinator.rounds import run_rounds
 from coordinator.store import Store
 from edge_sdk.errors import ConfigError, DataError, StoreError
-from edge_sdk.wire import ExitResult, Phase, Segment
-from tests.helpers import client, config, examples
+from edge_sdk.wire import ExitResult, Phase, Plan, Segment
+from tests.helpers import client, cnn, config, examples
 
 
 def update(who, **changes):
@@ -212,6 +212,15 @@ def test_failing_client_is_counted_and_the_round_goes_on(tmp_path):
     assert content["rounds"][0]["stages_trained"] == 12
     assert content["rounds"][0]["peak_memory_bytes"] > 0
     store.close()
+
+
+def test_a_client_without_the_memory_is_an_absence():
+    """A convolution of 10^6 x 10^6 channels takes 36 TB."""
+    plan = Plan(segments=(Segment(first=1, last=3),))
+    job = Assignment(model=cnn(channels=(10**6, 10**6, 4)), plan=plan, tensors={}, returns=())
+    found = train_here(client("a", 3), job, examples(12), "cpu")
+    assert (found.outcome, found.code) == ("failed", "capacity")
+    assert found.detail.startswith("out of memory training for a: ")
 
 
 def test_groups_and_splits():

@@ -280,6 +280,17 @@ def test_exit_weights_choose_what_is_trained():
     assert changed == {"exits.2.2.weight", "exits.2.2.bias"}
 
 
+def test_a_segment_whose_exits_weigh_nothing_is_trained_as_if_they_weighed_one():
+    """Weights 0, 0, 1: stage 2 alone and the prefix of two count with 1, stage 3 with its own."""
+    data, tensors = examples(), initial_tensors(cnn(), 0)
+    for segments in ((Segment(first=2, last=2),), (Segment(first=1, last=2),)):
+        ones = Plan(segments=segments, lr=0.1)
+        want = train(cnn(), ones, tensors, data).tensors
+        got = train(cnn(), replace(ones, exit_weights=(0.0, 0.0, 1.0)), tensors, data).tensors
+        assert all(torch.equal(want[name], got[name]) for name in want)
+        assert not torch.equal(got["exits.1.2.bias"], tensors["exits.1.2.bias"])
+
+
 def test_a_rest_too_small_for_batchnorm_is_left_out():
     data = examples(9)  # batches of 8 and 1
     result = train(cnn(), Plan(segments=PREFIX, batch_size=8), initial_tensors(cnn(), 0), data)

@@ -35,6 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, the folder of this file would stand there
 
+from edge_sdk.cli_flags import whole_flag  # noqa: E402
 from edge_sdk.errors import ConfigError, EdgeError  # noqa: E402
 from tools import figures, probes, tables  # noqa: E402
 from tools.grids import GRIDS, Grid, Setting  # noqa: E402
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--regimes", type=names, help="e.g. even; default all of the grid")
     add("--alphas", type=names, help="e.g. 0.5,iid; default all of the grid")
     add("--seeds", type=names, default=["0"], help="e.g. 0,1,2; default 0")
-    add("--rounds", type=int, help="instead of the grid's")
+    add("--rounds", type=whole_flag(1, 10**6), help="instead of the grid's")
     add("--extra", default="", help="more flags for every run, as one string")
     add("--dry-run", action="store_true", help="print the commands that are missing")
     run.set_defaults(run=run_grid)
@@ -98,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except EdgeError as error:
         print(f"experiments: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        say(f"{error.filename}: {error.strerror}; give a file or folder that can be used")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -164,10 +168,11 @@ def grid_cells(name: str, grid: Grid, args: argparse.Namespace) -> Iterator[Cell
 
 
 def source_of(item: str) -> tuple[str, str]:
+    """Name and source; runs have another current folder, so a path from here is made absolute."""
     name, equals, source = item.partition("=")
     if not (name and equals and source):
         raise ConfigError(f"--data {item!r} is not NAME=SOURCE, e.g. fashion=data/fashion-mnist")
-    return name, source
+    return name, str(Path(source).absolute()) if Path(source).exists() else source
 
 
 def picked(wanted: list[str] | None, known: Collection[str], what: str, grid: str) -> list[str]:

@@ -5,6 +5,7 @@
     rank-*        the same, against the rank k of the factorised hypernetwork
     weights-*     relative weight error of generated stages over the rounds, beside that of "use the
                   previous global": below it, a generator carries information
+    deviations-*  the same of generators that predict how owners deviate from their mean: below 1
     exits-*       accuracy of every exit after training
 
 Lines and bars are means over seeds, bands and whiskers one standard deviation, where there are
@@ -93,7 +94,11 @@ def run_plot(args: argparse.Namespace) -> int:
         of_setting = [row for row in rows if setting_of(row) == setting]
         name, title = "-".join(setting), in_words(setting)
         draw(args.figures / f"accuracy-{name}.png", accuracy_panels(here, title), ROUNDS_SERVED)
-        draw(args.figures / f"weights-{name}.png", weight_panels(here, title), ROUNDS_ERROR)
+        draw(
+            args.figures / f"weights-{name}.png", weight_panels(here, title, "error"), ROUNDS_ERROR
+        )
+        panels = weight_panels(here, title, "deviation_error")
+        draw(args.figures / f"deviations-{name}.png", panels, ROUNDS_DEVIATION)
         panels, axes = rank_panels(of_setting, title)
         draw(args.figures / f"rank-{name}.png", panels, axes)
         draw_bars(args.figures / f"exits-{name}.png", of_setting, title)
@@ -104,9 +109,8 @@ def run_plot(args: argparse.Namespace) -> int:
 
 
 ROUNDS_SERVED = Axes("round", SERVED)
-ROUNDS_ERROR = Axes(
-    "round", "relative weight error\n|predicted − trained| / |trained|", is_log=True
-)
+ROUNDS_ERROR = Axes("round", "weight error\n|predicted − trained| / |trained|", is_log=True)
+ROUNDS_DEVIATION = Axes("round", "relative error of deviations\nfrom the owners' mean", is_log=True)
 
 
 def setting_of(cell: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -135,8 +139,8 @@ def served_final(round: Mapping[str, Any]) -> float | None:
     return 100 * accuracies[-1] if accuracies else None
 
 
-def weight_panels(runs: Sequence[Run], title: str) -> list[Panel]:
-    """A panel per stage and MAX_LINES / 2 rules: each rule's own global is its reference."""
+def weight_panels(runs: Sequence[Run], title: str, figure: str) -> list[Panel]:
+    """A panel per stage and MAX_LINES / 2 rules; the reference is a rule's own global."""
     panels = []
     labels = by_label(runs)
     stages = {
@@ -144,14 +148,14 @@ def weight_panels(runs: Sequence[Run], title: str) -> list[Panel]:
         for run in runs
         for round in run.rounds
         for name in round.get("figures") or {}
-        if name.startswith("error_stage_")
+        if name.startswith(f"{figure}_stage_")
     }
     for stage in sorted(stages):
         pairs = []
         for label, group in labels.items():
             error, previous = (
                 curve(group, lambda round, name=f"{kind}_stage_{stage}": number(round, name))
-                for kind in ("error", "previous")
+                for kind in (figure, "previous")
             )
             if error:
                 pairs.append((label, error, previous))
@@ -159,7 +163,8 @@ def weight_panels(runs: Sequence[Run], title: str) -> list[Panel]:
             lines = []
             for style, (label, error, previous) in enumerate(chunk):
                 lines.append(Line(label, error, style))
-                lines.append(Line(f"{label}: previous global", previous, style, is_dashed=True))
+                if previous:
+                    lines.append(Line(f"{label}: previous global", previous, style, is_dashed=True))
             panels.append(Panel(f"{title}: stage {stage}", lines))
     return panels
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from msgspec.structs import replace
@@ -27,20 +28,19 @@ from torch import Tensor
 
 from coordinator.aggregate import OwnersMean
 from coordinator.cli_arguments import model_options, whole_numbers
-from coordinator.cohort import ClientUpdate, InProcessCohort
+from coordinator.cohort import ClientUpdate, Cohort
 from coordinator.config import RunConfig
-from coordinator.emulate import SPLITS, group_exits, split_shards
+from coordinator.emulate import SPLITS, Population, emulated_clients, emulated_cohort
 from coordinator.evaluate import linear_cka
 from coordinator.generators import Generator, make_generator
 from coordinator.methods import make_method
 from coordinator.sampling import job_seed, sample
-from coordinator.server_optim import under
 from coordinator.store import Store
-from edge_sdk.data import DataSet, Examples, load_dataset
+from edge_sdk.data import DataSet, load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import moved, place
-from edge_sdk.tensors import Tensors
+from edge_sdk.tensors import Tensors, under
 from edge_sdk.trainer import train
 from edge_sdk.wire import ModelSpec, Plan, Segment
 from tools.figures import COLOURS, pyplot
@@ -74,10 +74,10 @@ def add_command(commands: Any) -> None:
     add("--data", help="instead of the run's own")
     add("--tensor", help="name of a convolution, default the deepest")
     add("--rounds", type=int, default=1, help="to go on with before the weights are compared")
-    add("--clients", type=int, default=50)
-    add("--groups", default="17,17,16")
-    add("--split", choices=SPLITS, default="dirichlet")
-    add("--alpha", type=float, default=0.5)
+    add("--clients", type=int, help="this and the next three: instead of the run's own")
+    add("--groups")
+    add("--split", choices=SPLITS)
+    add("--alpha", type=float)
     weights.set_defaults(run=run_weights)
     for kind in (cka, weights):
         kind.add_argument("--out", type=Path, required=True, help="folder for CSV and PNG")
@@ -85,6 +85,8 @@ def add_command(commands: Any) -> None:
 
 def run_cka(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
+    if args.exits < 2:
+        raise ConfigError(f"--exits is {args.exits}, expected at least 2: depths are compared")
     rows = []
     for seed in whole_numbers(args.seeds, "--seeds"):
         data = load_dataset(args.data, seed, args.examples, args.test_examples)
@@ -196,12 +198,10 @@ def run_weights(args: argparse.Namespace) -> int:
     config, round, state = opened(args.run_dir)
     config = replace(config, data=args.data or config.data)
     data = load_dataset(config.data, config.seed, config.examples, config.test_examples)
-    shards = split_shards(
-        data.train, args.clients, split=args.split, alpha=args.alpha, seed=config.seed
-    )
-    groups = whole_numbers(args.groups, "--groups")
-    exits = group_exits(groups, args.clients, config.model.exit)
-    weights = compared(config, round, state, shards, exits, args.rounds, args.tensor)
+    population = population_of(config, args)
+    clients = emulated_clients(population, config, data.train)
+    with emulated_cohort(population, config, clients, device=torch.device("cpu")) as cohort:
+        weights = compared(config, round, state, cohort, args.rounds, args.tensor)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, values in weights.items():
         print(f"{name}: {values.numel()} weights, sd {float(values.std()):.5f}")
@@ -214,6 +214,16 @@ def run_weights(args: argparse.Namespace) -> int:
     write_csv(args.out / "weights.csv", rows)
     draw_weights(args.out / "weights.png", edges, shares)
     return 0
+
+
+def population_of(config: RunConfig, args: argparse.Namespace) -> Population:
+    """The run's own clients, or 50 where its were devices, with what the flags change."""
+    population = Population(clients=50, groups=(17, 17, 16), split="dirichlet", alpha=0.5)
+    if config.population:
+        population = msgspec.json.decode(config.population, type=Population)
+    groups = tuple(whole_numbers(args.groups, "--groups")) if args.groups else None
+    given = {"clients": args.clients, "groups": groups, "split": args.split, "alpha": args.alpha}
+    return replace(population, **{key: value for key, value in given.items() if value is not None})
 
 
 def opened(folder: Path) -> tuple[RunConfig, int, Tensors]:
@@ -233,8 +243,7 @@ def compared(
     config: RunConfig,
     round: int,
     state: Tensors,
-    shards: Sequence[Examples],
-    exits: Sequence[int],
+    cohort: Cohort,
     num_rounds: int,
     tensor: str | None,
 ) -> dict[str, Tensor]:
@@ -245,16 +254,12 @@ def compared(
     name = tensor or deepest_convolution(method.current())
     if name not in method.current():
         raise ConfigError(f"--tensor {name} is none of the model's: {', '.join(method.current())}")
-    ids = [f"client-{number:03d}" for number in range(1, len(shards) + 1)]
-    cohort = InProcessCohort(
-        dict(zip(ids, shards, strict=True)), dict(zip(ids, exits, strict=True)), config.model.exit
-    )
     generator = generator_of(config, under(state, "generator/"))
     for at in range(round, round + num_rounds):
         chosen = sample(cohort.clients(), config.participants, seed=config.seed, round=at)
         work = {client.id: method.assign(client, at) for client in chosen}
         updates = [u for u in cohort.train(work, at, 0.0) if isinstance(u, ClientUpdate)]
-        made = generated(generator, updates, method.current(), at)
+        made = generated(generator, updates, method.current(), at, config.weighting)
         method.aggregate(at, updates)
     found = {
         "trained": [u.tensors[name] for u in updates if name in u.tensors],
@@ -285,13 +290,18 @@ def generator_of(config: RunConfig, state: Tensors) -> Generator:
 
 
 def generated(
-    generator: Generator, updates: Sequence[ClientUpdate], current: Tensors, round: int
+    generator: Generator,
+    updates: Sequence[ClientUpdate],
+    current: Tensors,
+    round: int,
+    weighting: str,
 ) -> list[Tensors]:
-    """What the generator makes for clients that lack stages."""
+    """What the generator makes for clients that lack stages. weighting: of clients, the run's."""
     mean = OwnersMean()
     for update in updates:
-        generator.observe(update, current, float(update.num_examples))
-        mean.add_(update.tensors, update.num_examples)
+        weight = float(update.num_examples) if weighting == "examples" else 1.0
+        generator.observe(update, current, weight)
+        mean.add_(update.tensors, weight)
     generator.fit(current, round)
     return [tensors for _, tensors in generator.generate(current, mean.result(current))]
 

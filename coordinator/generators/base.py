@@ -27,9 +27,11 @@ class Generator(Protocol):
 
     def fit(self, current: Mapping[str, Tensor], round: int) -> dict[str, float]:
         """Learn from the round's owners. Returns figures that say how far its predictions can be
-        trusted, taken before it learned from this round: `error_stage_t` (relative, of predicted
-        against trained tensors), `previous_stage_t` (the same of the global that was sent),
-        `trust_stage_t` (0 to 1); and `generator_bytes`, the memory it held at most."""
+        trusted, taken before it learned from this round: `trust_stage_t` (0 to 1) and a relative
+        error of what it predicts: of whole tensors `error_stage_t`, against those trained, with
+        `previous_stage_t`, the same of the global that was sent; or, of a generator that predicts
+        how owners deviate from their mean, `deviation_error_stage_t`, which is 1 for the mean. And
+        `generator_bytes`, the memory it held at most."""
 
     def generate(
         self, current: Mapping[str, Tensor], mean: Mapping[str, Tensor]
@@ -38,7 +40,8 @@ class Generator(Protocol):
         mean: the owners' mean, as it was before anything was generated for its tensors."""
 
     def state_dict(self) -> Tensors: ...
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ShapeError for the state of another generator or model."""
 
 
 def generated_names(spec: ModelSpec, generate: str) -> list[str]:

@@ -37,7 +37,7 @@ from coordinator.factors import dematricise, matricise, matrix_shape
 from coordinator.generators.networks import Codec, FlatCodec, SvdCodec
 from edge_sdk.errors import ShapeError
 from edge_sdk.models.staged import place
-from edge_sdk.tensors import Tensors
+from edge_sdk.tensors import Tensors, check_shapes
 
 log = logging.getLogger(__name__)
 GATE_DECAY = 0.8
@@ -184,6 +184,8 @@ class PairGenerator:
         return state | {"fits": self._fits.clone(), "gates": self._gates.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        check_shapes(state, shapes, f"checkpoint, {self.options.name}")
         self._fits, self._gates = state["fits"].clone(), state["gates"].clone()
         kept = {name: t for name, t in state.items() if name not in ("fits", "gates")}
         self.networks.load_state_dict(kept)

@@ -37,7 +37,7 @@ from coordinator.cohort import ClientUpdate
 from coordinator.config import GeneratorOptions
 from coordinator.generators.row_memory import RowMemory
 from edge_sdk.models.staged import place
-from edge_sdk.tensors import Tensors, under
+from edge_sdk.tensors import Tensors, check_shapes, under
 
 SKETCH = 4096  # numbers kept of a stage-1 tensor; larger ones are count-sketched
 MIN_ROWS = 4
@@ -175,6 +175,12 @@ class UpdateRegression:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for number, stage in self._stages.items():
             held = under(state, f"{number}/")
+            shapes: dict[str, tuple[int | None, ...]] = {
+                "rows": (None, None), "mean": (1, None), "z": (None, None), "gain": (2,),
+            }  # fmt: skip
+            if "memory/basis" in held:  # none before the first update
+                shapes["memory/basis"] = (None, stage.basis.width)
+            check_shapes(held, shapes, f"checkpoint, update-regression of stage {number}")
             stage.basis.load_state_dict(under(held, "memory/"))
             stage.rows, stage.mean, stage.z = (held[k].clone() for k in ("rows", "mean", "z"))
             stage.gain, stage.has_mean = float(held["gain"][0]), bool(held["gain"][1])

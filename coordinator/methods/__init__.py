@@ -14,7 +14,7 @@ fedavg-l         everyone trains the whole model: the bound, not for weak device
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from msgspec.structs import replace
@@ -24,6 +24,7 @@ from coordinator.generators import make_generator
 from coordinator.methods.base import Method, Metrics
 from coordinator.methods.depthwise import DepthAveraging
 from coordinator.methods.rotation import Rule, fixed, rotation
+from edge_sdk.capacity import memory_errors
 from edge_sdk.errors import ConfigError
 
 __all__ = ["METHODS", "Method", "Metrics", "make_method"]
@@ -40,11 +41,12 @@ def owners_mean(config: RunConfig, device: Device) -> Method:
 
 
 def stage_rotation(config: RunConfig, device: Device) -> Method:
-    mode: Literal["add", "replace"] = (
-        "add" if config.rotation.mode == "off" else config.rotation.mode
-    )
-    config = replace(config, rotation=replace(config.rotation, mode=mode))
-    return DepthAveraging(config, _rotation(config))
+    if config.rotation.mode == "off":
+        raise ConfigError(
+            "method 'stage-rotation' with --rotation off is owners-mean; use --method owners-mean "
+            "or --rotation add"
+        )
+    return owners_mean(config, device)
 
 
 def stale_copy(config: RunConfig, device: Device) -> Method:
@@ -74,6 +76,8 @@ METHODS: dict[str, Callable[[RunConfig, Device], Method]] = {
     "fedavg-l": fedavg_l,
 }
 
+FIXED = ("fedavg-s", "fedavg-l")
+
 
 def make_method(config: RunConfig, device: Device = "cpu") -> Method:
     """The method that the settings name. Raises ConfigError listing the known ones."""
@@ -85,4 +89,10 @@ def make_method(config: RunConfig, device: Device = "cpu") -> Method:
             f"method {config.method!r} generates nothing, so --generator {config.generator.name} "
             "has no place there; use --method hypemefed"
         )
-    return factory(config, device)
+    if config.rotation.mode != "off" and config.method in FIXED:
+        raise ConfigError(
+            f"method {config.method!r} has the same stages for everybody, so --rotation "
+            f"{config.rotation.mode} has no place there; leave it out"
+        )
+    with memory_errors(f"making {config.method} with generator {config.generator.name}"):
+        return factory(config, device)

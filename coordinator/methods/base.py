@@ -43,4 +43,5 @@ class Method(Protocol):
         """The part of the served model that this client can run."""
 
     def state_dict(self) -> Tensors: ...
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ShapeError for the state of another method, generator or model."""

@@ -23,7 +23,7 @@ from coordinator.server_optim import Server
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import needed_names, place, trained_names
-from edge_sdk.tensors import Tensors, check_finite, specs_of, under
+from edge_sdk.tensors import Tensors, check_shapes, specs_of, under
 from edge_sdk.trainer import clock, since
 from edge_sdk.wire import ModelSpec, Phase
 
@@ -108,14 +108,12 @@ class DepthAveraging:
         return result
 
     def _step(self, aggregate: Tensors, round: int, metrics: Metrics) -> None:
-        """Take the server's step, unless finite updates summed up to what is not."""
+        """Take the server's step, unless finite updates, or --server-lr, make it infinite."""
         try:
-            check_finite(aggregate, f"aggregate of round {round}")
+            self.server.step(aggregate)
         except ShapeError as error:
-            log.error("%s; the global model stays as it was", error)
+            log.error("round %d: %s; the global model stays as it was", round, error)
             metrics.values["aggregate_refused"] = 1.0
-            return
-        self.server.step(aggregate)
 
     def current(self) -> Tensors:
         return self.server.globals
@@ -137,6 +135,9 @@ class DepthAveraging:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        parts = ("server/", "generator/") if self._generator else ("server/",)
+        rest = {name: tensor for name, tensor in state.items() if not name.startswith(parts)}
+        check_shapes(rest, {"owners": (self.spec.exit,)}, "checkpoint")
         self.server.load_state_dict(under(state, "server/"))
         self._owners = state["owners"].clone()
         if self._generator:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edge_sdk.capacity import SegmentCost, in_parts, recomputing
 from edge_sdk.errors import CapacityError, ConfigError
-from edge_sdk.losses import local_loss
+from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.lstm_cost import count_as_fused
 from edge_sdk.models.staged import needed_names, trained_names
@@ -118,9 +118,7 @@ def _cost(
     frozen = list(model.stages[: first - 1])
     with FlopCounterMode(display=False) as frozen_flops:
         features, widest = _freeze(frozen, x)
-    weights = plan.exit_weights[first - 1 : last]
-    if not any(weights):  # none given; or none for these exits, which then cannot be trained so
-        weights = (1.0,) * (last - first + 1)
+    weights = exit_weights(plan, first, last)
     with FlopCounterMode(display=False) as flops:
         saved = _step(stages, heads, named, features, weights, plan)
     with FlopCounterMode(display=False) as again_flops, torch.no_grad():

@@ -12,6 +12,7 @@ from edge_sdk.wire import ModelSpec
 
 CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 POOL: dict[int, type[nn.MaxPool1d] | type[nn.MaxPool2d]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d}
+MOST = 1_000_000  # channels or features; sizes of tensors then stay below 2^63
 FORMS = {1: "(C,)", 2: "(C, window)", 3: "(C, H, W)"}  # of an input, by its number of axes
 
 
@@ -57,15 +58,15 @@ def ratio_option(spec: ModelSpec, key: str, default: float) -> float:
 
 
 def integers_option(spec: ModelSpec, key: str, default: Sequence[int], least: int) -> list[int]:
-    """At least `least` positive integers, e.g. (32, 64, 128); a lone one stands for a list of one.
-    Raises ConfigError."""
+    """At least `least` integers from 1 to MOST, e.g. (32, 64, 128); a lone one stands for a list of
+    one. Raises ConfigError."""
     value = spec.options.get(key, tuple(default))
     values = value if isinstance(value, tuple | list) else (value,)
-    whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 1]
+    whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= MOST]
     if not len(values) == len(whole) >= least:
         raise ConfigError(
             f"model option {key} is {value!r}, expected at least {least} positive integers "
-            f"for {spec.exit} exits"
+            f"up to {MOST} for {spec.exit} exits"
         )
     return whole
 

@@ -148,6 +148,17 @@ def test_round_without_updates_changes_nothing(name):
     assert method.current() is before
 
 
+def test_a_step_that_is_not_finite_is_refused(name):
+    """Weights moved by 1e37 at a rate of 1000 would exceed float32's 3.4e38."""
+    method = fresh(name, server=ServerOptions(lr=1000.0), generator=NO_GENERATION)
+    before = method.current()
+    updates = [answer(who, method.assign(who, 1), shift=1e37) for who in COHORT]
+    assert method.aggregate(1, updates).values["aggregate_refused"] == 1.0
+    assert method.current() is before
+    for tensor in method.state_dict().values():
+        assert torch.isfinite(tensor).all()
+
+
 def test_every_storage_once(name):
     # published code registers exits twice, so every exit tensor is averaged twice
     method = fresh(name)
