@@ -1,0 +1,150 @@
+"""`edge-sdk service install|remove|status|logs` and `edge-sdk doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from edge_sdk import service
+from edge_sdk.capacity import mebibytes
+from edge_sdk.config_file import DEFAULT_CONFIG, Settings, parse_config
+from edge_sdk.errors import ConfigError
+from edge_sdk.service import ROOT
+
+log = logging.getLogger(__name__)
+STATUS = (
+    "LoadState", "UnitFileState", "ActiveState", "SubState", "StateChangeTimestamp", "StatusText",
+    "MemoryCurrent", "MemoryMax", "NRestarts", "Result", "ExecMainStatus",
+)  # fmt: skip
+
+
+def add_service_command(commands: Any) -> None:
+    parser = commands.add_parser("service", help="take part as a systemd service")
+    actions = parser.add_subparsers(required=True, metavar="install|remove|status|logs")
+
+    install = actions.add_parser("install", help="write unit and config, enable; again: upgrade")
+    install.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="default %(default)s")
+    install.add_argument("--start", action="store_true", help="start it now, or start it anew")
+    install.add_argument("--dry-run", action="store_true", help="print the unit, change nothing")
+    install.set_defaults(run=run_install)
+
+    remove = actions.add_parser("remove", help="stop, disable, delete the unit; keeps config, keys")
+    remove.add_argument("--purge", action="store_true", help="delete config, keys and cache too")
+    remove.set_defaults(run=run_remove)
+    for action in (install, remove):
+        action.add_argument("--root", type=Path, default=ROOT, metavar="DIR",
+            help="a system's folder instead of this system; systemctl is not called")  # fmt: skip
+
+    status = actions.add_parser("status", help="what it does, memory, restarts")
+    status.set_defaults(run=run_status)
+    logs = actions.add_parser("logs", help="its lines in the journal")
+    logs.add_argument("--follow", "-f", action="store_true")
+    logs.add_argument("--lines", "-n", type=int, default=50)
+    logs.set_defaults(run=run_logs)
+
+
+def run_install(args: argparse.Namespace) -> int:
+    root, config = args.root.absolute(), args.config.absolute()
+    is_here = root == ROOT
+    if args.start and not is_here:
+        raise ConfigError("--start is for this system, not for --root")
+    if not args.dry_run and is_here:
+        service.check_running_systemd()
+        check_root("service install")
+    if hidden := service.hidden_program():
+        if is_here and not args.dry_run:
+            raise ConfigError(hidden)
+        log.warning("%s", hidden)
+    settings, is_new = _settings(args, root, config)
+    service.check_visible(settings, config)
+    unit = service.unit_text(
+        settings,
+        service.own_command(root),
+        config,
+        systemd_version=service.systemd_version() if is_here else 0,
+        groups=service.existing_groups() if is_here else (),
+    )
+    if args.dry_run:
+        print(unit, end="")
+        return 0
+    service.install(root, unit)
+    print(f"wrote {service.under(root, service.UNIT)}")
+    lacking = [key for key in ("coordinator", "data") if getattr(settings, key) is None]
+    if is_new:
+        print(f"wrote {service.under(root, config)}")
+    if lacking and args.start:
+        raise ConfigError(f"{config} does not set {' and '.join(lacking)}; nothing was started")
+    if lacking:
+        print(f"next: set {' and '.join(lacking)} in {config}")
+    elif args.start:
+        service.systemctl("restart", service.NAME)
+        print("started")
+    return 0
+
+
+def _settings(args: argparse.Namespace, root: Path, config: Path) -> tuple[Settings, bool]:
+    """Of the config file, which is written if there is none; a dry run writes nothing."""
+    if args.dry_run and not service.under(root, config).exists():
+        return parse_config("", str(config)), False
+    return service.ensure_config(root, config)
+
+
+def run_remove(args: argparse.Namespace) -> int:
+    root = args.root.absolute()
+    if root == ROOT:
+        service.check_running_systemd()
+        check_root("service remove")
+    for path in service.remove(root, with_state=args.purge):
+        print(f"removed {path}")
+    return 0
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Exit status 0 while the service is active, else 1."""
+    service.check_running_systemd()
+    found = service.shown(STATUS)
+    if found.get("LoadState") == "not-found":
+        raise ConfigError("the service is not installed; run sudo edge-sdk service install")
+    print(describe(found))
+    return 0 if found["ActiveState"] == "active" else 1
+
+
+def describe(found: dict[str, str]) -> str:
+    """A screen of `systemctl show`'s properties."""
+    used, most = (_size(found.get(name, "")) for name in ("MemoryCurrent", "MemoryMax"))
+    since = found.get("StateChangeTimestamp") or "boot"
+    result = found.get("Result", "success")
+    status = found.get("ExecMainStatus", "0")
+    ended = "" if result == "success" else f" (status {status}; see edge-sdk service logs)"
+    return (
+        f"service   {found['ActiveState']} ({found.get('SubState', '')}) since {since}, "
+        f"{found.get('UnitFileState') or 'not enabled'}\n"
+        f"doing     {found.get('StatusText') or '-'}\n"
+        f"memory    {used} of at most {most}\n"
+        f"restarts  {found.get('NRestarts', '0')}, last result: {result}{ended}"
+    )
+
+
+def _size(number: str) -> str:
+    """Systemd writes "[not set]" and "infinity" too."""
+    return mebibytes(int(number)) if number.isdecimal() and int(number) < 2**60 else "-"
+
+
+def run_logs(args: argparse.Namespace) -> int:
+    """Becomes journalctl."""
+    service.check_running_systemd()
+    command = ["journalctl", "--unit", service.NAME, "--lines", str(args.lines)]
+    command += ["--follow"] if args.follow else ["--no-pager"]
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise ConfigError(f"journalctl cannot be run: {error}") from error
+
+
+def check_root(action: str) -> None:
+    if os.geteuid() != 0:
+        command = " ".join(service.own_command())  # sudo has a PATH of its own
+        raise ConfigError(f"{action} needs root; run sudo {command} {action}")
