@@ -80,9 +80,17 @@ def run_install(args: argparse.Namespace) -> int:
     if lacking:
         print(f"next: set {' and '.join(lacking)} in {config}")
     elif args.start:
-        service.systemctl("restart", service.NAME)
-        print("started")
+        _start()
     return 0
+
+
+def _start() -> None:
+    """Returns once the device is ready, having read its data."""
+    try:
+        service.systemctl("restart", service.NAME)
+    except ConfigError as error:
+        raise ConfigError("the service did not start; see edge-sdk service logs") from error
+    print("started")
 
 
 def _settings(args: argparse.Namespace, root: Path, config: Path) -> tuple[Settings, bool]:

@@ -37,12 +37,8 @@ Name = Annotated[str, Meta(min_length=1)]
 FilePath = Annotated[str, Meta(pattern=r"\A/")]
 
 
-class Bytes(int):
-    """A number of bytes, in the file a text such as "512M"."""
-
-
 class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a file may say; None: it does not. Only the types and ranges are checked."""
+    """What a file may say; None: it does not. memory_cap is a size such as "512M"."""
 
     coordinator: Name | None = None
     data: Annotated[str, Meta(pattern=r"\A(/.*|[^/]+)\Z")] | None = None
@@ -50,14 +46,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     keys: FilePath | None = None
     server_key: Name | None = None
     insecure: bool | None = None
-    memory_cap: Bytes | None = None
+    memory_cap: str | None = None
     threads: Annotated[int, Meta(ge=0, le=1024)] | None = None
     device: Annotated[str, Meta(pattern=r"\A(cpu|cuda(:[0-9]+)?)\Z")] | None = None
     imports: tuple[Name, ...] | None = msgspec.field(default=None, name="import")
 
+    @property
+    def cap_bytes(self) -> int | None:
+        return None if self.memory_cap is None else parse_size(self.memory_cap)
+
     def given(self) -> dict[str, Any]:
-        """The fields that the file sets, by the names that the flags have in argparse."""
+        """What the file sets, as argparse has it of the flags: by their names, sizes in bytes."""
         values = {name: getattr(self, name) for name in self.__struct_fields__}
+        values["memory_cap"] = self.cap_bytes
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -84,14 +85,16 @@ def parse_config(text: str, where: str) -> Settings:
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(EXPECTED)}"
             raise ConfigError(f"{_place(text, where, key)}: there is no such key; {hint}")
         try:
-            msgspec.convert({key: value}, Settings, dec_hook=_read_size)
+            msgspec.convert({key: value}, Settings)
             if key == "coordinator":
                 checked_endpoint(value, key)
+            elif key == "memory_cap":
+                parse_size(value)
         except (msgspec.ValidationError, ConfigError) as error:
             raise ConfigError(
                 f"{_place(text, where, key)}: got {_shown(value)}, expected {EXPECTED[key]}"
             ) from error
-    return msgspec.convert(raw, Settings, dec_hook=_read_size)
+    return msgspec.convert(raw, Settings)
 
 
 def _parse_toml(text: str, where: str) -> dict[str, Any]:
@@ -113,15 +116,6 @@ def _parse_toml(text: str, where: str) -> dict[str, Any]:
             'stands in "quotes"'
         ) from error
     return found
-
-
-def _read_size(kind: type, value: Any) -> Any:
-    if kind is not Bytes or not isinstance(value, str):
-        raise ValueError("expected a text such as 512M")
-    try:
-        return Bytes(parse_size(value))
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
 
 
 def _place(text: str, where: str, key: str) -> str:

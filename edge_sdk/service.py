@@ -50,7 +50,7 @@ def unit_text(
         devices.append(f"SupplementaryGroups={' '.join(joined)}")
     else:
         devices.append("PrivateUsers=yes")
-    cap = settings.memory_cap
+    cap = settings.cap_bytes
     values = {
         "COMMAND": " ".join(map(quoted, command)),
         "CONFIG": quoted(str(config)),

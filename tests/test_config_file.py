@@ -27,7 +27,7 @@ import = ["my_models"]
 
 def test_a_file_may_set_every_key():
     settings = parse_config(FULL, "file")
-    assert settings.memory_cap == 3 * 1024**3 // 2
+    assert settings.cap_bytes == settings.given()["memory_cap"] == 3 * 1024**3 // 2
     assert settings.imports == ("my_models",)
     assert (settings.threads, settings.insecure, settings.device) == (2, True, "cuda:0")
     assert settings.id == "pi-1"
