@@ -29,7 +29,7 @@ from edge_sdk.capacity import (
 )
 from edge_sdk.cli_flags import add_memory_cap, import_module
 from edge_sdk.cli_run import add_keys_command, add_run_command
-from edge_sdk.cli_service import add_service_command
+from edge_sdk.cli_service import add_doctor_command, add_service_command
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
 from edge_sdk.profile import (
     DeviceProfile,
@@ -140,6 +140,7 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     add_run_command,
     add_keys_command,
     add_service_command,
+    add_doctor_command,
 )
 
 

@@ -112,13 +112,18 @@ def device_keys(args: argparse.Namespace) -> tuple[KeyPair | None, bytes | None]
     if args.insecure:
         log.warning("--insecure: nothing is encrypted and anybody can pretend to be this device")
         return None, None
-    keys = read_keys(args.keys, DEVICE_KEYS)
-    given = args.server_key
-    if given is None:
-        return keys, read_key(args.keys / f"{SERVER_KEYS}.public")
-    if Path(given).exists():
-        return keys, read_key(Path(given))
-    return keys, check_key(given, "--server-key")
+    return read_all_keys(args.keys, args.server_key)
+
+
+def read_all_keys(folder: Path, server_key: str | None) -> tuple[KeyPair, bytes]:
+    """This device's pair and the coordinator's public key, which is given as text or as a file, or
+    lies beside them. Raises ConfigError."""
+    keys = read_keys(folder, DEVICE_KEYS)
+    if server_key is None:
+        return keys, read_key(folder / f"{SERVER_KEYS}.public")
+    if Path(server_key).exists():
+        return keys, read_key(Path(server_key))
+    return keys, check_key(server_key, "--server-key")
 
 
 def make_measure(args: argparse.Namespace) -> Callable[[int], DeviceProfile]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from edge_sdk import service
+import msgspec
+
+from edge_sdk import doctor, service
 from edge_sdk.capacity import mebibytes
+from edge_sdk.cli_run import default_keys
 from edge_sdk.config_file import DEFAULT_CONFIG, Settings, parse_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.service import ROOT
@@ -44,6 +48,22 @@ def add_service_command(commands: Any) -> None:
     logs.add_argument("--follow", "-f", action="store_true")
     logs.add_argument("--lines", "-n", type=int, default=50)
     logs.set_defaults(run=run_logs)
+
+
+def add_doctor_command(commands: Any) -> None:
+    parser = commands.add_parser("doctor", help="check all that a device needs, say what to do")
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"default {DEFAULT_CONFIG}")
+    parser.add_argument("--json", action="store_true", help="one JSON array")
+    parser.set_defaults(run=run_doctor)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Exit status 1 if a check fails; warnings are not failures."""
+    findings = doctor.examine(args.config and args.config.absolute(), default_keys())
+    done = doctor.report(findings, (lambda line: None) if args.json else print)
+    if args.json:
+        print(json.dumps(msgspec.to_builtins(done), indent=2))
+    return int(any(finding.outcome == "fail" for finding in done))
 
 
 def run_install(args: argparse.Namespace) -> int:

@@ -12,7 +12,8 @@ import pytest
 
 from tests.processes import ROOT, World, mapped_libraries
 
-LIGHT = ("", ".wire", ".errors", ".profile", ".capacity", ".keys", ".cli", ".cli_run", ".agent")
+LIGHT = ("", ".wire", ".errors", ".profile", ".capacity", ".keys", ".cli", ".cli_run", ".agent",
+         ".doctor", ".service", ".config_file", ".notify")  # fmt: skip
 HEAVY = ("torch", "numpy", "ray", "sklearn", "scipy", "rich", "safetensors", "coordinator", "tools")
 
 

@@ -143,6 +143,9 @@ def test_ready_when_the_data_is_read_without_a_coordinator(service):
     assert re.search(r"^memory    \d+\.\d MiB of at most 964\.0 MiB$", status, re.MULTILINE)
     assert "restarts  0, last result: success" in status
     assert "not reached yet; waiting for it" in service.journal()
+    doctor = service.machine.edge_sdk("doctor", check=False)
+    assert re.findall(r"^fail +(\w+)", doctor.stdout, re.MULTILINE) == ["coordinator"]
+    assert doctor.returncode == 1
     service.machine.run("systemctl", "stop", "edge-sdk")
     assert service.shown("Result") == "success"
     assert service.machine.edge_sdk("service", "status", check=False).returncode == 1
@@ -202,6 +205,9 @@ def test_a_trainer_that_is_stuck_in_a_job_starves_the_watchdog(service):
         service.begin("WatchdogSec=10s")
         service.wait_doing(r"round \d+: [1-9]\d* steps trained")
         assert service.shown("NRestarts") == "0"
+        doctor = machine.edge_sdk("doctor", check=False)
+        assert doctor.returncode == 0, doctor.stdout
+        assert f"ok    coordinator    {world.endpoint} takes this device's" in doctor.stdout
         (trainer,) = machine.processes("edge_sdk.worker --fd")
         trainer.suspend()
         service.wait_restarted()
