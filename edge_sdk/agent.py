@@ -101,8 +101,9 @@ class Agent:
                 self._tell_systemd(time.monotonic())
             if self._state.welcome:
                 self._link.send(Bye(reason="device stopped"))
-        finally:
             self._pulse.stopping()
+        finally:
+            self._pulse.close()
             if self._trainer:
                 self._trainer.end()
             self._link.close(is_final=True)

@@ -79,5 +79,8 @@ class Pulse:
         self._notifier.send(*lines)
 
     def stopping(self) -> None:
+        """On request: after an error the service manager is to see the exit status only."""
         self._notifier.send("STOPPING=1", "STATUS=stopping")
+
+    def close(self) -> None:
         self._notifier.close()

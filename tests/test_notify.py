@@ -93,6 +93,7 @@ def test_ready_and_status_are_told_when_they_change(manager):
     turn(pulse, 100.3)
     assert not manager.has_news()
     pulse.stopping()
+    pulse.close()
     assert manager.told() == ["STOPPING=1", "STATUS=stopping"]
 
 
@@ -106,7 +107,7 @@ def test_an_idle_loop_feeds_the_watchdog_once_a_second(manager):
     assert not manager.has_news()
     turn(pulse, 102.0)
     assert manager.told() == ["WATCHDOG=1"]
-    pulse.stopping()
+    pulse.close()
 
 
 def test_with_a_job_only_the_trainers_messages_feed_it(manager):
@@ -122,7 +123,7 @@ def test_with_a_job_only_the_trainers_messages_feed_it(manager):
     turn(pulse, 155.0, has_job=True)
     assert not manager.has_news()
     assert pulse.silent_s(160.0) == 10.0
-    pulse.stopping()
+    pulse.close()
 
 
 def test_the_watchdog_leaves_the_agent_time_to_end_a_silent_trainer():

@@ -98,7 +98,7 @@ class Machine:
         done = subprocess.run(
             ["nsenter", "--target", str(self.pid), "--mount", "--uts", "--ipc", "--net", "--pid",
              "--cgroup", "env", "-i", "PATH=/usr/sbin:/usr/bin", "HOME=/root", *command],
-            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, check=False,
+            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=400, check=False,
         )  # fmt: skip
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
         return done

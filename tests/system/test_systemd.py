@@ -24,7 +24,7 @@ CONFIG = "/etc/edge-sdk/config.toml"
 UNIT = "/etc/systemd/system/edge-sdk.service"
 KEYS = "/var/lib/edge-sdk/keys"
 DATA = "/srv/data.npz"
-START_S = 120.0  # two busy cores import torch in 2 to 10 s
+START_S = 300.0  # torch is imported in 2 s, or in a minute on crowded cores
 PROBE = """
 import os, pathlib
 for folder in {folders!r}:
@@ -72,13 +72,17 @@ class Service:
         """Install again and start anew, with a drop-in of these lines in [Service]."""
         folder = self.machine.path(f"{UNIT}.d")
         folder.mkdir(exist_ok=True)
-        quick = ("RestartSec=1s", "Environment=OMP_NUM_THREADS=1")
+        quick = ("RestartSec=1s", "WatchdogSec=15s", "Environment=OMP_NUM_THREADS=1")
         (folder / "test.conf").write_text("\n".join(["[Service]", *quick, *lines, ""]))
         self.machine.run("systemctl", "stop", "edge-sdk")
-        self.machine.run("journalctl", "--rotate")
-        self.machine.run("journalctl", "--vacuum-time=1us")
+        self.forget()
         done = self.machine.edge_sdk("service", "install", "--start", check=False)
         assert done.returncode == 0 or not check, f"{done.stderr}\n{self.journal()}"
+
+    def forget(self) -> None:
+        """Only what the journal says from now on counts."""
+        self.machine.run("journalctl", "--rotate")
+        self.machine.run("journalctl", "--vacuum-time=1us")
 
     def shown(self, name: str) -> str:
         return self.machine.run("systemctl", "show", "edge-sdk", "-P", name).stdout.strip()
@@ -92,10 +96,14 @@ class Service:
             "systemctl", "kill", "--kill-whom=main", f"--signal={number.name}", "edge-sdk"
         )
 
-    def wait_restarted(self, times: int = 1) -> None:
+    def restarts(self) -> int:
+        return int(self.shown("NRestarts"))
+
+    def wait_restarted(self, before: int) -> None:
+        """Until it has been restarted once more than before and is ready."""
+
         def is_back() -> bool:
-            counted, state = self.shown("NRestarts"), self.shown("ActiveState")
-            return int(counted) >= times and state == "active"
+            return self.restarts() == before + 1 and self.shown("ActiveState") == "active"
 
         try:
             wait_until(is_back, "the service is back", START_S)
@@ -117,7 +125,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory) -> Iterator[Service]:
-    """Installed, with keys and data, the device admitted; no coordinator runs yet."""
+    """Installed, with keys and data, the device admitted, running; there is no coordinator yet."""
     folder = tmp_path_factory.mktemp("systemd")
     (folder / "world").mkdir()
     with World(folder / "world", num_devices=1) as world, Machine(folder) as machine:
@@ -131,11 +139,11 @@ def service(tmp_path_factory) -> Iterator[Service]:
         machine.path(DATA).write_bytes((world.folder / "a" / "data.npz").read_bytes())
         machine.path(DATA).chmod(0o644)
         found.configure()
+        found.begin()
         yield found
 
 
 def test_ready_when_the_data_is_read_without_a_coordinator(service):
-    service.begin()
     assert service.shown("ActiveState") == "active"  # so READY=1 was sent
     service.wait_doing("waiting for the coordinator tcp://")
     status = service.machine.edge_sdk("service", "status").stdout
@@ -146,14 +154,10 @@ def test_ready_when_the_data_is_read_without_a_coordinator(service):
     doctor = service.machine.edge_sdk("doctor", check=False)
     assert re.findall(r"^fail +(\w+)", doctor.stdout, re.MULTILINE) == ["coordinator"]
     assert doctor.returncode == 1
-    service.machine.run("systemctl", "stop", "edge-sdk")
-    assert service.shown("Result") == "success"
-    assert service.machine.edge_sdk("service", "status", check=False).returncode == 1
 
 
 def test_the_keys_belong_to_the_services_own_user(service):
     """Made by root before the first start; the others are made by root after it."""
-    service.begin()
     uid = int(service.shown("UID"))
     assert uid >= 61184  # of the range for dynamic users
     service.machine.edge_sdk("keys", "--keys", "/var/lib/edge-sdk/others", "--id", "pi-2")
@@ -162,38 +166,38 @@ def test_the_keys_belong_to_the_services_own_user(service):
         assert (secret.st_uid, secret.st_mode & 0o777) == (uid, 0o600)
 
 
-def test_an_agent_that_is_stuck_is_ended_by_the_watchdog(service):
-    service.begin("WatchdogSec=5s")
-    service.kill(signal.SIGSTOP)
-    service.wait_restarted()
-    assert "Watchdog timeout (limit 5s)!" in service.journal()
-
-
-def test_after_kill_9_another_agent_starts_and_no_trainer_is_left_over(service):
-    service.begin()
-    before = service.trainers()
-    service.kill(signal.SIGKILL)
-    service.wait_restarted()
-    after = service.trainers()
-    assert len(before) == len(after) == 1
-    assert before != after
-
-
 def test_the_agent_survives_the_kill_of_its_trainer(service):
-    service.begin()
-    agent = service.shown("MainPID")
+    agent, before = service.shown("MainPID"), service.restarts()
     (trainer,) = service.machine.processes("edge_sdk.worker --fd")
     trainer.kill()
     wait_until(
         lambda: service.trainers() not in ([], [trainer.pid]), "another trainer starts", START_S
     )
-    assert (service.shown("MainPID"), service.shown("NRestarts")) == (agent, "0")
+    assert (service.shown("MainPID"), service.restarts()) == (agent, before)
+
+
+def test_after_kill_9_another_agent_starts_and_no_trainer_is_left_over(service):
+    trainers, before = service.trainers(), service.restarts()
+    service.kill(signal.SIGKILL)
+    service.wait_restarted(before)
+    others = service.trainers()
+    assert len(trainers) == len(others) == 1
+    assert trainers != others
+
+
+def test_an_agent_that_is_stuck_is_ended_by_the_watchdog(service):
+    service.forget()
+    before = service.restarts()
+    service.kill(signal.SIGSTOP)
+    service.wait_restarted(before)
+    assert "Watchdog timeout (limit 15s)!" in service.journal()
 
 
 def test_a_trainer_that_is_stuck_in_a_job_starves_the_watchdog(service):
     """Torch trains inside the sandbox; then the trainer stands still. The agent would end it after
-    minutes; a shorter watchdog is faster, and the device takes part again."""
+    minutes; the shorter watchdog of this test is faster, and the device takes part again."""
     world, machine = service.world, service.machine
+    service.forget()
     flags = world.serve_flags("--epochs", "100000", "--deadline", "100000", "--rounds", "9")
     log = world.folder / "serve.log"
     with log.open("wb") as output:
@@ -202,16 +206,16 @@ def test_a_trainer_that_is_stuck_in_a_job_starves_the_watchdog(service):
             stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment(world.mark),
         )  # fmt: skip
     try:
-        service.begin("WatchdogSec=10s")
+        before = service.restarts()
         service.wait_doing(r"round \d+: [1-9]\d* steps trained")
-        assert service.shown("NRestarts") == "0"
         doctor = machine.edge_sdk("doctor", check=False)
         assert doctor.returncode == 0, doctor.stdout
         assert f"ok    coordinator    {world.endpoint} takes this device's" in doctor.stdout
         (trainer,) = machine.processes("edge_sdk.worker --fd")
+        assert service.restarts() == before
         trainer.suspend()
-        service.wait_restarted()
-        assert "Watchdog timeout (limit 10s)!" in service.journal()
+        service.wait_restarted(before)
+        assert "Watchdog timeout (limit 15s)!" in service.journal()
         assert not trainer.is_running()
         service.wait_doing(r"round \d+: [1-9]\d* steps trained")
     except AssertionError as error:
@@ -238,7 +242,6 @@ def test_memory_is_really_limited_and_the_agent_says_so(service):
         service.journal()
     )
     machine.path("/srv/big.npz").unlink()
-    service.configure()
 
 
 def test_only_its_own_folders_can_be_written(service):
@@ -250,13 +253,12 @@ def test_only_its_own_folders_can_be_written(service):
     (site,) = machine.path(PREFIX).glob("lib/*/site-packages")
     (site / "probe.py").write_text(PROBE.format(folders=own + others))
     service.configure(import_='["probe"]')
-    service.begin()
+    service.begin("Restart=no")
     said = re.findall(r"PROBE (.*)", service.journal())
     assert [f"may write {folder}" for folder in own] == said[:-1]
     assert re.fullmatch(r"is [1-9]\d+ 0000000000000000 1 2", said[-1])
     assert not list(machine.path("/tmp").glob("probe*"))  # its /tmp is its own
     machine.path("/srv").chmod(0o755)
-    service.configure()
 
 
 def test_upgrade_keeps_keys_and_config_and_remove_does_unless_told(service):
@@ -272,6 +274,9 @@ def test_upgrade_keeps_keys_and_config_and_remove_does_unless_told(service):
     assert service.shown("MainPID") != agent
     assert all(file.read_bytes() == before for file, before in kept)
 
+    machine.run("systemctl", "stop", "edge-sdk")
+    assert service.shown("Result") == "success"
+    assert machine.edge_sdk("service", "status", check=False).returncode == 1
     machine.edge_sdk("service", "remove")
     assert not machine.path(UNIT).exists()
     assert service.shown("ActiveState") == "inactive"
