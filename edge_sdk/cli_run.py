@@ -17,14 +17,12 @@ from edge_sdk.agent import Agent, AgentOptions
 from edge_sdk.cli_flags import add_memory_cap, checked_endpoint
 from edge_sdk.config_file import read_config
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import KeyPair, check_key, make_keys, read_key, read_keys
+from edge_sdk.keys import DEVICE_KEYS, SERVER_KEYS, KeyPair, make_keys, read_all_keys
 from edge_sdk.profile import DeviceProfile, board, emulated, measure
 from edge_sdk.transport import Link
 from edge_sdk.wire import CLIENT_NAME
 
 log = logging.getLogger(__name__)
-DEVICE_KEYS = "device"
-SERVER_KEYS = "server"
 
 
 def add_run_command(commands: Any) -> None:
@@ -113,17 +111,6 @@ def device_keys(args: argparse.Namespace) -> tuple[KeyPair | None, bytes | None]
         log.warning("--insecure: nothing is encrypted and anybody can pretend to be this device")
         return None, None
     return read_all_keys(args.keys, args.server_key)
-
-
-def read_all_keys(folder: Path, server_key: str | None) -> tuple[KeyPair, bytes]:
-    """This device's pair and the coordinator's public key, which is given as text or as a file, or
-    lies beside them. Raises ConfigError."""
-    keys = read_keys(folder, DEVICE_KEYS)
-    if server_key is None:
-        return keys, read_key(folder / f"{SERVER_KEYS}.public")
-    if Path(server_key).exists():
-        return keys, read_key(Path(server_key))
-    return keys, check_key(server_key, "--server-key")
 
 
 def make_measure(args: argparse.Namespace) -> Callable[[int], DeviceProfile]:

@@ -14,7 +14,7 @@ import msgspec
 from edge_sdk import doctor, service
 from edge_sdk.capacity import mebibytes
 from edge_sdk.cli_run import default_keys
-from edge_sdk.config_file import DEFAULT_CONFIG, Settings, parse_config
+from edge_sdk.config_file import DEFAULT_CONFIG, parse_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.service import ROOT
 
@@ -68,33 +68,27 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def run_install(args: argparse.Namespace) -> int:
     root, config = args.root.absolute(), args.config.absolute()
-    is_here = root == ROOT
-    if args.start and not is_here:
-        raise ConfigError("--start is for this system, not for --root")
-    if not args.dry_run and is_here:
-        service.check_running_systemd()
-        check_root("service install")
-    if hidden := service.hidden_program():
-        if is_here and not args.dry_run:
-            raise ConfigError(hidden)
-        log.warning("%s", hidden)
-    settings, is_new = _settings(args, root, config)
+    _check_can_install(args, is_here=root == ROOT)
+    if args.dry_run and not service.under(root, config).exists():
+        settings, is_new = parse_config("", str(config)), False
+    else:
+        settings, is_new = service.ensure_config(root, config)
     service.check_visible(settings, config)
     unit = service.unit_text(
         settings,
         service.own_command(root),
         config,
-        systemd_version=service.systemd_version() if is_here else 0,
-        groups=service.existing_groups() if is_here else (),
+        systemd_version=service.systemd_version() if root == ROOT else 0,
+        groups=service.existing_groups() if root == ROOT else (),
     )
     if args.dry_run:
         print(unit, end="")
         return 0
     service.install(root, unit)
     print(f"wrote {service.under(root, service.UNIT)}")
-    lacking = [key for key in ("coordinator", "data") if getattr(settings, key) is None]
     if is_new:
         print(f"wrote {service.under(root, config)}")
+    lacking = [key for key in ("coordinator", "data") if getattr(settings, key) is None]
     if lacking and args.start:
         raise ConfigError(f"{config} does not set {' and '.join(lacking)}; nothing was started")
     if lacking:
@@ -104,6 +98,20 @@ def run_install(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_can_install(args: argparse.Namespace, *, is_here: bool) -> None:
+    """Raises ConfigError; what is wrong only with another root or a dry run is a warning."""
+    if args.start and not is_here:
+        raise ConfigError("--start is for this system, not for --root")
+    is_real = is_here and not args.dry_run
+    if is_real:
+        service.check_running_systemd()
+        check_root("service install")
+    if hidden := service.hidden_program():
+        if is_real:
+            raise ConfigError(hidden)
+        log.warning("%s", hidden)
+
+
 def _start() -> None:
     """Returns once the device is ready, having read its data."""
     try:
@@ -111,13 +119,6 @@ def _start() -> None:
     except ConfigError as error:
         raise ConfigError("the service did not start; see edge-sdk service logs") from error
     print("started")
-
-
-def _settings(args: argparse.Namespace, root: Path, config: Path) -> tuple[Settings, bool]:
-    """Of the config file, which is written if there is none; a dry run writes nothing."""
-    if args.dry_run and not service.under(root, config).exists():
-        return parse_config("", str(config)), False
-    return service.ensure_config(root, config)
 
 
 def run_remove(args: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ import msgspec
 from edge_sdk.capacity import TRAINER_ENVIRONMENT, mebibytes
 from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config
 from edge_sdk.errors import ConfigError, EdgeError
-from edge_sdk.keys import KeyPair
+from edge_sdk.keys import DEVICE_KEYS, KeyPair, read_all_keys
 from edge_sdk.profile import ROOT, board_name, memory
 from edge_sdk.service import STATE, is_hidden
 
@@ -243,8 +243,6 @@ def check_keys(
     folder: Path, server_key: str | None, *, is_insecure: bool
 ) -> tuple[tuple[KeyPair, bytes] | None, Finding]:
     """This device's pair and the coordinator's key, if both can be read."""
-    from edge_sdk.cli_run import DEVICE_KEYS, read_all_keys
-
     if is_insecure:
         advice = "everybody can read what is sent and pretend to be this device; make keys"
         return None, Finding("keys", "warn", "insecure = true", advice)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from edge_sdk.errors import ConfigError
 
+DEVICE_KEYS = "device"  # names of the two pairs of files
+SERVER_KEYS = "server"
 _TEXT = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
 
@@ -89,6 +91,17 @@ def read_keys(folder: Path, name: str) -> KeyPair:
             "does, or remove both and make new keys"
         )
     return KeyPair(public, secret)
+
+
+def read_all_keys(folder: Path, server_key: str | None) -> tuple[KeyPair, bytes]:
+    """This device's pair and the coordinator's public key, which is given as text or as a file, or
+    lies beside them. Raises ConfigError."""
+    keys = read_keys(folder, DEVICE_KEYS)
+    if server_key is None:
+        return keys, read_key(folder / f"{SERVER_KEYS}.public")
+    if Path(server_key).exists():
+        return keys, read_key(Path(server_key))
+    return keys, check_key(server_key, "--server-key")
 
 
 def read_key(path: Path) -> bytes:

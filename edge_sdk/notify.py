@@ -27,17 +27,19 @@ class Notifier:
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         self._socket = socket.socket(socket.AF_UNIX, kind) if address else None
 
-    def send(self, *lines: str) -> None:
-        """Lines such as READY=1. A manager that does not listen is no reason to stop."""
+    def send(self, *lines: str) -> bool:
+        """Lines such as READY=1. False: the manager did not take them; no reason to stop."""
         if self._socket is None or not lines:
-            return
+            return True
         try:
             self._socket.sendto("\n".join(lines).encode(), self._address)
-            self._is_failing = False
         except OSError as error:
             if not self._is_failing:
                 log.warning("systemd could not be notified: %s", error)
             self._is_failing = True
+            return False
+        self._is_failing = False
+        return True
 
     def close(self) -> None:
         if self._socket is not None:
@@ -67,16 +69,16 @@ class Pulse:
         """Once for each turn of the agent's loop."""
         lines = []
         if is_ready and not self._is_ready:
-            self._is_ready = True
             lines.append("READY=1")
         if status != self._status:
-            self._status = status
             lines.append(f"STATUS={status}")
         progress = self._heard if has_job else now
-        if progress > self._fed and now >= self._fed + FEED_S:
-            self._fed = now
+        is_fed = progress > self._fed and now >= self._fed + FEED_S
+        if is_fed:
             lines.append("WATCHDOG=1")
-        self._notifier.send(*lines)
+        if self._notifier.send(*lines):  # else the next turn says it again
+            self._is_ready, self._status = self._is_ready or is_ready, status
+            self._fed = now if is_fed else self._fed
 
     def stopping(self) -> None:
         """On request: after an error the service manager is to see the exit status only."""

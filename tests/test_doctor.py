@@ -12,9 +12,8 @@ import pytest
 from coordinator.admission import Admission, add_client
 from coordinator.hub import Hub
 from edge_sdk import cli, doctor
-from edge_sdk.cli_run import read_all_keys
 from edge_sdk.doctor import Finding
-from edge_sdk.keys import make_keys
+from edge_sdk.keys import make_keys, read_all_keys
 from tests.processes import free_port
 from tests.scripted import ANY_PORT
 

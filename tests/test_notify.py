@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-import time
+import threading
 from uuid import uuid4
 
 import pytest
@@ -16,7 +16,8 @@ from edge_sdk.notify import Notifier, Pulse
 from edge_sdk.pipe import Inspected
 from edge_sdk.wire import Fault, Hello, Ready
 from tests.helpers import examples
-from tests.scripted import WAIT_S, ScriptedCoordinator
+from tests.processes import wait_until
+from tests.scripted import ScriptedCoordinator
 from tests.test_agent import LONG, MODEL, WHOLE, give, running
 
 ENDPOINT = "tcp://host:5555"
@@ -30,10 +31,24 @@ class Manager:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(f"\0{address[1:]}" if address.startswith("@") else address)
         self._socket.settimeout(30)
+        self._thread: threading.Thread | None = None
 
     def told(self) -> list[str]:
         """The lines of one datagram; it waits for it."""
         return self._socket.recv(4096).decode().split("\n")
+
+    def collect(self) -> list[str]:
+        """A list that grows by what is told from now on."""
+        lines: list[str] = []
+
+        def read() -> None:
+            while (heard := self.told()) != [""]:  # until __exit__
+                lines.extend(heard)
+
+        self._socket.settimeout(None)
+        self._thread = threading.Thread(target=read, daemon=True)
+        self._thread.start()
+        return lines
 
     def has_news(self) -> bool:
         self._socket.setblocking(False)
@@ -48,6 +63,9 @@ class Manager:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._thread:
+            self._socket.shutdown(socket.SHUT_RDWR)
+            self._thread.join(30)
         self._socket.close()
 
 
@@ -82,6 +100,16 @@ def test_a_manager_that_is_gone_is_told_of_once(tmp_path, caplog):
         notifier.send("WATCHDOG=1")
     notifier.close()
     assert caplog.text.count("systemd could not be notified") == 1
+
+
+def test_what_the_manager_did_not_take_is_said_again(tmp_path):
+    address = str(tmp_path / "late")
+    pulse = Pulse(Notifier(address), now=100.0)
+    turn(pulse, 101.0)
+    with Manager(address) as manager:
+        turn(pulse, 101.1)
+        assert manager.told() == ["READY=1", "STATUS=waiting", "WATCHDOG=1"]
+    pulse.close()
 
 
 def test_ready_and_status_are_told_when_they_change(manager):
@@ -149,6 +177,7 @@ def test_the_status_line_says_what_the_device_does():
 def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(tmp_path, manager, monkeypatch):
     """Without a coordinator it is ready all the same. A stopped trainer is as silent as one that
     hangs in a driver: it is ended, the job given up as for lack of memory, and another starts."""
+    told = manager.collect()
     coordinator = ScriptedCoordinator()
     coordinator.hang_up()
     data = tmp_path / "shard.npz"
@@ -156,15 +185,16 @@ def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(tmp_path, manager
         with running(
             coordinator.endpoint, data, examples(24), notify_socket=manager.address
         ) as device:
-            assert manager.told() == ["STATUS=reading the data"]
-            assert "READY=1" in wait_told(manager, f"STATUS=waiting for the coordinator {ENDPOINT}")
+            waiting = f"STATUS=waiting for the coordinator {coordinator.endpoint}"
+            wait_told(told, waiting)
+            assert told.index("STATUS=reading the data") < told.index("READY=1")
             coordinator.listen_again()
             coordinator.wait_for(Hello)
             coordinator.welcome(MODEL, WHOLE)
-            wait_told(manager, f"STATUS=connected to {coordinator.endpoint}, waiting for a job")
+            wait_told(told, f"STATUS=connected to {coordinator.endpoint}, waiting for a job")
             coordinator.wait_for(Ready, lambda ready: ready.exit == 3)
             give(coordinator, 4, LONG)
-            wait_told(manager, "STATUS=round 4: ")
+            wait_told(told, "STATUS=round 4: ")
             device.trainer().suspend()
             monkeypatch.setattr(agent_module, "SILENT_S", 2.0)
             fault = coordinator.wait_for(Fault)
@@ -173,19 +203,12 @@ def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(tmp_path, manager
             assert fault.detail == (
                 "the training process said nothing for 2 s and was ended by signal 9"
             )
-            wait_told(manager, "STATUS=the training process ended; starting another")
+            wait_told(told, "STATUS=the training process ended; starting another")
             coordinator.wait_for(Ready, lambda ready: ready.exit == 2)
-        assert "STOPPING=1" in wait_told(manager, "STATUS=stopping")
+        wait_told(told, "STOPPING=1")
     finally:
         coordinator.close()
 
 
-def wait_told(manager: Manager, line: str) -> list[str]:
-    """The lines of the datagram with this line in it; those before are passed over."""
-    line = line.replace(ENDPOINT, "")
-    until = time.monotonic() + WAIT_S
-    while time.monotonic() < until:
-        lines = manager.told()
-        if any(said.startswith(line) for said in lines):
-            return lines
-    raise AssertionError(f"systemd was not told {line!r}")
+def wait_told(told: list[str], begin: str) -> None:
+    wait_until(lambda: any(line.startswith(begin) for line in told), f"systemd hears {begin!r}")

@@ -29,7 +29,7 @@ def lacks() -> str:
     """What is missing for such a machine here; "" when nothing is."""
     if os.geteuid() != 0:
         return "needs root"
-    for tool in ("unshare", "nsenter", "ip", "pivot_root"):
+    for tool in ("unshare", "nsenter", "setpriv", "ip", "pivot_root"):
         if not shutil.which(tool):
             return f"needs {tool}"
     if not Path("/lib/systemd/systemd").exists():
@@ -67,6 +67,7 @@ class Machine:
         with (self._folder / "boot.log").open("wb") as log:
             self._boot = subprocess.Popen(
                 ["sh", "-c", join, "sh", *map(str, self._groups), "--",
+                 "setpriv", "--pdeathsig=KILL",  # the machine ends with this process
                  "unshare", *namespaces, "--fork", "--kill-child",
                  "bash", str(ROOT / "tests/system/boot.sh"), str(root), packages],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
