@@ -272,7 +272,7 @@ class Agent:
             return
         stages = ", ".join(f"{g.first}-{g.last}" for g in job.plan.segments)
         log.info("round %d: job for stages %s", job.round, stages)
-        state.job, state.granted, state.retries, state.steps = job, 0, 0, 0
+        state.job, state.granted, state.retries, state.batches = job, 0, 0, 0
         state.waited_s = time.monotonic() - state.idle_since
         cache_bytes = self._chooser.cache_bytes(job.plan.segments)
         self._to_trainer(Train(job=job, cache_bytes=cache_bytes))
@@ -334,7 +334,7 @@ class Agent:
         elif state.job is None or getattr(message, "round", 0) != state.job.round:
             log.debug("trainer: %s without a job or of another", type(message).__name__)
         elif isinstance(message, Progress):
-            state.steps = message.steps
+            state.batches = message.batches
         elif isinstance(message, Update):
             waited = {"wait": Phase(wall_s=state.waited_s)}
             full = replace(message, phases={**waited, **message.phases}, retries=state.retries)

@@ -21,7 +21,9 @@ class State:
     welcome: Welcome | None = None  # None: not connected, or not welcomed yet
     terms: Welcome | None = None  # the last welcome there was
     job: Job | None = None
-    steps: int = 0  # of the job that the trainer has told of
+    batches: int = (
+        0  # of the job, trained or run through its frozen stages, that the trainer has told of
+    )
     granted: int = 0  # parts of the job asked for so far
     retries: int = 0
     idle_since: float = field(default_factory=time.monotonic)
@@ -44,7 +46,7 @@ class State:
         if self.reopen_at is not None:
             return f"refused by the coordinator {endpoint}; trying again (see the log)"
         if self.job is not None:
-            return f"round {self.job.round}: {self.steps} steps trained"
+            return f"round {self.job.round}: {self.batches} batches done"
         if self.welcome is None:
             return f"waiting for the coordinator {endpoint}"
         return f"connected to {endpoint}, waiting for a job"

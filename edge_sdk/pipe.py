@@ -72,10 +72,10 @@ class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
 
 
 class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
-    """Trainer: I am alive; of this round (0: no job) I have done so many steps."""
+    """Trainer: I am alive; of this round (0: no job) I have done so many batches."""
 
     round: Count = 0
-    steps: Count = 0
+    batches: Count = 0
 
 
 PipeMessage: TypeAlias = (

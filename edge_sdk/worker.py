@@ -57,7 +57,7 @@ class Worker:
         self._update: Update | None = None
         self._sender: Sender | None = None
         self._started = clock()
-        self._steps = 0  # of the job in training
+        self._batches = 0  # of the job, trained or run through its frozen stages
         self._told_at = 0.0
 
     def serve(self, gflops: float, layer_s: float) -> None:
@@ -100,7 +100,7 @@ class Worker:
             self._pipe.send(Estimated(model=message.model, costs=costs))
         elif isinstance(message, Train):
             self._forget()
-            self._job, self._cache_bytes, self._steps = message.job, message.cache_bytes, 0
+            self._job, self._cache_bytes, self._batches = message.job, message.cache_bytes, 0
             self._receiver = Receiver(message.job.tensors)
             self._started = clock()
             self._ask()
@@ -154,18 +154,18 @@ class Worker:
             self._pipe.send(Part(round=fetch.round, index=index), self._sender.part(index))
 
     def _is_cancelled(self) -> bool:
-        """Whether the agent dropped the job; keeps what else it said. Called before every step, so
+        """Whether the agent dropped the job; keeps what else it said. Called before every batch, so
         it also tells how far training is. EOFError: agent gone."""
         if time.monotonic() - self._told_at >= PROGRESS_S:
             self._tell_progress()
-        self._steps += 1
+        self._batches += 1
         while select.select([self._pipe], [], [], 0)[0]:
             self._inbox.append(self._pipe.receive())
         return any(isinstance(message, Cancel | Train) for message, _ in self._inbox)
 
     def _tell_progress(self) -> None:
         self._told_at = time.monotonic()
-        self._pipe.send(Progress(round=self._job.round if self._job else 0, steps=self._steps))
+        self._pipe.send(Progress(round=self._job.round if self._job else 0, batches=self._batches))
 
     def _fail(self, code: str, detail: str) -> None:
         round = self._job.round if self._job else 0
