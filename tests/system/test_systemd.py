@@ -15,10 +15,11 @@ from coordinator.admission import add_client
 from tests.processes import World, environment, wait_until
 from tests.system.machine import PREFIX, Machine, lacks
 
+LACKS = lacks()
 pytestmark = [
     pytest.mark.root,
     pytest.mark.slow,
-    pytest.mark.skipif(bool(lacks()), reason=f"no systemd can be booted: {lacks()}"),
+    pytest.mark.skipif(bool(LACKS), reason=f"no systemd can be booted: {LACKS}"),
 ]
 CONFIG = "/etc/edge-sdk/config.toml"
 UNIT = "/etc/systemd/system/edge-sdk.service"
