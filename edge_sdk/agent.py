@@ -10,17 +10,28 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from secrets import token_hex
 
 import zmq
 from msgspec.structs import replace
 
 from edge_sdk import __version__
+from edge_sdk.agent_state import HELLO_S, REFUSED_S, RESTART_S, State
 from edge_sdk.child import TrainerProcess
 from edge_sdk.chooser import Chooser, told
 from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError, VersionError
-from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, PipeMessage, Resume, Train
+from edge_sdk.notify import SILENT_S, Notifier, Pulse
+from edge_sdk.pipe import (
+    Cancel,
+    Estimate,
+    Estimated,
+    Inspected,
+    PipeMessage,
+    Progress,
+    Resume,
+    Train,
+)
 from edge_sdk.profile import DeviceProfile
 from edge_sdk.transport import Link, Payload
 from edge_sdk.wire import (
@@ -41,11 +52,8 @@ from edge_sdk.wire import (
 )
 
 log = logging.getLogger(__name__)
-HELLO_S = 2.0  # between attempts to be welcomed, grows to HELLO_MAX_S
 HELLO_MAX_S = 15.0
-REFUSED_S = 10.0  # pause after a refused handshake, doubles to REFUSED_MAX_S
 REFUSED_MAX_S = 120.0
-RESTART_S = 1.0  # pause before another trainer, doubles to RESTART_MAX_S
 RESTART_MAX_S = 60.0
 FATAL = {"version": LinkError, "admission": LinkError, "data": DataError}
 
@@ -63,28 +71,7 @@ class AgentOptions:
     measure_compute: bool = True
     imports: tuple[str, ...] = ()
     is_once: bool = False  # end when the coordinator's run ends
-
-
-@dataclass
-class _State:
-    """What changes while the agent runs."""
-
-    inspected: Inspected | None = None
-    welcome: Welcome | None = None  # None: not connected, or not welcomed yet
-    terms: Welcome | None = None  # the last welcome there was
-    job: Job | None = None
-    granted: int = 0  # parts of the job asked for so far
-    retries: int = 0
-    idle_since: float = field(default_factory=time.monotonic)
-    waited_s: float = 0.0
-    next_hello: float = 0.0
-    hello_pause_s: float = HELLO_S
-    next_heartbeat: float = 0.0
-    reopen_at: float | None = None  # the link is closed until then
-    refused_pause_s: float = REFUSED_S
-    restart_at: float | None = None  # there is no trainer until then
-    restart_pause_s: float = RESTART_S
-    is_told: bool = False  # "not reached yet" has been said
+    notify_socket: str = ""  # systemd's NOTIFY_SOCKET
 
 
 class Agent:
@@ -94,9 +81,10 @@ class Agent:
         self._link = link
         self._options = options
         self._session = token_hex(8)
+        self._pulse = Pulse(Notifier(options.notify_socket), time.monotonic())
         self._trainer: TrainerProcess | None = self._start_trainer(options.measure_compute)
         self._chooser = Chooser()
-        self._state = _State()
+        self._state = State()
         self._is_stopping = False
 
     def stop(self) -> None:
@@ -110,9 +98,12 @@ class Agent:
                 self._read_trainer()
                 self._read_link()
                 self._on_time(time.monotonic())
+                self._tell_systemd(time.monotonic())
             if self._state.welcome:
                 self._link.send(Bye(reason="device stopped"))
+            self._pulse.stopping()
         finally:
+            self._pulse.close()
             if self._trainer:
                 self._trainer.end()
             self._link.close(is_final=True)
@@ -141,6 +132,7 @@ class Agent:
         except (EOFError, OSError):
             self._on_trainer_death(self._trainer)
             return
+        self._pulse.heard(time.monotonic())
         self._from_trainer(message, payload)
 
     def _read_link(self) -> None:
@@ -165,8 +157,11 @@ class Agent:
             self._from_coordinator(*received)
 
     def _on_time(self, now: float) -> None:
-        """Hello until welcomed, heartbeats afterwards; what was put off."""
+        """Hello until welcomed, then heartbeats; what was put off; a trainer that is stuck."""
         state = self._state
+        if self._trainer and self._pulse.silent_s(now) > SILENT_S:
+            self._trainer.end_silent(SILENT_S)
+            self._on_trainer_death(self._trainer)
         if state.restart_at is not None and now >= state.restart_at:
             state.restart_at = None
             self._trainer = self._start_trainer(measure_compute=False)
@@ -185,6 +180,15 @@ class Agent:
                 self._link.open()
             elif state.job is None:
                 self._tell_choice()  # memory may have changed
+
+    def _tell_systemd(self, now: float) -> None:
+        state = self._state
+        self._pulse.turn(
+            now,
+            is_ready=state.inspected is not None,
+            has_job=state.job is not None,
+            status=state.doing(self._link.endpoint),
+        )
 
     # -- coordinator -------------------------------------------------------------------------
 
@@ -268,7 +272,7 @@ class Agent:
             return
         stages = ", ".join(f"{g.first}-{g.last}" for g in job.plan.segments)
         log.info("round %d: job for stages %s", job.round, stages)
-        state.job, state.granted, state.retries = job, 0, 0
+        state.job, state.granted, state.retries, state.batches = job, 0, 0, 0
         state.waited_s = time.monotonic() - state.idle_since
         cache_bytes = self._chooser.cache_bytes(job.plan.segments)
         adapted = replace(job, plan=self._chooser.adapted(job.plan))
@@ -305,6 +309,7 @@ class Agent:
 
     def _start_trainer(self, measure_compute: bool) -> TrainerProcess:
         options = self._options
+        self._pulse.heard(time.monotonic())
         return TrainerProcess(
             options.data,
             threads=options.threads,
@@ -328,7 +333,9 @@ class Agent:
         elif isinstance(message, Fault):
             self._on_trainer_fault(message)
         elif state.job is None or getattr(message, "round", 0) != state.job.round:
-            log.debug("trainer: %s of a dropped round", type(message).__name__)
+            log.debug("trainer: %s without a job or of another", type(message).__name__)
+        elif isinstance(message, Progress):
+            state.batches = message.batches
         elif isinstance(message, Update):
             waited = {"wait": Phase(wall_s=state.waited_s)}
             full = replace(message, phases={**waited, **message.phases}, retries=state.retries)

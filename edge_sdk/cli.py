@@ -38,6 +38,7 @@ from edge_sdk.cli_infer import (
     add_infer_report_command,
 )
 from edge_sdk.cli_run import add_keys_command, add_run_command
+from edge_sdk.cli_service import add_doctor_command, add_service_command
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
 from edge_sdk.profile import (
     DeviceProfile,
@@ -154,6 +155,8 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     add_infer_command,
     add_calibrate_command,
     add_infer_report_command,
+    add_service_command,
+    add_doctor_command,
 )
 
 

@@ -21,54 +21,66 @@ from edge_sdk.cli_flags import (
     path_flag,
     whole_flag,
 )
+from edge_sdk.config_file import read_config
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import KeyPair, check_key, make_keys, read_key, read_keys
+from edge_sdk.keys import DEVICE_KEYS, SERVER_KEYS, KeyPair, make_keys, read_all_keys
 from edge_sdk.profile import DeviceProfile, board, emulated, measure
 from edge_sdk.transport import Link
 from edge_sdk.wire import CLIENT_NAME
 
 log = logging.getLogger(__name__)
-DEVICE_KEYS = "device"
-SERVER_KEYS = "server"
 
 
 def add_run_command(commands: Any) -> None:
     parser = commands.add_parser("run", help="take part: connect, train what fits, go on")
     add = parser.add_argument
-    add("--coordinator", required=True, metavar="tcp://HOST:PORT")
-    add("--data", required=True, help="this device's own data, a file or folder; never leaves it")
+    add("--config", type=Path, metavar="FILE", help="settings; flags given here win over them")
+    add("--coordinator", metavar="tcp://HOST:PORT")
+    add("--data", help="this device's own data, a file or folder; never leaves it")
     add("--id", help="this device's name, default the host name")
-    add(
-        "--keys", type=path_flag, default=default_keys(), help="folder of keys, default %(default)s"
-    )
+    add("--keys", type=path_flag, help=f"folder of keys, default {default_keys()}")
     add("--server-key", help="the coordinator's public key or its file, default KEYS/server.public")
-    add("--insecure", action="store_true", help="no encryption, no identity check")
+    add("--insecure", action="store_true", default=None, help="no encryption, no identity check")
     add_memory_cap(parser)
-    add(
-        "--threads",
-        type=whole_flag(0, MAX_THREADS),
-        default=0,
-        help="torch threads, default all cores",
-    )
-    add("--device", default="cpu", help="cpu or cuda, where training runs")
-    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
+    add("--threads", type=whole_flag(0, MAX_THREADS), help="torch threads, default all cores")
+    add("--device", help="cpu or cuda, where training runs; default cpu")
+    add("--import", dest="imports", action="append", metavar="MODULE",
         help="Python module that registers your model families")  # fmt: skip
     add("--board", help="emulate this board: its memory, speed and link instead of this machine's")
     add("--host-gflops", type=float, default=0.0, help="with --board: speed of one thread here")
     add("--host-layer-us", type=float, default=0.0, help="with --board: overhead of a layer here")
     add("--once", action="store_true", help="end when the coordinator's run ends")
-    parser.set_defaults(run=run_device)
+    parser.set_defaults(run=run_device, usage_error=parser.error)
 
 
 def add_keys_command(commands: Any) -> None:
     parser = commands.add_parser("keys", help="make this device's key pair, print the public key")
-    parser.add_argument("--keys", type=path_flag, default=default_keys())
+    parser.add_argument("--config", type=Path, metavar="FILE", help="take id and keys from there")
+    parser.add_argument("--keys", type=path_flag, help=f"folder of keys, default {default_keys()}")
     parser.add_argument("--id", help="this device's name, default the host name")
     parser.set_defaults(run=run_keys)
 
 
+def settle(args: argparse.Namespace) -> None:
+    """Fill in what no flag gave: from the config file, else the default. Raises ConfigError."""
+    given = read_config(args.config).given() if args.config else {}
+    defaults = {
+        "keys": default_keys(), "insecure": False, "threads": 0, "device": "cpu", "imports": [],
+    }  # fmt: skip
+    for name, value in (defaults | given).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.keys = Path(args.keys)
+
+
 def run_device(args: argparse.Namespace) -> int:
     """Runs until stopped by a signal, or with --once until the coordinator's run ends."""
+    settle(args)
+    for name in ("coordinator", "data"):
+        if getattr(args, name) is None and args.config:
+            raise ConfigError(f"{args.config} does not set {name}; add it there")
+        if getattr(args, name) is None:
+            args.usage_error(f"give --{name}, or a --config FILE that sets {name}")
     client_id, endpoint = checked_id(args.id), checked_endpoint(args.coordinator, "--coordinator")
     keys, server_key = device_keys(args)
     options = AgentOptions(
@@ -80,6 +92,7 @@ def run_device(args: argparse.Namespace) -> int:
         measure_compute=args.board is None,
         imports=tuple(args.imports),
         is_once=args.once,
+        notify_socket=os.environ.pop("NOTIFY_SOCKET", ""),  # the trainer has nothing to say there
     )
     agent = Agent(Link(endpoint, keys, server_key), options)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -89,6 +102,7 @@ def run_device(args: argparse.Namespace) -> int:
 
 
 def run_keys(args: argparse.Namespace) -> int:
+    settle(args)
     client_id = checked_id(args.id)
     keys = make_keys(args.keys, DEVICE_KEYS)
     print(f"wrote {args.keys / DEVICE_KEYS}.public and .secret; on the coordinator run")
@@ -102,13 +116,7 @@ def device_keys(args: argparse.Namespace) -> tuple[KeyPair | None, bytes | None]
     if args.insecure:
         log.warning("--insecure: nothing is encrypted and anybody can pretend to be this device")
         return None, None
-    keys = read_keys(args.keys, DEVICE_KEYS)
-    given = args.server_key
-    if given is None:
-        return keys, read_key(args.keys / f"{SERVER_KEYS}.public")
-    if Path(given).exists():
-        return keys, read_key(Path(given))
-    return keys, check_key(given, "--server-key")
+    return read_all_keys(args.keys, args.server_key)
 
 
 def make_measure(args: argparse.Namespace) -> Callable[[int], DeviceProfile]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from edge_sdk.errors import ConfigError
 
+DEVICE_KEYS = "device"  # names of the two pairs of files
+SERVER_KEYS = "server"
 _TEXT = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
 
@@ -30,7 +32,10 @@ class KeyPair:
 
 
 def make_keys(folder: Path, name: str) -> KeyPair:
-    """Make NAME.public and NAME.secret in `folder`. Raises ConfigError if they are there."""
+    """Make NAME.public and NAME.secret in `folder`. Raises ConfigError if they are there.
+
+    What root makes in another user's folder belongs to that user: the service's keys, made by an
+    administrator, are read by the service's own user."""
     import zmq
 
     public_file, secret_file = folder / f"{name}.public", folder / f"{name}.secret"
@@ -39,12 +44,15 @@ def make_keys(folder: Path, name: str) -> KeyPair:
         for file in (public_file, secret_file):
             if file.exists():
                 raise ConfigError(f"{file} exists; a key is never overwritten, remove it first")
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(secret_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        owner = (folder.parent if is_new else folder).stat()
+        owner_ids = (owner.st_uid, owner.st_gid) if os.geteuid() == 0 else None
+        if is_new and owner_ids:
+            os.chown(folder, *owner_ids, follow_symlinks=False)
         try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(secret + b"\n")
-            public_file.write_bytes(public + b"\n")
+            _write_new(secret_file, secret, 0o600, owner_ids)
+            _write_new(public_file, public, 0o644, owner_ids)
         except OSError:
             for file in (secret_file, public_file):
                 file.unlink(missing_ok=True)
@@ -52,6 +60,15 @@ def make_keys(folder: Path, name: str) -> KeyPair:
     except OSError as error:
         raise ConfigError(f"keys cannot be written to {folder}: {error}") from error
     return KeyPair(public, secret)
+
+
+def _write_new(file: Path, key: bytes, mode: int, owner_ids: tuple[int, int] | None) -> None:
+    """O_EXCL, and the owner by the open file: a link put there meanwhile is not followed."""
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(handle, "wb") as stream:
+        if owner_ids:
+            os.fchown(handle, *owner_ids)
+        stream.write(key + b"\n")
 
 
 def read_keys(folder: Path, name: str) -> KeyPair:
@@ -74,6 +91,17 @@ def read_keys(folder: Path, name: str) -> KeyPair:
             "does, or remove both and make new keys"
         )
     return KeyPair(public, secret)
+
+
+def read_all_keys(folder: Path, server_key: str | None) -> tuple[KeyPair, bytes]:
+    """This device's pair and the coordinator's public key, which is given as text or as a file, or
+    lies beside them. Raises ConfigError."""
+    keys = read_keys(folder, DEVICE_KEYS)
+    if server_key is None:
+        return keys, read_key(folder / f"{SERVER_KEYS}.public")
+    if Path(server_key).exists():
+        return keys, read_key(Path(server_key))
+    return keys, check_key(server_key, "--server-key")
 
 
 def read_key(path: Path) -> bytes:

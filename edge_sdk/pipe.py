@@ -71,8 +71,25 @@ class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
     """Agent: the link is back; ask again for what lacks, or announce the update again."""
 
 
+class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
+    """Trainer: I am alive; of this round (0: no job) I have done so many batches."""
+
+    round: Count = 0
+    batches: Count = 0
+
+
 PipeMessage: TypeAlias = (
-    Inspected | Estimate | Estimated | Train | Cancel | Resume | Fetch | Part | Update | Fault
+    Inspected
+    | Estimate
+    | Estimated
+    | Train
+    | Cancel
+    | Resume
+    | Progress
+    | Fetch
+    | Part
+    | Update
+    | Fault
 )
 _DECODER: msgspec.msgpack.Decoder[PipeMessage] = msgspec.msgpack.Decoder(PipeMessage)
 _ENCODER = msgspec.msgpack.Encoder()

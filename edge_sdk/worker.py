@@ -13,6 +13,7 @@ import logging
 import select
 import socket
 import sys
+import time
 from collections import deque
 
 import torch
@@ -21,7 +22,17 @@ from edge_sdk.capacity import memory_errors
 from edge_sdk.data import Examples, load_shard
 from edge_sdk.errors import DataError, EdgeError
 from edge_sdk.models.costs import segment_costs_apart, warm_resident_bytes
-from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Pipe, PipeMessage, Resume, Train
+from edge_sdk.pipe import (
+    Cancel,
+    Estimate,
+    Estimated,
+    Inspected,
+    Pipe,
+    PipeMessage,
+    Progress,
+    Resume,
+    Train,
+)
 from edge_sdk.profile import measure_gflops, measure_layer_s
 from edge_sdk.tensors import Receiver, Sender, specs_of
 from edge_sdk.trainer import MIN_BATCH, TrainResult, clock, since, train, usable_device
@@ -29,6 +40,8 @@ from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update
 
 log = logging.getLogger(__name__)
 WINDOW = 8  # parts asked for ahead: 4 MiB
+PROGRESS_S = 1.0  # between signs of life while training
+IDLE_S = 30.0  # and while waiting for messages
 
 
 class Worker:
@@ -46,6 +59,8 @@ class Worker:
         self._update: Update | None = None
         self._sender: Sender | None = None
         self._started = clock()
+        self._batches = 0  # of the job, trained or run through its frozen stages
+        self._told_at = 0.0
 
     def serve(self, gflops: float, layer_s: float) -> None:
         """Handle messages until the agent is gone (EOFError)."""
@@ -61,12 +76,20 @@ class Worker:
             )
         )
         while True:
-            message, payload = self._inbox.popleft() if self._inbox else self._pipe.receive()
+            message, payload = self._next()
             try:
                 with memory_errors("while training"):
                     self._handle(message, payload)
             except EdgeError as error:
                 self._fail(error.code, str(error))
+
+    def _next(self) -> tuple[PipeMessage, memoryview]:
+        """The next message, waiting for it with a sign of life now and then."""
+        if self._inbox:
+            return self._inbox.popleft()
+        while not select.select([self._pipe], [], [], IDLE_S)[0]:
+            self._tell_progress()
+        return self._pipe.receive()
 
     def _handle(self, message: PipeMessage, payload: memoryview) -> None:
         if isinstance(message, Estimate):
@@ -76,7 +99,7 @@ class Worker:
             self._pipe.send(Estimated(model=message.model, costs=costs))
         elif isinstance(message, Train):
             self._forget()
-            self._job, self._cache_bytes = message.job, message.cache_bytes
+            self._job, self._cache_bytes, self._batches = message.job, message.cache_bytes, 0
             self._receiver = Receiver(message.job.tensors)
             self._started = clock()
             self._ask()
@@ -111,6 +134,7 @@ class Worker:
         download = since(self._started)
         tensors = self._receiver.tensors()
         self._receiver = None  # the trainer's model is the only copy while it trains
+        self._tell_progress()
         result = train(
             job.model,
             job.plan,
@@ -132,10 +156,18 @@ class Worker:
             self._pipe.send(Part(round=fetch.round, index=index), self._sender.part(index))
 
     def _is_cancelled(self) -> bool:
-        """Whether the agent dropped the job; keeps what else it said. EOFError: agent gone."""
+        """Whether the agent dropped the job; keeps what else it said. Called before every batch, so
+        it also tells how far training is. EOFError: agent gone."""
+        if time.monotonic() - self._told_at >= PROGRESS_S:
+            self._tell_progress()
+        self._batches += 1
         while select.select([self._pipe], [], [], 0)[0]:
             self._inbox.append(self._pipe.receive())
         return any(isinstance(message, Cancel | Train) for message, _ in self._inbox)
+
+    def _tell_progress(self) -> None:
+        self._told_at = time.monotonic()
+        self._pipe.send(Progress(round=self._job.round if self._job else 0, batches=self._batches))
 
     def _fail(self, code: str, detail: str) -> None:
         round = self._job.round if self._job else 0

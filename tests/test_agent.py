@@ -63,7 +63,9 @@ NAN = float("nan")
 class Device:
     """An agent that runs in a thread. measure() gives `memory_bytes`, which a test may change."""
 
-    def __init__(self, link: Link, data: Path, *, is_once: bool = False) -> None:
+    def __init__(
+        self, link: Link, data: Path, *, is_once: bool = False, notify_socket: str = ""
+    ) -> None:
         self.data = data
         self.memory_bytes = 64 * GIB
         self.error: EdgeError | None = None
@@ -76,6 +78,7 @@ class Device:
                 threads=1,
                 measure_compute=False,
                 is_once=is_once,
+                notify_socket=notify_socket,
             ),
         )
         # Pauses that are seconds on a board, like those in quick_retries.

@@ -17,6 +17,7 @@ from zmq.utils import z85
 
 from coordinator.admission import Admission, add_client, parse_clients
 from coordinator.hub import Hub
+from edge_sdk import keys
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import KeyPair, check_key, make_keys, read_key, read_keys
 
@@ -158,16 +159,30 @@ def test_files_that_are_not_a_pair_are_refused(tmp_path):
 
 
 def test_a_pair_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    def full(path, data):
-        path.touch()
-        raise OSError(errno.ENOSPC, "No space left on device")
+    write = keys._write_new
+
+    def full(file, *rest):
+        write(file, *rest)
+        if file.suffix == ".public":
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(keys, "_write_new", full)
         with pytest.raises(ConfigError, match="keys cannot be written to .*No space left"):
             make_keys(tmp_path, "device")
     assert list(tmp_path.iterdir()) == []
     assert make_keys(tmp_path, "device")
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root rights")
+@pytest.mark.parametrize("folder", [".", "keys"], ids=["there", "new"])
+def test_what_root_makes_belongs_to_the_owner_of_the_folder(tmp_path, folder):
+    os.chown(tmp_path, 4711, 4712)
+    make_keys(tmp_path / folder, "device")
+    for file in (tmp_path / folder, *(tmp_path / folder).iterdir()):
+        assert (file.stat().st_uid, file.stat().st_gid) == (4711, 4712)
+    assert mode_of(tmp_path / folder / "device.secret") == 0o600
 
 
 def test_a_folder_that_cannot_be_looked_into_is_an_error(tmp_path):

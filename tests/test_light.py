@@ -13,7 +13,7 @@ import pytest
 from tests.processes import ROOT, World, mapped_libraries
 
 LIGHT = ("", ".wire", ".errors", ".profile", ".capacity", ".keys", ".cli", ".cli_run", ".cli_infer",
-         ".exported", ".agent")  # fmt: skip
+         ".exported", ".agent", ".doctor", ".service", ".config_file", ".notify")  # fmt: skip
 HEAVY = ("torch", "numpy", "ray", "sklearn", "scipy", "rich", "safetensors", "coordinator", "tools")
 
 

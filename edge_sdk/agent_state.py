@@ -1,0 +1,52 @@
+"""What changes while an agent runs, and the line that says what it does now."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from edge_sdk.pipe import Inspected
+from edge_sdk.wire import Job, Welcome
+
+HELLO_S = 2.0  # between attempts to be welcomed, grows to HELLO_MAX_S
+REFUSED_S = 10.0  # pause after a refused handshake, doubles to REFUSED_MAX_S
+RESTART_S = 1.0  # pause before another trainer, doubles to RESTART_MAX_S
+
+
+@dataclass
+class State:
+    """Times are of time.monotonic()."""
+
+    inspected: Inspected | None = None
+    welcome: Welcome | None = None  # None: not connected, or not welcomed yet
+    terms: Welcome | None = None  # the last welcome there was
+    job: Job | None = None
+    batches: int = (
+        0  # of the job, trained or run through its frozen stages, that the trainer has told of
+    )
+    granted: int = 0  # parts of the job asked for so far
+    retries: int = 0
+    idle_since: float = field(default_factory=time.monotonic)
+    waited_s: float = 0.0
+    next_hello: float = 0.0
+    hello_pause_s: float = HELLO_S
+    next_heartbeat: float = 0.0
+    reopen_at: float | None = None  # the link is closed until then
+    refused_pause_s: float = REFUSED_S
+    restart_at: float | None = None  # there is no trainer until then
+    restart_pause_s: float = RESTART_S
+    is_told: bool = False  # "not reached yet" has been said
+
+    def doing(self, endpoint: str) -> str:
+        """One line for a person, the same as long as nothing changes."""
+        if self.inspected is None:
+            return "reading the data"
+        if self.restart_at is not None:
+            return "the training process ended; starting another"
+        if self.reopen_at is not None:
+            return f"refused by the coordinator {endpoint}; trying again (see the log)"
+        if self.job is not None:
+            return f"round {self.job.round}: {self.batches} batches done"
+        if self.welcome is None:
+            return f"waiting for the coordinator {endpoint}"
+        return f"connected to {endpoint}, waiting for a job"

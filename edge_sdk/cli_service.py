@@ -1,0 +1,179 @@
+"""`edge-sdk service install|remove|status|logs` and `edge-sdk doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_sdk import doctor, service
+from edge_sdk.capacity import mebibytes
+from edge_sdk.cli_run import default_keys
+from edge_sdk.config_file import DEFAULT_CONFIG, parse_config
+from edge_sdk.errors import ConfigError
+from edge_sdk.service import ROOT
+
+log = logging.getLogger(__name__)
+STATUS = (
+    "LoadState", "UnitFileState", "ActiveState", "SubState", "StateChangeTimestamp", "StatusText",
+    "MemoryCurrent", "MemoryMax", "NRestarts", "Result", "ExecMainStatus",
+)  # fmt: skip
+
+
+def add_service_command(commands: Any) -> None:
+    parser = commands.add_parser("service", help="take part as a systemd service")
+    actions = parser.add_subparsers(required=True, metavar="install|remove|status|logs")
+
+    install = actions.add_parser("install", help="write unit and config, enable; again: upgrade")
+    install.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="default %(default)s")
+    install.add_argument("--start", action="store_true", help="start it now, or start it anew")
+    install.add_argument("--dry-run", action="store_true", help="print the unit, change nothing")
+    install.set_defaults(run=run_install)
+
+    remove = actions.add_parser("remove", help="stop, disable, delete the unit; keeps config, keys")
+    remove.add_argument("--purge", action="store_true", help="delete config, keys and cache too")
+    remove.set_defaults(run=run_remove)
+    for action in (install, remove):
+        action.add_argument("--root", type=Path, default=ROOT, metavar="DIR",
+            help="a system's folder instead of this system; systemctl is not called")  # fmt: skip
+
+    status = actions.add_parser("status", help="what it does, memory, restarts")
+    status.set_defaults(run=run_status)
+    logs = actions.add_parser("logs", help="its lines in the journal")
+    logs.add_argument("--follow", "-f", action="store_true")
+    logs.add_argument("--lines", "-n", type=int, default=50)
+    logs.set_defaults(run=run_logs)
+
+
+def add_doctor_command(commands: Any) -> None:
+    parser = commands.add_parser("doctor", help="check all that a device needs, say what to do")
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"default {DEFAULT_CONFIG}")
+    parser.add_argument("--json", action="store_true", help="one JSON array")
+    parser.set_defaults(run=run_doctor)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Exit status 1 if a check fails; warnings are not failures."""
+    findings = doctor.examine(args.config and args.config.absolute(), default_keys())
+    done = doctor.report(findings, (lambda line: None) if args.json else print)
+    if args.json:
+        print(json.dumps(msgspec.to_builtins(done), indent=2))
+    return int(any(finding.outcome == "fail" for finding in done))
+
+
+def run_install(args: argparse.Namespace) -> int:
+    root, config = args.root.absolute(), args.config.absolute()
+    _check_can_install(args, is_here=root == ROOT)
+    if args.dry_run and not service.under(root, config).exists():
+        settings, is_new = parse_config("", str(config)), False
+    else:
+        settings, is_new = service.ensure_config(root, config)
+    service.check_visible(settings, config)
+    unit = service.unit_text(
+        settings,
+        service.own_command(root),
+        config,
+        systemd_version=service.systemd_version() if root == ROOT else 0,
+        groups=service.existing_groups() if root == ROOT else (),
+    )
+    if args.dry_run:
+        print(unit, end="")
+        return 0
+    service.install(root, unit)
+    print(f"wrote {service.under(root, service.UNIT)}")
+    if is_new:
+        print(f"wrote {service.under(root, config)}")
+    lacking = [key for key in ("coordinator", "data") if getattr(settings, key) is None]
+    if lacking and args.start:
+        raise ConfigError(f"{config} does not set {' and '.join(lacking)}; nothing was started")
+    if lacking:
+        print(f"next: set {' and '.join(lacking)} in {config}")
+    elif args.start:
+        _start()
+    return 0
+
+
+def _check_can_install(args: argparse.Namespace, *, is_here: bool) -> None:
+    """Raises ConfigError; what is wrong only with another root or a dry run is a warning."""
+    if args.start and not is_here:
+        raise ConfigError("--start is for this system, not for --root")
+    is_real = is_here and not args.dry_run
+    if is_real:
+        service.check_running_systemd()
+        check_root("service install")
+    if hidden := service.hidden_program():
+        if is_real:
+            raise ConfigError(hidden)
+        log.warning("%s", hidden)
+
+
+def _start() -> None:
+    """Returns once the device is ready, having read its data."""
+    try:
+        service.systemctl("restart", service.NAME)
+    except ConfigError as error:
+        raise ConfigError("the service did not start; see edge-sdk service logs") from error
+    print("started")
+
+
+def run_remove(args: argparse.Namespace) -> int:
+    root = args.root.absolute()
+    if root == ROOT:
+        service.check_running_systemd()
+        check_root("service remove")
+    for path in service.remove(root, with_state=args.purge):
+        print(f"removed {path}")
+    return 0
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Exit status 0 while the service is active, else 1."""
+    service.check_running_systemd()
+    found = service.shown(STATUS)
+    if found.get("LoadState") == "not-found":
+        raise ConfigError("the service is not installed; run sudo edge-sdk service install")
+    print(describe(found))
+    return 0 if found["ActiveState"] == "active" else 1
+
+
+def describe(found: dict[str, str]) -> str:
+    """A screen of `systemctl show`'s properties."""
+    used, most = (_size(found.get(name, "")) for name in ("MemoryCurrent", "MemoryMax"))
+    since = found.get("StateChangeTimestamp") or "boot"
+    result = found.get("Result", "success")
+    status = found.get("ExecMainStatus", "0")
+    ended = "" if result == "success" else f" (status {status}; see edge-sdk service logs)"
+    return (
+        f"service   {found['ActiveState']} ({found.get('SubState', '')}) since {since}, "
+        f"{found.get('UnitFileState') or 'not enabled'}\n"
+        f"doing     {found.get('StatusText') or '-'}\n"
+        f"memory    {used} of at most {most}\n"
+        f"restarts  {found.get('NRestarts', '0')}, last result: {result}{ended}"
+    )
+
+
+def _size(number: str) -> str:
+    """Systemd writes "[not set]" and "infinity" too."""
+    return mebibytes(int(number)) if number.isdecimal() and int(number) < 2**60 else "-"
+
+
+def run_logs(args: argparse.Namespace) -> int:
+    """Becomes journalctl."""
+    service.check_running_systemd()
+    command = ["journalctl", "--unit", service.NAME, "--lines", str(args.lines)]
+    command += ["--follow"] if args.follow else ["--no-pager"]
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise ConfigError(f"journalctl cannot be run: {error}") from error
+
+
+def check_root(action: str) -> None:
+    if os.geteuid() != 0:
+        command = " ".join(service.own_command())  # sudo has a PATH of its own
+        raise ConfigError(f"{action} needs root; run sudo {command} {action}")

@@ -1,0 +1,135 @@
+"""The settings of `edge-sdk run` as a file, by default the service's /etc/edge-sdk/config.toml.
+
+The keys are the flags' names with _ for -. A flag on the command line wins over the file. Whatever
+is wrong with a file becomes one line: file, line, key, what it says, what is expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from edge_sdk.cli_flags import checked_endpoint, parse_size
+from edge_sdk.errors import ConfigError
+from edge_sdk.wire import CLIENT_NAME
+
+DEFAULT_CONFIG = Path("/etc/edge-sdk/config.toml")
+# What an error says is expected; also every key there is.
+EXPECTED = {
+    "coordinator": "the coordinator's address, tcp://HOST:PORT",
+    "data": "the absolute path of this device's data, or the name of a data set",
+    "id": "a name of 1 to 64 letters, digits, dots, - or _",
+    "keys": "the absolute path of the folder of keys",
+    "server_key": "the coordinator's public key, or the absolute path of its file",
+    "insecure": "true or false",
+    "memory_cap": 'a size such as "512M" or "1.5G"',
+    "threads": "a number from 0 (all cores) to 1024",
+    "device": '"cpu" or "cuda"',
+    "import": 'a list of module names such as ["my_models"]',
+}
+Name = Annotated[str, Meta(min_length=1)]
+FilePath = Annotated[str, Meta(pattern=r"\A/")]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a file may say; None: it does not. memory_cap is a size such as "512M"."""
+
+    coordinator: Name | None = None
+    data: Annotated[str, Meta(pattern=r"\A(/.*|[^/]+)\Z")] | None = None
+    id: Annotated[str, Meta(pattern=CLIENT_NAME)] | None = None
+    keys: FilePath | None = None
+    server_key: Name | None = None
+    insecure: bool | None = None
+    memory_cap: str | None = None
+    threads: Annotated[int, Meta(ge=0, le=1024)] | None = None
+    device: Annotated[str, Meta(pattern=r"\A(cpu|cuda(:[0-9]+)?)\Z")] | None = None
+    imports: tuple[Name, ...] | None = msgspec.field(default=None, name="import")
+
+    @property
+    def cap_bytes(self) -> int | None:
+        return None if self.memory_cap is None else parse_size(self.memory_cap)
+
+    def given(self) -> dict[str, Any]:
+        """What the file sets, as argparse has it of the flags: by their names, sizes in bytes."""
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        values["memory_cap"] = self.cap_bytes
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def read_config(path: Path) -> Settings:
+    """Raises ConfigError: a file that cannot be read, is not TOML, or says what is not allowed."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"config file {path} cannot be read: {error.strerror}; "
+            "`edge-sdk service install` writes one to begin with"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 text: {error}") from error
+    return parse_config(text, str(path))
+
+
+def parse_config(text: str, where: str) -> Settings:
+    """The settings of a file's text; `where` names the file in errors. Raises ConfigError."""
+    raw = _parse_toml(text, where)
+    for key, value in raw.items():
+        if key not in EXPECTED:
+            close = difflib.get_close_matches(key.lower(), EXPECTED, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(EXPECTED)}"
+            raise ConfigError(f"{_place(text, where, key)}: there is no such key; {hint}")
+        try:
+            msgspec.convert({key: value}, Settings)
+            if key == "coordinator":
+                checked_endpoint(value, key)
+            elif key == "memory_cap":
+                parse_size(value)
+        except (msgspec.ValidationError, ConfigError) as error:
+            raise ConfigError(
+                f"{_place(text, where, key)}: got {_shown(value)}, expected {EXPECTED[key]}"
+            ) from error
+    return msgspec.convert(raw, Settings)
+
+
+def _parse_toml(text: str, where: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        found: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:  # its message ends with "(at line 3, column 5)"
+        words = str(error)
+        line = re.search(r"line (\d+)", words)
+        number = int(line[1]) if line else text.count("\n") + 1  # "(at end of document)"
+        what = re.sub(r" \(at .*\)", "", words)
+        lines = text.splitlines()
+        said = lines[number - 1].strip() if number <= len(lines) else "the end of the file"
+        raise ConfigError(
+            f"{where}, line {number}: {what} in {_shown(said)}; a line is KEY = VALUE, and text "
+            'stands in "quotes"'
+        ) from error
+    return found
+
+
+def _place(text: str, where: str, key: str) -> str:
+    """FILE, line N, key KEY; the line where the key is set or the table of that name begins."""
+    name = rf"[\"']?{re.escape(key)}[\"']?"
+    begins = re.compile(rf"\s*(\[+\s*{name}\s*[.\]]|{name}\s*[.=])")
+    numbers = [n for n, line in enumerate(text.splitlines(), 1) if begins.match(line)]
+    return f"{where}, line {numbers[0]}, key {key}" if numbers else f"{where}, key {key}"
+
+
+def _shown(value: object) -> str:
+    """A value as an error shows it: short, on one line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    shown = f'"{value}"' if isinstance(value, str) else repr(value)
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

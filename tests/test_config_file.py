@@ -1,0 +1,128 @@
+"""The config file: what it may say, how it says what is wrong, and that flags win over it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from edge_sdk import cli, cli_run
+from edge_sdk.config_file import EXPECTED, Settings, parse_config, read_config
+from edge_sdk.errors import ConfigError
+
+FULL = """
+coordinator = "tcp://192.168.1.10:5555"
+data = "/srv/edge-sdk/data.npz"
+id = "pi-1"
+keys = "/var/lib/edge-sdk/keys"
+server_key = "/etc/edge-sdk/server.public"
+insecure = true
+memory_cap = "1.5G"
+threads = 2
+device = "cuda:0"
+import = ["my_models"]
+"""
+
+
+def test_a_file_may_set_every_key():
+    settings = parse_config(FULL, "file")
+    assert settings.cap_bytes == settings.given()["memory_cap"] == 3 * 1024**3 // 2
+    assert settings.imports == ("my_models",)
+    assert (settings.threads, settings.insecure, settings.device) == (2, True, "cuda:0")
+    assert settings.id == "pi-1"
+    assert len(settings.given()) == len(EXPECTED) == len(Settings.__struct_fields__)
+
+
+def test_an_empty_file_sets_nothing():
+    assert parse_config("# nothing yet\n", "file").given() == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('\nthreads = "two"', 'line 2, key threads: got "two", expected a number from 0 (all '),
+        ("threads = true", "line 1, key threads: got true, expected a number"),
+        ("threads = 1025", "key threads: got 1025, expected a number from 0 (all cores) to 1024"),
+        ('memory_cap = "5x"', 'key memory_cap: got "5x", expected a size such as "512M"'),
+        ("memory_cap = 512", 'key memory_cap: got 512, expected a size such as "512M"'),
+        ('insecure = "no"', 'key insecure: got "no", expected true or false'),
+        ('import = "mine"', 'key import: got "mine", expected a list of module names'),
+        ('id = "a b"', 'key id: got "a b", expected a name of 1 to 64 letters'),
+        ('data = "here/data.npz"', "key data: got \"here/data.npz\", expected the absolute path"),
+        ('keys = "keys"', 'key keys: got "keys", expected the absolute path of the folder'),
+        ('device = "gpu"', 'key device: got "gpu", expected "cpu" or "cuda"'),
+        ('coordinator = "host:5555"', "key coordinator: got \"host:5555\", expected the coordi"),
+        ('coordinator = "tcp://h:70000"', "key coordinator: got \"tcp://h:70000\", expected"),
+        ("coordinator = 5", "line 1, key coordinator: got 5, expected the coordinator's address"),
+        ("# a\n\nthread = 2", "line 3, key thread: there is no such key; did you mean threads?"),
+        ("x = 2", "line 1, key x: there is no such key; known are coordinator, data, id"),
+        ("id = 'a'\n[run]\nthreads = 1", "line 2, key run: there is no such key"),
+        ("run.threads = 1", "line 1, key run: there is no such key"),
+        ("id = pi-1", 'line 1: Invalid value in "id = pi-1"; a line is KEY = VALUE'),
+        ("import = [\n'a',", "line 2: "),
+        ("id = 'a'\nid = 'b'", "line 2: Cannot overwrite a value"),
+        (f'id = "{"x" * 200}"', 'xxx..., expected a name of 1 to 64'),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line_with_line_and_key(text, said):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "/etc/file.toml")
+    message = str(caught.value)
+    assert message.startswith("/etc/file.toml, line ")
+    assert said in message
+    assert "\n" not in message
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read: No such file .*service install"):
+        read_config(tmp_path / "absent.toml")
+    (tmp_path / "latin.toml").write_bytes('id = "ä"'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin.toml is not UTF-8 text"):
+        read_config(tmp_path / "latin.toml")
+
+
+# -- run --config ---------------------------------------------------------------------------------
+
+
+def settled(*flags: str) -> argparse.Namespace:
+    """What `edge-sdk run` would run with."""
+    parser = argparse.ArgumentParser()
+    cli_run.add_run_command(parser.add_subparsers())
+    args = parser.parse_args(["run", *flags])
+    cli_run.settle(args)
+    return args
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    (tmp_path / "c.toml").write_text(FULL)
+    args = settled("--config", str(tmp_path / "c.toml"), "--threads", "0", "--id", "other")
+    assert (args.threads, args.id) == (0, "other")
+    assert (args.data, args.memory_cap) == ("/srv/edge-sdk/data.npz", 3 * 1024**3 // 2)
+    assert (args.keys, args.insecure) == (Path("/var/lib/edge-sdk/keys"), True)
+    assert list(args.imports) == ["my_models"]
+
+
+def test_without_a_file_there_are_the_defaults(monkeypatch):
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/edge-sdk")
+    args = settled("--coordinator", "tcp://h:1", "--data", "digits", "--import", "a")
+    assert args.keys == Path("/var/lib/edge-sdk/keys")
+    assert (args.insecure, args.threads, args.device, args.imports) == (False, 0, "cpu", ["a"])
+    assert (args.id, args.memory_cap, args.server_key) == (None, None, None)
+
+
+def test_coordinator_and_data_must_come_from_somewhere(tmp_path, capsys):
+    (tmp_path / "c.toml").write_text('data = "digits"')
+    assert cli.main(["run", "--config", str(tmp_path / "c.toml")]) == 1
+    assert capsys.readouterr().err.endswith("c.toml does not set coordinator; add it there\n")
+    with pytest.raises(SystemExit) as usage:
+        cli.main(["run", "--data", "digits"])
+    assert usage.value.code == 2
+    assert "give --coordinator, or a --config FILE that sets coordinator" in capsys.readouterr().err
+
+
+def test_keys_go_where_the_file_says(tmp_path, capsys):
+    (tmp_path / "c.toml").write_text(f'id = "pi-7"\nkeys = "{tmp_path}/keys"')
+    assert cli.main(["keys", "--config", str(tmp_path / "c.toml")]) == 0
+    assert "edge-coordinator clients add pi-7 '" in capsys.readouterr().out
+    assert (tmp_path / "keys" / "device.secret").stat().st_mode & 0o777 == 0o600
