@@ -204,7 +204,7 @@ def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(tmp_path, manager
                 "the training process said nothing for 2 s and was ended by signal 9"
             )
             wait_told(told, "STATUS=the training process ended; starting another")
-            coordinator.wait_for(Ready, lambda ready: ready.exit == 2)
+            coordinator.wait_for(Ready, lambda ready: "failed here before" in ready.reason)
         wait_told(told, "STOPPING=1")
     finally:
         coordinator.close()
