@@ -75,7 +75,7 @@ class AgentOptions:
     is_once: bool = False  # end when the coordinator's run ends
     notify_socket: str = ""  # systemd's NOTIFY_SOCKET
     on_event: Callable[[Event], object] | None = None  # called in run()'s thread
-    search_path: tuple[str, ...] = ()  # where the trainer looks for modules first
+    search_path: tuple[str, ...] = ()  # of the trainer's modules; (): as it is started
 
 
 class Agent:
@@ -185,9 +185,7 @@ class Agent:
             if not self._link.send(Heartbeat(round=state.job.round if state.job else 0)):
                 state.welcome, state.next_hello = None, now
                 self._link.open()
-                self._tell(
-                    events.lost(f"nothing can be sent to {self._link.endpoint}; reconnecting")
-                )
+                self._tell(events.lost(f"{self._link.endpoint} takes nothing; connecting anew"))
             elif state.job is None:
                 self._tell_choice()  # memory may have changed
 

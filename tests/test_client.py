@@ -22,8 +22,11 @@ from edge_sdk import Client, Event, own_data
 from edge_sdk.data import load_shard
 from edge_sdk.errors import ConfigError, DataError, EdgeError
 from edge_sdk.own_data import checked_source, shard_of
+from edge_sdk.wire import Bye, Fault, Hello, Ready
 from tests.helpers import examples
 from tests.processes import PATIENCE_S, ROOT, World, environment
+from tests.scripted import ScriptedCoordinator
+from tests.test_agent import MODEL, WHOLE
 
 X = examples(12).x
 Y = examples(12).y
@@ -162,6 +165,41 @@ def test_the_example_in_the_readme(world):
     assert lines[-1] == "ended 0 coordinator: run finished"
 
 
+@pytest.mark.slow
+def test_faults_and_a_lost_coordinator_are_told():
+    coordinator = ScriptedCoordinator()
+    events: list[Event] = []
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        if event.kind == "lost":
+            device.stop()
+
+    device = client(coordinator=coordinator.endpoint, on_event=on_event)
+    thread = threading.Thread(target=device.run)
+    thread.start()
+    try:
+        coordinator.expect(Hello)
+        coordinator.welcome(MODEL, WHOLE)
+        coordinator.wait_for(Ready, lambda ready: ready.exit == 3)
+        coordinator.send(Fault(code="round", detail="too late", round=7))
+        coordinator.send(Bye(reason="back soon"))
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    finally:
+        device.stop()
+        thread.join(PATIENCE_S)
+        coordinator.close()
+    assert kinds(events) == ["connected", "failed", "lost", "ended"]
+    failed, lost = events[-3:-1]
+    assert (failed.code, failed.round, failed.detail) == (
+        "round",
+        7,
+        "coordinator: round: too late",
+    )
+    assert (lost.detail, events[-1].detail) == ("coordinator: back soon", "device stopped")
+
+
 # -- the end --------------------------------------------------------------------------------------
 
 
@@ -191,6 +229,7 @@ def when_waiting(caplog):
         logging.getLogger("edge_sdk.agent").removeHandler(handler)
 
 
+@pytest.mark.slow
 def test_stop_from_another_thread(when_waiting):
     events: list[Event] = []
     device = client(on_event=events.append)
@@ -211,6 +250,7 @@ def test_stop_from_another_thread(when_waiting):
     assert len(events) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_run(when_waiting):
     """As a program gets it that has no handler of its own."""
     import _thread
