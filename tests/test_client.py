@@ -23,13 +23,13 @@ from edge_sdk.data import load_shard
 from edge_sdk.errors import ConfigError, DataError, EdgeError
 from edge_sdk.own_data import checked_source, shard_of
 from edge_sdk.wire import Bye, Fault, Hello, Ready
+from tests import scripted
 from tests.helpers import examples
 from tests.processes import PATIENCE_S, ROOT, World, environment
 from tests.scripted import ScriptedCoordinator
 from tests.test_agent import MODEL, WHOLE
 
-X = examples(12).x
-Y = examples(12).y
+X, Y = examples(12).x, examples(12).y
 NOWHERE = "tcp://127.0.0.1:9"  # the discard port, where nobody listens
 FAMILY = """
 from edge_sdk.models import register_family
@@ -55,6 +55,11 @@ def temporary(tmp_path, monkeypatch):
 
 def client(data: object = (X, Y), coordinator: str = NOWHERE, **options: object) -> Client:
     return Client(coordinator, data=data, **{"insecure": True, "threads": 1, **options})
+
+
+def one_line(error: Exception) -> str:
+    assert "\n" not in str(error)
+    return str(error)
 
 
 def kinds(events: list[Event]) -> list[str]:
@@ -105,12 +110,10 @@ def test_arrays_and_an_own_family_train_a_run(world, temporary, tmp_path, monkey
     one_round = ["job", "trained", "accepted"]
     assert kinds(events) == ["connected", *one_round, *one_round, "ended"]
     assert modes == {0o700, 0o600}
-    first_chosen = next(event for event in events if event.kind == "chosen")
-    assert first_chosen.exit == 2
-    assert [event.round for event in events if event.kind == "job"] == [1, 2]
-    job = next(event for event in events if event.kind == "job")
+    first = {event.kind: event for event in reversed(events)}
+    chosen, job, trained = first["chosen"], first["job"], first["trained"]
+    assert (chosen.exit, job.round, trained.round) == (2, 1, 1)
     assert [(segment.first, segment.last) for segment in job.segments] == [(1, 2)]
-    trained = next(event for event in events if event.kind == "trained")
     assert [result.exit for result in trained.exits] == [1, 2]
     assert trained.seconds > 0
     assert events[-1].detail == "coordinator: run finished"
@@ -166,7 +169,8 @@ def test_the_example_in_the_readme(world):
 
 
 @pytest.mark.slow
-def test_faults_and_a_lost_coordinator_are_told():
+def test_faults_and_a_lost_coordinator_are_told(monkeypatch):
+    monkeypatch.setattr(scripted, "WAIT_S", PATIENCE_S)
     coordinator = ScriptedCoordinator()
     events: list[Event] = []
 
@@ -203,30 +207,22 @@ def test_faults_and_a_lost_coordinator_are_told():
 # -- the end --------------------------------------------------------------------------------------
 
 
-class Waiting(logging.Handler):
-    """Calls `then` in another thread when the agent waits for its coordinator."""
-
-    def __init__(self, then) -> None:
-        super().__init__()
-        self.then = then
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "waiting for it" in record.getMessage():
-            threading.Thread(target=self.then).start()
-
-
 @pytest.fixture
 def when_waiting(caplog):
+    """Calls `then` in another thread when the agent waits for its coordinator."""
     caplog.set_level(logging.INFO, "edge_sdk")
-    handlers: list[Waiting] = []
+    log = logging.getLogger("edge_sdk.agent")
 
     def call(then) -> None:
-        handlers.append(Waiting(then))
-        logging.getLogger("edge_sdk.agent").addHandler(handlers[-1])
+        def see(record: logging.LogRecord) -> bool:
+            if "waiting for it" in record.getMessage():
+                threading.Thread(target=then).start()
+            return True
+
+        log.addFilter(see)
 
     yield call
-    for handler in handlers:
-        logging.getLogger("edge_sdk.agent").removeHandler(handler)
+    log.filters.clear()
 
 
 @pytest.mark.slow
@@ -261,15 +257,12 @@ def test_ctrl_c_ends_run(when_waiting):
     assert [event.kind for event in events] == ["ended"]
 
 
-def test_no_shard_is_left_after_an_error(tmp_path):
+def test_no_shard_is_left_after_an_error(tmp_path, monkeypatch):
     """The training process fails: it imports the module, which is there and broken."""
     (tmp_path / "broken_of_test_client.py").write_text("import no_such_module_anywhere")
-    sys.path.insert(0, str(tmp_path))
-    try:
-        with pytest.raises(EdgeError, match="no_such_module_anywhere"):
-            client(imports=["broken_of_test_client"]).run()
-    finally:
-        sys.path.remove(str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EdgeError, match="no_such_module_anywhere"):
+        client(imports=["broken_of_test_client"]).run()
 
 
 def test_a_file_is_read_by_the_training_process_only(tmp_path):
@@ -345,8 +338,7 @@ def spoilt(value: float) -> np.ndarray:
 def test_data_are_checked_before_anything_runs(data, said):
     with pytest.raises(DataError) as caught:
         client(data)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert said in one_line(caught.value)
 
 
 @pytest.mark.parametrize(("items", "said"), [
@@ -362,8 +354,7 @@ def test_data_are_checked_before_anything_runs(data, said):
 def test_items_are_checked_before_anything_runs(items, said):
     with pytest.raises(DataError) as caught:
         client(Items(*items)).run()
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert said in one_line(caught.value)
 
 
 def test_a_full_disk_is_one_line():
@@ -392,8 +383,7 @@ def test_a_full_disk_is_one_line():
 def test_arguments_are_checked(options, said):
     with pytest.raises(ConfigError) as caught:
         client(**options)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert said in one_line(caught.value)
 
 
 def test_a_program_that_imports_itself_does_not_start_itself_for_ever(tmp_path):
