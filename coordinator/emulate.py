@@ -28,10 +28,10 @@ from coordinator.store import Store
 from edge_sdk.capacity import peak_bytes
 from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError, StoreError
+from edge_sdk.examples import MIN_BATCH
 from edge_sdk.models.costs import segment_costs
 from edge_sdk.partition import partition_by_subject, partition_dirichlet, partition_iid
 from edge_sdk.tensors import Tensors
-from edge_sdk.trainer import MIN_BATCH
 from edge_sdk.wire import ModelSpec
 
 SPLITS = ("dirichlet", "iid", "subject")

@@ -4,4 +4,21 @@ Importing this package loads nothing heavy; torch comes with `edge_sdk.trainer` 
 `edge_sdk.models` only.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_sdk.client import Client
+    from edge_sdk.events import Event
+
+__all__ = ["Client", "Event", "__version__"]
 __version__ = "0.1.0"
+_HOMES = {"Client": "edge_sdk.client", "Event": "edge_sdk.events"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ training process. One loop; nothing in it waits for training, so heartbeats neve
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
@@ -16,11 +17,12 @@ from secrets import token_hex
 import zmq
 from msgspec.structs import replace
 
-from edge_sdk import __version__
+from edge_sdk import __version__, events
 from edge_sdk.agent_state import HELLO_S, REFUSED_S, RESTART_S, State
 from edge_sdk.child import TrainerProcess
 from edge_sdk.chooser import Chooser, told
 from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError, VersionError
+from edge_sdk.events import Event, Teller
 from edge_sdk.notify import SILENT_S, Notifier, Pulse
 from edge_sdk.pipe import (
     Cancel,
@@ -60,8 +62,8 @@ FATAL = {"version": LinkError, "admission": LinkError, "data": DataError}
 
 @dataclass(frozen=True)
 class AgentOptions:
-    """What `edge-sdk run` was told. measure(own_bytes): the profile now, own_bytes being what the
-    trainer holds already; it is called every heartbeat and must be cheap."""
+    """What `edge-sdk run` or a Client was told. measure(own_bytes): the profile now, own_bytes
+    being what the trainer holds already; it is called every heartbeat and must be cheap."""
 
     client_id: str
     data: str
@@ -72,6 +74,8 @@ class AgentOptions:
     imports: tuple[str, ...] = ()
     is_once: bool = False  # end when the coordinator's run ends
     notify_socket: str = ""  # systemd's NOTIFY_SOCKET
+    on_event: Callable[[Event], object] | None = None  # called in run()'s thread
+    search_path: tuple[str, ...] = ()  # of the trainer's modules; (): as it is started
 
 
 class Agent:
@@ -85,7 +89,9 @@ class Agent:
         self._trainer: TrainerProcess | None = self._start_trainer(options.measure_compute)
         self._chooser = Chooser()
         self._state = State()
+        self._tell = Teller(log, options.on_event)
         self._is_stopping = False
+        self._last_words = "device stopped"
 
     def stop(self) -> None:
         """Ask run() to end; for signal handlers."""
@@ -93,15 +99,17 @@ class Agent:
 
     def run(self) -> None:
         try:
-            while not self._is_stopping:
-                self._wait_for_events()
-                self._read_trainer()
-                self._read_link()
-                self._on_time(time.monotonic())
-                self._tell_systemd(time.monotonic())
+            with contextlib.suppress(KeyboardInterrupt):  # a program without a handler
+                while not self._is_stopping:
+                    self._wait_for_events()
+                    self._read_trainer()
+                    self._read_link()
+                    self._on_time(time.monotonic())
+                    self._tell_systemd(time.monotonic())
             if self._state.welcome:
                 self._link.send(Bye(reason="device stopped"))
             self._pulse.stopping()
+            self._tell(Event("ended", self._last_words))
         finally:
             self._pulse.close()
             if self._trainer:
@@ -141,8 +149,8 @@ class Agent:
             self._on_refusal(refusal)
             return
         if is_lost and self._state.welcome:
-            log.warning("connection to %s lost; reconnecting", self._link.endpoint)
             self._state.welcome, self._state.next_hello = None, 0.0
+            self._tell(events.lost(f"connection to {self._link.endpoint} lost; reconnecting"))
         for _ in range(64):  # then look at the trainer and the clock again
             try:
                 received = self._link.receive()
@@ -175,9 +183,9 @@ class Agent:
         elif now >= state.next_heartbeat:
             state.next_heartbeat = now + state.welcome.heartbeat_s
             if not self._link.send(Heartbeat(round=state.job.round if state.job else 0)):
-                log.warning("nothing can be sent to %s; connecting anew", self._link.endpoint)
                 state.welcome, state.next_hello = None, now
                 self._link.open()
+                self._tell(events.lost(f"{self._link.endpoint} takes nothing; connecting anew"))
             elif state.job is None:
                 self._tell_choice()  # memory may have changed
 
@@ -228,23 +236,24 @@ class Agent:
                 self._to_trainer(message)
         elif isinstance(message, Accepted):
             if is_mine:
-                log.info("round %d: update accepted", message.round)
+                self._tell(Event("accepted", "update accepted", message.round))
                 self._state.restart_pause_s = RESTART_S
                 self._end_job()
         elif isinstance(message, Fault):
             self._on_fault(message, is_mine)
         elif isinstance(message, Bye):
-            log.info("coordinator: %s", message.reason or "bye")
+            said = f"coordinator: {message.reason or 'bye'}"
             self._end_job()
             self._link.send(Bye(reason="bye"))
             self._state.welcome = None
-            self._is_stopping = self._options.is_once and message.is_final
+            if self._options.is_once and message.is_final:
+                self._is_stopping, self._last_words = True, said
+            else:
+                self._tell(events.lost(said, logging.INFO))
 
     def _on_welcome(self, welcome: Welcome) -> None:
         state, before = self._state, self._state.terms
-        log.info(
-            "welcome to run %s: %s, %d exits", welcome.run, welcome.model.family, welcome.model.exit
-        )
+        self._tell(events.connected(welcome))
         state.welcome = state.terms = welcome
         state.hello_pause_s, state.refused_pause_s, state.is_told = HELLO_S, REFUSED_S, False
         state.next_heartbeat = time.monotonic() + welcome.heartbeat_s
@@ -266,12 +275,11 @@ class Agent:
             self._end_job()
         refused = self._chooser.refusal(job.plan.segments)
         if refused:
-            log.warning("round %d: job refused, %s", job.round, refused)
+            self._tell(events.failed(f"job refused, {refused}", "capacity", job.round))
             self._link.send(Fault(code="capacity", detail=refused, round=job.round))
             self._tell_choice(is_repeated=True)
             return
-        stages = ", ".join(f"{g.first}-{g.last}" for g in job.plan.segments)
-        log.info("round %d: job for stages %s", job.round, stages)
+        self._tell(events.job_given(job))
         state.job, state.granted, state.retries, state.batches = job, 0, 0, 0
         state.waited_s = time.monotonic() - state.idle_since
         cache_bytes = self._chooser.cache_bytes(job.plan.segments)
@@ -284,14 +292,16 @@ class Agent:
             return
         if fault.code in FATAL and not fault.round:
             raise FATAL[fault.code](f"coordinator refused this device: {fault.detail}")
-        log.warning("coordinator: %s: %s", fault.code, fault.detail)
+        said = f"coordinator: {fault.code}: {fault.detail}"
+        self._tell(events.failed(said, fault.code, fault.round, logging.WARNING))
         if self._state.job and (is_mine or fault.code == ProtocolError.code):
             self._end_job()
 
     def _on_refusal(self, refusal: str) -> None:
         """A handshake that cannot succeed as things are: say so once a try, and back off."""
         state = self._state
-        log.error("%s: %s; next try in %.0f s", self._link.endpoint, refusal, state.refused_pause_s)
+        pause = f"next try in {state.refused_pause_s:.0f} s"
+        self._tell(events.failed(f"{self._link.endpoint}: {refusal}; {pause}", LinkError.code))
         self._link.close()
         state.welcome = None
         state.reopen_at = time.monotonic() + state.refused_pause_s
@@ -316,6 +326,7 @@ class Agent:
             device=options.device,
             measure_compute=measure_compute,
             imports=options.imports,
+            search_path=options.search_path,
         )
 
     def _to_trainer(self, message: PipeMessage, payload: Payload = b"") -> None:
@@ -339,7 +350,7 @@ class Agent:
         elif isinstance(message, Update):
             waited = {"wait": Phase(wall_s=state.waited_s)}
             full = replace(message, phases={**waited, **message.phases}, retries=state.retries)
-            log.info("round %d: trained, sending the update", message.round)
+            self._tell(events.trained(message))
             self._link.send(full)
         elif isinstance(message, Part):
             self._link.send(message, payload)
@@ -365,7 +376,7 @@ class Agent:
             raise DataError(fault.detail) if fault.code == "data" else TrainerError(fault.detail)
         if fault.code == "cancelled":
             return
-        log.error("training failed: %s", fault.detail)
+        self._tell(events.failed(f"training failed: {fault.detail}", fault.code, fault.round))
         if state.job and fault.round == state.job.round:
             self._fail_job(fault.code, fault.detail, is_memory=fault.code == "capacity")
         elif state.job is None:
@@ -376,7 +387,9 @@ class Agent:
         state, cause = self._state, trainer.cause_of_death()
         if state.inspected is None:
             raise TrainerError(f"the training process {cause} before it had read its data")
-        log.error("the training process %s; another in %.0f s", cause, state.restart_pause_s)
+        pause = f"another in {state.restart_pause_s:.0f} s"
+        round = state.job.round if state.job else 0
+        self._tell(events.failed(f"the training process {cause}; {pause}", "trainer", round))
         self._trainer = None
         state.restart_at = time.monotonic() + state.restart_pause_s
         state.restart_pause_s = min(RESTART_MAX_S, state.restart_pause_s * 2)
@@ -414,9 +427,7 @@ class Agent:
         is_new = self._chooser.choose(self._profile(), state.welcome, inspected.num_examples)
         choice = self._chooser.choice
         assert choice is not None
-        if is_new and choice.exit:
-            log.info("training up to exit %d; %s", choice.exit, choice.reason)
-        elif is_new and self._chooser.costs:
-            log.error("this device is too small for exit 1: %s", choice.reason)
+        if is_new and (choice.exit or self._chooser.costs):
+            self._tell(events.chosen(choice))
         if is_new or is_repeated:
             self._link.send(told(choice))

@@ -28,6 +28,7 @@ class TrainerProcess:
         device: str = "cpu",
         measure_compute: bool = False,
         imports: Sequence[str] = (),
+        search_path: Sequence[str] = (),
     ) -> None:
         ours, theirs = socket.socketpair()
         command = [
@@ -36,11 +37,14 @@ class TrainerProcess:
         ]  # fmt: skip
         command += ["--measure-compute"] if measure_compute else []
         command += [part for module in imports for part in ("--import", module)]
+        environment = os.environ | TRAINER_ENVIRONMENT
+        if search_path:
+            environment["PYTHONPATH"] = os.pathsep.join(search_path)
         self._process = subprocess.Popen(
             command,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            env=os.environ | TRAINER_ENVIRONMENT,
+            env=environment,
             start_new_session=True,  # Ctrl-C is for the agent, which ends the trainer
         )
         theirs.close()

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import re
 import signal
-import socket
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.agent import Agent, AgentOptions
+from edge_sdk.agent import AgentOptions
 from edge_sdk.cli_flags import (
     MAX_THREADS,
     add_memory_cap,
@@ -22,13 +18,10 @@ from edge_sdk.cli_flags import (
     whole_flag,
 )
 from edge_sdk.config_file import read_config
+from edge_sdk.device import checked_id, default_keys, device_secrets, make_agent, measure_here
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import DEVICE_KEYS, SERVER_KEYS, KeyPair, make_keys, read_all_keys
-from edge_sdk.profile import DeviceProfile, board, emulated, measure
-from edge_sdk.transport import Link
-from edge_sdk.wire import CLIENT_NAME
-
-log = logging.getLogger(__name__)
+from edge_sdk.keys import DEVICE_KEYS, SERVER_KEYS, make_keys
+from edge_sdk.profile import DeviceProfile, board, emulated
 
 
 def add_run_command(commands: Any) -> None:
@@ -81,8 +74,9 @@ def run_device(args: argparse.Namespace) -> int:
             raise ConfigError(f"{args.config} does not set {name}; add it there")
         if getattr(args, name) is None:
             args.usage_error(f"give --{name}, or a --config FILE that sets {name}")
-    client_id, endpoint = checked_id(args.id), checked_endpoint(args.coordinator, "--coordinator")
-    keys, server_key = device_keys(args)
+    client_id = checked_id(args.id, "--id")
+    endpoint = checked_endpoint(args.coordinator, "--coordinator")
+    secrets = device_secrets(args.keys, args.server_key, args.insecure, "--server-key")
     options = AgentOptions(
         client_id=client_id,
         data=str(args.data),
@@ -94,7 +88,7 @@ def run_device(args: argparse.Namespace) -> int:
         is_once=args.once,
         notify_socket=os.environ.pop("NOTIFY_SOCKET", ""),  # the trainer has nothing to say there
     )
-    agent = Agent(Link(endpoint, keys, server_key), options)
+    agent = make_agent(endpoint, secrets, options)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     agent.run()
@@ -103,7 +97,7 @@ def run_device(args: argparse.Namespace) -> int:
 
 def run_keys(args: argparse.Namespace) -> int:
     settle(args)
-    client_id = checked_id(args.id)
+    client_id = checked_id(args.id, "--id")
     keys = make_keys(args.keys, DEVICE_KEYS)
     print(f"wrote {args.keys / DEVICE_KEYS}.public and .secret; on the coordinator run")
     print(f"  edge-coordinator clients add {client_id} '{keys.public.decode()}'")
@@ -111,19 +105,11 @@ def run_keys(args: argparse.Namespace) -> int:
     return 0
 
 
-def device_keys(args: argparse.Namespace) -> tuple[KeyPair | None, bytes | None]:
-    """This device's pair and the coordinator's public key; none of them with --insecure."""
-    if args.insecure:
-        log.warning("--insecure: nothing is encrypted and anybody can pretend to be this device")
-        return None, None
-    return read_all_keys(args.keys, args.server_key)
-
-
 def make_measure(args: argparse.Namespace) -> Callable[[int], DeviceProfile]:
     """What the agent calls to know its profile: this machine's, or an emulated board's."""
     cap_bytes: int | None = args.memory_cap
     if args.board is None:
-        return partial(_measure_here, cap_bytes)
+        return measure_here(cap_bytes)
     if args.host_gflops <= 0:
         raise ConfigError("--board needs --host-gflops, the GFLOP/s of one thread here")
     profile = emulated(board(args.board), args.host_gflops, args.host_layer_us / 1e6)
@@ -132,22 +118,3 @@ def make_measure(args: argparse.Namespace) -> Callable[[int], DeviceProfile]:
 
         profile = replace(profile, memory_available_bytes=cap_bytes, memory_bound="cap")
     return lambda own_bytes: profile
-
-
-def _measure_here(cap_bytes: int | None, own_bytes: int) -> DeviceProfile:
-    return measure(cap_bytes, own_bytes, compute=False)
-
-
-def checked_id(name: str | None) -> str:
-    client_id = name or socket.gethostname()
-    if not re.match(CLIENT_NAME, client_id):
-        raise ConfigError(
-            f"device name {client_id!r} is not 1 to 64 letters, digits, dots, - or _; give --id"
-        )
-    return client_id
-
-
-def default_keys() -> Path:
-    """Under systemd the service's own state folder, else the user's configuration."""
-    state = os.environ.get("STATE_DIRECTORY")
-    return Path(state) / "keys" if state else Path.home() / ".config" / "edge-sdk"

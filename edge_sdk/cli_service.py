@@ -13,8 +13,8 @@ import msgspec
 
 from edge_sdk import doctor, service
 from edge_sdk.capacity import mebibytes
-from edge_sdk.cli_run import default_keys
 from edge_sdk.config_file import DEFAULT_CONFIG, parse_config
+from edge_sdk.device import default_keys
 from edge_sdk.errors import ConfigError
 from edge_sdk.service import ROOT
 

@@ -84,17 +84,20 @@ def parse_config(text: str, where: str) -> Settings:
             close = difflib.get_close_matches(key.lower(), EXPECTED, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(EXPECTED)}"
             raise ConfigError(f"{_place(text, where, key)}: there is no such key; {hint}")
-        try:
-            msgspec.convert({key: value}, Settings)
-            if key == "coordinator":
-                checked_endpoint(value, key)
-            elif key == "memory_cap":
-                parse_size(value)
-        except (msgspec.ValidationError, ConfigError) as error:
-            raise ConfigError(
-                f"{_place(text, where, key)}: got {_shown(value)}, expected {EXPECTED[key]}"
-            ) from error
+        check_value(key, value, _place(text, where, key))
     return msgspec.convert(raw, Settings)
+
+
+def check_value(key: str, value: object, place: str) -> None:
+    """One of EXPECTED; `place` begins an error. Raises ConfigError."""
+    try:
+        settings = msgspec.convert({key: value}, Settings)
+        if settings.coordinator is not None:
+            checked_endpoint(settings.coordinator, key)
+        elif settings.memory_cap is not None:
+            parse_size(settings.memory_cap)
+    except (msgspec.ValidationError, ConfigError) as error:
+        raise ConfigError(f"{place}: got {_shown(value)}, expected {EXPECTED[key]}") from error
 
 
 def _parse_toml(text: str, where: str) -> dict[str, Any]:

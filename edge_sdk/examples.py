@@ -16,6 +16,8 @@ from edge_sdk.errors import DataError, EdgeError
 Floats: TypeAlias = npt.NDArray[np.float32]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Scaling: TypeAlias = tuple[float, float]
+# BatchNorm statistics of one or two examples ruin a deep stage; such a rest is dropped.
+MIN_BATCH = 3
 MAX_CLASSES = 1_000_000  # as in wire.ModelSpec; larger labels are something else, e.g. hashes
 
 
@@ -83,12 +85,19 @@ def check_examples(examples: Examples, where: str) -> Examples:
     return examples
 
 
+def check_enough(examples: Examples, where: str) -> Examples:
+    """The same examples, if a device can train with so many; else DataError."""
+    if len(examples) < MIN_BATCH:
+        raise DataError(f"{where} holds {len(examples)} examples, at least {MIN_BATCH} are needed")
+    return examples
+
+
 def bad(where: str | Path, got: str, expected: str, step: str = "correct the data") -> DataError:
     return DataError(f"{where}: got {got}, expected {expected}; {step}")
 
 
 @contextmanager
-def mapped(path: Path, expected: str, step: str = "copy the file again") -> Iterator[None]:
+def mapped(path: str | Path, expected: str, step: str = "copy the file again") -> Iterator[None]:
     """Maps whatever a foreign reader raises to one DataError. On corrupt files numpy, zipfile
     and zlib raise a dozen unrelated types, hence `Exception`."""
     try:

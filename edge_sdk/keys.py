@@ -93,7 +93,9 @@ def read_keys(folder: Path, name: str) -> KeyPair:
     return KeyPair(public, secret)
 
 
-def read_all_keys(folder: Path, server_key: str | None) -> tuple[KeyPair, bytes]:
+def read_all_keys(
+    folder: Path, server_key: str | None, flag: str = "--server-key"
+) -> tuple[KeyPair, bytes]:
     """This device's pair and the coordinator's public key, which is given as text or as a file, or
     lies beside them. Raises ConfigError."""
     keys = read_keys(folder, DEVICE_KEYS)
@@ -101,7 +103,7 @@ def read_all_keys(folder: Path, server_key: str | None) -> tuple[KeyPair, bytes]
         return keys, read_key(folder / f"{SERVER_KEYS}.public")
     if Path(server_key).exists():
         return keys, read_key(Path(server_key))
-    return keys, check_key(server_key, "--server-key")
+    return keys, check_key(server_key, flag)
 
 
 def read_key(path: Path) -> bytes:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
+from edge_sdk.examples import MIN_BATCH
 from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.staged import check_segments, moved, needed_names, trained_names
@@ -35,8 +36,6 @@ from edge_sdk.tensors import Tensors, check_finite
 from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment, one_line
 
 log = logging.getLogger(__name__)
-# BatchNorm statistics of one or two examples ruin a deep stage; such a rest is dropped.
-MIN_BATCH = 3
 CACHE_BYTES = 256 * 1024**2  # of a segment's frozen features, where nobody knows a better bound
 Inputs: TypeAlias = Callable[[Tensor], Tensor]  # from a batch's indices to its input on the device
 

@@ -20,7 +20,8 @@ import torch
 
 from edge_sdk.capacity import memory_errors
 from edge_sdk.data import Examples, load_shard
-from edge_sdk.errors import DataError, EdgeError
+from edge_sdk.errors import EdgeError
+from edge_sdk.examples import check_enough
 from edge_sdk.models.costs import segment_costs_apart, warm_resident_bytes
 from edge_sdk.pipe import (
     Cancel,
@@ -35,7 +36,7 @@ from edge_sdk.pipe import (
 )
 from edge_sdk.profile import measure_gflops, measure_layer_s
 from edge_sdk.tensors import Receiver, Sender, specs_of
-from edge_sdk.trainer import MIN_BATCH, TrainResult, clock, since, train, usable_device
+from edge_sdk.trainer import TrainResult, clock, since, train, usable_device
 from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update
 
 log = logging.getLogger(__name__)
@@ -216,11 +217,7 @@ def main() -> int:
             importlib.import_module(module)
         if args.threads:
             torch.set_num_threads(args.threads)
-        examples = load_shard(args.data)
-        if len(examples) < MIN_BATCH:
-            raise DataError(
-                f"{args.data} holds {len(examples)} examples, at least {MIN_BATCH} are needed"
-            )
+        examples = check_enough(load_shard(args.data), args.data)
         gflops = layer_s = 0.0
         usable_device(args.device)
         if args.measure_compute:

@@ -134,9 +134,9 @@ class World:
         save_shard(folder / "test.npz", data.test)
         parts = partition_iid(len(data.train), num_devices, 0)
         for name, part in zip("abcdef", parts, strict=False):
-            self._admit(name, data.train.take(part))
+            self.admit(name, data.train.take(part))
 
-    def _admit(self, name: str, shard: Examples) -> None:
+    def admit(self, name: str, shard: Examples) -> None:
         home = self.folder / name
         pair = make_keys(home, "device")
         (home / "server.public").write_bytes((self.keys / "server.public").read_bytes())

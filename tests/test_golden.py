@@ -24,7 +24,7 @@ from msgspec.structs import fields
 
 import edge_sdk
 from coordinator import cohort_zmq, hub, seats
-from edge_sdk import agent, chooser, trainer, transport, wire, worker
+from edge_sdk import agent, chooser, examples, trainer, transport, wire, worker
 from edge_sdk.errors import EdgeError
 from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
 from edge_sdk.tensors import DTYPES
@@ -166,7 +166,7 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
     ),
     chooser: ("GROWN",),
     worker: ("WINDOW",),
-    trainer: ("MIN_BATCH",),
+    examples: ("MIN_BATCH",),
     cohort_zmq: ("HEARTBEAT_S", "SILENCE_S"),
     seats: ("WINDOW", "UPLOAD_BUDGET_BYTES", "RESEND_S", "STALL_S"),
 }

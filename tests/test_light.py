@@ -13,7 +13,8 @@ import pytest
 from tests.processes import ROOT, World, mapped_libraries
 
 LIGHT = ("", ".wire", ".errors", ".profile", ".capacity", ".keys", ".cli", ".cli_run", ".cli_infer",
-         ".exported", ".agent", ".doctor", ".service", ".config_file", ".notify")  # fmt: skip
+         ".exported", ".agent", ".doctor", ".service", ".config_file", ".notify", ".device",
+         ".events", ".client")  # fmt: skip
 HEAVY = ("torch", "numpy", "ray", "sklearn", "scipy", "rich", "safetensors", "coordinator", "tools")
 
 
@@ -24,6 +25,14 @@ def test_light_modules_import_nothing_heavy(module):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert ended.stdout.split() == []
+
+
+def test_the_package_itself_imports_not_even_zmq_and_its_client_no_numpy():
+    code = (
+        "import sys, edge_sdk; assert not {'zmq', 'msgspec'} & set(sys.modules); "
+        f"from edge_sdk import Client, Event; assert not {set(HEAVY)!r} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("name", ["infer", "calibrate", "infer_report", "data"])

@@ -33,10 +33,7 @@ def read_digits() -> Examples:
     return check_examples(Examples(x, y, 10, scaling=DIGITS), "digits")
 
 
-@np.errstate(all="ignore")  # as for scaled
 def read_npz(path: Path) -> Examples:
-    """uint8 x of (n, H, W) gets a channel axis and is scaled; float x of (n, C, window) or
-    (n, C, H, W) stays as it is, so that shards of both kinds come back unchanged."""
     expected = "an .npz file with numeric arrays x and y"
     with mapped(path, expected), path.open("rb") as file:
         archive = np.load(file, allow_pickle=False)
@@ -46,33 +43,42 @@ def read_npz(path: Path) -> Examples:
             raise bad(path, f"arrays {archive.files}", expected)
         names = {"x", "y", "num_classes", "subject", "scaling"}.intersection(archive.files)
         arrays = {name: np.asarray(archive[name]) for name in names}
-    for name in names - {"x", "scaling"}:
+    return checked_arrays(arrays, str(path))
+
+
+@np.errstate(all="ignore")  # as for scaled
+def checked_arrays(arrays: dict[str, npt.NDArray[Any]], where: str) -> Examples:
+    """Examples of arrays x and y, and perhaps num_classes, subject, scaling. Raises DataError.
+
+    uint8 x of (n, H, W) gets a channel axis and is scaled; float x of (n, C, window) or
+    (n, C, H, W) stays as it is, so that shards of both kinds come back unchanged."""
+    for name in arrays.keys() - {"x", "scaling"}:
         if arrays[name].dtype.kind not in "iu":
-            raise bad(path, f"{name} of dtype {arrays[name].dtype}", "integers")
+            raise bad(where, f"{name} of dtype {arrays[name].dtype}", "integers")
     x, y, subject = arrays["x"], arrays["y"].astype(np.int64), arrays.get("subject")
     num_classes = arrays.get("num_classes", np.asarray(int(y.max(initial=0)) + 1))
     if num_classes.size != 1:
-        raise bad(path, f"num_classes of shape {num_classes.shape}", "one number")
-    scaling = _scaling(arrays.get("scaling"), path)
+        raise bad(where, f"num_classes of shape {num_classes.shape}", "one number")
+    scaling = _scaling(arrays.get("scaling"), where)
     if x.dtype == np.uint8:
         scaling = PIXELS
         x = scaled_images(x[:, None] if x.ndim == 3 else x)  # (n, H, W) -> (n, 1, H, W)
     elif x.dtype.kind != "f":
-        raise bad(path, f"x of dtype {x.dtype}", "uint8 or float")
+        raise bad(where, f"x of dtype {x.dtype}", "uint8 or float")
     x = np.asarray(x, dtype=np.float32, order="C")
     subject = None if subject is None else subject.astype(np.int64)
-    return check_examples(Examples(x, y, int(num_classes.item()), subject, scaling), str(path))
+    return check_examples(Examples(x, y, int(num_classes.item()), subject, scaling), where)
 
 
-def _scaling(array: npt.NDArray[Any] | None, path: Path) -> Scaling | None:
+def _scaling(array: npt.NDArray[Any] | None, where: str) -> Scaling | None:
     """What `save_shard` noted of how float x came from integers."""
     if array is None:
         return None
     if array.shape != (2,) or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise bad(path, f"scaling {array.shape} of {array.dtype}", "two finite numbers")
+        raise bad(where, f"scaling {array.shape} of {array.dtype}", "two finite numbers")
     divisor, offset = array.tolist()
     if divisor <= 0:
-        raise bad(path, f"scaling by {divisor}", "a divisor above 0")
+        raise bad(where, f"scaling by {divisor}", "a divisor above 0")
     return divisor, offset
 
 

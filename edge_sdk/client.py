@@ -1,0 +1,161 @@
+"""A device inside a program of your own: what `edge-sdk run` does, with data from memory and a
+callback. Like the agent it loads no torch; numpy only for data that is not a file."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_sdk.agent import Agent, AgentOptions
+from edge_sdk.cli_flags import parse_size
+from edge_sdk.config_file import check_value
+from edge_sdk.device import checked_id, default_keys, device_secrets, make_agent, measure_here
+from edge_sdk.errors import ConfigError
+from edge_sdk.events import Event
+
+if TYPE_CHECKING:
+    from edge_sdk.own_data import Dataset, Source
+
+
+class Client:
+    """This device's part in a coordinator's runs.
+
+    data: a path or name as for --data; or a tuple (x, y) of arrays, x (n, C, H, W) or
+    (n, C, window) of floats, or of uint8 as in an .npz for --data, y (n,) of integers from 0; or a
+    torch Dataset with a length, of pairs of such an x and y. Arrays and Datasets are written to a
+    file for this user's eyes only under tempfile.gettempdir() (TMPDIR) while run() runs: 4 bytes a
+    number; a process that is killed leaves it there. Arrays that are not float32 are copied. Of a
+    Dataset it takes twice that for a moment, and in memory a quarter of it, or all of it if its
+    items are uint8 (measured: 30 MB for 125 MB).
+    id: this device's name, default the host name. keys: the folder of this device's keys.
+    server_key: the coordinator's public key or its file, default KEYS/server.public.
+    memory_cap: most that training may use, bytes or "512M". threads: of torch, 0 for all cores.
+    imports: modules that register your model families. The training process, another one than
+    yours, imports them, so a family cannot live in __main__.
+    on_event: called with each Event in the thread of run(), so it must be quick. What it raises is
+    logged once.
+
+    Raises ConfigError and DataError for what is wrong with them. Installs no signal handler."""
+
+    def __init__(
+        self,
+        coordinator: str,
+        *,
+        data: str | os.PathLike[str] | tuple[Any, Any] | Dataset,
+        id: str | None = None,
+        keys: str | os.PathLike[str] | None = None,
+        server_key: str | os.PathLike[str] | None = None,
+        insecure: bool = False,
+        memory_cap: str | int | None = None,
+        threads: int = 0,
+        device: str = "cpu",
+        imports: Iterable[str] = (),
+        on_event: Callable[[Event], object] | None = None,
+    ) -> None:
+        _refuse_inside_trainer()
+        cap = None if memory_cap is None else str(memory_cap)
+        modules = imports if isinstance(imports, str) else tuple(imports)
+        given = {
+            "coordinator": coordinator or "", "id": id, "insecure": insecure, "memory_cap": cap,
+            "threads": threads, "device": device, "import": modules,
+        }  # fmt: skip
+        for name, value in given.items():
+            check_value(name, value, "imports" if name == "import" else name)
+        _check_modules(modules)
+        self._endpoint = coordinator
+        self._secrets = device_secrets(
+            default_keys() if keys is None else Path(keys),
+            None if server_key is None else os.fspath(server_key),
+            insecure,
+            "server_key",
+        )
+        self._data = _checked_data(data)
+        self._options = AgentOptions(
+            client_id=checked_id(id, "id"),
+            data="",
+            measure=measure_here(None if cap is None else parse_size(cap)),
+            threads=threads,
+            device=device,
+            imports=tuple(modules),
+            on_event=on_event,
+            search_path=tuple(sys.path),
+        )
+        self._running = threading.Lock()
+        self._agent: Agent | None = None
+        self._stopped = threading.Event()
+
+    def run(self, once: bool = True) -> None:
+        """Take part until the coordinator's run is over, stop() or KeyboardInterrupt.
+
+        once=False: wait for the next run instead. It waits for an absent coordinator and comes back
+        after a lost connection by itself. Raises EdgeError: data that cannot be read, a training
+        process that does not start, a coordinator that refuses this device."""
+        if not self._running.acquire(blocking=False):
+            raise ConfigError("this Client runs already; make another for another device")
+        try:
+            with suppress(KeyboardInterrupt), self._shard() as data:
+                if self._stopped.is_set():
+                    return
+                options = replace(self._options, data=data, is_once=once)
+                self._agent = make_agent(self._endpoint, self._secrets, options)
+                if self._stopped.is_set():  # meanwhile
+                    self._agent.stop()
+                self._agent.run()
+        finally:
+            self._agent = None
+            self._running.release()
+
+    def stop(self) -> None:
+        """End run() within a second, for good; from another thread, a signal handler, on_event."""
+        self._stopped.set()
+        agent = self._agent
+        if agent is not None:
+            agent.stop()
+
+    def _shard(self) -> AbstractContextManager[str]:
+        if isinstance(self._data, str):
+            return nullcontext(self._data)
+        from edge_sdk.own_data import shard_of
+
+        return shard_of(self._data)
+
+
+def _checked_data(data: object) -> str | Source:
+    if isinstance(data, str | os.PathLike):
+        return os.fspath(data)
+    from edge_sdk.own_data import checked_source
+
+    return checked_source(data)
+
+
+def _check_modules(names: Iterable[str]) -> None:
+    """Found without being imported: they need torch, which this process need not load."""
+    for name in names:
+        if name == "__main__":
+            raise ConfigError(
+                "imports: got '__main__', this program itself, which the training process cannot "
+                "import; put the model family into a module of its own"
+            )
+        try:
+            found = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            found = None
+        if found is None:
+            raise ConfigError(f"imports: there is no module {name!r}; is it on sys.path?")
+
+
+def _refuse_inside_trainer() -> None:
+    """A program named in its own `imports` would start itself again and again."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is not None and spec.name == "edge_sdk.worker":
+        raise ConfigError(
+            "a module of `imports` makes a Client when it is imported; put that under "
+            'if __name__ == "__main__", or the model family into a module of its own'
+        )

@@ -1,0 +1,69 @@
+"""Who this device is and how its agent is made: for `edge-sdk run` and for `Client`, which name a
+setting `--server-key` or `server_key` in what they refuse."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+from edge_sdk.agent import Agent, AgentOptions
+from edge_sdk.errors import ConfigError
+from edge_sdk.keys import KeyPair, read_all_keys
+from edge_sdk.profile import DeviceProfile, measure
+from edge_sdk.transport import Link
+from edge_sdk.wire import CLIENT_NAME
+
+log = logging.getLogger(__name__)
+# This device's pair and the coordinator's public key; None and None: no encryption.
+Secrets: TypeAlias = tuple[KeyPair | None, bytes | None]
+
+
+def make_agent(endpoint: str, secrets: Secrets, options: AgentOptions) -> Agent:
+    """Starts the training process and connects; run() does the rest."""
+    link = Link(endpoint, *secrets)
+    try:
+        return Agent(link, options)
+    except BaseException:
+        link.close(is_final=True)
+        raise
+
+
+def checked_id(name: str | None, flag: str) -> str:
+    """None: the host name. Raises ConfigError."""
+    client_id = name or socket.gethostname()
+    if not re.match(CLIENT_NAME, client_id):
+        raise ConfigError(
+            f"device name {client_id!r} is not 1 to 64 letters, digits, dots, - or _; give {flag}"
+        )
+    return client_id
+
+
+def device_secrets(
+    folder: Path, server_key: str | None, is_insecure: bool, server_key_flag: str
+) -> Secrets:
+    """Reads the keys, unless there are to be none. Raises ConfigError."""
+    if is_insecure:
+        log.warning("insecure: nothing is encrypted and anybody can pretend to be this device")
+        return None, None
+    return read_all_keys(folder, server_key, server_key_flag)
+
+
+def default_keys() -> Path:
+    """Under systemd the service's own state folder, else the user's configuration."""
+    state = os.environ.get("STATE_DIRECTORY")
+    return Path(state) / "keys" if state else Path.home() / ".config" / "edge-sdk"
+
+
+def measure_here(cap_bytes: int | None) -> Callable[[int], DeviceProfile]:
+    """What the agent calls to know this machine's profile."""
+    return partial(_measure, cap_bytes)
+
+
+def _measure(cap_bytes: int | None, own_bytes: int) -> DeviceProfile:
+    return measure(cap_bytes, own_bytes, compute=False)

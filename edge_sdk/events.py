@@ -1,0 +1,94 @@
+"""What a device tells of its training: one line of log each, and a call of the program's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from edge_sdk.capacity import Choice
+from edge_sdk.wire import ExitResult, Job, Segment, Update, Welcome
+
+Kind: TypeAlias = Literal[
+    "connected", "chosen", "job", "trained", "accepted", "failed", "lost", "ended"
+]
+
+
+@dataclass(frozen=True)
+class Event:
+    """`kind` says which of the other fields are set; `detail` is always one line for a person.
+
+    connected: welcomed to a run. chosen: exit (0: too small for any) and stages, again when memory
+    changes. job: round, segments. trained: round, exits, seconds; the update is on its way.
+    accepted: round; it counts. failed: code, of a job also round; the device goes on. lost: the
+    coordinator is gone or has said bye; the device waits for it. ended: the last one, unless run()
+    raises."""
+
+    kind: Kind
+    detail: str
+    round: int = 0  # from 1; 0: not about a round
+    exit: int = 0  # the deepest that this device trains
+    stages: tuple[int, ...] = ()  # deeper ones that it can train alone
+    segments: tuple[Segment, ...] = ()  # what a job trains: stages first .. last of each
+    exits: tuple[ExitResult, ...] = ()  # exit, loss (nats), accuracy on the local training data
+    seconds: float = 0.0  # of training, wall clock
+    code: str = ""  # of errors.py
+    level: int = logging.INFO  # of logging
+
+
+class Teller:
+    """Logs each event and hands it to the callback, whose own errors end nothing."""
+
+    def __init__(self, log: logging.Logger, on_event: Callable[[Event], object] | None) -> None:
+        self._log = log
+        self._on_event = on_event
+        self._has_failed = False
+
+    def __call__(self, event: Event) -> None:
+        where = f"round {event.round}: " if event.round else ""
+        self._log.log(event.level, "%s%s", where, event.detail)
+        if self._on_event is None:
+            return
+        try:
+            self._on_event(event)
+        except Exception:
+            if not self._has_failed:
+                self._log.exception(
+                    "on_event raised at %r; the device goes on, later errors are not logged",
+                    event.kind,
+                )
+            self._has_failed = True
+
+
+def connected(welcome: Welcome) -> Event:
+    model = welcome.model
+    return Event("connected", f"welcome to run {welcome.run}: {model.family}, {model.exit} exits")
+
+
+def chosen(choice: Choice) -> Event:
+    if not choice.exit:
+        detail = f"this device is too small for exit 1: {choice.reason}"
+        return Event("chosen", detail, level=logging.ERROR)
+    detail = f"training up to exit {choice.exit}; {choice.reason}"
+    return Event("chosen", detail, exit=choice.exit, stages=choice.stages)
+
+
+def job_given(job: Job) -> Event:
+    segments = job.plan.segments
+    stages = ", ".join(f"{segment.first}-{segment.last}" for segment in segments)
+    return Event("job", f"job for stages {stages}", job.round, segments=segments)
+
+
+def trained(update: Update) -> Event:
+    seconds = update.phases["train"].wall_s if "train" in update.phases else 0.0
+    detail = "trained, sending the update"
+    return Event("trained", detail, update.round, exits=update.exits, seconds=seconds)
+
+
+def failed(detail: str, code: str, round: int = 0, level: int = logging.ERROR) -> Event:
+    return Event("failed", detail, round, code=code, level=level)
+
+
+def lost(detail: str, level: int = logging.WARNING) -> Event:
+    return Event("lost", detail, level=level)
