@@ -71,6 +71,7 @@ class AgentOptions:
     threads: int = 0  # 0: torch's default
     device: str = "cpu"
     measure_compute: bool = True
+    calibration: str = ""  # file where what was measured is kept; "": it is not
     imports: tuple[str, ...] = ()
     is_once: bool = False  # end when the coordinator's run ends
     notify_socket: str = ""  # systemd's NOTIFY_SOCKET
@@ -325,6 +326,7 @@ class Agent:
             threads=options.threads,
             device=options.device,
             measure_compute=measure_compute,
+            calibration=options.calibration,
             imports=options.imports,
             search_path=options.search_path,
         )
@@ -411,7 +413,7 @@ class Agent:
     # -- choice ------------------------------------------------------------------------------
 
     def _profile(self) -> DeviceProfile:
-        profile = self._options.measure(self._trainer.resident_bytes() if self._trainer else 0)
+        profile = self._options.measure(self._trainer.own_bytes() if self._trainer else 0)
         inspected = self._state.inspected
         if inspected and inspected.gflops:
             profile = replace(profile, gflops=inspected.gflops, layer_s=inspected.layer_s)

@@ -27,6 +27,7 @@ class TrainerProcess:
         threads: int = 0,
         device: str = "cpu",
         measure_compute: bool = False,
+        calibration: str = "",
         imports: Sequence[str] = (),
         search_path: Sequence[str] = (),
     ) -> None:
@@ -35,6 +36,7 @@ class TrainerProcess:
             sys.executable, "-m", "edge_sdk.worker", "--fd", str(theirs.fileno()),
             "--data", data, "--threads", str(threads), "--device", device,
         ]  # fmt: skip
+        command += ["--calibration", calibration] if calibration else []
         command += ["--measure-compute"] if measure_compute else []
         command += [part for module in imports for part in ("--import", module)]
         environment = os.environ | TRAINER_ENVIRONMENT
@@ -88,13 +90,15 @@ class TrainerProcess:
         """The next message, waiting for it. Raises EOFError or OSError when the process is gone."""
         return self._pipe.receive()
 
-    def resident_bytes(self) -> int:
+    def own_bytes(self) -> int:
+        """Its memory but for library pages: those count as available already."""
         import psutil
 
         try:
-            return int(psutil.Process(self._process.pid).memory_info().rss)
+            held = psutil.Process(self._process.pid).memory_info()
         except psutil.Error:
             return 0
+        return int(held.rss - getattr(held, "shared", 0))
 
     def end(self) -> None:
         """Stop it now."""

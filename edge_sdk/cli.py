@@ -39,6 +39,7 @@ from edge_sdk.cli_infer import (
 )
 from edge_sdk.cli_run import add_keys_command, add_run_command
 from edge_sdk.cli_service import add_doctor_command, add_service_command
+from edge_sdk.device import calibration_file
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
 from edge_sdk.profile import (
     DeviceProfile,
@@ -54,9 +55,11 @@ from edge_sdk.wire import ModelSpec, Plan
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells
-RUNTIME_PROBE = (
-    "from edge_sdk.models.costs import warm_resident_bytes; print(warm_resident_bytes())"
-)
+TRIAL = """
+import pathlib, sys, msgspec
+from edge_sdk.calibration import trial
+print(msgspec.json.encode(trial(pathlib.Path(sys.argv[1]))).decode())
+"""
 
 
 def add_measure_command(subparsers: Subparsers) -> None:
@@ -124,7 +127,15 @@ def run_plan(args: argparse.Namespace) -> int:
     profile = _profile(args.board, args.memory_cap)
     from edge_sdk.models.costs import segment_costs
 
-    costs = segment_costs(spec, plan, num_examples, _trainer_runtime_bytes() + data_bytes)
+    trial = _trial_trainer()
+    costs = segment_costs(
+        spec,
+        plan,
+        num_examples,
+        trial["runtime_bytes"] + data_bytes,
+        allowance=trial["allowance"],
+        error=trial["error"],
+    )
     choice = choose_exit(
         costs, profile, deadline_s=args.deadline, num_examples=num_examples, epochs=plan.epochs
     )
@@ -259,10 +270,11 @@ def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:
     )
 
 
-def _trainer_runtime_bytes() -> int:
-    """Resident memory of a trainer on this machine before it has a model, from a real one."""
+def _trial_trainer() -> dict[str, Any]:
+    """The fields of a calibration.Trainer, from a real one on this machine: this process imports
+    more than a trainer does."""
     result = subprocess.run(
-        [sys.executable, "-c", RUNTIME_PROBE],
+        [sys.executable, "-c", TRIAL, calibration_file()],
         env={**os.environ, **TRAINER_ENVIRONMENT},
         capture_output=True,
         text=True,
@@ -271,7 +283,8 @@ def _trainer_runtime_bytes() -> int:
     if result.returncode:
         last = (result.stderr.strip() or "no message").splitlines()[-1]
         raise TrainerError(f"a trial trainer ended with status {result.returncode}: {last}")
-    return int(result.stdout)
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
 
 
 def _describe(profile: DeviceProfile) -> str:
@@ -301,7 +314,7 @@ def _table(
             (
                 _name(cost),
                 f"{cost.gradient_bytes // 4:,}",
-                mebibytes(row.peak_bytes),
+                f"{mebibytes(row.peak_bytes)} ± {row.error_bytes / 1024**2:.1f}",
                 mebibytes(row.cache_bytes) if row.cache_bytes else "-",
                 f"{twice_s - once_s:.2f}",
                 "-" if row.seconds is None else f"{row.seconds:.2f}",

@@ -18,7 +18,14 @@ from edge_sdk.cli_flags import (
     whole_flag,
 )
 from edge_sdk.config_file import read_config
-from edge_sdk.device import checked_id, default_keys, device_secrets, make_agent, measure_here
+from edge_sdk.device import (
+    calibration_file,
+    checked_id,
+    default_keys,
+    device_secrets,
+    make_agent,
+    measure_here,
+)
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import DEVICE_KEYS, SERVER_KEYS, make_keys
 from edge_sdk.profile import DeviceProfile, board, emulated
@@ -84,6 +91,7 @@ def run_device(args: argparse.Namespace) -> int:
         threads=args.threads,
         device=args.device,
         measure_compute=args.board is None,
+        calibration="" if args.board else calibration_file(),
         imports=tuple(args.imports),
         is_once=args.once,
         notify_socket=os.environ.pop("NOTIFY_SOCKET", ""),  # the trainer has nothing to say there

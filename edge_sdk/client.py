@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from edge_sdk.agent import Agent, AgentOptions
 from edge_sdk.cli_flags import parse_size
 from edge_sdk.config_file import check_value
-from edge_sdk.device import checked_id, default_keys, device_secrets, make_agent, measure_here
+from edge_sdk.device import (
+    calibration_file,
+    checked_id,
+    default_keys,
+    device_secrets,
+    make_agent,
+    measure_here,
+)
 from edge_sdk.errors import ConfigError
 from edge_sdk.events import Event
 
@@ -83,6 +90,7 @@ class Client:
             measure=measure_here(None if cap is None else parse_size(cap)),
             threads=threads,
             device=device,
+            calibration=calibration_file(),
             imports=tuple(modules),
             on_event=on_event,
             search_path=tuple(sys.path),

@@ -60,6 +60,13 @@ def default_keys() -> Path:
     return Path(state) / "keys" if state else Path.home() / ".config" / "edge-sdk"
 
 
+def calibration_file() -> str:
+    """Where the trainer keeps its calibration: the service's cache folder, or the user's."""
+    service, user = os.environ.get("CACHE_DIRECTORY"), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(service) if service else Path(user or Path.home() / ".cache") / "edge-sdk"
+    return str(folder / "calibration.json")
+
+
 def measure_here(cap_bytes: int | None) -> Callable[[int], DeviceProfile]:
     """What the agent calls to know this machine's profile."""
     return partial(_measure, cap_bytes)

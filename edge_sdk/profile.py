@@ -147,20 +147,25 @@ def cgroup_bytes_left(root: Path = ROOT) -> int | None:
     """What the tightest memory group above this process leaves, None where there is no limit.
 
     Both versions are read: a hybrid system mounts v2 without controllers beside v1, and a
-    controller is only ever in one of them. File cache that the kernel would drop counts as free."""
+    controller is only ever in one of them. File pages, which the kernel can drop, count as free, as
+    they do in the host's available memory."""
     left: list[int] = []
     for group in _groups(root, "memory"):
         limit = _read_int(group / "memory.limit_in_bytes")
         if limit is not None and limit < NO_LIMIT_V1:
             usage = _read_int(group / "memory.usage_in_bytes") or 0
-            left.append(limit - usage + _read_stat(group, "total_inactive_file"))
+            left.append(limit - usage + _file_bytes(group, "total_"))
     for group in _groups(root, ""):
         limits = [_read_int(group / name) for name in ("memory.max", "memory.high")]
         found = [limit for limit in limits if limit is not None]
         if found:
             usage = _read_int(group / "memory.current") or 0
-            left.append(min(found) - usage + _read_stat(group, "inactive_file"))
+            left.append(min(found) - usage + _file_bytes(group, ""))
     return max(0, min(left)) if left else None
+
+
+def _file_bytes(group: Path, prefix: str) -> int:
+    return sum(_read_stat(group, f"{prefix}{kind}_file") for kind in ("active", "inactive"))
 
 
 def cores(root: Path = ROOT) -> float:

@@ -18,12 +18,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from edge_sdk import resident
 from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
 from edge_sdk.examples import MIN_BATCH
@@ -75,7 +75,7 @@ def train(
     take more are not kept over the epochs. is_consuming: `tensors` is emptied once the model has
     them, so that they need not lie in memory twice. Raises ShapeError, DataError, Cancelled, and
     TrainerError when a loss is not finite."""
-    reset_peak_memory()
+    resident.reset_peak()
     started = clock()
     check_segments(plan.segments, spec.exit)
     check_fits(spec, examples)
@@ -119,7 +119,7 @@ def train(
         num_steps=num_steps,
         exits=tuple(sorted(exits, key=lambda result: result.exit)),
         phases={"load": since(started, loaded), "train": since(loaded, finished)},
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=resident.peak_bytes(),
     )
 
 
@@ -287,23 +287,3 @@ def clock() -> tuple[float, float]:
 def since(start: tuple[float, float], end: tuple[float, float] | None = None) -> Phase:
     wall, cpu = end or clock()
     return Phase(wall_s=max(0.0, wall - start[0]), cpu_s=max(0.0, cpu - start[1]))
-
-
-def reset_peak_memory() -> None:
-    """Make the kernel forget this process's peak, where it can (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        log.debug("peak memory cannot be reset here; it counts from the process's start")
-
-
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process since the last reset; 0 where unknown."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -7,7 +7,6 @@ It may be killed for memory at any time; the agent survives, reports and starts 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import logging
 import select
@@ -15,14 +14,17 @@ import socket
 import sys
 import time
 from collections import deque
+from pathlib import Path
 
 import torch
 
+from edge_sdk import resident
+from edge_sdk.calibration import Calibration, calibrated, runtime_bytes
 from edge_sdk.capacity import memory_errors
 from edge_sdk.data import Examples, load_shard
 from edge_sdk.errors import EdgeError
 from edge_sdk.examples import check_enough
-from edge_sdk.models.costs import segment_costs_apart, warm_resident_bytes
+from edge_sdk.models.costs import segment_costs_apart
 from edge_sdk.pipe import (
     Cancel,
     Estimate,
@@ -48,11 +50,15 @@ IDLE_S = 30.0  # and while waiting for messages
 class Worker:
     """Serves one pipe: inspects its data once, then estimates and trains as asked."""
 
-    def __init__(self, pipe: Pipe, examples: Examples, device: str) -> None:
+    def __init__(
+        self, pipe: Pipe, examples: Examples, device: str, calibration: Calibration
+    ) -> None:
         self._pipe = pipe
         self._examples = examples
         self._device = device
-        self._runtime_bytes = warm_resident_bytes()
+        self._calibration = calibration
+        needed, self._idle_bytes = runtime_bytes()
+        self._runtime_bytes = needed + calibration.scratch_bytes
         self._inbox: deque[tuple[PipeMessage, memoryview]] = deque()
         self._job: Job | None = None
         self._cache_bytes = 0  # of the job
@@ -95,7 +101,12 @@ class Worker:
     def _handle(self, message: PipeMessage, payload: memoryview) -> None:
         if isinstance(message, Estimate):
             costs = segment_costs_apart(
-                message.model, message.plan, len(self._examples), self._runtime_bytes
+                message.model,
+                message.plan,
+                len(self._examples),
+                self._runtime_bytes,
+                allowance=self._calibration.allowance,
+                error=self._calibration.error,
             )
             self._pipe.send(Estimated(model=message.model, costs=costs))
         elif isinstance(message, Train):
@@ -146,9 +157,9 @@ class Worker:
             should_stop=self._is_cancelled,
             is_consuming=True,
         )
-        release_memory()
+        resident.trim()
         self._sender = Sender(result.tensors)
-        self._update = make_update(job, result, download)
+        self._update = make_update(job, result, download, self._idle_bytes)
         self._pipe.send(self._update)
 
     def _send_parts(self, fetch: Fetch) -> None:
@@ -179,27 +190,19 @@ class Worker:
         self._job = self._receiver = self._update = self._sender = None
 
 
-def make_update(job: Job, result: TrainResult, download: Phase) -> Update:
-    """The message that goes ahead of the update's tensors."""
+def make_update(job: Job, result: TrainResult, download: Phase, idle_bytes: int) -> Update:
+    """The message that goes ahead of the update's tensors. idle_bytes: resident, but not needed."""
     return Update(
         round=job.round,
         num_examples=result.num_examples,
         num_steps=result.num_steps,
         exits=result.exits,
         phases={"download": download, **result.phases},  # type: ignore[dict-item]
-        peak_memory_bytes=result.peak_memory_bytes,
+        peak_memory_bytes=max(0, result.peak_memory_bytes - idle_bytes),
         micro_batch=job.plan.micro_batch,
         recompute=job.plan.recompute,
         tensors=specs_of(result.tensors),
     )
-
-
-def release_memory() -> None:
-    """Give what training freed back to the system, where the C library can (glibc)."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        log.debug("this C library cannot give freed memory back")
 
 
 def main() -> int:
@@ -208,6 +211,7 @@ def main() -> int:
     parser.add_argument("--data", required=True)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--calibration", type=Path)
     parser.add_argument("--measure-compute", action="store_true")
     parser.add_argument("--import", dest="imports", action="append", default=[])
     args = parser.parse_args()
@@ -218,19 +222,18 @@ def main() -> int:
         if args.threads:
             torch.set_num_threads(args.threads)
         examples = check_enough(load_shard(args.data), args.data)
-        gflops = layer_s = 0.0
         usable_device(args.device)
-        if args.measure_compute:
-            gflops, layer_s = (
-                measure_gflops(device=args.device),
-                measure_layer_s(device=args.device),
-            )
+        calibration = calibrated(args.calibration, args.device, args.measure_compute)
+        gflops = layer_s = 0.0
+        if args.measure_compute:  # at every start: it depends on what else runs
+            gflops = measure_gflops(device=args.device)
+            layer_s = measure_layer_s(device=args.device)
     except (EdgeError, ImportError) as error:
         code = error.code if isinstance(error, EdgeError) else "config"
         pipe.send(Fault(code=code, detail=str(error)))
         return 1
     try:
-        Worker(pipe, examples, args.device).serve(gflops, layer_s)
+        Worker(pipe, examples, args.device, calibration).serve(gflops, layer_s)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0  # the agent is gone
     return 0

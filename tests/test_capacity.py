@@ -7,6 +7,8 @@ from edge_sdk.capacity import (
     Choice,
     SegmentCost,
     choose_exit,
+    error_bytes,
+    in_parts,
     memory_errors,
     peak_bytes,
     seconds,
@@ -37,6 +39,7 @@ def cost(
         saved_bytes=saved_bytes,
         cache_bytes=0 if first == 1 else 7,
         runtime_bytes=500,
+        allowance=1.45,
         flops_per_example=flops_per_example,
         frozen_flops_per_example=0.5e9,
         upload_bytes=1,
@@ -55,6 +58,13 @@ def test_peak_adds_what_is_held_and_the_allowance_on_the_step():
     assert peak_bytes(cost(2, 2, saved_bytes=80)) == 792
     # without a cache 640 + 1.45 * 21 = 670.45, rounded up
     assert peak_bytes(cost(1, 1, saved_bytes=1)) == 671
+    # the optimizer's root lies there when the activations are gone: 640 + 2 * (30 + 20)
+    wide = replace(cost(1, 1, saved_bytes=1), widest_bytes=20, allowance=2.0, batch_size=8)
+    assert peak_bytes(wide) == 640 + 2 * (1 + 20 + 20)  # a kernel's copy of the largest weight
+    assert peak_bytes(in_parts(wide, 4)) == 640 + 2 * (1 + 2 * 20 + 20)  # and its two gradients
+    rooted = replace(cost(1, 1, saved_bytes=1), root_bytes=30, allowance=2.0)
+    assert peak_bytes(rooted) == 740
+    assert error_bytes(replace(rooted, error=0.25)) == 60  # of 740 - 500
 
 
 def test_seconds_count_epochs_the_frozen_pass_once_and_both_transfers():

@@ -14,7 +14,8 @@ PLAN = ["plan", "--model", "cnn", "--input", "1x8x8", "--classes", "10"]
 @pytest.fixture
 def fixed_runtime(monkeypatch):
     """230 MiB instead of starting a trainer for every test; one test below starts it."""
-    monkeypatch.setattr(cli, "_trainer_runtime_bytes", lambda: 230 * MiB)
+    trainer = {"runtime_bytes": 230 * MiB, "allowance": 1.1, "error": 0.1}
+    monkeypatch.setattr(cli, "_trial_trainer", lambda: trainer)
 
 
 def test_measure_prints_json(capsys):
@@ -48,7 +49,11 @@ def test_plan_for_a_board(capsys):
         "\nexit 3; deeper stages that fit alone: none; exit 3 is the deepest of the model\n"
     )
     # 300 examples * features (4, 4, 4) and (8, 2, 2) of 4 bytes: 76800 and 38400 bytes
-    assert [line.split()[6] for line in out.splitlines() if " alone " in line] == ["0.1", "0.0"]
+    assert [line.split()[8] for line in out.splitlines() if " alone " in line] == ["0.1", "0.0"]
+    # without --data 300 floats (1, 8, 8) and labels; error: 10 % of all but the runtime
+    (words,) = (line.split() for line in out.splitlines() if line.startswith("exit 3 "))
+    peak, error = words[3], words[6]
+    assert float(error) == pytest.approx(0.1 * (float(peak) - 230 - 300 * 264 / MiB), abs=0.06)
 
 
 @pytest.mark.usefixtures("fixed_runtime")
@@ -73,13 +78,13 @@ def test_plan_takes_shape_and_classes_from_data(capsys):
 
 
 def test_the_trial_trainer_is_real():
-    assert 100 * MiB < cli._trainer_runtime_bytes() < 1024 * MiB
+    assert 100 * MiB < cli._trial_trainer()["runtime_bytes"] < 1024 * MiB
 
 
 def test_a_trial_trainer_that_fails_is_reported(monkeypatch):
-    monkeypatch.setattr(cli, "RUNTIME_PROBE", "raise SystemExit('no torch here')")
+    monkeypatch.setattr(cli, "TRIAL", "raise SystemExit('no torch here')")
     with pytest.raises(TrainerError, match="status 1: no torch here"):
-        cli._trainer_runtime_bytes()
+        cli._trial_trainer()
 
 
 @pytest.mark.usefixtures("fixed_runtime")

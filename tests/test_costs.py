@@ -1,4 +1,4 @@
-"""Costs against hand counts, against the real graph, and against the peak of a real trainer."""
+"""Costs against hand counts, against larger steps, and against the peak of a real trainer."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 from msgspec.structs import replace
-from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from edge_sdk.capacity import (
     TRAINER_ENVIRONMENT,
@@ -22,7 +22,8 @@ from edge_sdk.capacity import (
 from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.models import build, costs
 from edge_sdk.models.costs import segment_costs, segment_costs_apart
-from edge_sdk.models.lstm_cost import count_as_fused
+from edge_sdk.models.flops import FlopCounter
+from edge_sdk.models.staged import moved
 from edge_sdk.wire import ModelSpec, Plan, Segment
 
 CNN = ModelSpec(
@@ -52,14 +53,15 @@ def test_tensors_counted_by_hand():
     one, both, alone = found[1, 1], found[1, 2], found[2, 2]
     assert one.gradient_bytes == 4 * (62 + 18)
     assert one.upload_bytes == one.download_bytes == 4 * (70 + 18)
-    # the model and a kernel's copy of the largest weight, the 36 (54); before, what was received
-    assert one.parameter_bytes == one.download_bytes + 4 * 36
+    # the model; before, what was received too; the largest weights are the 36 and the 54
+    assert one.parameter_bytes == one.download_bytes
+    assert (one.widest_bytes, both.widest_bytes) == (4 * 36, 4 * 54)
     assert one.load_bytes == 2 * one.download_bytes
     assert both.gradient_bytes == 4 * (62 + 18 + 60 + 26)
     assert alone.gradient_bytes == 4 * (60 + 26)
     assert alone.upload_bytes == 4 * (66 + 26)
     assert alone.download_bytes == 4 * (70 + 66 + 26)  # no exit 1
-    assert alone.parameter_bytes == 4 * (70 + 18 + 66 + 26) + 4 * 54
+    assert alone.parameter_bytes == 4 * (70 + 18 + 66 + 26)
     assert alone.load_bytes == 4 * (70 + 18 + 66 + 26) + alone.download_bytes
     assert {cost.runtime_bytes for cost in found.values()} == {1000}
 
@@ -97,13 +99,15 @@ def test_layers_counted_by_hand():
         (PLAN, 0),
         (replace(PLAN, momentum=0.9), 1),
         (replace(PLAN, prox_mu=0.1), 1),
-        (replace(PLAN, optimizer="adam"), 3),  # two moments, and a root during the step
-        (replace(PLAN, optimizer="adam", prox_mu=0.1), 4),
+        (replace(PLAN, optimizer="adam"), 2),  # two moments
+        (replace(PLAN, optimizer="adam", prox_mu=0.1), 3),
     ],
 )
 def test_optimizer_copies(plan, copies):
     found = by_segment(CNN, plan)[1, 1]
     assert found.optimizer_bytes == copies * found.gradient_bytes
+    # during Adam's step the root of the second moment
+    assert found.root_bytes == (found.gradient_bytes if plan.optimizer == "adam" else 0)
 
 
 def test_the_proximal_term_saves_a_difference_per_parameter():
@@ -117,39 +121,65 @@ DISTILLED = replace(PLAN, distill="mutual", distill_weight=1.0)
 
 @pytest.mark.parametrize("plan", [PLAN, DISTILLED], ids=["plain", "distilled"])
 @pytest.mark.parametrize("family", ["cnn", "mlp", "resnet18", "vgg"])
-def test_saved_bytes_on_meta_equal_those_of_the_real_graph(family, plan):
+def test_saved_bytes_equal_those_of_a_step_of_the_whole_batch(family, plan):
     spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=3)
-    model = build(spec)
-    real = costs._step(
-        model.stages,
-        model.exits,
-        dict(model.named_parameters()),
-        torch.randn(8, *spec.input_shape),
-        [1.0, 1.0, 1.0],
-        plan,
-    )
+    whole = saved_in_one_step(build(spec).ready("cpu"), spec, plan, batch=8)
     counted = by_segment(spec, replace(plan, batch_size=8), num_examples=100)[1, 3]
-    assert (counted.saved_bytes, counted.recompute_saved_bytes) == real
+    assert counted.saved_bytes == whole["all"]
+    stages = [size for name, size in whole.items() if name.isdigit()]
+    again = whole["inputs"] + max(stages)
+    assert counted.recompute_saved_bytes == (again if again < whole["all"] else None)
     in_halves = by_segment(spec, replace(plan, batch_size=4), num_examples=100)[1, 3]
     assert in_parts(counted, 4).saved_bytes == in_halves.saved_bytes
 
 
+def saved_in_one_step(model, spec: ModelSpec, plan: Plan, batch: int) -> dict[str, int]:
+    x = moved(torch.randn(batch, *spec.input_shape), "cpu")
+    named = dict(model.named_parameters())
+    return costs._saved(model.stages, model.exits, named, x, [1.0] * spec.exit, plan)
+
+
 @pytest.mark.parametrize(("shape", "hidden"), [((3, 51), 64), ((9, 40), 24), ((20, 30), 16)])
-def test_saved_bytes_of_lstm_bound_those_of_the_real_graph(shape, hidden):
+def test_saved_bytes_of_lstm_are_near_those_of_the_whole_batch(shape, hidden):
+    """Its kernel keeps one block of memory whose size is its own affair."""
     spec = ModelSpec(
         family="lstm", input_shape=shape, num_classes=5, exit=2, options={"hidden": hidden}
     )
-    model = build(spec)
-    real = costs._step(
-        model.stages,
-        model.exits,
-        dict(model.named_parameters()),
-        torch.randn(8, *shape),
-        [1.0, 1.0],
-        PLAN,
-    )
-    counted = by_segment(spec, replace(PLAN, batch_size=8), num_examples=100)[1, 2]
-    assert real[0] <= counted.saved_bytes <= 1.4 * real[0]
+    whole = saved_in_one_step(build(spec), spec, PLAN, batch=32)
+    counted = by_segment(spec, replace(PLAN, batch_size=32), num_examples=100)[1, 2]
+    assert counted.saved_bytes == pytest.approx(whole["all"], rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["cnn", "mlp", "resnet18", "vgg"])
+def test_flops_equal_those_that_torch_counts(family):
+    spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=2)
+    model, x = build(spec), torch.randn(4, 3, 18, 25)
+    with FlopCounterMode(display=False) as theirs:
+        torch.stack(model(x)).sum().backward()
+    with FlopCounter() as ours:
+        torch.stack(model(x)).sum().backward()
+    assert ours.total == theirs.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda a, b, c: a @ b,
+        lambda a, b, c: torch.mm(a, b),
+        lambda a, b, c: torch.addmm(c, a, b),
+        lambda a, b, c: torch.bmm(a[None], b[None]),
+        lambda a, b, c: torch.baddbmm(c[None], a[None], b[None]),
+        lambda a, b, c: torch.nn.functional.linear(a, b.T),
+    ],
+)
+def test_flops_of_products_by_hand(product):
+    a, b, c = torch.ones(2, 3), torch.ones(3, 5, requires_grad=True), torch.ones(2, 5)
+    with FlopCounter() as counter:
+        product(a, b, c)
+    assert counter.total == 2 * (2 * 3 * 5) * 2  # forward, and for the gradient of b
+    with FlopCounter() as counter, torch.no_grad():
+        product(a, b, c)
+    assert counter.total == 2 * (2 * 3 * 5)
 
 
 def test_flops_of_lstm_counted_by_hand():
@@ -161,25 +191,6 @@ def test_flops_of_lstm_counted_by_hand():
     # backward twice forward, but no gradient for the input. The exit: 5 * 2 = 10.
     assert found[1, 1].flops_per_example == 2 * (7 * (2 * 60 + 3 * 100) + 3 * 10)
     assert found[2, 2].frozen_flops_per_example == 2 * 7 * (60 + 100)
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_an_lstm_counted_has_the_shapes_of_the_real_one(batch_first):
-    x = torch.randn(2, 7, 3)
-    with torch.device("meta"):
-        counted = nn.LSTM(3, 5, batch_first=batch_first)
-    count_as_fused(counted)
-    real_out, real_state = nn.LSTM(3, 5, batch_first=batch_first)(x)
-    out, state = counted(x.to("meta"))
-    assert out.shape == real_out.shape
-    assert [s.shape for s in state] == [s.shape for s in real_state]
-    assert counted(x[0].to("meta"))[0].shape == (7, 5)  # one example, step by step
-
-
-def test_an_lstm_of_two_directions_is_counted_step_by_step():
-    lstm = nn.LSTM(3, 5, bidirectional=True, device="meta")
-    count_as_fused(lstm)
-    assert "forward" not in vars(lstm)
 
 
 def test_distillation_saves_a_few_logits_and_no_operations_that_count():
@@ -245,10 +256,12 @@ def test_counted_apart_is_the_same():
 
 TRAINER = """
 import json, sys
-import msgspec, numpy, psutil
+import msgspec, numpy
+from edge_sdk import resident
 from edge_sdk.data import Examples
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.costs import segment_costs_apart, warm_resident_bytes
+from edge_sdk.calibration import calibrated, runtime_bytes
+from edge_sdk.models.costs import segment_costs_apart
 from edge_sdk.models.staged import needed_names
 from edge_sdk.trainer import train
 from edge_sdk.wire import ModelSpec, Plan
@@ -258,14 +271,17 @@ plan = msgspec.json.decode(sys.argv[2], type=Plan)
 count = int(sys.argv[4])
 x = numpy.ones((count, *spec.input_shape), dtype=numpy.float32)
 examples = Examples(x, numpy.arange(count) % spec.num_classes, spec.num_classes)
-runtime_bytes = warm_resident_bytes()
-costs = segment_costs_apart(spec, plan, count, runtime_bytes)
-after_bytes = psutil.Process().memory_info().rss
+found = calibrated(None, "cpu", may_measure=True)
+needed, idle = runtime_bytes()
+costs = segment_costs_apart(
+    spec, plan, count, needed + found.scratch_bytes, found.allowance, found.error
+)
+after_bytes = resident.resident_bytes() - idle
 tensors = initial_tensors(spec, 0)
 tensors = {name: tensors[name] for name in needed_names(tensors, plan.segments)}
 cache_bytes = int(sys.argv[3])
 result = train(spec, plan, tensors, examples, cache_bytes=cache_bytes, is_consuming=True)
-found = [runtime_bytes, after_bytes, result.peak_memory_bytes, msgspec.to_builtins(costs)]
+found = [needed, after_bytes, result.peak_memory_bytes - idle, msgspec.to_builtins(costs)]
 print(json.dumps(found))
 """
 
@@ -316,7 +332,7 @@ def test_predicted_peak_covers_a_real_trainer(first, batch_size, levers):
     )
     plan = Plan(segments=(Segment(first=first, last=3),), batch_size=batch_size, **levers)
     predicted, peak = predicted_and_measured(spec, plan, 2 * batch_size, 0)
-    assert peak <= predicted <= 1.3 * peak
+    assert peak <= predicted <= 1.15 * peak
 
 
 def test_predicted_peak_with_and_without_a_cache():
@@ -328,4 +344,4 @@ def test_predicted_peak_with_and_without_a_cache():
     assert with_it - without == pytest.approx(features_bytes, abs=8e6)  # two processes
     assert peak_with_it - peak_without == pytest.approx(features_bytes, rel=0.1)
     for predicted, peak in [(with_it, peak_with_it), (without, peak_without)]:
-        assert peak <= 1.02 * predicted <= 1.3 * peak
+        assert peak <= 1.02 * predicted <= 1.15 * peak

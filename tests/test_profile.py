@@ -30,7 +30,7 @@ def test_no_cgroups_means_no_limit(tmp_path):
     assert profile.cgroup_bytes_left(tmp_path) is None
 
 
-def test_v2_takes_the_tighter_parent_and_counts_inactive_file_cache_as_free(tmp_path):
+def test_v2_takes_the_tighter_parent_and_counts_file_cache_as_free(tmp_path):
     lay_out(
         tmp_path,
         {
@@ -41,7 +41,9 @@ def test_v2_takes_the_tighter_parent_and_counts_inactive_file_cache_as_free(tmp_
             f"{V2}/system.slice/memory.max": 500 * MiB,
             f"{V2}/system.slice/memory.high": "max",
             f"{V2}/system.slice/memory.current": 260 * MiB,
-            f"{V2}/system.slice/memory.stat": f"anon 5\ninactive_file {60 * MiB}\nactive_file 7",
+            f"{V2}/system.slice/memory.stat": (
+                f"anon 5\ninactive_file {50 * MiB}\nactive_file {10 * MiB}"
+            ),
         },
     )
     # child: 900 - 100 = 800; parent: 500 - (260 - 60) = 300

@@ -1,10 +1,8 @@
-"""Costs of every segment of a model, counted on torch's meta device: shapes without memory.
+"""Costs of every segment of a model, counted on a few real steps of very small batches.
 
-The saved activations that this counts equal the real ones byte for byte (tests/test_costs.py), but
-for LSTM layers, where they are an upper bound (lstm_cost.py).
-Counting takes 2 s and leaves 75 MB behind: BatchNorm on the meta device and FlopCounterMode both
-import torch._dynamo. A process that goes on to train uses `segment_costs_apart`, which counts in a
-forked child; a fresh process instead would hold another 230 MB of torch beside the trainer's.
+What autograd saves for a step and how that grows with the batch is read off steps of 2 and of 4
+examples; the bytes of any other batch follow (tests/test_costs.py compares them). A segment is
+counted on the model as its job has it, so counting takes less memory than training it.
 """
 
 from __future__ import annotations
@@ -12,53 +10,77 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import msgspec
-import psutil
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from edge_sdk.capacity import SegmentCost, in_parts, recomputing
+from edge_sdk.capacity import ALLOWANCE, ERROR, SegmentCost, in_parts, recomputing
 from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
-from edge_sdk.models.lstm_cost import count_as_fused
-from edge_sdk.models.staged import needed_names, trained_names
+from edge_sdk.models.flops import FlopCounter
+from edge_sdk.models.staged import moved, needed_names, trained_names
 from edge_sdk.wire import ModelSpec, Plan, Segment
 
+FEW = 2  # examples of the smaller step; BatchNorm wants two
 LAST = 0  # instead of a stage's number: what is saved by a segment's last stage, exits and loss
 
 
 def segment_costs(
-    spec: ModelSpec, plan: Plan, num_examples: int, runtime_bytes: int
+    spec: ModelSpec,
+    plan: Plan,
+    num_examples: int,
+    runtime_bytes: int,
+    allowance: float = ALLOWANCE,
+    error: float = ERROR,
 ) -> tuple[SegmentCost, ...]:
     """Costs of the prefixes (1, 1) .. (1, spec.exit), then of the single stages (2, 2), (3, 3) ...
 
     Of `plan` the batch size, optimizer and loss count, and whether it has more epochs than one; its
-    segments do not.
-    runtime_bytes: `warm_resident_bytes` of a trainer, plus the bytes of its data.
-    Raises ConfigError where the spec cannot be built."""
-    with torch.device("meta"):
-        model = build(spec)
-    count_as_fused(model)
-    segments = [Segment(first=1, last=e) for e in range(1, spec.exit + 1)]
-    segments += [Segment(first=s, last=s) for s in range(2, spec.exit + 1)]
-    return tuple(_cost(model, spec, g, plan, num_examples, runtime_bytes) for g in segments)
+    segments do not. runtime_bytes: what a trainer needs before it has a model, its data included;
+    allowance, error: of peak memory, as measured on the device (calibration.py). Raises ConfigError
+    where the spec cannot be built."""
+    costs = _each(spec, plan, num_examples, runtime_bytes)
+    return tuple(replace(cost, allowance=allowance, error=error) for cost in _in_order(costs))
+
+
+def _each(
+    spec: ModelSpec, plan: Plan, num_examples: int, runtime_bytes: int
+) -> Iterator[SegmentCost]:
+    """Shallow models first: counting a deep one may be more than this device has memory for."""
+    with torch.random.fork_rng(devices=[]):
+        for last in range(1, spec.exit + 1):
+            model = build(replace(spec, exit=last)).ready("cpu")
+            for first in sorted({1, last}):
+                segment = Segment(first=first, last=last)
+                yield _cost(model, spec, segment, plan, num_examples, runtime_bytes)
+
+
+def _in_order(costs: Iterable[SegmentCost]) -> list[SegmentCost]:
+    return sorted(costs, key=lambda cost: (cost.first > 1, cost.last))
 
 
 def segment_costs_apart(
-    spec: ModelSpec, plan: Plan, num_examples: int, runtime_bytes: int
+    spec: ModelSpec,
+    plan: Plan,
+    num_examples: int,
+    runtime_bytes: int,
+    allowance: float = ALLOWANCE,
+    error: float = ERROR,
 ) -> tuple[SegmentCost, ...]:
-    """`segment_costs`, counted in a forked child, so that this process stays as small as it is.
+    """`segment_costs`, counted in a forked child, so that this process stays as it is. Segments are
+    missing that the child was killed for, most likely for memory: training them takes more.
 
-    Families registered here are known there. The child runs no kernel, hence needs none of the
-    threads that a fork loses. With CUDA autograd's threads forbid it: such boards have the memory
-    to count here. Raises ConfigError for a spec that cannot be built, and CapacityError if the
-    child was killed."""
+    Families registered here are known there. The child computes on one thread, as a fork loses the
+    others. With CUDA autograd's threads forbid it: such boards have the memory to count here.
+    Raises ConfigError for a spec that cannot be built, CapacityError if nothing was counted."""
+    count = partial(_each, spec, plan, num_examples, runtime_bytes)
     if torch.cuda.is_available() or not hasattr(os, "fork"):
-        return segment_costs(spec, plan, num_examples, runtime_bytes)
+        return segment_costs(spec, plan, num_examples, runtime_bytes, allowance, error)
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -67,34 +89,37 @@ def segment_costs_apart(
         child = os.fork()
     if child == 0:
         os.close(reader)
-        _count_and_exit(writer, spec, plan, num_examples, runtime_bytes)
+        _count_and_exit(writer, count)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        reply = pipe.read()
+        lines = pipe.read().split(b"\n")
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status < 0:
-        raise CapacityError(
-            f"counting the model's costs was killed by signal {-status}, likely for memory; it "
-            "needs about 75 MB: free some or raise the limit"
-        )
     if status > 0:
-        raise ConfigError(f"costs of model {spec.family!r} cannot be counted: {reply.decode()}")
-    return msgspec.msgpack.decode(reply, type=tuple[SegmentCost, ...])
+        said = lines[-1].decode(errors="replace")
+        raise ConfigError(f"costs of model {spec.family!r} cannot be counted: {said}")
+    counted = [msgspec.json.decode(line, type=SegmentCost) for line in lines[:-1]]
+    if not counted:
+        raise CapacityError(
+            f"counting the model's costs was killed by signal {-status}, likely for memory; free "
+            "some or raise the limit"
+        )
+    return tuple(replace(cost, allowance=allowance, error=error) for cost in _in_order(counted))
 
 
-def _count_and_exit(
-    writer: int, spec: ModelSpec, plan: Plan, num_examples: int, runtime_bytes: int
-) -> None:
-    """The child: nothing may return into the parent's code, hence os._exit whatever happens."""
+def _count_and_exit(writer: int, count: Callable[[], Iterator[SegmentCost]]) -> None:
+    """The child: a line for each segment, as soon as it is counted. Nothing may return into the
+    parent's code, hence os._exit whatever happens."""
     status = 1
     try:
-        try:
-            costs = segment_costs(spec, plan, num_examples, runtime_bytes)
-            reply, status = msgspec.msgpack.encode(costs), 0
-        except Exception as error:  # a user's family may raise anything
-            reply = str(error).encode() or repr(error).encode()
+        torch.set_num_threads(1)
         with os.fdopen(writer, "wb") as pipe:
-            pipe.write(reply)
+            try:
+                for cost in count():
+                    pipe.write(msgspec.json.encode(cost) + b"\n")
+                    pipe.flush()
+                status = 0
+            except Exception as error:  # a user's family may raise anything
+                pipe.write((str(error) or repr(error)).replace("\n", " ").encode())
     finally:
         os._exit(status)
 
@@ -107,48 +132,50 @@ def _cost(
     num_examples: int,
     runtime_bytes: int,
 ) -> SegmentCost:
+    """model: as a job of this segment has it."""
     first, last = segment.first, segment.last
-    stages, heads = model.stages[first - 1 : last], model.exits[first - 1 : last]
+    stages, heads = model.stages[first - 1 :], model.exits[first - 1 :]
     named = dict(nn.ModuleList([stages, heads]).named_parameters())
-    held = StagedModel(list(model.stages[:last]), list(model.exits[:last])).tensors()
+    held = model.tensors()
     needed, trained = needed_names(held, [segment]), trained_names(held, [segment])
     batch = max(2, min(plan.batch_size, num_examples))
-    x = torch.empty(batch, *spec.input_shape, device="meta")
+    weights = exit_weights(plan, first, last)
 
     frozen = list(model.stages[: first - 1])
-    with FlopCounterMode(display=False) as frozen_flops:
-        features, widest = _freeze(frozen, x)
-    weights = exit_weights(plan, first, last)
-    with FlopCounterMode(display=False) as flops:
-        saved = _step(stages, heads, named, features, weights, plan)
-    with FlopCounterMode(display=False) as again_flops, torch.no_grad():
+    with FlopCounter() as frozen_flops:
+        features, widest = _freeze(frozen, moved(torch.zeros(FEW, *spec.input_shape), "cpu"))
+    saved = saved_bytes(stages, heads, named, features, weights, plan)
+    with FlopCounter() as flops:
+        _forward(stages, heads, named, features, weights, plan)
+    with FlopCounter() as again_flops, torch.no_grad():
         nn.Sequential(*stages[:-1])(features)
-    twice_as_many = features.new_empty(2 * batch, *features.shape[1:])
-    double = _step(stages, heads, named, twice_as_many, weights, plan)
+    in_one, fixed = saved.at(batch), saved.at(0)
+    again, again_fixed = saved.recomputed_at(batch), saved.recomputed_at(0)
     gradient_bytes = num_bytes(named.values())
     download_bytes = num_bytes(held[name] for name in needed)
     is_reused = bool(frozen) and plan.epochs > 1  # the features
-    reordered_bytes = max((num_bytes([w]) for w in named.values()), default=0)  # by a kernel, one
     cost = SegmentCost(
         first=first,
         last=last,
-        parameter_bytes=num_bytes(held.values()) + reordered_bytes,
+        parameter_bytes=num_bytes(held.values()),
         load_bytes=num_bytes(held.values()) + download_bytes,
         gradient_bytes=gradient_bytes,
         optimizer_bytes=optimizer_copies(plan) * gradient_bytes,
-        saved_bytes=saved[0],
-        fixed_bytes=max(0, 2 * saved[0] - double[0]),
-        recompute_saved_bytes=saved[1] if saved[1] < saved[0] else None,
-        recompute_fixed_bytes=max(0, 2 * saved[1] - double[1]),
-        frozen_bytes=widest,
-        cache_bytes=num_bytes([features]) * num_examples // batch if is_reused else 0,
+        root_bytes=gradient_bytes if plan.optimizer == "adam" else 0,
+        widest_bytes=widest_bytes(named.values()),
+        saved_bytes=in_one,
+        fixed_bytes=fixed,
+        recompute_saved_bytes=again if again < in_one else None,
+        recompute_fixed_bytes=again_fixed,
+        frozen_bytes=widest * batch // FEW,
+        cache_bytes=num_bytes([features]) * num_examples // FEW if is_reused else 0,
         runtime_bytes=runtime_bytes,
         batch_size=batch,
         num_layers=len(leaves([*stages, *heads])),
         num_frozen_layers=len(leaves(frozen)),
-        flops_per_example=flops.get_total_flops() / batch,
-        frozen_flops_per_example=frozen_flops.get_total_flops() / batch,
-        recompute_flops_per_example=again_flops.get_total_flops() / batch,
+        flops_per_example=flops.total / FEW,
+        frozen_flops_per_example=frozen_flops.total / FEW,
+        recompute_flops_per_example=again_flops.total / FEW,
         upload_bytes=num_bytes(held[name] for name in trained),
         download_bytes=download_bytes,
     )
@@ -162,28 +189,27 @@ def _as_planned(cost: SegmentCost, plan: Plan) -> SegmentCost:
     return in_parts(cost, plan.micro_batch) if 0 < plan.micro_batch < cost.batch_size else cost
 
 
-def warm_resident_bytes() -> int:
-    """Resident memory of this process after one tiny job, trained by the real trainer.
-
-    The first steps load kernels and start threads: 27 MB more than the imports, whatever the model
-    (torch 2.13, x86). Call it once the data is loaded."""
-    from edge_sdk.data import Examples
-    from edge_sdk.trainer import train  # which imports models: here, not above
-
-    spec = ModelSpec(family="cnn", input_shape=(1, 8, 8), num_classes=2, exit=2)
-    segments = (Segment(first=1, last=1), Segment(first=2, last=2))
-    x, y = torch.zeros(8, *spec.input_shape), torch.arange(8) % 2
-    plan = Plan(segments=segments, batch_size=4)
-    train(spec, plan, build(spec).tensors(), Examples(x.numpy(), y.numpy(), 2))
-    return int(psutil.Process().memory_info().rss)
-
-
 def optimizer_copies(plan: Plan) -> int:
-    """Copies of the trained parameters that the optimizer and the proximal term hold.
-
-    Adam: two moments and, during its step, the square root of the second."""
-    state = 3 if plan.optimizer == "adam" else int(plan.momentum > 0)
+    """Copies of the trained parameters that the optimizer and the proximal term hold."""
+    state = 2 if plan.optimizer == "adam" else int(plan.momentum > 0)
     return state + int(plan.prox_mu > 0)
+
+
+def of_whole_step(model: StagedModel, plan: Plan, x: Tensor) -> tuple[int, int]:
+    """Bytes that training the whole model on batches like x (B, ...) holds from its second step on,
+    and what a step takes beside that: saved activations, gradients, and a kernel's copy of one
+    weight."""
+    named = dict(model.named_parameters())
+    weights = exit_weights(plan, 1, len(model.stages))
+    saved = saved_bytes(model.stages, model.exits, named, x[:FEW], weights, plan).at(len(x))
+    gradient_bytes = num_bytes(named.values())
+    held = num_bytes(model.tensors().values()) + optimizer_copies(plan) * gradient_bytes
+    return held, saved + gradient_bytes + widest_bytes(named.values())
+
+
+def widest_bytes(tensors: Iterable[Tensor]) -> int:
+    """The largest: a kernel reorders one weight at a time into a copy."""
+    return max((num_bytes([tensor]) for tensor in tensors), default=0)
 
 
 def leaves(modules: Sequence[nn.Module]) -> list[nn.Module]:
@@ -217,17 +243,50 @@ def _freeze(frozen: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
     return features, widest
 
 
-def _step(
+class Saved:
+    """Bytes that autograd saves for a step of FEW examples and of twice as many: every storage once
+    and the parameters not at all. Where stages are run again, their inputs are kept, and beside
+    them what the last stage, or one that runs again, holds."""
+
+    def __init__(self, few: dict[str, int], twice: dict[str, int]) -> None:
+        self._few, self._twice = few, twice
+
+    def at(self, batch: int) -> int:
+        return self._grown("all", batch)
+
+    def recomputed_at(self, batch: int) -> int:
+        held = [self._grown(name, batch) for name in self._few if name not in ("all", "inputs")]
+        return self._grown("inputs", batch) + max(held, default=0)
+
+    def _grown(self, name: str, batch: int) -> int:
+        few, twice = self._few.get(name, 0), self._twice.get(name, 0)
+        return max(0, few + (twice - few) * (batch - FEW) // FEW)
+
+
+def saved_bytes(
     stages: nn.ModuleList,
     heads: nn.ModuleList,
     named: dict[str, nn.Parameter],
     features: Tensor,
     weights: Sequence[float],
     plan: Plan,
-) -> tuple[int, int]:
-    """One training step without the update. Returns the bytes that autograd saves for it, every
-    storage once and the parameters not at all; and those where all stages but the last are run
-    again: the stages' inputs, and the most that the last, or one that runs again, holds."""
+) -> Saved:
+    """features: (FEW, ...), what the first of the stages takes."""
+    twice = moved(torch.cat([features, features]), "cpu")
+    few = _saved(stages, heads, named, features, weights, plan)
+    return Saved(few, _saved(stages, heads, named, twice, weights, plan))
+
+
+def _saved(
+    stages: nn.ModuleList,
+    heads: nn.ModuleList,
+    named: dict[str, nn.Parameter],
+    features: Tensor,
+    weights: Sequence[float],
+    plan: Plan,
+) -> dict[str, int]:
+    """In one step: "all" bytes; the stages' "inputs"; by stage (LAST for all that follows) what is
+    saved beside those, a stage's own output, made a second time, included."""
     storages: dict[int, tuple[int, int]] = {}  # address: bytes, and the stage that saved them
     own = {parameter.untyped_storage()._cdata for parameter in named.values()}
     inputs: list[torch.UntypedStorage] = []
@@ -239,31 +298,40 @@ def _step(
             storages.setdefault(storage._cdata, (storage.nbytes(), where))
         return tensor  # the graph keeps it, so no other storage takes this address
 
-    labels = torch.zeros(len(features), dtype=torch.int64, device=features.device)
-    anchor = {name: weight.detach().clone() for name, weight in named.items()}
+    def enter(number: int, given: Tensor) -> None:
+        nonlocal where
+        where = number if number < len(stages) else LAST
+        if number:
+            inputs.append(given.untyped_storage())
+
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = []
-        for number, (stage, head) in enumerate(zip(stages, heads, strict=True), 1):
-            inputs.append(features.untyped_storage())
-            where = number if number < len(stages) else LAST
-            features = stage.train()(features)
-            where = LAST
-            logits.append(head.train()(features))
-        loss = local_loss(logits, labels, weights, plan, named, anchor)
-    loss.backward()
-    for parameter in named.values():
-        parameter.grad = None
-    return sum(size for size, _ in storages.values()), _recomputed(storages, inputs)
-
-
-def _recomputed(
-    storages: Mapping[int, tuple[int, int]], inputs: Sequence[torch.UntypedStorage]
-) -> int:
+        loss = _forward(stages, heads, named, features, weights, plan, enter)
     kept = {storage._cdata: storage.nbytes() for storage in inputs}
-    held: dict[
-        int, int
-    ] = {}  # beside those: bytes by stage, its output included, made a second time
+    sizes = {"all": sum(size for size, _ in storages.values()), "inputs": sum(kept.values())}
     for address, (size, stage) in storages.items():
         if address not in kept or (stage != LAST and address != inputs[stage - 1]._cdata):
-            held[stage] = held.get(stage, 0) + size
-    return sum(kept.values()) + max(held.values(), default=0)
+            sizes[str(stage)] = sizes.get(str(stage), 0) + size
+    del loss  # the graph, which kept the storages alive
+    return sizes
+
+
+def _forward(
+    stages: nn.ModuleList,
+    heads: nn.ModuleList,
+    named: dict[str, nn.Parameter],
+    features: Tensor,
+    weights: Sequence[float],
+    plan: Plan,
+    enter: Callable[[int, Tensor], None] = lambda number, features: None,
+) -> Tensor:
+    """A step's loss. enter: called before a stage with its number from 1, after it with LAST."""
+    labels = torch.zeros(len(features), dtype=torch.int64)
+    anchor = {name: weight.detach().clone() for name, weight in named.items()}
+    logits = []
+    for number, (stage, head) in enumerate(zip(stages, heads, strict=True), 1):
+        enter(number, features)
+        features = stage.train()(features)
+        enter(LAST, features)
+        with torch.set_grad_enabled(bool(weights[number - 1]) or plan.distill != "none"):
+            logits.append(head.train()(features))  # of weight 0: no backward pass
+    return local_loss(logits, labels, weights, plan, named, anchor)

@@ -1,0 +1,169 @@
+"""A short calibration of this device: how much memory a training step takes beside what can be
+counted. It trains a few small models with the real trainer, takes a second or two, and is kept for
+the torch, board and cores that it was made with; where one of them differs it is made again.
+
+Peak = runtime + scratch + held + allowance x (saved activations + gradients). Held, saved and
+gradients are counted for each model (models/costs.py), the rest is measured here.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Meta
+from msgspec.structs import replace
+
+from edge_sdk import __version__, resident
+from edge_sdk.capacity import ALLOWANCE, ERROR, mebibytes
+from edge_sdk.data import Examples
+from edge_sdk.errors import StoreError
+from edge_sdk.exported import write_struct
+from edge_sdk.models import build, initial_tensors
+from edge_sdk.models.costs import of_whole_step
+from edge_sdk.profile import board_name, cores, memory
+from edge_sdk.trainer import train
+from edge_sdk.wire import ModelSpec, Plan, Segment, Struct
+
+log = logging.getLogger(__name__)
+# Kernels' own memory: at least what those of shapes never seen before take; 2 to 4 MB on x86 with
+# torch 2.13.
+SCRATCH_BYTES = 4 * 1024**2
+PROBE_BYTES = 128 * 1024**2  # free memory below which the probes, which take 30 MB, are left out
+
+_CNN = ModelSpec(family="cnn", input_shape=(1, 28, 28), num_classes=10, exit=3)
+_VGG = ModelSpec(
+    family="vgg", input_shape=(3, 18, 25), num_classes=10, exit=3,
+    options={"channels": (16, 32, 64, 128)},
+)  # fmt: skip
+PROBES = ((_CNN, 16), (_VGG, 16), (replace(_VGG, input_shape=(3, 32, 32)), 32), (_CNN, 64))
+
+
+class Calibration(Struct, frozen=True, kw_only=True):
+    """made_with: what it holds for, in words. allowance: peak over counted bytes of a step.
+    scratch_bytes: beside that, whatever the model. error: the largest of the probes' predictions,
+    as a share of the predicted peak without runtime."""
+
+    made_with: str
+    allowance: Annotated[float, Meta(ge=1, le=10)] = ALLOWANCE
+    scratch_bytes: Annotated[int, Meta(ge=0, le=2**40)] = SCRATCH_BYTES
+    error: Annotated[float, Meta(ge=0, le=1)] = ERROR
+
+
+def calibrated(cache: Path | None, device: str, may_measure: bool) -> Calibration:
+    """The one in `cache` if it holds here, else a new one, which is kept there. Without
+    `may_measure`, memory for it, or on another device than the CPU: what was measured elsewhere. A
+    file that cannot be used is replaced."""
+    here = made_with(device)
+    if cache and (found := _read(cache)) and found.made_with == here:
+        return found
+    probes = list(_probe()) if may_measure and device == "cpu" else []
+    if not probes:
+        return Calibration(made_with=here)
+    allowance, scratch_bytes, error = fit(probes)
+    made = Calibration(
+        made_with=here, allowance=allowance, scratch_bytes=scratch_bytes, error=error
+    )
+    log.info(
+        "calibrated: memory of a step is %.2f of what is counted and %s, within %.0f %%",
+        made.allowance, mebibytes(made.scratch_bytes), 100 * made.error,
+    )  # fmt: skip
+    if cache:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_struct(cache, made)
+        except (OSError, StoreError) as failed:
+            log.warning("calibration not kept, the next start makes it again: %s", failed)
+    return made
+
+
+def made_with(device: str) -> str:
+    """What a calibration depends on."""
+    parts = [f"edge-sdk {__version__}", f"torch {torch.__version__}", *board_name()]
+    parts += [platform.machine(), f"{cores():g} cores", f"{torch.get_num_threads()} threads"]
+    return ", ".join([*parts, device])
+
+
+class Trainer(msgspec.Struct, frozen=True, kw_only=True):
+    """What one needs before it has a model, here; allowance and error: as in a Calibration."""
+
+    runtime_bytes: int
+    allowance: float
+    error: float
+
+
+def trial(cache: Path) -> Trainer:
+    """This process as a trainer; for `edge-sdk plan`, in a process of its own."""
+    found = calibrated(cache, "cpu", may_measure=True)
+    return Trainer(
+        runtime_bytes=runtime_bytes()[0] + found.scratch_bytes,
+        allowance=found.allowance,
+        error=found.error,
+    )
+
+
+def runtime_bytes() -> tuple[int, int]:
+    """What a trainer needs before it has a model: resident memory after a tiny job less library
+    pages that no step touches; and those. Call it once the data is loaded.
+
+    The first steps load kernels and start threads: 27 MB more than the imports, whatever the model
+    (torch 2.13, x86)."""
+    _tiny_job()
+    idle = resident.idle_library_bytes(_tiny_job)
+    return resident.resident_bytes() - idle, idle
+
+
+def _tiny_job() -> None:
+    spec = ModelSpec(family="cnn", input_shape=(1, 8, 8), num_classes=2, exit=2)
+    plan = Plan(segments=(Segment(first=1, last=1), Segment(first=2, last=2)), batch_size=4)
+    x = np.zeros((8, *spec.input_shape), dtype=np.float32)
+    train(spec, plan, build(spec).tensors(), Examples(x, np.arange(8) % 2, 2))
+
+
+def fit(probes: Sequence[tuple[int, int]]) -> tuple[float, int, float]:
+    """Allowance, scratch bytes and error from pairs of counted and measured bytes: their line of
+    least squares, then raised so that no probe lies above it. What is counted is there, so its
+    slope is at least 1."""
+    counted, measured = np.array(probes, dtype=np.float64).T
+    slope = max(1.0, float(np.polyfit(counted, measured, 1)[0])) if len(probes) > 1 else ALLOWANCE
+    scratch = max(SCRATCH_BYTES, float((measured - slope * counted).max()))
+    predicted = slope * counted + scratch
+    return slope, round(scratch), float(((predicted - measured) / predicted).max())
+
+
+def _probe() -> Iterator[tuple[int, int]]:
+    """Counted bytes of a training step, and how much its job took beside what it holds."""
+    if memory()[1] < PROBE_BYTES:
+        log.warning("too little free memory to calibrate; figures measured elsewhere are used")
+        return
+    _tiny_job()
+    for spec, batch_size in PROBES:
+        shape = spec.input_shape
+        plan = Plan(segments=(Segment(first=1, last=3),), batch_size=batch_size, optimizer="adam")
+        held, counted = of_whole_step(build(spec), plan, torch.zeros(batch_size, *shape))
+        tensors = initial_tensors(spec, 0)
+        x = np.zeros((2 * batch_size, *shape), dtype=np.float32)
+        examples = Examples(x, np.arange(len(x)) % spec.num_classes, spec.num_classes)
+        resident.trim()
+        received = sum(tensor.nbytes for tensor in tensors.values())  # dropped when training begins
+        before = resident.resident_bytes() - received
+        peak = train(spec, plan, tensors, examples, is_consuming=True).peak_memory_bytes
+        if not peak:
+            return  # this system does not tell
+        yield counted, peak - before - held
+
+
+def _read(path: Path) -> Calibration | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        log.warning("calibration %s cannot be used and is made again: %s", path, error)
+        return None

@@ -1,0 +1,80 @@
+"""What this process holds in memory, as Linux tells it; 0 where it does not.
+
+A process resides in memory with its own pages and with those of library files. The kernel drops a
+file's page when it needs room and reads it again when it is touched, so what a trainer needs is its
+own pages and the library pages that its steps touch, not all that happen to lie there: with torch
+2.13 on x86 that is 250 MB resident, 190 MB needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+SELF = Path("/proc/self")
+FORGET_FILE_PAGES, FORGET_PEAK = "3", "5"  # what proc(5) has for clear_refs
+MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ \S{4} \S+ \S+ (\d+)")  # the inode; 0: no file
+
+
+def reset_peak() -> None:
+    """Make the kernel forget this process's peak."""
+    if not _clear(FORGET_PEAK):
+        log.debug("peak memory cannot be reset here; it counts from the process's start")
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process since the last reset."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    return _status("VmRSS")
+
+
+def idle_library_bytes(work: Callable[[], object]) -> int:
+    """Resident bytes of files that `work` does not touch."""
+    if not _clear(FORGET_FILE_PAGES):
+        return 0
+    work()
+    is_file, sizes = False, dict.fromkeys(("Rss", "Referenced", "Anonymous"), 0)
+    for line in _read("smaps").splitlines():
+        name, _, rest = line.partition(":")
+        if found := MAPPING.match(line):
+            is_file = found[1] != "0"
+        elif is_file and name in sizes:
+            sizes[name] += int(rest.split()[0]) * 1024
+    # Anonymous: private copies of a file's pages, which cannot be dropped. They may be among the
+    # referenced ones, too: then too few bytes count as idle.
+    return max(0, sizes["Rss"] - sizes["Anonymous"] - sizes["Referenced"])
+
+
+def trim() -> None:
+    """Give what was freed back to the system, where the C library can (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        log.debug("this C library cannot give freed memory back")
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB", _read("status"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _clear(what: str) -> bool:
+    try:
+        (SELF / "clear_refs").write_text(what)
+    except OSError:
+        return False
+    return True
+
+
+def _read(name: str) -> str:
+    try:
+        return (SELF / name).read_text(errors="replace")
+    except OSError:
+        return ""
