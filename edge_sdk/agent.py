@@ -386,7 +386,8 @@ class Agent:
         """Report it, choose less if it was killed at work, start another after a pause."""
         state, cause = self._state, trainer.cause_of_death()
         if state.inspected is None:
-            raise TrainerError(f"the training process {cause} before it had read its data")
+            when = "before it had read its data; ask edge-sdk doctor why"
+            raise TrainerError(f"the training process {cause} {when}")
         pause = f"another in {state.restart_pause_s:.0f} s"
         round = state.job.round if state.job else 0
         self._tell(events.failed(f"the training process {cause}; {pause}", "trainer", round))

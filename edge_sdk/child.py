@@ -17,8 +17,8 @@ from edge_sdk.transport import Payload
 
 
 class TrainerProcess:
-    """A running `edge_sdk.worker`. Sending never blocks: what the process does not take yet waits
-    here, so that the agent can always read what it says."""
+    """A running `edge_sdk.worker_main`. Sending never blocks: what the process does not take yet
+    waits here, so that the agent can always read what it says."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class TrainerProcess:
     ) -> None:
         ours, theirs = socket.socketpair()
         command = [
-            sys.executable, "-m", "edge_sdk.worker", "--fd", str(theirs.fileno()),
+            sys.executable, "-m", "edge_sdk.worker_main", "--fd", str(theirs.fileno()),
             "--data", data, "--threads", str(threads), "--device", device,
         ]  # fmt: skip
         command += ["--measure-compute"] if measure_compute else []
