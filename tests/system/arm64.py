@@ -39,7 +39,9 @@ BUILD = ("hatchling==1.27.0",)
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_26", "manylinux2014")
 SITE = f"usr/local/lib/python{PYTHON}/dist-packages"
 TORCH_SITE = "usr/local/lib/torch"  # apart, so that a device without it is the same root
+VENV = "/srv/session/venv"  # of the emulated system, with the package in it
 BUILD_S = 900.0
+NAMESPACES = ("--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child")
 TOOLS = {"mmdebstrap": "mmdebstrap", "apt-get": "apt", "unshare": "util-linux",
          "setpriv": "util-linux", "chroot": "coreutils"}  # fmt: skip
 
@@ -52,20 +54,20 @@ def lacks() -> str:
     """What is missing for such a system here; "" when nothing is."""
     if os.geteuid() != 0:
         return "needs root"
+    if platform.machine() != "x86_64":
+        return f"needs an x86_64 machine, this is {platform.machine()}"
     for tool, package in TOOLS.items():
         if not shutil.which(tool):
             return f"needs {tool}: apt-get install {package}"
     release = re.match(r"(\d+)\.(\d+)", platform.release())
     if release is None or (int(release[1]), int(release[2])) < (6, 7):
-        return f"needs Linux 6.7 or later, for a binfmt_misc of its own; this is {release}"
+        found = platform.release()
+        return f"needs Linux 6.7 or later, for a binfmt_misc of its own; this is {found}"
     mount = "mount -t proc p /proc && mount -t binfmt_misc none /proc/sys/fs/binfmt_misc"
     tried = subprocess.run(
         ["unshare", *NAMESPACES, "sh", "-c", mount], capture_output=True, text=True, check=False
     )
     return "" if tried.returncode == 0 else f"may not mount binfmt_misc: {tried.stderr.strip()}"
-
-
-NAMESPACES = ("--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child")
 
 
 def cached() -> Path:
@@ -197,6 +199,3 @@ class Arm:
             f"{VENV}/bin/python", "-m", "pip", "install", "--no-index",
             f"/srv/session/wheels/{wheel.name}[torch,infer]", torch=True,
         )  # fmt: skip
-
-
-VENV = "/srv/session/venv"

@@ -14,12 +14,12 @@ from edge_sdk.transport import Link
 from edge_sdk.wire import PROTOCOL, Accepted, Hello, ModelSpec, Part, Plan, Segment
 
 SPEC = ModelSpec(
-    family="cnn", input_shape=(1, 8, 8), num_classes=10, exit=2, options={"channels": (8, 12)}
+    family="cnn", input_shape=(1, 8, 8), num_classes=10, exit=3, options={"channels": (8, 8, 12)}
 )
-# Both exits jointly, then stage 2 alone over a frozen prefix: everything that a device trains.
+# Exits 1 and 2 jointly, stage 3 alone over the frozen prefix: all that a device trains.
 PLAN = Plan(
-    segments=(Segment(first=1, last=2), Segment(first=2, last=2)), epochs=2, batch_size=16, lr=0.01,
-    seed=3,
+    segments=(Segment(first=1, last=2), Segment(first=3, last=3)), epochs=2, batch_size=16,
+    optimizer="sgd", momentum=0.9, lr=0.05, seed=3,
 )  # fmt: skip
 
 

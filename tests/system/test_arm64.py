@@ -123,8 +123,8 @@ def test_parts_there_and_back_encrypted(arm, world):
 
 
 def test_a_job_gives_the_losses_and_weights_that_it_gives_here(arm, world):
-    tensors = {n: t.numpy() for n, t in initial_tensors(arm64_programs.SPEC, 0).items()}
-    found = {}
+    initial = initial_tensors(arm64_programs.SPEC, 0)
+    tensors = {name: tensor.numpy() for name, tensor in initial.items()}
     for place in ("emulated", "native"):
         folder = arm.session / place
         folder.mkdir()
@@ -137,7 +137,7 @@ def test_a_job_gives_the_losses_and_weights_that_it_gives_here(arm, world):
         "aarch64", TORCH[0].partition("==")[2]
     )  # fmt: skip
     assert found["num_steps"] == native["num_steps"]
-    assert len(found["losses"]) == 3  # exits 1 and 2 of the prefix, exit 2 of stage 2 alone
+    assert len(found["losses"]) == 3  # one for each exit
     assert all(map(math.isfinite, found["losses"]))
     assert found["losses"] == pytest.approx(native["losses"], rel=1e-4)
     assert min(found["gflops"], found["layer_s"]) > 0
@@ -147,27 +147,28 @@ def test_a_job_gives_the_losses_and_weights_that_it_gives_here(arm, world):
     ):
         assert sorted(ours.files) == sorted(theirs.files)
         for name in ours.files:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-2, atol=1e-3, err_msg=name)
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
             if name.endswith("weight"):
                 assert not np.array_equal(ours[name], tensors[name]), f"{name} was not trained"
 
 
 def test_inference_answers_as_here(arm, world):
-    """onnxruntime's ARM64 kernels, without torch."""
+    """onnxruntime's ARM64 kernels, without torch; the threshold lets half stop at exit 1."""
     model = arm.session / "model"
     export(arm64_programs.SPEC, initial_tensors(arm64_programs.SPEC, 1), model)
     x = world.test.x
     np.save(arm.session / "x.npy", x)
+    threshold = float(np.median(EarlyExit.load(model, threshold=0).predict(x).confidence))
     arm.run(
         EDGE_SDK, "infer", "/srv/session/model", "--data", "/srv/session/x.npy",
-        "--threshold", "0.12", "--out", "/srv/session/predictions.csv",
+        "--threshold", str(threshold), "--out", "/srv/session/predictions.csv",
     )  # fmt: skip
-    here = EarlyExit.load(model, threshold=0.12).predict(x)
+    here = EarlyExit.load(model, threshold=threshold).predict(x)
     with (arm.session / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["label"]) for row in rows] == here.label.tolist()
     assert [int(row["exit"]) for row in rows] == here.exit.tolist()
-    assert set(here.exit.tolist()) == {1, 2}
+    assert (here.exit == 1).sum() == len(x) / 2
     confidences = [float(row["confidence"]) for row in rows]
     np.testing.assert_allclose(confidences, here.confidence, rtol=0, atol=1e-5)
 
