@@ -1,11 +1,12 @@
 # Two commands do everything: `make testbed` (the main job) and `make test`. Each sets itself up.
+# `make test-edge` is the part of the tests that looks at devices as systems.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: venv testbed test lint format clean
+.PHONY: venv testbed test test-edge lint format clean
 
 venv: $(STAMP)
 
@@ -19,6 +20,9 @@ testbed: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+test-edge: $(STAMP) # a real systemd, an emulated ARM64 device; what a machine lacks is skipped
+	$(BIN)/python -m pytest tests/system $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

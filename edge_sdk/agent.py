@@ -23,7 +23,7 @@ from edge_sdk.child import TrainerProcess
 from edge_sdk.chooser import Chooser, told
 from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError, VersionError
 from edge_sdk.events import Event, Teller
-from edge_sdk.notify import SILENT_S, Notifier, Pulse
+from edge_sdk.notify import SILENT_S, THRASHING_S, Notifier, Pulse
 from edge_sdk.pipe import (
     Cancel,
     Estimate,
@@ -168,9 +168,7 @@ class Agent:
     def _on_time(self, now: float) -> None:
         """Hello until welcomed, then heartbeats; what was put off; a trainer that is stuck."""
         state = self._state
-        if self._trainer and self._pulse.silent_s(now) > SILENT_S:
-            self._trainer.end_silent(SILENT_S)
-            self._on_trainer_death(self._trainer)
+        self._end_stuck_trainer(self._pulse.silent_s(now))
         if state.restart_at is not None and now >= state.restart_at:
             state.restart_at = None
             self._trainer = self._start_trainer(measure_compute=False)
@@ -384,11 +382,21 @@ class Agent:
         elif state.job is None:
             self._link.send(Ready(exit=0, reason=fault.detail))
 
+    def _end_stuck_trainer(self, silent_s: float) -> None:
+        """One that swaps itself to death after THRASHING_S, any other after SILENT_S."""
+        if self._trainer is None or silent_s <= min(SILENT_S, THRASHING_S):
+            return
+        is_thrashing = self._trainer.is_thrashing()
+        if is_thrashing or silent_s > SILENT_S:
+            self._trainer.end_silent(silent_s, is_thrashing)
+            self._on_trainer_death(self._trainer)
+
     def _on_trainer_death(self, trainer: TrainerProcess) -> None:
         """Report it, choose less if it was killed at work, start another after a pause."""
         state, cause = self._state, trainer.cause_of_death()
         if state.inspected is None:
-            raise TrainerError(f"the training process {cause} before it had read its data")
+            when = "before it had read its data; ask edge-sdk doctor why"
+            raise TrainerError(f"the training process {cause} {when}")
         pause = f"another in {state.restart_pause_s:.0f} s"
         round = state.job.round if state.job else 0
         self._tell(events.failed(f"the training process {cause}; {pause}", "trainer", round))

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 
 from edge_sdk.capacity import TRAINER_ENVIRONMENT
 from edge_sdk.pipe import Pipe, PipeMessage
+from edge_sdk.pressure import STALLED, THRASHED_FAULTS, major_faults, stalled_share
 from edge_sdk.transport import Payload
 
 
 class TrainerProcess:
-    """A running `edge_sdk.worker`. Sending never blocks: what the process does not take yet waits
-    here, so that the agent can always read what it says."""
+    """A running `edge_sdk.worker_main`. Sending never blocks: what the process does not take yet
+    waits here, so that the agent can always read what it says."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class TrainerProcess:
     ) -> None:
         ours, theirs = socket.socketpair()
         command = [
-            sys.executable, "-m", "edge_sdk.worker", "--fd", str(theirs.fileno()),
+            sys.executable, "-m", "edge_sdk.worker_main", "--fd", str(theirs.fileno()),
             "--data", data, "--threads", str(threads), "--device", device,
         ]  # fmt: skip
         command += ["--calibration", calibration] if calibration else []
@@ -54,6 +55,7 @@ class TrainerProcess:
         self._pipe = Pipe(ours)
         self._outbox: deque[memoryview] = deque()
         self._verdict = ""
+        self._faults = 0  # major ones up to its last message
 
     def fileno(self) -> int:
         return self._pipe.fileno()
@@ -88,7 +90,14 @@ class TrainerProcess:
 
     def receive(self) -> tuple[PipeMessage, memoryview]:
         """The next message, waiting for it. Raises EOFError or OSError when the process is gone."""
-        return self._pipe.receive()
+        received = self._pipe.receive()
+        self._faults = major_faults(self._process.pid)
+        return received
+
+    def is_thrashing(self) -> bool:
+        """Whether what keeps it from saying anything is the lack of memory."""
+        faults = major_faults(self._process.pid) - self._faults
+        return faults >= THRASHED_FAULTS or stalled_share() >= STALLED
 
     def own_bytes(self) -> int:
         """Its memory but for library pages: those count as available already."""
@@ -106,11 +115,12 @@ class TrainerProcess:
         self._process.kill()
         self._process.wait()
 
-    def end_silent(self, silent_s: float) -> None:
+    def end_silent(self, silent_s: float, is_thrashing: bool) -> None:
         """Stop it now, as it does not get on."""
         # Signal 9: under a tight memory limit the kernel drops and reads back the pages of torch
         # for hours and kills nobody (300 MB: no second step in 9 min), so it counts as memory.
-        self._verdict = f"said nothing for {silent_s:g} s and was ended by signal 9"
+        why = ", as memory was too short to get on," if is_thrashing else ""
+        self._verdict = f"said nothing for {silent_s:.0f} s{why} and was ended by signal 9"
         self._process.kill()
 
     def cause_of_death(self) -> str:

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from edge_sdk import __version__
 from edge_sdk.capacity import (
     TRAINER_ENVIRONMENT,
     Choice,
@@ -51,6 +52,7 @@ from edge_sdk.profile import (
     measure_gflops,
     measure_layer_s,
 )
+from edge_sdk.torch_extra import require_torch
 from edge_sdk.wire import ModelSpec, Plan
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -70,7 +72,14 @@ def add_measure_command(subparsers: Subparsers) -> None:
 
 
 def run_measure(args: argparse.Namespace) -> int:
-    profile = measure(cap_bytes=args.memory_cap)
+    lacking = ""
+    try:
+        require_torch("measuring compute")
+    except ConfigError as error:
+        lacking = str(error)
+    profile = measure(cap_bytes=args.memory_cap, compute=not lacking)
+    if lacking:
+        print(f"edge-sdk: compute was not measured: {lacking}", file=sys.stderr)
     if args.json:
         _print_json(msgspec.to_builtins(profile))
     else:
@@ -106,6 +115,7 @@ def add_plan_command(subparsers: Subparsers) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> int:
+    require_torch("edge-sdk plan")
     for module in args.imports:
         import_module(module)
     input_shape, num_classes, num_examples, data_bytes = _local_data(args)
@@ -174,6 +184,7 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="edge-sdk", description="Federated learning on a device.")
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of one line")
+    parser.add_argument("--version", action="version", version=f"edge-sdk {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_command in COMMANDS:
         add_command(subparsers)
@@ -290,12 +301,17 @@ def _trial_trainer() -> dict[str, Any]:
 def _describe(profile: DeviceProfile) -> str:
     kind = "emulated board" if profile.is_emulated else "this device"
     link = "not known" if profile.link_mbit_s is None else f"{profile.link_mbit_s:g} Mbit/s"
+    speed = "not measured"
+    if profile.gflops:
+        speed = (
+            f"{profile.gflops:.1f} GFLOPS in training, {1e6 * profile.layer_s:.0f} us per layer "
+        )
+        speed += "and step"
     return (
         f"device   {profile.platform} ({kind}) {profile.board or profile.machine}\n"
         f"memory   {mebibytes(profile.memory_available_bytes)} for training "
         f"(bound: {profile.memory_bound}) of {mebibytes(profile.memory_total_bytes)}\n"
-        f"compute  {profile.gflops:.1f} GFLOPS in training, {profile.cores:g} cores, "
-        f"{1e6 * profile.layer_s:.0f} us per layer and step\n"
+        f"compute  {speed}, {profile.cores:g} cores\n"
         f"link     {link}"
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from edge_sdk.cli_flags import import_module
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.exported import ExportedModel, Measure, read_model, write_file
+from edge_sdk.torch_extra import require_torch
 
 if TYPE_CHECKING:  # numpy, which the agent does without
     import numpy.typing as npt
@@ -36,6 +37,7 @@ def add_export_command(commands: Any) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
+    require_torch("edge-sdk export")
     for module in args.imports:
         import_module(module)
     from edge_sdk.export import cut, export, prefix, read_weights

@@ -31,6 +31,7 @@ from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.keys import DEVICE_KEYS, KeyPair, read_all_keys
 from edge_sdk.profile import ROOT, board_name, memory
 from edge_sdk.service import STATE, is_hidden
+from edge_sdk.torch_extra import INSTALL, is_too_old, oldest
 
 EARLIEST = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)  # this program is younger
 LEAST_MEMORY = 350 * 1024**2  # torch's 250 MB, the agent's 31 and a small model
@@ -121,9 +122,10 @@ def check_torch(device: str = "cpu", probe: str = TORCH_PROBE) -> Finding:
         last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
         if done.returncode == -signal.SIGKILL:
             last = "killed by signal 9, most likely for memory"
-        advice = "pip install edge-sdk brings it; a Jetson needs NVIDIA's own wheel of its JetPack"
-        return Finding("torch", "fail", last, advice)
+        return Finding("torch", "fail", last, f"{INSTALL}; edge-sdk infer works without")
     version, capability, has_cuda = json.loads(done.stdout.splitlines()[-1])
+    if is_too_old(version):
+        return Finding("torch", "fail", f"{version}, expected {oldest()}", INSTALL)
     found = f"{version}, CPU capability {capability}, CUDA {'yes' if has_cuda else 'no'}"
     if device != "cpu" and not has_cuda:
         advice = f'the config says device = "{device}"; install a torch with CUDA, or set "cpu"'

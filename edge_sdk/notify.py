@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 SILENT_S = (
     300.0  # a step of the slowest board takes seconds; one that swaps itself to death, minutes
 )
+THRASHING_S = 30.0  # of silence, after which lack of memory counts as its reason
 WATCHDOG_S = 600  # WatchdogSec= of the unit
 FEED_S = 1.0  # at most one WATCHDOG=1 in so long
 

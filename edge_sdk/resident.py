@@ -35,6 +35,11 @@ def resident_bytes() -> int:
     return _status("VmRSS")
 
 
+def library_bytes() -> int:
+    """Resident bytes of files."""
+    return _status("RssFile")
+
+
 def idle_library_bytes(work: Callable[[], object]) -> int:
     """Resident bytes of files that `work` does not touch."""
     if not _clear(FORGET_FILE_PAGES):

@@ -1,19 +1,17 @@
-"""The training process: the only part of a device that imports torch. Started by the agent as
-`python -m edge_sdk.worker --fd N ...`, it ends when the agent's end of the pipe closes.
+"""The training process: the only part of a device that imports torch. Started by the agent through
+worker_main.py, it ends when the agent's end of the pipe closes.
 
 It may be killed for memory at any time; the agent survives, reports and starts another.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import logging
 import select
-import socket
-import sys
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -190,6 +188,23 @@ class Worker:
         self._job = self._receiver = self._update = self._sender = None
 
 
+def prepare(
+    pipe: Pipe, data: str, threads: int, device: str, calibration: Path | None, may_measure: bool
+) -> Callable[[], None]:
+    """Reads the data and trains a tiny job; what it returns serves the pipe until the agent is gone
+    (EOFError). Raises EdgeError for data or a device that cannot be used. threads 0: torch's own.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    examples = check_enough(load_shard(data), data)
+    usable_device(device)
+    found = calibrated(calibration, device, may_measure)
+    # At every start: speed depends on what else runs.
+    gflops = measure_gflops(device=device) if may_measure else 0.0
+    layer_s = measure_layer_s(device=device) if may_measure else 0.0
+    return partial(Worker(pipe, examples, device, found).serve, gflops, layer_s)
+
+
 def make_update(job: Job, result: TrainResult, download: Phase, idle_bytes: int) -> Update:
     """The message that goes ahead of the update's tensors. idle_bytes: resident, but not needed."""
     return Update(
@@ -203,41 +218,3 @@ def make_update(job: Job, result: TrainResult, download: Phase, idle_bytes: int)
         recompute=job.plan.recompute,
         tensors=specs_of(result.tensors),
     )
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="edge_sdk.worker")
-    parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--measure-compute", action="store_true")
-    parser.add_argument("--import", dest="imports", action="append", default=[])
-    args = parser.parse_args()
-    pipe = Pipe(socket.socket(fileno=args.fd))
-    try:
-        for module in args.imports:
-            importlib.import_module(module)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        examples = check_enough(load_shard(args.data), args.data)
-        usable_device(args.device)
-        calibration = calibrated(args.calibration, args.device, args.measure_compute)
-        gflops = layer_s = 0.0
-        if args.measure_compute:  # at every start: it depends on what else runs
-            gflops = measure_gflops(device=args.device)
-            layer_s = measure_layer_s(device=args.device)
-    except (EdgeError, ImportError) as error:
-        code = error.code if isinstance(error, EdgeError) else "config"
-        pipe.send(Fault(code=code, detail=str(error)))
-        return 1
-    try:
-        Worker(pipe, examples, args.device, calibration).serve(gflops, layer_s)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return 0  # the agent is gone
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

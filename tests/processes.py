@@ -40,13 +40,20 @@ PATIENCE_S = 60.0  # two busy cores import torch in 2 to 10 s
 class Running:
     """One process and its log, stdout and stderr together."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, mark: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        mark: str,
+        program: Sequence[str] = (sys.executable, "-m"),
+    ) -> None:
         self.name = name
         self.log = log
         with log.open("ab") as file:
             self._begin = file.tell()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [*program, *command],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -87,7 +94,7 @@ class Running:
         found = [
             child
             for child in psutil.Process(self.process.pid).children()
-            if "edge_sdk.worker" in child.cmdline()
+            if "edge_sdk.worker_main" in child.cmdline()
         ]
         assert len(found) == 1, f"{self.name} has {len(found)} trainers"
         return found[0]
@@ -172,8 +179,10 @@ class World:
     def device(self, name: str, *flags: str) -> Running:
         return self.start(name, ["edge_sdk.cli", *self.device_flags(name, *flags)])
 
-    def start(self, name: str, command: Sequence[str]) -> Running:
-        running = Running(name, command, self.folder / f"{name}.log", self.mark)
+    def start(
+        self, name: str, command: Sequence[str], program: Sequence[str] = (sys.executable, "-m")
+    ) -> Running:
+        running = Running(name, command, self.folder / f"{name}.log", self.mark, program)
         self.running.append(running)
         return running
 

@@ -4,9 +4,13 @@ import logging
 
 import msgspec
 import pytest
+import torch
 
 from edge_sdk import calibration, resident
 from edge_sdk.calibration import Calibration, calibrated, fit
+from edge_sdk.models import build
+from edge_sdk.models.costs import of_whole_step, segment_costs
+from edge_sdk.wire import ModelSpec, Plan, Segment
 
 MB = 10**6
 MiB = 1024**2
@@ -20,9 +24,9 @@ def test_fit_by_hand():
 def test_no_probe_lies_above_the_fitted_line():
     slope, scratch, error = fit([(10 * MB, 20 * MB), (20 * MB, 38 * MB), (30 * MB, 44 * MB)])
     # least squares: 1.2 x + 10 MB, of which the middle one is 4 MB above, the outer ones 2 below;
-    # raised to 14 MB the first is 6 of 26 below
+    # raised to 14 MB both are 6 below, of 50 for the largest
     assert (slope, scratch) == (pytest.approx(1.2), pytest.approx(14 * MB))
-    assert error == pytest.approx(6 / 26)
+    assert error == pytest.approx(6 / 50)
 
 
 def test_what_is_counted_is_there():
@@ -154,3 +158,12 @@ def test_peak_of_a_block_that_is_gone():
     assert resident.peak_bytes() - before > 60 * MiB
     resident.reset_peak()
     assert resident.peak_bytes() - before < 30 * MiB
+
+
+def test_a_probe_is_counted_like_a_job():
+    spec = ModelSpec(family="cnn", input_shape=(1, 8, 8), num_classes=2, exit=2)
+    plan = Plan(segments=(Segment(first=1, last=2),), batch_size=32, optimizer="adam")
+    cost = next(c for c in segment_costs(spec, plan, 32, 0) if (c.first, c.last) == (1, 2))
+    held, step = of_whole_step(build(spec), plan, torch.zeros(32, 1, 8, 8))
+    assert held == cost.parameter_bytes + cost.optimizer_bytes
+    assert step == cost.saved_bytes + cost.gradient_bytes + cost.widest_bytes

@@ -43,9 +43,10 @@ def test_system_and_python():
         ('print(\'["2.9.1", "NEON", false]\')', "ok", "2.9.1, CPU capability NEON, CUDA no", ""),
         ("import os; os.kill(os.getpid(), 4)", "fail", "SIGILL", "'torch>=2.8,<2.10'"),
         ("import os; os.kill(os.getpid(), 9)", "fail", "most likely for memory", "pip install"),
-        ("import no_such_torch", "fail", "No module named 'no_such_torch'", "NVIDIA's own"),
+        ("import no_such_torch", "fail", "No module named 'no_such_torch'", "NVIDIA makes"),
+        ('print(\'["1.13.1", "NEON", true]\')', "fail", "1.13.1, expected 2.1 or later", "[torch]"),
     ],
-    ids=["good", "illegal instruction", "killed", "missing"],
+    ids=["good", "illegal instruction", "killed", "missing", "too old"],
 )
 def test_torch_is_asked_in_another_process(probe, outcome, found, advice):
     finding = doctor.check_torch("cpu", probe)

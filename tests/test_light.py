@@ -14,7 +14,7 @@ from tests.processes import ROOT, World, mapped_libraries
 
 LIGHT = ("", ".wire", ".errors", ".profile", ".capacity", ".keys", ".cli", ".cli_run", ".cli_infer",
          ".exported", ".agent", ".doctor", ".service", ".config_file", ".notify", ".device",
-         ".events", ".client")  # fmt: skip
+         ".events", ".client", ".torch_extra", ".worker_main")  # fmt: skip
 HEAVY = ("torch", "numpy", "ray", "sklearn", "scipy", "rich", "safetensors", "coordinator", "tools")
 
 
@@ -62,7 +62,8 @@ def test_a_waiting_agent_has_not_mapped_torch(tmp_path):
 # (folder, what its files never import): scanned wherever the import stands, also in a function.
 FORBIDDEN = [
     ("edge_sdk", ("coordinator", "tools", "tests", "ray")),
-    ("coordinator", ("tools", "tests", "ray", "edge_sdk.agent", "edge_sdk.worker")),
+    ("coordinator", ("tools", "tests", "ray", "edge_sdk.agent", "edge_sdk.worker",
+                     "edge_sdk.worker_main")),
     ("coordinator/methods", ("coordinator.rounds", "coordinator.store", "coordinator.cohort_zmq",
                              "coordinator.hub", "coordinator.seats", "zmq", "sqlite3")),
     ("coordinator/generators", ("coordinator.rounds", "coordinator.store",

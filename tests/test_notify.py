@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 
 from edge_sdk import agent as agent_module
-from edge_sdk import notify
+from edge_sdk import child, notify
 from edge_sdk.agent_state import State
 from edge_sdk.notify import Notifier, Pulse
 from edge_sdk.pipe import Inspected
@@ -174,7 +174,10 @@ def test_the_status_line_says_what_the_device_does():
 # -- the real agent and trainer -------------------------------------------------------------------
 
 
-def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(tmp_path, manager, monkeypatch):
+@pytest.mark.parametrize("is_thrashing", [False, True])
+def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(
+    tmp_path, manager, monkeypatch, is_thrashing
+):
     """Without a coordinator it is ready all the same. A stopped trainer is as silent as one that
     hangs in a driver: it is ended, the job given up as for lack of memory, and another starts."""
     told = manager.collect()
@@ -196,12 +199,17 @@ def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(tmp_path, manager
             give(coordinator, 4, LONG)
             wait_told(told, "STATUS=round 4: ")
             device.trainer().suspend()
-            monkeypatch.setattr(agent_module, "SILENT_S", 2.0)
+            if is_thrashing:
+                monkeypatch.setattr(child, "stalled_share", lambda: 0.5)
+                monkeypatch.setattr(agent_module, "THRASHING_S", 2.0)
+            else:
+                monkeypatch.setattr(agent_module, "SILENT_S", 2.0)
             fault = coordinator.wait_for(Fault)
             monkeypatch.undo()
             assert (fault.round, fault.code) == (4, "trainer")
             assert fault.detail == (
-                "the training process said nothing for 2 s and was ended by signal 9"
+                "the training process said nothing for 2 s"
+                f"{', as memory was too short to get on,' * is_thrashing} and was ended by signal 9"
             )
             wait_told(told, "STATUS=the training process ended; starting another")
             coordinator.wait_for(Ready, lambda ready: "failed here before" in ready.reason)

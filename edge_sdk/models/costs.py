@@ -201,7 +201,7 @@ def of_whole_step(model: StagedModel, plan: Plan, x: Tensor) -> tuple[int, int]:
     weight."""
     named = dict(model.named_parameters())
     weights = exit_weights(plan, 1, len(model.stages))
-    saved = saved_bytes(model.stages, model.exits, named, x[:FEW], weights, plan).at(len(x))
+    saved = saved_bytes(model.stages, model.exits, named, x[:FEW].clone(), weights, plan).at(len(x))
     gradient_bytes = num_bytes(named.values())
     held = num_bytes(model.tensors().values()) + optimizer_copies(plan) * gradient_bytes
     return held, saved + gradient_bytes + widest_bytes(named.values())

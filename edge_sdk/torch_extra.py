@@ -1,0 +1,46 @@
+"""torch is an extra of this package: inference needs none, and a Jetson's comes from NVIDIA.
+
+What trains or counts asks here first, so that a torch that is missing, broken or too old is one
+line instead of a traceback. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+
+from edge_sdk.errors import ConfigError
+
+OLDEST = (2, 1)  # as the extra in pyproject.toml
+INSTALL = (
+    'pip install "edge-sdk[torch]", or on a Jetson the wheel that NVIDIA makes for its JetPack, in '
+    "a venv made with --system-site-packages"
+)
+
+
+def require_torch(what: str) -> None:
+    """Import torch. Raises ConfigError, which says that `what` needs it and how to get it."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise ConfigError(_broken(what, error)) from error
+        raise ConfigError(f"{what} needs torch, which is not installed; {INSTALL}") from error
+    except (ImportError, OSError) as error:  # OSError: a library of CUDA is missing
+        raise ConfigError(_broken(what, error)) from error
+    if is_too_old(torch.__version__):
+        raise ConfigError(f"{what} needs torch {oldest()}, this is {torch.__version__}; {INSTALL}")
+
+
+def is_too_old(version: str) -> bool:
+    """2.1.0a0+41361538.nv23.06 is not: NVIDIA's wheels of a release carry such names."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is None or (int(found[1]), int(found[2])) < OLDEST
+
+
+def oldest() -> str:
+    return f"{OLDEST[0]}.{OLDEST[1]} or later"
+
+
+def _broken(what: str, error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return f"{what} needs torch, which does not load: {said}; install it again: {INSTALL}"

@@ -1,0 +1,50 @@
+"""Start of the training process, `python -m edge_sdk.worker_main --fd N ...`: what is wrong before
+training, a missing torch too, reaches the agent as one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import socket
+import sys
+from pathlib import Path
+
+from edge_sdk.errors import EdgeError
+from edge_sdk.pipe import Pipe
+from edge_sdk.torch_extra import require_torch
+from edge_sdk.wire import Fault
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="edge_sdk.worker_main")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--measure-compute", action="store_true")
+    parser.add_argument("--import", dest="imports", action="append", default=[])
+    args = parser.parse_args()
+    pipe = Pipe(socket.socket(fileno=args.fd))
+    try:
+        require_torch("training")
+        for module in args.imports:
+            importlib.import_module(module)
+        from edge_sdk.worker import prepare
+
+        serve = prepare(
+            pipe, args.data, args.threads, args.device, args.calibration, args.measure_compute
+        )
+    except (EdgeError, ImportError) as error:
+        code = error.code if isinstance(error, EdgeError) else "config"
+        pipe.send(Fault(code=code, detail=str(error)))
+        return 1
+    try:
+        serve()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return 0  # the agent is gone
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
