@@ -109,13 +109,13 @@ def trial(cache: Path) -> Trainer:
 
 def runtime_bytes() -> tuple[int, int]:
     """What a trainer needs before it has a model: resident memory after a tiny job less library
-    pages that no step touches; and those. Call it once the data is loaded.
+    pages that no step touches; and of that the library pages. Call it once the data is loaded.
 
     The first steps load kernels and start threads: 27 MB more than the imports, whatever the model
     (torch 2.13, x86)."""
     _tiny_job()
     idle = resident.idle_library_bytes(_tiny_job)
-    return resident.resident_bytes() - idle, idle
+    return resident.resident_bytes() - idle, max(0, resident.library_bytes() - idle)
 
 
 def _tiny_job() -> None:

@@ -40,8 +40,8 @@ class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gradient_bytes: int
     optimizer_bytes: int  # its state, and the received weights where a proximal term pulls to them
     root_bytes: int = 0  # Adam's, of its second moment, while it makes its step
-    # The largest tensor: a kernel reorders a weight into a copy, and while parts of a batch add up
-    # a gradient lies there twice.
+    # The largest tensor: a kernel reorders a weight into a copy. While parts of a batch add up all
+    # gradients are there, and the largest is made a second time, in the kernel's order and in ours.
     widest_bytes: int = 0
     # Activations kept for the backward pass of as many examples as go through at once; `fixed` is
     # the part of it that does not grow with their number. recompute_: the same where stages are run
@@ -186,7 +186,7 @@ def _scaled(num_bytes: int, fixed_bytes: int, ratio: float) -> int:
 def peak_bytes(cost: SegmentCost) -> int:
     """Predicted peak of the memory that a trainer needs, see `runtime_bytes`."""
     held = cost.parameter_bytes + cost.optimizer_bytes + cost.cache_bytes
-    copies = 2 if 0 < cost.micro_batch < cost.batch_size else 1
+    copies = 3 if 0 < cost.micro_batch < cost.batch_size else 1
     passes = max(cost.saved_bytes, cost.frozen_bytes) + copies * cost.widest_bytes
     step = max(passes, cost.root_bytes) + cost.gradient_bytes
     return cost.runtime_bytes + max(cost.load_bytes, held + math.ceil(cost.allowance * step))

@@ -2,64 +2,83 @@
 it again when its gradient is wanted.
 
 Own code because the first use of torch.utils.checkpoint imports torch._dynamo (78 MB and 1.8 s with
-torch 2.13), and because the second run must not count in BatchNorm's statistics.
+torch 2.13), that of an autograd.Function sympy (36 MB), and because the second run must not count
+in BatchNorm's statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
+
+from edge_sdk.errors import TrainerError
 
 
 def recomputed(stage: nn.Module, features: Tensor) -> Tensor:
-    """stage(features) with the same gradients bit by bit; of the graph only `features` is kept."""
-    made: Tensor = _Recomputed.apply(stage, features, *stage.parameters())  # type: ignore[no-untyped-call]
+    """stage(features) with the same gradients bit by bit; of the graph only `features` is kept.
+    Good for one backward pass."""
+    replay = _Replay(stage, features)
+    with saved_tensors_hooks(replay.pack, replay.unpack):
+        made: Tensor = stage(features)
     return made
 
 
-class _Recomputed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, stage: nn.Module, features: Tensor, *_: Tensor) -> Tensor:
-        ctx.stage, ctx.random = stage, _random_state(features.device)
-        ctx.save_for_backward(features)
-        made: Tensor = stage(features)
-        return made
+class _Replay:
+    """Instead of what the first run saves for its gradients only numbers are kept; the second run
+    saves the same in the same order."""
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (features,) = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:]
+    def __init__(self, stage: nn.Module, features: Tensor) -> None:
+        self._stage, self._features = stage, features
+        self._random = _random_state(features.device)
+        self._count = 0
+        self._again: dict[int, Tensor] = {}
+
+    def pack(self, _: Tensor) -> int:
+        self._count += 1
+        return self._count
+
+    def unpack(self, number: int) -> Tensor:
+        """Each is asked for once, so it goes as soon as its gradient is made."""
+        if number not in self._again:
+            self._run()
+        return self._again.pop(number)
+
+    def _run(self) -> None:
+        features = self._features.detach().requires_grad_(self._features.requires_grad)
         cuda = [features.device] if features.is_cuda else []
+
+        def keep(tensor: Tensor) -> None:
+            self._again[len(self._again) + 1] = tensor.detach()
+
         with (
             torch.enable_grad(),
             torch.random.fork_rng(devices=cuda),
-            _still_statistics(ctx.stage),
+            _still_statistics(self._stage),
+            saved_tensors_hooks(keep, lambda _: torch.empty(0)),
         ):
-            _set_random_state(ctx.random, features.device)
-            again = features.detach().requires_grad_(wanted[0])
-            made = ctx.stage(again)
-        inputs = [again, *ctx.stage.parameters()]
-        chosen = [tensor for tensor, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
-        found = iter(torch.autograd.grad(made, chosen, gradients))
-        return (None, *(next(found) if is_wanted else None for is_wanted in wanted))
+            _set_random_state(self._random, features.device)
+            self._stage(features)
+        if len(self._again) != self._count:
+            raise TrainerError("a stage run again did something else; train without recompute")
 
 
 @contextmanager
 def _still_statistics(stage: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by the batch, but does not count it."""
-    tracking = [m for m in stage.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    for norm in tracking:
-        norm.track_running_stats = False
+    """BatchNorm runs as before, and its statistics are then what they were."""
+    norms = [m for m in stage.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        for norm in tracking:
-            norm.track_running_stats = True
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

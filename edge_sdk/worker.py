@@ -55,7 +55,7 @@ class Worker:
         self._examples = examples
         self._device = device
         self._calibration = calibration
-        needed, self._idle_bytes = runtime_bytes()
+        needed, self._library_bytes = runtime_bytes()
         self._runtime_bytes = needed + calibration.scratch_bytes
         self._inbox: deque[tuple[PipeMessage, memoryview]] = deque()
         self._job: Job | None = None
@@ -157,7 +157,8 @@ class Worker:
         )
         resident.trim()
         self._sender = Sender(result.tensors)
-        self._update = make_update(job, result, download, self._idle_bytes)
+        idle = max(0, resident.library_bytes() - self._library_bytes)
+        self._update = make_update(job, result, download, idle)
         self._pipe.send(self._update)
 
     def _send_parts(self, fetch: Fetch) -> None:

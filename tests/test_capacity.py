@@ -61,7 +61,7 @@ def test_peak_adds_what_is_held_and_the_allowance_on_the_step():
     # the optimizer's root lies there when the activations are gone: 640 + 2 * (30 + 20)
     wide = replace(cost(1, 1, saved_bytes=1), widest_bytes=20, allowance=2.0, batch_size=8)
     assert peak_bytes(wide) == 640 + 2 * (1 + 20 + 20)  # a kernel's copy of the largest weight
-    assert peak_bytes(in_parts(wide, 4)) == 640 + 2 * (1 + 2 * 20 + 20)  # and its two gradients
+    assert peak_bytes(in_parts(wide, 4)) == 640 + 2 * (1 + 3 * 20 + 20)  # and two of its gradient
     rooted = replace(cost(1, 1, saved_bytes=1), root_bytes=30, allowance=2.0)
     assert peak_bytes(rooted) == 740
     assert error_bytes(replace(rooted, error=0.25)) == 60  # of 740 - 500

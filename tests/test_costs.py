@@ -272,16 +272,17 @@ count = int(sys.argv[4])
 x = numpy.ones((count, *spec.input_shape), dtype=numpy.float32)
 examples = Examples(x, numpy.arange(count) % spec.num_classes, spec.num_classes)
 found = calibrated(None, "cpu", may_measure=True)
-needed, idle = runtime_bytes()
+needed, libraries = runtime_bytes()
 costs = segment_costs_apart(
     spec, plan, count, needed + found.scratch_bytes, found.allowance, found.error
 )
-after_bytes = resident.resident_bytes() - idle
+after_bytes = resident.resident_bytes() - resident.library_bytes() + libraries
 tensors = initial_tensors(spec, 0)
 tensors = {name: tensors[name] for name in needed_names(tensors, plan.segments)}
 cache_bytes = int(sys.argv[3])
 result = train(spec, plan, tensors, examples, cache_bytes=cache_bytes, is_consuming=True)
-found = [needed, after_bytes, result.peak_memory_bytes - idle, msgspec.to_builtins(costs)]
+peak = result.peak_memory_bytes - resident.library_bytes() + libraries
+found = [needed, after_bytes, peak, msgspec.to_builtins(costs)]
 print(json.dumps(found))
 """
 

@@ -136,7 +136,7 @@ def _cost(
     first, last = segment.first, segment.last
     stages, heads = model.stages[first - 1 :], model.exits[first - 1 :]
     named = dict(nn.ModuleList([stages, heads]).named_parameters())
-    held = model.tensors()
+    held = dict([*model.named_parameters(), *model.named_buffers()])
     needed, trained = needed_names(held, [segment]), trained_names(held, [segment])
     batch = max(2, min(plan.batch_size, num_examples))
     weights = exit_weights(plan, first, last)
@@ -272,8 +272,8 @@ def saved_bytes(
     plan: Plan,
 ) -> Saved:
     """features: (FEW, ...), what the first of the stages takes."""
-    twice = moved(torch.cat([features, features]), "cpu")
     few = _saved(stages, heads, named, features, weights, plan)
+    twice = moved(torch.cat([features, features]), "cpu")
     return Saved(few, _saved(stages, heads, named, twice, weights, plan))
 
 
@@ -326,7 +326,7 @@ def _forward(
 ) -> Tensor:
     """A step's loss. enter: called before a stage with its number from 1, after it with LAST."""
     labels = torch.zeros(len(features), dtype=torch.int64)
-    anchor = {name: weight.detach().clone() for name, weight in named.items()}
+    anchor = {k: w.detach().clone() for k, w in named.items()} if plan.prox_mu else {}
     logits = []
     for number, (stage, head) in enumerate(zip(stages, heads, strict=True), 1):
         enter(number, features)
