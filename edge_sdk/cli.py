@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from edge_sdk.boards import board, board_names
 from edge_sdk.capacity import (
     TRAINER_ENVIRONMENT,
     Choice,
@@ -42,8 +43,6 @@ from edge_sdk.cli_service import add_doctor_command, add_service_command
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
 from edge_sdk.profile import (
     DeviceProfile,
-    board,
-    board_names,
     emulated,
     least_bound,
     measure,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk.agent import AgentOptions
+from edge_sdk.boards import board
 from edge_sdk.cli_flags import (
     MAX_THREADS,
     add_memory_cap,
@@ -21,7 +22,7 @@ from edge_sdk.config_file import read_config
 from edge_sdk.device import checked_id, default_keys, device_secrets, make_agent, measure_here
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import DEVICE_KEYS, SERVER_KEYS, make_keys
-from edge_sdk.profile import DeviceProfile, board, emulated
+from edge_sdk.profile import DeviceProfile, emulated
 
 
 def add_run_command(commands: Any) -> None:

@@ -25,12 +25,14 @@ from typing import Literal
 
 import msgspec
 
+from edge_sdk.boards import board_name
 from edge_sdk.capacity import TRAINER_ENVIRONMENT, mebibytes
 from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.keys import DEVICE_KEYS, KeyPair, read_all_keys
-from edge_sdk.profile import ROOT, board_name, memory
+from edge_sdk.profile import memory
 from edge_sdk.service import STATE, is_hidden
+from edge_sdk.sysfs import ROOT, read_text
 
 EARLIEST = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)  # this program is younger
 LEAST_MEMORY = 350 * 1024**2  # torch's 250 MB, the agent's 31 and a small model
@@ -145,9 +147,9 @@ def check_memory(cap_bytes: int | None = None, root: Path = ROOT) -> Finding:
 def check_memory_group(root: Path = ROOT) -> Finding:
     """Whether the kernel limits memory; Raspberry Pi OS has it switched off on some images."""
     name = "memory cgroup"
-    controllers = _text(root / "sys/fs/cgroup/cgroup.controllers").split()
+    controllers = read_text(root / "sys/fs/cgroup/cgroup.controllers").split()
     first_version = re.search(
-        r"^memory\s+\d+\s+\d+\s+(\d)", _text(root / "proc/cgroups"), re.MULTILINE
+        r"^memory\s+\d+\s+\d+\s+(\d)", read_text(root / "proc/cgroups"), re.MULTILINE
     )
     if "memory" in controllers or (first_version and first_version[1] == "1"):
         return Finding(name, "ok", "enabled")
@@ -184,7 +186,7 @@ def check_disk(folder: Path) -> Finding:
 def check_jetson(root: Path = ROOT) -> Finding:
     """JetPack by its release file, jetson-stats (jtop) by package and by its service's socket."""
     name, _ = board_name(root)
-    release = re.search(r"R(\d+) .*REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
+    release = re.search(r"R(\d+) .*REVISION: ([\d.]+)", read_text(root / "etc/nv_tegra_release"))
     if not release and not name.startswith("jetson"):
         return Finding("jetson", "ok", "this is none")
     if not release:
@@ -311,13 +313,6 @@ def handshake(
     finally:
         link.close(is_final=True)
     return f"no handshake within {timeout_s:g} s; is it an edge-coordinator?"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def report(findings: Iterator[Finding], show: Callable[[str], None]) -> list[Finding]:

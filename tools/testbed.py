@@ -32,13 +32,14 @@ from coordinator.admission import add_client
 from coordinator.cli_arguments import model_options
 from coordinator.emulate import split_shards
 from coordinator.methods import METHODS
+from edge_sdk.boards import board
 from edge_sdk.capacity import seconds
 from edge_sdk.data import Examples, load, load_dataset, save_shard
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.keys import make_keys
 from edge_sdk.models import build
 from edge_sdk.models.costs import segment_costs
-from edge_sdk.profile import DeviceProfile, board, emulated, measure_gflops, measure_layer_s
+from edge_sdk.profile import DeviceProfile, emulated, measure_gflops, measure_layer_s
 from edge_sdk.wire import ModelSpec, Plan, Segment
 
 REPORT = Path(__file__).with_name("testbed_report.py")
