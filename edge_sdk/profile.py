@@ -14,12 +14,14 @@ import platform
 import statistics
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+from edge_sdk import __version__
 from edge_sdk.boards import Board, board_name
 from edge_sdk.errors import ConfigError
 from edge_sdk.sysfs import ROOT, meminfo, read_int, read_text, to_int
@@ -274,3 +276,23 @@ def emulated(board: Board, host_gflops: float, host_layer_s: float = 0.0) -> Dev
         is_emulated=True,
         cpu_scale=cpu_scale,
     )
+
+
+def measured_board(profile: DeviceProfile, device: str) -> Board:
+    """A measured profile as a board's file; `device` is torch's, whose speed was measured."""
+    import torch
+
+    today = datetime.now(timezone.utc).date()
+    how = f"Measured on {today} by edge-sdk {__version__}"
+    compute = f"{how} with torch {torch.__version__} on {device}, {profile.cores:g} CPU cores"
+    source = {
+        "memory_total_bytes": f"{how}: what the kernel has of it",
+        "memory_available_bytes": f"{how}: free then (bound: {profile.memory_bound})",
+        "cores": f"{how}: affinity and CPU quota",
+        "gflops": f"{compute}: forward and backward passes of 3x3 convolutions in float32",
+        "layer_s": f"{compute}: what a layer costs per training step beside its arithmetic",
+    }
+    if profile.link_mbit_s is not None:
+        source["link_mbit_s"] = f"Told by --link-mbit-s on {today}, not measured"
+    shared = set(Board.__struct_fields__) - {"source"}
+    return Board(**{name: getattr(profile, name) for name in shared}, source=source)
