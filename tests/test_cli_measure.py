@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from edge_sdk import __version__, cli, cli_flags, conditions
+from edge_sdk import __version__, cli, cli_flags, conditions, profile
 from edge_sdk.boards import board
 from edge_sdk.conditions import Conditions, Zone
 from edge_sdk.errors import ConfigError, TrainerError
@@ -21,6 +21,13 @@ def fixed_runtime(monkeypatch):
     monkeypatch.setattr(cli, "_trainer_runtime_bytes", lambda: 230 * MiB)
 
 
+@pytest.fixture
+def fixed_speed(monkeypatch):
+    """Not measured anew by every test; the two below do."""
+    monkeypatch.setattr(profile, "measure_gflops", lambda device: 12.5)
+    monkeypatch.setattr(profile, "measure_layer_s", lambda device: 2.5e-5)
+
+
 def test_measure_prints_json(capsys):
     assert cli.main(["measure", "--memory-cap", "64M", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -34,13 +41,14 @@ def test_measure_prints_lines(capsys):
     assert "memory   64.0 MiB for training (bound: cap)" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("fixed_speed")
 def test_measure_tells_the_conditions(capsys, monkeypatch):
     hot = Conditions(zones=(Zone("cpu-thermal", 78.2, 80.0, 110.0),), is_throttled=False)
     monkeypatch.setattr(conditions, "read", lambda **_: hot)
     assert cli.main(["measure"]) == 0
     assert capsys.readouterr().out.endswith(
-        "\nstate    cpu-thermal 78 °C, not throttled: short work, as cpu-thermal is at 78 °C, it is "
-        "slowed at 80 °C\n"
+        "\nstate    cpu-thermal 78 °C, not throttled: short work, as cpu-thermal is at 78 °C, it "
+        "is slowed at 80 °C\n"
     )
     assert cli.main(["measure", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["conditions"]
@@ -51,6 +59,7 @@ def test_measure_tells_the_conditions(capsys, monkeypatch):
     assert found["battery_percent"] is None
 
 
+@pytest.mark.usefixtures("fixed_speed")
 def test_measure_saves_a_board_that_plan_takes(capsys, tmp_path):
     file = tmp_path / "boards" / "mine.toml"
     arguments = ["measure", "--memory-cap", "64M", "--save", str(file)]
@@ -58,6 +67,7 @@ def test_measure_saves_a_board_that_plan_takes(capsys, tmp_path):
     measured = json.loads(capsys.readouterr().out)
     saved = board(str(file))
     assert (saved.memory_available_bytes, saved.link_mbit_s) == (64 * MiB, 94.0)
+    assert (saved.gflops, saved.layer_s) == (12.5, 2.5e-5)
     for name in ("platform", "machine", "cores", "gflops", "layer_s", "memory_total_bytes"):
         assert getattr(saved, name) == measured[name]
     assert set(saved.source) == {

@@ -7,9 +7,10 @@ import os
 import signal
 
 import pytest
+from msgspec.structs import replace
 
-from edge_sdk import cli
-from edge_sdk.boards import board
+from edge_sdk.boards import save_board
+from edge_sdk.profile import measure, measured_board
 from tests.processes import Running, kill_marked, marked, read_rows, wait_until
 from tools.testbed import main
 
@@ -59,10 +60,11 @@ def test_two_rounds_on_three_boards(testbed, tmp_path):
 
 
 def test_a_measured_board_takes_part(testbed, tmp_path):
-    """Its file as `edge-sdk measure --save` wrote it: with its own layer_s, without a link."""
+    """Its file as `edge-sdk measure --save` writes it: with its own layer_s, without a link."""
     file = tmp_path / "my-device.toml"
-    assert cli.main(["measure", "--memory-cap", "900M", "--save", str(file)]) == 0
-    saved = board(str(file))
+    here = measure(cap_bytes=900 * 1024**2, compute=False)
+    saved = measured_board(replace(here, gflops=12.5, layer_s=2.5e-5), "cpu")
+    save_board(saved, file)
     running = testbed("--rounds", "1", "--devices", f"{file}=2,generic=1", "--deadline", "0")
     assert running.end(120) == 0, running.text()
     run_dir = tmp_path / "run"
