@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.agent import AgentOptions
+from edge_sdk import conditions
+from edge_sdk.agent_options import AgentOptions
 from edge_sdk.boards import board
 from edge_sdk.cli_flags import (
     MAX_THREADS,
@@ -43,6 +44,8 @@ def add_run_command(commands: Any) -> None:
     add("--board", help="emulate this board: its memory, speed and link instead of this machine's")
     add("--host-gflops", type=float, default=0.0, help="with --board: speed of one thread here")
     add("--host-layer-us", type=float, default=0.0, help="with --board: overhead of a layer here")
+    add("--ignore-conditions", action="store_true", default=None,
+        help="train the same when hot, throttled or on a low battery")  # fmt: skip
     add("--once", action="store_true", help="end when the coordinator's run ends")
     parser.set_defaults(run=run_device, usage_error=parser.error)
 
@@ -60,6 +63,7 @@ def settle(args: argparse.Namespace) -> None:
     given = read_config(args.config).given() if args.config else {}
     defaults = {
         "keys": default_keys(), "insecure": False, "threads": 0, "device": "cpu", "imports": [],
+        "ignore_conditions": False,
     }  # fmt: skip
     for name, value in (defaults | given).items():
         if getattr(args, name, None) is None:
@@ -82,6 +86,7 @@ def run_device(args: argparse.Namespace) -> int:
         client_id=client_id,
         data=str(args.data),
         measure=make_measure(args),
+        conditions=None if args.board or args.ignore_conditions else conditions.read,
         threads=args.threads,
         device=args.device,
         measure_compute=args.board is None,

@@ -127,7 +127,8 @@ def in_words(now: Conditions) -> str:
     parts += [] if now.gpu_percent is None else [f"GPU {now.gpu_percent:.0f} % busy"]
     parts += [now.problem] if now.problem else []
     allowance = allowed(now)
-    work = f"{allowance.work} work" + (f", as {allowance.reason}" if allowance.reason else "")
+    amount = "no" if allowance.work == "none" else allowance.work
+    work = f"{amount} work" + (f", as {allowance.reason}" if allowance.reason else "")
     return f"{', '.join(parts) or 'nothing known'}: {work}"
 
 

@@ -25,10 +25,12 @@ from typing import Literal
 
 import msgspec
 
+from edge_sdk import conditions
 from edge_sdk.boards import board_name
 from edge_sdk.capacity import TRAINER_ENVIRONMENT, mebibytes
 from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config
 from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.jetson import jetson_stats
 from edge_sdk.keys import DEVICE_KEYS, KeyPair, read_all_keys
 from edge_sdk.profile import memory
 from edge_sdk.service import STATE, is_hidden
@@ -73,6 +75,7 @@ def examine(config: Path | None, default_keys: Path) -> Iterator[Finding]:
     yield check_clock(datetime.datetime.now(datetime.timezone.utc))
     yield check_disk(STATE if STATE.exists() else Path.home())
     yield check_jetson()
+    yield check_conditions()
     is_service = config in (None, DEFAULT_CONFIG) and DEFAULT_CONFIG.exists()
     yield check_data(settings.data, is_service=is_service)
     folder = Path(settings.keys) if settings.keys else default_keys
@@ -205,7 +208,23 @@ def check_jetson(root: Path = ROOT) -> Finding:
     if not (root / "run/jtop.sock").exists():
         advice = "its service is not running: sudo jtop --install-service, then reboot"
         return Finding("jetson", "warn", found, advice)
+    what, _, advice = jetson_stats().problem.partition("; ")
+    if what:
+        return Finding("jetson", "warn", f"{found}, but {what}", advice)
     return Finding("jetson", "ok", found)
+
+
+def check_conditions(root: Path = ROOT) -> Finding:
+    """Heat, throttling, supply and battery as they are now."""
+    now = conditions.read(root)
+    found, allowance = conditions.in_words(now), conditions.allowed(now)
+    if now.is_under_voltage:
+        advice = "the supply is too weak: a better one, and a short thick cable"
+    elif now.battery_percent is not None and "battery" in allowance.reason:
+        advice = "charge it"
+    else:
+        advice = "cool it: a heat sink, a fan, room for air" if allowance.reason else ""
+    return Finding("conditions", "warn" if advice else "ok", found, advice)
 
 
 # -- this device's settings -----------------------------------------------------------------------
