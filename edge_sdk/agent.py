@@ -10,14 +10,13 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from secrets import token_hex
 
 import zmq
 from msgspec.structs import replace
 
 from edge_sdk import __version__, events
+from edge_sdk.agent_options import AgentOptions, Senses
 from edge_sdk.agent_state import HELLO_S, REFUSED_S, RESTART_S, State
 from edge_sdk.child import TrainerProcess
 from edge_sdk.chooser import Chooser, told
@@ -60,25 +59,6 @@ RESTART_MAX_S = 60.0
 FATAL = {"version": LinkError, "admission": LinkError, "data": DataError}
 
 
-@dataclass(frozen=True)
-class AgentOptions:
-    """What `edge-sdk run` or a Client was told. measure(own_bytes): the profile now, own_bytes
-    being what the trainer holds already; it is called every heartbeat and must be cheap."""
-
-    client_id: str
-    data: str
-    measure: Callable[[int], DeviceProfile]
-    threads: int = 0  # 0: torch's default
-    device: str = "cpu"
-    measure_compute: bool = True
-    calibration: str = ""  # file where what was measured is kept; "": it is not
-    imports: tuple[str, ...] = ()
-    is_once: bool = False  # end when the coordinator's run ends
-    notify_socket: str = ""  # systemd's NOTIFY_SOCKET
-    on_event: Callable[[Event], object] | None = None  # called in run()'s thread
-    search_path: tuple[str, ...] = ()  # of the trainer's modules; (): as it is started
-
-
 class Agent:
     """run() returns when the run is over (is_once), on stop(), or raises an EdgeError."""
 
@@ -87,8 +67,9 @@ class Agent:
         self._options = options
         self._session = token_hex(8)
         self._pulse = Pulse(Notifier(options.notify_socket), time.monotonic())
-        self._trainer: TrainerProcess | None = self._start_trainer(options.measure_compute)
+        self._trainer: TrainerProcess | None = options.start_trainer(options.measure_compute)
         self._chooser = Chooser()
+        self._senses = Senses(options)
         self._state = State()
         self._tell = Teller(log, options.on_event)
         self._is_stopping = False
@@ -171,7 +152,8 @@ class Agent:
         self._end_stuck_trainer(self._pulse.silent_s(now))
         if state.restart_at is not None and now >= state.restart_at:
             state.restart_at = None
-            self._trainer = self._start_trainer(measure_compute=False)
+            self._pulse.heard(now)
+            self._trainer = self._options.start_trainer(measure_compute=False)
         if state.reopen_at is not None:
             if now >= state.reopen_at:
                 state.reopen_at = None
@@ -186,7 +168,7 @@ class Agent:
                 self._link.open()
                 self._tell(events.lost(f"{self._link.endpoint} takes nothing; connecting anew"))
             elif state.job is None:
-                self._tell_choice()  # memory may have changed
+                self._tell_choice()  # memory or conditions may have changed
 
     def _tell_systemd(self, now: float) -> None:
         state = self._state
@@ -230,14 +212,12 @@ class Agent:
         elif isinstance(message, Part):
             if is_mine and message.index < self._state.granted:
                 self._to_trainer(message, payload or b"")
-        elif isinstance(message, Fetch):
-            if is_mine:
-                self._to_trainer(message)
-        elif isinstance(message, Accepted):
-            if is_mine:
-                self._tell(Event("accepted", "update accepted", message.round))
-                self._state.restart_pause_s = RESTART_S
-                self._end_job()
+        elif isinstance(message, Fetch) and is_mine:
+            self._to_trainer(message)
+        elif isinstance(message, Accepted) and is_mine:
+            self._tell(Event("accepted", "update accepted", message.round))
+            self._state.restart_pause_s = RESTART_S
+            self._end_job()
         elif isinstance(message, Fault):
             self._on_fault(message, is_mine)
         elif isinstance(message, Bye):
@@ -315,19 +295,6 @@ class Agent:
         self._tell_choice(is_repeated=True)
 
     # -- trainer -----------------------------------------------------------------------------
-
-    def _start_trainer(self, measure_compute: bool) -> TrainerProcess:
-        options = self._options
-        self._pulse.heard(time.monotonic())
-        return TrainerProcess(
-            options.data,
-            threads=options.threads,
-            device=options.device,
-            measure_compute=measure_compute,
-            calibration=options.calibration,
-            imports=options.imports,
-            search_path=options.search_path,
-        )
 
     def _to_trainer(self, message: PipeMessage, payload: Payload = b"") -> None:
         if self._trainer:
@@ -421,23 +388,21 @@ class Agent:
     # -- choice ------------------------------------------------------------------------------
 
     def _profile(self) -> DeviceProfile:
-        profile = self._options.measure(self._trainer.own_bytes() if self._trainer else 0)
-        inspected = self._state.inspected
-        if inspected and inspected.gflops:
-            profile = replace(profile, gflops=inspected.gflops, layer_s=inspected.layer_s)
-        return profile
+        own_bytes = self._trainer.own_bytes() if self._trainer else 0
+        return self._senses.profile(own_bytes, self._state.inspected)
 
     def _tell_choice(self, is_repeated: bool = False) -> None:
-        """Choose for the memory there is now; tell the coordinator when it changed."""
+        """Choose for memory and conditions now; tell the coordinator when it changed."""
         state, inspected = self._state, self._state.inspected
-        if state.welcome is None or inspected is None:
+        is_counting = not self._chooser.costs and self._chooser.choice is None  # a new model's
+        if state.welcome is None or inspected is None or is_counting:
             return
-        if not self._chooser.costs and self._chooser.choice is None:
-            return  # a new model: its costs are being counted
-        is_new = self._chooser.choose(self._profile(), state.welcome, inspected.num_examples)
+        profile, allowance = self._senses.look(self._profile())
+        state.is_resting = allowance.work == "none"
+        is_new = self._chooser.choose(profile, state.welcome, inspected.num_examples, allowance)
         choice = self._chooser.choice
         assert choice is not None
         if is_new and (choice.exit or self._chooser.costs):
-            self._tell(events.chosen(choice))
+            self._tell(events.chosen(choice, is_resting=state.is_resting))
         if is_new or is_repeated:
             self._link.send(told(choice))

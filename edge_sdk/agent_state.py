@@ -35,6 +35,7 @@ class State:
     refused_pause_s: float = REFUSED_S
     restart_at: float | None = None  # there is no trainer until then
     restart_pause_s: float = RESTART_S
+    is_resting: bool = False  # too hot or the battery too low for any job
     is_told: bool = False  # "not reached yet" has been said
 
     def doing(self, endpoint: str) -> str:
@@ -49,4 +50,8 @@ class State:
             return f"round {self.job.round}: {self.batches} batches done"
         if self.welcome is None:
             return f"waiting for the coordinator {endpoint}"
+        if self.is_resting:
+            return (
+                f"connected to {endpoint}, too hot or the battery too low for a job (see the log)"
+            )
         return f"connected to {endpoint}, waiting for a job"

@@ -1,4 +1,4 @@
-"""Which exit this device trains now: predicted costs, free memory, and what failed before."""
+"""Which exit this device trains now: predicted costs, free memory, what failed before, heat."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from edge_sdk.capacity import Choice, Row, SegmentCost, choose_exit, mebibytes
+from edge_sdk.conditions import FULL, Allowance
 from edge_sdk.errors import EdgeError
 from edge_sdk.profile import DeviceProfile
 from edge_sdk.wire import Plan, Ready, Segment, Welcome
@@ -28,12 +29,18 @@ class Chooser:
         self._bound_bytes: int | None = None
         self._failed_bytes = 0  # memory that was available then
 
-    def choose(self, profile: DeviceProfile, welcome: Welcome, num_examples: int) -> bool:
+    def choose(
+        self,
+        profile: DeviceProfile,
+        welcome: Welcome,
+        num_examples: int,
+        allowance: Allowance = FULL,
+    ) -> bool:
         """Choose for the memory there is now; True if it differs from the last choice."""
         if profile.memory_available_bytes > GROWN * self._failed_bytes:
             self._bound_bytes = None
         old = self.choice
-        self.choice = self._choose(profile, welcome, num_examples)
+        self.choice = _within(self._choose(profile, welcome, num_examples), allowance)
         return old is None or _facts(old) != _facts(self.choice)
 
     def _choose(self, profile: DeviceProfile, welcome: Welcome, num_examples: int) -> Choice:
@@ -108,6 +115,17 @@ class Chooser:
                     f"exit {choice.exit} and stages {list(choice.stages)} alone: {choice.reason}"
                 )
         return ""
+
+
+def _within(choice: Choice, allowance: Allowance) -> Choice:
+    """Cut down to the work that conditions allow. The rows stay: a job may be running."""
+    if allowance.work == "none":
+        reason = f"sitting out: {allowance.reason}"
+        return replace(choice, exit=0, stages=(), prefix_s=0.0, stage_s=(), reason=reason)
+    if allowance.work == "short" and choice.stages:
+        reason = f"{choice.reason}; no deeper stages: {allowance.reason}"
+        return replace(choice, stages=(), stage_s=(), reason=reason)
+    return choice
 
 
 def told(choice: Choice) -> Ready:

@@ -18,7 +18,8 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from edge_sdk import __version__
+from edge_sdk import __version__, conditions
+from edge_sdk.boards import board, board_names, check_free, save_board, save_path
 from edge_sdk.capacity import (
     TRAINER_ENVIRONMENT,
     Choice,
@@ -31,7 +32,7 @@ from edge_sdk.capacity import (
     pulled,
     seconds,
 )
-from edge_sdk.cli_flags import add_memory_cap, import_module
+from edge_sdk.cli_flags import add_memory_cap, import_module, rate_flag
 from edge_sdk.cli_infer import (
     add_calibrate_command,
     add_export_command,
@@ -44,13 +45,12 @@ from edge_sdk.device import calibration_file
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
 from edge_sdk.profile import (
     DeviceProfile,
-    board,
-    board_names,
     emulated,
     least_bound,
     measure,
     measure_gflops,
     measure_layer_s,
+    measured_board,
 )
 from edge_sdk.torch_extra import require_torch
 from edge_sdk.wire import ModelSpec, Plan
@@ -67,7 +67,12 @@ print(msgspec.json.encode(trial(pathlib.Path(sys.argv[1]))).decode())
 def add_measure_command(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("measure", help="memory, compute and platform of this device")
     add_memory_cap(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu or cuda, whose speed is measured; default %(default)s")
+    add("--save", metavar="NAME|FILE.toml", help="write a board file, for --board and emulations")
+    add("--link-mbit-s", type=rate_flag, metavar="X", help="with --save: the link's rate, if known")
+    add("--force", action="store_true", help="with --save: overwrite")
+    add("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=run_measure)
 
 
@@ -76,14 +81,30 @@ def run_measure(args: argparse.Namespace) -> int:
     try:
         require_torch("measuring compute")
     except ConfigError as error:
+        if args.save is not None:
+            raise
         lacking = str(error)
-    profile = measure(cap_bytes=args.memory_cap, compute=not lacking)
+    path = save_path(args.save) if args.save is not None else None
+    if path:
+        check_free(path, is_forced=args.force)
+    if args.device != "cpu" and not lacking:
+        from edge_sdk.trainer import usable_device
+
+        usable_device(args.device)
+    now = conditions.read(with_jetson_stats=True)  # before measuring makes it warm
+    profile = measure(cap_bytes=args.memory_cap, compute=not lacking, device=args.device)
+    profile = msgspec.structs.replace(profile, link_mbit_s=args.link_mbit_s)
     if lacking:
         print(f"edge-sdk: compute was not measured: {lacking}", file=sys.stderr)
+    if path:
+        save_board(measured_board(profile, args.device), path, is_forced=args.force)
     if args.json:
-        _print_json(msgspec.to_builtins(profile))
+        _print_json(msgspec.to_builtins(profile) | {"conditions": msgspec.to_builtins(now)})
     else:
         print(_describe(profile))
+        print(f"state    {conditions.in_words(now)}")
+        if path:
+            print(f"saved    {path}")
     return 0
 
 

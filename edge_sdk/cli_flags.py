@@ -46,6 +46,17 @@ def whole_flag(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def rate_flag(text: str) -> float:
+    """Mbit/s, for argparse."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected Mbit/s such as 94 or 7.5")
+    return rate
+
+
 def path_flag(text: str) -> Path:
     """A path for argparse; an empty one would be the current folder."""
     if not text:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.agent import AgentOptions
+from edge_sdk import conditions
+from edge_sdk.agent_options import AgentOptions
+from edge_sdk.boards import board
 from edge_sdk.cli_flags import (
     MAX_THREADS,
     add_memory_cap,
@@ -28,7 +30,7 @@ from edge_sdk.device import (
 )
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import DEVICE_KEYS, SERVER_KEYS, make_keys
-from edge_sdk.profile import DeviceProfile, board, emulated
+from edge_sdk.profile import DeviceProfile, emulated
 
 
 def add_run_command(commands: Any) -> None:
@@ -49,6 +51,8 @@ def add_run_command(commands: Any) -> None:
     add("--board", help="emulate this board: its memory, speed and link instead of this machine's")
     add("--host-gflops", type=float, default=0.0, help="with --board: speed of one thread here")
     add("--host-layer-us", type=float, default=0.0, help="with --board: overhead of a layer here")
+    add("--ignore-conditions", action="store_true", default=None,
+        help="train the same when hot, throttled or on a low battery")  # fmt: skip
     add("--once", action="store_true", help="end when the coordinator's run ends")
     parser.set_defaults(run=run_device, usage_error=parser.error)
 
@@ -66,6 +70,7 @@ def settle(args: argparse.Namespace) -> None:
     given = read_config(args.config).given() if args.config else {}
     defaults = {
         "keys": default_keys(), "insecure": False, "threads": 0, "device": "cpu", "imports": [],
+        "ignore_conditions": False,
     }  # fmt: skip
     for name, value in (defaults | given).items():
         if getattr(args, name, None) is None:
@@ -88,6 +93,7 @@ def run_device(args: argparse.Namespace) -> int:
         client_id=client_id,
         data=str(args.data),
         measure=make_measure(args),
+        conditions=None if args.board or args.ignore_conditions else conditions.read,
         threads=args.threads,
         device=args.device,
         measure_compute=args.board is None,

@@ -13,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.agent import Agent, AgentOptions
+from edge_sdk import conditions
+from edge_sdk.agent import Agent
+from edge_sdk.agent_options import AgentOptions
 from edge_sdk.cli_flags import parse_size
 from edge_sdk.config_file import check_value
 from edge_sdk.device import (
@@ -46,6 +48,7 @@ class Client:
     memory_cap: most that training may use, bytes or "512M". threads: of torch, 0 for all cores.
     imports: modules that register your model families. The training process, another one than
     yours, imports them, so a family cannot live in __main__.
+    ignore_conditions: train the same when this device is hot, throttled or on a low battery.
     on_event: called with each Event in the thread of run(), so it must be quick. What it raises is
     logged once.
 
@@ -64,6 +67,7 @@ class Client:
         threads: int = 0,
         device: str = "cpu",
         imports: Iterable[str] = (),
+        ignore_conditions: bool = False,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
         _refuse_inside_trainer()
@@ -72,6 +76,7 @@ class Client:
         given = {
             "coordinator": coordinator or "", "id": id, "insecure": insecure, "memory_cap": cap,
             "threads": threads, "device": device, "import": modules,
+            "ignore_conditions": ignore_conditions,
         }  # fmt: skip
         for name, value in given.items():
             check_value(name, value, "imports" if name == "import" else name)
@@ -88,6 +93,7 @@ class Client:
             client_id=checked_id(id, "id"),
             data="",
             measure=measure_here(None if cap is None else parse_size(cap)),
+            conditions=None if ignore_conditions else conditions.read,
             threads=threads,
             device=device,
             calibration=calibration_file(),

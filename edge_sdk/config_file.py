@@ -31,6 +31,7 @@ EXPECTED = {
     "memory_cap": 'a size such as "512M" or "1.5G"',
     "threads": "a number from 0 (all cores) to 1024",
     "device": '"cpu" or "cuda"',
+    "ignore_conditions": "true or false",
     "import": 'a list of module names such as ["my_models"]',
 }
 Name = Annotated[str, Meta(min_length=1)]
@@ -49,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory_cap: str | None = None
     threads: Annotated[int, Meta(ge=0, le=1024)] | None = None
     device: Annotated[str, Meta(pattern=r"\A(cpu|cuda(:[0-9]+)?)\Z")] | None = None
+    ignore_conditions: bool | None = None
     imports: tuple[Name, ...] | None = msgspec.field(default=None, name="import")
 
     @property

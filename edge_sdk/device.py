@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from edge_sdk.agent import Agent, AgentOptions
+from edge_sdk.agent import Agent
+from edge_sdk.agent_options import AgentOptions
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import KeyPair, read_all_keys
 from edge_sdk.profile import DeviceProfile, measure

@@ -25,12 +25,16 @@ from typing import Literal
 
 import msgspec
 
+from edge_sdk import conditions
+from edge_sdk.boards import board_name
 from edge_sdk.capacity import TRAINER_ENVIRONMENT, mebibytes
 from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config
 from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.jetson import jetson_stats
 from edge_sdk.keys import DEVICE_KEYS, KeyPair, read_all_keys
-from edge_sdk.profile import ROOT, board_name, memory
+from edge_sdk.profile import memory
 from edge_sdk.service import STATE, is_hidden
+from edge_sdk.sysfs import ROOT, read_text
 from edge_sdk.torch_extra import INSTALL, is_too_old, oldest
 
 EARLIEST = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)  # this program is younger
@@ -72,6 +76,7 @@ def examine(config: Path | None, default_keys: Path) -> Iterator[Finding]:
     yield check_clock(datetime.datetime.now(datetime.timezone.utc))
     yield check_disk(STATE if STATE.exists() else Path.home())
     yield check_jetson()
+    yield check_conditions()
     is_service = config in (None, DEFAULT_CONFIG) and DEFAULT_CONFIG.exists()
     yield check_data(settings.data, is_service=is_service)
     folder = Path(settings.keys) if settings.keys else default_keys
@@ -147,9 +152,9 @@ def check_memory(cap_bytes: int | None = None, root: Path = ROOT) -> Finding:
 def check_memory_group(root: Path = ROOT) -> Finding:
     """Whether the kernel limits memory; Raspberry Pi OS has it switched off on some images."""
     name = "memory cgroup"
-    controllers = _text(root / "sys/fs/cgroup/cgroup.controllers").split()
+    controllers = read_text(root / "sys/fs/cgroup/cgroup.controllers").split()
     first_version = re.search(
-        r"^memory\s+\d+\s+\d+\s+(\d)", _text(root / "proc/cgroups"), re.MULTILINE
+        r"^memory\s+\d+\s+\d+\s+(\d)", read_text(root / "proc/cgroups"), re.MULTILINE
     )
     if "memory" in controllers or (first_version and first_version[1] == "1"):
         return Finding(name, "ok", "enabled")
@@ -186,7 +191,7 @@ def check_disk(folder: Path) -> Finding:
 def check_jetson(root: Path = ROOT) -> Finding:
     """JetPack by its release file, jetson-stats (jtop) by package and by its service's socket."""
     name, _ = board_name(root)
-    release = re.search(r"R(\d+) .*REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
+    release = re.search(r"R(\d+) .*REVISION: ([\d.]+)", read_text(root / "etc/nv_tegra_release"))
     if not release and not name.startswith("jetson"):
         return Finding("jetson", "ok", "this is none")
     if not release:
@@ -205,7 +210,23 @@ def check_jetson(root: Path = ROOT) -> Finding:
     if not (root / "run/jtop.sock").exists():
         advice = "its service is not running: sudo jtop --install-service, then reboot"
         return Finding("jetson", "warn", found, advice)
+    what, _, advice = jetson_stats().problem.partition("; ")
+    if what:
+        return Finding("jetson", "warn", f"{found}, but {what}", advice)
     return Finding("jetson", "ok", found)
+
+
+def check_conditions(root: Path = ROOT) -> Finding:
+    """Heat, throttling, supply and battery as they are now."""
+    now = conditions.read(root)
+    found, allowance = conditions.in_words(now), conditions.allowed(now)
+    if now.is_under_voltage:
+        advice = "the supply is too weak: a better one, and a short thick cable"
+    elif now.battery_percent is not None and "battery" in allowance.reason:
+        advice = "charge it"
+    else:
+        advice = "cool it: a heat sink, a fan, room for air" if allowance.reason else ""
+    return Finding("conditions", "warn" if advice else "ok", found, advice)
 
 
 # -- this device's settings -----------------------------------------------------------------------
@@ -313,13 +334,6 @@ def handshake(
     finally:
         link.close(is_final=True)
     return f"no handshake within {timeout_s:g} s; is it an edge-coordinator?"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def report(findings: Iterator[Finding], show: Callable[[str], None]) -> list[Finding]:

@@ -19,11 +19,11 @@ Kind: TypeAlias = Literal[
 class Event:
     """`kind` says which of the other fields are set; `detail` is always one line for a person.
 
-    connected: welcomed to a run. chosen: exit (0: too small for any) and stages, again when memory
-    changes. job: round, segments. trained: round, exits, seconds; the update is on its way.
-    accepted: round; it counts. failed: code, of a job also round; the device goes on. lost: the
-    coordinator is gone or has said bye; the device waits for it. ended: the last one, unless run()
-    raises."""
+    connected: welcomed to a run. chosen: exit (0: none, too small or, for now, too hot or the
+    battery too low) and stages, again when memory or conditions change. job: round, segments.
+    trained: round, exits, seconds; the update is on its way. accepted: round; it counts. failed:
+    code, of a job also round; the device goes on. lost: the coordinator is gone or has said bye;
+    the device waits for it. ended: the last one, unless run() raises."""
 
     kind: Kind
     detail: str
@@ -66,7 +66,10 @@ def connected(welcome: Welcome) -> Event:
     return Event("connected", f"welcome to run {welcome.run}: {model.family}, {model.exit} exits")
 
 
-def chosen(choice: Choice) -> Event:
+def chosen(choice: Choice, *, is_resting: bool = False) -> Event:
+    """is_resting: nothing is wrong with the device's size; it waits to cool or to be charged."""
+    if is_resting:
+        return Event("chosen", choice.reason, level=logging.WARNING)
     if not choice.exit:
         detail = f"this device is too small for exit 1: {choice.reason}"
         return Event("chosen", detail, level=logging.ERROR)

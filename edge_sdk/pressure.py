@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edge_sdk.sysfs import ROOT, read_text
+
 STALLED = (
     0.4  # of the last 10 s in which every task of the group, or of the system, waited for memory
 )
@@ -14,17 +16,19 @@ STALLED = (
 THRASHED_FAULTS = 5000
 
 
-def major_faults(pid: int, root: Path = Path("/")) -> int:
+def major_faults(pid: int, root: Path = ROOT) -> int:
     """Pages that the process had to wait for; 0 where the system does not tell."""
-    fields = _read(root / f"proc/{pid}/stat").rpartition(")")[2].split()  # the name may hold blanks
+    fields = (
+        read_text(root / f"proc/{pid}/stat").rpartition(")")[2].split()
+    )  # the name may hold blanks
     return int(fields[9]) if len(fields) > 9 and fields[9].isdigit() else 0
 
 
-def stalled_share(root: Path = Path("/")) -> float:
+def stalled_share(root: Path = ROOT) -> float:
     """The largest share of the last 10 s in which all tasks waited for memory at once, of the
     system or of a version 2 group above this process: 0 to 1, 0 where the kernel does not tell."""
     files = [root / "proc/pressure/memory"]
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         if line.startswith("0::"):
             parts = [part for part in line[3:].split("/") if part not in ("", "..")]
             tree = root / "sys/fs/cgroup"
@@ -35,7 +39,7 @@ def stalled_share(root: Path = Path("/")) -> float:
 
 
 def _full(path: Path) -> float:
-    for line in _read(path).splitlines():
+    for line in read_text(path).splitlines():
         words = dict(word.split("=", 1) for word in line.split() if "=" in word)
         if line.startswith("full "):
             try:
@@ -43,10 +47,3 @@ def _full(path: Path) -> float:
             except (KeyError, ValueError):
                 return 0.0
     return 0.0
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

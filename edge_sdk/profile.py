@@ -1,50 +1,36 @@
-"""What a device has: memory, compute, platform; measured here, or read from a board's file.
+"""What a device has: memory, compute, platform; measured here, or an emulated board's.
 
 Memory is the least of three bounds: what the host has free, what every cgroup above this process
 leaves (psutil and os.cpu_count() are blind to those), and the user's cap. Measuring it reads a few
-small files, cheap enough for every heartbeat of the agent; only `measure_gflops` imports torch.
+small files, cheap enough for every heartbeat of the agent; only compute imports torch.
 `root` is "/" but in tests, which lay out their own /proc and /sys.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 import os
 import platform
 import statistics
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+from edge_sdk import __version__
+from edge_sdk.boards import Board, board_name
 from edge_sdk.errors import ConfigError
+from edge_sdk.sysfs import ROOT, meminfo, read_int, read_text, to_int
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-log = logging.getLogger(__name__)
-
-ROOT = Path("/")
+PAGE_COUNTS = ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
 NO_LIMIT_V1 = 2**60  # cgroup v1 writes "no limit" as a huge page-aligned number
-# First match wins; compared with the device tree's model string, lower case, "-" as " ".
-PLATFORMS = (
-    ("raspberry pi zero 2", "raspberry-pi-zero-2w"),
-    ("raspberry pi compute module 4", "raspberry-pi-4"),
-    ("raspberry pi compute module 5", "raspberry-pi-5"),
-    ("raspberry pi 4", "raspberry-pi-4"),  # Pi 400 too
-    ("raspberry pi 5", "raspberry-pi-5"),  # Pi 500 too
-    ("orin nano", "jetson-orin-nano"),
-    ("xavier nx", "jetson-xavier-nx"),
-    ("jetson tx2", "jetson-tx2"),
-    ("jetson nano", "jetson-nano"),
-)
-Positive = Annotated[float, Meta(gt=0)]
-PositiveInt = Annotated[int, Meta(gt=0)]
 # What a message may hold as text: no control characters, no line or paragraph separators.
 PLAIN_TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
 Text = Annotated[str, Meta(max_length=200, pattern=PLAIN_TEXT)]
@@ -79,27 +65,14 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     cpu_scale: Annotated[float, Meta(gt=0, le=10**9)] | None = None
 
 
-class Board(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A board's file in profiles/: figures, and for every figure where it comes from."""
-
-    platform: str
-    board: str
-    machine: str
-    memory_total_bytes: PositiveInt
-    memory_available_bytes: PositiveInt  # estimate: total less what system and agent take
-    cores: Positive
-    gflops: Positive
-    link_mbit_s: Positive
-    source: dict[str, str]
-
-
 def measure(
-    cap_bytes: int | None = None, own_bytes: int = 0, compute: bool = True
+    cap_bytes: int | None = None, own_bytes: int = 0, compute: bool = True, device: str = "cpu"
 ) -> DeviceProfile:
     """This device, now. Raises ConfigError for a cap below 1 byte.
 
     own_bytes: memory of our own trainer that a new job would take over, so it counts as available.
-    compute: measure gflops and layer_s too (imports torch, about 1 s); without it they are 0."""
+    compute: measure gflops and layer_s of torch's `device` too (imports torch, about 1 s); without
+    it they are 0."""
     if cap_bytes is not None and cap_bytes < 1:
         raise ConfigError(f"memory cap is {cap_bytes} bytes, expected at least 1; leave it out")
     total_bytes, available_bytes, bound = memory(cap_bytes, own_bytes)
@@ -112,8 +85,8 @@ def measure(
         memory_available_bytes=available_bytes,
         memory_bound=bound,
         cores=cores(),
-        gflops=measure_gflops() if compute else 0.0,
-        layer_s=measure_layer_s() if compute else 0.0,
+        gflops=measure_gflops(device=device) if compute else 0.0,
+        layer_s=measure_layer_s(device=device) if compute else 0.0,
     )
 
 
@@ -121,13 +94,26 @@ def memory(
     cap_bytes: int | None = None, own_bytes: int = 0, root: Path = ROOT
 ) -> tuple[int, int, Bound]:
     """Total bytes of the host, bytes a trainer may use in all, and which bound decided that."""
-    import psutil
+    total, available = host_memory(root)
+    return total, *least_bound(available, cgroup_bytes_left(root), cap_bytes, own_bytes)
 
-    host = psutil.virtual_memory()
-    bytes_left, bound = least_bound(
-        int(host.available), cgroup_bytes_left(root), cap_bytes, own_bytes
-    )
-    return int(host.total), bytes_left, bound
+
+def host_memory(root: Path = ROOT) -> tuple[int, int]:
+    """Bytes in all and bytes that a new process may use without swapping, of the whole host.
+
+    From /proc/meminfo; without MemAvailable (kernels before 3.14) free memory and file cache. Where
+    it cannot be read (a chroot without /proc) the C library's page counts; not on Linux psutil."""
+    if sys.platform != "linux":
+        import psutil
+
+        host = psutil.virtual_memory()
+        return int(host.total), int(host.available)
+    pages = {name: os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in PAGE_COUNTS}
+    told = meminfo(root)
+    parts = [told.get(name, 0) for name in ("MemFree", "Buffers", "Cached")]
+    available = told.get("MemAvailable", sum(parts) or pages["SC_AVPHYS_PAGES"])
+    total = told.get("MemTotal", pages["SC_PHYS_PAGES"])
+    return total, min(total, available)
 
 
 def least_bound(
@@ -151,15 +137,15 @@ def cgroup_bytes_left(root: Path = ROOT) -> int | None:
     they do in the host's available memory."""
     left: list[int] = []
     for group in _groups(root, "memory"):
-        limit = _read_int(group / "memory.limit_in_bytes")
-        if limit is not None and limit < NO_LIMIT_V1:
-            usage = _read_int(group / "memory.usage_in_bytes") or 0
+        limit = read_int(group / "memory.limit_in_bytes")
+        if limit is not None and 0 <= limit < NO_LIMIT_V1:
+            usage = read_int(group / "memory.usage_in_bytes") or 0
             left.append(limit - usage + _file_bytes(group, "total_"))
     for group in _groups(root, ""):
-        limits = [_read_int(group / name) for name in ("memory.max", "memory.high")]
-        found = [limit for limit in limits if limit is not None]
+        limits = [read_int(group / name) for name in ("memory.max", "memory.high")]
+        found = [limit for limit in limits if limit is not None and limit >= 0]
         if found:
-            usage = _read_int(group / "memory.current") or 0
+            usage = read_int(group / "memory.current") or 0
             left.append(min(found) - usage + _file_bytes(group, ""))
     return max(0, min(left)) if left else None
 
@@ -175,13 +161,14 @@ def cores(root: Path = ROOT) -> float:
     else:
         allowed = [float(os.cpu_count() or 1)]
     for group in _groups(root, "cpu"):
-        quota, period = (_read_int(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
-        if quota is not None and quota > 0 and period:
+        quota, period = (read_int(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+        if quota is not None and quota > 0 and period is not None and period > 0:
             allowed.append(quota / period)
     for group in _groups(root, ""):
-        words = _read(group / "cpu.max").split()  # "50000 100000", "max 100000"
-        if len(words) == 2 and words[0].isdigit() and int(words[1]) > 0:
-            allowed.append(int(words[0]) / int(words[1]))
+        words = read_text(group / "cpu.max").split()  # "50000 100000", "max 100000"
+        match [to_int(word) for word in words]:
+            case [int(quota), int(period)] if quota > 0 and period > 0:
+                allowed.append(quota / period)
     return min(allowed)
 
 
@@ -195,67 +182,21 @@ def _groups(root: Path, controller: str) -> list[Path]:
         mount /= controller
     elif (mount / "unified").is_dir():
         mount /= "unified"
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controller not in controllers.split(","):
+    for line in read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not path or controller not in controllers.split(","):
             continue
         parts = [] if ".." in path.split("/") else path.strip("/").split("/")
         return [mount.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
     return []
 
 
-def _read(path: Path) -> str:
-    """The file's text without NUL and blanks at its end; "" where it cannot be read."""
-    try:
-        return path.read_text(errors="replace").rstrip("\0 \n")
-    except OSError:
-        return ""
-
-
-def _read_int(path: Path) -> int | None:
-    """The file's number; None where it is missing or says "max"."""
-    try:
-        return int(_read(path))
-    except ValueError:
-        return None
-
-
 def _read_stat(group: Path, key: str) -> int:
-    for line in _read(group / "memory.stat").splitlines():
+    for line in read_text(group / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
         if name == key:
-            return int(value)
+            return to_int(value) or 0
     return 0
-
-
-def board_name(root: Path = ROOT) -> tuple[str, str]:
-    """Platform ("generic" if not in PLATFORMS) and the model string the board gives of itself."""
-    model = ""
-    for path in ("proc/device-tree/model", "sys/firmware/devicetree/base/model"):
-        model = model or _read(root / path)
-    plain = model.lower().replace("-", " ")
-    name = next((name for part, name in PLATFORMS if part in plain), "generic")
-    if name.startswith("jetson"):
-        model = jetson_module() or model
-    return name, model
-
-
-@functools.cache
-def jetson_module() -> str:
-    """Module name from jetson-stats: it knows the memory variant, which the device tree may not.
-
-    "" without the package or its service. Asked once: it opens a connection."""
-    try:
-        from jtop import JtopException, jtop
-    except (ImportError, OSError) as error:
-        log.debug("jetson-stats not used: %s", error)
-        return ""
-    try:
-        with jtop() as jetson:
-            return str(jetson.board["hardware"].get("Module", ""))
-    except (JtopException, OSError, KeyError) as error:
-        log.debug("jetson-stats not used: %s", error)
-        return ""
 
 
 def measure_gflops(seconds: float = 0.5, threads: int | None = None, device: str = "cpu") -> float:
@@ -321,58 +262,11 @@ def _steps_per_s(stack: nn.Module, images: Tensor, at_least_s: float) -> float:
     return num_steps / elapsed_s
 
 
-def board_folder() -> Path:
-    """profiles/ inside the installed package, else the source tree's."""
-    packaged = Path(__file__).parent / "profiles"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "profiles"
-
-
-def board_names() -> list[str]:
-    return sorted(path.stem for path in board_folder().glob("*.toml"))
-
-
-def board(name_or_path: str) -> Board:
-    """A board by its name in profiles/ or by the path of a .toml file.
-
-    Raises ConfigError: unknown name (lists the known ones), or bad file (names file and key)."""
-    path = Path(name_or_path)
-    if path.suffix != ".toml":
-        if name_or_path not in board_names():
-            known = ", ".join(board_names())
-            raise ConfigError(
-                f"unknown board {name_or_path!r}; known: {known}; or give the path of a .toml file"
-            )
-        path = board_folder() / f"{name_or_path}.toml"
-    try:
-        found = msgspec.convert(_load_toml(path), Board)
-    except OSError as error:
-        raise ConfigError(f"board file {path}: {error.strerror}") from error
-    except ValueError as error:  # TOML syntax, and msgspec's errors, which name the key as $.key
-        raise ConfigError(f"board file {path}: {error}; see profiles/generic.toml") from error
-    unsourced = [
-        field
-        for field in Board.__struct_fields__
-        if isinstance(getattr(found, field), (int, float)) and not found.source.get(field)
-    ]
-    if unsourced:
-        raise ConfigError(f"board file {path}: [source] lacks {', '.join(unsourced)}")
-    return found
-
-
-def _load_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    with path.open("rb") as file:
-        found: dict[str, Any] = tomllib.load(file)
-    return found
-
-
 def emulated(board: Board, host_gflops: float, host_layer_s: float = 0.0) -> DeviceProfile:
     """The board as a profile on this host; host_gflops, host_layer_s: of one thread here.
 
-    One CPU second of work here is host_gflops / board.gflops seconds on the board."""
+    One CPU second of work here is host_gflops / board.gflops seconds on the board. A board whose
+    layer_s was not measured gets the host's, scaled like its arithmetic."""
     cpu_scale = host_gflops / board.gflops
     return DeviceProfile(
         platform=board.platform,
@@ -382,8 +276,28 @@ def emulated(board: Board, host_gflops: float, host_layer_s: float = 0.0) -> Dev
         memory_available_bytes=board.memory_available_bytes,
         cores=board.cores,
         gflops=board.gflops,
-        layer_s=host_layer_s * cpu_scale,
+        layer_s=host_layer_s * cpu_scale if board.layer_s is None else board.layer_s,
         link_mbit_s=board.link_mbit_s,
         is_emulated=True,
         cpu_scale=cpu_scale,
     )
+
+
+def measured_board(profile: DeviceProfile, device: str) -> Board:
+    """A measured profile as a board's file; `device` is torch's, whose speed was measured."""
+    import torch
+
+    today = datetime.now(timezone.utc).date()
+    how = f"Measured on {today} by edge-sdk {__version__}"
+    compute = f"{how} with torch {torch.__version__} on {device}, {profile.cores:g} CPU cores"
+    source = {
+        "memory_total_bytes": f"{how}: what the kernel has of it",
+        "memory_available_bytes": f"{how}: free then (bound: {profile.memory_bound})",
+        "cores": f"{how}: affinity and CPU quota",
+        "gflops": f"{compute}: forward and backward passes of 3x3 convolutions in float32",
+        "layer_s": f"{compute}: what a layer costs per training step beside its arithmetic",
+    }
+    if profile.link_mbit_s is not None:
+        source["link_mbit_s"] = f"Told by --link-mbit-s on {today}, not measured"
+    shared = set(Board.__struct_fields__) - {"source"}
+    return Board(**{name: getattr(profile, name) for name in shared}, source=source)

@@ -23,9 +23,11 @@ from msgspec.structs import replace
 from coordinator.admission import Admission, add_client
 from coordinator.hub import Hub
 from edge_sdk import agent as agent_module
-from edge_sdk.agent import Agent, AgentOptions
+from edge_sdk.agent import Agent
+from edge_sdk.agent_options import AgentOptions
 from edge_sdk.capacity import SegmentCost, peak_bytes
 from edge_sdk.chooser import Chooser
+from edge_sdk.conditions import Conditions
 from edge_sdk.data import Examples, save_shard
 from edge_sdk.errors import DataError, EdgeError, LinkError
 from edge_sdk.keys import make_keys
@@ -61,13 +63,14 @@ NAN = float("nan")
 
 
 class Device:
-    """An agent that runs in a thread. measure() gives `memory_bytes`, which a test may change."""
+    """An agent that runs in a thread. A test may change its `memory_bytes` and `conditions`."""
 
     def __init__(
         self, link: Link, data: Path, *, is_once: bool = False, notify_socket: str = ""
     ) -> None:
         self.data = data
         self.memory_bytes = 64 * GIB
+        self.conditions = Conditions()
         self.error: EdgeError | None = None
         self.agent = Agent(
             link,
@@ -75,6 +78,7 @@ class Device:
                 client_id="device",
                 data=str(data),
                 measure=self.measure,
+                conditions=lambda: self.conditions,
                 threads=1,
                 measure_compute=False,
                 is_once=is_once,

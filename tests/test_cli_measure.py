@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
 
-from edge_sdk import cli, cli_flags
+from edge_sdk import __version__, cli, cli_flags, conditions, profile
+from edge_sdk.boards import board
+from edge_sdk.conditions import Conditions, Zone
 from edge_sdk.errors import ConfigError, TrainerError
 
 MiB = 1024**2
+VERSION = f"by edge-sdk {__version__}"
 PLAN = ["plan", "--model", "cnn", "--input", "1x8x8", "--classes", "10"]
 
 
@@ -16,6 +20,13 @@ def fixed_runtime(monkeypatch):
     """230 MiB instead of starting a trainer for every test; one test below starts it."""
     trainer = {"runtime_bytes": 230 * MiB, "allowance": 1.1, "error": 0.1}
     monkeypatch.setattr(cli, "_trial_trainer", lambda: trainer)
+
+
+@pytest.fixture
+def fixed_speed(monkeypatch):
+    """Not measured anew by every test; the two below do."""
+    monkeypatch.setattr(profile, "measure_gflops", lambda device: 12.5)
+    monkeypatch.setattr(profile, "measure_layer_s", lambda device: 2.5e-5)
 
 
 def test_measure_prints_json(capsys):
@@ -29,6 +40,69 @@ def test_measure_prints_json(capsys):
 def test_measure_prints_lines(capsys):
     assert cli.main(["measure", "--memory-cap", "64M"]) == 0
     assert "memory   64.0 MiB for training (bound: cap)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("fixed_speed")
+def test_measure_tells_the_conditions(capsys, monkeypatch):
+    hot = Conditions(zones=(Zone("cpu-thermal", 78.2, 80.0, 110.0),), is_throttled=False)
+    monkeypatch.setattr(conditions, "read", lambda **_: hot)
+    assert cli.main(["measure"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "\nstate    cpu-thermal 78 °C, not throttled: short work, as cpu-thermal is at 78 °C, it "
+        "is slowed at 80 °C\n"
+    )
+    assert cli.main(["measure", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["conditions"]
+    assert found["zones"] == [
+        {"name": "cpu-thermal", "celsius": 78.2, "throttle_c": 80.0, "critical_c": 110.0}
+    ]
+    assert found["is_throttled"] is False
+    assert found["battery_percent"] is None
+
+
+@pytest.mark.usefixtures("fixed_speed")
+def test_measure_saves_a_board_that_plan_takes(capsys, tmp_path):
+    file = tmp_path / "boards" / "mine.toml"
+    arguments = ["measure", "--memory-cap", "64M", "--save", str(file)]
+    assert cli.main([*arguments, "--link-mbit-s", "94", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    saved = board(str(file))
+    assert (saved.memory_available_bytes, saved.link_mbit_s) == (64 * MiB, 94.0)
+    assert (saved.gflops, saved.layer_s) == (12.5, 2.5e-5)
+    for name in ("platform", "machine", "cores", "gflops", "layer_s", "memory_total_bytes"):
+        assert getattr(saved, name) == measured[name]
+    assert set(saved.source) == {
+        "memory_total_bytes", "memory_available_bytes", "cores", "gflops", "layer_s", "link_mbit_s"
+    }  # fmt: skip
+    for name, text in saved.source.items():
+        told = (
+            ("Told by --link-mbit-s on 2",) if name == "link_mbit_s" else ("Measured on 2", VERSION)
+        )
+        assert all(part in text for part in told)
+    assert f"with torch {torch.__version__} on cpu" in saved.source["gflops"]
+    assert "(bound: cap)" in saved.source["memory_available_bytes"]
+
+    assert cli.main(arguments) == 1  # before anything is measured
+    assert capsys.readouterr().err.endswith("exists; choose another name, or give --force\n")
+    assert board(str(file)) == saved
+    assert cli.main([*arguments, "--force"]) == 0
+    assert board(str(file)).link_mbit_s is None
+    assert f"saved    {file}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--save", "generic"], "generic is a board of this package; choose another name"),
+        (["--save", "a/b"], "board name 'a/b': expected 1 to 60 letters"),
+        (["--device", "abacus"], "--device 'abacus'"),
+    ],
+)
+def test_measure_refuses_in_one_line(capsys, arguments, message):
+    assert cli.main(["measure", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.usefixtures("fixed_runtime")
@@ -121,6 +195,9 @@ def test_debug_shows_the_traceback(at):
         ([], "required: COMMAND"),
         (["plan", "--model", "cnn"], "give --input and --classes, or --data"),
         (["measure", "--memory-cap", "much"], "expected one such as 512M"),
+        (["measure", "--link-mbit-s", "fast"], "'fast', expected Mbit/s such as 94"),
+        (["measure", "--link-mbit-s", "-1"], "'-1', expected Mbit/s such as 94"),
+        (["measure", "--link-mbit-s", "nan"], "'nan', expected Mbit/s such as 94"),
         ([*PLAN, "--input", "8,8"], "expected sizes such as 1x28x28"),
         ([*PLAN, "--option", "channels"], "expected KEY=VALUE"),
         ([*PLAN, "--examples", "1"], "at least 2"),

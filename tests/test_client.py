@@ -373,7 +373,7 @@ def test_a_full_disk_is_one_line():
     ({"id": "a b"}, 'id: got "a b", expected a name'),
     ({"memory_cap": "much"}, 'memory_cap: got "much"'),
     ({"threads": -1}, "threads: got -1, expected a number from 0"),
-    ({"device": "meta"}, 'device: got "meta"'),
+    ({"device": "meta"}, 'device: got "meta"'), ({"ignore_conditions": 1}, "ns: got 1, expected"),
     ({"imports": "my_models"}, "imports: got \"my_models\", expected a list"),
     ({"imports": ["__main__"]}, "put the model family into a module of its own"),
     ({"imports": ["no_such_module_anywhere"]}, "no module 'no_such_module_anywhere'"),
@@ -389,13 +389,12 @@ def test_arguments_are_checked(options, said):
 def test_a_program_that_imports_itself_does_not_start_itself_for_ever(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "import numpy as np\nfrom edge_sdk import Client\n"
-        f"Client('{NOWHERE}', data=(np.zeros((3, 1, 4)), np.arange(3)), insecure=True,\n"
-        "       imports=['program']).run()\n"
+        "import numpy as np\nfrom edge_sdk import Client\nx = np.zeros((3, 1, 4))\n"
+        f"Client('{NOWHERE}', data=(x, np.arange(3)), insecure=True, imports=['program']).run()\n"
     )
     ended = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, check=False,
-        cwd=tmp_path, env=environment("self") | {"PYTHONPATH": str(ROOT)}, timeout=PATIENCE_S,
+        [sys.executable, str(program)], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env=environment("self") | {"PYTHONPATH": str(ROOT)}, timeout=PATIENCE_S,
     )  # fmt: skip
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith("edge_sdk.errors.TrainerError: a module of")

@@ -21,6 +21,7 @@ insecure = true
 memory_cap = "1.5G"
 threads = 2
 device = "cuda:0"
+ignore_conditions = true
 import = ["my_models"]
 """
 
@@ -31,6 +32,7 @@ def test_a_file_may_set_every_key():
     assert settings.imports == ("my_models",)
     assert (settings.threads, settings.insecure, settings.device) == (2, True, "cuda:0")
     assert settings.id == "pi-1"
+    assert settings.ignore_conditions is True
     assert len(settings.given()) == len(EXPECTED) == len(Settings.__struct_fields__)
 
 
@@ -47,6 +49,7 @@ def test_an_empty_file_sets_nothing():
         ('memory_cap = "5x"', 'key memory_cap: got "5x", expected a size such as "512M"'),
         ("memory_cap = 512", 'key memory_cap: got 512, expected a size such as "512M"'),
         ('insecure = "no"', 'key insecure: got "no", expected true or false'),
+        ("ignore_conditions = 1", "key ignore_conditions: got 1, expected true or false"),
         ('import = "mine"', 'key import: got "mine", expected a list of module names'),
         ('id = "a b"', 'key id: got "a b", expected a name of 1 to 64 letters'),
         ('data = "here/data.npz"', "key data: got \"here/data.npz\", expected the absolute path"),

@@ -11,9 +11,10 @@ import pytest
 
 from coordinator.admission import Admission, add_client
 from coordinator.hub import Hub
-from edge_sdk import cli, doctor
+from edge_sdk import cli, doctor, jetson
 from edge_sdk.doctor import Finding
 from edge_sdk.keys import make_keys, read_all_keys
+from tests.jtop_fake import JtopException, fake_jtop, orin, refuses
 from tests.processes import free_port
 from tests.scripted import ANY_PORT
 
@@ -134,7 +135,42 @@ def test_jetson_stats_needs_its_service(tmp_path, monkeypatch):
     assert finding.outcome == "warn"
     assert finding.found.endswith(", jetson-stats 4.3.1")
     lay(tmp_path, {"run/jtop.sock": ""})
+    fake_jtop(monkeypatch, orin)
     assert doctor.check_jetson(tmp_path).outcome == "ok"
+    said = "Mismatch version jtop service: [4.2.1] and client: [4.3.1]. Please run:\n\nsudo jtop"
+    fake_jtop(monkeypatch, refuses(JtopException(said)))
+    finding = doctor.check_jetson(tmp_path)
+    assert finding.outcome == "warn"
+    assert "service has version 4.2.1, the package of this Python 4.3.1" in finding.found
+    assert finding.advice.startswith("install one version for both")
+    jetson.jetson_module.cache_clear()
+
+
+ZONE = "sys/class/thermal/thermal_zone0"
+HOT = {f"{ZONE}/type": "cpu-thermal", f"{ZONE}/temp": "79000"}
+FLAGS = "sys/devices/platform/soc/soc:firmware/get_throttled"
+BATTERY = {"sys/class/power_supply/B/type": "Battery", "sys/class/power_supply/B/capacity": "8"}
+
+
+@pytest.mark.parametrize(
+    ("files", "outcome", "found", "advice"),
+    [
+        ({}, "ok", "nothing known: full work", ""),
+        (HOT, "ok", "cpu-thermal 79 °C: full work", ""),  # without a limit nobody knows
+        (HOT | {FLAGS: "0"}, "warn", "short work, as cpu-thermal is at 79 °C", "cool it"),
+        ({FLAGS: "4"}, "warn", "throttled: short work", "cool it"),
+        ({FLAGS: "50005"}, "warn", "throttled, under-voltage: short", "the supply is too weak"),
+        (BATTERY | {"sys/class/power_supply/B/status": "Discharging"}, "warn",
+         "battery 8 %, discharging: no work", "charge it"),
+        (BATTERY | {"sys/class/power_supply/B/status": "Charging"}, "ok", "full work", ""),
+    ],
+)  # fmt: skip
+def test_conditions(tmp_path, files, outcome, found, advice):
+    finding = doctor.check_conditions(lay(tmp_path, files))
+    assert finding.outcome == outcome
+    assert found in finding.found
+    assert finding.advice.startswith(advice)
+    assert bool(finding.advice) == (outcome != "ok")
 
 
 def test_data(tmp_path):
@@ -237,5 +273,5 @@ def test_the_command_prints_all_and_fails_if_one_does(tmp_path, capsys, quick_to
     assert "line 1, key threads: got -1" in findings["config"]["found"]
     assert list(findings) == [
         "system", "python", "config", "torch", "memory", "memory cgroup", "clock", "disk",
-        "jetson", "data", "keys", "coordinator",
+        "jetson", "conditions", "data", "keys", "coordinator",
     ]  # fmt: skip

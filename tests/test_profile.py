@@ -1,27 +1,16 @@
-"""Memory, cores and platform from made-up /proc and /sys trees; the boards' files."""
+"""Memory and cores from made-up /proc and /sys trees."""
 
 import subprocess
 import sys
-import types
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edge_sdk import profile
 from edge_sdk.errors import ConfigError
+from tests.helpers import lay_out
 
 MiB = 1024**2
-
-
-def lay_out(root: Path, files: dict[str, object]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n")
-    return root
-
-
 V2 = "sys/fs/cgroup"
 V1 = "sys/fs/cgroup/memory"
 
@@ -131,6 +120,57 @@ def test_hybrid_falls_through_to_v2_where_v1_has_no_limit(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "files",
+    [
+        {"proc/self/cgroup": "no colons here\n0\n::\n3:memory"},
+        {"proc/self/cgroup": "0::/a\0b", f"{V2}/a/memory.max": 5},
+        {"proc/self/cgroup": "0::/a", f"{V2}/a/memory.max": "plenty"},
+        {"proc/self/cgroup": "0::/a", f"{V2}/a/memory.max": -1},
+        {"proc/self/cgroup": "1:memory:/", f"{V1}/memory.limit_in_bytes": "-1"},
+        {"proc/self/cgroup": "1:memory:/", f"{V1}/memory.limit_in_bytes": ""},
+    ],
+)
+def test_strange_memory_groups_are_no_limit(tmp_path, files):
+    assert profile.cgroup_bytes_left(lay_out(tmp_path, files)) is None
+
+
+def test_strange_figures_beside_a_limit_count_as_0(tmp_path):
+    group = {"memory.max": 500 * MiB, "memory.current": "busy", "memory.stat": "inactive_file much"}
+    files = {f"{V2}/a/{name}": text for name, text in group.items()}
+    lay_out(tmp_path, {"proc/self/cgroup": "0::/a", **files})
+    assert profile.cgroup_bytes_left(tmp_path) == 500 * MiB
+
+
+KIB = "MemTotal: 948304 kB\nMemFree: 100000 kB\nBuffers: 20000 kB\nCached: 300000 kB"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{KIB}\nMemAvailable:  512000 kB", (948304 * 1024, 512000 * 1024)),
+        (KIB, (948304 * 1024, 420000 * 1024)),  # an old kernel: free and cache
+        (f"{KIB}\nMemAvailable: lots kB", (948304 * 1024, 420000 * 1024)),
+        (f"{KIB}\nMemAvailable: 1000000 kB", (948304 * 1024, 948304 * 1024)),  # not more than all
+    ],
+)
+def test_host_memory(tmp_path, text, expected):
+    lay_out(tmp_path, {"proc/meminfo": text})
+    assert profile.host_memory(tmp_path) == expected
+    total, available, bound = profile.memory(root=tmp_path)
+    assert (total, available, bound) == (*expected, "host")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "garbage", "MemTotal: many kB", "MemTotal 5", "MemTotal: -5 kB"]
+)
+def test_host_memory_without_meminfo_is_the_c_librarys(tmp_path, text):
+    lay_out(tmp_path, {"proc/meminfo": text})
+    total, available = profile.host_memory(tmp_path)
+    assert total == profile.host_memory()[0] or sys.platform != "linux"
+    assert 0 < available <= total
+
+
+@pytest.mark.parametrize(
     ("host", "cgroup", "cap", "own", "expected"),
     [
         (1000, None, None, 0, (1000, "host")),
@@ -169,63 +209,10 @@ def test_cores_by_quota(tmp_path):
     assert profile.cores(tmp_path) == int(profile.cores(tmp_path)) >= 1  # affinity alone
 
 
-@pytest.mark.parametrize(
-    ("model", "platform"),
-    [
-        ("Raspberry Pi 4 Model B Rev 1.4", "raspberry-pi-4"),
-        ("Raspberry Pi Compute Module 4 Rev 1.0", "raspberry-pi-4"),
-        ("Raspberry Pi 5 Model B Rev 1.0", "raspberry-pi-5"),
-        ("Raspberry Pi Zero 2 W Rev 1.0", "raspberry-pi-zero-2w"),
-        ("NVIDIA Jetson Nano Developer Kit", "jetson-nano"),
-        ("NVIDIA Jetson TX2 Developer Kit", "jetson-tx2"),
-        ("NVIDIA Jetson Xavier NX Developer Kit", "jetson-xavier-nx"),
-        ("NVIDIA Jetson Orin Nano Developer Kit", "jetson-orin-nano"),
-        ("Radxa ROCK 5B", "generic"),
-    ],
-)
-def test_platform_from_the_device_tree(tmp_path, model, platform):
-    lay_out(tmp_path, {"sys/firmware/devicetree/base/model": f"{model}\0"})
-    assert profile.board_name(tmp_path) == (platform, model)
-
-
-def test_platform_without_a_device_tree(tmp_path):
-    assert profile.board_name(tmp_path) == ("generic", "")
-
-
-class JtopException(Exception):
-    pass
-
-
-def fake_jtop(monkeypatch: pytest.MonkeyPatch, enter: Callable[[], object]) -> None:
-    class Jtop:
-        def __enter__(self):
-            return enter()
-
-        def __exit__(self, *_):
-            return None
-
-    module = types.ModuleType("jtop")
-    module.jtop, module.JtopException = Jtop, JtopException  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "jtop", module)
-    profile.jetson_module.cache_clear()
-
-
-def test_jetson_stats_names_the_module(monkeypatch, tmp_path):
-    board = {"hardware": {"Module": "NVIDIA Jetson Nano (4 GB ram)"}}
-    fake_jtop(monkeypatch, lambda: types.SimpleNamespace(board=board))
-    lay_out(tmp_path, {"proc/device-tree/model": "NVIDIA Jetson Nano Developer Kit\0"})
-    assert profile.board_name(tmp_path) == ("jetson-nano", "NVIDIA Jetson Nano (4 GB ram)")
-    profile.jetson_module.cache_clear()
-
-
-@pytest.mark.parametrize("error", [JtopException("service is not active"), OSError("socket")])
-def test_jetson_stats_without_its_service_is_no_error(monkeypatch, error):
-    def enter():
-        raise error
-
-    fake_jtop(monkeypatch, enter)
-    assert profile.jetson_module() == ""
-    profile.jetson_module.cache_clear()
+@pytest.mark.parametrize("text", ["", "max", "50000", "50000 0", "much 100000", "-1 100000", "² 1"])
+def test_strange_quotas_are_none(tmp_path, text):
+    lay_out(tmp_path, {"proc/self/cgroup": "0::/a", f"{V2}/a/cpu.max": text})
+    assert profile.cores(tmp_path) == profile.cores(tmp_path / "nothing here")
 
 
 def test_measure_here():
@@ -241,56 +228,11 @@ def test_measured_compute_is_a_real_figure():
     assert 0.01 < profile.measure_gflops(seconds=0.1, threads=1) < 100_000
 
 
-def test_every_board_file_is_whole():
-    assert len(profile.board_names()) == 8
-    for name in profile.board_names():
-        board = profile.board(name)
-        assert board.platform == name
-        assert board.memory_available_bytes < board.memory_total_bytes
-
-
-def test_emulated_board_scales_cpu_time():
-    board = profile.board("raspberry-pi-4")  # 12 GFLOPS
-    emulated = profile.emulated(board, host_gflops=30.0)
-    assert emulated.is_emulated
-    assert emulated.cpu_scale == pytest.approx(2.5)  # 30 / 12
-    assert emulated.memory_available_bytes == board.memory_available_bytes
-
-
-def test_unknown_board_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'pi-4'; known: generic, jetson-nano.*raspberry-pi-5"):
-        profile.board("pi-4")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("gflops = 40.0", 'gflops = "fast"'), r"mine.toml: Expected `float`.*\$\.gflops"),
-        (("gflops = 40.0", "gflops = 0.0"), r"mine.toml: Expected `float` > 0.*\$\.gflops"),
-        (("gflops = 40.0", ""), r"mine.toml:.*`gflops`"),
-        (("cores = 4.0", "cores = 4.0\nram = 1"), r"mine.toml:.*`ram`"),
-        (('link_mbit_s = "Nom', 'lnk = "Nom'), r"mine.toml: \[source\] lacks link_mbit_s"),
-        (("[source]", "[source"), r"mine.toml: "),
-    ],
-)
-def test_bad_board_file_names_file_and_key(tmp_path, change, message):
-    text = (profile.board_folder() / "generic.toml").read_text()
-    assert change[0] in text
-    path = tmp_path / "mine.toml"
-    path.write_text(text.replace(*change))
-    with pytest.raises(ConfigError, match=message):
-        profile.board(str(path))
-
-
-def test_missing_board_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"mine\.toml: No such file"):
-        profile.board(str(tmp_path / "mine.toml"))
-
-
 def test_light_modules_import_nothing_heavy():
     code = (
         "import sys, edge_sdk.profile as p, edge_sdk.capacity, edge_sdk.wire, edge_sdk.errors;"
-        "p.measure(compute=False); p.board('generic');"
+        "import edge_sdk.boards as b;"
+        "p.measure(compute=False); b.board('generic');"
         "print(sorted({'torch', 'numpy', 'zmq', 'ray'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

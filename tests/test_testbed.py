@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
 import pytest
+from msgspec.structs import replace
 
+from edge_sdk.boards import save_board
+from edge_sdk.profile import measure, measured_board
 from tests.processes import Running, kill_marked, marked, read_rows, wait_until
 from tools.testbed import main
 
@@ -55,6 +59,27 @@ def test_two_rounds_on_three_boards(testbed, tmp_path):
         assert "run finished" in (run_dir / "devices" / name / "device.log").read_text()
 
 
+def test_a_measured_board_takes_part(testbed, tmp_path):
+    """Its file as `edge-sdk measure --save` writes it: with its own layer_s, without a link."""
+    file = tmp_path / "my-device.toml"
+    here = measure(cap_bytes=900 * 1024**2, compute=False)
+    saved = measured_board(replace(here, gflops=12.5, layer_s=2.5e-5), "cpu")
+    save_board(saved, file)
+    running = testbed("--rounds", "1", "--devices", f"{file}=2,generic=1", "--deadline", "0")
+    assert running.end(120) == 0, running.text()
+    run_dir = tmp_path / "run"
+    query = "SELECT client_id, link_mbit_s, profile FROM clients ORDER BY client_id"
+    (generic, _, _), *mine = read_rows(run_dir, query)
+    assert [generic, *(name for name, *_ in mine)] == ["generic-1", "my-device-1", "my-device-2"]
+    for _, link_mbit_s, text in mine:
+        profile = json.loads(text)
+        assert link_mbit_s is None
+        assert profile["is_emulated"]
+        assert profile["layer_s"] == saved.layer_s
+        assert profile["gflops"] == saved.gflops
+        assert profile["memory_available_bytes"] == 900 * 1024**2
+
+
 def test_interrupted_it_leaves_no_process_behind(testbed, tmp_path):
     running = testbed("--rounds", "1000", "--devices", "jetson-nano=1")
     running.wait_said(": served accuracy per exit")
@@ -73,6 +98,9 @@ def test_interrupted_it_leaves_no_process_behind(testbed, tmp_path):
     (["--devices", "raspberry-pi-4=0"], "'raspberry-pi-4=0' is not BOARD=COUNT"),
     (["--devices", "raspberry-pi-4=1,raspberry-pi-4=1"], "names a board twice"),
     (["--devices", "abacus=2"], "unknown board 'abacus'; known: "),
+    (["--devices", "abacus.toml=2"], "board file abacus.toml: No such file"),
+    (["--devices", "a board.toml=2"], "--devices a board.toml: rename it"),
+    (["--devices", "generic=1,my/generic.toml=1"], "names a board twice"),
     (["--data", "nowhere"], "nowhere"),
 ], ids=lambda value: value[1] if isinstance(value, list) else "")  # fmt: skip
 def test_bad_flags_are_one_line(tmp_path, capsys, flags, said):

@@ -32,13 +32,14 @@ from coordinator.admission import add_client
 from coordinator.cli_arguments import model_options
 from coordinator.emulate import split_shards
 from coordinator.methods import METHODS
+from edge_sdk.boards import OWN_NAME, board
 from edge_sdk.capacity import seconds
 from edge_sdk.data import Examples, load, load_dataset, save_shard
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.keys import make_keys
 from edge_sdk.models import build
 from edge_sdk.models.costs import segment_costs
-from edge_sdk.profile import DeviceProfile, board, emulated, measure_gflops, measure_layer_s
+from edge_sdk.profile import DeviceProfile, emulated, measure_gflops, measure_layer_s
 from edge_sdk.wire import ModelSpec, Plan, Segment
 
 REPORT = Path(__file__).with_name("testbed_report.py")
@@ -57,10 +58,10 @@ class Host:
 
 @dataclass(frozen=True, eq=False)
 class Device:
-    """One emulated board: its name, its profile, its own folder and data."""
+    """One emulated board: its name, the board's name or file, its own folder and data."""
 
     name: str
-    platform: str
+    board: str
     profile: DeviceProfile
     folder: Path
     examples: Examples
@@ -83,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train on a testbed of emulated boards.")
     add = parser.add_argument
     add("--rounds", type=int, default=20)
-    add("--devices", default=DEFAULT_DEVICES, help="BOARD=COUNT,..., default %(default)s")
+    add("--devices", default=DEFAULT_DEVICES, help="BOARD|FILE.toml=COUNT,..., default %(default)s")
     add("--data", default="digits", help="digits, or a folder or file; see README.md")
     add("--examples", type=int, help="use a stratified subset of the training data")
     add("--method", default="hypemefed", choices=sorted(METHODS))
@@ -162,18 +163,17 @@ def prepare(args: argparse.Namespace, folder: Path, host: Host) -> list[Device]:
     """Shards, keys and folders: what somebody would carry to each board."""
     data = load_dataset(args.data, args.seed, args.examples)
     platforms = parse_devices(args.devices)
-    names = [f"{name}-{i}" for name, count in platforms for i in range(1, count + 1)]
-    profiles = {name: emulated(board(name), host.gflops, host.layer_s) for name, _ in platforms}
+    boards = {f"{short(b)}-{i}": b for b, count in platforms for i in range(1, count + 1)}
+    profiles = {b: emulated(board(b), host.gflops, host.layer_s) for b, _ in platforms}
     shards = split_shards(
-        data.train, len(names), split="dirichlet", alpha=args.alpha, seed=args.seed
+        data.train, len(boards), split="dirichlet", alpha=args.alpha, seed=args.seed
     )
     keys = folder / "keys"
     make_keys(keys, "server")
     save_shard(folder / "test.npz", data.test)
     devices = []
-    for name, shard in zip(names, shards, strict=True):
-        platform = name.rsplit("-", 1)[0]
-        device = Device(name, platform, profiles[platform], folder / "devices" / name, shard)
+    for (name, file), shard in zip(boards.items(), shards, strict=True):
+        device = Device(name, file, profiles[file], folder / "devices" / name, shard)
         pair = make_keys(device.folder, "device")
         shutil.copy(keys / "server.public", device.folder)
         add_client(keys / "clients", name, pair.public)
@@ -183,16 +183,23 @@ def prepare(args: argparse.Namespace, folder: Path, host: Host) -> list[Device]:
 
 
 def parse_devices(text: str) -> list[tuple[str, int]]:
-    """[(board, count)] from "raspberry-pi-4=4,jetson-nano=4". Raises ConfigError."""
+    """[(board, count)] from "raspberry-pi-4=4,my.toml=4". Raises ConfigError."""
     found = []
     for part in text.split(","):
-        name, equals, count = part.partition("=")
-        if not equals or not count.isdigit() or int(count) < 1:
+        name, equals, count = part.strip().rpartition("=")
+        if not equals or not count.isdecimal() or int(count) < 1:
             raise ConfigError(f"--devices {part!r} is not BOARD=COUNT, e.g. {DEFAULT_DEVICES}")
+        if name.endswith(".toml") and not OWN_NAME.fullmatch(short(name)):
+            raise ConfigError(f"--devices {name}: rename it, letters, digits, dots, - and _ only")
         found.append((name.strip(), int(count)))
-    if len({name for name, _ in found}) < len(found):
+    if len({short(name) for name, _ in found}) < len(found):
         raise ConfigError(f"--devices {text!r} names a board twice")
     return found
+
+
+def short(name_or_path: str) -> str:
+    """A board's name, also of a file's path: my-pi of boards/my-pi.toml."""
+    return Path(name_or_path).name.removesuffix(".toml")
 
 
 def choose_deadline(args: argparse.Namespace, devices: Sequence[Device]) -> float:
@@ -245,7 +252,7 @@ def coordinator(
 def device_process(device: Device, endpoint: str, host: Host) -> Iterator[subprocess.Popen[bytes]]:
     command = [
         "run", "--coordinator", endpoint, "--data", str(device.folder / "data.npz"),
-        "--id", device.name, "--keys", str(device.folder), "--board", device.platform,
+        "--id", device.name, "--keys", str(device.folder), "--board", device.board,
         "--host-gflops", str(host.gflops), "--host-layer-us", str(1e6 * host.layer_s),
         "--threads", "1", "--once",
     ]  # fmt: skip

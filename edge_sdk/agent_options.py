@@ -1,0 +1,71 @@
+"""What an agent was told, and what it makes of it: a training process, a look at the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from edge_sdk.child import TrainerProcess
+from edge_sdk.conditions import FULL, Allowance, Conditions, allowed, slowed
+from edge_sdk.events import Event
+from edge_sdk.pipe import Inspected
+from edge_sdk.profile import DeviceProfile
+
+
+@dataclass(frozen=True)
+class AgentOptions:
+    """What `edge-sdk run` or a Client was told. measure(own_bytes): the profile now, own_bytes
+    being what the trainer holds already. conditions(): heat, throttling and battery now; None: they
+    are not looked at. Both are called every heartbeat and must be cheap."""
+
+    client_id: str
+    data: str
+    measure: Callable[[int], DeviceProfile]
+    conditions: Callable[[], Conditions] | None = None
+    threads: int = 0  # 0: torch's default
+    device: str = "cpu"
+    measure_compute: bool = True
+    calibration: str = ""  # file where the trainer keeps its calibration; "": it does not
+    imports: tuple[str, ...] = ()
+    is_once: bool = False  # end when the coordinator's run ends
+    notify_socket: str = ""  # systemd's NOTIFY_SOCKET
+    on_event: Callable[[Event], object] | None = None  # called in run()'s thread
+    search_path: tuple[str, ...] = ()  # of the trainer's modules; (): as it is started
+
+    def start_trainer(self, measure_compute: bool) -> TrainerProcess:
+        return TrainerProcess(
+            self.data,
+            threads=self.threads,
+            device=self.device,
+            measure_compute=measure_compute,
+            calibration=self.calibration,
+            imports=self.imports,
+            search_path=self.search_path,
+        )
+
+
+class Senses:
+    """What the device has now, and how much work its conditions allow."""
+
+    def __init__(self, options: AgentOptions) -> None:
+        self._options = options
+        self._allowance = FULL  # the last one
+
+    def profile(self, own_bytes: int, inspected: Inspected | None) -> DeviceProfile:
+        """With the speed that the trainer measured, if it did."""
+        profile = self._options.measure(own_bytes)
+        if inspected and inspected.gflops:
+            profile = replace(profile, gflops=inspected.gflops, layer_s=inspected.layer_s)
+        return profile
+
+    def look(self, profile: DeviceProfile) -> tuple[DeviceProfile, Allowance]:
+        """The work allowed, and the profile: of a board that trains on its CPU as fast as now."""
+        if self._options.conditions is None:
+            return profile, FULL
+        now = self._options.conditions()
+        self._allowance = allowed(now, self._allowance.work)
+        if self._options.device == "cpu":
+            profile = slowed(profile, now)
+        return profile, self._allowance

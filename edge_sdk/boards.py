@@ -1,0 +1,201 @@
+"""Boards: which one this is, and their files, profiles/*.toml and those that `edge-sdk measure
+--save` makes of a real device."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from edge_sdk.errors import ConfigError
+from edge_sdk.jetson import jetson_module
+from edge_sdk.sysfs import ROOT, meminfo, read_text
+
+# First match wins; compared with the device tree's model string, lower case, "-" as " ".
+PLATFORMS = (
+    ("raspberry pi zero 2", "raspberry-pi-zero-2w"),
+    ("raspberry pi compute module 4", "raspberry-pi-4"),
+    ("raspberry pi compute module 5", "raspberry-pi-5"),
+    ("raspberry pi 4", "raspberry-pi-4"),  # Pi 400 too
+    ("raspberry pi 5", "raspberry-pi-5"),  # Pi 500 too
+    ("orin nano", "jetson-orin-nano"),
+    ("xavier nx", "jetson-xavier-nx"),
+    ("jetson tx2", "jetson-tx2"),
+    ("quill", "jetson-tx2"),  # its name in older releases of Jetson Linux
+    ("jetson nano", "jetson-nano"),
+)
+# Boards of one model with another memory, in GiB, that have a file of their own.
+VARIANTS = {
+    ("raspberry-pi-4", 2): "raspberry-pi-4-2gb",
+    ("raspberry-pi-4", 8): "raspberry-pi-4-8gb",
+}
+GIB = 1024**3
+OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
+Positive = Annotated[float, Meta(gt=0, le=10**9)]
+PositiveInt = Annotated[int, Meta(gt=0, le=2**53)]
+
+
+class Board(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A board's file: figures, and for every figure where it comes from. None: not known."""
+
+    platform: str
+    board: str
+    machine: str
+    memory_total_bytes: PositiveInt
+    memory_available_bytes: PositiveInt  # what training may use: in profiles/ an estimate
+    cores: Annotated[float, Meta(gt=0, le=4096)]
+    gflops: Positive
+    layer_s: Annotated[float, Meta(gt=0, le=1000)] | None = None
+    link_mbit_s: Annotated[float, Meta(gt=0, le=10**6)] | None = None
+    source: dict[str, str]
+
+
+# -- this board -----------------------------------------------------------------------------------
+
+
+def board_name(root: Path = ROOT) -> tuple[str, str]:
+    """Platform, the name of a file in profiles/ ("generic" if not in PLATFORMS), and the model
+    string the board gives of itself."""
+    model = ""
+    for path in ("proc/device-tree/model", "sys/firmware/devicetree/base/model"):
+        model = model or read_text(root / path)
+    plain = model.lower().replace("-", " ")
+    name = next((name for part, name in PLATFORMS if part in plain), "generic")
+    if name.startswith("jetson"):
+        model = jetson_module() or model
+    shown = "".join(letter if letter.isprintable() else " " for letter in model)
+    return VARIANTS.get((name, memory_gib(root)), name), shown[:200]
+
+
+def memory_gib(root: Path = ROOT) -> int:
+    """Memory that the board was sold with: the kernel and the GPU take some of it, so the least
+    power of two that holds MemTotal. 0: not known, or less than 1 GiB."""
+    total = meminfo(root).get("MemTotal", 0)
+    sizes = (2**power for power in range(10))
+    return next((gib for gib in sizes if total <= gib * GIB), 0) if total > GIB / 2 else 0
+
+
+# -- their files ----------------------------------------------------------------------------------
+
+
+def board_folder() -> Path:
+    """profiles/ inside the installed package, else the source tree's."""
+    packaged = Path(__file__).parent / "profiles"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "profiles"
+
+
+def own_folder() -> Path:
+    """Boards that this user measured."""
+    return Path(os.path.expanduser("~/.config/edge-sdk/boards"))
+
+
+def board_files() -> dict[str, Path]:
+    """By name; the package's names come before the user's own."""
+    found = [*own_folder().glob("*.toml"), *board_folder().glob("*.toml")]
+    return {path.stem: path for path in found if OWN_NAME.fullmatch(path.stem)}
+
+
+def board_names() -> list[str]:
+    return sorted(board_files())
+
+
+def board(name_or_path: str) -> Board:
+    """A board by its name or by the path of a .toml file.
+
+    Raises ConfigError: unknown name (lists the known ones), or bad file (names file and key)."""
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        files = board_files()
+        if name_or_path not in files:
+            known = ", ".join(sorted(files))
+            raise ConfigError(
+                f"unknown board {name_or_path!r}; known: {known}; or give the path of a .toml file"
+            )
+        path = files[name_or_path]
+    try:
+        found = msgspec.convert(_load_toml(path), Board)
+    except OSError as error:
+        raise ConfigError(f"board file {path}: {error.strerror}") from error
+    except ValueError as error:  # TOML syntax, and msgspec's errors, which name the key as $.key
+        raise ConfigError(f"board file {path}: {error}; see profiles/generic.toml") from error
+    unsourced = [field for field in _figures(found) if not found.source.get(field)]
+    if unsourced:
+        raise ConfigError(f"board file {path}: [source] lacks {', '.join(unsourced)}")
+    return found
+
+
+def save_path(name_or_path: str) -> Path:
+    """Where a board is saved: FILE.toml as given, NAME among the user's own. Raises ConfigError."""
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        return path
+    if not OWN_NAME.fullmatch(name_or_path):
+        raise ConfigError(
+            f"board name {name_or_path!r}: expected 1 to 60 letters, digits, dots, - or _, or the "
+            "path of a .toml file"
+        )
+    if (board_folder() / f"{name_or_path}.toml").exists():
+        raise ConfigError(f"{name_or_path} is a board of this package; choose another name")
+    return own_folder() / f"{name_or_path}.toml"
+
+
+def check_free(path: Path, *, is_forced: bool) -> None:
+    """Raises ConfigError if saving would overwrite without leave."""
+    if path.exists() and not is_forced:
+        raise ConfigError(f"board file {path} exists; choose another name, or give --force")
+
+
+def save_board(board: Board, path: Path, *, is_forced: bool = False) -> None:
+    """Whole or not at all. Raises ConfigError: it exists, or it cannot be written."""
+    check_free(path, is_forced=is_forced)
+    part = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with open(number, "w", encoding="utf-8") as file:
+            file.write(board_text(board))
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(part)
+        raise ConfigError(
+            f"board file {path} cannot be written: {error.strerror}; give the path of a .toml file "
+            "in a folder that can be written to"
+        ) from error
+
+
+def board_text(board: Board) -> str:
+    """As TOML, which board() reads again."""
+    values = {name: getattr(board, name) for name in Board.__struct_fields__ if name != "source"}
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+    sources = [f"{name} = {_toml(text)}" for name, text in board.source.items()]
+    return "\n".join([*lines, "", "[source]", *sources, ""])
+
+
+def _figures(board: Board) -> list[str]:
+    names = Board.__struct_fields__
+    return [name for name in names if isinstance(getattr(board, name), (int, float))]
+
+
+def _toml(value: str | int | float) -> str:
+    """JSON's strings and numbers are TOML's too, but for DEL, which TOML wants escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _load_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    with path.open("rb") as file:
+        found: dict[str, Any] = tomllib.load(file)
+    return found
