@@ -21,6 +21,7 @@ import contextlib
 import csv
 import json
 import math
+import select
 import socket
 import statistics
 import subprocess
@@ -142,13 +143,9 @@ def footing(pid: int) -> Figures:
 
 def trainer_of(pid: int) -> int:
     """The training process that a process has started."""
-    found = [
-        child.pid
-        for child in psutil.Process(pid).children()
-        if "edge_sdk.worker" in child.cmdline()
-    ]
-    (trainer,) = found
-    return trainer
+    children = psutil.Process(pid).children()
+    (trainer,) = (child for child in children if "edge_sdk.worker" in child.cmdline())
+    return int(trainer.pid)
 
 
 def free_port() -> int:
@@ -231,10 +228,16 @@ def trainer_process(data: Path) -> Iterator[tuple[TrainerProcess, int]]:
 
 
 def heard(trainer: TrainerProcess) -> object:
-    """The next message that is no sign of life."""
-    while isinstance(message := trainer.receive()[0], Progress):
-        pass
-    return message
+    """The next message that is no sign of life, while what was sent is handed over."""
+    while True:
+        if trainer.has_unsent:
+            select.select([trainer], [trainer], [])
+            trainer.flush()
+            if not trainer.is_readable():
+                continue
+        message = trainer.receive()[0]
+        if not isinstance(message, Progress):
+            return message
 
 
 def check_same(ours: Sequence[float], theirs: Sequence[float]) -> None:
