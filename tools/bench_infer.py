@@ -6,8 +6,8 @@
 Several models: --weights and --data again, in the same order. The model is exported, and calibrated
 on one half of the data's test part to lose at most 1 % against the last exit; the other half is
 predicted one by one by edge_sdk.infer in every way: up to each exit, at each threshold, as
-calibrated, and all exits in one graph. All ways take turns on every example, so that what else the
-machine does falls on all alike. cpu_ms is the thread's own CPU time, the median of the repeats of
+calibrated, and all exits in one graph. All ways take turns on every example, in random order, so
+that what else the machine does falls on all alike. cpu_ms is the thread's own CPU time, the median of the repeats of
 each prediction; wall_ms the clock's, the fastest of them, as the slower ones waited for other work;
 both are then averaged over all predictions. of_last compares cpu_ms with going to the last exit
 stage by stage.
@@ -163,13 +163,13 @@ def timed(
     n = len(examples)
     labels, exits = (np.zeros((len(ways), n), np.int64) for _ in range(2))
     seconds = np.zeros((2, repeats, len(ways), n))  # CPU, wall
+    turns = np.random.default_rng(1)  # a way's predecessor decides what it finds in the caches
     for way in ways:
         way.predict(examples.x[:1])
     for repeat in range(repeats):
         for i in range(n):
             x = examples.x[i : i + 1]
-            for turn in range(len(ways)):
-                number = (turn + i + repeat) % len(ways)
+            for number in turns.permutation(len(ways)):
                 wall, cpu = time.perf_counter(), time.thread_time()
                 answer = ways[number].predict(x)
                 seconds[0, repeat, number, i] = time.thread_time() - cpu
