@@ -32,7 +32,7 @@ def test_every_way_is_measured_on_the_same_examples(run, tmp_path, capsys):
     flags = ["--weights", str(weights), "--data", str(data), "--repeats", "1"]
     assert main([*flags, "--csv", str(target)]) == 0
     head, *lines = target.read_text().splitlines()
-    assert head.startswith("# python -m tools.bench_infer; commit ")
+    assert head.startswith("# python -m tools.bench_infer --repeats 1; commit ")
     assert "20 examples to calibrate, 20 predictions" in head
     rows = list(csv.DictReader(lines))
     by_way = {row["way"]: row for row in rows}

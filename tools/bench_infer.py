@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(*about, sep="\n")
     print_table(rows)
     if args.csv:
-        write_csv(args.csv, rows, about, args.repeats)
+        flags = f"--repeats {args.repeats}" + (f" --limit {args.limit}" if args.limit else "")
+        write_csv(args.csv, rows, about, flags)
     return 0
 
 
@@ -193,16 +194,16 @@ def columns_of(rows: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def write_csv(
-    path: Path, rows: Sequence[Mapping[str, object]], about: Sequence[str], repeats: int
+    path: Path, rows: Sequence[Mapping[str, object]], about: Sequence[str], flags: str
 ) -> None:
     from tools.experiments import git, machine
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.write(
-            f"# python -m tools.bench_infer; commit {git('rev-parse', '--short', 'HEAD')}; "
-            f"{machine()}, shared with other work, 1 thread, batch 1; {repeats} repeats; "
-            f"{'; '.join(about)}\n"
+            f"# python -m tools.bench_infer {flags}; commit "
+            f"{git('rev-parse', '--short', 'HEAD')}; {machine()}, shared with other work, 1 thread, "
+            f"batch 1; {'; '.join(about)}\n"
         )
         writer = csv.DictWriter(file, columns_of(rows), lineterminator="\n", restval="")
         writer.writeheader()
