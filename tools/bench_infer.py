@@ -202,8 +202,8 @@ def write_csv(
     with path.open("w", newline="") as file:
         file.write(
             f"# python -m tools.bench_infer {flags}; commit "
-            f"{git('rev-parse', '--short', 'HEAD')}; {machine()}, shared with other work, 1 thread, "
-            f"batch 1; {'; '.join(about)}\n"
+            f"{git('rev-parse', '--short', 'HEAD')}; {machine()}, shared with other work, "
+            f"1 thread, batch 1; {'; '.join(about)}\n"
         )
         writer = csv.DictWriter(file, columns_of(rows), lineterminator="\n", restval="")
         writer.writeheader()
