@@ -22,7 +22,7 @@ from edge_sdk.child import TrainerProcess
 from edge_sdk.chooser import Chooser, told
 from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError, VersionError
 from edge_sdk.events import Event, Teller
-from edge_sdk.notify import SILENT_S, THRASHING_S, Notifier, Pulse
+from edge_sdk.notify import Notifier, Pulse
 from edge_sdk.pipe import (
     Cancel,
     Estimate,
@@ -149,7 +149,8 @@ class Agent:
     def _on_time(self, now: float) -> None:
         """Hello until welcomed, then heartbeats; what was put off; a trainer that is stuck."""
         state = self._state
-        self._end_stuck_trainer(self._pulse.silent_s(now))
+        if self._trainer and self._trainer.end_if_stuck(self._pulse.silent_s(now)):
+            self._on_trainer_death(self._trainer)
         if state.restart_at is not None and now >= state.restart_at:
             state.restart_at = None
             self._pulse.heard(now)
@@ -348,15 +349,6 @@ class Agent:
             self._fail_job(fault.code, fault.detail, is_memory=fault.code == "capacity")
         elif state.job is None:
             self._link.send(Ready(exit=0, reason=fault.detail))
-
-    def _end_stuck_trainer(self, silent_s: float) -> None:
-        """One that swaps itself to death after THRASHING_S, any other after SILENT_S."""
-        if self._trainer is None or silent_s <= min(SILENT_S, THRASHING_S):
-            return
-        is_thrashing = self._trainer.is_thrashing()
-        if is_thrashing or silent_s > SILENT_S:
-            self._trainer.end_silent(silent_s, is_thrashing)
-            self._on_trainer_death(self._trainer)
 
     def _on_trainer_death(self, trainer: TrainerProcess) -> None:
         """Report it, choose less if it was killed at work, start another after a pause."""

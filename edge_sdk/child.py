@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from edge_sdk.capacity import TRAINER_ENVIRONMENT
+from edge_sdk.notify import SILENT_S, THRASHING_S
 from edge_sdk.pipe import Pipe, PipeMessage
 from edge_sdk.pressure import STALLED, THRASHED_FAULTS, major_faults, stalled_share
 from edge_sdk.transport import Payload
@@ -94,11 +95,6 @@ class TrainerProcess:
         self._faults = major_faults(self._process.pid)
         return received
 
-    def is_thrashing(self) -> bool:
-        """Whether what keeps it from saying anything is the lack of memory."""
-        faults = major_faults(self._process.pid) - self._faults
-        return faults >= THRASHED_FAULTS or stalled_share() >= STALLED
-
     def own_bytes(self) -> int:
         """Its memory but for library pages: those count as available already."""
         import psutil
@@ -115,13 +111,19 @@ class TrainerProcess:
         self._process.kill()
         self._process.wait()
 
-    def end_silent(self, silent_s: float, is_thrashing: bool) -> None:
-        """Stop it now, as it does not get on."""
-        # Signal 9: under a tight memory limit the kernel drops and reads back the pages of torch
-        # for hours and kills nobody (300 MB: no second step in 9 min), so it counts as memory.
+    def end_if_stuck(self, silent_s: float) -> bool:
+        """Stop it if it has said nothing for so long that it does not get on."""
+        if silent_s <= min(SILENT_S, THRASHING_S):
+            return False
+        faults = major_faults(self._process.pid) - self._faults
+        is_thrashing = faults >= THRASHED_FAULTS or stalled_share() >= STALLED
+        if silent_s <= (THRASHING_S if is_thrashing else SILENT_S):
+            return False
+        # Signal 9: both count as a lack of memory.
         why = ", as memory was too short to get on," if is_thrashing else ""
         self._verdict = f"said nothing for {silent_s:.0f} s{why} and was ended by signal 9"
         self._process.kill()
+        return True
 
     def cause_of_death(self) -> str:
         """How it ended; waits for the end, which the closed pipe has announced."""

@@ -18,9 +18,8 @@ THRASHED_FAULTS = 5000
 
 def major_faults(pid: int, root: Path = ROOT) -> int:
     """Pages that the process had to wait for; 0 where the system does not tell."""
-    fields = (
-        read_text(root / f"proc/{pid}/stat").rpartition(")")[2].split()
-    )  # the name may hold blanks
+    stat = read_text(root / f"proc/{pid}/stat")
+    fields = stat.rpartition(")")[2].split()  # the name before it may hold blanks
     return int(fields[9]) if len(fields) > 9 and fields[9].isdigit() else 0
 
 

@@ -9,7 +9,6 @@ from uuid import uuid4
 
 import pytest
 
-from edge_sdk import agent as agent_module
 from edge_sdk import child, notify
 from edge_sdk.agent_state import State
 from edge_sdk.notify import Notifier, Pulse
@@ -201,9 +200,9 @@ def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(
             device.trainer().suspend()
             if is_thrashing:
                 monkeypatch.setattr(child, "stalled_share", lambda: 0.5)
-                monkeypatch.setattr(agent_module, "THRASHING_S", 2.0)
+                monkeypatch.setattr(child, "THRASHING_S", 2.0)
             else:
-                monkeypatch.setattr(agent_module, "SILENT_S", 2.0)
+                monkeypatch.setattr(child, "SILENT_S", 2.0)
             fault = coordinator.wait_for(Fault)
             monkeypatch.undo()
             assert (fault.round, fault.code) == (4, "trainer")
