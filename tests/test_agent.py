@@ -674,6 +674,7 @@ def cost(first: int, last: int, mebibytes: float, flops: float = 1e9) -> Segment
         saved_bytes=0,
         cache_bytes=0,
         runtime_bytes=0,
+        allowance=1.45,
         flops_per_example=flops,
         frozen_flops_per_example=0.0,
         upload_bytes=0,
