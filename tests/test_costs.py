@@ -1,5 +1,6 @@
 """Costs against hand counts, against larger steps, and against the peak of a real trainer."""
 
+import gc
 import json
 import os
 import subprocess
@@ -346,3 +347,19 @@ def test_predicted_peak_with_and_without_a_cache():
     assert peak_with_it - peak_without == pytest.approx(features_bytes, rel=0.1)
     for predicted, peak in [(with_it, peak_with_it), (without, peak_without)]:
         assert peak <= 1.02 * predicted <= 1.15 * peak
+
+
+@pytest.mark.parametrize("family", ["cnn", "resnet18"])
+def test_counting_leaves_nothing_behind(family):
+    """A graph whose nodes keep their own output would stay for good."""
+    spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=2)
+    model = build(spec)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(type(found) is torch.Tensor for found in gc.get_objects())
+        saved_in_one_step(model, spec, PLAN, batch=4)
+        after = sum(type(found) is torch.Tensor for found in gc.get_objects())
+    finally:
+        gc.enable()
+    assert after == before

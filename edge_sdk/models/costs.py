@@ -296,8 +296,8 @@ def _saved(
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             storages.setdefault(storage._cdata, (storage.nbytes(), where))
-        # The graph keeps it, so no other storage takes this address. Detached: a node that saves its
-        # own output would else never be freed.
+        # The graph keeps it, so no other storage takes this address. Detached, as a node that saves
+        # its own output would never be freed.
         return tensor.detach()
 
     def enter(number: int, given: Tensor) -> None:
