@@ -126,12 +126,13 @@ def test_saved_bytes_equal_those_of_a_step_of_the_whole_batch(family, plan):
     spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=3)
     whole = saved_in_one_step(build(spec).ready("cpu"), spec, plan, batch=8)
     counted = by_segment(spec, replace(plan, batch_size=8), num_examples=100)[1, 3]
-    assert counted.saved_bytes == whole["all"]
-    stages = [size for name, size in whole.items() if name.isdigit()]
-    again = whole["inputs"] + max(stages)
-    assert counted.recompute_saved_bytes == (again if again < whole["all"] else None)
+    at_once = costs.Saved(whole, whole)
+    assert counted.saved_bytes == at_once.at(8)
+    again = at_once.recomputed_at(8)
+    assert counted.recompute_saved_bytes == (again if again < at_once.at(8) else None)
     in_halves = by_segment(spec, replace(plan, batch_size=4), num_examples=100)[1, 3]
-    assert in_parts(counted, 4).saved_bytes == in_halves.saved_bytes
+    # a maximum of lines in the batch size lies below the line between two of its points
+    assert in_halves.saved_bytes <= in_parts(counted, 4).saved_bytes <= 1.05 * in_halves.saved_bytes
 
 
 def saved_in_one_step(model, spec: ModelSpec, plan: Plan, batch: int) -> dict[str, int]:
@@ -148,7 +149,7 @@ def test_saved_bytes_of_lstm_are_near_those_of_the_whole_batch(shape, hidden):
     )
     whole = saved_in_one_step(build(spec), spec, PLAN, batch=32)
     counted = by_segment(spec, replace(PLAN, batch_size=32), num_examples=100)[1, 2]
-    assert counted.saved_bytes == pytest.approx(whole["all"], rel=0.05)
+    assert counted.saved_bytes == pytest.approx(costs.Saved(whole, whole).at(32), rel=0.05)
 
 
 @pytest.mark.parametrize("family", ["cnn", "mlp", "resnet18", "vgg"])
@@ -363,3 +364,24 @@ def test_counting_leaves_nothing_behind(family):
     finally:
         gc.enable()
     assert after == before
+
+
+def test_the_most_at_once_by_hand():
+    """Stages 1, 2 and the last hold 50, 20, 10 of 85 bytes, 5 are inputs; their largest tensors are
+    40, 15, 4: 85 + 4 as the last one begins, 75 + 15 without its, 55 + 40 at the first."""
+    sizes = {"all": 85, "inputs": 5, "1": 50, "2": 20, "0": 10}
+    sizes |= {"widest 1": 40, "widest 2": 15, "widest 0": 4}
+    twice = {name: 2 * size for name, size in sizes.items()}
+    assert costs.Saved(sizes, twice).at(costs.FEW) == 55 + 40
+    assert costs.Saved(sizes, twice).at(5 * costs.FEW) == 5 * (55 + 40)
+    assert costs.Saved(sizes, twice).at(0) == 0
+    assert costs.Saved(sizes, twice).recomputed_at(costs.FEW) == 5 + 50 + 40
+    assert costs.Saved(sizes, sizes | {"widest 1": 4}).at(costs.FEW) == 55 + 40  # none of it grows
+
+
+def test_a_wide_first_stage_needs_its_gradient_beside_what_is_saved():
+    spec = ModelSpec(family="cnn", input_shape=(3, 64, 64), num_classes=10, exit=1,
+                     options={"channels": (32,)})  # fmt: skip
+    plan = Plan(segments=(Segment(first=1, last=1),), batch_size=64, optimizer="adam")
+    predicted, peak = predicted_and_measured(spec, plan, 128, 0)
+    assert peak <= predicted <= 1.15 * peak

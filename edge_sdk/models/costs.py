@@ -245,18 +245,31 @@ def _freeze(frozen: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
 
 class Saved:
     """Bytes that autograd saves for a step of FEW examples and of twice as many: every storage once
-    and the parameters not at all. Where stages are run again, their inputs are kept, and beside
-    them what the last stage, or one that runs again, holds."""
+    and the parameters not at all. A stage's backward pass makes a gradient as large as its largest
+    activation, when what later stages saved is gone. Where stages are run again, their inputs are
+    kept, and beside them what the last stage, or one that runs again, holds."""
 
     def __init__(self, few: dict[str, int], twice: dict[str, int]) -> None:
         self._few, self._twice = few, twice
 
     def at(self, batch: int) -> int:
-        return self._grown("all", batch)
+        """Their most at once, gradient included."""
+        left = most = self._grown("all", batch)
+        for name in self._stages():
+            most = max(most, left + self._grown(f"widest {name}", batch))
+            left -= self._grown(name, batch)
+        return most
 
     def recomputed_at(self, batch: int) -> int:
-        held = [self._grown(name, batch) for name in self._few if name not in ("all", "inputs")]
+        held = [self._grown(n, batch) + self._grown(f"widest {n}", batch) for n in self._stages()]
         return self._grown("inputs", batch) + max(held, default=0)
+
+    def _stages(self) -> list[str]:
+        """In the order of the backward pass."""
+        earlier = sorted(
+            (int(n) for n in self._few if n.isdigit() and int(n) != LAST), reverse=True
+        )
+        return [str(number) for number in (LAST, *earlier)]
 
     def _grown(self, name: str, batch: int) -> int:
         few, twice = self._few.get(name, 0), self._twice.get(name, 0)
@@ -286,7 +299,7 @@ def _saved(
     plan: Plan,
 ) -> dict[str, int]:
     """In one step: "all" bytes; the stages' "inputs"; by stage (LAST for all that follows) what is
-    saved beside those, a stage's own output, made a second time, included."""
+    saved beside those, a stage's own output, made a second time, included; its "widest" tensor."""
     storages: dict[int, tuple[int, int]] = {}  # address: bytes, and the stage that saved them
     own = {parameter.untyped_storage()._cdata for parameter in named.values()}
     inputs: list[torch.UntypedStorage] = []
@@ -313,6 +326,7 @@ def _saved(
     for address, (size, stage) in storages.items():
         if address not in kept or (stage != LAST and address != inputs[stage - 1]._cdata):
             sizes[str(stage)] = sizes.get(str(stage), 0) + size
+            sizes[f"widest {stage}"] = max(sizes.get(f"widest {stage}", 0), size)
     del loss  # the graph, which kept the storages alive
     return sizes
 
