@@ -25,6 +25,9 @@ from edge_sdk.wire import one_line
 # took up to 75 MB more: glibc raises its mmap threshold as blocks are freed, and then keeps large
 # blocks in a fragmented heap. tests/test_costs.py repeats the measurement.
 ALLOWANCE, ERROR = 1.15, 0.15
+LEAST_ERROR_BYTES = (
+    2 * 1024**2
+)  # of any prediction: the runtime differs so much from start to start
 TRAINER_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
 FORWARD = 1 / 3  # of layer_s is the forward pass: 0.33 on x86, torch 2.13
 MIN_MICRO_BATCH = 8  # BatchNorm's statistics of fewer examples harm more than a deeper exit helps
@@ -194,7 +197,7 @@ def peak_bytes(cost: SegmentCost) -> int:
 
 def error_bytes(cost: SegmentCost) -> int:
     """By how much the predicted peak may be off."""
-    return math.ceil(cost.error * (peak_bytes(cost) - cost.runtime_bytes))
+    return max(LEAST_ERROR_BYTES, math.ceil(cost.error * (peak_bytes(cost) - cost.runtime_bytes)))
 
 
 def seconds(

@@ -4,6 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from edge_sdk.capacity import (
+    LEAST_ERROR_BYTES,
     Choice,
     SegmentCost,
     choose_exit,
@@ -64,7 +65,9 @@ def test_peak_adds_what_is_held_and_the_allowance_on_the_step():
     assert peak_bytes(in_parts(wide, 4)) == 640 + 2 * (1 + 3 * 20 + 20)  # and two of its gradient
     rooted = replace(cost(1, 1, saved_bytes=1), root_bytes=30, allowance=2.0)
     assert peak_bytes(rooted) == 740
-    assert error_bytes(replace(rooted, error=0.25)) == 60  # of 740 - 500
+    assert error_bytes(replace(rooted, error=0.25)) == LEAST_ERROR_BYTES
+    large = replace(rooted, error=0.25, parameter_bytes=10**8)
+    assert error_bytes(large) == 0.25 * (10**8 + 140)  # of all but the runtime
 
 
 def test_seconds_count_epochs_the_frozen_pass_once_and_both_transfers():
