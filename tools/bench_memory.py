@@ -144,7 +144,7 @@ def footing(pid: int) -> Figures:
 def trainer_of(pid: int) -> int:
     """The training process that a process has started."""
     children = psutil.Process(pid).children()
-    (trainer,) = (child for child in children if "edge_sdk.worker" in child.cmdline())
+    (trainer,) = (child for child in children if "edge_sdk.worker_main" in child.cmdline())
     return int(trainer.pid)
 
 
