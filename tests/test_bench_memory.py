@@ -45,7 +45,8 @@ def test_the_bound_by_hand(tmp_path):
     36, two norms of 2 + 2, an exit of 8 * 2 + 2: 80, and 8 running statistics; gradients and two
     moments of the 80. Saved, of 4 bytes: the input, 64 an example; both convolutions' outputs and
     the first ReLU's, 128 each; the pool's output is the second ReLU's, 32, and its indices 32 of 8
-    bytes; the exit's flat input, 8; ..., in all at least 4 * (4 * (64 + 3 * 128 + 32) + 8 * 32). One of the 128 has its gradient beside."""
+    bytes; the exit's flat input, 8; ..., in all at least 4 * (4 * (64 + 3 * 128 + 32) + 8 * 32).
+    Beside them lies the gradient of one of the 128."""
     spec = bench.msgspec.structs.replace(bench.MODELS["tiny"], exit=1)
     plan = bench.Plan(segments=(bench.Segment(first=1, last=1),), batch_size=4)
     bench.save_shard(tmp_path / "data.npz", bench.examples(spec, 12))
