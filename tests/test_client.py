@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -252,8 +253,12 @@ def test_ctrl_c_ends_run(when_waiting):
     import _thread
 
     events: list[Event] = []
-    when_waiting(_thread.interrupt_main)
-    client(on_event=events.append).run()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        when_waiting(_thread.interrupt_main)
+        client(on_event=events.append).run()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [event.kind for event in events] == ["ended"]
 
 
