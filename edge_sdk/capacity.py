@@ -33,6 +33,21 @@ FORWARD = 1 / 3  # of layer_s is the forward pass: 0.33 on x86, torch 2.13
 MIN_MICRO_BATCH = 8  # BatchNorm's statistics of fewer examples harm more than a deeper exit helps
 
 
+class Moment(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a training step: what lies in memory then beside gradients and what a job always holds.
+    weight_bytes: the largest tensor whose gradient is made then; a kernel reorders it into a copy.
+    """
+
+    fixed_bytes: float = 0.0
+    example_bytes: float = 0.0  # for each example that goes through at once
+    weight_bytes: int = 0
+
+    def at(self, examples: int, copies: int = 0) -> int:
+        """Bytes with so many examples at once and copies of the weight."""
+        growing = self.fixed_bytes + self.example_bytes * examples
+        return math.ceil(max(0.0, growing)) + copies * self.weight_bytes
+
+
 class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What training stages first..last on one device takes, counted before it is tried."""
 
@@ -42,18 +57,10 @@ class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     load_bytes: int = 0  # model and received tensors, before training: the latter are then dropped
     gradient_bytes: int
     optimizer_bytes: int  # its state, and the received weights where a proximal term pulls to them
-    root_bytes: int = 0  # Adam's, of its second moment, while it makes its step
-    # The largest tensor: a kernel reorders a weight into a copy. While parts of a batch add up all
-    # gradients are there, and the largest is made a second time, in the kernel's order and in ours.
-    widest_bytes: int = 0
-    # Activations kept for the backward pass of as many examples as go through at once; `fixed` is
-    # the part of it that does not grow with their number. recompute_: the same where stages are run
-    # again for their gradients; None: nothing to gain.
-    saved_bytes: int
-    fixed_bytes: int = 0
-    recompute_saved_bytes: int | None = None
-    recompute_fixed_bytes: int = 0
-    frozen_bytes: int = 0  # in hand while a frozen layer runs, before anything is saved
+    # The step's moments that may be its peak; recompute_: the same where stages are run again for
+    # their gradients; None: nothing to gain.
+    moments: tuple[Moment, ...]
+    recompute_moments: tuple[Moment, ...] | None = None
     # Features that the frozen prefix makes of all examples, kept over the epochs; 0: none kept, a
     # single epoch has no use for them.
     cache_bytes: int
@@ -135,26 +142,19 @@ def uncached(cost: SegmentCost) -> SegmentCost:
 
 def in_parts(cost: SegmentCost, micro_batch: int) -> SegmentCost:
     """The same segment with at most so many examples at once: less memory, more steps of layers."""
-    ratio = micro_batch / (cost.micro_batch or cost.batch_size)
-    return replace(
-        cost,
-        micro_batch=micro_batch,
-        saved_bytes=_scaled(cost.saved_bytes, cost.fixed_bytes, ratio),
-        frozen_bytes=_scaled(cost.frozen_bytes, 0, ratio),
-    )
+    return replace(cost, micro_batch=micro_batch)
 
 
 def recomputing(cost: SegmentCost) -> SegmentCost:
     """The same segment with its stages run again for their gradients. Raises CapacityError where
     that saves nothing."""
-    if cost.recompute_saved_bytes is None:
+    if cost.recompute_moments is None:
         raise CapacityError(f"stages {cost.first}-{cost.last} have nothing to run again")
     return replace(
         cost,
         recompute=True,
-        saved_bytes=cost.recompute_saved_bytes,
-        fixed_bytes=cost.recompute_fixed_bytes,
-        recompute_saved_bytes=None,
+        moments=cost.recompute_moments,
+        recompute_moments=None,
         flops_per_example=cost.flops_per_example + cost.recompute_flops_per_example,
         num_layers=cost.num_layers * (1 + FORWARD),
     )
@@ -169,29 +169,37 @@ def levers(cost: SegmentCost) -> Iterator[SegmentCost]:
     if cost.cache_bytes:
         yield whole
     yield from _parts(whole)
-    if cost.recompute_saved_bytes is not None:
+    if cost.recompute_moments is not None:
         again = recomputing(whole)
         yield again
         yield from _parts(again)
 
 
 def _parts(cost: SegmentCost) -> Iterator[SegmentCost]:
-    at_once = cost.micro_batch or cost.batch_size
+    at_once = examples_at_once(cost)
     while at_once > MIN_MICRO_BATCH:
         at_once = max(MIN_MICRO_BATCH, math.ceil(at_once / 2))
         yield in_parts(cost, at_once)
 
 
-def _scaled(num_bytes: int, fixed_bytes: int, ratio: float) -> int:
-    return fixed_bytes + math.ceil((num_bytes - fixed_bytes) * ratio)
+def examples_at_once(cost: SegmentCost) -> int:
+    return cost.micro_batch or cost.batch_size
+
+
+def saved_bytes(cost: SegmentCost) -> int:
+    """Activations at once, at the most."""
+    return max(moment.at(examples_at_once(cost)) for moment in cost.moments)
 
 
 def peak_bytes(cost: SegmentCost) -> int:
-    """Predicted peak of the memory that a trainer needs, see `runtime_bytes`."""
+    """Predicted peak of the memory that a trainer needs, see `runtime_bytes`.
+
+    While parts of a batch add up all gradients are there, and each is made a second time, in the
+    kernel's order and in ours."""
     held = cost.parameter_bytes + cost.optimizer_bytes + cost.cache_bytes
-    copies = 3 if 0 < cost.micro_batch < cost.batch_size else 1
-    passes = max(cost.saved_bytes, cost.frozen_bytes) + copies * cost.widest_bytes
-    step = max(passes, cost.root_bytes) + cost.gradient_bytes
+    at_once = examples_at_once(cost)
+    copies = 3 if at_once < cost.batch_size else 1
+    step = max(moment.at(at_once, copies) for moment in cost.moments) + cost.gradient_bytes
     return cost.runtime_bytes + max(cost.load_bytes, held + math.ceil(cost.allowance * step))
 
 
@@ -211,7 +219,7 @@ def seconds(
     flops = plan_epochs * cost.flops_per_example + cost.frozen_flops_per_example
     layers = plan_epochs * cost.num_layers + FORWARD * cost.num_frozen_layers
     compute_s = compute_seconds(num_examples * flops, profile)
-    at_once = cost.micro_batch or cost.batch_size
+    at_once = examples_at_once(cost)
     compute_s += math.ceil(num_examples / at_once) * layers * profile.layer_s
     if profile.link_mbit_s is None:
         return compute_s

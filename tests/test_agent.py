@@ -25,7 +25,7 @@ from coordinator.hub import Hub
 from edge_sdk import agent as agent_module
 from edge_sdk.agent import Agent
 from edge_sdk.agent_options import AgentOptions
-from edge_sdk.capacity import SegmentCost, peak_bytes
+from edge_sdk.capacity import Moment, SegmentCost, peak_bytes
 from edge_sdk.chooser import Chooser
 from edge_sdk.conditions import Conditions
 from edge_sdk.data import Examples, save_shard
@@ -671,7 +671,7 @@ def cost(first: int, last: int, mebibytes: float, flops: float = 1e9) -> Segment
         parameter_bytes=int(mebibytes * 1024**2),
         gradient_bytes=0,
         optimizer_bytes=0,
-        saved_bytes=0,
+        moments=(Moment(),),
         cache_bytes=0,
         runtime_bytes=0,
         allowance=1.45,
@@ -827,8 +827,9 @@ def with_levers(first: int, last: int, saved_mebibytes: int) -> SegmentCost:
     operations again, where stages are run again."""
     saved = saved_mebibytes * 1024**2
     return replace(
-        cost(first, last, 100), batch_size=32, saved_bytes=saved,
-        recompute_saved_bytes=saved // 5, recompute_flops_per_example=0.5e9,
+        cost(first, last, 100), batch_size=32, recompute_flops_per_example=0.5e9,
+        moments=(Moment(example_bytes=saved / 32),),
+        recompute_moments=(Moment(example_bytes=saved / 5 / 32),),
     )  # fmt: skip
 
 

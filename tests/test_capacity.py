@@ -6,6 +6,7 @@ from msgspec.structs import replace
 from edge_sdk.capacity import (
     LEAST_ERROR_BYTES,
     Choice,
+    Moment,
     SegmentCost,
     choose_exit,
     error_bytes,
@@ -37,7 +38,7 @@ def cost(
         parameter_bytes=100,
         gradient_bytes=20,
         optimizer_bytes=40,
-        saved_bytes=saved_bytes,
+        moments=(Moment(fixed_bytes=saved_bytes),),
         cache_bytes=0 if first == 1 else 7,
         runtime_bytes=500,
         allowance=1.45,
@@ -59,15 +60,22 @@ def test_peak_adds_what_is_held_and_the_allowance_on_the_step():
     assert peak_bytes(cost(2, 2, saved_bytes=80)) == 792
     # without a cache 640 + 1.45 * 21 = 670.45, rounded up
     assert peak_bytes(cost(1, 1, saved_bytes=1)) == 671
-    # the optimizer's root lies there when the activations are gone: 640 + 2 * (30 + 20)
-    wide = replace(cost(1, 1, saved_bytes=1), widest_bytes=20, allowance=2.0, batch_size=8)
-    assert peak_bytes(wide) == 640 + 2 * (1 + 20 + 20)  # a kernel's copy of the largest weight
-    assert peak_bytes(in_parts(wide, 4)) == 640 + 2 * (1 + 3 * 20 + 20)  # and two of its gradient
-    rooted = replace(cost(1, 1, saved_bytes=1), root_bytes=30, allowance=2.0)
-    assert peak_bytes(rooted) == 740
+    rooted = replace(
+        cost(1, 1), moments=(Moment(fixed_bytes=1), Moment(fixed_bytes=30)), allowance=2
+    )
+    assert peak_bytes(rooted) == 640 + 2 * (30 + 20)  # the larger of two moments
     assert error_bytes(replace(rooted, error=0.25)) == LEAST_ERROR_BYTES
     large = replace(rooted, error=0.25, parameter_bytes=10**8)
     assert error_bytes(large) == 0.25 * (10**8 + 140)  # of all but the runtime
+
+
+def test_peak_is_at_the_moment_of_the_most_activations_and_copies():
+    # 10 an example beside a small weight, or 1 beside a large one
+    first = Moment(fixed_bytes=2, example_bytes=10, weight_bytes=4)
+    last = Moment(fixed_bytes=2, example_bytes=1, weight_bytes=30)
+    wide = replace(cost(1, 2), moments=(last, first), allowance=1, batch_size=8)
+    assert peak_bytes(wide) == 640 + 20 + (2 + 8 * 10 + 4)  # a kernel's copy of the weight
+    assert peak_bytes(in_parts(wide, 4)) == 640 + 20 + (2 + 4 * 1 + 3 * 30)  # two of its gradient
 
 
 def test_seconds_count_epochs_the_frozen_pass_once_and_both_transfers():

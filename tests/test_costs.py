@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import msgspec
 import pytest
@@ -14,10 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edge_sdk.capacity import (
     TRAINER_ENVIRONMENT,
+    Moment,
     SegmentCost,
     in_parts,
     peak_bytes,
     recomputing,
+    saved_bytes,
     uncached,
 )
 from edge_sdk.errors import CapacityError, ConfigError
@@ -54,9 +57,11 @@ def test_tensors_counted_by_hand():
     one, both, alone = found[1, 1], found[1, 2], found[2, 2]
     assert one.gradient_bytes == 4 * (62 + 18)
     assert one.upload_bytes == one.download_bytes == 4 * (70 + 18)
-    # the model; before, what was received too; the largest weights are the 36 and the 54
+    # the model; before, what was received too
     assert one.parameter_bytes == one.download_bytes
-    assert (one.widest_bytes, both.widest_bytes) == (4 * 36, 4 * 54)
+    # the largest weights: 36 of stage 1, 54 of stage 2, whose gradients come first
+    assert [moment.weight_bytes for moment in one.moments] == [4 * 36, 0]
+    assert [moment.weight_bytes for moment in both.moments] == [4 * 54, 4 * 36, 0]
     assert one.load_bytes == 2 * one.download_bytes
     assert both.gradient_bytes == 4 * (62 + 18 + 60 + 26)
     assert alone.gradient_bytes == 4 * (60 + 26)
@@ -108,13 +113,14 @@ def test_optimizer_copies(plan, copies):
     found = by_segment(CNN, plan)[1, 1]
     assert found.optimizer_bytes == copies * found.gradient_bytes
     # during Adam's step the root of the second moment
-    assert found.root_bytes == (found.gradient_bytes if plan.optimizer == "adam" else 0)
+    assert (Moment(fixed_bytes=found.gradient_bytes) in found.moments) == (plan.optimizer == "adam")
 
 
 def test_the_proximal_term_saves_a_difference_per_parameter():
     plain, pulled = by_segment(CNN), by_segment(CNN, replace(PLAN, prox_mu=0.1))
     for key in [(1, 1), (1, 2)]:
-        assert pulled[key].saved_bytes - plain[key].saved_bytes >= plain[key].gradient_bytes
+        more = saved_bytes(pulled[key]) - saved_bytes(plain[key])
+        assert more >= plain[key].gradient_bytes
 
 
 DISTILLED = replace(PLAN, distill="mutual", distill_weight=1.0)
@@ -126,16 +132,20 @@ def test_saved_bytes_equal_those_of_a_step_of_the_whole_batch(family, plan):
     spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=3)
     whole = saved_in_one_step(build(spec).ready("cpu"), spec, plan, batch=8)
     counted = by_segment(spec, replace(plan, batch_size=8), num_examples=100)[1, 3]
-    at_once = costs.Saved(whole, whole)
-    assert counted.saved_bytes == at_once.at(8)
-    again = at_once.recomputed_at(8)
-    assert counted.recompute_saved_bytes == (again if again < at_once.at(8) else None)
+    order = (costs.LAST, 2, 1)  # of the backward pass
+    expected = [costs._whole(whole, number) for number in order]
+    assert [moment.at(8) for moment in counted.moments[:3]] == expected
+    assert saved_bytes(counted) == max(expected)
+    again = [costs._again(whole, number) for number in order]
+    if counted.recompute_moments:
+        assert [moment.at(8) for moment in counted.recompute_moments[:3]] == again
+    else:
+        assert max(again) >= max(expected)
     in_halves = by_segment(spec, replace(plan, batch_size=4), num_examples=100)[1, 3]
-    # a maximum of lines in the batch size lies below the line between two of its points
-    assert in_halves.saved_bytes <= in_parts(counted, 4).saved_bytes <= 1.05 * in_halves.saved_bytes
+    assert saved_bytes(in_halves) == saved_bytes(in_parts(counted, 4))
 
 
-def saved_in_one_step(model, spec: ModelSpec, plan: Plan, batch: int) -> dict[str, int]:
+def saved_in_one_step(model, spec: ModelSpec, plan: Plan, batch: int) -> Counter[str]:
     x = moved(torch.randn(batch, *spec.input_shape), "cpu")
     named = dict(model.named_parameters())
     return costs._saved(model.stages, model.exits, named, x, [1.0] * spec.exit, plan)
@@ -149,7 +159,8 @@ def test_saved_bytes_of_lstm_are_near_those_of_the_whole_batch(shape, hidden):
     )
     whole = saved_in_one_step(build(spec), spec, PLAN, batch=32)
     counted = by_segment(spec, replace(PLAN, batch_size=32), num_examples=100)[1, 2]
-    assert counted.saved_bytes == pytest.approx(costs.Saved(whole, whole).at(32), rel=0.05)
+    at_once = max(costs._whole(whole, number) for number in (costs.LAST, 1))
+    assert saved_bytes(counted) == pytest.approx(at_once, rel=0.05)
 
 
 @pytest.mark.parametrize("family", ["cnn", "mlp", "resnet18", "vgg"])
@@ -199,17 +210,20 @@ def test_distillation_saves_a_few_logits_and_no_operations_that_count():
     plain, distilled = by_segment(CNN), by_segment(CNN, DISTILLED)
     assert distilled[2, 2] == plain[2, 2]  # one exit
     # 2 exits, each with logits, 4 examples of 2 classes of 4 bytes: softmax, teacher, ...
-    assert 0 < distilled[1, 2].saved_bytes - plain[1, 2].saved_bytes <= 2 * 3 * 4 * 2 * 4
+    more = saved_bytes(distilled[1, 2]) - saved_bytes(plain[1, 2])
+    assert 0 < more <= 2 * 3 * 4 * 2 * 4
     assert distilled[1, 2].flops_per_example == plain[1, 2].flops_per_example
 
 
 def test_a_wide_frozen_prefix_counts_where_it_exceeds_the_trained_stage():
-    # one example through the frozen stage: 64 channels in and out of a 16 x 16 layer, 4 bytes
+    # one example through the frozen stage: 64 channels in and out of a 16 x 16 layer, 4 bytes; and
+    # once its largest weight, 64 x 64 kernels of 3 x 3
     spec = ModelSpec(
         family="cnn", input_shape=(1, 16, 16), num_classes=2, exit=2, options={"channels": (64, 1)}
     )
-    assert by_segment(spec)[2, 2].frozen_bytes == 4 * 2 * 64 * 16 * 16 * 4
-    assert by_segment(spec)[2, 2].saved_bytes < 4 * 64 * 16 * 16 * 4
+    trained, frozen = by_segment(spec)[2, 2].moments
+    assert frozen.at(4) == 4 * 2 * 64 * 16 * 16 * 4 + 64 * 64 * 9 * 4
+    assert trained.at(4) < 4 * 64 * 16 * 16 * 4
 
 
 def test_bytes_where_a_stage_runs_again_by_hand():
@@ -220,10 +234,10 @@ def test_bytes_where_a_stage_runs_again_by_hand():
     )
     plain, again = by_segment(spec)[1, 2], recomputing(by_segment(spec)[1, 2])
     kept = 4 * 4 * (3 + 5)
-    assert kept < again.saved_bytes < plain.saved_bytes
+    assert kept < saved_bytes(again) < saved_bytes(plain)
     assert again.recompute_flops_per_example == 2 * 3 * 5
     assert again.flops_per_example == plain.flops_per_example + 2 * 3 * 5
-    assert by_segment(spec)[2, 2].recompute_saved_bytes is None
+    assert by_segment(spec)[2, 2].recompute_moments is None
     with pytest.raises(CapacityError, match="nothing to run again"):
         recomputing(again)
 
@@ -237,12 +251,12 @@ def test_the_coordinators_levers_count(plan):
     assert by_segment(CNN, replace(wide, micro_batch=64), num_examples=100)[1, 2] == found
     again = by_segment(CNN, replace(wide, recompute=True), num_examples=100)[1, 2]
     assert again == recomputing(found)
-    assert again.saved_bytes < found.saved_bytes
+    assert saved_bytes(again) < saved_bytes(found)
 
 
 def test_a_batch_is_no_larger_than_the_data():
     few = by_segment(CNN, replace(PLAN, batch_size=64), num_examples=4)[1, 2]
-    assert few.saved_bytes == by_segment(CNN)[1, 2].saved_bytes
+    assert few.moments == by_segment(CNN)[1, 2].moments
 
 
 def test_an_exit_without_weight_costs_no_backward_pass():
@@ -367,16 +381,14 @@ def test_counting_leaves_nothing_behind(family):
 
 
 def test_the_most_at_once_by_hand():
-    """Stages 1, 2 and the last hold 50, 20, 10 of 85 bytes, 5 are inputs; their largest tensors are
-    40, 15, 4: 85 + 4 as the last one begins, 75 + 15 without its, 55 + 40 at the first."""
-    sizes = {"all": 85, "inputs": 5, "1": 50, "2": 20, "0": 10}
-    sizes |= {"widest 1": 40, "widest 2": 15, "widest 0": 4}
-    twice = {name: 2 * size for name, size in sizes.items()}
-    assert costs.Saved(sizes, twice).at(costs.FEW) == 55 + 40
-    assert costs.Saved(sizes, twice).at(5 * costs.FEW) == 5 * (55 + 40)
-    assert costs.Saved(sizes, twice).at(0) == 0
-    assert costs.Saved(sizes, twice).recomputed_at(costs.FEW) == 5 + 50 + 40
-    assert costs.Saved(sizes, sizes | {"widest 1": 4}).at(costs.FEW) == 55 + 40  # none of it grows
+    """Stages 1, 2 and the last hold 50, 20, 10 of 86 bytes, 1, 2 and 3 are inputs; their largest
+    tensors are 40, 15, 4: 86 + 4 as the last one begins, 76 + 15 without its, 56 + 40 at the first.
+    Where stages run again: 6 + 10 + 4, 3 + 20 + 15, 1 + 50 + 40."""
+    sizes = Counter({"stages": 3, "all": 86, "input 1": 1, "input 2": 2, "input 3": 3})
+    sizes.update({"1": 50, "2": 20, "0": 10, "widest 1": 40, "widest 2": 15, "widest 0": 4})
+    order = (costs.LAST, 2, 1)
+    assert [costs._whole(sizes, number) for number in order] == [90, 91, 96]
+    assert [costs._again(sizes, number) for number in order] == [20, 38, 91]
 
 
 def test_a_wide_first_stage_needs_its_gradient_beside_what_is_saved():

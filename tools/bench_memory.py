@@ -35,6 +35,7 @@ import msgspec
 import numpy as np
 import psutil
 
+from edge_sdk.capacity import saved_bytes
 from edge_sdk.child import TrainerProcess
 from edge_sdk.data import save_shard
 from edge_sdk.examples import Examples
@@ -207,7 +208,7 @@ def trainer_job(spec: ModelSpec, plan: Plan, data: Path) -> Figures:
         assert isinstance(message, Update), message
         after = footprint(pid)
     copies = 1 + {"adam": 2, "sgd": 0}[plan.optimizer]  # the gradients and their moments
-    needed = cost.download_bytes + copies * cost.gradient_bytes + cost.saved_bytes
+    needed = cost.download_bytes + copies * cost.gradient_bytes + saved_bytes(cost)
     return {
         "rss_mb": ready["rss_mb"],
         "peak_mb": max(after["peak_mb"], ready["peak_mb"]),

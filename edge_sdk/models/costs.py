@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -18,7 +19,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from edge_sdk.capacity import ALLOWANCE, ERROR, SegmentCost, in_parts, recomputing
+from edge_sdk.capacity import ALLOWANCE, ERROR, Moment, SegmentCost, in_parts, recomputing
 from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
@@ -144,16 +145,20 @@ def _cost(
     frozen = list(model.stages[: first - 1])
     with FlopCounter() as frozen_flops:
         features, widest = _freeze(frozen, moved(torch.zeros(FEW, *spec.input_shape), "cpu"))
-    saved = saved_bytes(stages, heads, named, features, weights, plan)
+    whole, again = moments(stages, heads, named, features, weights, plan)
     with FlopCounter() as flops:
         _forward(stages, heads, named, features, weights, plan)
     with FlopCounter() as again_flops, torch.no_grad():
         nn.Sequential(*stages[:-1])(features)
-    in_one, fixed = saved.at(batch), saved.at(0)
-    again, again_fixed = saved.recomputed_at(batch), saved.recomputed_at(0)
     gradient_bytes = num_bytes(named.values())
     download_bytes = num_bytes(held[name] for name in needed)
     is_reused = bool(frozen) and plan.epochs > 1  # the features
+    # the frozen stages, before anything is saved; their kernels copy weights, too
+    reordered = widest_bytes(p for stage in frozen for p in stage.parameters())
+    beside = [Moment(fixed_bytes=reordered, example_bytes=widest / FEW)]
+    if plan.optimizer == "adam":
+        beside.append(Moment(fixed_bytes=gradient_bytes))  # the root of its second moment
+    is_gain = max(m.at(batch, 1) for m in again) < max(m.at(batch, 1) for m in whole)
     cost = SegmentCost(
         first=first,
         last=last,
@@ -161,13 +166,8 @@ def _cost(
         load_bytes=num_bytes(held.values()) + download_bytes,
         gradient_bytes=gradient_bytes,
         optimizer_bytes=optimizer_copies(plan) * gradient_bytes,
-        root_bytes=gradient_bytes if plan.optimizer == "adam" else 0,
-        widest_bytes=widest_bytes(named.values()),
-        saved_bytes=in_one,
-        fixed_bytes=fixed,
-        recompute_saved_bytes=again if again < in_one else None,
-        recompute_fixed_bytes=again_fixed,
-        frozen_bytes=widest * batch // FEW,
+        moments=(*whole, *beside),
+        recompute_moments=(*again, *beside) if is_gain else None,
         cache_bytes=num_bytes([features]) * num_examples // FEW if is_reused else 0,
         runtime_bytes=runtime_bytes,
         batch_size=batch,
@@ -184,7 +184,7 @@ def _cost(
 
 def _as_planned(cost: SegmentCost, plan: Plan) -> SegmentCost:
     """With the levers that the coordinator's plan sets for every device."""
-    if plan.recompute and cost.recompute_saved_bytes is not None:
+    if plan.recompute and cost.recompute_moments is not None:
         cost = recomputing(cost)
     return in_parts(cost, plan.micro_batch) if 0 < plan.micro_batch < cost.batch_size else cost
 
@@ -201,10 +201,11 @@ def of_whole_step(model: StagedModel, plan: Plan, x: Tensor) -> tuple[int, int]:
     weight."""
     named = dict(model.named_parameters())
     weights = exit_weights(plan, 1, len(model.stages))
-    saved = saved_bytes(model.stages, model.exits, named, x[:FEW].clone(), weights, plan).at(len(x))
+    whole, _ = moments(model.stages, model.exits, named, x[:FEW].clone(), weights, plan)
+    most = max(moment.at(len(x), 1) for moment in whole)
     gradient_bytes = num_bytes(named.values())
     held = num_bytes(model.tensors().values()) + optimizer_copies(plan) * gradient_bytes
-    return held, saved + gradient_bytes + widest_bytes(named.values())
+    return held, most + gradient_bytes
 
 
 def widest_bytes(tensors: Iterable[Tensor]) -> int:
@@ -243,51 +244,56 @@ def _freeze(frozen: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
     return features, widest
 
 
-class Saved:
-    """Bytes that autograd saves for a step of FEW examples and of twice as many: every storage once
-    and the parameters not at all. A stage's backward pass makes a gradient as large as its largest
-    activation, when what later stages saved is gone. Where stages are run again, their inputs are
-    kept, and beside them what the last stage, or one that runs again, holds."""
-
-    def __init__(self, few: dict[str, int], twice: dict[str, int]) -> None:
-        self._few, self._twice = few, twice
-
-    def at(self, batch: int) -> int:
-        """Their most at once, gradient included."""
-        left = most = self._grown("all", batch)
-        for name in self._stages():
-            most = max(most, left + self._grown(f"widest {name}", batch))
-            left -= self._grown(name, batch)
-        return most
-
-    def recomputed_at(self, batch: int) -> int:
-        held = [self._grown(n, batch) + self._grown(f"widest {n}", batch) for n in self._stages()]
-        return self._grown("inputs", batch) + max(held, default=0)
-
-    def _stages(self) -> list[str]:
-        """In the order of the backward pass."""
-        earlier = sorted(
-            (int(n) for n in self._few if n.isdigit() and int(n) != LAST), reverse=True
-        )
-        return [str(number) for number in (LAST, *earlier)]
-
-    def _grown(self, name: str, batch: int) -> int:
-        few, twice = self._few.get(name, 0), self._twice.get(name, 0)
-        return max(0, few + (twice - few) * (batch - FEW) // FEW)
-
-
-def saved_bytes(
+def moments(
     stages: nn.ModuleList,
     heads: nn.ModuleList,
     named: dict[str, nn.Parameter],
     features: Tensor,
     weights: Sequence[float],
     plan: Plan,
-) -> Saved:
-    """features: (FEW, ...), what the first of the stages takes."""
+) -> tuple[list[Moment], list[Moment]]:
+    """Of a backward pass: one for each stage, from the last to the first; and the same where stages
+    are run again. features: (FEW, ...), what the first of the stages takes. How bytes grow with the
+    batch is seen in steps of FEW examples and of twice as many."""
     few = _saved(stages, heads, named, features, weights, plan)
-    twice = moved(torch.cat([features, features]), "cpu")
-    return Saved(few, _saved(stages, heads, named, twice, weights, plan))
+    more = moved(torch.cat([features, features]), "cpu")
+    twice = _saved(stages, heads, named, more, weights, plan)
+    order = [LAST, *range(len(stages) - 1, 0, -1)]
+    largest = [widest_bytes([*stages[-1].parameters(), *heads.parameters()])]
+    largest += [widest_bytes(stages[number - 1].parameters()) for number in order[1:]]
+
+    def growing(bytes_of: Callable[[Counter[str], int], int]) -> list[Moment]:
+        found = []
+        for number, weight_bytes in zip(order, largest, strict=True):
+            grown = bytes_of(twice, number) - bytes_of(few, number)
+            found.append(
+                Moment(
+                    fixed_bytes=bytes_of(few, number) - grown,
+                    example_bytes=grown / FEW,
+                    weight_bytes=weight_bytes,
+                )
+            )
+        return found
+
+    return growing(_whole), growing(_again)
+
+
+def _whole(sizes: Counter[str], number: int) -> int:
+    """A stage's backward pass makes a gradient as large as the stage's largest activation, when
+    what later stages saved is gone."""
+    later = (
+        0
+        if number == LAST
+        else sizes[f"{LAST}"] + sum(sizes[f"{n}"] for n in range(number + 1, sizes["stages"]))
+    )
+    return sizes["all"] - later + sizes[f"widest {number}"]
+
+
+def _again(sizes: Counter[str], number: int) -> int:
+    """Beside what a stage holds that runs again are its input and those of the stages before it."""
+    up_to = sizes["stages"] if number == LAST else number
+    inputs = sum(sizes[f"input {n}"] for n in range(1, up_to + 1))
+    return inputs + sizes[f"{number}"] + sizes[f"widest {number}"]
 
 
 def _saved(
@@ -297,9 +303,11 @@ def _saved(
     features: Tensor,
     weights: Sequence[float],
     plan: Plan,
-) -> dict[str, int]:
-    """In one step: "all" bytes; the stages' "inputs"; by stage (LAST for all that follows) what is
-    saved beside those, a stage's own output, made a second time, included; its "widest" tensor."""
+) -> Counter[str]:
+    """Bytes that autograd saves in one step, every storage once and the parameters not at all:
+    "all"; by stage (LAST for all that follows) what is saved beside the stages' inputs, a stage's
+    own output, made a second time, included; its "widest" tensor; each stage's "input". And how
+    many "stages" there are."""
     storages: dict[int, tuple[int, int]] = {}  # address: bytes, and the stage that saved them
     own = {parameter.untyped_storage()._cdata for parameter in named.values()}
     inputs: list[torch.UntypedStorage] = []
@@ -321,12 +329,13 @@ def _saved(
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = _forward(stages, heads, named, features, weights, plan, enter)
-    kept = {storage._cdata: storage.nbytes() for storage in inputs}
-    sizes = {"all": sum(size for size, _ in storages.values()), "inputs": sum(kept.values())}
+    sizes = Counter(stages=len(stages), all=sum(size for size, _ in storages.values()))
+    sizes.update({f"input {n}": storage.nbytes() for n, storage in enumerate(inputs, 1)})
+    kept = {storage._cdata for storage in inputs}
     for address, (size, stage) in storages.items():
         if address not in kept or (stage != LAST and address != inputs[stage - 1]._cdata):
-            sizes[str(stage)] = sizes.get(str(stage), 0) + size
-            sizes[f"widest {stage}"] = max(sizes.get(f"widest {stage}", 0), size)
+            sizes[f"{stage}"] += size
+            sizes[f"widest {stage}"] = max(sizes[f"widest {stage}"], size)
     del loss  # the graph, which kept the storages alive
     return sizes
 
