@@ -19,6 +19,7 @@ import csv
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,12 @@ MODELS = {
     "cnn": ModelSpec(
         family="cnn", input_shape=(3, 96, 96), num_classes=10, exit=3,
         options={"channels": (64, 128, 256)},
+    ),
+    # not looked at while predictions were made
+    "resnet18": ModelSpec(family="resnet18", input_shape=(3, 32, 32), num_classes=10, exit=3),
+    "cnn-112": ModelSpec(
+        family="cnn", input_shape=(3, 112, 112), num_classes=10, exit=3,
+        options={"channels": (48, 96, 192)},
     ),
 }  # fmt: skip
 SEGMENTS = ((1, 1), (1, 2), (1, 3), (2, 2), (3, 3))
@@ -209,9 +216,10 @@ def main() -> int:
 def write(path: Path, rows: Sequence[Result]) -> None:
     from tools.experiments import git, machine
 
+    command = shlex.join(["python", "-m", "tools.bench_choice", *sys.argv[1:]])
     commit = git("rev-parse", "--short=10", "HEAD")
     with path.open("w", newline="") as file:
-        file.write(f"# python -m tools.bench_choice; commit {commit}; {machine()}\n")
+        file.write(f"# {command}; commit {commit}; {machine()}\n")
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
