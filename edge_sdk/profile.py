@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 PAGE_COUNTS = ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
 NO_LIMIT_V1 = 2**60  # cgroup v1 writes "no limit" as a huge page-aligned number
+# Left free beside a trainer: parts of a job in the agent's hands, the kernel's page tables. A job
+# predicted to the byte was killed without (tools/bench_choice.py, resnet18, 370 MB).
+SPARE_BYTES = 4 * 1024**2
 # What a message may hold as text: no control characters, no line or paragraph separators.
 PLAIN_TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
 Text = Annotated[str, Meta(max_length=200, pattern=PLAIN_TEXT)]
@@ -95,7 +98,10 @@ def memory(
 ) -> tuple[int, int, Bound]:
     """Total bytes of the host, bytes a trainer may use in all, and which bound decided that."""
     total, available = host_memory(root)
-    return total, *least_bound(available, cgroup_bytes_left(root), cap_bytes, own_bytes)
+    left = cgroup_bytes_left(root)
+    host_bytes = max(0, available - SPARE_BYTES)
+    cgroup_bytes = None if left is None else max(0, left - SPARE_BYTES)
+    return total, *least_bound(host_bytes, cgroup_bytes, cap_bytes, own_bytes)
 
 
 def host_memory(root: Path = ROOT) -> tuple[int, int]:

@@ -156,8 +156,19 @@ KIB = "MemTotal: 948304 kB\nMemFree: 100000 kB\nBuffers: 20000 kB\nCached: 30000
 def test_host_memory(tmp_path, text, expected):
     lay_out(tmp_path, {"proc/meminfo": text})
     assert profile.host_memory(tmp_path) == expected
-    total, available, bound = profile.memory(root=tmp_path)
-    assert (total, available, bound) == (*expected, "host")
+    total, available = expected
+    assert profile.memory(root=tmp_path) == (total, available - 4 * MiB, "host")
+
+
+def test_a_spare_is_left_of_host_and_group_but_not_of_a_cap(tmp_path):
+    group = {f"{V2}/a/memory.max": 50 * MiB, f"{V2}/a/memory.current": 20 * MiB}
+    files = {"proc/meminfo": "MemTotal: 100 kB\nMemAvailable: 90 kB", "proc/self/cgroup": "0::/a"}
+    assert profile.memory(root=lay_out(tmp_path / "tiny", files))[1:] == (0, "host")
+    files["proc/meminfo"] = "MemTotal: 90000 kB\nMemAvailable: 90000 kB"
+    root = lay_out(tmp_path / "board", files | group)
+    assert profile.memory(root=root)[1:] == (26 * MiB, "cgroup")
+    assert profile.memory(own_bytes=MiB, root=root)[1:] == (27 * MiB, "cgroup")
+    assert profile.memory(cap_bytes=25 * MiB, root=root)[1:] == (25 * MiB, "cap")
 
 
 @pytest.mark.parametrize(
