@@ -25,7 +25,7 @@ from coordinator.config import RunConfig
 from coordinator.evaluate import Personalised, personalised_accuracy, split_holdout
 from coordinator.sampling import job_seed
 from coordinator.store import Store
-from edge_sdk.capacity import peak_bytes
+from edge_sdk.capacity import in_model, peak_bytes
 from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.examples import MIN_BATCH
@@ -234,14 +234,16 @@ def client_costs(store: Store) -> dict[int, dict[str, int]]:
     shallowest = min(exit for _, exit, _, _ in trained)
     examples = max(2, sum(row[3] for row in trained) // len(trained))
     found = segment_costs(config.model, config.plan(config.rounds), examples, 0)
-    peaks = {f"{cost.first}-{cost.last}": peak_bytes(cost) for cost in found}
+    cost_of = {f"{cost.first}-{cost.last}": cost for cost in found}
     costs: dict[int, dict[str, int]] = {}
     for round, exit, segments, num_examples in trained:
         entry = costs.setdefault(round, {"stages_trained": 0, "peak_memory_bytes": 0})
+        deepest = max(map(cost_of.__getitem__, segments.split(",")), key=lambda cost: cost.last)
         for segment in segments.split(","):
             first, last = map(int, segment.split("-"))
             work = num_examples * (last - first + 1) * config.epochs
             entry["stages_trained"] += work
             if exit == shallowest:
-                entry["peak_memory_bytes"] = max(entry["peak_memory_bytes"], peaks[segment])
+                peak = peak_bytes(in_model(cost_of[segment], deepest))
+                entry["peak_memory_bytes"] = max(entry["peak_memory_bytes"], peak)
     return costs

@@ -15,9 +15,10 @@ from secrets import token_hex
 import zmq
 from msgspec.structs import replace
 
-from edge_sdk import __version__, events
+from edge_sdk import events
 from edge_sdk.agent_options import AgentOptions, Senses
-from edge_sdk.agent_state import HELLO_S, REFUSED_S, RESTART_S, State
+from edge_sdk.agent_state import HELLO_S, REFUSED_S, RESTART_S, State, hello
+from edge_sdk.capacity import SegmentCost
 from edge_sdk.child import TrainerProcess
 from edge_sdk.chooser import Chooser, told
 from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError, VersionError
@@ -36,26 +37,21 @@ from edge_sdk.pipe import (
 from edge_sdk.profile import DeviceProfile
 from edge_sdk.transport import Link, Payload
 from edge_sdk.wire import (
-    PROTOCOL,
     Accepted,
     Bye,
     Fault,
     Fetch,
     Heartbeat,
-    Hello,
     Job,
     Message,
     Part,
     Phase,
-    Ready,
     Update,
     Welcome,
 )
 
 log = logging.getLogger(__name__)
 HELLO_MAX_S = 15.0
-REFUSED_MAX_S = 120.0
-RESTART_MAX_S = 60.0
 FATAL = {"version": LinkError, "admission": LinkError, "data": DataError}
 
 
@@ -152,9 +148,7 @@ class Agent:
         if self._trainer and self._trainer.end_if_stuck(self._pulse.silent_s(now)):
             self._on_trainer_death(self._trainer)
         if state.restart_at is not None and now >= state.restart_at:
-            state.restart_at = None
-            self._pulse.heard(now)
-            self._trainer = self._options.start_trainer(measure_compute=False)
+            self._restart_trainer(now)
         if state.reopen_at is not None:
             if now >= state.reopen_at:
                 state.reopen_at = None
@@ -184,18 +178,9 @@ class Agent:
 
     def _say_hello(self, inspected: Inspected, now: float) -> None:
         state = self._state
-        hello = Hello(
-            protocol=PROTOCOL,
-            client_id=self._options.client_id,
-            session=self._session,
-            profile=self._profile(),
-            num_examples=inspected.num_examples,
-            input_shape=inspected.input_shape,
-            num_classes=inspected.num_classes,
-            round=state.job.round if state.job else 0,
-            software=f"edge-sdk {__version__}",
-        )
-        is_said = self._link.send(hello)
+        round = state.job.round if state.job else 0
+        profile, client_id = self._profile(), self._options.client_id
+        is_said = self._link.send(hello(client_id, self._session, profile, inspected, round))
         if not is_said and not state.is_told:
             log.info("coordinator %s not reached yet; waiting for it", self._link.endpoint)
             state.is_told = True
@@ -232,20 +217,22 @@ class Agent:
                 self._tell(events.lost(said, logging.INFO))
 
     def _on_welcome(self, welcome: Welcome) -> None:
-        state, before = self._state, self._state.terms
+        state, before, is_first = self._state, self._state.terms, self._state.welcome is None
         self._tell(events.connected(welcome))
         state.welcome = state.terms = welcome
         state.hello_pause_s, state.refused_pause_s, state.is_told = HELLO_S, REFUSED_S, False
         state.next_heartbeat = time.monotonic() + welcome.heartbeat_s
+        is_same = before and (before.model, before.plan) == (welcome.model, welcome.plan)
+        if not is_same:
+            self._chooser = Chooser()
         if before is not None and before.run != welcome.run and state.job:
             log.warning("round %d belongs to run %s; dropped", state.job.round, before.run)
             self._end_job()
-        if before is None or (before.model, before.plan) != (welcome.model, welcome.plan):
-            self._chooser = Chooser()
-            self._to_trainer(Estimate(model=welcome.model, plan=welcome.plan))
-        else:
+        if is_same:
             self._tell_choice(is_repeated=True)
-        if state.job:
+        else:
+            self._count_costs()
+        if state.job and is_first:  # several hellos may have been said, and are all answered
             state.retries += 1
             self._to_trainer(Resume())
 
@@ -280,12 +267,10 @@ class Agent:
     def _on_refusal(self, refusal: str) -> None:
         """A handshake that cannot succeed as things are: say so once a try, and back off."""
         state = self._state
-        pause = f"next try in {state.refused_pause_s:.0f} s"
+        pause = f"next try in {state.put_off_reopening():.0f} s"
         self._tell(events.failed(f"{self._link.endpoint}: {refusal}; {pause}", LinkError.code))
         self._link.close()
         state.welcome = None
-        state.reopen_at = time.monotonic() + state.refused_pause_s
-        state.refused_pause_s = min(REFUSED_MAX_S, state.refused_pause_s * 2)
 
     def _end_job(self) -> None:
         """Done, refused or dropped: the trainer forgets it, the device is ready again."""
@@ -307,8 +292,7 @@ class Agent:
             self._on_inspected(message)
         elif isinstance(message, Estimated):
             if state.terms and message.model == state.terms.model:
-                self._chooser.costs = message.costs
-                self._tell_choice(is_repeated=True)
+                self._on_counted(message.costs)
         elif isinstance(message, Fault):
             self._on_trainer_fault(message)
         elif state.job is None or getattr(message, "round", 0) != state.job.round:
@@ -336,7 +320,19 @@ class Agent:
             inspected = replace(inspected, gflops=known.gflops, layer_s=known.layer_s)
         state.inspected = inspected
         if not is_first and state.terms:
-            self._to_trainer(Estimate(model=state.terms.model, plan=state.terms.plan))
+            self._count_costs()
+
+    def _count_costs(self) -> None:
+        terms = self._state.terms
+        assert terms is not None
+        self._to_trainer(Estimate(model=terms.model, plan=terms.plan))
+
+    def _on_counted(self, costs: tuple[SegmentCost, ...], excuse: str = "") -> None:
+        terms = self._state.terms
+        assert terms is not None
+        available = self._profile().memory_available_bytes
+        self._chooser.counted(costs, terms.model.exit, available, excuse)
+        self._tell_choice(is_repeated=True)
 
     def _on_trainer_fault(self, fault: Fault) -> None:
         state = self._state
@@ -347,8 +343,8 @@ class Agent:
         self._tell(events.failed(f"training failed: {fault.detail}", fault.code, fault.round))
         if state.job and fault.round == state.job.round:
             self._fail_job(fault.code, fault.detail, is_memory=fault.code == "capacity")
-        elif state.job is None:
-            self._link.send(Ready(exit=0, reason=fault.detail))
+        elif not fault.round and state.terms:  # costs could not be counted
+            self._on_counted((), fault.detail)
 
     def _on_trainer_death(self, trainer: TrainerProcess) -> None:
         """Report it, choose less if it was killed at work, start another after a pause."""
@@ -356,17 +352,25 @@ class Agent:
         if state.inspected is None:
             when = "before it had read its data; ask edge-sdk doctor why"
             raise TrainerError(f"the training process {cause} {when}")
-        pause = f"another in {state.restart_pause_s:.0f} s"
+        pause = f"another in {state.put_off_restart():.0f} s"
         round = state.job.round if state.job else 0
         self._tell(events.failed(f"the training process {cause}; {pause}", "trainer", round))
         self._trainer = None
-        state.restart_at = time.monotonic() + state.restart_pause_s
-        state.restart_pause_s = min(RESTART_MAX_S, state.restart_pause_s * 2)
         self._chooser.costs = ()  # until the next one has counted them, no exit can be trained
         if state.job:
             detail = f"the training process {cause}"
             self._fail_job("trainer", detail, is_memory="signal 9" in cause)
         self._tell_choice()
+
+    def _restart_trainer(self, now: float) -> None:
+        state = self._state
+        state.restart_at = None
+        self._pulse.heard(now)
+        try:
+            self._trainer = self._options.start_trainer(measure_compute=False)
+        except TrainerError as error:
+            pause = f"again in {state.put_off_restart():.0f} s"
+            self._tell(events.failed(f"{error}; {pause}", error.code))
 
     def _fail_job(self, code: str, detail: str, *, is_memory: bool) -> None:
         job = self._state.job
@@ -386,15 +390,18 @@ class Agent:
     def _tell_choice(self, is_repeated: bool = False) -> None:
         """Choose for memory and conditions now; tell the coordinator when it changed."""
         state, inspected = self._state, self._state.inspected
-        is_counting = not self._chooser.costs and self._chooser.choice is None  # a new model's
+        chooser = self._chooser
+        is_counting = not (chooser.costs or chooser.excuse or chooser.choice)  # a new model's
         if state.welcome is None or inspected is None or is_counting:
             return
         profile, allowance = self._senses.look(self._profile())
+        if chooser.should_recount(profile.memory_available_bytes):
+            self._count_costs()
         state.is_resting = allowance.work == "none"
-        is_new = self._chooser.choose(profile, state.welcome, inspected.num_examples, allowance)
-        choice = self._chooser.choice
+        is_new = chooser.choose(profile, state.welcome, inspected.num_examples, allowance)
+        choice = chooser.choice
         assert choice is not None
-        if is_new and (choice.exit or self._chooser.costs):
+        if is_new and (choice.exit or chooser.costs):
             self._tell(events.chosen(choice, is_resting=state.is_resting))
         if is_new or is_repeated:
             self._link.send(told(choice))

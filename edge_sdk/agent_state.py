@@ -5,12 +5,33 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from edge_sdk import __version__
 from edge_sdk.pipe import Inspected
-from edge_sdk.wire import Job, Welcome
+from edge_sdk.profile import DeviceProfile
+from edge_sdk.wire import PROTOCOL, Hello, Job, Welcome
 
 HELLO_S = 2.0  # between attempts to be welcomed, grows to HELLO_MAX_S
 REFUSED_S = 10.0  # pause after a refused handshake, doubles to REFUSED_MAX_S
 RESTART_S = 1.0  # pause before another trainer, doubles to RESTART_MAX_S
+REFUSED_MAX_S = 120.0
+RESTART_MAX_S = 60.0
+
+
+def hello(
+    client_id: str, session: str, profile: DeviceProfile, inspected: Inspected, round: int
+) -> Hello:
+    """round: of the job in hand, 0 if there is none."""
+    return Hello(
+        protocol=PROTOCOL,
+        client_id=client_id,
+        session=session,
+        profile=profile,
+        num_examples=inspected.num_examples,
+        input_shape=inspected.input_shape,
+        num_classes=inspected.num_classes,
+        round=round,
+        software=f"edge-sdk {__version__}",
+    )
 
 
 @dataclass
@@ -37,6 +58,20 @@ class State:
     restart_pause_s: float = RESTART_S
     is_resting: bool = False  # too hot or the battery too low for any job
     is_told: bool = False  # "not reached yet" has been said
+
+    def put_off_reopening(self) -> float:
+        """Seconds until the link is opened again, more every time."""
+        pause_s = self.refused_pause_s
+        self.reopen_at = time.monotonic() + pause_s
+        self.refused_pause_s = min(REFUSED_MAX_S, 2 * pause_s)
+        return pause_s
+
+    def put_off_restart(self) -> float:
+        """Seconds until another trainer is started, more every time."""
+        pause_s = self.restart_pause_s
+        self.restart_at = time.monotonic() + pause_s
+        self.restart_pause_s = min(RESTART_MAX_S, 2 * pause_s)
+        return pause_s
 
     def doing(self, endpoint: str) -> str:
         """One line for a person, the same as long as nothing changes."""

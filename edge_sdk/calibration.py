@@ -165,6 +165,6 @@ def _read(path: Path) -> Calibration | None:
         return msgspec.json.decode(path.read_bytes(), type=Calibration)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         log.warning("calibration %s cannot be used and is made again: %s", path, error)
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import msgspec
 from msgspec.structs import replace
@@ -102,8 +103,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """exit: the deepest e whose prefix (1, e) fits, 0 if none does. stages: deeper ones that would
     each fit alone, with everything before frozen. prefix_s, stage_s: what prefix and stages take;
-    0 where compute was not measured. A job of several takes the sum, and the memory of the largest:
-    one is trained after the other. reason: what limits, one line."""
+    0 where compute was not measured. A job of several takes the sum, and the memory of the largest
+    row: one is trained after the other, in one model, which is as deep as the deepest of `stages`.
+    reason: what limits, one line."""
 
     exit: int
     stages: tuple[int, ...]
@@ -138,6 +140,11 @@ def uncached(cost: SegmentCost) -> SegmentCost:
         num_layers=cost.num_layers + FORWARD * cost.num_frozen_layers,
         num_frozen_layers=0,
     )
+
+
+def in_model(cost: SegmentCost, deepest: SegmentCost) -> SegmentCost:
+    """The same segment in a job whose deepest is another: the weights up to that one lie there."""
+    return replace(cost, parameter_bytes=max(cost.parameter_bytes, deepest.parameter_bytes))
 
 
 def in_parts(cost: SegmentCost, micro_batch: int) -> SegmentCost:
@@ -240,31 +247,43 @@ def choose_exit(
     num_examples: int,
     epochs: int,
 ) -> Choice:
-    """The deepest exit that fits in memory and, with a deadline (None or 0: none), in time.
+    """The deepest exit that fits in memory and, with a deadline (None or 0: none), in time; then
+    the deepest stage alone, and what else, that leaves room for it in one job.
 
     A shallower exit need not fit: an exit is one classifier on wide features and may cost more than
     a deeper one. The order of `costs` does not matter. Raises CapacityError for an empty list."""
-    rows = tuple(_judge(cost, profile, deadline_s, num_examples, epochs) for cost in costs)
-    prefixes = sorted((row for row in rows if row.first == 1), key=lambda row: row.last)
+    judge = partial(
+        _judge, profile=profile, deadline_s=deadline_s, num_examples=num_examples, epochs=epochs
+    )
+    by_name = {(cost.first, cost.last): cost for cost in costs}
+    rows = {name: judge(cost) for name, cost in by_name.items()}
+    prefixes = sorted((row for row in rows.values() if row.first == 1), key=lambda row: row.last)
     if not prefixes:
         raise CapacityError("no exit was costed, so none can be chosen; count segment_costs first")
     chosen = max((row.last for row in prefixes if row.is_feasible), default=0)
-    alone = sorted(
-        (r for r in rows if r.is_feasible and r.first == r.last and r.first > max(chosen, 1)),
-        key=lambda row: row.first,
-    )
-    prefix_s = next((row.seconds for row in prefixes if row.last == chosen), None)
     deeper = [row for row in prefixes if row.last > chosen]
+    prefix = [(1, chosen)] if chosen else []
+    alone = sorted(
+        n for n, row in rows.items() if n[0] == n[1] > max(chosen, 1) and row.is_feasible
+    )
+    stages: list[int] = []
+    for deepest in reversed(alone):
+        names = [*prefix, *(name for name in alone if name <= deepest)]
+        job = {name: judge(in_model(by_name[name], by_name[deepest])) for name in names}
+        if all(job[name].is_feasible for name in prefix):
+            rows |= job
+            stages = [n[0] for n in names[len(prefix) :] if job[n].is_feasible]
+            break
     reason = f"exit {chosen} is the deepest of the model"
     if deeper:
         reason = f"exit {deeper[0].last} {deeper[0].reason}"
     return Choice(
         exit=chosen,
-        stages=tuple(row.first for row in alone),
-        prefix_s=prefix_s or 0.0,
-        stage_s=tuple(row.seconds or 0.0 for row in alone),
+        stages=tuple(stages),
+        prefix_s=sum(rows[name].seconds or 0.0 for name in prefix),
+        stage_s=tuple(rows[stage, stage].seconds or 0.0 for stage in stages),
         reason=reason,
-        rows=rows,
+        rows=tuple(rows.values()),
     )
 
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from edge_sdk.capacity import TRAINER_ENVIRONMENT
+from edge_sdk.errors import TrainerError
 from edge_sdk.notify import SILENT_S, THRASHING_S
 from edge_sdk.pipe import Pipe, PipeMessage
 from edge_sdk.pressure import STALLED, THRASHED_FAULTS, major_faults, stalled_share
@@ -20,7 +21,8 @@ from edge_sdk.transport import Payload
 
 class TrainerProcess:
     """A running `edge_sdk.worker_main`. Sending never blocks: what the process does not take yet
-    waits here, so that the agent can always read what it says."""
+    waits here, so that the agent can always read what it says. Raises TrainerError where the system
+    starts no process."""
 
     def __init__(
         self,
@@ -44,14 +46,19 @@ class TrainerProcess:
         environment = os.environ | TRAINER_ENVIRONMENT
         if search_path:
             environment["PYTHONPATH"] = os.pathsep.join(search_path)
-        self._process = subprocess.Popen(
-            command,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for the agent, which ends the trainer
-        )
-        theirs.close()
+        try:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the agent, which ends the trainer
+            )
+        except OSError as error:
+            ours.close()
+            raise TrainerError(f"the training process cannot be started: {error}") from error
+        finally:
+            theirs.close()
         self._socket = ours
         self._pipe = Pipe(ours)
         self._outbox: deque[memoryview] = deque()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from msgspec.structs import replace
@@ -23,11 +24,28 @@ class Chooser:
 
     def __init__(self) -> None:
         self.costs: tuple[SegmentCost, ...] = ()
+        self.excuse = ""  # why they could not be counted
+        self._counted_with = math.inf  # memory there was when not all could be
         self.choice: Choice | None = None
         # A predicted peak that exceeds the runtime by more failed for memory. The runtime itself
         # differs a little from trainer to trainer.
         self._bound_bytes: int | None = None
         self._failed_bytes = 0  # memory that was available then
+
+    def counted(
+        self, costs: tuple[SegmentCost, ...], exits: int, available_bytes: int, excuse: str = ""
+    ) -> None:
+        """Costs of a model of so many exits; fewer where memory did not do for counting them."""
+        self.costs, self.excuse = costs, excuse
+        is_complete = len(costs) == 2 * exits - 1
+        self._counted_with = math.inf if is_complete else available_bytes
+
+    def should_recount(self, available_bytes: int) -> bool:
+        """Once when memory has grown since not all could be counted."""
+        if available_bytes <= GROWN * self._counted_with:
+            return False
+        self._counted_with = available_bytes
+        return True
 
     def choose(
         self,
@@ -45,7 +63,7 @@ class Chooser:
 
     def _choose(self, profile: DeviceProfile, welcome: Welcome, num_examples: int) -> Choice:
         if not self.costs:
-            return _nothing("costs are not counted yet")
+            return _nothing(self.excuse or "costs are not counted yet")
         available = profile.memory_available_bytes
         if self._bound_bytes is not None:
             runtime = max(cost.runtime_bytes for cost in self.costs)
@@ -60,6 +78,9 @@ class Chooser:
             )
         except EdgeError as error:
             return _nothing(str(error))
+        if choice.exit == max(cost.last for cost in self.costs) < welcome.model.exit:
+            reason = f"memory did not do for counting what exit {choice.exit + 1} takes"
+            choice = replace(choice, reason=reason)
         if available < profile.memory_available_bytes:
             failed = f"; more than {mebibytes(available)} failed here before"
             return replace(choice, reason=choice.reason + failed)

@@ -79,7 +79,7 @@ def run_install(args: argparse.Namespace) -> int:
         service.own_command(root),
         config,
         systemd_version=service.systemd_version() if root == ROOT else 0,
-        groups=service.existing_groups() if root == ROOT else (),
+        groups=service.existing_groups(root),
     )
     if args.dry_run:
         print(unit, end="")

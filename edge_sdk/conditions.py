@@ -108,7 +108,8 @@ def slowed(profile: DeviceProfile, now: Conditions) -> DeviceProfile:
     or every heartbeat would tell the coordinator other seconds."""
     if not now.is_throttled or now.clock_share is None:
         return profile
-    return replace(profile, gflops=profile.gflops * max(0.1, round(now.clock_share, 1)))
+    share = max(0.1, round(now.clock_share, 1))
+    return replace(profile, gflops=profile.gflops * share, layer_s=profile.layer_s / share)
 
 
 def in_words(now: Conditions) -> str:

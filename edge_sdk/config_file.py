@@ -35,6 +35,7 @@ EXPECTED = {
     "import": 'a list of module names such as ["my_models"]',
 }
 Name = Annotated[str, Meta(min_length=1)]
+Module = Annotated[str, Meta(pattern=r"\A[^\W\d]\w*(\.[^\W\d]\w*)*\Z")]
 FilePath = Annotated[str, Meta(pattern=r"\A/")]
 
 
@@ -45,13 +46,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     data: Annotated[str, Meta(pattern=r"\A(/.*|[^/]+)\Z")] | None = None
     id: Annotated[str, Meta(pattern=CLIENT_NAME)] | None = None
     keys: FilePath | None = None
-    server_key: Name | None = None
+    server_key: Annotated[str, Meta(pattern=r"\A(/.*|\S{40})\Z")] | None = None
     insecure: bool | None = None
     memory_cap: str | None = None
     threads: Annotated[int, Meta(ge=0, le=1024)] | None = None
     device: Annotated[str, Meta(pattern=r"\A(cpu|cuda(:[0-9]+)?)\Z")] | None = None
     ignore_conditions: bool | None = None
-    imports: tuple[Name, ...] | None = msgspec.field(default=None, name="import")
+    imports: tuple[Module, ...] | None = msgspec.field(default=None, name="import")
 
     @property
     def cap_bytes(self) -> int | None:

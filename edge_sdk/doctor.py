@@ -43,7 +43,8 @@ LEAST_DISK = 100 * 1024**2
 CONNECT_S = 5.0
 TORCH_S = 180.0  # a cold start from a slow SD card takes a minute
 TORCH_PROBE = """
-import json, torch
+import json, numpy, torch
+torch.from_numpy(numpy.ones(1))  # fails where torch was built for another numpy
 layer = torch.nn.Conv2d(3, 8, 3)
 layer(torch.ones(2, 3, 8, 8)).sum().backward()
 try:
@@ -74,7 +75,7 @@ def examine(config: Path | None, default_keys: Path) -> Iterator[Finding]:
     yield check_memory(settings.cap_bytes)
     yield check_memory_group()
     yield check_clock(datetime.datetime.now(datetime.timezone.utc))
-    yield check_disk(STATE if STATE.exists() else Path.home())
+    yield check_disk(STATE if os.path.exists(STATE) else default_keys)
     yield check_jetson()
     yield check_conditions()
     is_service = config in (None, DEFAULT_CONFIG) and DEFAULT_CONFIG.exists()
@@ -181,6 +182,7 @@ def check_clock(now: datetime.datetime, root: Path = ROOT) -> Finding:
 
 
 def check_disk(folder: Path) -> Finding:
+    folder = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     free = shutil.disk_usage(folder).free
     found = f"{mebibytes(free)} free at {folder}"
     if free >= LEAST_DISK:
@@ -254,8 +256,8 @@ def check_data(data: str | None, *, is_service: bool) -> Finding:
         return Finding("data", "fail", f"{path} is hidden from the service", f"move it to {STATE}")
     try:
         mode = path.stat().st_mode
-    except OSError as error:
-        return Finding("data", "fail", f"{path}: {error.strerror}", "correct data in the config")
+    except (OSError, ValueError) as error:  # a null byte
+        return Finding("data", "fail", f"{data!r}: {error}", "correct data in the config")
     is_private = is_service and not mode & 0o004 and STATE not in path.parents
     if is_private or not os.access(path, os.R_OK):
         return Finding("data", "fail", f"{path} is not readable for all", f"chmod a+r {path}")
@@ -274,7 +276,9 @@ def check_keys(
     except EdgeError as error:
         return None, Finding("keys", "fail", str(error), _keys_advice(folder))
     secret = (folder / f"{DEVICE_KEYS}.secret").stat()
-    owner = STATE.stat().st_uid if STATE in folder.parents and STATE.exists() else secret.st_uid
+    owner = (
+        STATE.stat().st_uid if STATE in folder.parents and os.path.exists(STATE) else secret.st_uid
+    )
     if secret.st_uid != owner:
         advice = f"chown {owner} {folder}/*: they belong to the service's own user"
         return pair, Finding("keys", "fail", f"{folder} has another owner than {STATE}", advice)
@@ -301,7 +305,7 @@ def check_coordinator(
     try:
         with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no name of a host
         advice = (
             "is it running, is the address right, does a firewall drop it? A device waits for it"
         )

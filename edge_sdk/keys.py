@@ -101,16 +101,21 @@ def read_all_keys(
     keys = read_keys(folder, DEVICE_KEYS)
     if server_key is None:
         return keys, read_key(folder / f"{SERVER_KEYS}.public")
-    if Path(server_key).exists():
+    if _TEXT.fullmatch(server_key) and not os.path.exists(server_key):
+        return keys, check_key(server_key, flag)
+    try:
         return keys, read_key(Path(server_key))
-    return keys, check_key(server_key, flag)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{flag} is neither a key of 40 characters nor its file: {error}"
+        ) from error
 
 
 def read_key(path: Path) -> bytes:
     """One key from a file. Raises ConfigError."""
     try:
         text = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not ASCII, a path with a null byte
         raise ConfigError(
             f"key file {path} cannot be read: {error}; make one with `keys`"
         ) from error

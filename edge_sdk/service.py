@@ -16,6 +16,7 @@ from pathlib import Path
 from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.notify import WATCHDOG_S
+from edge_sdk.sysfs import read_text
 
 ROOT = Path("/")
 NAME = "edge-sdk"
@@ -45,7 +46,8 @@ def unit_text(
     """The unit. command: runs edge-sdk; groups: those that exist here; version 0: not known."""
     is_gpu = (settings.device or "cpu") != "cpu"
     joined = [group for group in groups if is_gpu or group not in GPU_GROUPS]
-    devices = [] if is_gpu else ["PrivateDevices=yes", "DevicePolicy=closed"]
+    # Before systemd 253 ProtectClock allows the clock's device files only: it would hide the GPU's.
+    devices = [] if is_gpu else ["PrivateDevices=yes", "DevicePolicy=closed", "ProtectClock=yes"]
     if joined:
         devices.append(f"SupplementaryGroups={' '.join(joined)}")
     else:
@@ -210,11 +212,9 @@ def shown(properties: Sequence[str]) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
-def existing_groups() -> list[str]:
+def existing_groups(root: Path = ROOT) -> list[str]:
     """Those a service may need to join: for the GPU, and for jetson-stats."""
-    import grp
-
-    known = {entry.gr_name for entry in grp.getgrall()}
+    known = {line.partition(":")[0] for line in read_text(root / "etc/group").splitlines()}
     return [group for group in (*GPU_GROUPS, "jtop") if group in known]
 
 

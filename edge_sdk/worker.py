@@ -42,7 +42,7 @@ from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update
 log = logging.getLogger(__name__)
 WINDOW = 8  # parts asked for ahead: 4 MiB
 PROGRESS_S = 1.0  # between signs of life while training
-IDLE_S = 30.0  # and while waiting for messages
+IDLE_S = 10.0  # and while waiting for messages; well below notify.THRASHING_S
 
 
 class Worker:
@@ -201,8 +201,9 @@ def prepare(
     usable_device(device)
     found = calibrated(calibration, device, may_measure)
     # At every start: speed depends on what else runs.
-    gflops = measure_gflops(device=device) if may_measure else 0.0
-    layer_s = measure_layer_s(device=device) if may_measure else 0.0
+    at_work = torch.get_num_threads()
+    gflops = measure_gflops(threads=at_work, device=device) if may_measure else 0.0
+    layer_s = measure_layer_s(threads=at_work, device=device) if may_measure else 0.0
     return partial(Worker(pipe, examples, device, found).serve, gflops, layer_s)
 
 

@@ -35,9 +35,11 @@ def main() -> int:
         serve = prepare(
             pipe, args.data, args.threads, args.device, args.calibration, args.measure_compute
         )
-    except (EdgeError, ImportError) as error:
+    except Exception as error:  # a torch of another CUDA or numpy, a module of the user's
+        is_known = isinstance(error, EdgeError | ImportError)
+        detail = str(error) if is_known else f"{type(error).__name__}: {error}"
         code = error.code if isinstance(error, EdgeError) else "config"
-        pipe.send(Fault(code=code, detail=str(error)))
+        pipe.send(Fault(code=code, detail=detail))
         return 1
     try:
         serve()

@@ -376,6 +376,11 @@ class ScriptedCoordinator:
                 return received
         raise AssertionError(f"nothing came for {WAIT_S} s")
 
+    def drain(self) -> None:
+        """Pass over what has come: heartbeats of a long pause fill a link, and it is made anew."""
+        while (received := self.hub.receive(0)[1]) is not None:
+            self.route = received.route
+
     def expect(self, kind: type[M]) -> M:
         """The next message but heartbeats, which must be of this type."""
         message = self._next(is_heartbeat_wanted=kind is Heartbeat).message

@@ -78,6 +78,28 @@ def test_peak_is_at_the_moment_of_the_most_activations_and_copies():
     assert peak_bytes(in_parts(wide, 4)) == 640 + 20 + (2 + 4 * 1 + 3 * 30)  # two of its gradient
 
 
+def test_a_deeper_stage_is_offered_only_where_its_weights_leave_room_for_the_prefix():
+    """runtime 500, gradients 20, Adam 40, allowance 1: the prefix saves 200 beside weights of 100,
+    860 in all; stages 2 and 3 save 10 beside weights of 150 and 300: 720 and 870. Beside those
+    weights the prefix takes 910 and 1060, stage 2 beside the weights of 3 takes 870."""
+    step = {"allowance": 1.0, "cache_bytes": 0}
+    costs = [
+        replace(cost(1, 1, 200), **step),
+        replace(cost(2, 2, 10), parameter_bytes=150, **step),
+        replace(cost(3, 3, 10), parameter_bytes=300, **step),
+    ]
+
+    def chosen(memory_bytes: int) -> tuple[int, tuple[int, ...], list[int]]:
+        found = choose(costs, replace(DEVICE, memory_available_bytes=memory_bytes))
+        return found.exit, found.stages, [row.peak_bytes for row in found.rows]
+
+    assert chosen(859) == (0, (2,), [860, 720, 870])
+    assert chosen(909) == (1, (), [860, 720, 870])
+    assert chosen(910) == (1, (2,), [910, 720, 870])
+    assert chosen(1059) == (1, (2,), [910, 720, 870])
+    assert chosen(1060) == (1, (2, 3), [1060, 870, 870])
+
+
 def test_seconds_count_epochs_the_frozen_pass_once_and_both_transfers():
     # 4 examples * (3 epochs * 1e9 + 0.5e9) / 2e9 = 7 s; (1 + 2) bytes at 1 byte/s = 3 s
     assert seconds(cost(1, 1), DEVICE, 4, 3) == pytest.approx(10.0)

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from edge_sdk.capacity import SegmentCost, levers, peak_bytes, pulled
+from edge_sdk.capacity import SegmentCost, levers, peak_bytes
 from edge_sdk.child import TrainerProcess
 from edge_sdk.chooser import Chooser
 from edge_sdk.pipe import Estimate, Estimated, Inspected, PipeMessage, Train
@@ -144,12 +144,8 @@ class Device:
         job = [(1, choice.exit), *((stage, stage) for stage in choice.stages)]
         segments = tuple(Segment(first=first, last=last) for first, last in job)
         plan = chooser.adapted(replace(task.plan, segments=segments))
-        costs = [
-            pulled(cost, row)
-            for cost, row in zip(chooser.costs, choice.rows, strict=True)
-            if (row.first, row.last) in job
-        ]
-        found |= {"trained": job, "predicted_bytes": max(map(peak_bytes, costs))}
+        peaks = [row.peak_bytes for row in choice.rows if (row.first, row.last) in job]
+        found |= {"trained": job, "predicted_bytes": max(peaks)}
         try:
             peak = self._train(job, plan, chooser.cache_bytes(segments))
         except TimeoutError as error:
