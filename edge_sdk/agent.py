@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import time
 from secrets import token_hex
 
@@ -51,7 +50,6 @@ from edge_sdk.wire import (
 )
 
 log = logging.getLogger(__name__)
-HELLO_MAX_S = 15.0
 FATAL = {"version": LinkError, "admission": LinkError, "data": DataError}
 
 
@@ -184,9 +182,7 @@ class Agent:
         if not is_said and not state.is_told:
             log.info("coordinator %s not reached yet; waiting for it", self._link.endpoint)
             state.is_told = True
-        state.next_hello = now + state.hello_pause_s * random.uniform(0.8, 1.2)
-        if is_said:  # nothing left this device otherwise, so nothing is spared by waiting longer
-            state.hello_pause_s = min(HELLO_MAX_S, state.hello_pause_s * 1.3)
+        state.put_off_hello(now, is_said)
 
     def _from_coordinator(self, message: Message, payload: Payload | None) -> None:
         job = self._state.job
@@ -231,7 +227,7 @@ class Agent:
         if is_same:
             self._tell_choice(is_repeated=True)
         else:
-            self._count_costs()
+            self._count_costs(welcome)
         if state.job and is_first:  # several hellos may have been said, and are all answered
             state.retries += 1
             self._to_trainer(Resume())
@@ -292,7 +288,7 @@ class Agent:
             self._on_inspected(message)
         elif isinstance(message, Estimated):
             if state.terms and message.model == state.terms.model:
-                self._on_counted(message.costs)
+                self._on_counted(message.costs, message.model.exit)
         elif isinstance(message, Fault):
             self._on_trainer_fault(message)
         elif state.job is None or getattr(message, "round", 0) != state.job.round:
@@ -320,18 +316,14 @@ class Agent:
             inspected = replace(inspected, gflops=known.gflops, layer_s=known.layer_s)
         state.inspected = inspected
         if not is_first and state.terms:
-            self._count_costs()
+            self._count_costs(state.terms)
 
-    def _count_costs(self) -> None:
-        terms = self._state.terms
-        assert terms is not None
+    def _count_costs(self, terms: Welcome) -> None:
         self._to_trainer(Estimate(model=terms.model, plan=terms.plan))
 
-    def _on_counted(self, costs: tuple[SegmentCost, ...], excuse: str = "") -> None:
-        terms = self._state.terms
-        assert terms is not None
+    def _on_counted(self, costs: tuple[SegmentCost, ...], exits: int, excuse: str = "") -> None:
         available = self._profile().memory_available_bytes
-        self._chooser.counted(costs, terms.model.exit, available, excuse)
+        self._chooser.counted(costs, exits, available, excuse)
         self._tell_choice(is_repeated=True)
 
     def _on_trainer_fault(self, fault: Fault) -> None:
@@ -344,7 +336,7 @@ class Agent:
         if state.job and fault.round == state.job.round:
             self._fail_job(fault.code, fault.detail, is_memory=fault.code == "capacity")
         elif not fault.round and state.terms:  # costs could not be counted
-            self._on_counted((), fault.detail)
+            self._on_counted((), state.terms.model.exit, fault.detail)
 
     def _on_trainer_death(self, trainer: TrainerProcess) -> None:
         """Report it, choose less if it was killed at work, start another after a pause."""
@@ -396,7 +388,7 @@ class Agent:
             return
         profile, allowance = self._senses.look(self._profile())
         if chooser.should_recount(profile.memory_available_bytes):
-            self._count_costs()
+            self._count_costs(state.welcome)
         state.is_resting = allowance.work == "none"
         is_new = chooser.choose(profile, state.welcome, inspected.num_examples, allowance)
         choice = chooser.choice

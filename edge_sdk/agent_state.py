@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from edge_sdk.wire import PROTOCOL, Hello, Job, Welcome
 HELLO_S = 2.0  # between attempts to be welcomed, grows to HELLO_MAX_S
 REFUSED_S = 10.0  # pause after a refused handshake, doubles to REFUSED_MAX_S
 RESTART_S = 1.0  # pause before another trainer, doubles to RESTART_MAX_S
+HELLO_MAX_S = 15.0
 REFUSED_MAX_S = 120.0
 RESTART_MAX_S = 60.0
 
@@ -58,6 +60,13 @@ class State:
     restart_pause_s: float = RESTART_S
     is_resting: bool = False  # too hot or the battery too low for any job
     is_told: bool = False  # "not reached yet" has been said
+
+    def put_off_hello(self, now: float, is_said: bool) -> None:
+        """The next hello is due after a pause that grows where this one left the device: otherwise
+        nothing is spared by waiting longer."""
+        self.next_hello = now + self.hello_pause_s * random.uniform(0.8, 1.2)
+        if is_said:
+            self.hello_pause_s = min(HELLO_MAX_S, self.hello_pause_s * 1.3)
 
     def put_off_reopening(self) -> float:
         """Seconds until the link is opened again, more every time."""

@@ -67,7 +67,10 @@ def test_made_once_and_kept_until_torch_or_board_change(tmp_path, probes, monkey
     assert len(probes) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"made_with": "x", "allowance": 0.5}', b"[1]"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"made_with": "x", "allowance": 0.5}', b"[1]", b'{"made_with": "\xff"}'],
+)
 def test_a_file_that_cannot_be_used_is_replaced(tmp_path, probes, content, caplog):
     cache = tmp_path / "calibration.json"
     cache.write_bytes(content)

@@ -301,3 +301,4 @@ def test_in_words():
 def test_slowed(is_throttled, share, gflops):
     now = Conditions(is_throttled=is_throttled, clock_share=share)
     assert slowed(PROFILE, now).gflops == pytest.approx(gflops)
+    assert slowed(PROFILE, now).layer_s * gflops == pytest.approx(PROFILE.layer_s * PROFILE.gflops)

@@ -51,6 +51,8 @@ def test_an_empty_file_sets_nothing():
         ('insecure = "no"', 'key insecure: got "no", expected true or false'),
         ("ignore_conditions = 1", "key ignore_conditions: got 1, expected true or false"),
         ('import = "mine"', 'key import: got "mine", expected a list of module names'),
+        ('import = [".x"]', "key import: got ['.x'], expected a list of module names"),
+        ('server_key = "server.public"', 'key server_key: got "server.public", expected the coord'),
         ('id = "a b"', 'key id: got "a b", expected a name of 1 to 64 letters'),
         ('data = "here/data.npz"', "key data: got \"here/data.npz\", expected the absolute path"),
         ('keys = "keys"', 'key keys: got "keys", expected the absolute path of the folder'),

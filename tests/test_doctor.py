@@ -102,6 +102,8 @@ def test_clock(tmp_path):
 
 def test_disk(tmp_path, monkeypatch):
     assert doctor.check_disk(tmp_path).outcome == "ok"
+    missing = doctor.check_disk(tmp_path / "no" / "such")
+    assert missing.found.endswith(f"free at {tmp_path}")
     monkeypatch.setattr(doctor, "LEAST_DISK", 2**70)
     assert doctor.check_disk(tmp_path).outcome == "warn"
 
@@ -178,6 +180,7 @@ def test_data(tmp_path):
     assert doctor.check_data(None, is_service=True).outcome == "warn"
     assert doctor.check_data("digits", is_service=True).outcome == "ok"
     assert "No such file" in doctor.check_data(str(file), is_service=False).found
+    assert "null" in doctor.check_data("/a\0b", is_service=False).found
     file.touch(0o600)
     assert doctor.check_data(str(file), is_service=False).outcome == "ok"
     hidden = doctor.check_data("/home/pi/data.npz", is_service=True)
@@ -244,6 +247,9 @@ def test_a_coordinator_that_is_not_there():
     finding = doctor.check_coordinator(nobody, None, is_insecure=False)
     assert finding.outcome == "fail"
     assert "Connection refused" in finding.found
+    nowhere = doctor.check_coordinator("tcp://a..b:5555", None, is_insecure=False)
+    assert nowhere.outcome == "fail"
+    assert "tcp://a..b:5555 is not reached" in nowhere.found
     assert doctor.check_coordinator(None, None, is_insecure=False).outcome == "warn"
 
 

@@ -24,7 +24,7 @@ from msgspec.structs import fields
 
 import edge_sdk
 from coordinator import cohort_zmq, hub, seats
-from edge_sdk import agent, chooser, examples, trainer, transport, wire, worker
+from edge_sdk import agent, agent_state, chooser, examples, trainer, transport, wire, worker
 from edge_sdk.errors import EdgeError
 from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
 from edge_sdk.tensors import DTYPES
@@ -158,12 +158,10 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
     transport: ("PING_MS", "PING_TIMEOUT_MS", "HIGH_WATER"),
     agent: (
         "HELLO_S",
-        "HELLO_MAX_S",
         "REFUSED_S",
-        "REFUSED_MAX_S",
         "RESTART_S",
-        "RESTART_MAX_S",
     ),
+    agent_state: ("HELLO_MAX_S", "REFUSED_MAX_S", "RESTART_MAX_S"),
     chooser: ("GROWN",),
     worker: ("WINDOW",),
     examples: ("MIN_BATCH",),
@@ -208,6 +206,11 @@ def test_examples_leave_no_field_at_its_default(example):
 
 
 # -- PROTOCOL.md -------------------------------------------------------------------------------
+
+
+def test_the_version_is_the_same_wherever_it_stands(text):
+    said = re.findall(r"`protocol` (?:is not|\| int \| required \|) (\d+)", text)
+    assert said == [str(wire.PROTOCOL)] * 4
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from coordinator.admission import Admission, add_client, parse_clients
 from coordinator.hub import Hub
 from edge_sdk import keys
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import KeyPair, check_key, make_keys, read_key, read_keys
+from edge_sdk.keys import KeyPair, check_key, make_keys, read_all_keys, read_key, read_keys
 
 # Two public keys in Z85.
 KEY_A, KEY_B = (
@@ -124,6 +124,21 @@ def test_missing_keys_are_named(tmp_path, file):
     (tmp_path / file).unlink()
     with pytest.raises(ConfigError, match=f"{file} cannot be read"):
         read_keys(tmp_path, "device")
+
+
+def test_the_servers_key_is_a_text_or_a_file(tmp_path):
+    own = make_keys(tmp_path, "device")
+    file = tmp_path / "k"
+    file.write_bytes(KEY_A)
+    for given in (KEY_A.decode(), str(file)):
+        assert read_all_keys(tmp_path, given) == (own, KEY_A)
+
+
+@pytest.mark.parametrize("given", ["/no/such/server.public", "short", "x" * 5000, "/a\0b"])
+def test_what_is_neither_is_named(tmp_path, given):
+    make_keys(tmp_path, "device")
+    with pytest.raises(ConfigError, match="^--server-key is neither a key of 40 characters nor"):
+        read_all_keys(tmp_path, given)
 
 
 def test_blanks_around_a_key_do_not_matter(tmp_path):

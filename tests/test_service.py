@@ -41,6 +41,17 @@ def test_memory_is_the_cap_and_the_agents_share_or_a_part_of_the_machines():
     assert "MemoryMax=80%" in lines(unit_text(Settings(), COMMAND, CONFIG))
 
 
+def test_what_exceeds_the_limit_is_not_swapped():
+    assert "MemorySwapMax=0" in lines(unit_text(Settings(), COMMAND, CONFIG))
+
+
+def test_groups_are_those_of_the_system_that_is_installed_into(tmp_path):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/group").write_text("root:x:0:\nvideo:x:44:pi\nvideos:x:45:\n")
+    assert service.existing_groups(tmp_path) == ["video"]
+    assert service.existing_groups(tmp_path / "nothing") == []
+
+
 def test_pauses_grow_where_systemd_can():
     old, new = (unit_text(Settings(), COMMAND, CONFIG, systemd_version=v) for v in (253, 254))
     assert "RestartSec=30s" in lines(old)
@@ -55,7 +66,9 @@ def test_devices_and_groups_only_where_they_are_needed():
     assert not [line for line in cpu if line.startswith("Supplementary")]
     gpu = lines(unit_text(Settings(device="cuda"), COMMAND, CONFIG, groups=groups))
     assert "SupplementaryGroups=video render" in gpu
-    assert not {"PrivateDevices=yes", "PrivateUsers=yes"} & set(gpu)
+    # ProtectClock would allow no device but clocks where systemd is older than 253
+    assert not {"PrivateDevices=yes", "PrivateUsers=yes", "ProtectClock=yes"} & set(gpu)
+    assert "ProtectClock=yes" in cpu
     jetson = lines(unit_text(Settings(), COMMAND, CONFIG, groups=[*groups, "jtop"]))
     assert "SupplementaryGroups=jtop" in jetson
 
