@@ -8,7 +8,7 @@ import pytest
 from edge_sdk import events
 from edge_sdk.agent_options import AgentOptions, Senses
 from edge_sdk.agent_state import State
-from edge_sdk.capacity import peak_bytes
+from edge_sdk.capacity import in_model, peak_bytes
 from edge_sdk.chooser import Chooser
 from edge_sdk.conditions import FULL, Allowance, Conditions, Zone
 from edge_sdk.pipe import Inspected
@@ -88,7 +88,9 @@ def test_a_low_battery_leaves_the_deeper_stages_out(tmp_path):
             coordinator.welcome(MODEL, WHOLE)
             coordinator.wait_for(Ready, lambda ready: ready.exit == 3)
             costs = device.agent._chooser.costs
-            device.memory_bytes = max(peak_bytes(c) for c in costs if c.first == c.last)
+            single = [cost for cost in costs if cost.first == cost.last]
+            deepest = max(single, key=lambda cost: cost.last)
+            device.memory_bytes = max(peak_bytes(in_model(cost, deepest)) for cost in single)
             all_stages = coordinator.expect(Ready)
             assert all_stages.exit < 3
             assert all_stages.stages
@@ -213,7 +215,7 @@ def test_what_the_device_senses(options, gflops, work):
     made = senses(**options)
     profile, allowance = made.look(made.profile(0, INSPECTED))
     assert profile.gflops == pytest.approx(gflops)
-    assert profile.layer_s == 1e-5
+    assert profile.layer_s == pytest.approx(1e-5 * 20.0 / gflops)
     assert allowance.work == work
 
 
