@@ -193,11 +193,6 @@ def examples_at_once(cost: SegmentCost) -> int:
     return cost.micro_batch or cost.batch_size
 
 
-def saved_bytes(cost: SegmentCost) -> int:
-    """Activations at once, at the most."""
-    return max(moment.at(examples_at_once(cost)) for moment in cost.moments)
-
-
 def peak_bytes(cost: SegmentCost) -> int:
     """Predicted peak of the memory that a trainer needs, see `runtime_bytes`.
 

@@ -28,6 +28,7 @@ from edge_sdk.capacity import (
     in_words,
     levers,
     mebibytes,
+    memory_errors,
     peak_bytes,
     pulled,
     seconds,
@@ -159,14 +160,9 @@ def run_plan(args: argparse.Namespace) -> int:
     from edge_sdk.models.costs import segment_costs
 
     trial = _trial_trainer()
-    costs = segment_costs(
-        spec,
-        plan,
-        num_examples,
-        trial["runtime_bytes"] + data_bytes,
-        allowance=trial["allowance"],
-        error=trial["error"],
-    )
+    runtime_bytes = trial.pop("runtime_bytes") + data_bytes
+    with memory_errors("while counting what the model takes"):
+        costs = segment_costs(spec, plan, num_examples, runtime_bytes, **trial)
     choice = choose_exit(
         costs, profile, deadline_s=args.deadline, num_examples=num_examples, epochs=plan.epochs
     )

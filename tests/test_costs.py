@@ -17,10 +17,10 @@ from edge_sdk.capacity import (
     TRAINER_ENVIRONMENT,
     Moment,
     SegmentCost,
+    examples_at_once,
     in_parts,
     peak_bytes,
     recomputing,
-    saved_bytes,
     uncached,
 )
 from edge_sdk.errors import CapacityError, ConfigError
@@ -41,6 +41,11 @@ def by_segment(
 ) -> dict[tuple[int, int], SegmentCost]:
     found = segment_costs(spec, plan, num_examples, runtime_bytes=1000)
     return {(cost.first, cost.last): cost for cost in found}
+
+
+def saved_bytes(cost: SegmentCost) -> int:
+    """Activations at once, at the most."""
+    return max(moment.at(examples_at_once(cost)) for moment in cost.moments)
 
 
 def test_prefixes_then_single_stages():
@@ -151,6 +156,16 @@ def saved_in_one_step(model, spec: ModelSpec, plan: Plan, batch: int) -> Counter
     return costs._saved(model.stages, model.exits, named, x, [1.0] * spec.exit, plan)
 
 
+def test_autograd_saves_what_a_layer_needs_by_hand():
+    """mlp of one stage, 3 to 5, and its exit, 5 to 2, on 4 examples: the inputs of the layer and of
+    its norm, the output of the ReLU, which the exit takes too, and the log-softmax; of the norm 4
+    statistics of 5 numbers; 4 labels of 8 bytes, and how many there are."""
+    options = {"widths": (5,)}
+    spec = ModelSpec(family="mlp", input_shape=(3,), num_classes=2, exit=1, options=options)
+    found = costs.autograd_bytes(build(spec), PLAN, torch.zeros(4, 3))
+    assert found == 4 * 4 * (3 + 5 + 5 + 2) + 4 * 4 * 5 + 4 * 8 + 4
+
+
 @pytest.mark.parametrize(("shape", "hidden"), [((3, 51), 64), ((9, 40), 24), ((20, 30), 16)])
 def test_saved_bytes_of_lstm_are_near_those_of_the_whole_batch(shape, hidden):
     """Its kernel keeps one block of memory whose size is its own affair."""
@@ -252,6 +267,24 @@ def test_the_coordinators_levers_count(plan):
     again = by_segment(CNN, replace(wide, recompute=True), num_examples=100)[1, 2]
     assert again == recomputing(found)
     assert saved_bytes(again) < saved_bytes(found)
+
+
+def test_what_was_counted_before_memory_ran_out_is_told(monkeypatch):
+    """An allocation that fails by exception counts like a process that was killed."""
+    whole = segment_costs(CNN, PLAN, 10, 1000)
+    real = costs._cost
+
+    def failing(model, spec, segment, *rest):
+        if segment.last >= failing.at:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return real(model, spec, segment, *rest)
+
+    monkeypatch.setattr(costs, "_cost", failing)
+    failing.at = 2
+    assert segment_costs_apart(CNN, PLAN, 10, 1000) == whole[:1]
+    failing.at = 1
+    with pytest.raises(CapacityError, match="the model's costs ran out of memory; free some"):
+        segment_costs_apart(CNN, PLAN, 10, 1000)
 
 
 def test_a_batch_is_no_larger_than_the_data():
@@ -356,8 +389,11 @@ def test_predicted_peak_with_and_without_a_cache():
     spec = ModelSpec(family="cnn", input_shape=(1, 48, 48), num_classes=10, exit=2)
     plan = Plan(segments=(Segment(first=2, last=2),), epochs=2, batch_size=32)
     features_bytes = 2000 * 16 * 24 * 24 * 4  # 74 MB, of data of 18 MB
-    with_it, peak_with_it = predicted_and_measured(spec, plan, 2000, features_bytes)
-    without, peak_without = predicted_and_measured(spec, plan, 2000, features_bytes - 1)
+    for _ in range(3):  # until two processes are alike: a busy kernel may have taken pages of one
+        with_it, peak_with_it = predicted_and_measured(spec, plan, 2000, features_bytes)
+        without, peak_without = predicted_and_measured(spec, plan, 2000, features_bytes - 1)
+        if abs(with_it - without - features_bytes) < 8e6:
+            break
     assert with_it - without == pytest.approx(features_bytes, abs=8e6)  # two processes
     assert peak_with_it - peak_without == pytest.approx(features_bytes, rel=0.1)
     for predicted, peak in [(with_it, peak_with_it), (without, peak_without)]:

@@ -35,7 +35,6 @@ import msgspec
 import numpy as np
 import psutil
 
-from edge_sdk.capacity import saved_bytes
 from edge_sdk.child import TrainerProcess
 from edge_sdk.data import save_shard
 from edge_sdk.examples import Examples
@@ -188,10 +187,16 @@ def training(
 
 def trainer_job(spec: ModelSpec, plan: Plan, data: Path) -> Figures:
     """One job in a fresh training process. needed_mb: what the bound adds to torch's import."""
-    from edge_sdk.models import initial_tensors
+    import torch
+
+    from edge_sdk.models import build, initial_tensors
+    from edge_sdk.models.costs import autograd_bytes
+    from edge_sdk.models.staged import moved
     from edge_sdk.tensors import Sender
 
     sender = Sender(initial_tensors(spec, 0))
+    batch = moved(torch.zeros(plan.batch_size, *spec.input_shape), "cpu")
+    saved_bytes = autograd_bytes(build(spec).ready("cpu"), plan, batch)
     with trainer_process(data) as (trainer, pid):
         assert isinstance(heard(trainer), Inspected)
         ready = footing(pid)
@@ -208,7 +213,7 @@ def trainer_job(spec: ModelSpec, plan: Plan, data: Path) -> Figures:
         assert isinstance(message, Update), message
         after = footprint(pid)
     copies = 1 + {"adam": 2, "sgd": 0}[plan.optimizer]  # the gradients and their moments
-    needed = cost.download_bytes + copies * cost.gradient_bytes + saved_bytes(cost)
+    needed = cost.download_bytes + copies * cost.gradient_bytes + saved_bytes
     return {
         "rss_mb": ready["rss_mb"],
         "peak_mb": max(after["peak_mb"], ready["peak_mb"]),

@@ -19,7 +19,15 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from edge_sdk.capacity import ALLOWANCE, ERROR, Moment, SegmentCost, in_parts, recomputing
+from edge_sdk.capacity import (
+    ALLOWANCE,
+    ERROR,
+    Moment,
+    SegmentCost,
+    in_parts,
+    memory_errors,
+    recomputing,
+)
 from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
@@ -74,7 +82,7 @@ def segment_costs_apart(
     error: float = ERROR,
 ) -> tuple[SegmentCost, ...]:
     """`segment_costs`, counted in a forked child, so that this process stays as it is. Segments are
-    missing that the child was killed for, most likely for memory: training them takes more.
+    missing that memory did not do for: training them takes more.
 
     Families registered here are known there. The child computes on one thread, as a fork loses the
     others. With CUDA autograd's threads forbid it: such boards have the memory to count here.
@@ -100,10 +108,10 @@ def segment_costs_apart(
         raise ConfigError(f"costs of model {spec.family!r} cannot be counted: {said}")
     counted = [msgspec.json.decode(line, type=SegmentCost) for line in lines[:-1]]
     if not counted:
-        raise CapacityError(
-            f"counting the model's costs was killed by signal {-status}, likely for memory; free "
-            "some or raise the limit"
+        end = (
+            f"was killed by signal {-status}, likely for memory" if status else "ran out of memory"
         )
+        raise CapacityError(f"counting the model's costs {end}; free some or raise the limit")
     return tuple(replace(cost, allowance=allowance, error=error) for cost in _in_order(counted))
 
 
@@ -115,10 +123,13 @@ def _count_and_exit(writer: int, count: Callable[[], Iterator[SegmentCost]]) -> 
         torch.set_num_threads(1)
         with os.fdopen(writer, "wb") as pipe:
             try:
-                for cost in count():
-                    pipe.write(msgspec.json.encode(cost) + b"\n")
-                    pipe.flush()
+                with memory_errors("while counting costs"):
+                    for cost in count():
+                        pipe.write(msgspec.json.encode(cost) + b"\n")
+                        pipe.flush()
                 status = 0
+            except CapacityError:
+                status = 0  # what was counted is there, as if this process had been killed
             except Exception as error:  # a user's family may raise anything
                 pipe.write((str(error) or repr(error)).replace("\n", " ").encode())
     finally:
@@ -206,6 +217,13 @@ def of_whole_step(model: StagedModel, plan: Plan, x: Tensor) -> tuple[int, int]:
     gradient_bytes = num_bytes(named.values())
     held = num_bytes(model.tensors().values()) + optimizer_copies(plan) * gradient_bytes
     return held, most + gradient_bytes
+
+
+def autograd_bytes(model: StagedModel, plan: Plan, x: Tensor) -> int:
+    """What autograd saves for a step of the whole model on a batch x (B, ...)."""
+    named = dict(model.named_parameters())
+    weights = exit_weights(plan, 1, len(model.stages))
+    return _saved(model.stages, model.exits, named, x, weights, plan)["all"]
 
 
 def widest_bytes(tensors: Iterable[Tensor]) -> int:

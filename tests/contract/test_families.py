@@ -6,7 +6,6 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from edge_sdk.capacity import saved_bytes
 from edge_sdk.errors import ConfigError, EdgeError, ShapeError
 from edge_sdk.models import FAMILIES, build, initial_tensors
 from edge_sdk.models.costs import segment_costs
@@ -119,7 +118,14 @@ def test_costs_of_every_segment_can_be_counted(family):
     found = segment_costs(spec, Plan(segments=(Segment(first=1, last=3),), batch_size=4), 9, 0)
     assert [(c.first, c.last) for c in found] == [(1, 1), (1, 2), (1, 3), (2, 2), (3, 3)]
     for cost in found:
-        assert min(saved_bytes(cost), cost.flops_per_example, cost.num_layers) > 0
+        assert (
+            min(
+                max(moment.at(4) for moment in cost.moments),
+                cost.flops_per_example,
+                cost.num_layers,
+            )
+            > 0
+        )
         assert (cost.frozen_flops_per_example > 0) == (cost.first > 1)
 
 
