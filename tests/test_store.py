@@ -126,7 +126,9 @@ def test_a_folder_that_is_gone_is_one_line(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(StoreError, match=r"round 2 could not be saved in .*Not a directory"):
         commit(store, 2)
-    with pytest.raises(StoreError, match=r"model\.safetensors cannot be written: .*Not a directory"):
+    with pytest.raises(
+        StoreError, match=r"model\.safetensors cannot be written: .*Not a directory"
+    ):
         store.write_model(cnn(), {"w": torch.zeros(1)})
     store.close()
 
