@@ -337,7 +337,7 @@ def _checkpoint_name(round: int) -> str:
 def _write_checkpoint(
     path: Path, state: Mapping[str, Tensor], about: dict[str, str] | None = None
 ) -> None:
-    """Whole or not at all. safetensors from 0.8 writes to a file of its own in the same folder, with
+    """Whole or not at all. safetensors from 0.8 writes a file of its own in the same folder, with
     mode 0600: a killed run leaves it, and another user, who exports the run, could not read it."""
     draft = path.with_name(path.name + ".new")
     for stale in (draft, *path.parent.glob(SAFETENSORS_DRAFT)):  # a run has one writer, this one
