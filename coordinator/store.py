@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import astuple, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,6 +28,7 @@ from coordinator.cohort import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig, read_config
 from coordinator.methods.base import Metrics
 from edge_sdk.errors import StoreError
+from edge_sdk.exported import is_there
 from edge_sdk.tensors import Tensors
 from edge_sdk.trainer import clock, since
 from edge_sdk.wire import ModelSpec, Phase, Segment
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 VERSION = 2
 KEPT_CHECKPOINTS = 2
 DATABASE = "run.sqlite"
+SAFETENSORS_DRAFT = ".tmp" + 6 * "[0-9A-Za-z]"
 SCHEMA = """
 CREATE TABLE runs (version INTEGER, run TEXT, created_utc TEXT, config TEXT, kind TEXT);
 CREATE TABLE clients (client_id TEXT PRIMARY KEY, exit INTEGER, stages TEXT,
@@ -79,7 +82,7 @@ class Store:
     @classmethod
     def create(cls, folder: Path, config: RunConfig, kind: str) -> Store:
         """Start a run in `folder`. Raises StoreError if one is there already."""
-        if (folder / DATABASE).exists():
+        if is_there(folder / DATABASE):
             raise StoreError(
                 f"{folder} holds a run already; go on with --resume or choose another --run-dir"
             )
@@ -102,7 +105,7 @@ class Store:
     @classmethod
     def resume(cls, folder: Path) -> Store:
         """Open the run in `folder`. Raises StoreError: none there, another version, corrupt."""
-        if not (folder / DATABASE).exists():
+        if not is_there(folder / DATABASE):
             raise StoreError(f"{folder} holds no run; start one without --resume")
         try:
             with closing(sqlite3.connect(folder / DATABASE, timeout=30)) as db:
@@ -231,12 +234,12 @@ class Store:
             self._db.commit()
         except (OSError, sqlite3.Error, SafetensorError) as error:
             self.rollback()
-            (self.folder / (name + ".new")).unlink(missing_ok=True)
             raise StoreError(
                 f"round {round} could not be saved in {self.folder}: {error}; free space or make "
                 f"it writable; {self.way_on(round)}"
             ) from error
-        (self.folder / _checkpoint_name(round - KEPT_CHECKPOINTS)).unlink(missing_ok=True)
+        with suppress(OSError):  # the round is final, whether or not this can be deleted
+            (self.folder / _checkpoint_name(round - KEPT_CHECKPOINTS)).unlink()
         return totals
 
     def write_model(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Path:
@@ -334,11 +337,23 @@ def _checkpoint_name(round: int) -> str:
 def _write_checkpoint(
     path: Path, state: Mapping[str, Tensor], about: dict[str, str] | None = None
 ) -> None:
+    """Whole or not at all. safetensors from 0.8 writes a file of its own in the same folder, with
+    mode 0600: a killed run leaves it, and another user, who exports the run, could not read it."""
     draft = path.with_name(path.name + ".new")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft, about)
-    with open(draft, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    for stale in (draft, *path.parent.glob(SAFETENSORS_DRAFT)):  # a run has one writer, this one
+        with suppress(OSError):
+            stale.unlink()
+    try:
+        draft.touch()  # with the mode that the umask allows
+        mode = stat.S_IMODE(draft.stat().st_mode)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft, about)
+        with open(draft, "rb+") as file:
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        with suppress(OSError):  # after the rename there is none; a read-only disk keeps it
+            draft.unlink()
     _sync_folder(path.parent)
 
 

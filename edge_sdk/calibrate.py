@@ -82,7 +82,7 @@ def calibrate(
     EarlyExit.load raises."""
     folder = Path(folder)
     engine = EarlyExit.load(folder, threshold=NEVER, measure=measure, threads=threads)
-    answers = answers_of(engine, x, y)
+    answers = answers_of(engine, x, y, [measure])[measure]
     points = curve(answers, exit_seconds(engine, x))
     deepest = answers.accuracies()[-1]
     point, wanted = choose(points, deepest, accuracy, accuracy_loss, latency_s)
@@ -155,12 +155,16 @@ def curve(answers: Answers, exit_s: Sequence[float], grid: Sequence[float] = GRI
     return points
 
 
-def answers_of(engine: EarlyExit, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Answers:
-    """Run every example through every stage. Raises DataError for labels that do not fit."""
-    labels = checked_labels(x, y, engine.model)
-    logits = engine.all_exits(x)
-    reached = np.stack([confidences(part, engine.measure) for part in logits])
-    return Answers(logits.argmax(2).astype(np.int64), reached, labels)
+def answers_of(
+    engine: EarlyExit, x: npt.NDArray[Any], y: npt.NDArray[Any], measures: Sequence[Measure]
+) -> dict[Measure, Answers]:
+    """By each measure, from one run of every example through every stage. Raises DataError for
+    labels that do not fit."""
+    true = checked_labels(x, y, engine.model)
+    logits = engine.all_exits(x)  # (exits, n, K)
+    labels = logits.argmax(2).astype(np.int64)
+    reached = {one: np.stack([confidences(part, one) for part in logits]) for one in measures}
+    return {one: Answers(labels, reached[one], true) for one in measures}
 
 
 def checked_labels(x: npt.NDArray[Any], y: npt.NDArray[Any], model: ExportedModel) -> Ints:

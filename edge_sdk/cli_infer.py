@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -42,7 +43,7 @@ def run_export(args: argparse.Namespace) -> int:
         import_module(module)
     from edge_sdk.export import cut, export, prefix, read_weights
 
-    if args.source.is_dir():
+    if os.path.isdir(args.source):  # Path.is_dir raises on what cannot be looked at
         if args.exit is None:
             raise ConfigError(f"{args.source} is exported already; give --exit to cut it")
         model = cut(args.source, args.exit, args.out)

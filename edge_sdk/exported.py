@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -79,7 +79,7 @@ class Calibration(Struct, frozen=True, kw_only=True):
 
 def read_model(folder: Path) -> ExportedModel:
     """Raises StoreError: no exported model there, corrupt, or of another version."""
-    if not (folder / MODEL).is_file():
+    if not is_there(folder / MODEL):
         raise StoreError(
             f"{folder}: no {MODEL} there, expected a folder made by edge-sdk export or "
             "edge-coordinator export"
@@ -91,7 +91,7 @@ def read_calibration(folder: Path, model: ExportedModel) -> Calibration | None:
     """None if the model was never calibrated here. Raises StoreError: corrupt, of another version
     or of another model."""
     path, step = folder / CALIBRATION, "run edge-sdk calibrate again"
-    if not path.exists():
+    if not is_there(path):
         return None
     found = _read(path, Calibration, step)
     wanted = sha256_of(_bytes(folder / MODEL, step))
@@ -119,7 +119,7 @@ def write_struct(path: Path, value: Struct) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Whole or not at all. Raises StoreError."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = path.parent / f".{path.name}.{os.getpid()}.tmp"  # with_name refuses "."
     try:
         with draft.open("wb") as file:
             file.write(content)
@@ -127,10 +127,26 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk this fails too
+            draft.unlink()
         raise StoreError(f"{path} cannot be written: {error}; free space or choose another") from (
             error
         )
+
+
+def is_there(path: Path) -> bool:
+    """Raises StoreError where nobody can tell, as in a folder that may not be read; `exists` then
+    raises a foreign error or says no, by the version of Python."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be looked at: {error.strerror}; give another path, or this user the "
+            "right to it"
+        ) from error
+    return True
 
 
 def sha256_of(content: bytes) -> str:
@@ -140,7 +156,7 @@ def sha256_of(content: bytes) -> str:
 def check_target(folder: Path) -> None:
     """Raise StoreError unless an exported model may be written there: nothing is there yet, or an
     empty folder, or an exported model and nothing else."""
-    if not folder.exists():
+    if not is_there(folder):
         return
     strange = [name for name in _names(folder) if not _is_ours(name)]
     if strange:
@@ -153,9 +169,13 @@ def check_target(folder: Path) -> None:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """An empty draft beside `folder`, which it replaces at the end; after an error nothing has
-    changed. Raises StoreError as check_target does, or if it cannot be written."""
-    folder = folder.resolve()
+    changed. Raises StoreError as check_target does, or if it cannot be written.
+
+    A folder is replaced by two renames, as not every system can exchange two names at once. If the
+    process is killed between them, `folder` is gone: the old model is beside it in `.NAME.PID.old`,
+    the new one in `.NAME.PID.tmp`, and either can be renamed by hand."""
     check_target(folder)
+    folder = folder.resolve()
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
@@ -169,7 +189,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise StoreError(f"{folder} cannot be written: {error}; choose another folder") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        if folder.exists():
+        with suppress(OSError):  # where it cannot be brought back, it is not deleted either
+            if not folder.exists():
+                os.rename(old, folder)
             shutil.rmtree(old, ignore_errors=True)
 
 

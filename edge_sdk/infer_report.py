@@ -7,7 +7,6 @@ import io
 import logging
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,7 +32,7 @@ def write_report(
 
     x: (n, *input_shape), y: (n,); about: what they are, for the heading. Raises StoreError where
     the folder cannot be written, and what EarlyExit.predict and calibrate raise."""
-    answers = {one: answers_of(replace(engine, measure=one), x, y) for one in MEASURES}
+    answers = answers_of(engine, x, y, MEASURES)
     exit_s = exit_seconds(engine, x)
     curves = {measure: curve(answers[measure], exit_s) for measure in MEASURES}
     alone = list(zip(answers["softmax"].accuracies(), exit_s, strict=True))

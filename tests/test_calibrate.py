@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_sdk.calibrate import GRID, Answers, calibrate, choose, curve, exit_seconds
+from edge_sdk.calibrate import GRID, Answers, answers_of, calibrate, choose, curve, exit_seconds
 from edge_sdk.cli import main
 from edge_sdk.data import save_shard
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.export import export
-from edge_sdk.infer import NEVER, EarlyExit
+from edge_sdk.infer import NEVER, EarlyExit, confidences
+from edge_sdk.infer_report import write_report
 from edge_sdk.models import initial_tensors
 from tests.helpers import cnn, examples, two_exits
 
@@ -140,6 +141,29 @@ def test_every_exit_is_timed_by_what_it_runs(model):
     slow = replace(engine, sessions=(engine.sessions[0], Slow(engine.sessions[1])))
     first_s, second_s = exit_seconds(slow, x, runs=5)
     assert 0 < 3 * first_s < second_s
+
+
+def test_one_run_of_the_data_serves_every_measure(model, tmp_path):
+    """Timing runs examples one by one; what runs all three at once is counted."""
+
+    class Counted:
+        def __init__(self, session):
+            self.session, self.sizes = session, []
+
+        def run(self, names, inputs):
+            self.sizes.append(len(inputs["input"]))
+            return self.session.run(names, inputs)
+
+    folder, x = model
+    engine, y = EarlyExit.load(folder), np.array([0, 0, 1])
+    sessions = tuple(map(Counted, engine.sessions))
+    write_report(replace(engine, sessions=sessions), x, y, tmp_path / "report", "three")
+    assert [[size for size in one.sizes if size > 1] for one in sessions] == [[3], [3]]
+    both = answers_of(engine, x, y, ["softmax", "entropy"])
+    for measure, found in both.items():
+        by_hand = [confidences(logits, measure) for logits in engine.all_exits(x)]
+        assert np.array_equal(found.confidences, by_hand)
+        assert found.labels.tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
 # -- the command line --------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import psutil
 import pytest
 from scipy import stats
 
-from tools.experiments import main
+from tools import experiments
+from tools.experiments import Cell, main
 from tools.figures import MAX_LINES, Point, alpha_order, even_chunks, panels_of
-from tools.grids import GRIDS
+from tools.grids import GRIDS, Setting
 from tools.tables import STUDENT_T, all_rows, interval, read_rows, table_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,6 +154,25 @@ def test_table_from_rows_is_that_from_results(tmp_path: Path):
     assert lines[0] == "# python tools/experiments.py table; commit 0123456789+, x86_64"
     assert lines[1].startswith("data,regime,alpha,label,seeds,served,")
     assert len(lines) == 4
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.md"])
+@pytest.mark.parametrize("to", [[], ["--to", "DIR"], ["--to", "LINK"]], ids=str)
+def test_a_table_does_not_overwrite_its_own_rows(tmp_path: Path, capsys, name, to):
+    folder, link = tmp_path / "rows", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    write(folder, "owners-mean", 0, served_at(0.5))
+    rows = folder / name
+    assert main(["rows", "--out", str(folder), "--csv", str(rows)]) == 0
+    before, there = rows.read_bytes(), sorted(folder.iterdir())
+    flags = [{"DIR": str(folder), "LINK": str(link)}.get(flag, flag) for flag in to]
+    assert main(["table", "--csv", str(rows), *flags]) == 1
+    assert capsys.readouterr().err == (
+        f"experiments: --csv {rows} would be overwritten; give another folder as --to\n"
+    )
+    assert (rows.read_bytes(), sorted(folder.iterdir())) == (before, there)
+    assert main(["table", "--csv", str(rows), "--to", str(tmp_path / "other")]) == 0
 
 
 def test_rows_of_an_earlier_folder_are_kept_on_request(tmp_path: Path):
@@ -315,6 +336,34 @@ def test_results_are_kept_and_other_flags_refused(tmp_path: Path, capsys, monkey
     (tmp_path / f"{name}.json").unlink()  # a record alone: the run was interrupted
     assert main([*command, "--dry-run"]) == 0
     assert capsys.readouterr().out.strip().endswith(flags)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_every_cell_names_the_commit_that_it_starts_from(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    cell = Cell("digits", "default", Setting("digits", "even", "0.5", ""), 0, ())
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", *who, *words]
+        done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def record() -> tuple[object, object]:
+        made = cell.record()
+        return made["commit"], made["is_dirty"]
+
+    git("init")
+    heads = []
+    for text in ("first", "second"):
+        (tmp_path / "code.py").write_text(text)
+        git("add", "code.py")
+        git("commit", "-m", text)
+        heads.append(git("rev-parse", "HEAD"))
+        assert record() == (heads[-1], False)
+    assert heads[0] != heads[1]
+    (tmp_path / "code.py").write_text("third")
+    assert record() == (heads[1], True)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sqlite3
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +107,8 @@ def test_full_disk_keeps_the_last_round(tmp_path, monkeypatch, where):
     monkeypatch.setattr(*target[where], full)
     with pytest.raises(StoreError, match=r"round 2 .*No space left.*--resume at round 2"):
         commit(store, 2)
+    with pytest.raises(StoreError, match=r"model\.safetensors cannot be written: .*No space left"):
+        store.write_model(cnn(), {"w": torch.zeros(1)})
     monkeypatch.undo()
     assert store.next_round() == 2
     assert store.load_checkpoint()["w"].item() == 1.0
@@ -112,6 +116,81 @@ def test_full_disk_keeps_the_last_round(tmp_path, monkeypatch, where):
     commit(store, 2)  # space was made
     assert store.next_round() == 3
     store.close()
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path):
+    """Its place taken by a plain file, below which not even deleting works."""
+    store = Store.create(tmp_path / "run", config("owners-mean"), "serve")
+    commit(store, 1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").write_text("")
+    with pytest.raises(StoreError, match=r"round 2 could not be saved in .*Not a directory"):
+        commit(store, 2)
+    with pytest.raises(
+        StoreError, match=r"model\.safetensors cannot be written: .*Not a directory"
+    ):
+        store.write_model(cnn(), {"w": torch.zeros(1)})
+    store.close()
+
+
+def test_a_read_only_disk_is_one_line(tmp_path, monkeypatch):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    commit(store, 1)
+
+    def refused(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(store_module, "save_file", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(StoreError, match=r"round 2 .*Read-only file system.*--resume at round 2"):
+        commit(store, 2)
+    store.close()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(tmp_path):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    commit(store, 1)
+    (tmp_path / "round-000001.safetensors").unlink()
+    (tmp_path / "round-000001.safetensors").mkdir()
+    commit(store, 2)
+    commit(store, 3)
+    assert store.next_round() == 4
+    store.close()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_every_file_has_the_mode_that_the_umask_allows(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        store = Store.create(tmp_path, config("owners-mean"), "serve")
+        commit(store, 1)
+        store.write_model(cnn(), {"w": torch.zeros(1)})
+        (tmp_path / "plain").touch()
+        store.close()
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    for name in ("round-000001.safetensors", "model.safetensors"):
+        assert modes[name] == modes["plain"] == 0o666 & ~mask
+
+
+def test_what_a_kill_while_writing_left_is_deleted(tmp_path):
+    """The draft of safetensors, and ours, by a run that goes on; not by who only reads."""
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    commit(store, 1)
+    store.close()
+    for name in (".tmpa1B2c3", "round-000002.safetensors.new", ".tmp-of-somebody"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / "round-000002.safetensors.new").chmod(0o600)
+    again = Store.resume(tmp_path)
+    assert (tmp_path / ".tmpa1B2c3").exists(), "the run may be in progress: its own draft"
+    commit(again, 2)
+    again.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".tmp-of-somebody", "round-000001.safetensors", "round-000002.safetensors", "run.sqlite",
+    ]  # fmt: skip
+    plain = (tmp_path / ".tmp-of-somebody").stat().st_mode
+    assert (tmp_path / "round-000002.safetensors").stat().st_mode == plain
 
 
 def test_truncated_checkpoint_is_a_clear_error(tmp_path):
@@ -157,6 +236,13 @@ def test_wrong_folders_say_so(tmp_path):
     (tmp_path / "b" / "run.sqlite").write_bytes(b"not a database at all" * 100)
     with pytest.raises(StoreError):
         Store.resume(tmp_path / "b")
+
+
+def test_a_folder_that_cannot_be_looked_at_is_one_line(tmp_path):
+    long = tmp_path / ("x" * 300)  # of no file system's names: even root cannot look at it
+    for open_run in (Store.resume, lambda path: Store.create(path, config("owners-mean"), "serve")):
+        with pytest.raises(StoreError, match="cannot be looked at: File name too long; give"):
+            open_run(long)
 
 
 def test_folder_that_cannot_be_made(tmp_path):

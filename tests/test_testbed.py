@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -9,10 +10,13 @@ import signal
 import pytest
 from msgspec.structs import replace
 
+from coordinator.cli import add_serve_command
+from coordinator.cli_arguments import settle
+from coordinator.defaults import METHODS, MOMENTUM
 from edge_sdk.boards import save_board
 from edge_sdk.profile import measure, measured_board
 from tests.processes import Running, kill_marked, marked, read_rows, wait_until
-from tools.testbed import main
+from tools.testbed import main, make_parser, serve_command
 
 FLAGS = ["--devices", "jetson-nano=1,raspberry-pi-4=2", "--examples", "240", "--epochs", "1"]
 NAMES = {"jetson-nano-1", "raspberry-pi-4-1", "raspberry-pi-4-2"}
@@ -110,6 +114,21 @@ def test_bad_flags_are_one_line(tmp_path, capsys, flags, said):
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_coordinator_runs_a_method_with_its_own_settings(tmp_path, method):
+    def served(*flags):
+        given = make_parser().parse_args(["--method", method, *flags])
+        parser = argparse.ArgumentParser()
+        add_serve_command(parser.add_subparsers())
+        return vars(settle(parser, serve_command(given, tmp_path, 3, 0.0)))
+
+    assert METHODS["hypemefed"].items() >= MOMENTUM.items(), "or this shows nothing"
+    own = served()
+    assert {name: own[name] for name in METHODS[method]} == METHODS[method]
+    plain = served("--server-momentum", "0", "--server-lr", "1")
+    assert (plain["server_momentum"], plain["server_lr"]) == (0.0, 1.0)
 
 
 def test_a_run_dir_in_use_is_refused(tmp_path, capsys):

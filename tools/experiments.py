@@ -276,9 +276,9 @@ def stop(running: Sequence[Job]) -> None:
             job.log.unlink(missing_ok=True)
 
 
-@cache
 def origin() -> dict[str, object]:
-    """Commit, whether tracked files differ from it, and machine."""
+    """Commit, whether tracked files differ from it, and machine. Asked anew for every cell: a grid
+    takes hours, and each run starts from the files as they are then."""
     commit = git("rev-parse", "HEAD")
     is_dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
     return {"commit": commit, "is_dirty": is_dirty, "machine": machine()}
@@ -295,6 +295,7 @@ def git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+@cache
 def machine() -> str:
     """Architecture, processor and cores, e.g. "x86_64, AMD EPYC 7B13, 2 cores"."""
     try:

@@ -81,6 +81,9 @@ def run_table(args: argparse.Namespace) -> int:
     origins = sorted({f"commit {row['commit']}, {row['machine']}" for row in rows})
     note = f"python tools/experiments.py table; {'; '.join(origins)}"
     folder = args.to or args.out or args.csv.parent
+    for made in (folder / "table.csv", folder / "table.md"):
+        if args.csv and made.exists() and made.samefile(args.csv):
+            raise ConfigError(f"--csv {args.csv} would be overwritten; give another folder as --to")
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "table.csv", lines, note)
     markdown = in_words(lines, is_markdown=True)

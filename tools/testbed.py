@@ -98,8 +98,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=2)
     add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=2e-3)
-    add("--server-momentum", type=float, default=0.0)
-    add("--server-lr", type=float, default=1.0)
+    add("--server-momentum", type=float, help="default: the method's")
+    add("--server-lr", type=float, help="default: the method's")
     add("--deadline", default="auto",
         help="board seconds that a job may take; auto: the least with which every device can train "
         "exit 1; 0: none")  # fmt: skip
@@ -228,23 +228,32 @@ def choose_deadline(args: argparse.Namespace, devices: Sequence[Device]) -> floa
     return 1.05 * slowest
 
 
-@contextlib.contextmanager
-def coordinator(
+def serve_command(
     args: argparse.Namespace, folder: Path, num_devices: int, deadline_s: float
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> list[str]:
+    """Without what was not given: a flag beats the method's own value (defaults.py)."""
     command = [
-        "--method", args.method, "--test", str(folder / "test.npz"), "--rounds", str(args.rounds),
-        "--seed", str(args.seed), "--model", args.model, "--exits", str(args.exits),
-        "--epochs", str(args.epochs), "--batch-size", str(args.batch_size), "--lr", str(args.lr),
-        "--server-momentum", str(args.server_momentum), "--server-lr", str(args.server_lr),
+        "serve", "--method", args.method, "--test", str(folder / "test.npz"),
+        "--rounds", str(args.rounds), "--seed", str(args.seed), "--model", args.model,
+        "--exits", str(args.exits), "--epochs", str(args.epochs),
+        "--batch-size", str(args.batch_size), "--lr", str(args.lr),
         "--listen", "tcp://127.0.0.1:*", "--keys", str(folder / "keys"),
         "--min-clients", str(num_devices), "--deadline", str(deadline_s),
         "--run-dir", str(folder),
     ]  # fmt: skip
     command += [part for option in args.option for part in ("--option", option)]
-    if args.participants is not None:
-        command += ["--participants", str(args.participants)]
-    with process("coordinator.cli", ["serve", *command], folder / "coordinator.log") as child:
+    for flag in ("--participants", "--server-momentum", "--server-lr"):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        command += [] if value is None else [flag, str(value)]
+    return command
+
+
+@contextlib.contextmanager
+def coordinator(
+    args: argparse.Namespace, folder: Path, num_devices: int, deadline_s: float
+) -> Iterator[subprocess.Popen[bytes]]:
+    command = serve_command(args, folder, num_devices, deadline_s)
+    with process("coordinator.cli", command, folder / "coordinator.log") as child:
         yield child
 
 
