@@ -15,7 +15,7 @@ from edge_sdk.capacity import TRAINER_ENVIRONMENT
 from edge_sdk.errors import TrainerError
 from edge_sdk.notify import SILENT_S, THRASHING_S
 from edge_sdk.pipe import Pipe, PipeMessage
-from edge_sdk.pressure import STALLED, THRASHED_FAULTS, major_faults, stalled_share
+from edge_sdk.pressure import Usage, is_thrashing, usage
 from edge_sdk.transport import Payload
 
 
@@ -63,7 +63,7 @@ class TrainerProcess:
         self._pipe = Pipe(ours)
         self._outbox: deque[memoryview] = deque()
         self._verdict = ""
-        self._faults = 0  # major ones up to its last message
+        self._used: Usage | None = None  # up to its last message
 
     def fileno(self) -> int:
         return self._pipe.fileno()
@@ -99,7 +99,7 @@ class TrainerProcess:
     def receive(self) -> tuple[PipeMessage, memoryview]:
         """The next message, waiting for it. Raises EOFError or OSError when the process is gone."""
         received = self._pipe.receive()
-        self._faults = major_faults(self._process.pid)
+        self._used = usage(self._process.pid)
         return received
 
     def own_bytes(self) -> int:
@@ -122,12 +122,11 @@ class TrainerProcess:
         """Stop it if it has said nothing for so long that it does not get on."""
         if silent_s <= min(SILENT_S, THRASHING_S):
             return False
-        faults = major_faults(self._process.pid) - self._faults
-        is_thrashing = faults >= THRASHED_FAULTS or stalled_share() >= STALLED
-        if silent_s <= (THRASHING_S if is_thrashing else SILENT_S):
+        has_thrashed = is_thrashing(self._process.pid, self._used, silent_s)
+        if silent_s <= (THRASHING_S if has_thrashed else SILENT_S):
             return False
         # Signal 9: both count as a lack of memory.
-        why = ", as memory was too short to get on," if is_thrashing else ""
+        why = ", as memory was too short to get on," if has_thrashed else ""
         self._verdict = f"said nothing for {silent_s:.0f} s{why} and was ended by signal 9"
         self._process.kill()
         return True

@@ -4,7 +4,9 @@ no second step in 9 minutes)."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_sdk.sysfs import ROOT, read_text
 
@@ -14,13 +16,36 @@ STALLED = (
 # Pages read back from disk without a sign of progress. Importing torch takes 350 of them; thrashing
 # takes 500 a second from a fast disk.
 THRASHED_FAULTS = 5000
+# A slow disk gives 10 a second (1 MB/s, seen), and the process then hardly computes, which a step of
+# training does all the time.
+WAITED_FAULTS, COMPUTING = 100, 0.2
 
 
-def major_faults(pid: int, root: Path = ROOT) -> int:
-    """Pages that the process had to wait for; 0 where the system does not tell."""
+class Usage(NamedTuple):
+    """Of a process since its start. faults: pages that it had to wait for."""
+
+    faults: int
+    cpu_s: float
+
+
+def usage(pid: int, root: Path = ROOT) -> Usage:
+    """Zeros where the system does not tell."""
     stat = read_text(root / f"proc/{pid}/stat")
     fields = stat.rpartition(")")[2].split()  # the name before it may hold blanks
-    return int(fields[9]) if len(fields) > 9 and fields[9].isdigit() else 0
+    if len(fields) < 13 or not all(fields[place].isdigit() for place in (9, 11, 12)):
+        return Usage(0, 0.0)
+    return Usage(int(fields[9]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+
+
+def is_thrashing(pid: int, before: Usage | None, silent_s: float, root: Path = ROOT) -> bool:
+    """Whether a process that is silent waits for memory. before: its usage when the silence began;
+    None: it has not spoken yet, and may still be reading its libraries."""
+    now, old = usage(pid, root), before or Usage(0, 0.0)
+    faults, computed_s = now.faults - old.faults, now.cpu_s - old.cpu_s
+    is_waiting = faults >= WAITED_FAULTS and computed_s < COMPUTING * silent_s
+    if faults >= THRASHED_FAULTS or (before and is_waiting):
+        return True
+    return stalled_share(root) >= STALLED
 
 
 def stalled_share(root: Path = ROOT) -> float:

@@ -1,13 +1,15 @@
 """Signs of a livelock for memory, from files laid out by hand and from a real process."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from edge_sdk.pressure import major_faults, stalled_share
+from edge_sdk.pressure import Usage, is_thrashing, stalled_share, usage
 
-STAT = "42 (a name) with) R 1 42 42 0 -1 4194304 100 0 {faults} 0 5 6"
+STAT = "42 (a name) with) R 1 42 42 0 -1 4194304 100 0 {faults} 0 {user} {system}"
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def lay_out(root: Path, files: dict[str, str]) -> None:
@@ -20,21 +22,57 @@ def pressure(full: object) -> str:
     return f"some avg10=99.00 avg60=0.00 avg300=0.00 total=1\nfull avg10={full} avg60=0 total=1\n"
 
 
+def stat(faults: object, cpu_s: float = 0.0) -> str:
+    return STAT.format(
+        faults=faults, user=round(0.25 * cpu_s * TICKS), system=round(0.75 * cpu_s * TICKS)
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(STAT.format(faults=321), 321), (STAT.format(faults="x"), 0), ("", 0), ("42 (name) R 1", 0)],
+    [
+        (stat(321, 8.0), (321, 8.0)),
+        (stat("x"), (0, 0.0)),
+        ("", (0, 0.0)),
+        ("42 (name) R 1", (0, 0.0)),
+        (stat(321)[:-2], (0, 0.0)),
+    ],
 )
-def test_major_faults(tmp_path, text, expected):
+def test_usage(tmp_path, text, expected):
     lay_out(tmp_path, {"proc/42/stat": text})
-    assert major_faults(42, tmp_path) == expected
-    assert major_faults(43, tmp_path) == 0
+    assert usage(42, tmp_path) == expected
+    assert usage(43, tmp_path) == (0, 0.0)
 
 
-def test_major_faults_of_a_real_process():
+def test_usage_of_a_real_process():
     if not Path("/proc/self/stat").exists():
         pytest.skip("this system has no /proc")
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    assert major_faults(os.getpid()) >= int(fields[9]) >= 0
+    before, began = usage(os.getpid()), time.process_time()
+    while time.process_time() < began + 0.1:
+        pass
+    assert 0.05 < usage(os.getpid()).cpu_s - before.cpu_s < 1
+    assert before.faults >= 0
+
+
+@pytest.mark.parametrize(
+    ("faults", "cpu_s", "has_spoken", "expected"),
+    [
+        (5000, 40.0, True, True),  # a fast disk; the kernel's search for pages is CPU time, too
+        (4999, 40.0, True, False),
+        (100, 7.9, True, True),  # of 40 s: it waits for a slow disk
+        (100, 8.0, True, False),  # it computes
+        (99, 0.0, True, False),  # it sleeps
+        (4999, 0.0, False, False),  # it reads its libraries from a slow disk
+        (5000, 0.0, False, True),
+    ],
+)
+def test_thrashing(tmp_path, faults, cpu_s, has_spoken, expected):
+    before = Usage(1000, 50.0) if has_spoken else None
+    there = before or Usage(0, 0.0)
+    lay_out(tmp_path, {"proc/42/stat": stat(there.faults + faults, there.cpu_s + cpu_s)})
+    assert is_thrashing(42, before, 40.0, tmp_path) == expected
+    lay_out(tmp_path, {"proc/pressure/memory": pressure("40.00")})
+    assert is_thrashing(42, before, 40.0, tmp_path)
 
 
 def test_the_largest_stall_of_system_and_groups(tmp_path):
