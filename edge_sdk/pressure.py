@@ -16,8 +16,8 @@ STALLED = (
 # Pages read back from disk without a sign of progress. Importing torch takes 350 of them; thrashing
 # takes 500 a second from a fast disk.
 THRASHED_FAULTS = 5000
-# A slow disk gives 10 a second (1 MB/s, seen). The process then hardly computes; in a step of training
-# it does nothing else.
+# A slow disk gives 10 a second (1 MB/s, seen). The process then hardly computes; in a step of
+# training it does nothing else.
 WAITED_FAULTS, COMPUTING = 100, 0.2
 
 
