@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,13 @@ def footing(pid: int) -> Figures:
 
 
 def trainer_of(pid: int) -> int:
-    """The training process that a process has started."""
-    children = psutil.Process(pid).children()
-    (trainer,) = (child for child in children if "edge_sdk.worker_main" in child.cmdline())
-    return int(trainer.pid)
+    """The training process that a process has started; for a moment it has no command line."""
+    for _ in range(100):
+        for child in psutil.Process(pid).children():
+            if "edge_sdk.worker_main" in child.cmdline():
+                return int(child.pid)
+        time.sleep(0.05)
+    raise SystemExit(f"process {pid} has no training process")
 
 
 def free_port() -> int:
