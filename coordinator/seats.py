@@ -105,7 +105,10 @@ class RoundDesk:
 
     def close_late(self) -> None:
         """Count everybody who is still waited for as a straggler and tell them."""
-        for seat in [seat for seat in self._seats.values() if not seat.outcome]:
+        late = [seat for seat in self._seats.values() if not seat.outcome]
+        for seat in late:
+            seat.update = None  # or each one closed would let the next begin its upload
+        for seat in late:
             self._fault(seat.client.id, "late", "the round was closed without this update")
             self._absent(seat, "straggler", "late", "did not return in time")
 

@@ -52,7 +52,7 @@ from edge_sdk.wire import (
     Update,
     encode,
 )
-from tests.helpers import cnn
+from tests.helpers import client, cnn
 from tests.scripted import WAIT_S, Coordinator, Result, ScriptedDevice, floats
 
 FLOATS_PER_PART = PART_BYTES // 4
@@ -1133,6 +1133,24 @@ def test_straggler_with_quorum_not_met(make_coordinator):
     results = round.result(WAIT_S)
     assert_only_these_count(results, good)
     absence_of(results, "bad", "straggler", "late")
+
+
+def test_nobody_begins_to_upload_when_the_round_closes(monkeypatch):
+    monkeypatch.setattr(seats, "UPLOAD_BUDGET_BYTES", 10)
+    sent: list[tuple[str, Message]] = []
+    desk = seats.RoundDesk(1, 0.0, lambda name, message, _: sent.append((name, message)) or True)
+    job = assignment()
+    for name in BOTH:
+        device = SimpleNamespace(name=name, session="1")
+        desk.give(client(name, 3), job, ScriptedDevice.make_hello(device))
+        device.job = sent[-1][1]
+        device.trained = {spec.name: job.tensors[spec.name] for spec in job.returns}
+        desk.on_message(name, Fetch(round=1, first=0, count=1), None)
+        desk.on_message(name, ScriptedDevice.make_update(device), None)
+    sent.clear()
+    desk.close_late()
+    assert [(name, type(message)) for name, message in sent] == [("good", Fault), ("bad", Fault)]
+    assert [type(result) for result in desk.finished] == [Absence, Absence]
 
 
 def test_round_whose_quorum_is_out_of_reach_does_not_wait(make_coordinator):
