@@ -40,7 +40,7 @@ class OwnersMean:
             elif mean.shape != tensor.shape:
                 raise ShapeError(f"{name} is {tuple(tensor.shape)}, expected {tuple(mean.shape)}")
             elif mean.is_floating_point():
-                mean.lerp_(_wide(tensor), weight / total)
+                mean.lerp_(tensor.to(mean.dtype), weight / total)  # what is generated is float32
             else:
                 torch.maximum(mean, tensor, out=mean)
 

@@ -82,6 +82,7 @@ class ZmqCohort:
         self._desk: RoundDesk | None = None
         self._is_assembled = False
         self._listened = time.monotonic()
+        self._num_heard = 0  # messages since the last look after the silent
 
     # -- Cohort ------------------------------------------------------------------------------
 
@@ -121,6 +122,7 @@ class ZmqCohort:
                     returned += isinstance(desk.finished[0], ClientUpdate)
                     self._note(desk.finished[0])
                     yield desk.finished.pop(0)  # no reference stays here
+                    self._num_heard = 0  # messages waited for the caller
                 if desk.is_over:
                     return
                 overdue_s = time.monotonic() - started - deadline_s - self._terms.grace_s
@@ -179,13 +181,21 @@ class ZmqCohort:
         return device is not None and self._hub.send(device.route, message, payload)
 
     def _drain(self) -> None:
-        """Handle what came while nobody listened, a bounded number of messages."""
-        for _ in range(100 * (len(self._devices) + 10)):
-            if not self._pump(0):
+        """Handle what came while nobody listened, a bounded number of messages, up to a result: the
+        caller takes it before what its device says next, as a ready, is handled, and before another
+        update is whole, which would be outside the budget."""
+        for _ in range(self._many):
+            if not self._pump(0) or (self._desk and self._desk.finished):
                 return
 
+    @property
+    def _many(self) -> int:
+        """So many messages and everybody has been heard: ZeroMQ takes them from all by turns."""
+        return 100 * (len(self._devices) + 10)
+
     def _pump(self, timeout_ms: int = 500) -> bool:
-        """Handle one message if there is one; look after those who are silent. Raises Stopped."""
+        """Handle one message if there is one; look after those who are silent, also while one
+        never stops talking. Raises Stopped."""
         if self._should_stop():
             raise Stopped
         now = time.monotonic()
@@ -193,10 +203,13 @@ class ZmqCohort:
             for device in self._devices.values():
                 device.seen += now - self._listened
         has_message, received = self._hub.receive(0)
-        if not has_message:  # all that came has been heard
+        self._num_heard += 1
+        if not has_message or self._num_heard > self._many:  # all that came has been heard
+            self._num_heard = 0
             self._drop_silent()
             if self._desk:
                 self._desk.check_stalls()
+        if not has_message:
             has_message, received = self._hub.receive(timeout_ms)
         self._listened = time.monotonic()
         if received is not None:

@@ -33,10 +33,10 @@ class Factors:
 
 
 def matricise(weight: Tensor) -> Tensor:
-    """(N) -> (1, N); (OC, IC) -> (IC, OC); (OC, IC, K) -> (IC K, OC);
+    """() -> (1, 1); (N) -> (1, N); (OC, IC) -> (IC, OC); (OC, IC, K) -> (IC K, OC);
     (OC, IC, KH, KW) -> (IC KH, OC KW)."""
-    if weight.ndim == 1:
-        return weight.unsqueeze(0)
+    if weight.ndim <= 1:
+        return weight.reshape(1, -1)
     if weight.ndim == 2:
         return weight.T
     outputs, inputs, first = weight.shape[:3]
@@ -47,8 +47,8 @@ def matricise(weight: Tensor) -> Tensor:
 
 def dematricise(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Inverse of matricise for a weight of `shape`."""
-    if len(shape) == 1:
-        return matrix.squeeze(0)
+    if len(shape) <= 1:
+        return matrix.reshape(shape)
     if len(shape) == 2:
         return matrix.T
     outputs, inputs, first = shape[:3]

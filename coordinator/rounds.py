@@ -48,8 +48,9 @@ def run_rounds(
     report: Callable[[RoundReport], None] = lambda _: None,
 ) -> None:
     """Run the rounds that the store's run still lacks. A round without any update is not one: it
-    is tried again, EMPTY_ROUNDS times. Raises what store and cohort raise, and TrainerError when
-    nobody returns anything; every finished round is kept then."""
+    is tried again, first with those who have not failed in it, EMPTY_ROUNDS times in all. Raises
+    what store and cohort raise, and TrainerError when nobody returns anything; every finished round
+    is kept then."""
     config = store.config
     state = store.load_checkpoint()
     if state is not None:
@@ -61,10 +62,11 @@ def run_rounds(
                 f"run's: {error}; put back the run's own file or start another --run-dir"
             ) from error
     empty = 0
+    failed: set[str] = set()  # clients that returned nothing for the round at hand
     while (round := store.next_round()) <= config.rounds and not should_stop():
         clients = cohort.clients()  # may wait for devices
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
-        chosen = sample(clients, config.participants, seed=config.seed, round=round)
+        chosen = sample(clients, config.participants, seed=config.seed, round=round, failed=failed)
         work = {client.id: method.assign(client, round) for client in chosen}
         store.record_clients(chosen)
         results = cohort.train(work, round, config.deadline_s)
@@ -72,6 +74,7 @@ def run_rounds(
         if metrics.num_updates == 0:
             store.rollback()
             empty += 1
+            failed |= set(work)
             if empty == EMPTY_ROUNDS:
                 raise TrainerError(
                     f"round {round}: none of {len(chosen)} participants returned an update, "
@@ -79,6 +82,7 @@ def run_rounds(
                 )
             continue
         empty = 0
+        failed.clear()
         accuracy: list[float] = []
         served: list[float] = []
         if test is not None and is_evaluated(config, round):

@@ -1,10 +1,10 @@
 """Who takes part in a round, and the seed of each job: functions of (seed, round, client), so a
-resumed run repeats them."""
+resumed run repeats them. Who is asked when a round is tried again also depends on who failed."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from coordinator.cohort import Client
 
@@ -15,16 +15,33 @@ def job_seed(seed: int, round: int, client_id: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
-def sample(clients: Sequence[Client], count: int | None, *, seed: int, round: int) -> list[Client]:
+def sample(
+    clients: Sequence[Client],
+    count: int | None,
+    *,
+    seed: int,
+    round: int,
+    failed: Collection[str] = (),
+) -> list[Client]:
     """`count` clients, spread over the groups (deepest exit) in proportion to their sizes.
 
     Systematic sampling: groups lie end to end on a line of `count` seats, and a draw shifts where
     the seats fall, so a group's expected seats are its exact share, however small. Within a group
     the seats go to the smallest draws of (seed, round, client): an absent client changes its own
-    seat only. None or a count of at least all clients: everybody. Sorted by id; independent of the
-    order of `clients`."""
-    if count is None or count >= len(clients):
-        return sorted(clients, key=lambda client: client.id)
+    seat only. None or a count of at least all clients: everybody. `failed`: who returned nothing
+    when this round was tried before; they get the seats that the others leave. Sorted by id;
+    independent of the order of `clients`."""
+    seats = len(clients) if count is None else count
+    others = [client for client in clients if client.id not in failed]
+    again = [client for client in clients if client.id in failed]
+    chosen = _spread(others, seats, seed, round)
+    chosen += _spread(again, seats - len(chosen), seed, round)
+    return sorted(chosen, key=lambda client: client.id)
+
+
+def _spread(clients: Sequence[Client], count: int, seed: int, round: int) -> list[Client]:
+    if count >= len(clients):
+        return list(clients)
     groups: dict[int, list[Client]] = {}
     for client in clients:
         groups.setdefault(client.exit, []).append(client)
@@ -38,4 +55,4 @@ def sample(clients: Sequence[Client], count: int | None, *, seed: int, round: in
         )
         drawn = sorted(group, key=lambda client: job_seed(seed, round, f"sample/{client.id}"))
         chosen += drawn[:seats]
-    return sorted(chosen, key=lambda client: client.id)
+    return chosen

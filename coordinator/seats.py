@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 WINDOW = 8  # parts under way per upload
 UPLOAD_BUDGET_BYTES = 64 * 1024**2  # of updates being received; one larger update still fits
 RESEND_S = 10.0  # a device that says it has another job gets it again
-STALL_S = 30.0  # an upload without a part is asked for again, then failed
+STALL_S = 30.0  # an upload without a new part is asked for again, then failed
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Seat:
     update: Update | None = None
     announced: float = 0.0
     receiver: Receiver | None = None
-    moved: float = 0.0  # when the last part came, or was asked for again
+    moved: float = 0.0  # when the last new part came, or was asked for again
     has_stalled: bool = False
     bytes_down: int = 0
     bytes_up: int = 0
@@ -105,7 +105,10 @@ class RoundDesk:
 
     def close_late(self) -> None:
         """Count everybody who is still waited for as a straggler and tell them."""
-        for seat in [seat for seat in self._seats.values() if not seat.outcome]:
+        late = [seat for seat in self._seats.values() if not seat.outcome]
+        for seat in late:
+            seat.update = None  # or each one closed would let the next begin its upload
+        for seat in late:
             self._fault(seat.client.id, "late", "the round was closed without this update")
             self._absent(seat, "straggler", "late", "did not return in time")
 
@@ -237,7 +240,8 @@ class RoundDesk:
     def _on_part(self, seat: Seat, index: int, payload: Payload) -> None:
         assert seat.receiver is not None
         try:
-            seat.receiver.add(index, payload)
+            if not seat.receiver.add(index, payload):
+                return  # a repeated part is no progress, or one device could hold the budget
             seat.bytes_up += len(payload)
             seat.moved, seat.has_stalled = time.monotonic(), False
             if seat.receiver.is_complete:

@@ -158,8 +158,9 @@ class Receiver:
         """The link broke or is silent: what has not arrived is asked for again."""
         self._requested = self.next_missing
 
-    def add(self, index: int, payload: memoryview | bytes) -> None:
-        """Take one part; a part that is here already is ignored. Raises ProtocolError."""
+    def add(self, index: int, payload: memoryview | bytes) -> bool:
+        """Take one part. False for one that is here already: it is ignored. Raises
+        ProtocolError."""
         size = part_size(self.total_bytes, index)
         if size == 0 or len(payload) != size:
             raise ProtocolError(
@@ -167,11 +168,12 @@ class Receiver:
                 f"(transfer of {self.total_bytes} bytes in {self.num_parts} parts)"
             )
         if self._has[index]:
-            return
+            return False
         start = index * PART_BYTES
         self._buffer[start : start + size] = payload
         self._has[index] = 1
         self.num_received += 1
+        return True
 
     def tensors(self) -> Tensors:
         """The tensors, views of this receiver's buffer. Raises ProtocolError when parts lack."""

@@ -197,6 +197,22 @@ def test_sample_of_none_or_too_many_is_everybody():
     assert len(sample(CLIENTS, 80, seed=0, round=1)) == 50
 
 
+def test_those_that_failed_get_the_seats_that_others_leave():
+    first = {c.id for c in sample(CLIENTS, 10, seed=0, round=1)}
+    others = [c for c in CLIENTS if c.id not in first]
+    again = sample(CLIENTS, 10, seed=0, round=1, failed=first)
+    assert again == sample(others, 10, seed=0, round=1)
+    assert len(again) == 10
+    # 3 have not failed: the other 7 seats are drawn from the 47 that have
+    left = {c.id for c in CLIENTS[::20]}
+    failed = {c.id for c in CLIENTS} - left
+    filled = {c.id for c in sample(CLIENTS, 10, seed=0, round=1, failed=failed)}
+    assert len(filled) == 10
+    assert left < filled
+    for count in (None, 80):
+        assert len(sample(CLIENTS, count, seed=0, round=1, failed=failed)) == 50
+
+
 def test_job_seed_depends_on_every_part():
     seeds = {job_seed(s, r, c) for s in (0, 1) for r in (1, 2) for c in ("a", "b")}
     assert len(seeds) == 8

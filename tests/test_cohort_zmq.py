@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -26,7 +27,8 @@ from coordinator import cohort_zmq, seats
 from coordinator.admission import Admission
 from coordinator.aggregate import OwnersMean
 from coordinator.cohort import Absence, Assignment, ClientUpdate
-from coordinator.hub import Hub
+from coordinator.cohort_zmq import Terms, ZmqCohort
+from coordinator.hub import Hub, Received
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import make_keys
 from edge_sdk.tensors import Receiver, Tensors, specs_of
@@ -42,6 +44,7 @@ from edge_sdk.wire import (
     Fetch,
     Heartbeat,
     Job,
+    Message,
     Part,
     Plan,
     Ready,
@@ -49,7 +52,7 @@ from edge_sdk.wire import (
     Update,
     encode,
 )
-from tests.helpers import cnn
+from tests.helpers import client, cnn
 from tests.scripted import WAIT_S, Coordinator, Result, ScriptedDevice, floats
 
 FLOATS_PER_PART = PART_BYTES // 4
@@ -962,7 +965,83 @@ def test_ready_in_the_same_round_counts_for_the_next(coordinator, devices):
     assert exits == {"good": 3, "bad": 1}
 
 
+def test_ready_that_waited_for_the_caller_counts(make_coordinator):
+    coordinator = make_coordinator(*BOTH, quorum=0.5, grace_s=0.1)
+    good, bad = coordinator.gather()
+    is_over = threading.Event()
+    round = coordinator.train(work(*BOTH), deadline_s=0.1, pause=lambda: is_over.wait(WAIT_S))
+    bad.take_job()
+    good.finish()
+    coordinator.arrived.get(timeout=WAIT_S)
+    bad.send(Fault(code="trainer", detail="killed", round=1))
+    bad.ready(2)
+    bad.stays_quiet(0.5)  # both wait, past deadline and grace
+    is_over.set()
+    absence_of(round.result(WAIT_S), "bad", "failed", "trainer")
+    exits = {client.id: client.exit for client in coordinator.clients().result(WAIT_S)}
+    assert exits == {"good": 3, "bad": 2}
+
+
+def count_updates() -> int:
+    gc.collect()
+    return sum(type(held) is ClientUpdate for held in gc.get_objects())
+
+
+def test_updates_that_waited_for_the_caller_come_one_at_a_time(make_coordinator):
+    """Whole updates that the caller has not taken are in no budget."""
+    names = ("a", "b", "c", "d")
+    coordinator = make_coordinator(*names, quorum=0.25, grace_s=0.1)
+    devices = coordinator.gather()
+    is_over, alive = threading.Event(), [count_updates()]
+
+    def pause():
+        alive.append(count_updates())
+        is_over.wait(WAIT_S)
+
+    round = coordinator.train(work(*names), deadline_s=0.1, pause=pause)
+    for device in devices:
+        device.take_job()
+        device.send(device.make_update())
+        assert device.expect(Fetch).first == 0
+    devices[0].send_parts([0])
+    coordinator.arrived.get(timeout=WAIT_S)
+    for device in devices[1:]:
+        device.send_parts([0])
+        device.stays_quiet(0.2)
+    is_over.set()
+    assert_only_these_count(round.result(WAIT_S), *devices)
+    assert np.diff(alive).tolist() == [1, 1, 1, 1], "this test keeps what it was given"
+
+
 # -- time --------------------------------------------------------------------------------------
+
+
+class TalkingHub:
+    """Two devices of which one says nothing after it is ready, and the other never stops."""
+
+    def __init__(self) -> None:
+        self.said: list[Received] = []
+        for name in BOTH:
+            hello = ScriptedDevice.make_hello(SimpleNamespace(name=name, session="1"))
+            for message in (hello, Ready(exit=3)):
+                self.said.append(Received(name.encode(), None, message, None))
+
+    def receive(self, timeout_ms: int) -> tuple[bool, Received]:
+        chatter = Received(b"bad", None, Heartbeat(), None)
+        return True, self.said.pop(0) if self.said else chatter
+
+    def send(self, route: bytes, message: object, payload: object = None) -> bool:
+        return True
+
+
+def test_silent_device_is_dropped_though_messages_never_end(monkeypatch):
+    monkeypatch.setattr(cohort_zmq, "SILENCE_S", 0.2)
+    until = time.monotonic() + WAIT_S
+    terms = Terms("a run", cnn(), STAGE_2, 0.0, 600.0, 1.0, 2)
+    cohort = ZmqCohort(TalkingHub(), terms, lambda: time.monotonic() > until)
+    assert [client.id for client in cohort.clients()] == ["bad", "good"]
+    results = list(cohort.train(work("good"), 1, 0.0))
+    assert absence_of(results, "good", "failed", "gone").detail == "said nothing for 0 s"
 
 
 def test_silent_device_is_dropped(coordinator, devices, monkeypatch):
@@ -1056,6 +1135,24 @@ def test_straggler_with_quorum_not_met(make_coordinator):
     absence_of(results, "bad", "straggler", "late")
 
 
+def test_nobody_begins_to_upload_when_the_round_closes(monkeypatch):
+    monkeypatch.setattr(seats, "UPLOAD_BUDGET_BYTES", 10)
+    sent: list[tuple[str, Message]] = []
+    desk = seats.RoundDesk(1, 0.0, lambda name, message, _: sent.append((name, message)) or True)
+    job = assignment()
+    for name in BOTH:
+        device = SimpleNamespace(name=name, session="1")
+        desk.give(client(name, 3), job, ScriptedDevice.make_hello(device))
+        device.job = sent[-1][1]
+        device.trained = {spec.name: job.tensors[spec.name] for spec in job.returns}
+        desk.on_message(name, Fetch(round=1, first=0, count=1), None)
+        desk.on_message(name, ScriptedDevice.make_update(device), None)
+    sent.clear()
+    desk.close_late()
+    assert [(name, type(message)) for name, message in sent] == [("good", Fault), ("bad", Fault)]
+    assert [type(result) for result in desk.finished] == [Absence, Absence]
+
+
 def test_round_whose_quorum_is_out_of_reach_does_not_wait(make_coordinator):
     coordinator = make_coordinator(*BOTH, quorum=1.0, grace_s=0.1)
     late, bad = coordinator.gather()
@@ -1085,6 +1182,33 @@ def test_stalled_upload_is_asked_again_then_failed(coordinator, devices, monkeyp
     assert_about_round(fault, "stalled")
     assert "after 524288 bytes" in fault.detail
     assert end(round, good, "failed", "stalled").bytes_up == 524288
+
+
+def test_repeated_part_does_not_hold_the_budget(coordinator, devices, monkeypatch):
+    monkeypatch.setattr(seats, "STALL_S", 0.5)
+    monkeypatch.setattr(seats, "UPLOAD_BUDGET_BYTES", 10)
+    good, bad = devices
+    round = coordinator.train(work(*BOTH, num_floats=FLOATS_PER_PART))
+    bad.take_job()
+    good.take_job()
+    bad.send(bad.make_update())
+    assert bad.expect(Fetch).count == 2
+    good.send(good.make_update())
+    good.ping(1)  # announced, and not fetched
+    heard: list[Message] = []
+    until = time.monotonic() + WAIT_S / 3
+    while not (heard and isinstance(heard[-1], Fault)) and time.monotonic() < until:
+        bad.send_parts([0])
+        bad.send(Heartbeat(round=1))
+        message, _ = bad.receive()
+        heard += [message] if not isinstance(message, Heartbeat) else []
+    again, fault = heard
+    assert again == Fetch(round=1, first=1, count=1)
+    assert_about_round(fault, "stalled")
+    assert isinstance(good.upload(), Accepted)
+    results = round.result(WAIT_S)
+    assert_only_these_count(results, good)
+    assert absence_of(results, "bad", "failed", "stalled").bytes_up == PART_BYTES  # once
 
 
 def test_stalled_upload_that_goes_on_counts(coordinator, devices, monkeypatch):

@@ -17,8 +17,9 @@ from coordinator.emulate import Population, choose_holders, group_exits, split_s
 from coordinator.methods import make_method
 from coordinator.methods.base import Metrics
 from coordinator.rounds import run_rounds
+from coordinator.sampling import sample
 from coordinator.store import Store
-from edge_sdk.errors import ConfigError, DataError, StoreError
+from edge_sdk.errors import ConfigError, DataError, StoreError, TrainerError
 from edge_sdk.wire import ExitResult, Phase, Plan, Segment
 from tests.helpers import client, cnn, config, examples
 
@@ -298,6 +299,51 @@ def test_failing_client_is_counted_and_the_round_goes_on(tmp_path):
     assert content["rounds"][0]["stages_trained"] == 12
     assert content["rounds"][0]["peak_memory_bytes"] > 0
     store.close()
+
+
+def after_empty_rounds(folder, names, participants, rounds=1):
+    """Of `names` those that the first round draws cannot train; who took part, by round."""
+    settings = config("owners-mean", rounds=rounds, participants=participants)
+    store = Store.create(folder, settings, "emulate")
+    first = sample([client(n, 1) for n in names], participants, seed=settings.seed, round=1)
+    broken = {who.id for who in first}
+    shards = {name: examples(2 if name in broken else 12) for name in names}
+    clients = InProcessCohort(shards, dict.fromkeys(names, 1), 3)
+    try:
+        run_rounds(store, make_method(settings), clients, None)
+        rows = store._db.execute("SELECT round, client_id, outcome FROM participations")
+        return broken, rows.fetchall()
+    finally:
+        store.close()
+
+
+def test_an_empty_round_is_tried_again_with_others(tmp_path):
+    broken, rows = after_empty_rounds(tmp_path / "1", "abcde", participants=2)
+    assert [outcome for _, _, outcome in rows] == ["ok", "ok"]
+    assert not broken & {name for _, name, _ in rows}
+    assert (broken, rows) == after_empty_rounds(tmp_path / "2", "abcde", participants=2)
+
+
+def test_an_empty_round_is_tried_again_with_all_others_if_they_are_few(tmp_path):
+    _, rows = after_empty_rounds(tmp_path, "abc", participants=2)
+    assert sorted(outcome for _, _, outcome in rows) == ["failed", "ok"]
+
+
+def test_who_failed_in_one_round_is_drawn_in_the_next(tmp_path):
+    broken, rows = after_empty_rounds(tmp_path, "abcde", participants=2, rounds=6)
+    clients = [client(name, 1) for name in "abcde"]
+    num_mixed = 0
+    for round in (2, 3, 4, 5, 6):
+        want = {who.id for who in sample(clients, 2, seed=0, round=round)}
+        drawn = {name for number, name, _ in rows if number == round}
+        assert drawn == want != broken
+        num_mixed += bool(drawn & broken)
+    assert num_mixed == 2, "rounds 5 and 6"
+
+
+def test_rounds_that_stay_empty_end_the_run(tmp_path):
+    with pytest.raises(TrainerError, match="round 1: none of 2 participants .* 3 times in a row"):
+        after_empty_rounds(tmp_path, "ab", participants=2)
 
 
 def test_a_client_without_the_memory_is_an_absence():

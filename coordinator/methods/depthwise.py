@@ -146,12 +146,14 @@ class DepthAveraging:
 
 def is_learnable(update: ClientUpdate) -> bool:
     """Whether a generator may learn from an update: one absurd but finite weight would stay in what
-    it remembers. In the mean the update counts all the same."""
+    it remembers. In the mean the update counts all the same. Masks and counters are not learned."""
     for name, tensor in update.tensors.items():
-        if tensor.numel() and float(tensor.abs().max()) > MAX_WEIGHT:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if (largest := float(tensor.abs().max())) > MAX_WEIGHT:
             log.warning(
                 "%s: %s reaches %.1g, more than %.0g; the generator leaves its update out",
-                update.client.id, name, float(tensor.abs().max()), MAX_WEIGHT,
+                update.client.id, name, largest, MAX_WEIGHT,
             )  # fmt: skip
             return False
     return True

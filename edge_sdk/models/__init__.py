@@ -57,6 +57,12 @@ def build(spec: ModelSpec) -> StagedModel:
             f"family {spec.family!r} built {len(model.stages)} stages, {len(model.exits)} exits; "
             f"expected {spec.exit} of each"
         )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ConfigError(
+                f"family {spec.family!r}: parameter {name} is {parameter.dtype}, expected floating "
+                "point, as parameters are trained; make it a buffer (register_buffer)"
+            )
     return model
 
 
