@@ -1,6 +1,8 @@
 """Signs of a livelock for memory, from files laid out by hand and from a real process."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -96,3 +98,43 @@ def test_the_largest_stall_of_system_and_groups(tmp_path):
 def test_no_stall_where_the_kernel_does_not_tell(tmp_path, text):
     lay_out(tmp_path, {"proc/pressure/memory": text, "proc/self/cgroup": "strange\n0::/../x\n"})
     assert stalled_share(tmp_path) == 0.0
+
+
+WAITS_FOR_ITS_PAGES = """
+import mmap, os, sys, time
+file = os.open(sys.argv[1], os.O_RDONLY)
+pages = mmap.mmap(file, 0, prot=mmap.PROT_READ)
+while True:
+    pages.madvise(mmap.MADV_DONTNEED)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    pages[0]
+    time.sleep(0.01)
+"""
+COMPUTES = "while True: pass"
+SLEEPS = "import time; time.sleep(1000)"
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [(WAITS_FOR_ITS_PAGES, True), (COMPUTES, False), (SLEEPS, False)],
+    ids=["waits", "computes", "sleeps"],
+)
+def test_a_real_process_that_reads_its_pages_again_and_again(tmp_path, program, expected):
+    """It does itself what the kernel does to a library under a limit that is too small."""
+    file = tmp_path / "library"
+    with file.open("wb") as stream:
+        stream.write(bytes(2**16))
+        os.fsync(stream.fileno())  # only clean pages are dropped
+    with subprocess.Popen([sys.executable, "-c", program, str(file)]) as process:
+        try:
+            time.sleep(0.5)
+            before, began = usage(process.pid), time.monotonic()
+            while time.monotonic() < began + (10 if expected else 2):
+                time.sleep(0.1)
+                if usage(process.pid).faults - before.faults > 150:
+                    break
+            if expected and usage(process.pid).faults == before.faults:
+                pytest.skip(f"{tmp_path} lies in memory: nothing is read again")
+            assert is_thrashing(process.pid, before, time.monotonic() - began) == expected
+        finally:
+            process.kill()
