@@ -8,6 +8,7 @@ own pages and the library pages that its steps touch, not all that happen to lie
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import re
@@ -55,6 +56,12 @@ def idle_library_bytes(work: Callable[[], object]) -> int:
     # Anonymous: private copies of a file's pages, which cannot be dropped. They may be among the
     # referenced ones, too: then too few bytes count as idle.
     return max(0, sizes["Rss"] - sizes["Anonymous"] - sizes["Referenced"])
+
+
+def be_killed_before_others(score: int = 500) -> None:
+    """Let the kernel choose this process when memory runs out; score 0 to 1000, 0 as any other."""
+    with contextlib.suppress(OSError):
+        (SELF / "oom_score_adj").write_text(str(score))
 
 
 def trim() -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -274,15 +275,19 @@ def test_what_was_counted_before_memory_ran_out_is_told(monkeypatch):
     whole = segment_costs(CNN, PLAN, 10, 1000)
     real = costs._cost
 
-    def failing(model, spec, segment, *rest):
-        if segment.last >= failing.at:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return real(model, spec, segment, *rest)
+    def fail_at(*names):
+        def cost(model, spec, segment, *rest):
+            if (segment.first, segment.last) in names:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+            return real(model, spec, segment, *rest)
 
-    monkeypatch.setattr(costs, "_cost", failing)
-    failing.at = 2
+        monkeypatch.setattr(costs, "_cost", cost)
+
+    fail_at((2, 2), (1, 2))
     assert segment_costs_apart(CNN, PLAN, 10, 1000) == whole[:1]
-    failing.at = 1
+    fail_at((1, 2))  # after stage 2 alone, which takes less
+    assert segment_costs_apart(CNN, PLAN, 10, 1000) == (whole[0], whole[2])
+    fail_at((1, 1))
     with pytest.raises(CapacityError, match="the model's costs ran out of memory; free some"):
         segment_costs_apart(CNN, PLAN, 10, 1000)
 
@@ -295,6 +300,21 @@ def test_a_batch_is_no_larger_than_the_data():
 def test_an_exit_without_weight_costs_no_backward_pass():
     deepest = by_segment(CNN, replace(PLAN, exit_weights=(0.0, 1.0)))
     assert deepest[1, 2].flops_per_example == by_segment(CNN)[1, 2].flops_per_example - 2 * 2 * 16
+
+
+def test_the_counting_child_is_killed_before_its_trainer(monkeypatch):
+    score = Path("/proc/self/oom_score_adj")
+    if not score.exists():
+        pytest.skip("this system has no oom_score_adj")
+    before = score.read_text()
+
+    def tell(*_):
+        raise ConfigError(f"score {score.read_text()}")
+
+    monkeypatch.setattr(costs, "_cost", tell)
+    with pytest.raises(ConfigError, match="score 1000"):
+        segment_costs_apart(CNN, PLAN, 10, 1000)
+    assert score.read_text() == before
 
 
 def test_counted_apart_is_the_same():
