@@ -19,6 +19,7 @@ from coordinator.methods import make_method
 from coordinator.methods.depthwise import is_learnable
 from coordinator.rounds import run_rounds
 from coordinator.store import Store
+from edge_sdk import models
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import StagedModel, build, initial_tensors, register_family
 from edge_sdk.wire import ModelSpec, Segment
@@ -61,8 +62,12 @@ def build_bad(spec: ModelSpec) -> StagedModel:
     return model
 
 
-register_family("masked", build_masked)
-register_family("bad", build_bad)
+@pytest.fixture(autouse=True)
+def families(monkeypatch):
+    """Known in these tests only."""
+    monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
+    register_family("masked", build_masked)
+    register_family("bad", build_bad)
 
 
 def spec(family: str = "masked") -> ModelSpec:
