@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 PAGE_COUNTS = ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
 NO_LIMIT_V1 = 2**60  # cgroup v1 writes "no limit" as a huge page-aligned number
-# Left free beside a trainer: parts of a job in the agent's hands, the kernel's page tables. A job
-# predicted to the byte was killed without (tools/bench_choice.py, resnet18, 370 MB).
+# Left free beside a trainer: parts of a job in the agent's hands, the kernel's page tables. Our
+# estimate; predictions are right to a few MB at best.
 SPARE_BYTES = 4 * 1024**2
 # What a message may hold as text: no control characters, no line or paragraph separators.
 PLAIN_TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
