@@ -25,12 +25,14 @@ STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
 
 @dataclass(frozen=True)
 class Received:
-    """A checked message. name: the admitted client, None when the link is insecure."""
+    """A checked message. name: the admitted client, None when the link is insecure. address: where
+    it came from, "" if not known."""
 
     route: bytes
     name: str | None
     message: Message
     payload: Payload | None
+    address: str = ""
 
 
 class _Credentials:
@@ -103,7 +105,7 @@ class Hub:
             log.warning("message from %s refused: %s", name or "a device", error)
             self.send(route, Fault(code=error.code, detail=str(error)))
             return True, None
-        return True, Received(route, name, message, payload)
+        return True, Received(route, name, message, payload, _address(frames[-1]))
 
     def _name(self, frame: zmq.Frame) -> str | None:
         """The admitted client that a frame came from; None for a stranger or an open hub."""
@@ -111,12 +113,22 @@ class Hub:
             return None
         return self._admission.name_of(str(frame.get("User-Id")).encode())
 
+    def is_admitted(self, name: str) -> bool:
+        """Whether this client still is."""
+        return self._admission is None or name in self._admission.names()
+
     def close(self) -> None:
         self.socket.close()
         if self._authenticator is None or _stopped(self._authenticator):
             self._context.term()
         else:  # it would wait for the sockets of that thread, which ends with the process
             log.warning("the thread that checks keys did not end")
+
+
+def _address(frame: zmq.Frame) -> str:
+    with contextlib.suppress(zmq.ZMQError):
+        return str(frame.get("Peer-Address"))
+    return ""
 
 
 def _stopped(authenticator: ThreadAuthenticator) -> bool:

@@ -19,7 +19,7 @@ from edge_sdk.wire import MAX_FRAME_BYTES, Message, Part, decode, encode
 
 log = logging.getLogger(__name__)
 PING_MS = 5_000  # ZeroMQ heartbeats, both ends
-PING_TIMEOUT_MS = 15_000
+PING_TIMEOUT_MS = 30_000
 HIGH_WATER = 32  # messages queued per peer: a window of parts and some control
 ZERO_COPY_BYTES = 64 * 1024  # below it copying is cheaper than tracking the buffer
 Payload: TypeAlias = bytes | memoryview
