@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import resource
 import signal
 import sys
 import tempfile
@@ -56,6 +57,7 @@ from edge_sdk.keys import check_key, make_keys, read_keys
 log = logging.getLogger(__name__)
 FINISHED = "run finished"
 GAVE_UP = 3  # exit status: too few devices for too long; 1 is any other error
+OWN_FILES = 64  # that the coordinator opens for itself
 HOLDOUT = 0.2  # as in the paper
 
 
@@ -258,6 +260,7 @@ def run_serve(args: argparse.Namespace) -> int:
     else:
         keys = read_keys(args.keys, "server")
         admission = Admission(args.clients_file or args.keys / "clients")
+    allow_connections(args.min_clients)
     hub = Hub(checked_endpoint(args.listen, "--listen"), keys, admission)
     try:
         store = open_store(args.run_dir, config, "serve", args.resume)
@@ -320,6 +323,17 @@ def serve(
             store.close()
             cohort.close(goodbye, is_final=goodbye == FINISHED)
     return 0
+
+
+def allow_connections(devices: int) -> None:
+    """A connection is an open file, and ZeroMQ busily tries again to take one it may not open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most != resource.RLIM_INFINITY and most < devices + OWN_FILES:
+        raise ConfigError(
+            f"--min-clients {devices} needs {devices + OWN_FILES} open files, the limit is {most}; "
+            "raise it with ulimit -Hn, or LimitNOFILE= of a service"
+        )
 
 
 def add_keys_command(commands: Any) -> None:

@@ -127,7 +127,7 @@ class ZmqCohort:
             least = max(1, math.ceil(self._terms.quorum * least))
         self._drain()
         told, most = 0.0, -1
-        while (here := len(ready := self._idle_clients()) + self._num_at_work()) < least:
+        while (here := self._num_here()) < least:
             if here > most:
                 most, self._progress = here, time.monotonic() if most >= 0 else self._progress
             if time.monotonic() - told > TELL_S:
@@ -136,18 +136,18 @@ class ZmqCohort:
             self._check_progress(f"{here} of the {least} devices that it needs are there")
             self._pump()
         self._is_assembled = True
-        return ready
+        return self._idle_clients()
 
     def expect(self, clients: Iterable[Client]) -> None:
         self._expected = {client.id: client for client in clients}
 
     def rest(self, tries: int) -> bool:
         """Listen for a while, longer every time. Raises QuorumError."""
-        before, until = len(self._idle_clients()), time.monotonic() + min(MOST_REST_S, 2**tries)
+        before, until = self._num_here(), time.monotonic() + min(MOST_REST_S, 2**tries)
         while time.monotonic() < until:
             self._check_progress(f"too few updates for round {self._round}")
             self._pump()
-            if self.desk.finished or len(self._idle_clients()) > before:
+            if self.desk.finished or self._num_here() > before:
                 break
         return True
 
@@ -220,8 +220,10 @@ class ZmqCohort:
         """Who could be given a job now."""
         return [c for c in self.devices.ready_clients() if c.id not in self.desk.seats]
 
-    def _num_at_work(self) -> int:
-        return sum(name in self.devices.all for name in self.desk.seats)
+    def _num_here(self) -> int:
+        """Ready, or connected and at work."""
+        at_work = self.desk.seats.keys() & self.devices.all.keys()
+        return len(self.devices.ready | at_work)
 
     def _check_progress(self, what: str) -> None:
         limit = self._terms.give_up_after_s
@@ -233,9 +235,8 @@ class ZmqCohort:
 
     def _note(self, result: ClientUpdate | Absence) -> None:
         """A device that failed or was late gets no job until it says that it is ready."""
-        device = self.devices.all.get(result.client.id)
-        if device and isinstance(result, Absence) and result.code != "gone":
-            device.ready = None
+        if isinstance(result, Absence) and result.code != "gone":
+            self.devices.says_ready(result.client.id, None)
 
     def _send(self, name: str, message: object, payload: Payload | None = None) -> bool:
         return self.devices.send(name, message, payload)  # type: ignore[arg-type]
@@ -340,5 +341,5 @@ class ZmqCohort:
             return
         if device.ready is None or device.ready.exit != ready.exit:
             log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason)
-        device.ready = ready
+        self.devices.says_ready(name, ready)
         self.desk.on_ready(name, ready)

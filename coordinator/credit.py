@@ -75,7 +75,8 @@ class Credit:
     def next(self) -> tuple[str, int] | None:
         """Whose turn it is, and how many parts it may take; None: nobody waits, or all is used."""
         free = self._num_parts - sum(self._used)
-        for is_slow, queue in enumerate(self._queues):
+        for is_slow, queue in ((1, self._queues[1]), (0, self._queues[0])):
+            # the slow first: their share is bounded, and they need the whole round
             may = min(free, self._num_parts // 2 - self._used[1]) if is_slow else free
             if queue and may > 0:
                 name = queue.popleft()

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from weakref import WeakValueDictionary
 
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.credit import Credit, Pace
 from coordinator.seats import MOST_WANTED, Seat, check_update, check_values, counted, make_job
 from coordinator.spool import Arrived, Spool
 from edge_sdk.errors import EdgeError, StoreError
-from edge_sdk.tensors import Receiver
+from edge_sdk.tensors import Receiver, Sender
 from edge_sdk.transport import Payload
 from edge_sdk.wire import PART_BYTES, Accepted, Fault, Fetch, Message, Part, Ready, Update
 
@@ -52,6 +53,8 @@ class Desk:
         self._was_counted = was_counted
         self._done: dict[str, tuple[str, bool]] = {}  # last job that ended, and whether it counts
         self._paces: dict[str, Pace] = {}
+        # the tensors behind the ids live as long as their sender
+        self._senders: WeakValueDictionary[Hashable, Sender] = WeakValueDictionary()
         self._awaited: set[str] = set()
 
     @property
@@ -68,7 +71,8 @@ class Desk:
         name = client.id
         if name in self.seats:  # a late one: nobody can do two jobs
             self._end(self.seats[name], counts=False)
-        job, sender = make_job(self._run, client, assignment, round, deadline_s)
+        sender = self._sender(assignment)
+        job = make_job(self._run, client, assignment, sender, round, deadline_s)
         seat = Seat(client, job, assignment, sender, self._paces.setdefault(name, Pace()))
         self.seats[name] = seat
         self._awaited.add(name)
@@ -367,6 +371,13 @@ class Desk:
         self._done[seat.name] = seat.job.id, counts
         if not counts:
             self._spool.forget(seat.round, seat.name)
+
+    def _sender(self, assignment: Assignment) -> Sender:
+        """One for all that get the same tensors."""
+        key = tuple((name, id(tensor)) for name, tensor in assignment.tensors.items())
+        if (sender := self._senders.get(key)) is None:
+            self._senders[key] = sender = Sender(assignment.tensors, is_shared=True)
+        return sender
 
     def _send_again(self, seat: Seat) -> None:
         self.credit.drop(seat.name)

@@ -55,6 +55,7 @@ class Devices:
         self._patience_s = patience_s
         self._names: dict[bytes, str] = {}
         self.all: dict[str, Device] = {}
+        self.ready: set[str] = set()  # who could train something
 
     def on_route(self, route: bytes) -> tuple[str, Device] | None:
         """Whose live link this is."""
@@ -83,9 +84,18 @@ class Devices:
                 num_examples=device.hello.num_examples,
                 profile=device.hello.profile,
             )
-            for name, device in sorted(self.all.items())
-            if device.ready is not None and device.ready.exit > 0
+            for name in sorted(self.ready)
+            if (device := self.all[name]).ready is not None
         ]
+
+    def says_ready(self, name: str, ready: Ready | None) -> None:
+        """What it can train now; None: it must say so anew."""
+        if device := self.all.get(name):
+            device.ready = ready
+            if ready is not None and ready.exit > 0:
+                self.ready.add(name)
+            else:
+                self.ready.discard(name)
 
     def hello(self, received: Received, hello: Hello) -> None:
         """Give a device its place, unless it may not have it or another live one does."""
@@ -125,6 +135,7 @@ class Devices:
 
     def leave(self, name: str, why: str, *, may_return: bool = True) -> None:
         device = self.all.pop(name)
+        self.ready.discard(name)
         self._names.pop(device.route, None)
         log.info("%s is gone: %s", name, why)
         self._on_gone(name, why, may_return)
@@ -152,15 +163,16 @@ class Devices:
         if old is not None:
             self._names.pop(old.route, None)
         is_same = old is not None and old.hello.session == hello.session
+        ready = old.ready if old is not None and is_same else None
         self._names[received.route] = name
         self.all[name] = Device(
             received.route,
             hello,
             time.monotonic(),
             received.address,
-            ready=old.ready if old is not None and is_same else None,
             num_rivals=old.num_rivals if old else 0,
         )
+        self.says_ready(name, ready)
         log.info("%s %s from %s", name, "is back" if is_same else "joined", hello.profile.platform)
         self.send(name, self._welcome)
         self._on_hello(name, hello)

@@ -131,13 +131,12 @@ class Seat:
 
 
 def make_job(
-    run: str, client: Client, assignment: Assignment, round: int, deadline_s: float
-) -> tuple[Job, Sender]:
-    """The message, and what sends its tensors. The id follows from the rest: given the state of the
-    round before, a coordinator that was restarted makes the same."""
-    sender = Sender(assignment.tensors)
+    run: str, client: Client, assignment: Assignment, sender: Sender, round: int, deadline_s: float
+) -> Job:
+    """The id follows from the rest: given the state of the round before, a coordinator that was
+    restarted makes the same."""
     content = (run, round, client.id, assignment.model, assignment.plan, sender.specs)
-    job = Job(
+    return Job(
         id=hashlib.blake2b(msgspec.json.encode(content), digest_size=16).hexdigest(),
         round=round,
         model=assignment.model,
@@ -145,7 +144,6 @@ def make_job(
         tensors=sender.specs,
         deadline_s=deadline_s,
     )
-    return job, sender
 
 
 def counted(seat: Seat, arrived: Arrived, tensors: Tensors) -> ClientUpdate:

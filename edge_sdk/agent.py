@@ -11,7 +11,6 @@ import logging
 import time
 from secrets import token_hex
 
-import zmq
 from msgspec.structs import replace
 
 from edge_sdk import events
@@ -78,7 +77,7 @@ class Agent:
         try:
             with contextlib.suppress(KeyboardInterrupt):  # a program without a handler
                 while not self._is_stopping:
-                    self._wait_for_events()
+                    self._link.wait(500, self._trainer)
                     self._read_trainer()
                     self._read_link()
                     self._on_time(time.monotonic())
@@ -94,17 +93,6 @@ class Agent:
             self._link.close(is_final=True)
 
     # -- events ------------------------------------------------------------------------------
-
-    def _wait_for_events(self) -> None:
-        """Sleep until a socket has something or half a second passed."""
-        poller = zmq.Poller()
-        if self._trainer:
-            wants = zmq.POLLOUT if self._trainer.has_unsent else 0
-            poller.register(self._trainer, zmq.POLLIN | wants)
-        for end in (self._link.socket, self._link.monitor):
-            if end is not None:
-                poller.register(end, zmq.POLLIN)
-        poller.poll(500)
 
     def _read_trainer(self) -> None:
         if self._trainer is None:

@@ -96,9 +96,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 class Sender:
-    """Parts of a set of tensors on demand; holds references, copies nothing large."""
+    """Parts of a set of tensors on demand; holds references, copies nothing large.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    is_shared: sends to many; a part that crosses tensors' edges is made once and kept, for at most
+    one more copy of the tensors, instead of once for every receiver."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, is_shared: bool = False) -> None:
+        self._joined: dict[int, bytes] | None = {} if is_shared else None
+        self.tensors = tuple(tensors.values())
         self.specs = specs_of(tensors)
         self.offsets, self.total_bytes = layout(self.specs)
         self.num_parts = num_parts(self.total_bytes)
@@ -114,6 +119,13 @@ class Sender:
         offset = start - self.offsets[first]
         if offset + size <= len(self._views[first]):
             return self._views[first][offset : offset + size]
+        if self._joined is None:
+            return self._join(start, size, first)
+        if index not in self._joined:
+            self._joined[index] = self._join(start, size, first)
+        return self._joined[index]
+
+    def _join(self, start: int, size: int, first: int) -> bytes:
         joined = bytearray(size)
         for offset, view in zip(self.offsets[first:], self._views[first:], strict=True):
             if offset >= start + size:

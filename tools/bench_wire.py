@@ -240,7 +240,8 @@ def client(name: str, endpoint: str, keys: str) -> int:
                 digest = digest_of([data])
                 link.send(
                     Update(
-                        job=job.id, digest=digest, round=job.round, num_examples=1, num_steps=1, exits=(RESULT,),
+                        job=job.id, digest=digest, round=job.round, num_examples=1,
+                        num_steps=1, exits=(RESULT,),
                         phases={"train": zero}, peak_memory_bytes=0, tensors=job.tensors,
                     )
                 )  # fmt: skip
