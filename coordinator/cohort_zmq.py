@@ -75,7 +75,7 @@ class Terms:
 
 class ZmqCohort:
     """Clients over a Hub. should_stop is asked about twice a second; then Stopped is raised.
-    was_counted(round, name): whether the run holds this client's update of a round of before."""
+    was_counted(job): whether a committed round holds its update."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class ZmqCohort:
         terms: Terms,
         spool: Spool,
         should_stop: Callable[[], bool] = lambda: False,
-        was_counted: Callable[[int, str], bool] = lambda round, name: False,
+        was_counted: Callable[[str], bool] = lambda job: False,
     ) -> None:
         self._hub = hub
         self._terms = terms
