@@ -1,0 +1,158 @@
+"""What devices say they trained, against what the coordinator counted, and against the model.
+
+Three witnesses that share no code: the devices' logs, the run's database, and the checkpoints. The
+last are checked by doing a round again in this process from the checkpoint before it, with exactly
+the updates that the database counts: one lost or counted twice would show in the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from coordinator.cohort import Assignment, Client, train_here
+from coordinator.config import RunConfig, read_config
+from coordinator.methods import make_method
+from edge_sdk.tensors import Tensors
+from tests.chaos.bed import Bed
+
+# Weights here are of the order of 1, and means folded in another order differ by a few units in
+# the last place, 2^-23 of them; seen: up to 1.2e-7. Trained with another seed: from 4e-2.
+TOLERANCE = 1e-5
+SAID = re.compile(r"round (\d+): (trained|update accepted)\b")
+
+
+@dataclass
+class Ledger:
+    """By (round, client). problems: what was lost or counted twice, a line each."""
+
+    trained: Counter[tuple[int, str]] = field(default_factory=Counter)
+    accepted: Counter[tuple[int, str]] = field(default_factory=Counter)
+    counted: Counter[tuple[int, str]] = field(default_factory=Counter)
+    named: dict[tuple[int, str], str] = field(default_factory=dict)
+    last_round: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.last_round} rounds, {self.trained.total()} trainings, "
+            f"{self.counted.total()} counted, {len(self.named)} others named"
+        )
+
+
+def judged(
+    logs: Mapping[str, str],
+    participations: Iterable[tuple[int, str, str, str]],
+    last_round: int,
+    owners: Sequence[float],
+) -> Ledger:
+    """logs: what each device has said. participations: round, client, outcome, code. owners: of
+    each stage, how many updates the newest checkpoint holds; () if unknown. Rounds after
+    last_round are not committed and not judged."""
+    ledger = Ledger(last_round=last_round)
+    for name, text in logs.items():
+        for round, what in SAID.findall(text):
+            book = ledger.trained if what == "trained" else ledger.accepted
+            book[int(round), name] += 1
+    for round, name, outcome, code in participations:
+        if outcome == "ok":
+            ledger.counted[round, name] += 1
+        else:
+            ledger.named[round, name] = f"{outcome}: {code}"
+    ledger.problems = [*_miscounted(ledger), *_lost(ledger), *_not_in_model(ledger, owners)]
+    return ledger
+
+
+def _miscounted(ledger: Ledger) -> Iterable[str]:
+    for (round, name), times in sorted(ledger.counted.items()):
+        if times > 1:
+            yield f"round {round}: {name} is counted {times} times"
+        if not ledger.trained[round, name]:
+            yield f"round {round}: {name} is counted, but never said that it had trained"
+
+
+def _lost(ledger: Ledger) -> Iterable[str]:
+    for key in sorted(set(ledger.accepted) | set(ledger.trained)):
+        round, name = key
+        if round > ledger.last_round or key in ledger.counted:
+            continue
+        found = ledger.named.get(key, "nothing")
+        if key in ledger.accepted:
+            yield f"round {round}: {name} was told 'accepted', the database has {found}"
+        elif key not in ledger.named:
+            yield f"round {round}: {name} trained, and nothing says what became of it"
+
+
+def _not_in_model(ledger: Ledger, owners: Sequence[float]) -> Iterable[str]:
+    total = ledger.counted.total()
+    if any(count != total for count in owners):
+        yield f"the model holds {list(owners)} updates by stage, the database {total}"
+
+
+def read_ledger(bed: Bed) -> Ledger:
+    """The books of a run so far. Its devices are to stand still, or the newest round is open."""
+    logs = {
+        name: log.read_text(errors="replace")
+        for name in bed.links
+        if (log := bed.folder / f"{name}.log").exists()
+    }
+    last = bed.last_round()
+    rows = bed.rows(
+        "SELECT round, client_id, outcome, code FROM participations WHERE round <= ?", last
+    )
+    bed.keep_checkpoints()
+    newest = bed.checkpoint(last)
+    owners = load_file(newest)["owners"].tolist() if newest.exists() else ()
+    return judged(logs, rows, last, owners)
+
+
+# -- the model ---------------------------------------------------------------------------------
+
+
+def replayed(bed: Bed, rounds: Iterable[int], *, seed_shift: int = 0) -> dict[int, float]:
+    """The largest difference between the tensors of each round's checkpoint and those of the same
+    round done here from the checkpoint before it, with the updates that the database counts.
+    seed_shift: train with another seed, which must show. Needs the checkpoints."""
+    bed.keep_checkpoints()
+    ((text,),) = bed.rows("SELECT config FROM runs")
+    config = read_config(text, "run")
+    return {round: _replayed(bed, config, round, seed_shift) for round in rounds}
+
+
+def _replayed(bed: Bed, config: RunConfig, round: int, seed_shift: int) -> float:
+    method = make_method(config, "cpu")
+    if round > 1:
+        method.load_state_dict(load_file(bed.checkpoint(round - 1)))
+    rows = bed.rows(
+        "SELECT client_id, exit FROM participations WHERE round = ? AND outcome = 'ok'", round
+    )
+    clients = [Client(name, exit, num_examples=len(bed.shards[name])) for name, exit in rows]
+    updates = []
+    for client in sorted(clients, key=lambda client: client.id):
+        job = _reseeded(method.assign(client, round), seed_shift)
+        updates.append(train_here(client, job, bed.shards[client.id], "cpu"))
+    method.aggregate(round, updates)
+    return largest_difference(method.state_dict(), load_file(bed.checkpoint(round)))
+
+
+def _reseeded(job: Assignment, shift: int) -> Assignment:
+    plan = msgspec.structs.replace(job.plan, seed=job.plan.seed + shift)
+    return dataclasses.replace(job, plan=plan)
+
+
+def largest_difference(ours: Tensors, theirs: Mapping[str, Tensor]) -> float:
+    """Over all elements of all tensors of two checkpoints."""
+    assert ours.keys() == theirs.keys(), "the checkpoints have other tensors"
+    return max(
+        float((ours[name].to(torch.float64) - theirs[name].to(torch.float64)).abs().max())
+        for name in ours
+        if ours[name].numel()
+    )
