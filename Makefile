@@ -1,12 +1,13 @@
 # Two commands do everything: `make testbed` (the main job) and `make test`. Each sets itself up.
-# `make test-edge` is the part of the tests that looks at devices as systems.
+# `make test-edge` is the part of the tests that looks at devices as systems; `make test-chaos`
+# breaks links, processes, clocks and disks (about a quarter of an hour, root).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: venv testbed test test-edge lint format clean
+.PHONY: venv testbed test test-edge test-chaos lint format clean
 
 venv: $(STAMP)
 
@@ -23,6 +24,9 @@ test: lint
 
 test-edge: $(STAMP) # a real systemd, an emulated ARM64 device; what a machine lacks is skipped
 	$(BIN)/python -m pytest tests/system $(ARGS)
+
+test-chaos: $(STAMP) # faults over a bad link in network namespaces; see tests/chaos
+	$(BIN)/python -m pytest tests/chaos $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

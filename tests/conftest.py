@@ -3,3 +3,4 @@
 import torch
 
 torch.set_num_threads(1)
+collect_ignore = ["chaos"]  # a quarter of an hour; named on the command line it is collected

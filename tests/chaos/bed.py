@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.net import CONGESTION, Net, network
-from tests.processes import Running, World, read_rows, wait_until
+from tests.processes import Running, World, kill_marked, read_rows, wait_until
 
 FAULT_PATIENCE_S = 180.0  # a device that is back may be waiting out its longest pause
 CHECKPOINT = re.compile(r"round-(\d{6})\.safetensors")
 PHASES = ("download", "train", "upload")
 LARGE, SMALL = ("128,256", 1_843_792), ("8,8", 12_000)  # channels of two stages, bytes
-FLAGS = ("--method", "fedavg-l", "--exits", "2", "--optimizer", "sgd", "--lr", "0.05",
+FLAGS = ("--method", "owners-mean", "--exits", "2", "--optimizer", "sgd", "--lr", "0.05",
          "--quorum", "1.0", "--eval-every", "1000000", "--rounds", "100000")  # fmt: skip
 
 
@@ -77,26 +77,49 @@ class Bed(World):
         self.server = self.start("coordinator", command, program)
         return self.server
 
-    def serve_until_listening(self, *flags: str, **environment: str) -> Running:
-        server = self.serve(*flags, **environment)
+    def serve_until_listening(
+        self, *flags: str, prefix: Sequence[str] = (), **environment: str
+    ) -> Running:
+        server = self.serve(*flags, prefix=prefix, **environment)
         server.wait_said("listening on")
         self._has_run = True
         return server
 
     def device(
-        self, name: str, *flags: str, host: int = 0, prefix: Sequence[str] = (), **environment: str
+        self, name: str, *flags: str, prefix: Sequence[str] = (), **environment: str
     ) -> Running:
-        """Start a device's agent on its own link, or on the host given; a second one under the same
-        name does not replace what `agents` knows."""
-        link = host or self.links[name]
-        environment = {"NOTIFY_SOCKET": self._notify_socket(name)} | environment
-        inside = self.net.hosts[link].inside(*_texts(environment))
-        program = [*inside, *prefix, sys.executable, "-m"]
+        """Start a device's agent, or start it again."""
+        self.agents[name] = self._device(name, self.links[name], flags, prefix, environment)
+        return self.agents[name]
+
+    def second_device(self, name: str, link: int) -> Running:
+        """Another device with the keys of one, on another link."""
+        return self._device(name, link, (), (), {}, suffix="-second")
+
+    def move_device(self, name: str, link: int) -> Running:
+        """Start a device that had ended on another link, which is its own from now on."""
+        self.links[name] = link
+        return self.device(name)
+
+    def _device(
+        self, name: str, link: int, flags: Sequence[str], prefix: Sequence[str],
+        environment: dict[str, str], suffix: str = "",
+    ) -> Running:  # fmt: skip
+        cache = self.folder / name / f"cache{suffix}"
+        own = {"CACHE_DIRECTORY": str(cache)}
+        if not suffix:
+            own["NOTIFY_SOCKET"] = self._notify_socket(name)
+        inside = self.net.hosts[link].inside(*_texts(own | environment))
         command = ["edge_sdk.cli", *self.device_flags(name, *flags)]
-        running = self.start(name, command, program)
-        if name not in self.agents or not self.agents[name].is_alive:
-            self.agents[name] = running
-        return running
+        return self.start(name + suffix, command, [*inside, *prefix, sys.executable, "-m"])
+
+    def device_flags(self, name: str, *flags: str) -> list[str]:
+        """A real device: it measures itself and keeps what it has trained over a restart."""
+        home = self.folder / name
+        return [
+            "run", "--coordinator", self.endpoint, "--data", str(home / "data.npz"), "--id", name,
+            "--keys", str(home), "--threads", "1", "--ignore-conditions", *flags,
+        ]  # fmt: skip
 
     def start_all(self) -> None:
         self.serve_until_listening()
@@ -111,6 +134,10 @@ class Bed(World):
                 self.device(name)
         if self.server is None or not self.server.is_alive:
             self.serve_until_listening()
+
+    def stop(self) -> None:
+        """Kill everything that runs."""
+        kill_marked(self.mark)
 
     def kill_agent(self, name: str) -> None:
         """Its trainer ends with it: it reads the end of the pipe."""
@@ -257,6 +284,12 @@ class Bed(World):
             file.truncate(size_mib * 2**20)
         host.run("mkfs.ext4", "-q", str(image))
         host.run("mount", "-o", "loop,errors=remount-ro", str(image), str(self.run_dir))
+
+    def mount_again(self) -> None:
+        """The same ext4 image, as after a reboot."""
+        host, folder = self.net.hosts[0], str(self.run_dir)
+        host.run("umount", folder)
+        host.run("mount", "-o", "loop,errors=remount-ro", str(self.folder / "disk.img"), folder)
 
     def remount(self, options: str) -> None:
         self.net.hosts[0].run("mount", "-o", f"remount,{options}", str(self.run_dir))

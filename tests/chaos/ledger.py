@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from coordinator.cohort import Assignment, Client, train_here
+from coordinator.cohort import Client, ClientUpdate, train_here
 from coordinator.config import RunConfig, read_config
-from coordinator.methods import make_method
+from coordinator.methods import Method, make_method
+from coordinator.staleness import brought_forward
+from edge_sdk.models import build
 from edge_sdk.tensors import Tensors
 from tests.chaos.bed import Bed
 
@@ -28,6 +30,18 @@ from tests.chaos.bed import Bed
 # the last place, 2^-23 of them; seen: up to 1.2e-7. Trained with another seed: from 4e-2.
 TOLERANCE = 1e-5
 SAID = re.compile(r"round (\d+): (trained|update accepted)\b")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of the table participations. round: whose job it was. segments: "1-2", "1-1,3-3"."""
+
+    round: int
+    name: str
+    outcome: str
+    code: str
+    digest: str
+    segments: str
 
 
 @dataclass
@@ -49,25 +63,30 @@ class Ledger:
 
 
 def judged(
-    logs: Mapping[str, str],
-    participations: Iterable[tuple[int, str, str, str]],
-    last_round: int,
-    owners: Sequence[float],
+    logs: Mapping[str, str], rows: Iterable[Row], last_round: int, owners: Sequence[float]
 ) -> Ledger:
-    """logs: what each device has said. participations: round, client, outcome, code. owners: of
-    each stage, how many updates the newest checkpoint holds; () if unknown. Rounds after
-    last_round are not committed and not judged."""
+    """logs: what each device has said. owners: how many updates the newest checkpoint holds of each
+    stage; () if unknown. Jobs of rounds after last_round may still end well and are not judged."""
     ledger = Ledger(last_round=last_round)
     for name, text in logs.items():
         for round, what in SAID.findall(text):
             book = ledger.trained if what == "trained" else ledger.accepted
             book[int(round), name] += 1
-    for round, name, outcome, code in participations:
-        if outcome == "ok":
-            ledger.counted[round, name] += 1
-        else:
-            ledger.named[round, name] = f"{outcome}: {code}"
-    ledger.problems = [*_miscounted(ledger), *_lost(ledger), *_not_in_model(ledger, owners)]
+    digests: Counter[str] = Counter()
+    stages: Counter[int] = Counter()
+    for row in rows:
+        if row.outcome != "ok":
+            ledger.named[row.round, row.name] = f"{row.outcome}: {row.code}"
+            continue
+        ledger.counted[row.round, row.name] += 1
+        digests[row.digest] += 1
+        for first, last in (map(int, part.split("-")) for part in row.segments.split(",")):
+            stages.update(range(first, last + 1))
+    twice = [f"digest {digest} is counted {n} times" for digest, n in digests.items() if n > 1]
+    expected = [stages[stage] for stage in range(1, len(owners) + 1)]
+    if list(owners) != expected:
+        twice.append(f"the model holds {list(owners)} updates by stage, the database {expected}")
+    ledger.problems = [*twice, *_miscounted(ledger), *_lost(ledger)]
     return ledger
 
 
@@ -91,27 +110,26 @@ def _lost(ledger: Ledger) -> Iterable[str]:
             yield f"round {round}: {name} trained, and nothing says what became of it"
 
 
-def _not_in_model(ledger: Ledger, owners: Sequence[float]) -> Iterable[str]:
-    total = ledger.counted.total()
-    if any(count != total for count in owners):
-        yield f"the model holds {list(owners)} updates by stage, the database {total}"
-
-
 def read_ledger(bed: Bed) -> Ledger:
     """The books of a run so far. Its devices are to stand still, or the newest round is open."""
     logs = {
-        name: log.read_text(errors="replace")
+        name: "\n".join(
+            log.read_text(errors="replace")
+            for log in (bed.folder / f"{name}.log", bed.folder / f"{name}-second.log")
+            if log.exists()
+        )
         for name in bed.links
-        if (log := bed.folder / f"{name}.log").exists()
     }
     last = bed.last_round()
     rows = bed.rows(
-        "SELECT round, client_id, outcome, code FROM participations WHERE round <= ?", last
+        "SELECT round - staleness, client_id, outcome, code, digest, segments"
+        " FROM participations WHERE round <= ?",
+        last,
     )
     bed.keep_checkpoints()
     newest = bed.checkpoint(last)
     owners = load_file(newest)["owners"].tolist() if newest.exists() else ()
-    return judged(logs, rows, last, owners)
+    return judged(logs, [Row(*row) for row in rows], last, owners)
 
 
 # -- the model ---------------------------------------------------------------------------------
@@ -128,24 +146,40 @@ def replayed(bed: Bed, rounds: Iterable[int], *, seed_shift: int = 0) -> dict[in
 
 
 def _replayed(bed: Bed, config: RunConfig, round: int, seed_shift: int) -> float:
-    method = make_method(config, "cpu")
-    if round > 1:
-        method.load_state_dict(load_file(bed.checkpoint(round - 1)))
+    method = _method_before(bed, config, round)
     rows = bed.rows(
-        "SELECT client_id, exit FROM participations WHERE round = ? AND outcome = 'ok'", round
+        "SELECT client_id, exit, staleness, micro_batch, recompute FROM participations"
+        " WHERE round = ? AND outcome = 'ok' ORDER BY client_id, staleness",
+        round,
     )
-    clients = [Client(name, exit, num_examples=len(bed.shards[name])) for name, exit in rows]
     updates = []
-    for client in sorted(clients, key=lambda client: client.id):
-        job = _reseeded(method.assign(client, round), seed_shift)
-        updates.append(train_here(client, job, bed.shards[client.id], "cpu"))
-    method.aggregate(round, updates)
+    for name, exit, staleness, micro_batch, recompute in rows:
+        client = Client(name, exit, num_examples=len(bed.shards[name]))
+        begun = _method_before(bed, config, round - staleness)
+        job = begun.assign(client, round - staleness)
+        plan = msgspec.structs.replace(
+            job.plan,
+            micro_batch=micro_batch,
+            recompute=bool(recompute),
+            seed=job.plan.seed + seed_shift,
+        )
+        job = dataclasses.replace(job, plan=plan)
+        update = train_here(client, job, bed.shards[name], "cpu")
+        assert isinstance(update, ClientUpdate), update
+        late = dataclasses.replace(update, staleness=staleness, sent=job.tensors)
+        updates.append(late)
+    parameters = {name for name, _ in build(method.spec).named_parameters()}
+    half_life = config.staleness_half_life
+    method.aggregate(round, brought_forward(updates, method.current(), parameters, half_life))
     return largest_difference(method.state_dict(), load_file(bed.checkpoint(round)))
 
 
-def _reseeded(job: Assignment, shift: int) -> Assignment:
-    plan = msgspec.structs.replace(job.plan, seed=job.plan.seed + shift)
-    return dataclasses.replace(job, plan=plan)
+def _method_before(bed: Bed, config: RunConfig, round: int) -> Method:
+    """As it was when the jobs of this round were given."""
+    method = make_method(config, "cpu")
+    if round > 1:
+        method.load_state_dict(load_file(bed.checkpoint(round - 1)))
+    return method
 
 
 def largest_difference(ours: Tensors, theirs: Mapping[str, Tensor]) -> float:

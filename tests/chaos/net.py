@@ -51,6 +51,7 @@ class Host:
 
     def __init__(self, number: int, congestion: str) -> None:
         self.number = number
+        self._last = 1  # of its address; 1 or 2
         script = (
             "set -e; ip link set lo up; "
             f"sysctl -qw net.ipv4.tcp_congestion_control={congestion}; echo; exec sleep infinity"
@@ -72,7 +73,7 @@ class Host:
 
     @property
     def address(self) -> str:
-        return f"10.77.{self.number}.1"
+        return f"10.77.{self.number}.{self._last}"
 
     def inside(self, *environment: str, mount: bool = False) -> list[str]:
         """The beginning of a command that runs in here and ends with this process. environment:
@@ -90,9 +91,10 @@ class Host:
 
     def move(self) -> None:
         """Another address of the same network: what was connected before gets no packet more."""
-        device = f"edge{self.number}"
-        self.run("ip", "address", "del", f"10.77.{self.number}.1/16", "dev", device)
-        self.run("ip", "address", "add", f"10.77.{self.number}.2/16", "dev", device)
+        device, old = f"edge{self.number}", self.address
+        self._last = 3 - self._last
+        self.run("ip", "address", "del", f"{old}/16", "dev", device)
+        self.run("ip", "address", "add", f"{self.address}/16", "dev", device)
 
     def end(self) -> None:
         self._holder.kill()

@@ -17,7 +17,7 @@ def test_duplicate_identity(tmp_path: Path, congestion: str, scenario: Scenario)
         bed.wait_round(1)
         bed.forget()
         first = bed.agents["a"]
-        second = bed.device("a", host=3)
+        second = bed.second_device("a", 3)
         begin = bed.last_round()
         bed.wait_rounds(ROUNDS)
         scenario.check(bed, begin + 1, begin + ROUNDS)
@@ -39,7 +39,7 @@ def test_back_from_elsewhere(tmp_path: Path, congestion: str, scenario: Scenario
         bed.forget()
         round = bed.wait_phase("a", "upload", is_cut=True)
         bed.kill_agent("a")
-        bed.device("a", host=3)
+        bed.move_device("a", 3)
         scenario.check(bed, 1, round + 1)
         assert bed.server is not None
         assert not bed.server.said("a is gone: said nothing"), "its place was not taken at once"
