@@ -143,6 +143,7 @@ class Desk:
             seat.reconnected()
             if seat.receiver is not None:
                 self._ask(seat)
+            self.pump()
             return
         if job and (self._done.get(name) == (job, True) or self._was_counted(job)):
             self._send(name, Accepted(round=round), None)  # the first one was lost
