@@ -44,7 +44,7 @@ def commit(store, number, state=None, results=()):
     passed = list(store.recording(number, results))
     metrics = Metrics({"accuracy_exit_1": 0.5}, {"fit": Phase(wall_s=1.0, cpu_s=0.5)})
     tensors = {"w": torch.tensor([float(number)])} if state is None else state
-    return passed, store.commit(number, metrics, tensors, "2026-01-01T00:00:00", 4.0, 3)
+    return passed, store.commit(number, metrics, tensors, "2026-01-01T00:00:00", 4.0)
 
 
 def test_round_is_recorded_as_it_was(tmp_path):
@@ -231,7 +231,7 @@ def test_wrong_folders_say_so(tmp_path):
     with db:
         db.execute("UPDATE runs SET version = 99")
     db.close()
-    with pytest.raises(StoreError, match="format 99, this is format 2"):
+    with pytest.raises(StoreError, match="format 99, this is format 3"):
         Store.resume(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "run.sqlite").write_bytes(b"not a database at all" * 100)
