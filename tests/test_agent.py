@@ -454,7 +454,7 @@ def test_newer_job_ends_the_older(settled):
     sender = coordinator.give(2, MODEL, WHOLE, job_tensors(WHOLE))
     coordinator.wait_for(Fetch)
     coordinator.send_parts(2, sender, range(sender.num_parts))
-    assert coordinator.expect(Update).round == 2
+    assert coordinator.wait_for(Update).round == 2
 
 
 def nan_tensor() -> Tensors:
