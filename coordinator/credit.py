@@ -19,7 +19,7 @@ SLOW_WINDOW = 2
 SLOW_RATE = PART_BYTES / 1.0  # bytes per second; below it a part takes longer than a second
 UNKNOWN_RATE = 16 * 1024  # what a link is taken for until it was measured
 PATIENCE = 4.0  # times as long as expected may a part take
-# is_slow, is_new, in the order of their turns: the slow need the whole round, and have bounded shares
+# is_slow, is_new, in the order of their turns: the slow need the whole round, and have a share only
 QUEUES = ((True, False), (True, True), (False, False), (False, True))
 LINK_S = PING_TIMEOUT_MS / 1000  # sooner a lost link does not show itself
 
