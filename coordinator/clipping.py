@@ -111,11 +111,10 @@ class NormClip:
                 "round %d: %s moved the %s of stage %d by %.3g, clipped to %.3g times that",
                 round, update.client.id, KINDS[kind], stage + 1, norms[stage, kind], share,
             )  # fmt: skip
-        tensors = {}
+        tensors = dict(update.tensors)
         for name, tensor in update.tensors.items():
-            group = self._group(name, tensor)
-            share = shares.get(group) if group else None
-            tensors[name] = tensor if share is None else shortened(tensor, sent[name], share)
+            if (group := self._group(name, tensor)) in shares:
+                tensors[name] = shortened(tensor, sent[name], shares[group])
         return dataclasses.replace(update, tensors=tensors)
 
     def _remember(self, seen: Sequence[Mapping[Group, float]]) -> None:
