@@ -68,7 +68,8 @@ class ServerOptions(Options, frozen=True, kw_only=True):
 
 
 class AggregationOptions(Options, frozen=True, kw_only=True):
-    """How a round's updates become one model (robust.py), and how far one may move (clipping.py).
+    """How a round's updates become one model (robust.py), and how far one may move
+    (methods/clipping.py).
 
     trim: share of a tensor's owners that trimmed-mean leaves out at each end of every coordinate.
     clip: a stage's movement is cut to so many times the median of earlier ones; 0: as it is."""

@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     data = load_dataset(args.data, 0, args.examples)
+    commit = git("rev-parse", "--short=10", "HEAD")
     rows: list[dict[str, object]] = []
     for method in METHODS:
         for rule, options in RULES.items():
@@ -130,9 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row)
             print("  ".join(map(str, row.values())), flush=True)
     if args.csv:
-        command = " ".join(["python -m tools.bench_robust", *(sys.argv[1:] if not argv else argv)])
+        command = " ".join(["python -m tools.bench_robust", *(argv or sys.argv[1:])])
         with args.csv.open("w", newline="") as file:
-            commit = git("rev-parse", "--short=10", "HEAD")
             file.write(f"# {command}; commit {commit}; {machine()}\n")
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()

@@ -13,11 +13,11 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from coordinator.aggregate import Kernel
-from coordinator.clipping import NormClip
 from coordinator.cohort import Assignment, Client, ClientUpdate
 from coordinator.config import RunConfig
 from coordinator.generators import Generator
 from coordinator.methods.base import Metrics
+from coordinator.methods.clipping import NormClip
 from coordinator.methods.rotation import Rule
 from coordinator.robust import make_kernel
 from coordinator.sampling import job_seed
