@@ -36,6 +36,7 @@ HARMFUL: dict[int, tuple[str, ...]] = {
 }
 RULES = {
     "mean": AggregationOptions(),
+    "mean --clip 1": AggregationOptions(clip=1.0),
     "mean --clip 2": AggregationOptions(clip=2.0),
     "trimmed-mean --trim 0.1": AggregationOptions(rule="trimmed-mean"),
     "trimmed-mean --trim 0.3": AggregationOptions(rule="trimmed-mean", trim=0.3),
