@@ -143,6 +143,8 @@ def squared_distance(tensor: Tensor, sent: Tensor) -> float:
 
 def shortened(tensor: Tensor, sent: Tensor, share: float) -> Tensor:
     """sent + share (tensor - sent), a new tensor; in float64, where no difference overflows."""
+    if not share:
+        return sent.clone()  # of an infinite movement too
     made = torch.empty(sent.shape, dtype=sent.dtype)
     flats = (each.reshape(-1).split(COLUMNS) for each in (made, tensor, sent))
     for part, new, old in zip(*flats, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -89,6 +90,15 @@ def test_one_of_two_owners_does_not_lift_the_bound():
     updates = [([1.0], 1.0), ([-1000.0], 1.0)]
     assert aggregate(options_of("norm-bounded"), updates, [0.0]) == pytest.approx([0.0])
     assert aggregate(options_of("mean"), updates, [0.0]) == [-499.5]
+
+
+@pytest.mark.parametrize("rule", ROBUST)
+def test_an_infinite_value_that_came_after_the_border_has_no_influence(rule):
+    """A late update brought forward may overflow: what moved infinitely far counts as unmoved, or
+    is left out."""
+    updates = [([1.0, 1.0], 1.0), ([math.inf, 1.0], 1.0), ([1.0, 1.0], 1.0)]
+    want = 2 / 3 if rule == "norm-bounded" else 1.0
+    assert aggregate(options_of(rule), updates, [0.0, 0.0]) == pytest.approx([want, want])
 
 
 @pytest.mark.parametrize("rule", ["trimmed-mean", "median"])
@@ -178,6 +188,18 @@ def test_chunks_do_not_show(monkeypatch):
     assert torch.equal(whole[1], torch.stack(tensors).median(0).values)
 
 
+@pytest.mark.parametrize("rule", ROBUST)
+def test_updates_may_be_freed_after_the_result(rule):
+    kernel = make_kernel(options_of(rule))
+    tensor = torch.ones(3)
+    kernel.add_({"w": tensor}, 1)
+    freed = weakref.ref(tensor)
+    del tensor
+    assert freed() is not None
+    kernel.result({"w": torch.zeros(3)})
+    assert freed() is None
+
+
 def test_memory_beside_the_updates_is_a_chunk(monkeypatch):
     """No array of all owners' entries is made: the largest stack has CHUNK_BYTES."""
     stacked, stack = [], torch.stack
@@ -254,6 +276,16 @@ def test_a_minority_cannot_leave_the_honest_range(honest, harmful, rule):
 def test_a_minority_moves_no_further_than_the_honest_with_bounded_norms(honest, harmful):
     found = value_of(options_of("norm-bounded"), honest + harmful)
     assert np.linalg.norm(found) <= 1.0001 * max(map(np.linalg.norm, honest)) + 1e-30
+
+
+@pytest.mark.parametrize("rule", ROBUST)
+def test_identical_doubles_give_themselves_too(rule):
+    """(0.1 + 0.1 + 0.1) / 3 is 0.10000000000000002 in float64."""
+    tensor = torch.tensor([0.1], dtype=torch.float64)
+    kernel = make_kernel(options_of(rule, 0.0))
+    for _ in range(3):
+        kernel.add_({"w": tensor.clone()}, 1)
+    assert torch.equal(kernel.result({"w": torch.zeros_like(tensor)})["w"], tensor)
 
 
 def test_the_plain_mean_breaks_down():
