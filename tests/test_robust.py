@@ -16,11 +16,16 @@ from msgspec.structs import replace
 from coordinator import robust
 from coordinator.cohort import Absence, ClientUpdate, InProcessCohort
 from coordinator.config import AggregationOptions, GeneratorOptions, checked
+from coordinator.credit import Credit
+from coordinator.desk import Desk
 from coordinator.methods import Metrics, make_method
 from coordinator.methods.clipping import MEMORY, NormClip
 from coordinator.robust import make_kernel
+from coordinator.spool import Arrived, Spool
 from edge_sdk.data import load_dataset
 from edge_sdk.errors import ConfigError, ShapeError
+from edge_sdk.tensors import Sender
+from edge_sdk.wire import ExitResult, Update
 from tests.helpers import answer, client, config, examples
 from tools.bench_robust import accuracy
 
@@ -437,6 +442,35 @@ def test_training_that_diverges_in_this_process_is_an_absence():
     assert isinstance(bad, Absence)
     assert "NaN or infinite" in bad.detail
     assert method.aggregate(1, [good]).num_updates == 1
+
+
+@pytest.mark.parametrize(("value", "counts"), [(1.0, True), (math.nan, False), (math.inf, False)])
+def test_update_that_is_not_finite_does_not_come_back_from_the_spool(tmp_path, value, counts):
+    """Whole and with the right digest, as after a restart of the coordinator."""
+    method, sent, spool = make_method(config("fedavg-s")), [], Spool(tmp_path)
+    who = dataclasses.replace(client("a", 1), num_examples=10)
+    job = method.assign(who, 1)
+
+    def desk():
+        return Desk(
+            "run", spool, Credit(2**20), lambda name, message, _: bool(sent.append(message))
+        )
+
+    desk().give(who, job, 1, 0.0)
+    trained = {spec.name: job.tensors[spec.name] for spec in job.returns}
+    name = "exits.0.2.bias"
+    stream = Sender(trained | {name: torch.full_like(trained[name], value)})
+    update = Update(
+        job=sent[0].id, digest=stream.digest(), round=1, num_examples=10, num_steps=1, phases={},
+        exits=(ExitResult(exit=1, loss=1.0, accuracy=0.5),), peak_memory_bytes=0,
+        tensors=stream.specs,
+    )  # fmt: skip
+    spool.storage(1, "a")(stream.total_bytes).write(0, stream.part(0))
+    spool.keep(1, "a", Arrived(update=update, upload_s=0.0, bytes_down=0, bytes_up=0))
+    resumed = desk()
+    resumed.give(who, job, 1, 0.0)
+    assert [type(found) for found in resumed.finished] == [ClientUpdate] * counts
+    assert (sent[-1] == sent[0]) != counts  # the job once more, or Accepted
 
 
 @pytest.mark.parametrize("rule", ROBUST)
