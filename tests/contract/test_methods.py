@@ -189,7 +189,11 @@ def test_state_goes_on_as_if_never_stopped(name, aggregation):
         one_round(straight, number=number)
         one_round(stopped, number=number)
     resumed = make_method(settings)
-    resumed.load_state_dict({key: t.clone() for key, t in stopped.state_dict().items()})
+    taken = stopped.state_dict()
+    saved = {key: tensor.clone() for key, tensor in taken.items()}
+    resumed.load_state_dict(saved)
+    one_round(stopped, number=3)
+    assert all(torch.equal(taken[key], saved[key]) for key in saved), "a state taken stays"
     one_round(straight, number=3)
     one_round(resumed, number=3)
     for kind in ("current", "served"):
