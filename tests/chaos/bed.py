@@ -7,9 +7,11 @@ to its service manager (NOTIFY_SOCKET), and by the bytes that have passed the re
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -47,8 +49,14 @@ class Bed(World):
         self.kept = folder / "kept"
         self.kept.mkdir()
         self.run_dir.mkdir()
+        self._reader: subprocess.Popen[bytes] | None = None
         if mount:
             self._mount(mount, mount_mib)
+            self._reader = subprocess.Popen(
+                [*net.hosts[0].inside(mount=True), sys.executable, "-m", "tests.chaos.rows",
+                 str(self.run_dir)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
         self._has_run = False
         self.moved: dict[str, int] = {}  # devices on another link than their own
         self._notified: dict[str, socket.socket] = {}
@@ -244,7 +252,13 @@ class Bed(World):
     # -- what the run has come to ---------------------------------------------------------------
 
     def rows(self, query: str, *values: object) -> list[tuple]:
-        return read_rows(self.seen_dir, query, *values)
+        if self._reader is None:
+            return read_rows(self.run_dir, query, *values)
+        assert self._reader.stdin is not None
+        assert self._reader.stdout is not None
+        self._reader.stdin.write(json.dumps([query, values]).encode() + b"\n")
+        self._reader.stdin.flush()
+        return [tuple(row) for row in json.loads(self._reader.stdout.readline())]
 
     def wait_rounds(self, count: int, timeout_s: float = FAULT_PATIENCE_S) -> int:
         """Until so many rounds more are committed; the last one."""
@@ -318,6 +332,10 @@ class Bed(World):
         super().__exit__(*about)
         for receiver in self._notified.values():
             receiver.close()
+        if self._reader is not None:
+            for pipe in (self._reader.stdin, self._reader.stdout):
+                pipe.close()  # type: ignore[union-attr]
+            self._reader.wait()
 
 
 def _texts(environment: dict[str, str]) -> list[str]:
