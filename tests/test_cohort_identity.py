@@ -198,11 +198,11 @@ def test_program_that_does_not_answer_loses_its_place(coordinator, devices, monk
     second.hello()  # is welcome, when the first had time to answer
     second.ready()
     second.finish()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, second)
     bad.expect(Probe)
     bad.send(bad.make_update())
     assert_about_round(bad.expect(Fault), "hello", 0)
+    good.return_update()
+    assert_only_these_count(round.result(WAIT_S), good, second)
 
 
 class Lines:
