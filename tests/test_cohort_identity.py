@@ -135,6 +135,7 @@ def test_revoked_admission_takes_effect_on_the_live_link(make_coordinator):
     round = coordinator.train(work(*BOTH))
     good.finish()
     bad.take_job()
+    bad.ping(1)  # from here on nobody says anything
     coordinator.clients_file.write_text(f"good {coordinator.keys['good'].public.decode()}\n")
     fault = bad.expect(Fault)  # without a word from it
     assert_about_round(fault, "admission", 0)
