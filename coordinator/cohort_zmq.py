@@ -317,7 +317,7 @@ class ZmqCohort:
         elif isinstance(message, Ready):
             self._on_ready(name, device, message)
         elif isinstance(message, Bye):
-            self.devices.leave(name, "said bye", may_return=False)
+            self.devices.leave(name, "said bye")
         elif isinstance(message, Fetch | Part | Update | Fault):
             self._on_round_message(name, message, received.payload)
         else:
