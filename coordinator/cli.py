@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from coordinator.cli_export import (
     check_export,
     export_served,
 )
-from coordinator.cohort_zmq import Stopped, Terms, ZmqCohort
+from coordinator.cli_status import add_status_command
+from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.config import checked
 from coordinator.emulate import (
     SPLITS,
@@ -43,9 +44,12 @@ from coordinator.emulate import (
 )
 from coordinator.hub import Hub
 from coordinator.methods import Method, make_method
+from coordinator.metrics import MetricsServer
+from coordinator.monitor import Monitor
 from coordinator.presets import missing_data
 from coordinator.rounds import RoundReport, run_rounds
 from coordinator.store import Store
+from edge_sdk import logs
 from edge_sdk.cli_flags import checked_endpoint, import_module, path_flag, whole_flag
 from edge_sdk.data import DataSet, Examples, load, load_dataset
 from edge_sdk.errors import ConfigError, DataError, EdgeError
@@ -61,21 +65,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="edge-coordinator", description="Federated learning over unequal devices."
     )
     parser.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
+    parser.add_argument("--log-json", action="store_true", help="log one JSON object per line")
     commands = parser.add_subparsers(dest="command", required=True)
     add_emulate_command(commands)
     add_serve_command(commands)
     add_keys_command(commands)
     add_clients_command(commands)
     add_export_command(commands)
+    add_status_command(commands)
+    for command in commands.choices.values():  # it may stand before or after the command
+        command.add_argument(
+            "--log-json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     try:
         args = settle(parser, argv)
     except EdgeError as error:
         print(f"edge-coordinator: {error}", file=sys.stderr)
         return 1
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logs.set_up(is_json=args.log_json, is_debug=args.debug, form=form)
     try:
         for module in getattr(args, "imports", []):
             import_module(module)
@@ -83,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgeError as error:
         if args.debug:
             raise
-        print(f"edge-coordinator: {error}", file=sys.stderr)
+        logs.last_words("edge-coordinator", error)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -200,6 +208,7 @@ def add_serve_command(commands: Any) -> None:
     add("--grace", type=float, default=600.0,
         help="seconds after the deadline before a round closes without its stragglers")  # fmt: skip
     add("--quorum", type=float, default=0.5, help="share of participants that must return")
+    add("--metrics", metavar="HOST:PORT", help="answer Prometheus there; nobody is asked who it is")
     add_export_flag(parser)
     parser.set_defaults(run=run_serve)
 
@@ -239,13 +248,17 @@ def run_serve(args: argparse.Namespace) -> int:
     else:
         keys = read_keys(args.keys, "server")
         admission = Admission(args.clients_file or args.keys / "clients")
-    hub = Hub(checked_endpoint(args.listen, "--listen"), keys, admission)
-    try:
-        store = open_store(args.run_dir, config, "serve", args.resume)
-    except BaseException:
-        hub.close()
-        raise
-    return serve(args, hub, store, method, test, device)
+    with ExitStack() as stack:
+        metrics = (
+            stack.enter_context(closing(MetricsServer(args.metrics))) if args.metrics else None
+        )
+        hub = Hub(checked_endpoint(args.listen, "--listen"), keys, admission)
+        try:
+            store = open_store(args.run_dir, config, "serve", args.resume)
+        except BaseException:
+            hub.close()
+            raise
+        return serve(args, hub, store, method, test, device, metrics)
 
 
 def serve(
@@ -255,6 +268,7 @@ def serve(
     method: Method,
     test: Examples | None,
     device: torch.device,
+    metrics: MetricsServer | None,
 ) -> int:
     """Rounds over the hub until all are done or a signal arrives; closes hub and store."""
     config = store.config
@@ -267,25 +281,38 @@ def serve(
         quorum=config.quorum,
         min_clients=config.min_clients,
     )
-    log.info("run %s in %s, listening on %s", store.run, store.folder, hub.endpoint)
+    where = (store.run, store.folder, hub.endpoint)
+    log.info("run %s in %s, listening on %s", *where, extra=logs.event("started", run=store.run))
     goodbye = "coordinator stopped"
     with stop_signals() as stopping:
-        cohort = ZmqCohort(hub, terms, lambda: bool(stopping))
+
+        def is_stopping() -> bool:  # asked at every message
+            monitor.tick()
+            return bool(stopping)
+
+        def report(done: RoundReport) -> None:
+            print_round(done)
+            monitor.round_done(done)
+
+        cohort = ZmqCohort(hub, terms, is_stopping)
+        monitor = Monitor(store.folder, store.run, config.rounds, cohort.snapshot)
+        if metrics:
+            metrics.latest = lambda: monitor.latest
         try:
-            store.write_endpoint(hub.endpoint)
-            run_rounds(
-                store, method, cohort, test,
-                device=device, should_stop=lambda: bool(stopping), report=print_round,
-            )  # fmt: skip
-            if store.is_finished:
-                store.write_model(method.spec, method.served())
-                goodbye = FINISHED
-                export_served(method, test, args.export)
-        except Stopped:
-            pass
+            with monitor.until_end(lambda: store.is_finished):
+                store.write_endpoint(hub.endpoint)
+                run_rounds(
+                    store, method, cohort, test, device=device,
+                    should_stop=lambda: bool(stopping), report=report, phase=monitor.phase,
+                )  # fmt: skip
+                if store.is_finished:
+                    store.write_model(method.spec, method.served())
+                    goodbye = FINISHED
+                    export_served(method, test, args.export)
         finally:
             if stopping and not store.is_finished:
-                log.info("stopped; round %d is next, go on with --resume", store.next_round())
+                said = "stopped; round %d is next, go on with --resume"
+                log.info(said, store.next_round(), extra=logs.event("stopped"))
             store.close()
             cohort.close(goodbye, is_final=goodbye == FINISHED)
     return 0

@@ -14,8 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohort_status import cohort_state
 from coordinator.hub import Hub, Received
-from coordinator.seats import RoundDesk
+from coordinator.seats import UPLOAD_BUDGET_BYTES, RoundDesk
+from coordinator.status import CohortState
+from coordinator.tally import Tally
+from edge_sdk.logs import event
 from edge_sdk.transport import Payload
 from edge_sdk.wire import (
     PROTOCOL,
@@ -81,6 +85,7 @@ class ZmqCohort:
         self._names: dict[bytes, str] = {}
         self._desk: RoundDesk | None = None
         self._is_assembled = False
+        self._tally = Tally()
         self._listened = time.monotonic()
         self._num_heard = 0  # messages since the last look after the silent
 
@@ -139,6 +144,20 @@ class ZmqCohort:
         finally:
             self._desk = None
 
+    def snapshot(self) -> CohortState:
+        """What everybody does now; for the thread that uses the cohort."""
+        seats = self._desk.seats if self._desk else {}
+        return cohort_state(
+            self._tally,
+            self._devices,
+            seats,
+            round=self._desk.number if self._desk else 0,
+            needed=math.ceil(self._terms.quorum * len(seats)),
+            budget_bytes=UPLOAD_BUDGET_BYTES,
+            strangers=self._hub.num_strangers,
+            now=time.monotonic(),
+        )
+
     def close(self, reason: str, *, is_final: bool) -> None:
         """Tell every device and wait for its answer, not long, then close the socket: ZeroMQ drops
         what a device has not read yet when the connection ends."""
@@ -172,8 +191,14 @@ class ZmqCohort:
 
     def _note(self, result: ClientUpdate | Absence) -> None:
         """A device that failed or was late gets no job until it says that it is ready."""
-        device = self._devices.get(result.client.id)
-        if device and isinstance(result, Absence) and result.code != "gone":
+        name, down, up = result.client.id, result.bytes_down, result.bytes_up
+        if not isinstance(result, Absence):
+            self._tally.result(name, "accepted", down, up)
+            return
+        self._tally.fault(name, result.code)
+        self._tally.result(name, "late" if result.code == "late" else "failed", down, up)
+        device = self._devices.get(name)
+        if device and result.code != "gone":
             device.ready = None
 
     def _send(self, name: str, message: Message, payload: Payload | None = None) -> bool:
@@ -224,7 +249,8 @@ class ZmqCohort:
     def _leave(self, name: str, why: str) -> None:
         device = self._devices.pop(name)
         self._names.pop(device.route, None)
-        log.info("%s is gone: %s", name, why)
+        self._tally.of(name).seen = device.seen
+        log.info("%s is gone: %s", name, why, extra=event("gone", client=name))
         if self._desk:
             self._desk.on_gone(name, "gone", why)
 
@@ -261,7 +287,10 @@ class ZmqCohort:
         self, name: str, message: Fetch | Part | Update | Fault, payload: Payload | None
     ) -> None:
         if isinstance(message, Fault):
-            log.warning("%s reports %s: %s", name, message.code, message.detail)
+            extra = event("fault", client=name, code=message.code, round=message.round)
+            log.warning("%s reports %s: %s", name, message.code, message.detail, extra=extra)
+            if self._desk is None or self._desk.open_seat(name) is None:
+                self._tally.fault(name, message.code)  # else it counts as its absence
         if self._desk is None:
             if isinstance(message, Update):
                 detail = f"no update of round {message.round} is wanted now"
@@ -292,7 +321,11 @@ class ZmqCohort:
         self._names[route] = name
         ready = old.ready if old is not None and is_same else None
         self._devices[name] = _Device(route, hello, time.monotonic(), ready)
-        log.info("%s %s from %s", name, "is back" if is_same else "joined", hello.profile.platform)
+        counts = self._tally.of(name)
+        counts.address, counts.platform = received.address, hello.profile.platform
+        extra = event("back" if is_same else "joined", client=name, address=received.address)
+        said = "is back" if is_same else "joined"
+        log.info("%s %s from %s", name, said, hello.profile.platform, extra=extra)
         terms = self._terms
         welcome = Welcome(
             protocol=PROTOCOL,
@@ -324,5 +357,6 @@ class ZmqCohort:
 
     def _refuse(self, route: bytes, code: str, detail: str) -> None:
         """A Fault that is not about a round."""
-        log.debug("fault to a device: %s: %s", code, detail)
+        self._tally.fault(self._names.get(route), code)
+        log.debug("fault to a device: %s: %s", code, detail, extra=event("refused", code=code))
         self._hub.send(route, Fault(code=code, detail=detail))

@@ -16,8 +16,9 @@ from zmq.auth.thread import ThreadAuthenticator
 from coordinator.admission import Admission
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.keys import KeyPair
+from edge_sdk.logs import event
 from edge_sdk.transport import Payload, parse_frames, send_frames, set_common_options
-from edge_sdk.wire import Fault, Message
+from edge_sdk.wire import Fault, Hello, Message
 
 log = logging.getLogger(__name__)
 STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
@@ -31,6 +32,7 @@ class Received:
     name: str | None
     message: Message
     payload: Payload | None
+    address: str = ""  # of a hello: the device's, without the port
 
 
 class _Credentials:
@@ -38,12 +40,16 @@ class _Credentials:
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
+        self.num_refused = 0
 
     def callback(self, domain: str, public_key: bytes) -> bool:
         """public_key: Z85 text."""
         is_known = self._admission.name_of(public_key) is not None
         if not is_known:
-            log.warning("refused a device with unknown public key %s", public_key.decode())
+            self.num_refused += 1
+            key = public_key.decode()
+            extra = event("stranger", key=key)
+            log.warning("refused a device with unknown public key %s", key, extra=extra)
         return is_known
 
 
@@ -55,6 +61,7 @@ class Hub:
         self._admission = admission
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
+        self._credentials: _Credentials | None = None
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         set_common_options(self.socket)
         self.socket.set(zmq.ROUTER_MANDATORY, 1)
@@ -62,7 +69,8 @@ class Hub:
             assert admission is not None, "CURVE without a client list admits nobody"
             self._authenticator = ThreadAuthenticator(self._context)
             self._authenticator.start()
-            self._authenticator.configure_curve_callback("*", _Credentials(admission))
+            self._credentials = _Credentials(admission)
+            self._authenticator.configure_curve_callback("*", self._credentials)
             self.socket.set(zmq.CURVE_SERVER, 1)
             self.socket.set(zmq.CURVE_PUBLICKEY, keys.public)
             self.socket.set(zmq.CURVE_SECRETKEY, keys.secret)
@@ -100,10 +108,18 @@ class Hub:
         try:
             message, payload = parse_frames(frames[1:])
         except ProtocolError as error:
-            log.warning("message from %s refused: %s", name or "a device", error)
+            said = "message from %s refused: %s"
+            extra = event("refused", client=name, code=error.code)
+            log.warning(said, name or "a device", error, extra=extra)
             self.send(route, Fault(code=error.code, detail=str(error)))
             return True, None
-        return True, Received(route, name, message, payload)
+        address = _address(frames[-1]) if isinstance(message, Hello) else ""
+        return True, Received(route, name, message, payload, address)
+
+    @property
+    def num_strangers(self) -> int:
+        """Connections refused for their key, since the start."""
+        return self._credentials.num_refused if self._credentials else 0
 
     def _name(self, frame: zmq.Frame) -> str | None:
         """The admitted client that a frame came from; None for a stranger or an open hub."""
@@ -117,6 +133,13 @@ class Hub:
             self._context.term()
         else:  # it would wait for the sockets of that thread, which ends with the process
             log.warning("the thread that checks keys did not end")
+
+
+def _address(frame: zmq.Frame) -> str:
+    try:
+        return str(frame.get("Peer-Address"))
+    except zmq.ZMQError:  # it is gone already
+        return ""
 
 
 def _stopped(authenticator: ThreadAuthenticator) -> bool:

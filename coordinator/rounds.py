@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import torch
 
-from coordinator.cohort import Cohort
+from coordinator.cohort import Absence, ClientUpdate, Cohort
 from coordinator.config import RunConfig
 from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.base import Method, Metrics
 from coordinator.sampling import sample
+from coordinator.status import RunPhase
 from coordinator.store import RoundTotals, Store
 from edge_sdk.data import Examples
 from edge_sdk.errors import ShapeError, StoreError, TrainerError
@@ -46,11 +47,12 @@ def run_rounds(
     device: str | torch.device = "cpu",
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[RoundReport], None] = lambda _: None,
+    phase: Callable[[RunPhase, int], None] = lambda *_: None,
 ) -> None:
     """Run the rounds that the store's run still lacks. A round without any update is not one: it
-    is tried again, first with those who have not failed in it, EMPTY_ROUNDS times in all. Raises
-    what store and cohort raise, and TrainerError when nobody returns anything; every finished round
-    is kept then."""
+    is tried again, first with those who have not failed in it, EMPTY_ROUNDS times in all. `phase`
+    is told what the run does from now on, and its round. Raises what store and cohort raise, and
+    TrainerError when nobody returns anything; every finished round is kept then."""
     config = store.config
     state = store.load_checkpoint()
     if state is not None:
@@ -64,12 +66,14 @@ def run_rounds(
     empty = 0
     failed: set[str] = set()  # clients that returned nothing for the round at hand
     while (round := store.next_round()) <= config.rounds and not should_stop():
+        phase("waiting for devices", round)
         clients = cohort.clients()  # may wait for devices
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
         chosen = sample(clients, config.participants, seed=config.seed, round=round, failed=failed)
         work = {client.id: method.assign(client, round) for client in chosen}
         store.record_clients(chosen)
-        results = cohort.train(work, round, config.deadline_s)
+        phase("round open", round)
+        results = _closing(cohort.train(work, round, config.deadline_s), round, phase)
         metrics = method.aggregate(round, store.recording(round, results))
         if metrics.num_updates == 0:
             store.rollback()
@@ -86,6 +90,7 @@ def run_rounds(
         accuracy: list[float] = []
         served: list[float] = []
         if test is not None and is_evaluated(config, round):
+            phase("evaluating", round)
             start = clock()
             accuracy = accuracy_per_exit(method.spec, method.current(), test, device=device)
             served = accuracy
@@ -96,6 +101,15 @@ def run_rounds(
                 metrics.values[f"accuracy_exit_{exit}"] = last
                 metrics.values[f"accuracy_served_exit_{exit}"] = kept
         wall_s = time.monotonic() - started
+        phase("saving", round)
         state = method.state_dict()
         totals = store.commit(round, metrics, state, started_utc, wall_s, len(chosen))
         report(RoundReport(round, accuracy, served, metrics, totals))
+
+
+def _closing(
+    results: Iterator[ClientUpdate | Absence], round: int, phase: Callable[[RunPhase, int], None]
+) -> Iterator[ClientUpdate | Absence]:
+    """The results; after the last one the method has only its own work left."""
+    yield from results
+    phase("aggregating", round)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
@@ -74,6 +74,10 @@ class RoundDesk:
     def num_open(self) -> int:
         """Participants that are still waited for."""
         return sum(not seat.outcome for seat in self._seats.values())
+
+    @property
+    def seats(self) -> Mapping[str, Seat]:
+        return self._seats
 
     @property
     def is_over(self) -> bool:
