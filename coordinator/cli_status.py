@@ -158,7 +158,8 @@ def _run_lines(status: Snapshot, view: View, folder: Path) -> list[str]:
         )
     lines.append(
         f"since {status.started_utc:%Y-%m-%d %H:%M:%S} UTC: {cohort.updates_accepted} updates "
-        f"accepted, {cohort.updates_late} late, {cohort.updates_failed} failed; "
+        f"accepted, {cohort.updates_late} late ({cohort.updates_stale} counted afterwards), "
+        f"{cohort.updates_failed} failed; "
         f"{size(cohort.bytes_down)} sent, {size(cohort.bytes_up)} received; "
         f"strangers refused {cohort.strangers}"
     )

@@ -26,13 +26,14 @@ STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
 
 @dataclass(frozen=True)
 class Received:
-    """A checked message. name: the admitted client, None when the link is insecure."""
+    """A checked message. name: the admitted client, None when the link is insecure. address: where
+    a Hello came from, "" if not known."""
 
     route: bytes
     name: str | None
     message: Message
     payload: Payload | None
-    address: str = ""  # of a hello: the device's, without the port
+    address: str = ""
 
 
 class _Credentials:
@@ -98,9 +99,12 @@ class Hub:
     def receive(self, timeout_ms: int) -> tuple[bool, Received | None]:
         """Whether there was a message, and the message if it was good. A bad one, or one of a
         device that is no longer admitted, is answered with a Fault and dropped."""
-        if not self.socket.poll(timeout_ms):
+        if timeout_ms and not self.socket.poll(timeout_ms):
             return False, None
-        frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        try:
+            frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False, None
         route, name = frames[0].bytes, self._name(frames[-1])
         if self._admission is not None and name is None:
             self.send(route, Fault(code="admission", detail="this device is not admitted any more"))
@@ -116,16 +120,20 @@ class Hub:
         address = _address(frames[-1]) if isinstance(message, Hello) else ""
         return True, Received(route, name, message, payload, address)
 
-    @property
-    def num_strangers(self) -> int:
-        """Connections refused for their key, since the start."""
-        return self._credentials.num_refused if self._credentials else 0
-
     def _name(self, frame: zmq.Frame) -> str | None:
         """The admitted client that a frame came from; None for a stranger or an open hub."""
         if self._admission is None:
             return None
         return self._admission.name_of(str(frame.get("User-Id")).encode())
+
+    @property
+    def num_strangers(self) -> int:
+        """Connections refused for their key, since the start."""
+        return self._credentials.num_refused if self._credentials else 0
+
+    def is_admitted(self, name: str) -> bool:
+        """Whether this client still is."""
+        return self._admission is None or name in self._admission.names()
 
     def close(self) -> None:
         self.socket.close()
@@ -136,10 +144,9 @@ class Hub:
 
 
 def _address(frame: zmq.Frame) -> str:
-    try:
+    with contextlib.suppress(zmq.ZMQError):
         return str(frame.get("Peer-Address"))
-    except zmq.ZMQError:  # it is gone already
-        return ""
+    return ""
 
 
 def _stopped(authenticator: ThreadAuthenticator) -> bool:

@@ -100,6 +100,7 @@ def families(snapshot: Snapshot) -> Iterator[Any]:
     outcomes = {
         "accepted": cohort.updates_accepted,
         "late": cohort.updates_late,
+        "stale": cohort.updates_stale,
         "failed": cohort.updates_failed,
     }
     said = "What became of participants' updates."

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from coordinator.cohort_zmq import Stopped
 from coordinator.rounds import RoundReport
 from coordinator.status import FILE, CohortState, RunPhase, Snapshot, StatusFile, identity, utc
+from edge_sdk.errors import QuorumError
 from edge_sdk.logs import event
 
 log = logging.getLogger(__name__)
@@ -81,13 +82,16 @@ class Monitor:
 
     @contextmanager
     def until_end(self, is_finished: Callable[[], bool]) -> Iterator[None]:
-        """Around the run: tells how it ended. A Stopped ends here."""
+        """Around the run: tells how it ended. A Stopped goes no further."""
         try:
             yield
         except (Stopped, KeyboardInterrupt) as stop:
             self.phase("stopped")
             if not isinstance(stop, Stopped):
                 raise
+        except QuorumError as error:
+            self.phase("gave up", reason=str(error))
+            raise
         except BaseException as error:
             self.phase("failed", reason=f"{type(error).__name__}: {error}")
             raise

@@ -32,11 +32,11 @@ ClientPhase: TypeAlias = Literal[
     "ready",
     "download",  # it has a job and not all of its tensors
     "train",
-    "queued",  # it has trained; its update waits for room in the memory budget
+    "queued",  # it has trained; its update waits for its turn in the memory budget
     "upload",
-    "late",  # its round went on without it
+    "late",  # its round went on without it, its update is still taken
     "away",
-    "duplicate",  # a second live device uses its key
+    "duplicate",  # another live device claims its key; who was there first is being asked
 ]
 RunPhase: TypeAlias = Literal[
     "starting", "waiting for devices", "round open", "aggregating", "evaluating", "saving",
@@ -74,8 +74,9 @@ class CohortState(msgspec.Struct, frozen=True, kw_only=True):
     spool_bytes: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
-    updates_accepted: int = 0
-    updates_late: int = 0
+    updates_accepted: int = 0  # in their own round
+    updates_late: int = 0  # not there at its end; of these, counted in a later one: stale
+    updates_stale: int = 0
     updates_failed: int = 0
     faults: dict[str, int] = {}  # by code
     strangers: int = 0  # connections with a key that is not admitted

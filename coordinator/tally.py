@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-Outcome: TypeAlias = Literal["accepted", "late", "failed"]
+Outcome: TypeAlias = Literal["accepted", "stale", "late", "failed"]
 MAX_CLIENTS = 10_000
 OTHER = "other"
 CODES = frozenset({
@@ -19,7 +19,7 @@ CODES = frozenset({
     "error", "config", "data", "tensors", "capacity", "trainer", "link", "protocol", "version",
     "store",
     # of the link and of rounds
-    "admission", "cancelled", "gone", "hello", "late", "restarted", "round", "stalled",
+    "admission", "cancelled", "duplicate", "gone", "hello", "late", "restarted", "round", "stalled",
 })  # fmt: skip
 
 
@@ -35,7 +35,7 @@ class Counts:
     platform: str = ""
     exit: int = 0
     seen: float = 0.0
-    bytes_down: int = 0  # of rounds that it is through with
+    bytes_down: int = 0  # of jobs that it is through with
     bytes_up: int = 0
     updates: int = 0
     duplicates: int = 0
@@ -64,12 +64,15 @@ class Tally:
         if name is not None:
             self.of(name).faults[known_code(code)] += 1
 
-    def result(self, name: str, outcome: Outcome, bytes_down: int, bytes_up: int) -> None:
-        """A participant is through with its round."""
+    def result(self, name: str, outcome: Outcome) -> None:
+        """accepted: in its own round; stale: in a later one, after having been late in its own."""
+        self.of(name).updates += outcome in ("accepted", "stale")
+        self.updates[outcome] += 1
+
+    def moved(self, name: str, bytes_down: int, bytes_up: int) -> None:
+        """A client is through with a job for which so much was moved."""
         counts = self.of(name)
-        counts.updates += outcome == "accepted"
         counts.bytes_down += bytes_down
         counts.bytes_up += bytes_up
-        self.updates[outcome] += 1
         self.bytes_down += bytes_down
         self.bytes_up += bytes_up
