@@ -25,7 +25,7 @@ Kind: TypeAlias = Literal[
     "joined", "back", "gone", "ready", "duplicate", "refused", "stranger", "fault",
     # of a round and the run
     "started", "waiting", "round_opened", "round_closed", "update_accepted", "update_late",
-    "update_failed", "gave_up", "stopped", "finished", "failed", "status_lost",
+    "update_failed", "stopped", "failed", "status_lost",
     # of a device's own log, besides ready and failed: events.py
     "connected", "chosen", "job", "trained", "accepted", "lost", "ended",
 ]  # fmt: skip

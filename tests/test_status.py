@@ -49,8 +49,7 @@ from coordinator.status import (
 )
 from coordinator.store import RoundTotals, Store
 from coordinator.tally import CODES, MAX_CLIENTS, OTHER, Tally
-from edge_sdk.errors import EdgeError, StoreError
-from tests import recorded_run
+from edge_sdk.errors import EdgeError, QuorumError, StoreError
 from tests.helpers import config, examples
 from tests.processes import ROOT
 
@@ -65,7 +64,8 @@ COHORT = CohortState(
         ClientState(name="pi-2", phase="away", last_seen_s=7200.0),
     ),
     chosen=4, needed=2, returned=1, bytes_in_flight=10, budget_bytes=64, spool_bytes=7,
-    bytes_down=100, bytes_up=200, updates_accepted=5, updates_late=1, updates_failed=2,
+    bytes_down=100, bytes_up=200, updates_accepted=5, updates_late=1, updates_stale=3,
+    updates_failed=2,
     faults={"tensors": 3, "gone": 1, OTHER: 2}, strangers=9,
 )  # fmt: skip
 
@@ -193,6 +193,7 @@ def test_it_is_told_every_two_seconds_and_at_every_change(tmp_path):
     (None, False, "stopped", ""),
     (Stopped(), False, "stopped", ""),
     (KeyboardInterrupt(), False, "stopped", ""),
+    (QuorumError("nobody came"), False, "gave up", "nobody came"),
     (StoreError("disk full"), False, "failed", "StoreError: disk full"),
     (ValueError("a bug"), True, "failed", "ValueError: a bug"),
 ], ids=str)  # fmt: skip
@@ -221,15 +222,17 @@ def test_rounds_are_counted_and_logged(tmp_path, caplog):
     )  # fmt: skip
 
 
+def in_process() -> InProcessCohort:
+    return InProcessCohort({"a": examples(8), "b": examples(8)}, {"a": 1, "b": 3}, 3)
+
+
 def test_the_loop_names_its_phases(tmp_path):
     """Evaluation is of every second round here."""
     settings = config("owners-mean", rounds=2, eval_every=2)
     told_phases: list[tuple[str, int]] = []
     run = Store.create(tmp_path / "run", settings, "emulate")
-    shards = {"a": examples(8), "b": examples(8)}
-    cohort = InProcessCohort(shards, {"a": 1, "b": settings.model.exit}, settings.model.exit)
     run_rounds(
-        run, make_method(settings), cohort, examples(6),
+        run, make_method(settings), in_process(), examples(6),
         phase=lambda phase, round: told_phases.append((phase, round)),
     )  # fmt: skip
     run.close()
@@ -282,7 +285,8 @@ def test_a_table_for_people(tmp_path, capsys):
     text = capsys.readouterr().out
     for words in (
         "run 1a2b in", "round open, round 3 of 50", f"process {os.getpid()} runs",
-        "1 of 4 returned, 2 needed", "5 updates accepted, 1 late, 2 failed", "the disk is full",
+        "1 of 4 returned, 2 needed", "5 updates accepted, 1 late (3 counted afterwards), 2 failed",
+        "the disk is full",
         "100 B sent, 200 B received", "strangers refused 9", "faults: gone 1, other 2, tensors 3",
         "2 clients: away 1, upload 1",
     ):  # fmt: skip
@@ -410,7 +414,10 @@ def test_looking_needs_no_torch():
 
 
 def finished_run(folder: Path) -> None:
-    recorded_run.record_run(folder).close()
+    settings = config("owners-mean", rounds=3, eval_every=2)
+    run = Store.create(folder, settings, "emulate")
+    run_rounds(run, make_method(settings), in_process(), examples(6))
+    run.close()
 
 
 @contextlib.contextmanager
@@ -440,14 +447,14 @@ def not_allowed_to_write(*folders: Path):
 
 
 def test_the_last_rounds_of_a_finished_run(tmp_path):
-    """The numbers stand in recorded_run.py."""
+    """Rounds 2 and 3 were evaluated."""
     folder = tmp_path / "run"
     finished_run(folder)
     rows = last_rounds(folder, 10)
     full = Store.resume(folder)
     history = full.history()
     full.close()
-    assert [row.round for row in rows] == [entry["round"] for entry in history]
+    assert [(row.round, len(row.accuracy)) for row in rows] == [(1, 0), (2, 3), (3, 3)]
     for row, entry in zip(rows, history, strict=True):
         assert list(row.accuracy) == entry["accuracy"]
         for name in ("wall_s", "chosen", "returned", "stragglers", "failures", "bytes_up"):
@@ -533,7 +540,8 @@ def test_codes_of_peers_are_counted_within_bounds():
 def test_strangers_names_are_counted_within_bounds():
     tally = Tally()
     for number in range(MAX_CLIENTS + 50):
-        tally.result(f"client-{number}", "accepted", 1, 2)
+        tally.result(f"client-{number}", "accepted")
+        tally.moved(f"client-{number}", 1, 2)
     assert len(tally.clients) == MAX_CLIENTS
     assert tally.updates["accepted"] == tally.bytes_down == MAX_CLIENTS + 50
 
