@@ -239,9 +239,10 @@ class ZmqCohort:
         give_up = time.monotonic() + FAREWELL_S
         while self.devices.all and time.monotonic() < give_up:
             _, received = self._hub.receive(100)
-            if received is not None and isinstance(received.message, Bye):
-                if found := self.devices.on_route(received.route):
-                    self.devices.all.pop(found[0])
+            if received is None or not isinstance(received.message, Bye):
+                continue
+            if found := self.devices.on_route(received.route):
+                self.devices.all.pop(found[0])
         self._hub.close()
         if is_final:
             self._spool.forget_before(2**31, set())
@@ -304,6 +305,7 @@ class ZmqCohort:
             self._progress += now - self._listened
             for device in self.devices.all.values():
                 device.seen += now - self._listened
+                device.rival_since += now - self._listened
         has_message, received = self._hub.receive(0)
         self._num_heard += 1
         if not has_message or self._num_heard > self._many:  # all that came has been heard

@@ -147,6 +147,7 @@ class Desk:
             seat.reconnected()
             if seat.receiver is not None:
                 self._ask(seat)
+            self.pump()
             return
         if job and (self._done.get(name) == (job, True) or self._was_counted(job)):
             self._send(name, Accepted(round=round), None)  # the first one was lost
@@ -248,9 +249,10 @@ class Desk:
                 return
             first, count = request
             have = seat.receiver.num_received
-            if self._send(seat.name, Fetch(round=seat.round, have=have, first=first, count=count),
-                          None):  # fmt: skip
+            fetch = Fetch(round=seat.round, have=have, first=first, count=count)
+            if self._send(seat.name, fetch, None):
                 self.credit.take(seat.name, count, seat.pace.is_slow)
+                self._ask(seat)
             else:
                 seat.receiver.restart()
             return

@@ -53,7 +53,7 @@ CREATE TABLE participations (round INTEGER, client_id TEXT, exit INTEGER, segmen
     outcome TEXT, code TEXT, detail TEXT, num_examples INTEGER, num_steps INTEGER,
     bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,
     exits TEXT, micro_batch INTEGER, recompute INTEGER, staleness INTEGER, job TEXT, digest TEXT,
-    PRIMARY KEY (round, client_id));
+    PRIMARY KEY (round, client_id, job));
 CREATE TABLE phases (round INTEGER, client_id TEXT, phase TEXT, wall_s REAL, cpu_s REAL);
 CREATE TABLE metrics (round INTEGER, name TEXT, value REAL, PRIMARY KEY (round, name));
 """
@@ -320,8 +320,12 @@ class Store:
         return RoundTotals(wall_s, len(self._begun), *(int(value) for value in row))
 
     def _record_update(self, round: int, update: ClientUpdate) -> None:
+        self._write(  # it was given another job in this round, which it returned
+            "DELETE FROM participations WHERE round = ? AND client_id = ? AND outcome != 'ok'",
+            round, update.client.id,
+        )  # fmt: skip
         self._write(
-            "INSERT OR REPLACE INTO participations"
+            "INSERT INTO participations"
             " VALUES (?, ?, ?, ?, 'ok', '', '', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             round, update.client.id, update.client.exit, _segments(update.segments),
             update.num_examples, update.num_steps, update.bytes_down, update.bytes_up,

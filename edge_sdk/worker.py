@@ -135,16 +135,14 @@ class Worker:
                 self._ask()
 
     def _ask(self) -> None:
-        """Fetch what the window allows; train when everything is here."""
+        """Say what is here and fetch what the window allows; train when everything is."""
         assert self._receiver is not None
         assert self._job is not None
         have = self._receiver.num_received
+        first, count = self._receiver.next_request(WINDOW) or (have, 0)
+        self._pipe.send(Fetch(round=self._job.round, have=have, first=first, count=count))
         if self._receiver.is_complete:
-            self._pipe.send(Fetch(round=self._job.round, have=have, first=have, count=0))
             self._train(self._job)
-        elif request := self._receiver.next_request(WINDOW):
-            first, count = request
-            self._pipe.send(Fetch(round=self._job.round, have=have, first=first, count=count))
 
     def _train(self, job: Job) -> None:
         assert self._receiver is not None
