@@ -23,6 +23,7 @@ from edge_sdk.logs import event
 
 log = logging.getLogger(__name__)
 FILE = "status.json"
+FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
 FRESH_S = 60.0  # a run on another machine that told something within this time is running
 
 Utc: TypeAlias = Annotated[datetime, msgspec.Meta(tz=True)]
@@ -113,7 +114,7 @@ class StatusFile:
         """Replace the file; after an OSError the last one stays."""
         draft = self.path.with_name(f".{self.path.name}")
         try:
-            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), "wb") as file:
+            with open(os.open(draft, FLAGS, 0o644), "wb") as file:
                 os.fchmod(file.fileno(), 0o644)
                 file.write(msgspec.json.encode(snapshot))
             os.replace(draft, self.path)

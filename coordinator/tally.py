@@ -17,7 +17,7 @@ OTHER = "other"
 CODES = frozenset({
     # errors.py
     "error", "config", "data", "tensors", "capacity", "trainer", "link", "protocol", "version",
-    "store",
+    "store", "quorum",
     # of the link and of rounds
     "admission", "cancelled", "duplicate", "gone", "hello", "late", "restarted", "round", "stalled",
 })  # fmt: skip

@@ -184,3 +184,8 @@ def test_a_device_logs_json_to_its_last_line(tmp_path):
     assert (lines[0]["level"], lines[0]["event"]) == ("warning", "log")  # insecure
     assert (lines[-1]["event"], lines[-1]["level"]) == ("failed", "error")
     assert "where.npz" in lines[-1]["message"]
+
+
+def test_the_readme_names_every_event():
+    text = (ROOT / "README.md").read_text()
+    assert [kind for kind in get_args(Kind) if f"`{kind}`" not in text] == []

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sqlite3
 import stat
 import subprocess
@@ -130,6 +131,16 @@ def test_a_full_disk_is_one_line_and_the_last_file_stays(tmp_path, caplog, monke
 def test_a_folder_that_is_gone_ends_nothing(tmp_path, caplog):
     told(tmp_path / "nowhere")
     assert len(caplog.records) == 1
+
+
+def test_another_file_is_never_written_through_a_link(tmp_path, caplog):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / f".{FILE}").symlink_to(tmp_path / "precious")
+    told(tmp_path)
+    assert len(caplog.records) == 1
+    told(tmp_path, round=2)
+    assert read_status(tmp_path).round == 2, "the link was taken away"
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
 @pytest.mark.parametrize("content", [
@@ -552,4 +563,19 @@ def test_every_code_of_an_error_is_known():
         kind = kinds.pop()
         codes.add(kind.code)
         kinds += kind.__subclasses__()
-    assert codes <= CODES | {"test"}
+    assert codes <= CODES
+
+
+SAID = re.compile(
+    r'Fault\(\s*code="(\w+)"|(?:_fault|refuse|on_gone)\([^,"]+,\s*"(\w+)"'
+    r'|_absent\([^,"]+,\s*"\w+",\s*"(\w+)"'
+)
+
+
+def test_every_code_that_is_said_is_known():
+    sources = [
+        file for folder in ("edge_sdk", "coordinator") for file in (ROOT / folder).rglob("*.py")
+    ]
+    codes = {"".join(found) for file in sources for found in SAID.findall(file.read_text())}
+    assert {"round", "late", "gone", "stalled", "capacity", "duplicate"} <= codes, "they are found"
+    assert codes <= CODES
