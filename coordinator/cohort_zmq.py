@@ -46,7 +46,7 @@ TELL_S = 15.0  # between lines about what is waited for
 FAREWELL_S = 3.0  # for devices to answer a Bye
 LISTENING_GAP_S = 1.0  # a longer pause between two looks was the caller's
 LOOK_S = 1.0  # between looks after those who are silent
-MOST_REST_S = 60.0  # between two tries of a round
+MOST_REST_S = 15.0  # between two tries of a round
 
 
 class Stopped(Exception):
@@ -155,12 +155,10 @@ class ZmqCohort:
 
     def rest(self, tries: int) -> bool:
         """Listen for a while, longer every time. Raises QuorumError."""
-        before, until = self._num_here(), time.monotonic() + min(MOST_REST_S, 2**tries)
-        while time.monotonic() < until:
+        until = time.monotonic() + min(MOST_REST_S, 2**tries)
+        while time.monotonic() < until and not self.desk.finished:
             self._check_progress(f"too few updates for round {self._round}")
             self._pump()
-            if self.desk.finished or self._num_here() > before:
-                break
         return True
 
     def train(
@@ -176,6 +174,7 @@ class ZmqCohort:
             self._asked, self._returned, self._needed = set(), set(), 0
             desk.expire(round - terms.oldest)
             desk.clear_spool(round)
+        at_work = self.num_busy if terms.is_async else 0
         known = self._expected | {client.id: client for client in self._idle_clients()}
         for name, assignment in work.items():
             if name in known:
@@ -184,7 +183,7 @@ class ZmqCohort:
                 desk.miss(Client(id=name, exit=assignment.model.exit), assignment)
         self._expected = {}
         told, returned = (started := time.monotonic()), 0
-        needed = terms.needed(len(work) + (self.num_busy if terms.is_async else 0))
+        needed = terms.needed(len(work) + at_work)
         self._asked |= work.keys() | (desk.seats.keys() if terms.is_async else set())
         self._needed = max(self._needed, needed)
         extra = event("round_opened", round=round, chosen=len(work), needed=needed)
@@ -245,7 +244,7 @@ class ZmqCohort:
                 self.devices.all.pop(found[0])
         self._hub.close()
         if is_final:
-            self._spool.forget_before(2**31, set())
+            self._spool.clear()
 
     # -- inside --------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ class Device:
     ready: Ready | None = None
     rival: Received | None = None
     rival_since: float = 0.0
+    num_rivals: int = 0
 
 
 class Devices:
@@ -158,6 +159,7 @@ class Devices:
             extra = event("duplicate", client=name, address=where)
             log.warning("%s, asked from %s", detail, where, extra=extra)
             device.rival = None
+            device.num_rivals += 1
             self._tally.of(name).duplicates += 1
             self.refuse(rival.route, "duplicate", detail)
         elif now - device.rival_since > max(PROBE_S, self._patience_s(name)):
@@ -172,7 +174,13 @@ class Devices:
         is_same = old is not None and old.hello.session == hello.session
         ready = old.ready if old is not None and is_same else None
         self._names[received.route] = name
-        self.all[name] = Device(received.route, hello, time.monotonic(), received.address)
+        self.all[name] = Device(
+            received.route,
+            hello,
+            time.monotonic(),
+            received.address,
+            num_rivals=old.num_rivals if old else 0,
+        )
         self.says_ready(name, ready)
         platform, counts = hello.profile.platform, self._tally.of(name)
         counts.address, counts.platform = received.address, platform

@@ -3,7 +3,7 @@ with their number and a coordinator that is killed keeps those that had arrived.
 
 Of each: ROUND-CLIENT.data, the stream as it comes in; ROUND-CLIENT.json, written when it is whole
 and checked. Nothing is synced: a power cut may leave a stream that is not its digest's, which is
-asked for again. Grows with what a round's participants send; deleted as rounds become final.
+asked for again. Grows to what the participants of the largest round send, until the run's end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class PartFile:
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self._path, self._num_bytes = path, num_bytes
-        _checked(path, lambda: _opened(path, os.O_CREAT | os.O_TRUNC, lambda file: None))
+        _checked(
+            path, lambda: _opened(path, os.O_CREAT, lambda file: os.ftruncate(file, num_bytes))
+        )
 
     def write(self, start: int, payload: memoryview | bytes) -> None:
         def put(file: int) -> None:
@@ -64,10 +66,18 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         _checked(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
+        self._free = sorted(folder.glob("free-*"))
 
     def storage(self, round: int, client: str) -> Callable[[int], PartFile]:
         """For a Receiver: where this client's update of this round goes."""
-        return lambda num_bytes: PartFile(self._path(round, client, "data"), num_bytes)
+
+        def make(num_bytes: int) -> PartFile:
+            path = self._path(round, client, "data")
+            if self._free and not path.exists():
+                _checked(path, lambda: os.replace(self._free.pop(), path))
+            return PartFile(path, num_bytes)
+
+        return make
 
     def keep(self, round: int, client: str, arrived: Arrived) -> None:
         """The stream is whole and good: it need not be sent again."""
@@ -105,12 +115,25 @@ class Spool:
                 self._path(round, client, ending).unlink()
 
     def forget_before(self, round: int, wanted: set[tuple[int, str]]) -> None:
-        """Delete every update of rounds before this one, but for these, by round and client."""
+        """Free every update of rounds before this one, but for these, by round and client. Their
+        files are written over by the next: that is several times quicker than new ones."""
         names = {self._path(*key, "data").stem for key in wanted}
         with suppress(OSError):
-            for path in self.folder.iterdir():
-                if path.stem not in names and path.name < f"{round:010d}":
+            for path in sorted(self.folder.iterdir(), reverse=True):  # x.json before x.data
+                if path.stem in names or path.name >= f"{round:010d}":
+                    continue
+                if path.suffix != ".data":
                     path.unlink(missing_ok=True)
+                    continue
+                free = self.folder / f"free-{path.name}"
+                os.replace(path, free)
+                self._free.append(free)
+
+    def clear(self) -> None:
+        """The run is over."""
+        with suppress(OSError):
+            for path in self.folder.iterdir():
+                path.unlink(missing_ok=True)
 
     def _path(self, round: int, client: str, ending: str) -> Path:
         return self.folder / f"{round:010d}-{client}.{ending}"

@@ -212,7 +212,23 @@ def test_spool_is_cleared_of_what_counts_no_more(room, tmp_path):
     room.desk.close(1)
     room.desk.finished.clear()
     room.desk.clear_spool(2)
-    assert {path.name.split("-")[1] for path in tmp_path.iterdir()} == {"b.data"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "0000000001-b.data",
+        "free-0000000001-a.data",
+    }
+
+
+def test_freed_files_are_used_again(room, tmp_path):
+    room.give("a", round=1)
+    room.finish("a")
+    room.desk.finished.clear()
+    room.desk.clear_spool(2)
+    room.trained = {"stages.1.0.weight": floats(3, start=7.0)}
+    room.give("a", round=2)
+    room.announce("a")
+    assert [path.name for path in tmp_path.iterdir()] == ["0000000002-a.data"]
+    room.parts([0])
+    assert_is_the_update(room, room.desk.finished[0], 2)
 
 
 def test_device_that_is_gone_may_come_back_with_its_update(room):
