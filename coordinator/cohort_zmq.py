@@ -112,7 +112,7 @@ class ZmqCohort:
             tally=tally,
         )
         self.devices = Devices(
-            hub, welcome, self._on_place, self._on_gone, self.desk.patience_s, tally
+            hub, welcome, self._on_place, self._on_gone, self.desk.transfers.patience_s, tally
         )
         self._expected: dict[str, Client] = {}
         self._is_assembled = False
@@ -170,6 +170,8 @@ class ZmqCohort:
         Raises QuorumError."""
         desk, terms = self.desk, self._terms
         if round != self._round:
+            if not self._round:
+                desk.resume(round)
             self._round, self._progress = round, time.monotonic()
             self._asked, self._returned, self._needed = set(), set(), 0
             desk.expire(round - terms.oldest)
