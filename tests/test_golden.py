@@ -23,8 +23,18 @@ from msgspec import inspect
 from msgspec.structs import fields
 
 import edge_sdk
-from coordinator import cohort_zmq, hub, seats
-from edge_sdk import agent, agent_state, chooser, examples, trainer, transport, wire, worker
+from coordinator import cohort_zmq, hub, joining, seats
+from edge_sdk import (
+    agent,
+    agent_state,
+    chooser,
+    examples,
+    join,
+    trainer,
+    transport,
+    wire,
+    worker,
+)
 from edge_sdk.errors import EdgeError
 from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
 from edge_sdk.tensors import DTYPES
@@ -37,6 +47,8 @@ from edge_sdk.wire import (
     Heartbeat,
     Hello,
     Job,
+    Join,
+    Joined,
     Message,
     ModelSpec,
     Part,
@@ -142,6 +154,8 @@ EXAMPLES: tuple[Message, ...] = (
     Fault(code="capacity", detail="out of memory while training", round=7),
     Heartbeat(round=7),
     Bye(reason="run finished", is_final=True),
+    Join(client_id="pi-4.kitchen_1", public_key="Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"),
+    Joined(client_id="pi-4.kitchen_1"),
 )
 # What a peer sees of every module's constants; PROTOCOL.md gives each name and value in a table.
 CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
@@ -165,6 +179,7 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
     chooser: ("GROWN",),
     worker: ("WINDOW",),
     examples: ("MIN_BATCH",),
+    join: ("CONNECT_S", "ANSWER_S", "AGAIN_S"),
     cohort_zmq: ("HEARTBEAT_S", "SILENCE_S"),
     seats: ("WINDOW", "UPLOAD_BUDGET_BYTES", "RESEND_S", "STALL_S"),
 }
@@ -341,7 +356,13 @@ def test_protocol_gives_every_constant_and_its_value(text):
 def test_protocol_names_every_fault_code(text):
     codes = {kind.code for kind in EdgeError.__subclasses__()} - {"link", "store"}
     codes |= {"version", trainer.Cancelled.code, *agent.FATAL}
-    for module in (cohort_zmq, hub, seats, agent):  # Fault(code="..."), _fault(name, "...")
+    for module in (
+        cohort_zmq,
+        hub,
+        joining,
+        seats,
+        agent,
+    ):  # Fault(code="..."), _fault(name, "...")
         source = Path(str(module.__file__)).read_text(encoding="utf-8")
         codes |= set(re.findall(r'(?:Fault\(code=|_(?:fault|refuse)\([\w.]+, )"(\w+)"', source))
     table = {row[0].strip("`") for row in rows(text)}
