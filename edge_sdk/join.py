@@ -47,13 +47,15 @@ def join(line: InvitationLine, folder: Path, client_id: str) -> KeyPair:
         new = next_keys(folder)
         try:
             _ask(line.endpoint, new, line.server_key, client_id, new)
-            swap_keys(folder)
-            return new
         except Refused:
             pass
+        else:
+            swap_keys(folder)
+            return new
     invitation = KeyPair(zmq.curve_public(line.secret), line.secret)
     try:
         _ask(line.endpoint, invitation, line.server_key, client_id, keys)
+        drop_next_keys(folder)
     except Refused as error:
         if str(error) != UNKNOWN:
             raise
