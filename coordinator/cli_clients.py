@@ -167,6 +167,8 @@ def _endpoint(given: str | None) -> str:
         endpoint = checked_endpoint(given, "--endpoint")
         if not endpoint.isascii() or len(endpoint) > 300:
             raise ConfigError(f"--endpoint {given!r} is not ASCII, or longer than 300 characters")
+        if re.match(r"tcp://(\*|0\.0\.0\.0|\[::\]):", endpoint):
+            raise ConfigError(f"--endpoint {given!r} is no address that a device can connect to")
         return endpoint
     endpoint = f"tcp://{own_address()}:{PORT}"
     _say(f"assumed that devices reach this coordinator at {endpoint}; else give --endpoint")

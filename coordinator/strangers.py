@@ -80,6 +80,8 @@ class Strangers:
                 with locked(self.path.parent, is_patient=False):
                     _write(self.path, list(self._known.values()))
                 self._has_failed = False
+            except BlockingIOError:  # another changes the folder's files just now
+                self._due = self._timer() + WRITE_S
             except OSError as error:
                 if not self._has_failed:
                     log.warning("who was turned away is not kept: %s", error)

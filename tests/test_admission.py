@@ -411,8 +411,9 @@ def test_a_coordinator_killed_while_it_admits(gate, tmp_path, monkeypatch, kille
         assert gate.names() == {}
         assert only_invitation(gate).client is None
     else:
-        with pytest.raises(Refused, match="was used already"):
-            join(line, tmp_path / "b", "b")
+        for folder, name in (("b", "b"), ("b", "a"), ("a", "b")):
+            with pytest.raises(Refused, match="was used already"):
+                join(line, tmp_path / folder, name)
     keys = join(line, tmp_path / "a", "a")
     assert gate.names() == {"a": keys.public}
     assert only_invitation(gate).is_done
@@ -761,6 +762,20 @@ def test_a_device_that_was_turned_away_is_pending(tmp_path):
     assert stat.S_IMODE(gate.pending.stat().st_mode) == 0o600
 
 
+def test_the_end_does_not_wait_for_the_second_to_pass(tmp_path, clock):
+    make_keys(tmp_path, "server")
+    (tmp_path / "clients").write_text("")
+    admission = Admission(tmp_path / "clients")
+    admission.strangers = Strangers(tmp_path / "pending", clock, clock)
+    hub = Hub(ANY_PORT, read_keys(tmp_path, "server"), admission)
+    for _ in range(2):
+        admission.strangers.note(new_key().encode())
+        hub.receive(0)
+    assert len(read_strangers(tmp_path / "pending")) == 1
+    hub.close()
+    assert len(read_strangers(tmp_path / "pending")) == 2
+
+
 def test_pending_keys_survive_a_restart(tmp_path, clock):
     keys = [new_key().encode() for _ in range(2)]
     for tries in (1, 2):
@@ -838,6 +853,18 @@ def test_a_corrupt_file_is_said_once_and_made_anew(tmp_path, clock, caplog, cont
     known.note(new_key().encode())
     known.write_if_due(nobody)
     assert len(read_strangers(path)) == 1
+
+
+def test_while_another_changes_the_files_it_waits(tmp_path, clock, caplog):
+    known = Strangers(tmp_path / "pending", clock, clock)
+    known.note(new_key().encode())
+    with locked(tmp_path):
+        known.write_if_due(nobody)
+    assert not (tmp_path / "pending").exists()
+    clock.now += strangers.WRITE_S
+    known.write_if_due(nobody)
+    assert len(read_strangers(tmp_path / "pending")) == 1
+    assert not caplog.records
 
 
 def test_a_full_disk_is_said_once_and_tried_again(tmp_path, clock, caplog, monkeypatch):
