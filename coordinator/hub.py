@@ -19,7 +19,7 @@ from coordinator.admission import Admission
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.keys import KeyPair
 from edge_sdk.transport import Payload, parse_frames, send_frames, set_common_options
-from edge_sdk.wire import Fault, Join, Message
+from edge_sdk.wire import Fault, Hello, Join, Message
 
 log = logging.getLogger(__name__)
 STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
@@ -27,12 +27,14 @@ STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
 
 @dataclass(frozen=True)
 class Received:
-    """A checked message. name: the admitted client, None when the link is insecure."""
+    """A checked message. name: the admitted client, None when the link is insecure. address: where
+    a Hello came from, "" if not known."""
 
     route: bytes
     name: str | None
     message: Message
     payload: Payload | None
+    address: str = ""
 
 
 class _Credentials:
@@ -96,9 +98,12 @@ class Hub:
         admission = self._admission
         if admission is not None:
             admission.strangers.write_if_due(self._is_client)
-        if not self.socket.poll(timeout_ms):
+        if timeout_ms and not self.socket.poll(timeout_ms):
             return False, None
-        frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        try:
+            frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False, None
         route, key, name = frames[0].bytes, b"", None
         if admission is not None:
             key = str(frames[-1].get("User-Id")).encode()
@@ -114,11 +119,12 @@ class Hub:
             return True, None
         if isinstance(message, Join):
             self._on_join(route, key, message)
-        elif admission is not None and name is None:
+            return True, None
+        if admission is not None and name is None:
             self._refuse(route, "an invitation's key may send join and nothing else")
-        else:
-            return True, Received(route, name, message, payload)
-        return True, None
+            return True, None
+        address = _address(frames[-1]) if isinstance(message, Hello) else ""
+        return True, Received(route, name, message, payload, address)
 
     def is_admitted(self, name: str) -> bool:
         """Whether this client is in the list now; a look at the file's time, so ask often."""
@@ -144,6 +150,12 @@ class Hub:
             self._context.term()
         else:  # it would wait for the sockets of that thread, which ends with the process
             log.warning("the thread that checks keys did not end")
+
+
+def _address(frame: zmq.Frame) -> str:
+    with contextlib.suppress(zmq.ZMQError):
+        return str(frame.get("Peer-Address"))
+    return ""
 
 
 def _stopped(authenticator: ThreadAuthenticator) -> bool:
