@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgpack
 import pytest
 import zmq
 
@@ -351,6 +352,19 @@ def test_an_invitations_key_may_do_nothing_else(gate, tmp_path):
     assert gate.passed == []
     assert gate.files() == before
     join(line, tmp_path / "pi", "pi")  # and it is as good as before
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("client_id", ""), ("client_id", "-pi"), ("client_id", "a b"), ("client_id", "a" * 65),
+    ("client_id", "pi\n"), ("client_id", None), ("public_key", "a" * 39), ("public_key", "a" * 41),
+    ("public_key", "a" * 40 + "\n"), ("public_key", '"' * 40), ("public_key", b"a" * 40),
+])  # fmt: skip
+def test_a_malformed_join_is_refused_by_its_field(gate, field, value):
+    device = gate.device(pair_of(gate.invite()))
+    good = {"type": "join", "client_id": "pi", "public_key": new_key()}
+    device.send_frames(msgpack.packb(good | {field: value}))
+    assert device.expect(Fault).code == "protocol"
+    assert gate.names() == {}
 
 
 def test_strangers_do_not_get_so_far(gate):
