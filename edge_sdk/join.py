@@ -30,7 +30,7 @@ from edge_sdk.wire import Fault, Join, Joined, Message
 
 CONNECT_S = 20.0  # to reach the coordinator
 ANSWER_S = 300.0  # then, as it answers nothing while it aggregates
-AGAIN_S = 5.0  # between questions: none is answered while another changes the list
+AGAIN_S = 5.0  # between questions: one may be lost, or meet a list that another changes just now
 UNKNOWN = REFUSALS[zmq.EVENT_HANDSHAKE_FAILED_AUTH]
 
 
@@ -111,11 +111,8 @@ def _answer(link: Link, question: Join) -> Message:
             if not was_connected:
                 was_connected, give_up = True, now + ANSWER_S
         _wait(link, 0.5, wants_to_send=time.monotonic() >= ask_at)
-        is_lost, refusal = link.events()
-        if refusal:
+        if refusal := link.events()[1]:
             raise Refused(refusal)
-        if is_lost:
-            ask_at = 0.0
         try:
             received = link.receive()
         except ProtocolError as error:

@@ -507,6 +507,24 @@ def test_a_coordinator_that_does_not_answer(tmp_path, monkeypatch):
         gate.close()
 
 
+def test_a_coordinator_that_goes_and_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(join_module, "AGAIN_S", 0.05)
+    first = Gate(tmp_path / "keys")
+    line = first.invite()
+    first._is_open = False
+    first._thread.join(WAIT_S)
+    with ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(join, line, tmp_path / "pi", "pi")
+        assert first.hub.socket.poll(int(1000 * WAIT_S)), "the question is there, and is lost"
+        first.close()
+        second = Gate(tmp_path / "keys", first.endpoint)
+        try:
+            keys = joined.result(WAIT_S)
+            assert second.names() == {"pi": keys.public}
+        finally:
+            second.close()
+
+
 # -- another key -----------------------------------------------------------------------------------
 
 
