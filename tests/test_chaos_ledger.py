@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.chaos.faults import KINDS, drawn
 from tests.chaos.ledger import Row, judged
-from tests.chaos.soak import KINDS, drawn
 
 LOGS = {
     "a": "12:00 INFO round 1: trained, sending the update\n12:01 INFO round 1: update accepted\n",
