@@ -325,6 +325,9 @@ class Bed(World):
             lines = log.read_text(errors="replace").splitlines()[-num_lines:]
             print(f"--- {log.name}", *lines, sep="\n", file=sys.stderr)
 
+    def __enter__(self) -> Bed:
+        return self
+
     def __exit__(self, *about: object) -> None:
         self._is_over.set()
         self._watcher.join()

@@ -54,5 +54,6 @@ def test_half_open_link(tmp_path: Path, congestion: str, scenario: Scenario, pha
         bed.net.mend(bed.links["a"])
         scenario.check(bed, round, round + 1)
         assert bed.outcomes("a")[round] == "ok", bed.rows("SELECT * FROM participations")
+        assert bed.server is not None
         assert not bed.server.said("a is gone"), "it had to wait for the old connection's end"
         scenario.checked.append(f"a's update of round {round} arrived")
