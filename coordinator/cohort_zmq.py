@@ -105,7 +105,9 @@ class ZmqCohort:
             takes_late=terms.oldest > 0,
             was_counted=was_counted,
         )
-        self.devices = Devices(hub, welcome, self._on_place, self._on_gone, self.desk.patience_s)
+        self.devices = Devices(
+            hub, welcome, self._on_place, self._on_gone, self.desk.transfers.patience_s
+        )
         self._expected: dict[str, Client] = {}
         self._is_assembled = False
         self._round = 0
@@ -158,6 +160,8 @@ class ZmqCohort:
         Raises QuorumError."""
         desk, terms = self.desk, self._terms
         if round != self._round:
+            if not self._round:
+                desk.resume(round)
             self._round, self._progress = round, time.monotonic()
             desk.expire(round - terms.oldest)
             desk.clear_spool(round)
