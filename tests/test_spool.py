@@ -17,13 +17,9 @@ from coordinator.spool import Arrived, Spool
 from edge_sdk.errors import StoreError
 from edge_sdk.tensors import Receiver, Sender, Tensors, specs_of
 from edge_sdk.wire import PART_BYTES, ExitResult, Segment, Update
-<<<<<<< HEAD
 from tests.helpers import client
-=======
->>>>>>> main
 from tests.scripted import floats
 
-SEGMENTS = (Segment(first=1, last=1),)
 JOB, OTHER = "1" * 32, "2" * 32
 TENSORS = {"stages.0.w": floats(PART_BYTES // 4), "exits.0.b": floats(3, start=7.0)}  # two parts
 
@@ -40,12 +36,8 @@ def arrived(tensors: Tensors, job: str = JOB) -> Arrived:
         peak_memory_bytes=0,
         tensors=specs_of(tensors),
     )
-<<<<<<< HEAD
     segments = (Segment(first=1, last=1),)
     return Arrived(update=update, segments=segments, upload_s=1.5, bytes_down=100, bytes_up=40)
-=======
-    return Arrived(update=update, segments=SEGMENTS, upload_s=1.5, bytes_down=100, bytes_up=40)
->>>>>>> main
 
 
 def receive(
