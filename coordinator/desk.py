@@ -17,8 +17,10 @@ from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.credit import Credit, Pace
 from coordinator.seats import MOST_WANTED, Seat, check_update, check_values, counted, make_job
 from coordinator.spool import Arrived, Spool
+from coordinator.tally import Tally
 from coordinator.transfers import Transfers
 from edge_sdk.errors import EdgeError, StoreError
+from edge_sdk.logs import Kind, event
 from edge_sdk.tensors import Receiver, Sender
 from edge_sdk.transport import Payload
 from edge_sdk.wire import Accepted, Fault, Fetch, Message, Part, Ready, Update
@@ -43,6 +45,7 @@ class Desk:
         *,
         takes_late: bool = True,
         was_counted: Callable[[str], bool] = lambda job: False,
+        tally: Tally | None = None,
     ) -> None:
         self.finished: list[ClientUpdate | Absence] = []
         self.credit = credit
@@ -53,6 +56,7 @@ class Desk:
         self._send = send
         self._takes_late = takes_late
         self._was_counted = was_counted
+        self._tally = tally or Tally()
         self._done: dict[str, tuple[str, bool]] = {}  # last job that ended, and whether it counts
         self._paces: dict[str, Pace] = {}
         # the tensors behind the ids live as long as their sender
@@ -287,6 +291,8 @@ class Desk:
         self._count(seat, counted(seat.client, arrived, tensors, sent))
 
     def _count(self, seat: Seat, update: ClientUpdate) -> None:
+        extra = event("update_accepted", client=seat.name, round=seat.round)
+        log.info("round %d: the update of %s counts", seat.round, seat.name, extra=extra)
         self._end(seat, counts=True)
         self._send(seat.name, Accepted(round=seat.round), None)
         self.finished.append(update)
@@ -299,7 +305,10 @@ class Desk:
         self, seat: Seat, outcome: str, code: str, detail: str, *, stays: bool = False
     ) -> None:
         """The participant returns nothing that counts in its round; if it stays, maybe later."""
-        log.warning("round %d: %s %s: %s: %s", seat.round, seat.name, outcome, code, detail)
+        kind: Kind = "update_late" if outcome == "straggler" else "update_failed"
+        extra = event(kind, client=seat.name, round=seat.round, code=code)
+        about = (seat.round, seat.name, outcome, code, detail)
+        log.warning("round %d: %s %s: %s: %s", *about, extra=extra)
         if seat.name in self._awaited:
             self.finished.append(
                 Absence(
@@ -316,6 +325,7 @@ class Desk:
     def _end(self, seat: Seat, *, counts: bool) -> None:
         """The seat is free; what has arrived of an update that does not count is deleted."""
         self.seats.pop(seat.name)
+        self._tally.moved(seat.name, seat.bytes_down, seat.bytes_up)
         self._awaited.discard(seat.name)
         self.credit.drop(seat.name)
         self._done[seat.name] = seat.job.id, counts
