@@ -405,6 +405,10 @@ def test_participants_of_a_round_outlive_a_kill(tmp_path):
     again.begin(1, [a, b])
     _, totals = commit(again, 1)
     assert totals.chosen == 2
+    assert again.begun(2) == []
+    again.begin(2, [b])
+    _, totals = commit(again, 2)
+    assert totals.chosen == 1, "of this round only"
     again.close()
 
 
