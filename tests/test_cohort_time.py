@@ -289,6 +289,7 @@ def test_repeated_part_is_no_progress_and_holds_nobody_up(make_coordinator, impa
     round = coordinator.train(work(*BOTH, num_floats=FLOATS_PER_PART))
     bad.take_job()
     good.take_job()
+    good.ping(1)  # that it has everything has been heard: nothing is under way
     bad.send(bad.make_update())
     assert bad.expect(Fetch).count == 2
     good.send(good.make_update())
