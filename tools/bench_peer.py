@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for clients in map(int, args.clients.split(",")):
             measure(rows, megabytes, clients, systems, args.rounds)
             if args.csv:
-                write_rows(args.csv, rows, sys.argv[1:] if argv is None else argv, args.flwr)
+                write_rows(args.csv, rows, sys.argv[1:] if argv is None else argv)
+    print("\n" + markdown(rows))
     judge(rows)
     return 0
 
@@ -435,6 +436,22 @@ def judge(rows: list[dict[str, object]]) -> None:
     )
 
 
+def markdown(rows: list[dict[str, object]]) -> str:
+    """The main columns, as README.md shows them."""
+    lines = [
+        "| MB x clients | system | s a round | of the floor | CPU s server, clients "
+        "| server MB (growth) | largest client MB | wire MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['MB']} x {r['clients']} | {r['system']} | {r['round_s']} | {r['over_floor']} "
+        f"| {r['server_cpu_s']}, {r['clients_cpu_s']} | {r['server_peak_MB']} "
+        f"({r['server_growth_MB']}) | {r['client_peak_MB']} | {r['wire_MB']} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
 def reached(is_reached: bool) -> str:
     return "reached" if is_reached else "not reached"
 
@@ -456,9 +473,7 @@ def read_rows(path: Path) -> list[dict[str, object]]:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
-def write_rows(
-    path: Path, rows: list[dict[str, object]], argv: Sequence[str], version: str
-) -> None:
+def write_rows(path: Path, rows: list[dict[str, object]], argv: Sequence[str]) -> None:
     if not rows:
         return
     git = ["git", "rev-parse", "--short", "HEAD"]
@@ -468,7 +483,7 @@ def write_rows(
         file.write(
             f"# python -m tools.bench_peer {' '.join(argv)}; commit {commit.strip()}; "
             f"{platform.machine()}, {os.cpu_count()} cores, "
-            f"Python {platform.python_version()}, flwr {version}{versions()}\n"
+            f"Python {platform.python_version()}, {versions()}\n"
         )
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -479,13 +494,19 @@ def versions() -> str:
     """What decides about the wire on both sides."""
     import zmq
 
-    ask = "from importlib.metadata import version as v; print(v('grpcio'), v('numpy'))"
+    ours = f"libzmq {zmq.zmq_version()}, pyzmq {zmq.__version__}"
     python = VENV / "bin" / "python"
-    theirs = "? ?"
-    if python.exists():
-        theirs = subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.strip()
-    grpc, numpy = theirs.split()
-    return f" (grpcio {grpc}, numpy {numpy}), libzmq {zmq.zmq_version()}, pyzmq {zmq.__version__}"
+    if not python.exists():
+        return ours
+
+    def say(*command: str) -> str:
+        done = subprocess.run([python, *command], capture_output=True, text=True, check=False)
+        return "; ".join(done.stdout.strip().splitlines())
+
+    ask = "from importlib.metadata import version as v; print(v('flwr'), v('grpcio'), v('numpy'))"
+    flwr, grpc, numpy = say("-c", ask).split()
+    lacks = say("-m", "pip", "check")  # an installation by hand may not be what Flower asks for
+    return f"flwr {flwr} (grpcio {grpc}, numpy {numpy}; {lacks}), {ours}"
 
 
 if __name__ == "__main__":
