@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edge_sdk.keys import KeyPair, make_keys, read_key, read_keys
@@ -130,8 +130,15 @@ def make_client_list(folder: Path, clients: int) -> None:
     (folder / "clients").write_text("".join(lines))
 
 
-def serve(megabytes: int, clients: int, rounds: int, keys: str) -> int:
-    """The coordinator's process: the product's Hub, ZmqCohort and OwnersMean."""
+def serve(
+    megabytes: int,
+    clients: int,
+    rounds: int,
+    keys: str,
+    mark: Callable[[str], None] = lambda what: None,
+) -> int:
+    """The coordinator's process: the product's Hub, ZmqCohort and OwnersMean. mark: is told "base"
+    before the model is made, "begin" and "end" of each round."""
     import torch
 
     from coordinator.admission import Admission
@@ -157,11 +164,13 @@ def serve(megabytes: int, clients: int, rounds: int, keys: str) -> int:
     cohort = ZmqCohort(hub, terms, Spool(Path(spool.name)))
     ready = cohort.clients()
     base = resident_mb("VmRSS")
+    mark("base")
     size = megabytes * 1_000_000 // 4 // NUM_TENSORS
     model = {f"stages.0.{i}": torch.randn(size) for i in range(NUM_TENSORS)}
     job = Assignment(model=SPEC, plan=PLAN, tensors=model, returns=specs_of(model))
     seconds, cpu = [], []
     for number in range(1, rounds + 2):  # the first one warms up
+        mark("begin")
         start, start_cpu = time.monotonic(), time.process_time()
         mean = OwnersMean()
         for result in cohort.train({c.id: job for c in ready}, number, 0.0):
@@ -171,6 +180,7 @@ def serve(megabytes: int, clients: int, rounds: int, keys: str) -> int:
         new = mean.result(model)
         seconds.append(time.monotonic() - start)
         cpu.append(time.process_time() - start_cpu)
+        mark("end")
         # every client sent back what it got, so the mean is the model itself, to the last bit
         assert all(torch.equal(new[name], model[name]) for name in model)
         del mean, new
