@@ -36,6 +36,7 @@ from edge_sdk.wire import (
     Bye,
     ExitResult,
     Fetch,
+    Heartbeat,
     Hello,
     Job,
     ModelSpec,
@@ -214,7 +215,8 @@ def client(name: str, endpoint: str, keys: str) -> int:
     job: Job | None = None
     data, received, asked = memoryview(b""), 0, 0
     while True:
-        link.socket.poll(10_000)
+        if not link.socket.poll(5_000):
+            link.send(Heartbeat(round=job.round if job else 0))
         got = link.receive()
         if got is None:
             continue
@@ -223,7 +225,8 @@ def client(name: str, endpoint: str, keys: str) -> int:
             link.send(Ready(exit=1))
         elif isinstance(message, Job):
             job, received, asked = message, 0, 0
-            data = memoryview(bytearray(layout(job.tensors)[1]))
+            size = layout(job.tensors)[1]
+            data = data if len(data) == size else memoryview(bytearray(size))
         elif isinstance(message, Fetch) and job:
             for index in range(message.first, message.first + message.count):
                 size = part_size(len(data), index)
@@ -239,7 +242,7 @@ def client(name: str, endpoint: str, keys: str) -> int:
             start = message.index * PART_BYTES
             data[start : start + len(payload)] = payload
             received += 1
-        elif not isinstance(message, Accepted):
+        elif not isinstance(message, Accepted | Heartbeat):
             raise SystemExit(f"{name}: {message}")
         if job and isinstance(message, Job | Part):
             total = num_parts(len(data))
@@ -255,8 +258,9 @@ def client(name: str, endpoint: str, keys: str) -> int:
                         phases={"train": zero}, peak_memory_bytes=0, tensors=job.tensors,
                     )
                 )  # fmt: skip
-            elif asked - received <= WINDOW // 2 and asked < total:
-                count = min(WINDOW - (asked - received), total - asked)
+            else:  # as worker.Worker does
+                more = asked - received <= WINDOW // 2
+                count = min(WINDOW - (asked - received), total - asked) if more else 0
                 link.send(Fetch(round=job.round, have=received, first=asked, count=count))
                 asked += count
 
