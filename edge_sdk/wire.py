@@ -222,8 +222,9 @@ class Part(Struct, frozen=True, kw_only=True, tag="part"):
 class Update(Struct, frozen=True, kw_only=True, tag="update"):
     """Device to coordinator: a finished job; its tensors are fetched with Fetch.
 
-    digest: of the tensors' bytes. An update is told again after a reconnect; the same job and
-    digest are the same update, which counts once."""
+    digest: of the tensors' bytes, a name rather than a check: transports keep bytes as they are. An
+    update is told again after a reconnect; the same job and digest are the same update, which
+    counts once."""
 
     job: JobId
     digest: Digest

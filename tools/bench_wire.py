@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edge_sdk.keys import KeyPair, make_keys, read_key, read_keys
@@ -36,6 +36,7 @@ from edge_sdk.wire import (
     Bye,
     ExitResult,
     Fetch,
+    Heartbeat,
     Hello,
     Job,
     ModelSpec,
@@ -130,8 +131,15 @@ def make_client_list(folder: Path, clients: int) -> None:
     (folder / "clients").write_text("".join(lines))
 
 
-def serve(megabytes: int, clients: int, rounds: int, keys: str) -> int:
-    """The coordinator's process: the product's Hub, ZmqCohort and OwnersMean."""
+def serve(
+    megabytes: int,
+    clients: int,
+    rounds: int,
+    keys: str,
+    mark: Callable[[str], None] = lambda what: None,
+) -> int:
+    """The coordinator's process: the product's Hub, ZmqCohort and OwnersMean. mark: is told "base"
+    before the model is made, "begin" and "end" of each round."""
     import torch
 
     from coordinator.admission import Admission
@@ -157,11 +165,13 @@ def serve(megabytes: int, clients: int, rounds: int, keys: str) -> int:
     cohort = ZmqCohort(hub, terms, Spool(Path(spool.name)))
     ready = cohort.clients()
     base = resident_mb("VmRSS")
+    mark("base")
     size = megabytes * 1_000_000 // 4 // NUM_TENSORS
     model = {f"stages.0.{i}": torch.randn(size) for i in range(NUM_TENSORS)}
     job = Assignment(model=SPEC, plan=PLAN, tensors=model, returns=specs_of(model))
     seconds, cpu = [], []
     for number in range(1, rounds + 2):  # the first one warms up
+        mark("begin")
         start, start_cpu = time.monotonic(), time.process_time()
         mean = OwnersMean()
         for result in cohort.train({c.id: job for c in ready}, number, 0.0):
@@ -171,6 +181,7 @@ def serve(megabytes: int, clients: int, rounds: int, keys: str) -> int:
         new = mean.result(model)
         seconds.append(time.monotonic() - start)
         cpu.append(time.process_time() - start_cpu)
+        mark("end")
         # every client sent back what it got, so the mean is the model itself, to the last bit
         assert all(torch.equal(new[name], model[name]) for name in model)
         del mean, new
@@ -204,7 +215,8 @@ def client(name: str, endpoint: str, keys: str) -> int:
     job: Job | None = None
     data, received, asked = memoryview(b""), 0, 0
     while True:
-        link.socket.poll(10_000)
+        if not link.socket.poll(5_000):
+            link.send(Heartbeat(round=job.round if job else 0))
         got = link.receive()
         if got is None:
             continue
@@ -213,7 +225,8 @@ def client(name: str, endpoint: str, keys: str) -> int:
             link.send(Ready(exit=1))
         elif isinstance(message, Job):
             job, received, asked = message, 0, 0
-            data = memoryview(bytearray(layout(job.tensors)[1]))
+            size = layout(job.tensors)[1]
+            data = data if len(data) == size else memoryview(bytearray(size))
         elif isinstance(message, Fetch) and job:
             for index in range(message.first, message.first + message.count):
                 size = part_size(len(data), index)
@@ -229,7 +242,7 @@ def client(name: str, endpoint: str, keys: str) -> int:
             start = message.index * PART_BYTES
             data[start : start + len(payload)] = payload
             received += 1
-        elif not isinstance(message, Accepted):
+        elif not isinstance(message, Accepted | Heartbeat):
             raise SystemExit(f"{name}: {message}")
         if job and isinstance(message, Job | Part):
             total = num_parts(len(data))
@@ -245,8 +258,9 @@ def client(name: str, endpoint: str, keys: str) -> int:
                         phases={"train": zero}, peak_memory_bytes=0, tensors=job.tensors,
                     )
                 )  # fmt: skip
-            elif asked - received <= WINDOW // 2 and asked < total:
-                count = min(WINDOW - (asked - received), total - asked)
+            else:  # as worker.Worker does
+                more = asked - received <= WINDOW // 2
+                count = min(WINDOW - (asked - received), total - asked) if more else 0
                 link.send(Fetch(round=job.round, have=received, first=asked, count=count))
                 asked += count
 
