@@ -89,7 +89,7 @@ class Bed(World):
         self, *flags: str, prefix: Sequence[str] = (), **environment: str
     ) -> Running:
         server = self.serve(*flags, prefix=prefix, **environment)
-        server.wait_said("listening on")
+        server.wait_said("listening on", FAULT_PATIENCE_S)
         self._has_run = True
         return server
 
@@ -259,6 +259,9 @@ class Bed(World):
         self._reader.stdin.write(json.dumps([query, values]).encode() + b"\n")
         self._reader.stdin.flush()
         return [tuple(row) for row in json.loads(self._reader.stdout.readline())]
+
+    def wait_round(self, number: int, timeout_s: float = FAULT_PATIENCE_S) -> None:
+        super().wait_round(number, timeout_s)
 
     def wait_rounds(self, count: int, timeout_s: float = FAULT_PATIENCE_S) -> int:
         """Until so many rounds more are committed; the last one."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.bed import FAULT_PATIENCE_S, Bed
+from tests.chaos.bed import Bed
 from tests.chaos.ledger import TOLERANCE, read_ledger, replayed
 from tests.chaos.net import CONGESTION, lacks_congestion, what_is_missing
 from tests.chaos.table import write_table
@@ -55,7 +55,7 @@ class Scenario:
 
     def count(self, bed: Bed, last: int) -> None:
         """The rounds up to `last` are committed, every update is counted once, none is lost."""
-        bed.wait_round(last, FAULT_PATIENCE_S)
+        bed.wait_round(last)
         ledger = read_ledger(bed)
         assert not ledger.problems, "\n".join(ledger.problems)
         self.rounds = ledger.last_round
