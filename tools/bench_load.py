@@ -39,7 +39,7 @@ from typing import Any
 import zmq
 
 from edge_sdk.keys import KeyPair, make_keys
-from tools.light_client import raise_file_limit, write_clients
+from tools.light_client import write_clients
 
 INPUTS, CLASSES = 1000, 10
 SAMPLE_S = 0.1
@@ -63,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--keep-log", type=Path, help="write the coordinators' logs into this folder")
     add("serve_flags", nargs="*", help="after --: more flags for edge-coordinator serve")
     args = parser.parse_args(argv)
-    raise_file_limit()
     rows = []
     for clients in map(int, args.clients.split(",")):
         rows.append(measure(args, clients))
