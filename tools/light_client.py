@@ -276,6 +276,7 @@ class Fleet:
         self._part_s = part_s
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
+        self._busy_until: dict[LightClient, float] = {}  # sending parts slowly
         self._ends: dict[int, tuple[LightClient, zmq.Socket[bytes]]] = {}
         for client, keys in clients:
             socket = self._connected(endpoint, keys, server_key)
@@ -344,21 +345,30 @@ class Fleet:
                 frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            slow_s = 0.0
             for message, payload in client.on_message(*parse_frames(frames)):
                 part_s = self._part_s(client) if isinstance(message, Part) else 0.0
-                if not part_s:
+                if part_s:
+                    self._send_later(client, socket, message, payload, part_s)
+                else:
                     self._send(client, socket, message, payload)
-                    continue
-                slow_s += part_s
-                send = functools.partial(self._send_late, client, socket, message, payload)
-                self._after(slow_s, send)
 
-    def _send_late(
-        self, client: LightClient, socket: zmq.Socket[bytes], message: Message, payload: Payload
+    def _send_later(
+        self,
+        client: LightClient,
+        socket: zmq.Socket[bytes],
+        message: Message,
+        payload: Payload | None,
+        seconds: float,
     ) -> None:
-        self._send(client, socket, message, payload)
-        self._drain(client, socket)
+        """After what this client has to send already."""
+
+        def send() -> None:
+            self._send(client, socket, message, payload)
+            self._drain(client, socket)
+
+        now = time.monotonic()
+        self._busy_until[client] = max(now, self._busy_until.get(client, now)) + seconds
+        self._after(self._busy_until[client] - now, send)
 
     def _send(
         self,
