@@ -20,9 +20,9 @@ RESTART_MAX_S = 60.0
 
 
 def hello(
-    client_id: str, session: str, profile: DeviceProfile, inspected: Inspected, round: int
+    client_id: str, session: str, profile: DeviceProfile, inspected: Inspected, job: Job | None
 ) -> Hello:
-    """round: of the job in hand, 0 if there is none."""
+    """job: the one in hand."""
     return Hello(
         protocol=PROTOCOL,
         client_id=client_id,
@@ -31,7 +31,8 @@ def hello(
         num_examples=inspected.num_examples,
         input_shape=inspected.input_shape,
         num_classes=inspected.num_classes,
-        round=round,
+        round=job.round if job else 0,
+        job=job.id if job else None,
         software=f"edge-sdk {__version__}",
     )
 

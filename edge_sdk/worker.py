@@ -133,11 +133,13 @@ class Worker:
         """Fetch what the window allows; train when everything is here."""
         assert self._receiver is not None
         assert self._job is not None
+        have = self._receiver.num_received
         if self._receiver.is_complete:
+            self._pipe.send(Fetch(round=self._job.round, have=have, first=have, count=0))
             self._train(self._job)
         elif request := self._receiver.next_request(WINDOW):
             first, count = request
-            self._pipe.send(Fetch(round=self._job.round, first=first, count=count))
+            self._pipe.send(Fetch(round=self._job.round, have=have, first=first, count=count))
 
     def _train(self, job: Job) -> None:
         assert self._receiver is not None
@@ -158,7 +160,7 @@ class Worker:
         resident.trim()
         self._sender = Sender(result.tensors)
         idle = max(0, resident.library_bytes() - self._library_bytes)
-        self._update = make_update(job, result, download, idle)
+        self._update = make_update(job, result, download, idle, self._sender.digest())
         self._pipe.send(self._update)
 
     def _send_parts(self, fetch: Fetch) -> None:
@@ -207,9 +209,13 @@ def prepare(
     return partial(Worker(pipe, examples, device, found).serve, gflops, layer_s)
 
 
-def make_update(job: Job, result: TrainResult, download: Phase, idle_bytes: int) -> Update:
+def make_update(
+    job: Job, result: TrainResult, download: Phase, idle_bytes: int, digest: str
+) -> Update:
     """The message that goes ahead of the update's tensors. idle_bytes: resident, but not needed."""
     return Update(
+        job=job.id,
+        digest=digest,
         round=job.round,
         num_examples=result.num_examples,
         num_steps=result.num_steps,

@@ -23,7 +23,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from coordinator import cohort_zmq, seats
+from coordinator import cohort_zmq
 from coordinator.admission import Admission
 from coordinator.aggregate import OwnersMean
 from coordinator.cohort import Absence, Assignment, ClientUpdate
