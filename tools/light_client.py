@@ -51,10 +51,12 @@ from edge_sdk.wire import (
     Message,
     Part,
     Phase,
+    Probe,
     Ready,
     Specs,
     Update,
     Welcome,
+    digest_of,
     layout,
     num_parts,
     part_size,
@@ -91,6 +93,11 @@ def update_bytes(specs: Specs, round: int) -> memoryview:
             values = struct.pack(code, value_of(round)) * count
             stream[offset : offset + spec.num_bytes] = values
     return memoryview(bytes(stream))
+
+
+@functools.lru_cache(maxsize=2)
+def update_digest(specs: Specs, round: int) -> str:
+    return digest_of([update_bytes(specs, round)])
 
 
 class LightClient:
@@ -131,6 +138,7 @@ class LightClient:
             input_shape=self._input_shape,
             num_classes=self._num_classes,
             round=self.round,
+            job=self._job.id if self._job else None,
         )
 
     def heartbeat(self) -> Heartbeat:
@@ -152,6 +160,8 @@ class LightClient:
             return self._on_fault(message)
         if isinstance(message, Heartbeat):
             return []
+        if isinstance(message, Probe):
+            return [(self.heartbeat(), None)]
         if isinstance(message, Bye):
             self.welcome, self.is_over = None, message.is_final
             return [(Bye(reason="bye"), None)]
@@ -161,19 +171,22 @@ class LightClient:
         is_first, self.welcome = self.welcome is None, welcome
         if self._job is None:
             return self._ready()
-        if not is_first:
-            return []
-        self.counts["resumed"] += 1  # the link broke: what was under way is asked for again
+        return self._resume() if is_first else []
+
+    def _resume(self) -> list[Outgoing]:
+        """The link broke: what was under way is asked for, or told, again."""
+        self.counts["resumed"] += 1
         if self._update:
             return [(self._update, None)]
-        self._asked = next(i for i in range(self._num_parts) if i not in self._received)
-        self._received = set(range(self._asked))
+        self._asked = len(self._received)  # parts come in order
         return self._ask()
 
     def _ready(self) -> list[Outgoing]:
         return [(Ready(exit=self.welcome.model.exit), None)] if self.welcome else []
 
     def _on_job(self, job: Job) -> list[Outgoing]:
+        if self._job and self._job.id == job.id:  # given again by a coordinator that was restarted
+            return self._resume()
         self.counts["jobs"] += 1
         self.given_at.setdefault(job.round, time.monotonic())
         self._job, self._update, self._received, self._asked = job, None, set(), 0
@@ -202,13 +215,16 @@ class LightClient:
         assert job is not None
         if num_received == self._num_parts:
             self._update = finished(job)
-            return [(self._update, None)]
+            return [(self._fetch(job, 0), None), (self._update, None)]
         under_way = self._asked - num_received
         count = min(WINDOW - under_way, self._num_parts - self._asked)
         if under_way > WINDOW // 2 or count < 1:
             return []
+        return [(self._fetch(job, count), None)]
+
+    def _fetch(self, job: Job, count: int) -> Fetch:
         first, self._asked = self._asked, self._asked + count
-        return [(Fetch(round=job.round, first=first, count=count), None)]
+        return Fetch(round=job.round, have=len(self._received), first=first, count=count)
 
     def _on_fetch(self, fetch: Fetch) -> list[Outgoing]:
         job = self._job
@@ -247,6 +263,8 @@ def finished(job: Job) -> Update:
     """As if trained: every tensor that came goes back, which is right for jobs of whole models."""
     exits = {e for part in job.plan.segments for e in range(part.first, part.last + 1)}
     return Update(
+        job=job.id,
+        digest=update_digest(job.tensors, job.round),
         round=job.round,
         num_examples=NUM_EXAMPLES,
         num_steps=1,
