@@ -20,7 +20,6 @@ import csv
 import json
 import math
 import os
-import platform
 import shutil
 import sqlite3
 import statistics
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(measure(args, clients))
         print_row(rows[-1], is_first=len(rows) == 1)
     if args.csv:
-        write_csv(args.csv, rows)
+        write_csv(args.csv, rows, " ".join(argv or sys.argv[1:]))
     return 0
 
 
@@ -318,16 +317,14 @@ def print_row(row: Row, *, is_first: bool) -> None:
     print("  ".join(f"{value!s:>{max(8, len(name))}}" for name, value in row.items()), flush=True)
 
 
-def write_csv(path: Path, rows: list[Row]) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+def write_csv(path: Path, rows: list[Row], flags: str) -> None:
+    from tools.experiments import git, machine
+
     path.parent.mkdir(parents=True, exist_ok=True)
+    command = f"python -m tools.bench_load {flags}".partition(" --csv")[0]
+    commit = git("rev-parse", "--short", "HEAD")
     with path.open("w", newline="") as file:
-        file.write(
-            f"# python -m tools.bench_load; commit {commit}; {platform.machine()}, "
-            f"{os.cpu_count()} cores, shared\n"
-        )
+        file.write(f"# {command}; commit {commit}; {machine()}, shared\n")
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
