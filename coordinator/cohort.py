@@ -52,7 +52,7 @@ class ClientUpdate:
     """What a participant returned, checked against its assignment.
 
     round: of its job; staleness: rounds that have ended since. sent: what the job began from, for
-    those. digest: by which the update is known. In this process: 0, 0, nothing and ""."""
+    those. job, digest: by which the update is known. In this process: 0, 0, nothing, "" and ""."""
 
     client: Client
     tensors: Tensors
@@ -70,6 +70,7 @@ class ClientUpdate:
     round: int = 0
     staleness: int = 0
     sent: Tensors = field(default_factory=dict)
+    job: str = ""
     digest: str = ""
 
 

@@ -75,7 +75,7 @@ class Terms:
 
 class ZmqCohort:
     """Clients over a Hub. should_stop is asked about twice a second; then Stopped is raised.
-    was_counted(round, name): whether the run holds this client's update of a round of before."""
+    was_counted(job): whether a committed round holds its update."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class ZmqCohort:
         terms: Terms,
         spool: Spool,
         should_stop: Callable[[], bool] = lambda: False,
-        was_counted: Callable[[int, str], bool] = lambda round, name: False,
+        was_counted: Callable[[str], bool] = lambda job: False,
     ) -> None:
         self._hub = hub
         self._terms = terms
@@ -207,9 +207,10 @@ class ZmqCohort:
         give_up = time.monotonic() + FAREWELL_S
         while self.devices.all and time.monotonic() < give_up:
             _, received = self._hub.receive(100)
-            if received is not None and isinstance(received.message, Bye):
-                if found := self.devices.on_route(received.route):
-                    self.devices.all.pop(found[0])
+            if received is None or not isinstance(received.message, Bye):
+                continue
+            if found := self.devices.on_route(received.route):
+                self.devices.all.pop(found[0])
         self._hub.close()
         if is_final:
             self._spool.forget_before(2**31, set())
@@ -263,6 +264,7 @@ class ZmqCohort:
             self._progress += now - self._listened
             for device in self.devices.all.values():
                 device.seen += now - self._listened
+                device.rival_since += now - self._listened
         has_message, received = self._hub.receive(0)
         self._num_heard += 1
         if not has_message or self._num_heard > self._many:  # all that came has been heard

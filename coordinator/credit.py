@@ -1,7 +1,8 @@
 """Bytes that may be on their way at once, shared out among all transfers, up and down.
 
-The budget bounds what the coordinator's sockets hold, whatever the number of clients. A client that
-waits gets its turn in the order of asking; clients whose links are slow share half of the budget at
+The budget bounds what the coordinator's sockets hold, whatever the number of clients. Turns come in
+the order of asking, but a transfer that has begun goes on before another begins: so the first ones
+are whole soon, instead of all at the end. Clients whose links are slow share half of the budget at
 most, so they cannot hold up the others, and have one part or two under way instead of a window.
 """
 
@@ -18,6 +19,8 @@ SLOW_WINDOW = 2
 SLOW_RATE = PART_BYTES / 1.0  # bytes per second; below it a part takes longer than a second
 UNKNOWN_RATE = 16 * 1024  # what a link is taken for until it was measured
 PATIENCE = 4.0  # times as long as expected may a part take
+# is_slow, is_new, in the order of their turns: the slow need the whole round, and have a share only
+QUEUES = ((True, False), (True, True), (False, False), (False, True))
 LINK_S = PING_TIMEOUT_MS / 1000  # sooner a lost link does not show itself
 
 
@@ -59,8 +62,9 @@ class Credit:
         self._num_parts = max(2, budget_bytes // PART_BYTES)
         self._held: dict[str, tuple[bool, int]] = {}  # is_slow, parts under way
         self._used = [0, 0]  # quick, slow
-        self._queues: tuple[deque[str], deque[str]] = (deque(), deque())
+        self._queues = {key: deque[str]() for key in QUEUES}
         self._waiting: set[str] = set()
+        self._begun: set[str] = set()
 
     @property
     def bytes_under_way(self) -> int:
@@ -70,14 +74,14 @@ class Credit:
         """It would like some; its turn comes with next()."""
         if name not in self._waiting:
             self._waiting.add(name)
-            self._queues[is_slow].append(name)
+            self._queues[is_slow, name not in self._begun].append(name)
 
     def next(self) -> tuple[str, int] | None:
         """Whose turn it is, and how many parts it may take; None: nobody waits, or all is used."""
         free = self._num_parts - sum(self._used)
-        for is_slow, queue in ((1, self._queues[1]), (0, self._queues[0])):
-            # the slow first: their share is bounded, and they need the whole round
+        for is_slow, is_new in QUEUES:
             may = min(free, self._num_parts // 2 - self._used[1]) if is_slow else free
+            queue = self._queues[is_slow, is_new]
             if queue and may > 0:
                 name = queue.popleft()
                 self._waiting.discard(name)
@@ -86,6 +90,7 @@ class Credit:
 
     def take(self, name: str, parts: int, is_slow: bool) -> None:
         """So many more of its parts are under way."""
+        self._begun.add(name)
         held = self.held(name)
         self.arrived(name, held)  # all of a client's parts count on one side
         if held + parts:
@@ -108,10 +113,11 @@ class Credit:
             self._held[name] = is_slow, left
 
     def drop(self, name: str) -> None:
-        """Nothing of it is under way, and it waits for nothing."""
+        """Its transfer is over or broken: nothing is under way, and it waits for nothing."""
         self.arrived(name, self.held(name))
+        self._begun.discard(name)
         if name in self._waiting:
             self._waiting.discard(name)
-            for queue in self._queues:
+            for queue in self._queues.values():
                 if name in queue:
                     queue.remove(name)

@@ -29,9 +29,9 @@ MOST_STALLS = 3  # times that an upload is asked for again without a new part
 
 
 class Desk:
-    """send(name, message, payload): False when the device cannot be reached now. was_counted(round,
-    name): whether a round of before holds this client's update. Results gather in `finished`, from
-    where the cohort takes them."""
+    """send(name, message, payload): False when the device cannot be reached now. was_counted(job):
+    whether a committed round holds its update. Results gather in `finished`, from where the cohort
+    takes them."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Desk:
         send: Callable[[str, Message, Payload | None], bool],
         *,
         takes_late: bool = True,
-        was_counted: Callable[[int, str], bool] = lambda round, name: False,
+        was_counted: Callable[[str], bool] = lambda job: False,
     ) -> None:
         self.finished: list[ClientUpdate | Absence] = []
         self.credit = credit
@@ -143,8 +143,9 @@ class Desk:
             seat.reconnected()
             if seat.receiver is not None:
                 self._ask(seat)
+            self.pump()
             return
-        if job and (self._done.get(name) == (job, True) or self._was_counted(round, name)):
+        if job and (self._done.get(name) == (job, True) or self._was_counted(job)):
             self._send(name, Accepted(round=round), None)  # the first one was lost
         elif job:
             self._fault(name, "round", f"round {round} is over", round)
@@ -244,9 +245,10 @@ class Desk:
                 return
             first, count = request
             have = seat.receiver.num_received
-            if self._send(seat.name, Fetch(round=seat.round, have=have, first=first, count=count),
-                          None):  # fmt: skip
+            fetch = Fetch(round=seat.round, have=have, first=first, count=count)
+            if self._send(seat.name, fetch, None):
                 self.credit.take(seat.name, count, seat.pace.is_slow)
+                self._ask(seat)
             else:
                 seat.receiver.restart()
             return

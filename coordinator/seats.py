@@ -165,6 +165,7 @@ def counted(seat: Seat, arrived: Arrived, tensors: Tensors) -> ClientUpdate:
         retries=update.retries,
         micro_batch=update.micro_batch,
         recompute=update.recompute,
+        job=update.job,
         digest=update.digest,
     )
 

@@ -52,8 +52,8 @@ CREATE TABLE rounds (round INTEGER PRIMARY KEY, started_utc TEXT, wall_s REAL, c
 CREATE TABLE participations (round INTEGER, client_id TEXT, exit INTEGER, segments TEXT,
     outcome TEXT, code TEXT, detail TEXT, num_examples INTEGER, num_steps INTEGER,
     bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,
-    exits TEXT, micro_batch INTEGER, recompute INTEGER, staleness INTEGER, digest TEXT,
-    PRIMARY KEY (round, client_id));
+    exits TEXT, micro_batch INTEGER, recompute INTEGER, staleness INTEGER, job TEXT, digest TEXT,
+    PRIMARY KEY (round, client_id, job));
 CREATE TABLE phases (round INTEGER, client_id TEXT, phase TEXT, wall_s REAL, cpu_s REAL);
 CREATE TABLE metrics (round INTEGER, name TEXT, value REAL, PRIMARY KEY (round, name));
 """
@@ -216,15 +216,11 @@ class Store:
             return []
         return clients if found == round else []
 
-    def was_counted(self, round: int, client_id: str) -> bool:
-        """Whether the client's update for a job of this round is part of a committed round."""
+    def was_counted(self, job: str) -> bool:
+        """Whether the update of this job is part of a committed round."""
         return bool(
-            self._read(
-                "SELECT 1 FROM participations p JOIN rounds r ON p.round = r.round WHERE"
-                " p.round - p.staleness = ? AND client_id = ? AND outcome = 'ok'",
-                round, client_id,
-            )
-        )  # fmt: skip
+            self._read("SELECT 1 FROM participations JOIN rounds USING (round) WHERE job = ?", job)
+        )
 
     def record_clients(self, clients: Iterable[Client]) -> None:
         """What is known of each client now; replaces what was known. Part of the next commit."""
@@ -324,13 +320,17 @@ class Store:
         return RoundTotals(wall_s, len(self._begun), *(int(value) for value in row))
 
     def _record_update(self, round: int, update: ClientUpdate) -> None:
+        self._write(  # it was given another job in this round, which it returned
+            "DELETE FROM participations WHERE round = ? AND client_id = ? AND outcome != 'ok'",
+            round, update.client.id,
+        )  # fmt: skip
         self._write(
-            "INSERT OR REPLACE INTO participations"
-            " VALUES (?, ?, ?, ?, 'ok', '', '', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO participations"
+            " VALUES (?, ?, ?, ?, 'ok', '', '', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             round, update.client.id, update.client.exit, _segments(update.segments),
             update.num_examples, update.num_steps, update.bytes_down, update.bytes_up,
             update.peak_memory_bytes, update.retries, msgspec.json.encode(update.exits).decode(),
-            update.micro_batch, update.recompute, update.staleness, update.digest,
+            update.micro_batch, update.recompute, update.staleness, update.job, update.digest,
         )  # fmt: skip
         for phase, time in update.phases.items():
             self._phase(round, update.client.id, phase, time)
@@ -338,7 +338,7 @@ class Store:
     def _record_absence(self, round: int, absence: Absence) -> None:
         self._write(
             "INSERT OR REPLACE INTO participations"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0, ?, ?, 0, 0, '[]', 0, 0, 0, '')",
+            " VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0, ?, ?, 0, 0, '[]', 0, 0, 0, '', '')",
             round, absence.client.id, absence.client.exit, _segments(absence.segments),
             absence.outcome, absence.code,
             absence.detail, absence.bytes_down, absence.bytes_up,

@@ -242,6 +242,7 @@ class Agent:
             return
         self._tell(events.job_given(job))
         state.job, state.granted, state.retries, state.batches = job, 0, 0, 0
+        state.is_trained = False
         state.waited_s = time.monotonic() - state.idle_since
         cache_bytes = self._chooser.cache_bytes(job.plan.segments)
         adapted = replace(job, plan=self._chooser.adapted(job.plan))
@@ -296,6 +297,7 @@ class Agent:
         elif isinstance(message, Update):
             waited = {"wait": Phase(wall_s=state.waited_s)}
             full = replace(message, phases={**waited, **message.phases}, retries=state.retries)
+            state.is_trained = True
             self._tell(events.trained(message))
             self._link.send(full)
         elif isinstance(message, Part):
@@ -313,6 +315,13 @@ class Agent:
             known = state.inspected
             inspected = replace(inspected, gflops=known.gflops, layer_s=known.layer_s)
         state.inspected = inspected
+        if is_first and inspected.finished:
+            state.job, state.is_trained = inspected.finished, True
+        elif state.job:  # the trainer died when it had trained
+            if inspected.finished and inspected.finished.id == state.job.id:
+                self._to_trainer(Resume())
+            else:
+                self._fail_job("trainer", "the trained update was lost", is_memory=False)
         if not is_first and state.terms:
             self._count_costs(state.terms)
 
@@ -347,7 +356,7 @@ class Agent:
         self._tell(events.failed(f"the training process {cause}; {pause}", "trainer", round))
         self._trainer = None
         self._chooser.costs = ()  # until the next one has counted them, no exit can be trained
-        if state.job:
+        if state.job and not state.is_trained:
             detail = f"the training process {cause}"
             self._fail_job("trainer", detail, is_memory="signal 9" in cause)
         self._tell_choice()

@@ -48,6 +48,7 @@ class State:
     batches: int = (
         0  # of the job, trained or run through its frozen stages, that the trainer has told of
     )
+    is_trained: bool = False  # the job: its update is told, and may be kept over a restart
     granted: int = 0  # parts of the job asked for so far
     retries: int = 0
     idle_since: float = field(default_factory=time.monotonic)

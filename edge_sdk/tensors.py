@@ -203,7 +203,8 @@ class Receiver:
         return self._has.count(0, 0, self._requested)
 
     def request(self, count: int) -> tuple[int, int] | None:
-        """(first, count) of at most `count` more parts to ask for; None when there are none."""
+        """(first, count) of at most `count` more parts, counted as asked for; None when there are
+        none to ask for."""
         first = self._has.find(0, self._requested)
         if first < 0 or count < 1:
             return None

@@ -371,6 +371,8 @@ class ScriptedCoordinator:
         self.hub = Hub(ANY_PORT, None, None)
         self.endpoint = self.hub.endpoint
         self.run = 0  # number of runs that were begun
+        self.num_given = 0
+        self.job: Job | None = None  # the last one
         self.route = b""
         self._is_open = True
 
@@ -421,8 +423,16 @@ class ScriptedCoordinator:
     def give(self, round: int, model: ModelSpec, plan: Plan, tensors: Tensors) -> Sender:
         """Send a job; the sender of its parts."""
         sender = Sender(tensors)
-        specs = sender.specs
-        self.send(Job(round=round, model=model, plan=plan, tensors=specs, deadline_s=0.0))
+        self.num_given += 1
+        self.job = Job(
+            id=f"{self.num_given:032x}",
+            round=round,
+            model=model,
+            plan=plan,
+            tensors=sender.specs,
+            deadline_s=0.0,
+        )
+        self.send(self.job)
         return sender
 
     def send_parts(self, round: int, sender: Sender, indices: Iterable[int]) -> None:
@@ -430,19 +440,18 @@ class ScriptedCoordinator:
             self.send(Part(round=round, index=index), sender.part(index))
 
     def serve_parts(self, round: int, sender: Sender) -> None:
-        """Answer the agent until it has asked for the last part."""
-        last = -1
-        while last + 1 < sender.num_parts:
-            asked = asked_for(self.expect(Fetch))
-            last = min(asked[-1], sender.num_parts - 1)
-            self.send_parts(round, sender, range(asked[0], last + 1))
+        """Answer the agent until it says that it has every part."""
+        while asked := asked_for(fetch := self.expect(Fetch)):
+            self.send_parts(round, sender, range(asked[0], min(asked[-1] + 1, sender.num_parts)))
+        assert fetch.have == sender.num_parts
 
     def fetch_update(self, update: Update) -> Tensors:
         """The tensors of an announced update."""
         receiver = Receiver(update.tensors)
         while request := receiver.next_request(8):
             first, count = request
-            self.send(Fetch(round=update.round, first=first, count=count))
+            have = receiver.num_received
+            self.send(Fetch(round=update.round, have=have, first=first, count=count))
             for _ in range(count):
                 received = self._next()
                 assert isinstance(received.message, Part), received.message
