@@ -47,9 +47,7 @@ def job_of(parts: float, round: int = 1, id: str = ID) -> Job:
 
 
 def welcome() -> Welcome:
-    return Welcome(
-        protocol=PROTOCOL, run="r", model=SPEC, plan=PLAN, deadline_s=0, heartbeat_s=5
-    )
+    return Welcome(protocol=PROTOCOL, run="r", model=SPEC, plan=PLAN, deadline_s=0, heartbeat_s=5)
 
 
 @pytest.fixture
