@@ -63,7 +63,7 @@ from edge_sdk.wire import (
 )
 
 WINDOW = 8  # parts under way, as real devices have it
-HELLO_S = 1.0  # between tries while there is no connection or no answer
+HELLO_S, HELLO_MAX_S = 2.0, 15.0  # between tries while there is no answer, as real devices have it
 NUM_EXAMPLES = 100
 COMPARED_BYTES = 64
 PROFILE = DeviceProfile(
@@ -111,6 +111,7 @@ class LightClient:
         self.accepted_at: dict[int, float] = {}
         self.welcome: Welcome | None = None  # None while the coordinator has not answered
         self.is_over = False  # the coordinator's run is
+        self.hello_pause_s = HELLO_S  # grows until the coordinator answers
         self._session = uuid4().hex
         self._input_shape = tuple(input_shape)
         self._num_classes = num_classes
@@ -169,6 +170,7 @@ class LightClient:
 
     def _on_welcome(self, welcome: Welcome) -> list[Outgoing]:
         is_first, self.welcome = self.welcome is None, welcome
+        self.hello_pause_s = HELLO_S
         if self._job is None:
             return self._ready()
         return self._resume() if is_first else []
@@ -346,8 +348,10 @@ class Fleet:
         if client.is_over:
             return
         if client.welcome is None:
-            pause_s = HELLO_S * random.uniform(0.5, 1.0)
-            client.counts["hellos"] += self._send(client, socket, client.hello(), None)
+            pause_s = client.hello_pause_s * random.uniform(0.8, 1.2)
+            if self._send(client, socket, client.hello(), None):
+                client.counts["hellos"] += 1
+                client.hello_pause_s = min(HELLO_MAX_S, 1.3 * client.hello_pause_s)
         else:
             pause_s = client.welcome.heartbeat_s
             if not self._send(client, socket, client.heartbeat(), None):
