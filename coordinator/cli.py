@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from coordinator.cli_export import (
     check_export,
     export_served,
 )
-from coordinator.cohort_zmq import Stopped, Terms, ZmqCohort
+from coordinator.cli_status import add_status_command
+from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.config import checked
 from coordinator.credit import BUDGET_BYTES
 from coordinator.emulate import (
@@ -45,10 +46,13 @@ from coordinator.emulate import (
 )
 from coordinator.hub import Hub
 from coordinator.methods import Method, make_method
+from coordinator.metrics import MetricsServer
+from coordinator.monitor import Monitor
 from coordinator.presets import missing_data
 from coordinator.rounds import RoundReport, run_rounds
 from coordinator.spool import Spool
 from coordinator.store import SPOOL, Store
+from edge_sdk import logs
 from edge_sdk.cli_flags import checked_endpoint, import_module, path_flag, size_flag, whole_flag
 from edge_sdk.data import DataSet, Examples, load, load_dataset
 from edge_sdk.errors import ConfigError, DataError, EdgeError, QuorumError
@@ -66,21 +70,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="edge-coordinator", description="Federated learning over unequal devices."
     )
     parser.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
+    parser.add_argument("--log-json", action="store_true", help="log one JSON object per line")
     commands = parser.add_subparsers(dest="command", required=True)
     add_emulate_command(commands)
     add_serve_command(commands)
     add_keys_command(commands)
     add_clients_command(commands)
     add_export_command(commands)
+    add_status_command(commands)
+    for command in commands.choices.values():  # it may stand before or after the command
+        command.add_argument(
+            "--log-json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     try:
         args = settle(parser, argv)
     except EdgeError as error:
         print(f"edge-coordinator: {error}", file=sys.stderr)
         return 1
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logs.set_up(is_json=args.log_json, is_debug=args.debug, form=form)
     try:
         for module in getattr(args, "imports", []):
             import_module(module)
@@ -88,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgeError as error:
         if args.debug:
             raise
-        print(f"edge-coordinator: {error}", file=sys.stderr)
+        logs.last_words("edge-coordinator", error)
         return GAVE_UP if isinstance(error, QuorumError) else 1
     except KeyboardInterrupt:
         return 130
@@ -217,6 +225,7 @@ def add_serve_command(commands: Any) -> None:
         "0: never; default %(default)s")  # fmt: skip
     add("--memory-budget", type=size_flag, default=BUDGET_BYTES, metavar="SIZE",
         help="of parts on their way at once, e.g. 256M; default 64M")  # fmt: skip
+    add("--metrics", metavar="HOST:PORT", help="answer Prometheus there; nobody is asked who it is")
     add_export_flag(parser)
     parser.set_defaults(run=run_serve)
 
@@ -261,13 +270,17 @@ def run_serve(args: argparse.Namespace) -> int:
         keys = read_keys(args.keys, "server")
         admission = Admission(args.clients_file or args.keys / "clients")
     allow_connections(args.min_clients)
-    hub = Hub(checked_endpoint(args.listen, "--listen"), keys, admission)
-    try:
-        store = open_store(args.run_dir, config, "serve", args.resume)
-    except BaseException:
-        hub.close()
-        raise
-    return serve(args, hub, store, method, test, device)
+    with ExitStack() as stack:
+        metrics = (
+            stack.enter_context(closing(MetricsServer(args.metrics))) if args.metrics else None
+        )
+        hub = Hub(checked_endpoint(args.listen, "--listen"), keys, admission)
+        try:
+            store = open_store(args.run_dir, config, "serve", args.resume)
+        except BaseException:
+            hub.close()
+            raise
+        return serve(args, hub, store, method, test, device, metrics)
 
 
 def serve(
@@ -277,6 +290,7 @@ def serve(
     method: Method,
     test: Examples | None,
     device: torch.device,
+    metrics: MetricsServer | None,
 ) -> int:
     """Rounds over the hub until all are done or a signal arrives; closes hub and store."""
     config = store.config
@@ -294,32 +308,44 @@ def serve(
         give_up_after_s=args.give_up_after,
         budget_bytes=args.memory_budget,
     )
-    log.info("run %s in %s, listening on %s", store.run, store.folder, hub.endpoint)
+    where = (store.run, store.folder, hub.endpoint)
+    log.info("run %s in %s, listening on %s", *where, extra=logs.event("started", run=store.run))
     goodbye = "coordinator stopped"
     with stop_signals() as stopping:
+
+        def is_stopping() -> bool:  # asked at every message
+            monitor.tick()
+            return bool(stopping)
+
+        def report(done: RoundReport) -> None:
+            print_round(done)
+            monitor.round_done(done)
+
         try:
-            cohort = ZmqCohort(
-                hub, terms, Spool(store.folder / SPOOL), lambda: bool(stopping), store.was_counted
-            )
+            spool = Spool(store.folder / SPOOL)
+            cohort = ZmqCohort(hub, terms, spool, is_stopping, store.was_counted)
         except EdgeError:
             store.close()
             hub.close()
             raise
+        monitor = Monitor(store.folder, store.run, config.rounds, cohort.snapshot)
+        if metrics:
+            metrics.latest = lambda: monitor.latest
         try:
-            store.write_endpoint(hub.endpoint)
-            run_rounds(
-                store, method, cohort, test,
-                device=device, should_stop=lambda: bool(stopping), report=print_round,
-            )  # fmt: skip
-            if store.is_finished:
-                store.write_model(method.spec, method.served())
-                goodbye = FINISHED
-                export_served(method, test, args.export)
-        except Stopped:
-            pass
+            with monitor.until_end(lambda: store.is_finished):
+                store.write_endpoint(hub.endpoint)
+                run_rounds(
+                    store, method, cohort, test, device=device,
+                    should_stop=lambda: bool(stopping), report=report, phase=monitor.phase,
+                )  # fmt: skip
+                if store.is_finished:
+                    store.write_model(method.spec, method.served())
+                    goodbye = FINISHED
+                    export_served(method, test, args.export)
         finally:
             if stopping and not store.is_finished:
-                log.info("stopped; round %d is next, go on with --resume", store.next_round())
+                said = "stopped; round %d is next, go on with --resume"
+                log.info(said, store.next_round(), extra=logs.event("stopped"))
             store.close()
             cohort.close(goodbye, is_final=goodbye == FINISHED)
     return 0

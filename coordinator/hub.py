@@ -16,6 +16,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from coordinator.admission import Admission
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.keys import KeyPair
+from edge_sdk.logs import event
 from edge_sdk.transport import Payload, parse_frames, send_frames, set_common_options
 from edge_sdk.wire import Fault, Hello, Message
 
@@ -40,12 +41,16 @@ class _Credentials:
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
+        self.num_refused = 0
 
     def callback(self, domain: str, public_key: bytes) -> bool:
         """public_key: Z85 text."""
         is_known = self._admission.name_of(public_key) is not None
         if not is_known:
-            log.warning("refused a device with unknown public key %s", public_key.decode())
+            self.num_refused += 1
+            key = public_key.decode()
+            extra = event("stranger", key=key)
+            log.warning("refused a device with unknown public key %s", key, extra=extra)
         return is_known
 
 
@@ -57,6 +62,7 @@ class Hub:
         self._admission = admission
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
+        self._credentials: _Credentials | None = None
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         set_common_options(self.socket)
         self.socket.set(zmq.ROUTER_MANDATORY, 1)
@@ -64,7 +70,8 @@ class Hub:
             assert admission is not None, "CURVE without a client list admits nobody"
             self._authenticator = ThreadAuthenticator(self._context)
             self._authenticator.start()
-            self._authenticator.configure_curve_callback("*", _Credentials(admission))
+            self._credentials = _Credentials(admission)
+            self._authenticator.configure_curve_callback("*", self._credentials)
             self.socket.set(zmq.CURVE_SERVER, 1)
             self.socket.set(zmq.CURVE_PUBLICKEY, keys.public)
             self.socket.set(zmq.CURVE_SECRETKEY, keys.secret)
@@ -105,7 +112,9 @@ class Hub:
         try:
             message, payload = parse_frames(frames[1:])
         except ProtocolError as error:
-            log.warning("message from %s refused: %s", name or "a device", error)
+            said = "message from %s refused: %s"
+            extra = event("refused", client=name, code=error.code)
+            log.warning(said, name or "a device", error, extra=extra)
             self.send(route, Fault(code=error.code, detail=str(error)))
             return True, None
         address = _address(frames[-1]) if isinstance(message, Hello) else ""
@@ -116,6 +125,11 @@ class Hub:
         if self._admission is None:
             return None
         return self._admission.name_of(str(frame.get("User-Id")).encode())
+
+    @property
+    def num_strangers(self) -> int:
+        """Connections refused for their key, since the start."""
+        return self._credentials.num_refused if self._credentials else 0
 
     def is_admitted(self, name: str) -> bool:
         """Whether this client still is."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from edge_sdk import __version__, conditions
+from edge_sdk import __version__, conditions, logs
 from edge_sdk.boards import board, board_names, check_free, save_board, save_path
 from edge_sdk.capacity import (
     TRAINER_ENVIRONMENT,
@@ -210,16 +209,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
     args = parser.parse_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
+    is_json = getattr(args, "log_json", False)
+    logs.set_up(is_json=is_json, is_debug=args.debug, form="%(asctime)s %(levelname)s %(message)s")
     try:
         status: int = args.run(args)
     except EdgeError as error:
         if args.debug:
             raise
-        print(f"edge-sdk: {error}", file=sys.stderr)
+        logs.last_words("edge-sdk", error)
         return 1
     except KeyboardInterrupt:
         return 130

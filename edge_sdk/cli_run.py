@@ -54,6 +54,7 @@ def add_run_command(commands: Any) -> None:
     add("--host-layer-us", type=float, default=0.0, help="with --board: overhead of a layer here")
     add("--ignore-conditions", action="store_true", default=None,
         help="train the same when hot, throttled or on a low battery")  # fmt: skip
+    add("--log-json", action="store_true", help="log one JSON object per line, for programs")
     add("--once", action="store_true", help="end when the coordinator's run ends")
     parser.set_defaults(run=run_device, usage_error=parser.error)
 

@@ -174,8 +174,7 @@ class ScriptedDevice:
         receiver = Receiver(job.tensors)
         while request := receiver.next_request(8):
             self.fetch(receiver, *request)
-        have = receiver.num_received
-        self.send(Fetch(round=job.round, have=have, first=have, count=0))
+        self.tell(receiver)
         self.train(receiver)
         return job
 
@@ -196,6 +195,13 @@ class ScriptedDevice:
             assert payload is not None
             receiver.add(part.index, payload)
             self.received.append(part.index)
+            self.tell(receiver)
+
+    def tell(self, receiver: Receiver) -> None:
+        """How many parts are here."""
+        assert self.job is not None
+        have = receiver.num_received
+        self.send(Fetch(round=self.job.round, have=have, first=have, count=0))
 
     def train(self, receiver: Receiver) -> None:
         assert self.job is not None
@@ -441,9 +447,9 @@ class ScriptedCoordinator:
 
     def serve_parts(self, round: int, sender: Sender) -> None:
         """Answer the agent until it says that it has every part."""
-        while asked := asked_for(fetch := self.expect(Fetch)):
-            self.send_parts(round, sender, range(asked[0], min(asked[-1] + 1, sender.num_parts)))
-        assert fetch.have == sender.num_parts
+        while (fetch := self.expect(Fetch)).have < sender.num_parts:
+            asked = asked_for(fetch)
+            self.send_parts(round, sender, range(asked.start, min(asked.stop, sender.num_parts)))
 
     def fetch_update(self, update: Update) -> Tensors:
         """The tensors of an announced update."""

@@ -17,7 +17,7 @@ import torch
 from coordinator import cohort_zmq
 from coordinator import desk as desk_module
 from coordinator import devices as devices_module
-from coordinator.cohort import Absence, ClientUpdate
+from coordinator.cohort import Absence, Client, ClientUpdate
 from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.credit import Credit
 from coordinator.desk import MOST_STALLS, Desk
@@ -48,7 +48,7 @@ from tests.cohort_work import (
     heard_until_now,
     work,
 )
-from tests.helpers import client, cnn
+from tests.helpers import cnn
 from tests.scripted import (
     WAIT_S,
     Coordinator,
@@ -240,7 +240,7 @@ def test_nobody_begins_to_upload_when_the_round_closes(tmp_path, quick_links):
     job = assignment(FLOATS_PER_PART)  # two parts
     for name in BOTH:
         device = SimpleNamespace(name=name)
-        desk.give(client(name, 3), job, 1, 0.0)
+        desk.give(Client(id=name, exit=3, num_examples=10), job, 1, 0.0)
         device.job = sent[-1][1]
         device.trained = {spec.name: job.tensors[spec.name] for spec in job.returns}
         desk.on_message(name, ScriptedDevice.make_update(device), None)
@@ -283,7 +283,7 @@ def test_stalled_upload_is_asked_again_then_failed(coordinator, devices, impatie
     assert end(round, good, "failed", "stalled").bytes_up == 524288
 
 
-def test_repeated_part_is_no_progress_and_holds_nobody_up(make_coordinator, impatient):
+def test_repeated_part_is_no_progress_and_holds_nobody_up(make_coordinator, impatient, quick_links):
     coordinator = make_coordinator(*BOTH, budget_bytes=2 * PART_BYTES)
     good, bad = coordinator.gather()
     round = coordinator.train(work(*BOTH, num_floats=FLOATS_PER_PART))
@@ -367,6 +367,10 @@ def test_late_update_counts_in_the_next_round(make_coordinator):
     round = coordinator.train(work("good"), round=2)
     good.take_job()
     bad.return_update()  # it was not told that it is late
+    bad.send(bad.make_update())
+    assert bad.expect(Accepted).round == 1  # told twice, counts once
+    bad.ready()
+    bad.ping()
     good.return_update()
     first, second = round.result(WAIT_S)
     assert (first.client.id, first.round, first.staleness) == ("bad", 1, 1)
@@ -376,18 +380,7 @@ def test_late_update_counts_in_the_next_round(make_coordinator):
         name: tensor.tolist() for name, tensor in want.items()
     }
     assert torch.equal(first.tensors["stages.1.1.bias"], want["stages.1.1.bias"] + 1)
-    bad.send(bad.make_update())
-    assert bad.expect(Accepted).round == 1  # told twice, counts once
-    bad.ready()
-    heard_until_now_idle(coordinator, bad)
     assert {c.id for c in coordinator.clients().result(WAIT_S)} == {"good", "bad"}
-
-
-def heard_until_now_idle(coordinator: Coordinator, device: ScriptedDevice) -> None:
-    """While no round listens."""
-    device.send(Heartbeat())
-    coordinator.clients().result(WAIT_S)
-    device.expect(Heartbeat)
 
 
 def test_late_job_that_gets_too_old_is_given_up(make_coordinator):
@@ -437,7 +430,6 @@ def test_late_device_that_lost_its_job_is_free_again(make_coordinator, monkeypat
     good.return_update()
     assert len(round.result(WAIT_S)) == 1
     good.ready()
-    heard_until_now_idle(coordinator, good)
     assert [c.id for c in coordinator.clients().result(WAIT_S)] == ["bad", "good"]
 
 
@@ -499,7 +491,7 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
         note = lambda name, message, _: sent.append((name, message)) or True  # noqa: E731
         desk = Desk("a run", Spool(tmp_path), Credit(), note)
         for name in names:
-            desk.give(client(name, 3), job, 1, 0.0)
+            desk.give(Client(id=name, exit=3, num_examples=10), job, 1, 0.0)
         return desk, sent
 
     desk, sent = open_desk()
