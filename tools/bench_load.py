@@ -21,6 +21,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sqlite3
 import statistics
 import subprocess
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--keep-log", type=Path, help="write the coordinators' logs into this folder")
     add("serve_flags", nargs="*", help="after --: more flags for edge-coordinator serve")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no process behind
     rows = []
     for clients in map(int, args.clients.split(",")):
         rows.append(measure(args, clients))
