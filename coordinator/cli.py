@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from coordinator.admission import Admission, add_client
+from coordinator.admission import Admission
 from coordinator.cli_arguments import (
     add_run_arguments,
     open_store,
@@ -25,6 +25,7 @@ from coordinator.cli_arguments import (
     settle,
     whole_numbers,
 )
+from coordinator.cli_clients import add_clients_command, add_invite_command, add_keys_command
 from coordinator.cli_export import (
     add_export_command,
     add_export_flag,
@@ -56,7 +57,7 @@ from edge_sdk import logs
 from edge_sdk.cli_flags import checked_endpoint, import_module, path_flag, size_flag, whole_flag
 from edge_sdk.data import DataSet, Examples, load, load_dataset
 from edge_sdk.errors import ConfigError, DataError, EdgeError, QuorumError
-from edge_sdk.keys import check_key, make_keys, read_keys
+from edge_sdk.keys import read_keys
 
 log = logging.getLogger(__name__)
 FINISHED = "run finished"
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_serve_command(commands)
     add_keys_command(commands)
     add_clients_command(commands)
+    add_invite_command(commands)
     add_export_command(commands)
     add_status_command(commands)
     for command in commands.choices.values():  # it may stand before or after the command
@@ -360,40 +362,6 @@ def allow_connections(devices: int) -> None:
             f"--min-clients {devices} needs {devices + OWN_FILES} open files, the limit is {most}; "
             "raise it with ulimit -Hn, or LimitNOFILE= of a service"
         )
-
-
-def add_keys_command(commands: Any) -> None:
-    parser = commands.add_parser("keys", help="make the coordinator's key pair")
-    parser.add_argument("--keys", type=path_flag, default=Path("keys"))
-    parser.set_defaults(run=run_keys)
-
-
-def run_keys(args: argparse.Namespace) -> int:
-    make_keys(args.keys, "server")
-    print(f"wrote {args.keys}/server.public and server.secret; copy server.public to every device")
-    return 0
-
-
-def add_clients_command(commands: Any) -> None:
-    parser = commands.add_parser("clients", help="the list of admitted devices")
-    parser.add_argument("action", choices=("add", "list"))
-    parser.add_argument("name", nargs="?", help="of the device")
-    parser.add_argument("public_key", nargs="?", help="40 characters, as `edge-sdk keys` prints")
-    parser.add_argument("--keys", type=path_flag, default=Path("keys"))
-    parser.add_argument("--clients-file", type=path_flag, help="default KEYS/clients")
-    parser.set_defaults(run=run_clients)
-
-
-def run_clients(args: argparse.Namespace) -> int:
-    path = args.clients_file or args.keys / "clients"
-    if args.action == "add":
-        if not (args.name and args.public_key):
-            raise ConfigError("clients add needs NAME and PUBLIC_KEY")
-        add_client(path, args.name, check_key(args.public_key, "PUBLIC_KEY"))
-        return 0
-    for name, key in sorted(Admission(path).names().items()):
-        print(name, key.decode())
-    return 0
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from edge_sdk.wire import (
     Ready,
     Update,
     Welcome,
+    one_line,
 )
 
 log = logging.getLogger(__name__)
@@ -369,7 +370,8 @@ class ZmqCohort:
     ) -> None:
         if isinstance(message, Fault):
             extra = event("fault", client=name, code=message.code, round=message.round)
-            log.warning("%s reports %s: %s", name, message.code, message.detail, extra=extra)
+            code = one_line(message.code)
+            log.warning("%s reports %s: %s", name, code, message.detail, extra=extra)
             if name not in self.desk.awaited:  # else it counts as its absence
                 self._tally.fault(name, message.code)
         if isinstance(message, Fault) and message.code in ("protocol", "version"):

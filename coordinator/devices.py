@@ -118,6 +118,9 @@ class Devices:
             self.refuse(route, "data", detail)
             return
         old = self.all.get(name)
+        if old and old.route == route and old.hello.session == hello.session:
+            self.send(name, self._welcome)  # said again before it was answered: nothing was lost
+            return
         if old and old.route != route and old.hello.session != hello.session:
             if old.rival is not None:  # which hears of it when it is known who is there
                 old.rival = received

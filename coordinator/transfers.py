@@ -37,11 +37,12 @@ class Transfers:
 
     def on_fetch(self, seat: Seat, fetch: Fetch) -> bool:
         """The device says what it has, and wants more. False: it has asked in too many pieces."""
+        if not seat.want(fetch.first, fetch.count):
+            return False
         if arrived := seat.has_arrived(fetch.have):
             self._credit.arrived(seat.name, arrived)
-        is_good = seat.want(fetch.first, fetch.count)
         self.ask(seat)
-        return is_good
+        return True
 
     def arrived(self, seat: Seat) -> None:
         """A new part of its update is here."""

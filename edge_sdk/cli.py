@@ -39,7 +39,8 @@ from edge_sdk.cli_infer import (
     add_infer_command,
     add_infer_report_command,
 )
-from edge_sdk.cli_run import add_keys_command, add_run_command
+from edge_sdk.cli_join import add_join_command, add_keys_command
+from edge_sdk.cli_run import add_run_command
 from edge_sdk.cli_service import add_doctor_command, add_service_command
 from edge_sdk.device import calibration_file
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
@@ -187,6 +188,7 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     add_measure_command,
     add_plan_command,
     add_run_command,
+    add_join_command,
     add_keys_command,
     add_export_command,
     add_infer_command,

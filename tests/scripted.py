@@ -277,9 +277,12 @@ class Coordinator:
     """The real Hub and ZmqCohort. The cohort is used by one thread only, as it must be; what is
     asked of it comes back as a Future.
 
-    folder: of keys and the client list; None: insecure. terms: changes to TERMS."""
+    folder: of keys and the client list; None: insecure. spool: of a coordinator that was there
+    before; None: a new one. terms: changes to TERMS."""
 
-    def __init__(self, folder: Path | None, names: Sequence[str], **terms: Any) -> None:
+    def __init__(
+        self, folder: Path | None, names: Sequence[str], spool: Path | None = None, **terms: Any
+    ) -> None:
         self.folder = folder
         self.names = tuple(names)
         self.keys: dict[str, KeyPair] = {}
@@ -303,9 +306,9 @@ class Coordinator:
         self.arrived: queue.Queue[Result] = queue.Queue()  # results, as the cohort yields them
         self._stopping = threading.Event()
         self._closing: Future[None] | None = None
-        self._spool = TemporaryDirectory()
-        spool = Spool(Path(self._spool.name))
-        self._cohort = ZmqCohort(self.hub, self.terms, spool, self._stopping.is_set)
+        self._folder = TemporaryDirectory()
+        self.spool = spool or Path(self._folder.name)
+        self._cohort = ZmqCohort(self.hub, self.terms, Spool(self.spool), self._stopping.is_set)
         self._thread = ThreadPoolExecutor(1)
         self._devices: list[ScriptedDevice] = []
 
@@ -363,7 +366,7 @@ class Coordinator:
     def close(self, reason: str = "test over", *, is_final: bool = False) -> None:
         self.begin_close(reason, is_final=is_final).result(WAIT_S)
         self._thread.shutdown()
-        self._spool.cleanup()
+        self._folder.cleanup()
 
     def close_devices(self) -> None:
         for device in self._devices:

@@ -289,6 +289,7 @@ def test_repeated_part_is_no_progress_and_holds_nobody_up(make_coordinator, impa
     round = coordinator.train(work(*BOTH, num_floats=FLOATS_PER_PART))
     bad.take_job()
     good.take_job()
+    good.ping(1)  # that it has everything has been heard: nothing is under way
     bad.send(bad.make_update())
     assert bad.expect(Fetch).count == 2
     good.send(good.make_update())
@@ -299,7 +300,9 @@ def test_repeated_part_is_no_progress_and_holds_nobody_up(make_coordinator, impa
     until = time.monotonic() + WAIT_S / 3
     while not (heard and isinstance(heard[-1], Fault)) and time.monotonic() < until:
         bad.send_parts([0])
-        heard += heard_until_now(bad)
+        bad.send(Heartbeat(round=1))
+        message, _ = bad.receive()
+        heard += [message] if not isinstance(message, Heartbeat) else []
     again = Fetch(round=1, have=1, first=1, count=1)
     assert heard[:-1] == [again] * (MOST_STALLS - 1)
     assert_about_round(heard[-1], "stalled")
@@ -514,6 +517,65 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
     assert again.client.id == "whole"
     assert again.digest == before.digest
     assert all(torch.equal(again.tensors[name], trained[name]) for name in trained)
+
+
+def come_back(coordinator: Coordinator, before: ScriptedDevice) -> ScriptedDevice:
+    """The same program, with its job in hand, at a coordinator that was restarted."""
+    device = coordinator.device(before.name)
+    device.session, device.job, device.trained = before.session, before.job, before.trained
+    assert before.job is not None
+    device.hello(round=before.job.round, job=before.job.id)
+    return device
+
+
+def test_restarted_coordinator_goes_on_with_what_devices_have(make_coordinator, tmp_path):
+    names, spool = ("done", "held", "lost"), tmp_path / "spool"
+    first = make_coordinator(*names, is_insecure=True, spool=spool)
+    done, held, lost = first.gather()
+    clients = first.clients().result(WAIT_S)
+    round = first.train(work(*names))
+    done.finish()
+    held.take_job()
+    job = lost.take_job()
+    first.close("coordinator stopped")
+    assert isinstance(round.exception(WAIT_S), cohort_zmq.Stopped)
+
+    second = make_coordinator(*names, is_insecure=True, spool=spool)
+    second.ask(lambda cohort: cohort.expect(clients)).result(WAIT_S)
+    round = second.train(work(*names))
+    assert second.arrived.get(timeout=WAIT_S).client.id == "done"  # it is not even connected
+    held = come_back(second, held)
+    held.return_update()  # no job is sent: it has it
+    new = second.device("lost")
+    new.join()
+    assert new.take_job() == job  # given again, the same
+    done = come_back(second, done)
+    assert done.expect(Accepted).round == 1
+    new.return_update()
+    assert_only_these_count(round.result(WAIT_S), done, held, new)
+
+
+def test_late_update_that_had_arrived_outlives_the_coordinator(make_coordinator, tmp_path):
+    spool = tmp_path / "spool"
+    terms = {"is_insecure": True, "spool": spool}
+    first, good, bad = late_pair(make_coordinator, **terms)
+    round = first.train(work("good"), round=2)
+    good.take_job()
+    bad.return_update()
+    first.close("coordinator stopped")
+    assert isinstance(round.exception(WAIT_S), cohort_zmq.Stopped)
+
+    second = make_coordinator(*BOTH, quorum=0.5, oldest=2, **terms)
+    second.ask(lambda cohort: cohort.expect([Client(id="good", exit=3, num_examples=10)]))
+    round = second.train(work("good"), round=2)
+    again = come_back(second, good)
+    again.return_update()
+    late, own = sorted(round.result(WAIT_S), key=lambda result: result.client.id)
+    assert (late.client.id, late.round, late.staleness) == ("bad", 1, 1)
+    assert (own.client.id, own.round, own.staleness) == ("good", 2, 0)
+    want = assignment().tensors["stages.1.1.bias"]
+    assert torch.equal(late.tensors["stages.1.1.bias"], want + 1)
+    assert torch.equal(late.sent["stages.1.1.bias"], want)
 
 
 # -- logs --------------------------------------------------------------------------------------

@@ -23,8 +23,18 @@ from msgspec import inspect
 from msgspec.structs import fields
 
 import edge_sdk
-from coordinator import cohort_zmq, credit, desk, devices, hub, seats
-from edge_sdk import agent, agent_state, chooser, examples, trainer, transport, wire, worker
+from coordinator import cohort_zmq, credit, desk, devices, hub, joining, seats
+from edge_sdk import (
+    agent,
+    agent_state,
+    chooser,
+    examples,
+    join,
+    trainer,
+    transport,
+    wire,
+    worker,
+)
 from edge_sdk.errors import EdgeError
 from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
 from edge_sdk.tensors import DTYPES
@@ -37,6 +47,8 @@ from edge_sdk.wire import (
     Heartbeat,
     Hello,
     Job,
+    Join,
+    Joined,
     Message,
     ModelSpec,
     Part,
@@ -148,6 +160,8 @@ EXAMPLES: tuple[Message, ...] = (
     Heartbeat(round=7),
     Probe(),
     Bye(reason="run finished", is_final=True),
+    Join(client_id="pi-4.kitchen_1", public_key="Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"),
+    Joined(client_id="pi-4.kitchen_1"),
 )
 # What a peer sees of every module's constants; PROTOCOL.md gives each name and value in a table.
 CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
@@ -171,6 +185,7 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
     chooser: ("GROWN",),
     worker: ("WINDOW",),
     examples: ("MIN_BATCH",),
+    join: ("CONNECT_S", "ANSWER_S", "AGAIN_S"),
     cohort_zmq: ("HEARTBEAT_S", "FAREWELL_S"),
     devices: ("SILENCE_S", "PROBE_S"),
     desk: ("RESEND_S", "MOST_GIVEN", "MOST_STALLS"),
@@ -359,7 +374,8 @@ def test_protocol_names_every_fault_code(text):
     codes = {kind.code for kind in EdgeError.__subclasses__()} - {"link", "store", "quorum"}
     codes |= {"version", trainer.Cancelled.code, *agent.FATAL}
     sent = set()
-    for module in (cohort_zmq, desk, devices, hub, agent):  # Fault(code="..."), _fault(name, "...")
+    # Fault(code="..."), _fault(name, "...")
+    for module in (cohort_zmq, desk, devices, hub, joining, agent):
         source = Path(str(module.__file__)).read_text(encoding="utf-8")
         call = r'(?:Fault\(code=|(?:_fault|_fail_job|\.refuse)\(\s*(?:[\w.]+, )?)"(\w+)"'
         sent |= set(re.findall(call, source))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -16,9 +17,9 @@ from coordinator.spool import Arrived, Spool
 from edge_sdk.errors import StoreError
 from edge_sdk.tensors import Receiver, Sender, Tensors, specs_of
 from edge_sdk.wire import PART_BYTES, ExitResult, Segment, Update
+from tests.helpers import client
 from tests.scripted import floats
 
-SEGMENTS = (Segment(first=1, last=1),)
 JOB, OTHER = "1" * 32, "2" * 32
 TENSORS = {"stages.0.w": floats(PART_BYTES // 4), "exits.0.b": floats(3, start=7.0)}  # two parts
 
@@ -35,7 +36,8 @@ def arrived(tensors: Tensors, job: str = JOB) -> Arrived:
         peak_memory_bytes=0,
         tensors=specs_of(tensors),
     )
-    return Arrived(update=update, segments=SEGMENTS, upload_s=1.5, bytes_down=100, bytes_up=40)
+    segments = (Segment(first=1, last=1),)
+    return Arrived(update=update, segments=segments, upload_s=1.5, bytes_down=100, bytes_up=40)
 
 
 def receive(
@@ -314,3 +316,58 @@ def test_file_that_was_deleted_meanwhile_is_one_line(tmp_path):
     with pytest.raises(StoreError, match="No such file") as caught:
         receiver.add(1, sender.part(1))
     one_line(caught.value)
+
+
+# -- late ones, whose job nobody gives again ---------------------------------------------------
+
+
+BASE = {name: tensor - 1 for name, tensor in TENSORS.items()} | {"stages.9.w": floats(2)}
+
+
+def keep_late(spool: Spool, client_id: str = "a") -> None:
+    receive(spool, client_id)
+    late = msgspec.structs.replace(arrived(TENSORS), client=client(client_id, 2))
+    spool.keep(3, client_id, late, BASE)
+
+
+def test_late_update_comes_with_what_it_began_from(tmp_path):
+    keep_late(Spool(tmp_path))
+    ((found, tensors, sent),) = Spool(tmp_path).late(4)
+    assert found.client == client("a", 2)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(tensors[name], tensor)
+        assert torch.equal(sent[name], tensor - 1)
+    assert list(sent) == list(TENSORS)  # of what was trained
+
+
+def test_only_late_updates_of_rounds_before_come(tmp_path):
+    spool = Spool(tmp_path)
+    keep(spool, "b")  # of a round that was cut short: its job is given again
+    keep_late(spool, "a")
+    assert list(spool.late(3)) == []
+    assert [found.client.id for found, _, _ in spool.late(4) if found.client] == ["a"]
+
+
+@pytest.mark.parametrize("damage", ["base gone", "base short", "base empty", "data"])
+def test_damaged_late_update_is_left_out(tmp_path, damage):
+    spool = Spool(tmp_path)
+    keep_late(spool, "a")
+    keep_late(spool, "b")
+    base, data = tmp_path / "0000000003-a.base", tmp_path / "0000000003-a.data"
+    if damage == "base gone":
+        base.unlink()
+    elif damage == "data":
+        data.write_bytes(bytes(data.stat().st_size))
+    else:
+        base.write_bytes(base.read_bytes()[:-1] if damage == "base short" else b"")
+    assert [found.client.id for found, _, _ in spool.late(4) if found.client] == ["b"]
+
+
+def test_nothing_is_left_of_a_late_update_that_was_forgotten(tmp_path):
+    spool = Spool(tmp_path)
+    keep_late(spool)
+    spool.forget(3, "a")
+    assert files(spool) == []
+    keep_late(spool)
+    spool.forget_before(4, set())
+    assert files(spool) == ["free-0000000003-a.data"]

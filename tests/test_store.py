@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import coordinator.store as store_module
+from coordinator import checkpoints
 from coordinator.cohort import Absence, Assignment, ClientUpdate, InProcessCohort, train_here
 from coordinator.emulate import Population, choose_holders, group_exits, split_shards, write_json
 from coordinator.methods import make_method
 from coordinator.methods.base import Metrics
 from coordinator.rounds import run_rounds
 from coordinator.sampling import sample
-from coordinator.store import Store
+from coordinator.store import BEGUN, Store
 from edge_sdk.errors import ConfigError, DataError, StoreError, TrainerError
 from edge_sdk.wire import ExitResult, Phase, Plan, Segment
 from tests.helpers import client, cnn, config, examples
@@ -104,7 +104,7 @@ def test_full_disk_keeps_the_last_round(tmp_path, monkeypatch, where):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = {"checkpoint": (store_module, "save_file"), "rename": (store_module.os, "replace")}
+    target = {"checkpoint": (checkpoints, "save_file"), "rename": (checkpoints.os, "replace")}
     monkeypatch.setattr(*target[where], full)
     with pytest.raises(StoreError, match=r"round 2 .*No space left.*--resume at round 2"):
         commit(store, 2)
@@ -141,7 +141,7 @@ def test_a_read_only_disk_is_one_line(tmp_path, monkeypatch):
     def refused(*args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(store_module, "save_file", refused)
+    monkeypatch.setattr(checkpoints, "save_file", refused)
     monkeypatch.setattr(Path, "unlink", refused)
     with pytest.raises(StoreError, match=r"round 2 .*Read-only file system.*--resume at round 2"):
         commit(store, 2)
@@ -405,13 +405,17 @@ def test_participants_of_a_round_outlive_a_kill(tmp_path):
     again.begin(1, [a, b])
     _, totals = commit(again, 1)
     assert totals.chosen == 2
+    assert again.begun(2) == []
+    again.begin(2, [b])
+    _, totals = commit(again, 2)
+    assert totals.chosen == 1, "of this round only"
     again.close()
 
 
 def test_begun_round_that_cannot_be_read_begins_anew(tmp_path, caplog):
     store = Store.create(tmp_path, config("owners-mean"), "serve")
     store.begin(1, [client("a", 1)])
-    path = tmp_path / store_module.BEGUN
+    path = tmp_path / BEGUN
     path.write_bytes(path.read_bytes()[:-2])
     assert store.begun(1) == []
     assert "the round begins anew" in caplog.text
