@@ -1,0 +1,421 @@
+"""A real coordinator in the middle of a round, its socket replaced, and what must hold there.
+
+Hub, ZmqCohort and all behind them are the real ones. Six devices are in six states of a round; then
+come the inputs, frames as any of them (or a stranger) could send them; then one more device, which
+did nothing but wait, finishes its job. After every input:
+
+- nothing was raised but Stopped or StoreError, and every line logged is one line;
+- what is not the sender's is as it was, and only the sender was answered;
+- an input answered by a Fault changed nothing; if the Fault is about the job in hand, it changed
+  nothing but the sender's part (a refused update ends its sender's part in the round).
+
+At the end the waiting device's update counted once, as it was sent, and so did everybody's that
+counted at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+import zmq
+
+from coordinator.admission import Admission
+from coordinator.cohort import Assignment, ClientUpdate
+from coordinator.cohort_zmq import Stopped, Terms, ZmqCohort
+from coordinator.hub import Hub
+from edge_sdk.errors import StoreError
+from edge_sdk.profile import DeviceProfile
+from edge_sdk.tensors import Sender, Tensors, specs_of
+from edge_sdk.wire import (
+    PROTOCOL,
+    Accepted,
+    ExitResult,
+    Fault,
+    Fetch,
+    Heartbeat,
+    Hello,
+    Job,
+    Message,
+    ModelSpec,
+    Part,
+    Phase,
+    Plan,
+    Ready,
+    Segment,
+    TensorSpec,
+    Update,
+    Welcome,
+    decode,
+    encode,
+)
+from tools.fuzz_state import Place, changes, is_owned, shown, snapshot_state
+
+PART_BYTES = 64  # so that tensors of a few bytes travel in parts
+ROUND = 7
+HONEST = "honest"
+# In the order of their routes. Each has two: its own connection and one it may open anew.
+SENDERS = ("quiet", "idle", "told", "training", "uploading", "done", "stranger")
+JOINED = ("idle", "told", "training", "uploading", "done", HONEST)
+UNREACHABLE = 2 * len(SENDERS)  # added to a route: answers cannot be sent
+NUM_ROUTES = 2 * UNREACHABLE
+# How busy the coordinator is, which any message changes, and what only reads tensors, for speed.
+NO_STATE = ("_hub", "_num_heard", "sender")
+PROFILE = DeviceProfile(
+    platform="generic", memory_total_bytes=2**32, memory_available_bytes=2**31, cores=4, gflops=10.0
+)
+MODEL = ModelSpec(family="cnn", input_shape=(1, 8, 8), num_classes=3, exit=3)
+PLAN = Plan(segments=(Segment(first=1, last=3),))
+
+Act: TypeAlias = tuple[int, list[bytes]]  # route, the frames behind it
+
+
+class Broken(Exception):
+    """The coordinator did what it must not do."""
+
+
+class Over(BaseException):
+    """Nothing is left to be said in this round. Not an Exception, as nobody may catch it."""
+
+
+class Frame:
+    """As much of zmq.Frame as is used of it."""
+
+    def __init__(self, data: bytes, key: str = "") -> None:
+        self.bytes, self.buffer, self._key = data, memoryview(data), key
+
+    def get(self, name: str) -> str:
+        assert name == "User-Id"
+        return self._key
+
+
+class Keys(Admission):
+    """Admits everybody but strangers; a key is the name."""
+
+    def __init__(self) -> None:
+        pass
+
+    def name_of(self, public_key: bytes) -> str | None:
+        name = public_key.decode()
+        return name if name in SENDERS[:-1] or name == HONEST else None
+
+
+class Socket:
+    """What the coordinator believes to be its ROUTER: asks `listen` for the next message whenever
+    it is polled."""
+
+    def __init__(self, listen: Callable[[], list[Frame] | None]) -> None:
+        self.sent: list[tuple[bytes, Message]] = []
+        self.is_full = False
+        self._listen = listen
+        self._frames: list[Frame] | None = None
+
+    def poll(self, timeout_ms: int = 0, flags: int = zmq.POLLIN) -> int:
+        if self._frames is None:
+            self._frames = self._listen()
+        return zmq.POLLIN if self._frames else 0
+
+    def recv_multipart(self, flags: int = 0, copy: bool = True) -> list[Frame]:
+        frames, self._frames = self._frames, None
+        if frames is None:
+            raise zmq.Again
+        return frames
+
+    def send_multipart(self, frames: list[bytes], flags: int = 0, copy: bool = True) -> None:
+        self.sent.append((frames[0], decode(frames[1])))
+        if self.is_full:
+            raise zmq.Again
+
+    def send(self, payload: bytes | memoryview, flags: int = 0, copy: bool = True) -> None:
+        if not 0 < len(payload) <= PART_BYTES:
+            raise Broken(f"a part of {len(payload)} bytes was sent")
+
+    def close(self) -> None:
+        pass
+
+
+class OneLine(logging.Handler):
+    """Every line logged must be one, whatever devices say."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if not line.isprintable() or len(line) > 5000:
+            raise Broken(f"logged {line[:300]!r} ... ({len(line)} characters)")
+
+
+@dataclass
+class Seen:
+    """What came of many inputs."""
+
+    inputs: int = 0
+    refused: int = 0
+    updates: int = 0  # counted, beside those of the waiting and the finished device
+    answers: Counter[str] = field(default_factory=Counter)
+    kinds: bytearray = field(default_factory=lambda: bytearray(2**16))  # of changes, hashed
+
+    @property
+    def changes(self) -> int:
+        """Kinds of changes of the state."""
+        return len(self.kinds) - self.kinds.count(0)
+
+
+class Clock:
+    """The module `time`, but it stands still: else every message would change a state."""
+
+    now_s = 10_000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    time = perf_counter = monotonic
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+@contextmanager
+def small_world() -> Iterator[None]:
+    """Transfers are cut into parts of PART_BYTES and time stands still, in all of our modules that
+    are loaded, for as long."""
+    changed: list[tuple[Any, str, Any]] = []
+    clock = Clock()
+    for module_name, module in list(sys.modules.items()):
+        if not module_name.startswith(("edge_sdk", "coordinator")):
+            continue
+        if hasattr(module, "PART_BYTES"):
+            changed.append((module, "PART_BYTES", module.PART_BYTES))
+        if getattr(module, "time", None) is time:
+            changed.append((module, "time", time))
+    for module, name, _ in changed:
+        setattr(module, name, clock if name == "time" else PART_BYTES)
+    try:
+        yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)
+
+
+@lru_cache
+def tensors_of(name: str) -> Tensors:
+    """160 bytes in three parts; no two devices have the same."""
+    start = float(sum(name.encode()))
+    return {
+        "stages.0.weight": torch.arange(32.0).reshape(8, 4) + start,
+        "exits.0.bias": torch.arange(5.0) - start,
+        "stages.0.count": torch.tensor([int(start)]),
+    }
+
+
+@lru_cache
+def parts_of(name: str) -> list[bytes]:
+    sender = Sender(tensors_of(name))
+    return [bytes(sender.part(index)) for index in range(sender.num_parts)]
+
+
+@lru_cache
+def specs_of_update() -> tuple[TensorSpec, ...]:
+    """Of every device's."""
+    return specs_of(tensors_of("down"))
+
+
+@lru_cache
+def encoded(message: Hello | Ready | Fetch | Part | Heartbeat) -> bytes:
+    return encode(message)
+
+
+def make_hello(name: str, **changes: Any) -> Hello:
+    fields: dict[str, Any] = {
+        "protocol": PROTOCOL, "client_id": name, "session": f"{name} 1", "profile": PROFILE,
+        "num_examples": 10, "input_shape": (1, 8, 8), "num_classes": 3,
+    }  # fmt: skip
+    return Hello(**(fields | changes))
+
+
+def make_update(**changes: Any) -> Update:
+    fields: dict[str, Any] = {
+        "round": ROUND, "num_examples": 10, "num_steps": 2,
+        "exits": tuple(ExitResult(exit=exit, loss=0.5, accuracy=0.5) for exit in (1, 2, 3)),
+        "phases": {"train": Phase(wall_s=1.0)}, "peak_memory_bytes": 0,
+        "tensors": specs_of_update(),
+    }  # fmt: skip
+    return Update(**(fields | changes))
+
+
+class World:
+    """One coordinator. play() is one round; it may be played again. Only inside small_world()."""
+
+    _hub: Hub | None = None  # the context and port of a real one are not needed twice
+
+    def __init__(self, *, is_judged: bool = True, seen: Seen | None = None) -> None:
+        if World._hub is None:
+            World._hub = Hub("tcp://127.0.0.1:*", None, None)
+            World._hub.socket.close()
+        World._hub.socket = self.socket = Socket(self._listen)  # type: ignore[assignment]
+        World._hub._admission = Keys()
+        terms = Terms(
+            run="fuzz", model=MODEL, plan=PLAN, deadline_s=0.0, grace_s=600.0, quorum=1.0,
+            min_clients=len(JOINED),
+        )  # fmt: skip
+        self.cohort = ZmqCohort(World._hub, terms)
+        self.seen = seen or Seen()
+        self.results: list[Any] = []
+        self._is_judged = is_judged
+        self._script: Iterator[list[Frame] | None] = iter(())
+        self._sender: str | None = None  # of the input in hand
+        self._before: bytes | None = None
+
+    def play(self, acts: Iterable[Act]) -> None:
+        """Raises Broken, or whatever the coordinator let out."""
+        self.results = []
+        self._script = self._round(acts)
+        down = tensors_of("down")
+        job = Assignment(model=MODEL, plan=PLAN, tensors=down, returns=specs_of_update())
+        work = {name: job for name in JOINED if name != "idle"}
+        try:
+            self.cohort.clients()
+            for result in self.cohort.train(work, ROUND, 0.0):
+                self.results.append(result)
+        except Over:
+            pass  # some never returned; if all did, the round ended by itself
+        except (Stopped, StoreError):
+            raise Broken("the round was stopped, and nobody had asked for that") from None
+        self._check_results()
+
+    # -- what is said --------------------------------------------------------------------------
+
+    def _listen(self) -> list[Frame] | None:
+        if self._sender is not None:
+            self._judge()
+        self.socket.is_full = False
+        frames = next(self._script)  # looks at what was answered to the last one
+        self.socket.sent.clear()
+        return frames
+
+    def _round(self, acts: Iterable[Act]) -> Iterator[list[Frame] | None]:
+        for name in JOINED:
+            yield self._frames(name, make_hello(name))
+            self._expect(name, Welcome)
+            yield self._frames(name, Ready(exit=3))
+        while not any(isinstance(message, Job) for _, message in self.socket.sent):
+            yield None  # nothing more to hear: the round may begin
+        yield from self._fetch("told", 1)
+        for name in ("training", "uploading", "done", HONEST):
+            yield from self._fetch(name, 3)
+        yield from self._upload("uploading", 1)
+        yield from self._upload("done", 3)
+        for act in acts:
+            yield self._begin(act)
+        yield self._frames(HONEST, Heartbeat(round=ROUND))
+        self._expect(HONEST, Heartbeat)
+        yield from self._upload(HONEST, 3)
+        raise Over
+
+    def _begin(self, act: Act) -> list[Frame]:
+        """An input. What the coordinator knows before it is what it knew after the last one."""
+        route, frames = act
+        self.socket.is_full = route >= UNREACHABLE
+        route %= UNREACHABLE
+        name = self._sender = SENDERS[route // 2]
+        if self._is_judged and self._before is None:
+            self._before = snapshot_state(self.cohort, NO_STATE)
+        return [Frame(b"%s %d" % (name.encode(), route % 2)), *[Frame(f, name) for f in frames]]
+
+    def _frames(self, name: str, message: Message, payload: bytes | None = None) -> list[Frame]:
+        self._sender = self._before = None
+        data = encode(message) if isinstance(message, Update) else encoded(message)
+        frames = [Frame(f"{name} 0".encode()), Frame(data, name)]
+        return frames if payload is None else [*frames, Frame(payload, name)]
+
+    def _fetch(self, name: str, count: int) -> Iterator[list[Frame] | None]:
+        yield self._frames(name, Fetch(round=ROUND, first=0, count=count))
+        self._expect(name, Part, count)
+
+    def _upload(self, name: str, count: int) -> Iterator[list[Frame] | None]:
+        parts = parts_of(name)
+        yield self._frames(name, make_update())
+        self._expect(name, Fetch)
+        for index in range(count):
+            yield self._frames(name, Part(round=ROUND, index=index), parts[index])
+        if count == len(parts):
+            self._expect(name, Accepted)
+
+    def _expect(self, name: str, kind: type[Message], count: int = 1) -> None:
+        """The devices that follow the protocol are served, whatever else goes on."""
+        got = [m for _, m in self.socket.sent if not isinstance(m, Job)]
+        if [type(m) for m in got] != [kind] * count:
+            raise Broken(f"{name} got {got!r:.500}, expected {count} {kind.__name__}")
+
+    # -- what must hold ------------------------------------------------------------------------
+
+    def _judge(self) -> None:
+        name, answers = self._sender, [message for _, message in self.socket.sent]
+        assert name is not None
+        owned = (name, f"{name} 0".encode(), f"{name} 1".encode())
+        for route, message in self.socket.sent:
+            if route not in owned:
+                raise Broken(f"{name} spoke, {route!r} got {message!r:.300}")
+        faults = [message for message in answers if isinstance(message, Fault)]
+        is_refused = bool(faults) and not any(isinstance(m, Welcome) for m in answers)
+        self.seen.inputs += 1
+        self.seen.refused += is_refused
+        for message in answers:
+            label = message.code if isinstance(message, Fault) else type(message).__name__
+            self.seen.answers[label] += 1
+        if not self._is_judged:
+            return
+        before, after = self._before, snapshot_state(self.cohort, NO_STATE)
+        assert before is not None
+        self._before = after
+        found = changes(before, after)
+        if not found:
+            return
+        self.seen.kinds[hash(_kind(found)) % len(self.seen.kinds)] = 1
+        if is_refused and not any(is_about_job(fault) for fault in faults):
+            raise Broken(f"refused, and yet: {shown(found)}")
+        others = {p: values for p, values in found.items() if not is_owned(p, values, owned)}
+        if others:
+            raise Broken(f"{name} changed what is not its own: {shown(others)}")
+
+    def _check_results(self) -> None:
+        counted: Counter[str] = Counter()
+        for result in self.results:
+            name = result.client.id
+            counted[name] += 1
+            if not isinstance(result, ClientUpdate):
+                continue
+            self.seen.updates += name not in (HONEST, "done")
+            if specs_of(result.tensors) != specs_of_update():
+                raise Broken(f"{name}: tensors counted that were not asked for")
+            if not all(bool(torch.isfinite(t).all()) for t in result.tensors.values()):
+                raise Broken(f"{name}: numbers counted that are not finite")
+        for name in (HONEST, "done"):
+            updates = [r for r in self.results if isinstance(r, ClientUpdate)]
+            mine = [r.tensors for r in updates if r.client.id == name]
+            want = tensors_of(name)
+            if len(mine) != 1 or any(not torch.equal(mine[0][k], want[k]) for k in want):
+                raise Broken(f"{name} counted {len(mine)} times, or not as it was sent")
+        if max(counted.values()) > 1:
+            raise Broken(f"results of one client: {counted.most_common(1)}")
+
+
+def is_about_job(fault: Fault) -> bool:
+    """The update in hand was refused. With code "round" it is an update that nobody waits for."""
+    return fault.round == ROUND and fault.code != "round"
+
+
+def _kind(found: dict[Place, tuple[Any, Any]]) -> frozenset[tuple[Any, ...]]:
+    """What tells one change of the state from another, whatever texts and numbers are in it."""
+    return frozenset((*place, *map(_telling, values)) for place, values in found.items())
+
+
+def _telling(value: Any) -> Any:
+    is_telling = isinstance(value, bool) or (isinstance(value, str) and len(value) < 12)
+    return value if is_telling else type(value).__name__
