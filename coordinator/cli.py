@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import resource
 import signal
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from coordinator.cli_export import (
 )
 from coordinator.cohort_zmq import Stopped, Terms, ZmqCohort
 from coordinator.config import checked
+from coordinator.credit import BUDGET_BYTES
 from coordinator.emulate import (
     SPLITS,
     Population,
@@ -45,14 +47,17 @@ from coordinator.hub import Hub
 from coordinator.methods import Method, make_method
 from coordinator.presets import missing_data
 from coordinator.rounds import RoundReport, run_rounds
-from coordinator.store import Store
-from edge_sdk.cli_flags import checked_endpoint, import_module, path_flag, whole_flag
+from coordinator.spool import Spool
+from coordinator.store import SPOOL, Store
+from edge_sdk.cli_flags import checked_endpoint, import_module, path_flag, size_flag, whole_flag
 from edge_sdk.data import DataSet, Examples, load, load_dataset
-from edge_sdk.errors import ConfigError, DataError, EdgeError
+from edge_sdk.errors import ConfigError, DataError, EdgeError, QuorumError
 from edge_sdk.keys import check_key, make_keys, read_keys
 
 log = logging.getLogger(__name__)
 FINISHED = "run finished"
+GAVE_UP = 3  # exit status: too few devices for too long; 1 is any other error
+OWN_FILES = 64  # that the coordinator opens for itself
 HOLDOUT = 0.2  # as in the paper
 
 
@@ -84,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"edge-coordinator: {error}", file=sys.stderr)
-        return 1
+        return GAVE_UP if isinstance(error, QuorumError) else 1
     except KeyboardInterrupt:
         return 130
 
@@ -200,6 +205,18 @@ def add_serve_command(commands: Any) -> None:
     add("--grace", type=float, default=600.0,
         help="seconds after the deadline before a round closes without its stragglers")  # fmt: skip
     add("--quorum", type=float, default=0.5, help="share of participants that must return")
+    add("--min-updates", type=int, default=1, help="and so many of them at least")
+    add("--mode", choices=("sync", "async"), default="sync",
+        help="async: a round ends with its quorum, the others go on and count later")  # fmt: skip
+    add("--late", choices=("accept", "drop"), default="accept",
+        help="an update of a round that is over: count it, for less, or not")  # fmt: skip
+    add("--staleness-half-life", type=float, default=2.0, metavar="ROUNDS",
+        help="after which a late update counts half, default %(default)s")  # fmt: skip
+    add("--give-up-after", type=float, default=3600.0, metavar="SECONDS",
+        help="end with status 3 when there are too few devices and nothing changes for so long, "
+        "0: never; default %(default)s")  # fmt: skip
+    add("--memory-budget", type=size_flag, default=BUDGET_BYTES, metavar="SIZE",
+        help="of parts on their way at once, e.g. 256M; default 64M")  # fmt: skip
     add_export_flag(parser)
     parser.set_defaults(run=run_serve)
 
@@ -229,6 +246,10 @@ def run_serve(args: argparse.Namespace) -> int:
             grace_s=args.grace,
             quorum=args.quorum,
             min_clients=args.min_clients,
+            min_updates=args.min_updates,
+            mode=args.mode,
+            late=args.late,
+            staleness_half_life=args.staleness_half_life,
         )
     )
     method = make_method(config, device)  # a model that cannot be built begins no run
@@ -239,6 +260,7 @@ def run_serve(args: argparse.Namespace) -> int:
     else:
         keys = read_keys(args.keys, "server")
         admission = Admission(args.clients_file or args.keys / "clients")
+    allow_connections(args.min_clients)
     hub = Hub(checked_endpoint(args.listen, "--listen"), keys, admission)
     try:
         store = open_store(args.run_dir, config, "serve", args.resume)
@@ -266,11 +288,23 @@ def serve(
         grace_s=config.grace_s,
         quorum=config.quorum,
         min_clients=config.min_clients,
+        min_updates=config.min_updates,
+        is_async=config.mode == "async",
+        oldest=config.oldest,
+        give_up_after_s=args.give_up_after,
+        budget_bytes=args.memory_budget,
     )
     log.info("run %s in %s, listening on %s", store.run, store.folder, hub.endpoint)
     goodbye = "coordinator stopped"
     with stop_signals() as stopping:
-        cohort = ZmqCohort(hub, terms, lambda: bool(stopping))
+        try:
+            cohort = ZmqCohort(
+                hub, terms, Spool(store.folder / SPOOL), lambda: bool(stopping), store.was_counted
+            )
+        except EdgeError:
+            store.close()
+            hub.close()
+            raise
         try:
             store.write_endpoint(hub.endpoint)
             run_rounds(
@@ -289,6 +323,17 @@ def serve(
             store.close()
             cohort.close(goodbye, is_final=goodbye == FINISHED)
     return 0
+
+
+def allow_connections(devices: int) -> None:
+    """A connection is an open file, and ZeroMQ busily tries again to take one it may not open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most != resource.RLIM_INFINITY and most < devices + OWN_FILES:
+        raise ConfigError(
+            f"--min-clients {devices} needs {devices + OWN_FILES} open files, the limit is {most}; "
+            "raise it with ulimit -Hn, or LimitNOFILE= of a service"
+        )
 
 
 def add_keys_command(commands: Any) -> None:

@@ -5,8 +5,8 @@ InProcessCohort trains the same jobs in this process, one after another, for exp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -18,6 +18,8 @@ from edge_sdk.profile import DeviceProfile
 from edge_sdk.tensors import Tensors, check_finite, check_specs, specs_of
 from edge_sdk.trainer import train
 from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment, TensorSpec, layout
+
+MOST_TRIES = 3  # of a round without updates, where nothing changes by waiting
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class Assignment:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What a participant returned, checked against its assignment."""
+    """What a participant returned, checked against its assignment.
+
+    round: of its job; staleness: rounds that have ended since. sent: what the job began from, for
+    those. job, digest: by which the update is known. In this process: 0, 0, nothing, "" and ""."""
 
     client: Client
     tensors: Tensors
@@ -62,6 +67,11 @@ class ClientUpdate:
     retries: int = 0
     micro_batch: int = 0  # of the plan as it was trained
     recompute: bool = False
+    round: int = 0
+    staleness: int = 0
+    sent: Tensors = field(default_factory=dict)
+    job: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,20 @@ class Absence:
 class Cohort(Protocol):
     """Clients behind one interface; train yields results as they arrive, in any order."""
 
-    def clients(self) -> Sequence[Client]: ...
+    def clients(self) -> Sequence[Client]:
+        """Who could be given a job now."""
+
+    def expect(self, clients: Iterable[Client]) -> None:
+        """A resumed round has these participants, whether they are there yet or not."""
+
+    def rest(self, tries: int) -> bool:
+        """Before a round that lacks updates is tried again, after so many tries in vain. False: the
+        next would end like the last."""
+
+    @property
+    def num_busy(self) -> int:
+        """Clients that still have the job of a round before."""
+
     def train(
         self, work: Mapping[str, Assignment], round: int, deadline_s: float
     ) -> Iterator[ClientUpdate | Absence]: ...
@@ -114,8 +137,16 @@ class InProcessCohort:
                 )
             )
 
+    num_busy = 0
+
     def clients(self) -> Sequence[Client]:
         return self._clients
+
+    def expect(self, clients: Iterable[Client]) -> None:
+        """They are all here."""
+
+    def rest(self, tries: int) -> bool:
+        return tries < MOST_TRIES
 
     def train(
         self, work: Mapping[str, Assignment], round: int, deadline_s: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -54,8 +54,16 @@ class ProcessCohort:
             initargs=(dict(shards), tuple(imports), threads),
         )
 
+    num_busy = 0
+
     def clients(self) -> Sequence[Client]:
         return self._inner.clients()
+
+    def expect(self, clients: Iterable[Client]) -> None:
+        """They are all here."""
+
+    def rest(self, tries: int) -> bool:
+        return self._inner.rest(tries)
 
     def train(
         self, work: Mapping[str, Assignment], round: int, deadline_s: float

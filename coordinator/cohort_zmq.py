@@ -1,8 +1,8 @@
 """Real devices as a cohort: who is there, what they can train, deadlines and quorum.
 
-One thread, one socket; a round's transfers are in seats.py. Whatever a device does, the others and
-the round go on. While the caller aggregates, messages wait in ZeroMQ's queues, and no device is
-taken for silent for it.
+One thread, one socket; who is connected is in devices.py, a job's way there and back in desk.py.
+Whatever a device does, the others and the round go on. While the caller aggregates, messages wait
+in ZeroMQ's queues, and no device is taken for silent for it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
+from coordinator.credit import BUDGET_BYTES, Credit
+from coordinator.desk import Desk
+from coordinator.devices import SILENCE_S, Device, Devices
 from coordinator.hub import Hub, Received
-from coordinator.seats import RoundDesk
+from coordinator.spool import Spool
+from edge_sdk.errors import QuorumError
 from edge_sdk.transport import Payload
 from edge_sdk.wire import (
     PROTOCOL,
@@ -24,7 +28,6 @@ from edge_sdk.wire import (
     Fetch,
     Heartbeat,
     Hello,
-    Message,
     ModelSpec,
     Part,
     Plan,
@@ -35,19 +38,22 @@ from edge_sdk.wire import (
 
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 5.0
-SILENCE_S = 45.0  # a device that says nothing for so long is gone
 TELL_S = 15.0  # between lines about what is waited for
 FAREWELL_S = 3.0  # for devices to answer a Bye
 LISTENING_GAP_S = 1.0  # a longer pause between two looks was the caller's
+LOOK_S = 1.0  # between looks after those who are silent
+MOST_REST_S = 60.0  # between two tries of a round
 
 
 class Stopped(Exception):
-    """The run was asked to stop; the round in progress is dropped."""
+    """The run was asked to stop; the round in progress is not final."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What every device is told, and when a round may close."""
+    """What every device is told, and when a round may close: see RunConfig. oldest: rounds after
+    which a late update is not taken any more, 0: none is. give_up_after_s: how long nothing may
+    change while there are too few devices, 0: without end."""
 
     run: str
     model: ModelSpec
@@ -56,244 +62,33 @@ class Terms:
     grace_s: float
     quorum: float
     min_clients: int
+    min_updates: int = 1
+    is_async: bool = False
+    oldest: int = 0
+    give_up_after_s: float = 0.0
+    budget_bytes: int = BUDGET_BYTES
 
-
-@dataclass
-class _Device:
-    """One client's live link. ready: what it can train; None while it must say so anew."""
-
-    route: bytes
-    hello: Hello
-    seen: float
-    ready: Ready | None = None
+    def needed(self, chosen: int) -> int:
+        """Updates that a round of so many participants needs."""
+        return max(1, math.ceil(self.quorum * chosen), min(self.min_updates, chosen))
 
 
 class ZmqCohort:
-    """Clients over a Hub. should_stop is asked about twice a second; then Stopped is raised."""
+    """Clients over a Hub. should_stop is asked about twice a second; then Stopped is raised.
+    was_counted(job): whether a committed round holds its update."""
 
     def __init__(
-        self, hub: Hub, terms: Terms, should_stop: Callable[[], bool] = lambda: False
+        self,
+        hub: Hub,
+        terms: Terms,
+        spool: Spool,
+        should_stop: Callable[[], bool] = lambda: False,
+        was_counted: Callable[[str], bool] = lambda job: False,
     ) -> None:
         self._hub = hub
         self._terms = terms
+        self._spool = spool
         self._should_stop = should_stop
-        self._devices: dict[str, _Device] = {}
-        self._names: dict[bytes, str] = {}
-        self._desk: RoundDesk | None = None
-        self._is_assembled = False
-        self._listened = time.monotonic()
-        self._num_heard = 0  # messages since the last look after the silent
-
-    # -- Cohort ------------------------------------------------------------------------------
-
-    def clients(self) -> Sequence[Client]:
-        """Devices ready to train. Waits for min_clients before the first round, for a quorum of
-        them before later ones, and says what it waits for."""
-        least = self._terms.min_clients
-        if self._is_assembled:
-            least = max(1, math.ceil(self._terms.quorum * least))
-        self._drain()
-        told = 0.0
-        while len(ready := self._ready_clients()) < least:
-            if time.monotonic() - told > TELL_S:
-                told = time.monotonic()
-                log.info("waiting for devices: %d of %d ready", len(ready), least)
-            self._pump()
-        self._is_assembled = True
-        return ready
-
-    def train(
-        self, work: Mapping[str, Assignment], round: int, deadline_s: float
-    ) -> Iterator[ClientUpdate | Absence]:
-        """Hand out the jobs; yield each result as it completes. The round closes when nobody is
-        left to wait for, or at deadline + grace once a quorum has returned or no longer can."""
-        desk = self._desk = RoundDesk(round, deadline_s, self._send)
-        ready = {client.id: client for client in self._ready_clients()}
-        started = told = time.monotonic()
-        needed, returned = math.ceil(self._terms.quorum * len(work)), 0
-        try:
-            for name, assignment in work.items():
-                if name in ready:
-                    desk.give(ready[name], assignment, self._devices[name].hello)
-                else:
-                    desk.miss(Client(id=name, exit=assignment.model.exit), assignment)
-            while True:
-                while desk.finished:
-                    returned += isinstance(desk.finished[0], ClientUpdate)
-                    self._note(desk.finished[0])
-                    yield desk.finished.pop(0)  # no reference stays here
-                    self._num_heard = 0  # messages waited for the caller
-                if desk.is_over:
-                    return
-                overdue_s = time.monotonic() - started - deadline_s - self._terms.grace_s
-                is_hopeless = returned + desk.num_open < needed  # too many have failed
-                if overdue_s > 0 and (returned >= needed or is_hopeless):
-                    self._drain()  # what came while the caller aggregated is not late
-                    if not desk.finished:
-                        desk.close_late()
-                    continue
-                if overdue_s > 0 and time.monotonic() - told > TELL_S:
-                    told = time.monotonic()
-                    log.warning("round %d: %d of %d needed returned", round, returned, needed)
-                self._pump()
-        finally:
-            self._desk = None
-
-    def close(self, reason: str, *, is_final: bool) -> None:
-        """Tell every device and wait for its answer, not long, then close the socket: ZeroMQ drops
-        what a device has not read yet when the connection ends."""
-        for name in self._devices:
-            self._send(name, Bye(reason=reason, is_final=is_final))
-        give_up = time.monotonic() + FAREWELL_S
-        while self._devices and time.monotonic() < give_up:
-            _, received = self._hub.receive(100)
-            if received is not None and isinstance(received.message, Bye):
-                name = self._names.get(received.route, "")
-                if name in self._devices:
-                    self._leave(name, "said bye")
-        self._hub.close()
-
-    # -- devices -----------------------------------------------------------------------------
-
-    def _ready_clients(self) -> list[Client]:
-        return [
-            Client(
-                id=name,
-                exit=device.ready.exit,
-                stages=device.ready.stages,
-                prefix_s=device.ready.prefix_s,
-                stage_s=device.ready.stage_s,
-                num_examples=device.hello.num_examples,
-                profile=device.hello.profile,
-            )
-            for name, device in sorted(self._devices.items())
-            if device.ready is not None and device.ready.exit > 0
-        ]
-
-    def _note(self, result: ClientUpdate | Absence) -> None:
-        """A device that failed or was late gets no job until it says that it is ready."""
-        device = self._devices.get(result.client.id)
-        if device and isinstance(result, Absence) and result.code != "gone":
-            device.ready = None
-
-    def _send(self, name: str, message: Message, payload: Payload | None = None) -> bool:
-        device = self._devices.get(name)
-        return device is not None and self._hub.send(device.route, message, payload)
-
-    def _drain(self) -> None:
-        """Handle what came while nobody listened, a bounded number of messages, up to a result: the
-        caller takes it before what its device says next, as a ready, is handled, and before another
-        update is whole, which would be outside the budget."""
-        for _ in range(self._many):
-            if not self._pump(0) or (self._desk and self._desk.finished):
-                return
-
-    @property
-    def _many(self) -> int:
-        """So many messages and everybody has been heard: ZeroMQ takes them from all by turns."""
-        return 100 * (len(self._devices) + 10)
-
-    def _pump(self, timeout_ms: int = 500) -> bool:
-        """Handle one message if there is one; look after those who are silent, also while one
-        never stops talking. Raises Stopped."""
-        if self._should_stop():
-            raise Stopped
-        now = time.monotonic()
-        if now - self._listened > LISTENING_GAP_S:
-            for device in self._devices.values():
-                device.seen += now - self._listened
-        has_message, received = self._hub.receive(0)
-        self._num_heard += 1
-        if not has_message or self._num_heard > self._many:  # all that came has been heard
-            self._num_heard = 0
-            self._drop_silent()
-            if self._desk:
-                self._desk.check_stalls()
-        if not has_message:
-            has_message, received = self._hub.receive(timeout_ms)
-        self._listened = time.monotonic()
-        if received is not None:
-            self._handle(received)
-        return has_message
-
-    def _drop_silent(self) -> None:
-        now = time.monotonic()
-        for name in [n for n, d in self._devices.items() if now - d.seen > SILENCE_S]:
-            self._leave(name, f"said nothing for {SILENCE_S:.0f} s")
-
-    def _leave(self, name: str, why: str) -> None:
-        device = self._devices.pop(name)
-        self._names.pop(device.route, None)
-        log.info("%s is gone: %s", name, why)
-        if self._desk:
-            self._desk.on_gone(name, "gone", why)
-
-    # -- messages ----------------------------------------------------------------------------
-
-    def _handle(self, received: Received) -> None:
-        route, message = received.route, received.message
-        if isinstance(message, Hello):
-            self._on_hello(received, message)
-            return
-        name = self._names.get(route)
-        device = self._devices.get(name) if name else None
-        if name is None or device is None or device.route != route:
-            self._refuse(route, "hello", "this connection has not said hello")
-            return
-        if received.name not in (None, name):
-            self._refuse(route, "admission", f"this key no longer belongs to {name!r}")
-            return
-        device.seen = time.monotonic()
-        if isinstance(message, Heartbeat):
-            self._send(name, Heartbeat(round=message.round))
-            if self._desk:
-                self._desk.on_heartbeat(name, message.round)
-        elif isinstance(message, Ready):
-            self._on_ready(name, device, message)
-        elif isinstance(message, Bye):
-            self._leave(name, "said bye")
-        elif isinstance(message, Fetch | Part | Update | Fault):
-            self._on_round_message(name, message, received.payload)
-        else:
-            self._refuse(route, "protocol", f"{type(message).__name__} is not for coordinators")
-
-    def _on_round_message(
-        self, name: str, message: Fetch | Part | Update | Fault, payload: Payload | None
-    ) -> None:
-        if isinstance(message, Fault):
-            log.warning("%s reports %s: %s", name, message.code, message.detail)
-        if self._desk is None:
-            if isinstance(message, Update):
-                detail = f"no update of round {message.round} is wanted now"
-                self._send(name, Fault(code="round", detail=detail, round=message.round))
-        elif isinstance(message, Fault) and message.code in ("protocol", "version"):
-            self._desk.on_gone(name, message.code, message.detail)
-        else:
-            self._desk.on_message(name, message, payload)
-
-    def _on_hello(self, received: Received, hello: Hello) -> None:
-        route, name = received.route, hello.client_id
-        known = received.name or self._names.get(route, name)
-        if known != name:
-            self._refuse(route, "admission", f"this is {known!r}, hello says {name!r}")
-            return
-        model = self._terms.model
-        if hello.input_shape != model.input_shape or hello.num_classes > model.num_classes:
-            detail = (
-                f"its examples are {hello.input_shape} with {hello.num_classes} classes, this run "
-                f"trains on {model.input_shape} with {model.num_classes}"
-            )
-            self._refuse(route, "data", detail)
-            return
-        old = self._devices.get(name)
-        if old is not None:
-            self._names.pop(old.route, None)
-        is_same = old is not None and old.hello.session == hello.session
-        self._names[route] = name
-        ready = old.ready if old is not None and is_same else None
-        self._devices[name] = _Device(route, hello, time.monotonic(), ready)
-        log.info("%s %s from %s", name, "is back" if is_same else "joined", hello.profile.platform)
-        terms = self._terms
         welcome = Welcome(
             protocol=PROTOCOL,
             run=terms.run,
@@ -302,27 +97,251 @@ class ZmqCohort:
             deadline_s=terms.deadline_s,
             heartbeat_s=HEARTBEAT_S,
         )
-        self._send(name, welcome)
-        if self._desk:
-            self._desk.on_return(name, hello)
-        elif hello.round:
-            detail = f"round {hello.round} is over"
-            self._send(name, Fault(code="round", detail=detail, round=hello.round))
+        self.desk = Desk(
+            terms.run,
+            spool,
+            Credit(terms.budget_bytes),
+            self._send,
+            takes_late=terms.oldest > 0,
+            was_counted=was_counted,
+        )
+        self.devices = Devices(hub, welcome, self._on_place, self._on_gone, self.desk.patience_s)
+        self._expected: dict[str, Client] = {}
+        self._is_assembled = False
+        self._round = 0
+        self._listened = self._looked = self._progress = time.monotonic()
+        self._num_heard = 0  # messages since the last look after the silent
 
-    def _on_ready(self, name: str, device: _Device, ready: Ready) -> None:
+    # -- Cohort ------------------------------------------------------------------------------
+
+    @property
+    def num_busy(self) -> int:
+        return len(self.desk.seats)
+
+    def clients(self) -> Sequence[Client]:
+        """Devices ready for a job. Waits for min_clients before the first round, for a quorum of
+        them before later ones, and says what it waits for. Those that have a late job in hand are
+        there, but not ready. Raises QuorumError."""
+        least = self._terms.min_clients
+        if self._is_assembled:
+            least = max(1, math.ceil(self._terms.quorum * least))
+        self._drain()
+        told, most = 0.0, -1
+        while (here := self._num_here()) < least:
+            if here > most:
+                most, self._progress = here, time.monotonic() if most >= 0 else self._progress
+            if time.monotonic() - told > TELL_S:
+                told = time.monotonic()
+                log.info("waiting for devices: %d of %d ready", here, least)
+            self._check_progress(f"{here} of the {least} devices that it needs are there")
+            self._pump()
+        self._is_assembled = True
+        return self._idle_clients()
+
+    def expect(self, clients: Iterable[Client]) -> None:
+        self._expected = {client.id: client for client in clients}
+
+    def rest(self, tries: int) -> bool:
+        """Listen for a while, longer every time. Raises QuorumError."""
+        before, until = self._num_here(), time.monotonic() + min(MOST_REST_S, 2**tries)
+        while time.monotonic() < until:
+            self._check_progress(f"too few updates for round {self._round}")
+            self._pump()
+            if self.desk.finished or self._num_here() > before:
+                break
+        return True
+
+    def train(
+        self, work: Mapping[str, Assignment], round: int, deadline_s: float
+    ) -> Iterator[ClientUpdate | Absence]:
+        """Hand out the jobs; yield each result as it completes, late ones of rounds before too. The
+        round closes when nobody is left to wait for, or at deadline + grace once a quorum has
+        returned or no longer can. Asynchronous: as soon as a quorum has returned, others go on.
+        Raises QuorumError."""
+        desk, terms = self.desk, self._terms
+        if round != self._round:
+            self._round, self._progress = round, time.monotonic()
+            desk.expire(round - terms.oldest)
+            desk.clear_spool(round)
+        known = self._expected | {client.id: client for client in self._idle_clients()}
+        for name, assignment in work.items():
+            if name in known:
+                desk.give(known[name], assignment, round, deadline_s)
+            else:
+                desk.miss(Client(id=name, exit=assignment.model.exit), assignment)
+        self._expected = {}
+        told, returned = (started := time.monotonic()), 0
+        needed = terms.needed(len(work) + (self.num_busy if terms.is_async else 0))
+        while True:
+            while desk.finished:
+                result = desk.finished.pop(0)
+                self._note(result)
+                if isinstance(result, ClientUpdate):
+                    self._progress = time.monotonic()
+                    result = replace(result, staleness=round - result.round)
+                    returned += terms.is_async or not result.staleness
+                yield result
+                del result  # no reference stays here
+                self._num_heard = 0  # messages waited for the caller
+            if not desk.num_open or (terms.is_async and returned >= needed):
+                return
+            overdue_s = time.monotonic() - started - deadline_s - terms.grace_s
+            is_hopeless = returned + desk.num_open < needed  # too many have failed
+            if overdue_s > 0 and (returned >= needed or is_hopeless):
+                self._drain()  # what came while the caller aggregated is not late
+                if not desk.finished:
+                    desk.close(round)
+                continue
+            if overdue_s > 0:
+                self._check_progress(f"{returned} of {needed} needed returned in round {round}")
+                if time.monotonic() - told > TELL_S:
+                    told = time.monotonic()
+                    log.warning("round %d: %d of %d needed returned", round, returned, needed)
+            self._pump()
+
+    def close(self, reason: str, *, is_final: bool) -> None:
+        """Tell every device and wait for its answer, not long, then close the socket: ZeroMQ drops
+        what a device has not read yet when the connection ends."""
+        for name in self.devices.all:
+            self._send(name, Bye(reason=reason, is_final=is_final))
+        give_up = time.monotonic() + FAREWELL_S
+        while self.devices.all and time.monotonic() < give_up:
+            _, received = self._hub.receive(100)
+            if received is None or not isinstance(received.message, Bye):
+                continue
+            if found := self.devices.on_route(received.route):
+                self.devices.all.pop(found[0])
+        self._hub.close()
+        if is_final:
+            self._spool.forget_before(2**31, set())
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _idle_clients(self) -> list[Client]:
+        """Who could be given a job now."""
+        return [c for c in self.devices.ready_clients() if c.id not in self.desk.seats]
+
+    def _num_here(self) -> int:
+        """Ready, or connected and at work."""
+        at_work = self.desk.seats.keys() & self.devices.all.keys()
+        return len(self.devices.ready | at_work)
+
+    def _check_progress(self, what: str) -> None:
+        limit = self._terms.give_up_after_s
+        if limit and time.monotonic() - self._progress > limit:
+            raise QuorumError(
+                f"{what}, and nothing changed for {limit:.0f} s (--give-up-after); "
+                "nothing is lost: go on with --resume when the devices are back"
+            )
+
+    def _note(self, result: ClientUpdate | Absence) -> None:
+        """A device that failed or was late gets no job until it says that it is ready."""
+        if isinstance(result, Absence) and result.code != "gone":
+            self.devices.says_ready(result.client.id, None)
+
+    def _send(self, name: str, message: object, payload: Payload | None = None) -> bool:
+        return self.devices.send(name, message, payload)  # type: ignore[arg-type]
+
+    def _drain(self) -> None:
+        """Handle what came while nobody listened, a bounded number of messages, up to a result: the
+        caller takes it before what its device says next, as a ready, is handled."""
+        for _ in range(self._many):
+            if not self._pump(0) or self.desk.finished:
+                return
+
+    @property
+    def _many(self) -> int:
+        """So many messages and everybody has been heard: ZeroMQ takes them from all by turns."""
+        return 100 * (len(self.devices.all) + 10)
+
+    def _pump(self, timeout_ms: int = 500) -> bool:
+        """Handle one message if there is one; look after those who are silent, also while one
+        never stops talking. Raises Stopped."""
+        if self._should_stop():
+            raise Stopped
+        now = time.monotonic()
+        if now - self._listened > LISTENING_GAP_S:
+            self._progress += now - self._listened
+            for device in self.devices.all.values():
+                device.seen += now - self._listened
+                device.rival_since += now - self._listened
+        has_message, received = self._hub.receive(0)
+        self._num_heard += 1
+        if not has_message or self._num_heard > self._many:  # all that came has been heard
+            self._num_heard = 0
+            if now - self._looked > LOOK_S:
+                self._looked = now
+                self._look(now)
+        if not has_message:
+            has_message, received = self._hub.receive(timeout_ms)
+        self._listened = time.monotonic()
+        if received is not None:
+            self._handle(received)
+        return has_message
+
+    def _look(self, now: float) -> None:
+        self.devices.look(now)
+        for name in self.desk.awaited - self.devices.all.keys():
+            if now - self.desk.seats[name].given > SILENCE_S:
+                self.desk.on_gone(name, "gone", "is not connected")
+        self.desk.check_stalls()
+
+    def _on_gone(self, name: str, why: str, may_return: bool) -> None:
+        self.desk.on_gone(name, "gone", why, may_return=may_return)
+
+    def _on_place(self, name: str, hello: Hello) -> None:
+        self.desk.on_return(name, hello.round, hello.job)
+
+    # -- messages ----------------------------------------------------------------------------
+
+    def _handle(self, received: Received) -> None:
+        route, message = received.route, received.message
+        if isinstance(message, Hello):
+            self.devices.hello(received, message)
+            return
+        found = self.devices.on_route(route)
+        if found is None:
+            self.devices.refuse(route, "hello", "this connection has not said hello")
+            return
+        name, device = found
+        if received.name not in (None, name):
+            self.devices.refuse(route, "admission", f"this key no longer belongs to {name!r}")
+            return
+        device.seen = time.monotonic()
+        if isinstance(message, Heartbeat):
+            self._send(name, Heartbeat(round=message.round))
+            self.desk.on_heartbeat(name, message.round)
+        elif isinstance(message, Ready):
+            self._on_ready(name, device, message)
+        elif isinstance(message, Bye):
+            self.devices.leave(name, "said bye", may_return=False)
+        elif isinstance(message, Fetch | Part | Update | Fault):
+            self._on_round_message(name, message, received.payload)
+        else:
+            self.devices.refuse(
+                route, "protocol", f"{type(message).__name__} is not for coordinators"
+            )
+
+    def _on_round_message(
+        self, name: str, message: Fetch | Part | Update | Fault, payload: Payload | None
+    ) -> None:
+        if isinstance(message, Fault):
+            log.warning("%s reports %s: %s", name, message.code, message.detail)
+        if isinstance(message, Fault) and message.code in ("protocol", "version"):
+            self.desk.on_gone(name, message.code, message.detail, may_return=False)
+        else:
+            self.desk.on_message(name, message, payload)
+
+    def _on_ready(self, name: str, device: Device, ready: Ready) -> None:
         deepest = self._terms.model.exit
         if ready.exit > deepest or any(stage > deepest for stage in ready.stages):
-            self._refuse(device.route, "protocol", f"the model has {deepest} exits")
+            self.devices.refuse(device.route, "protocol", f"the model has {deepest} exits")
             return
         if ready.stage_s and len(ready.stage_s) != len(ready.stages):
             detail = f"{len(ready.stage_s)} stage_s for {len(ready.stages)} stages"
-            self._refuse(device.route, "protocol", detail)
+            self.devices.refuse(device.route, "protocol", detail)
             return
         if device.ready is None or device.ready.exit != ready.exit:
             log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason)
-        device.ready = ready
-
-    def _refuse(self, route: bytes, code: str, detail: str) -> None:
-        """A Fault that is not about a round."""
-        log.debug("fault to a device: %s: %s", code, detail)
-        self._hub.send(route, Fault(code=code, detail=detail))
+        self.devices.says_ready(name, ready)
+        self.desk.on_ready(name, ready)

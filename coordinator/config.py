@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -113,7 +114,11 @@ class DistillOptions(Options, frozen=True, kw_only=True):
 
 class RunConfig(Options, frozen=True, kw_only=True):
     """Everything that decides a run but the devices themselves. What goes into `plan` has the
-    bounds of the wire's Plan besides; `checked` applies them."""
+    bounds of the wire's Plan besides; `checked` applies them.
+
+    mode async (after FedBuff, Nguyen et al. 2022): a round is over when a quorum of those who have
+    a job has returned; the others go on. late: an update of a round that is over counts in the one
+    at hand, its movement times 0.5^(rounds / staleness_half_life), or not at all."""
 
     method: str
     model: ModelSpec  # exit = the number of exits of the whole model
@@ -130,7 +135,11 @@ class RunConfig(Options, frozen=True, kw_only=True):
     eval_tail: Index = 1  # so many last rounds are evaluated in any case
     deadline_s: Seconds = 0.0  # what devices plan for; 0: none
     grace_s: Annotated[float, Meta(gt=0, le=10**9)] = 600.0  # how much longer the coordinator waits
-    quorum: Share = 0.5  # share of the participants that must return
+    quorum: Share = 0.0  # share of the participants that must return, one at least
+    min_updates: Index = 1  # and so many of them
+    mode: Literal["sync", "async"] = "sync"
+    late: Literal["accept", "drop"] = "accept"
+    staleness_half_life: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # rounds
     min_clients: Index = 1  # devices to wait for before the first round
     exit_weights: tuple[Annotated[float, Meta(ge=0)], ...] = ()  # of the joint loss; (): all ones
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
@@ -143,6 +152,13 @@ class RunConfig(Options, frozen=True, kw_only=True):
     generator: GeneratorOptions = GeneratorOptions()
     rotation: RotationOptions = RotationOptions()
     distill: DistillOptions = DistillOptions()
+
+    @property
+    def oldest(self) -> int:
+        """Rounds after which an update counts no more: by then it would weigh a sixteenth."""
+        if self.late == "drop" and self.mode == "sync":
+            return 0
+        return math.ceil(4 * self.staleness_half_life)
 
     def plan(self, round: int) -> Plan:
         """The training that devices are asked for in a round; segments and seed are set per job.

@@ -17,7 +17,7 @@ from coordinator.admission import Admission
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.keys import KeyPair
 from edge_sdk.transport import Payload, parse_frames, send_frames, set_common_options
-from edge_sdk.wire import Fault, Message
+from edge_sdk.wire import Fault, Hello, Message
 
 log = logging.getLogger(__name__)
 STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
@@ -25,12 +25,14 @@ STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
 
 @dataclass(frozen=True)
 class Received:
-    """A checked message. name: the admitted client, None when the link is insecure."""
+    """A checked message. name: the admitted client, None when the link is insecure. address: where
+    a Hello came from, "" if not known."""
 
     route: bytes
     name: str | None
     message: Message
     payload: Payload | None
+    address: str = ""
 
 
 class _Credentials:
@@ -90,9 +92,12 @@ class Hub:
     def receive(self, timeout_ms: int) -> tuple[bool, Received | None]:
         """Whether there was a message, and the message if it was good. A bad one, or one of a
         device that is no longer admitted, is answered with a Fault and dropped."""
-        if not self.socket.poll(timeout_ms):
+        if timeout_ms and not self.socket.poll(timeout_ms):
             return False, None
-        frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        try:
+            frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False, None
         route, name = frames[0].bytes, self._name(frames[-1])
         if self._admission is not None and name is None:
             self.send(route, Fault(code="admission", detail="this device is not admitted any more"))
@@ -103,7 +108,8 @@ class Hub:
             log.warning("message from %s refused: %s", name or "a device", error)
             self.send(route, Fault(code=error.code, detail=str(error)))
             return True, None
-        return True, Received(route, name, message, payload)
+        address = _address(frames[-1]) if isinstance(message, Hello) else ""
+        return True, Received(route, name, message, payload, address)
 
     def _name(self, frame: zmq.Frame) -> str | None:
         """The admitted client that a frame came from; None for a stranger or an open hub."""
@@ -111,12 +117,22 @@ class Hub:
             return None
         return self._admission.name_of(str(frame.get("User-Id")).encode())
 
+    def is_admitted(self, name: str) -> bool:
+        """Whether this client still is."""
+        return self._admission is None or name in self._admission.names()
+
     def close(self) -> None:
         self.socket.close()
         if self._authenticator is None or _stopped(self._authenticator):
             self._context.term()
         else:  # it would wait for the sockets of that thread, which ends with the process
             log.warning("the thread that checks keys did not end")
+
+
+def _address(frame: zmq.Frame) -> str:
+    with contextlib.suppress(zmq.ZMQError):
+        return str(frame.get("Peer-Address"))
+    return ""
 
 
 def _stopped(authenticator: ThreadAuthenticator) -> bool:

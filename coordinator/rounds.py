@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import torch
 
-from coordinator.cohort import Cohort
+from coordinator.cohort import Absence, Client, ClientUpdate, Cohort
 from coordinator.config import RunConfig
 from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.base import Method, Metrics
 from coordinator.sampling import sample
+from coordinator.staleness import brought_forward
 from coordinator.store import RoundTotals, Store
 from edge_sdk.data import Examples
 from edge_sdk.errors import ShapeError, StoreError, TrainerError
+from edge_sdk.models import build
 from edge_sdk.trainer import clock, since
 
-EMPTY_ROUNDS = 3
+log = logging.getLogger(__name__)
 
 
 def is_evaluated(config: RunConfig, round: int) -> bool:
@@ -47,10 +51,8 @@ def run_rounds(
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[RoundReport], None] = lambda _: None,
 ) -> None:
-    """Run the rounds that the store's run still lacks. A round without any update is not one: it
-    is tried again, first with those who have not failed in it, EMPTY_ROUNDS times in all. Raises
-    what store and cohort raise, and TrainerError when nobody returns anything; every finished round
-    is kept then."""
+    """Run the rounds that the store's run still lacks. Raises what store and cohort raise, and
+    TrainerError when nobody returns anything; every finished round is kept then."""
     config = store.config
     state = store.load_checkpoint()
     if state is not None:
@@ -61,28 +63,15 @@ def run_rounds(
                 f"the checkpoint of round {store.next_round() - 1} in {store.folder} is not this "
                 f"run's: {error}; put back the run's own file or start another --run-dir"
             ) from error
-    empty = 0
-    failed: set[str] = set()  # clients that returned nothing for the round at hand
+    parameters = {name for name, _ in build(method.spec).named_parameters()}
     while (round := store.next_round()) <= config.rounds and not should_stop():
-        clients = cohort.clients()  # may wait for devices
+        chosen = store.begun(round)  # of a round that was cut short
+        cohort.expect(chosen)
+        chosen = chosen or choose(cohort, config, round)  # may wait for devices
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
-        chosen = sample(clients, config.participants, seed=config.seed, round=round, failed=failed)
-        work = {client.id: method.assign(client, round) for client in chosen}
-        store.record_clients(chosen)
-        results = cohort.train(work, round, config.deadline_s)
-        metrics = method.aggregate(round, store.recording(round, results))
-        if metrics.num_updates == 0:
-            store.rollback()
-            empty += 1
-            failed |= set(work)
-            if empty == EMPTY_ROUNDS:
-                raise TrainerError(
-                    f"round {round}: none of {len(chosen)} participants returned an update, "
-                    f"{empty} times in a row; see the lines above for why; {store.way_on()}"
-                )
-            continue
-        empty = 0
-        failed.clear()
+        results = store.recording(round, gather(store, method, cohort, round, chosen))
+        updates = brought_forward(results, method.current(), parameters, config.staleness_half_life)
+        metrics = method.aggregate(round, updates)
         accuracy: list[float] = []
         served: list[float] = []
         if test is not None and is_evaluated(config, round):
@@ -97,5 +86,55 @@ def run_rounds(
                 metrics.values[f"accuracy_served_exit_{exit}"] = kept
         wall_s = time.monotonic() - started
         state = method.state_dict()
-        totals = store.commit(round, metrics, state, started_utc, wall_s, len(chosen))
+        totals = store.commit(round, metrics, state, started_utc, wall_s)
         report(RoundReport(round, accuracy, served, metrics, totals))
+
+
+def choose(
+    cohort: Cohort, config: RunConfig, round: int, counted: Collection[str] = (),
+    failed: Collection[str] = (), most: int | None = None,
+) -> list[Client]:  # fmt: skip
+    """Participants for a round, or more of them for one that lacks updates: first who have not
+    failed in it. Nobody who has a job, or has returned one, is asked again."""
+    seats = config.participants if most is None else most
+    if seats is not None and config.mode == "async":
+        seats = max(0, seats - cohort.num_busy)
+    clients = [client for client in cohort.clients() if client.id not in counted]
+    return sample(clients, seats, seed=config.seed, round=round, failed=failed)
+
+
+def gather(
+    store: Store, method: Method, cohort: Cohort, round: int, chosen: Sequence[Client]
+) -> Iterator[ClientUpdate | Absence]:
+    """One round's results. A round that lacks updates is no round: others are asked, and those who
+    failed again, until it has enough or waiting is in vain."""
+    config, tries = store.config, 0
+    needed = max(1, math.ceil(config.quorum * len(chosen)), min(config.min_updates, len(chosen)))
+    if config.mode == "async":  # the cohort knows who else is at work
+        needed = 1
+    counted: set[str] = set()
+    failed: set[str] = set()
+    while True:
+        store.begin(round, chosen)
+        store.record_clients(chosen)
+        work = {client.id: method.assign(client, round) for client in chosen}
+        before = len(counted)
+        for result in cohort.train(work, round, config.deadline_s):
+            if isinstance(result, Absence):
+                failed.add(result.client.id)
+            elif config.mode == "async" or not result.staleness:
+                counted.add(result.client.id)
+            yield result
+            del result
+        if len(counted) >= needed:
+            return
+        tries = 0 if len(counted) > before else tries + 1
+        log.warning("round %d: %d of %d needed returned", round, len(counted), needed)
+        if not cohort.rest(tries):
+            if counted:
+                return
+            raise TrainerError(
+                f"round {round}: none of {len(failed)} participants returned an update, "
+                f"{tries} times in a row; see the lines above for why; {store.way_on()}"
+            )
+        chosen = choose(cohort, config, round, counted, failed, needed - len(counted))

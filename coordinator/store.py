@@ -2,7 +2,8 @@
 
 Order of a commit: checkpoint written, synced, renamed, folder synced; then the database row that
 names it, in the same transaction as everything recorded about the round. Killed anywhere, the last
-row names a whole checkpoint. The newest two checkpoints are kept, so the folder grows by rows only:
+row names a whole checkpoint; begun.json names the participants of the round after it, and spool/
+holds what they had sent. The newest two checkpoints are kept, so the folder grows by rows only:
 about (participants x 5) phases a round.
 """
 
@@ -34,9 +35,11 @@ from edge_sdk.trainer import clock, since
 from edge_sdk.wire import ModelSpec, Phase, Segment
 
 log = logging.getLogger(__name__)
-VERSION = 2
+VERSION = 3
 KEPT_CHECKPOINTS = 2
 DATABASE = "run.sqlite"
+BEGUN = "begun.json"
+SPOOL = "spool"
 SAFETENSORS_DRAFT = ".tmp" + 6 * "[0-9A-Za-z]"
 SCHEMA = """
 CREATE TABLE runs (version INTEGER, run TEXT, created_utc TEXT, config TEXT, kind TEXT);
@@ -49,7 +52,8 @@ CREATE TABLE rounds (round INTEGER PRIMARY KEY, started_utc TEXT, wall_s REAL, c
 CREATE TABLE participations (round INTEGER, client_id TEXT, exit INTEGER, segments TEXT,
     outcome TEXT, code TEXT, detail TEXT, num_examples INTEGER, num_steps INTEGER,
     bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,
-    exits TEXT, micro_batch INTEGER, recompute INTEGER, PRIMARY KEY (round, client_id));
+    exits TEXT, micro_batch INTEGER, recompute INTEGER, staleness INTEGER, job TEXT, digest TEXT,
+    PRIMARY KEY (round, client_id, job));
 CREATE TABLE phases (round INTEGER, client_id TEXT, phase TEXT, wall_s REAL, cpu_s REAL);
 CREATE TABLE metrics (round INTEGER, name TEXT, value REAL, PRIMARY KEY (round, name));
 """
@@ -77,6 +81,7 @@ class Store:
         self.config = config
         self.run = run
         self.is_temporary = False  # deleted when the program ends
+        self._begun: dict[str, Client] = {}  # participants of the round at hand
         self._db = _connect(folder)
 
     @classmethod
@@ -183,6 +188,40 @@ class Store:
             "SELECT round, exit, segments, num_examples FROM participations WHERE outcome = 'ok'"
         )
 
+    def begin(self, round: int, chosen: Iterable[Client]) -> None:
+        """These take part in the round. Final at once, so that a coordinator that is killed gives
+        the same jobs again. Raises StoreError."""
+        self._begun |= {client.id: client for client in chosen}
+        path = self.folder / BEGUN
+        draft = path.with_suffix(".new")
+        try:
+            draft.write_bytes(msgspec.json.encode((round, list(self._begun.values()))))
+            os.replace(draft, path)
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be written: {error}; free space; {self.way_on(round)}"
+            ) from error
+
+    def begun(self, round: int) -> list[Client]:
+        """Who was chosen for a round that was not finished; nobody if it was not begun."""
+        self._begun = {}
+        try:
+            found, clients = msgspec.json.decode(
+                (self.folder / BEGUN).read_bytes(), type=tuple[int, list[Client]]
+            )
+        except FileNotFoundError:
+            return []
+        except (OSError, msgspec.MsgspecError) as error:  # it names jobs, none of which is final
+            log.warning("%s cannot be read: %s; the round begins anew", self.folder / BEGUN, error)
+            return []
+        return clients if found == round else []
+
+    def was_counted(self, job: str) -> bool:
+        """Whether the update of this job is part of a committed round."""
+        return bool(
+            self._read("SELECT 1 FROM participations JOIN rounds USING (round) WHERE job = ?", job)
+        )
+
     def record_clients(self, clients: Iterable[Client]) -> None:
         """What is known of each client now; replaces what was known. Part of the next commit."""
         for client in clients:
@@ -215,7 +254,6 @@ class Store:
         state: Mapping[str, Tensor],
         started_utc: str,
         wall_s: float,
-        chosen: int,
     ) -> RoundTotals:
         """Make the round final. Raises StoreError (disk full, read-only) and then changes nothing:
         the run resumes at this round."""
@@ -228,7 +266,7 @@ class Store:
             start = clock()
             _write_checkpoint(self.folder / name, state)
             self._phase(round, None, "checkpoint", since(start))
-            totals = self._totals(round, wall_s, chosen)
+            totals = self._totals(round, wall_s)
             row = (round, started_utc, *astuple(totals), name)
             self._db.execute(f"INSERT INTO rounds VALUES ({', '.join('?' * len(row))})", row)
             self._db.commit()
@@ -272,31 +310,35 @@ class Store:
         self.rollback()
         self._db.close()
 
-    def _totals(self, round: int, wall_s: float, chosen: int) -> RoundTotals:
+    def _totals(self, round: int, wall_s: float) -> RoundTotals:
         (row,) = self._read(
             "SELECT TOTAL(outcome = 'ok'), TOTAL(outcome = 'straggler'), TOTAL(outcome = 'failed'),"
             " TOTAL(retries), TOTAL(bytes_down), TOTAL(bytes_up) FROM participations"
             " WHERE round = ?",
             round,
         )
-        return RoundTotals(wall_s, chosen, *(int(value) for value in row))
+        return RoundTotals(wall_s, len(self._begun), *(int(value) for value in row))
 
     def _record_update(self, round: int, update: ClientUpdate) -> None:
+        self._write(  # it was given another job in this round, which it returned
+            "DELETE FROM participations WHERE round = ? AND client_id = ? AND outcome != 'ok'",
+            round, update.client.id,
+        )  # fmt: skip
         self._write(
             "INSERT INTO participations"
-            " VALUES (?, ?, ?, ?, 'ok', '', '', ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " VALUES (?, ?, ?, ?, 'ok', '', '', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             round, update.client.id, update.client.exit, _segments(update.segments),
             update.num_examples, update.num_steps, update.bytes_down, update.bytes_up,
             update.peak_memory_bytes, update.retries, msgspec.json.encode(update.exits).decode(),
-            update.micro_batch, update.recompute,
+            update.micro_batch, update.recompute, update.staleness, update.job, update.digest,
         )  # fmt: skip
         for phase, time in update.phases.items():
             self._phase(round, update.client.id, phase, time)
 
     def _record_absence(self, round: int, absence: Absence) -> None:
         self._write(
-            "INSERT INTO participations"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0, ?, ?, 0, 0, '[]', 0, 0)",
+            "INSERT OR REPLACE INTO participations"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0, ?, ?, 0, 0, '[]', 0, 0, 0, '', '')",
             round, absence.client.id, absence.client.exit, _segments(absence.segments),
             absence.outcome, absence.code,
             absence.detail, absence.bytes_down, absence.bytes_up,

@@ -11,7 +11,6 @@ import logging
 import time
 from secrets import token_hex
 
-import zmq
 from msgspec.structs import replace
 
 from edge_sdk import events
@@ -45,6 +44,7 @@ from edge_sdk.wire import (
     Message,
     Part,
     Phase,
+    Probe,
     Update,
     Welcome,
 )
@@ -77,7 +77,7 @@ class Agent:
         try:
             with contextlib.suppress(KeyboardInterrupt):  # a program without a handler
                 while not self._is_stopping:
-                    self._wait_for_events()
+                    self._link.wait(500, self._trainer)
                     self._read_trainer()
                     self._read_link()
                     self._on_time(time.monotonic())
@@ -93,17 +93,6 @@ class Agent:
             self._link.close(is_final=True)
 
     # -- events ------------------------------------------------------------------------------
-
-    def _wait_for_events(self) -> None:
-        """Sleep until a socket has something or half a second passed."""
-        poller = zmq.Poller()
-        if self._trainer:
-            wants = zmq.POLLOUT if self._trainer.has_unsent else 0
-            poller.register(self._trainer, zmq.POLLIN | wants)
-        for end in (self._link.socket, self._link.monitor):
-            if end is not None:
-                poller.register(end, zmq.POLLIN)
-        poller.poll(500)
 
     def _read_trainer(self) -> None:
         if self._trainer is None:
@@ -176,9 +165,8 @@ class Agent:
 
     def _say_hello(self, inspected: Inspected, now: float) -> None:
         state = self._state
-        round = state.job.round if state.job else 0
         profile, client_id = self._profile(), self._options.client_id
-        is_said = self._link.send(hello(client_id, self._session, profile, inspected, round))
+        is_said = self._link.send(hello(client_id, self._session, profile, inspected, state.job))
         if not is_said and not state.is_told:
             log.info("coordinator %s not reached yet; waiting for it", self._link.endpoint)
             state.is_told = True
@@ -202,15 +190,22 @@ class Agent:
             self._end_job()
         elif isinstance(message, Fault):
             self._on_fault(message, is_mine)
+        elif isinstance(message, Probe):
+            self._link.send(Heartbeat(round=job.round if job else 0))
         elif isinstance(message, Bye):
-            said = f"coordinator: {message.reason or 'bye'}"
+            self._on_bye(message)
+
+    def _on_bye(self, bye: Bye) -> None:
+        """A coordinator that will be back goes on with the job in hand."""
+        said = f"coordinator: {bye.reason or 'bye'}"
+        if bye.is_final:
             self._end_job()
-            self._link.send(Bye(reason="bye"))
-            self._state.welcome = None
-            if self._options.is_once and message.is_final:
-                self._is_stopping, self._last_words = True, said
-            else:
-                self._tell(events.lost(said, logging.INFO))
+        self._link.send(Bye(reason="bye"))
+        self._state.welcome = None
+        if self._options.is_once and bye.is_final:
+            self._is_stopping, self._last_words = True, said
+        else:
+            self._tell(events.lost(said, logging.INFO))
 
     def _on_welcome(self, welcome: Welcome) -> None:
         state, before, is_first = self._state, self._state.terms, self._state.welcome is None
@@ -234,6 +229,9 @@ class Agent:
 
     def _on_job(self, job: Job) -> None:
         state = self._state
+        if state.job and state.job.id == job.id:  # given again, by a coordinator that was restarted
+            self._to_trainer(Resume())
+            return
         if state.job:
             self._end_job()
         refused = self._chooser.refusal(job.plan.segments)
@@ -244,6 +242,7 @@ class Agent:
             return
         self._tell(events.job_given(job))
         state.job, state.granted, state.retries, state.batches = job, 0, 0, 0
+        state.is_trained = False
         state.waited_s = time.monotonic() - state.idle_since
         cache_bytes = self._chooser.cache_bytes(job.plan.segments)
         adapted = replace(job, plan=self._chooser.adapted(job.plan))
@@ -298,6 +297,7 @@ class Agent:
         elif isinstance(message, Update):
             waited = {"wait": Phase(wall_s=state.waited_s)}
             full = replace(message, phases={**waited, **message.phases}, retries=state.retries)
+            state.is_trained = True
             self._tell(events.trained(message))
             self._link.send(full)
         elif isinstance(message, Part):
@@ -315,6 +315,13 @@ class Agent:
             known = state.inspected
             inspected = replace(inspected, gflops=known.gflops, layer_s=known.layer_s)
         state.inspected = inspected
+        if is_first and inspected.finished:
+            state.job, state.is_trained = inspected.finished, True
+        elif state.job:  # the trainer died when it had trained
+            if inspected.finished and inspected.finished.id == state.job.id:
+                self._to_trainer(Resume())
+            else:
+                self._fail_job("trainer", "the trained update was lost", is_memory=False)
         if not is_first and state.terms:
             self._count_costs(state.terms)
 
@@ -349,7 +356,7 @@ class Agent:
         self._tell(events.failed(f"the training process {cause}; {pause}", "trainer", round))
         self._trainer = None
         self._chooser.costs = ()  # until the next one has counted them, no exit can be trained
-        if state.job:
+        if state.job and not state.is_trained:
             detail = f"the training process {cause}"
             self._fail_job("trainer", detail, is_memory="signal 9" in cause)
         self._tell_choice()

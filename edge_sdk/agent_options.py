@@ -28,6 +28,9 @@ class AgentOptions:
     device: str = "cpu"
     measure_compute: bool = True
     calibration: str = ""  # file where the trainer keeps its calibration; "": it does not
+    kept: str = (
+        ""  # folder where it keeps a finished update until that is accepted; "": it does not
+    )
     imports: tuple[str, ...] = ()
     is_once: bool = False  # end when the coordinator's run ends
     notify_socket: str = ""  # systemd's NOTIFY_SOCKET
@@ -41,6 +44,7 @@ class AgentOptions:
             device=self.device,
             measure_compute=measure_compute,
             calibration=self.calibration,
+            kept=self.kept,
             imports=self.imports,
             search_path=self.search_path,
         )

@@ -20,9 +20,9 @@ RESTART_MAX_S = 60.0
 
 
 def hello(
-    client_id: str, session: str, profile: DeviceProfile, inspected: Inspected, round: int
+    client_id: str, session: str, profile: DeviceProfile, inspected: Inspected, job: Job | None
 ) -> Hello:
-    """round: of the job in hand, 0 if there is none."""
+    """job: the one in hand."""
     return Hello(
         protocol=PROTOCOL,
         client_id=client_id,
@@ -31,7 +31,8 @@ def hello(
         num_examples=inspected.num_examples,
         input_shape=inspected.input_shape,
         num_classes=inspected.num_classes,
-        round=round,
+        round=job.round if job else 0,
+        job=job.id if job else None,
         software=f"edge-sdk {__version__}",
     )
 
@@ -47,6 +48,7 @@ class State:
     batches: int = (
         0  # of the job, trained or run through its frozen stages, that the trainer has told of
     )
+    is_trained: bool = False  # the job: its update is told, and may be kept over a restart
     granted: int = 0  # parts of the job asked for so far
     retries: int = 0
     idle_since: float = field(default_factory=time.monotonic)

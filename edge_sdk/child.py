@@ -32,6 +32,7 @@ class TrainerProcess:
         device: str = "cpu",
         measure_compute: bool = False,
         calibration: str = "",
+        kept: str = "",
         imports: Sequence[str] = (),
         search_path: Sequence[str] = (),
     ) -> None:
@@ -41,6 +42,7 @@ class TrainerProcess:
             "--data", data, "--threads", str(threads), "--device", device,
         ]  # fmt: skip
         command += ["--calibration", calibration] if calibration else []
+        command += ["--kept", kept] if kept else []
         command += ["--measure-compute"] if measure_compute else []
         command += [part for module in imports for part in ("--import", module)]
         environment = os.environ | TRAINER_ENVIRONMENT

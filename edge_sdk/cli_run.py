@@ -25,6 +25,7 @@ from edge_sdk.device import (
     checked_id,
     default_keys,
     device_secrets,
+    kept_folder,
     make_agent,
     measure_here,
 )
@@ -98,6 +99,7 @@ def run_device(args: argparse.Namespace) -> int:
         device=args.device,
         measure_compute=args.board is None,
         calibration="" if args.board else calibration_file(),
+        kept="" if args.board else kept_folder(client_id),
         imports=tuple(args.imports),
         is_once=args.once,
         notify_socket=os.environ.pop("NOTIFY_SOCKET", ""),  # the trainer has nothing to say there

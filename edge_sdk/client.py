@@ -23,6 +23,7 @@ from edge_sdk.device import (
     checked_id,
     default_keys,
     device_secrets,
+    kept_folder,
     make_agent,
     measure_here,
 )
@@ -97,6 +98,7 @@ class Client:
             threads=threads,
             device=device,
             calibration=calibration_file(),
+            kept=kept_folder(checked_id(id, "id")),
             imports=tuple(modules),
             on_event=on_event,
             search_path=tuple(sys.path),

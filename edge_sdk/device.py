@@ -68,6 +68,11 @@ def calibration_file() -> str:
     return str(folder / "calibration.json")
 
 
+def kept_folder(client_id: str) -> str:
+    """Where this device's trainer keeps a finished update until it is accepted."""
+    return str(Path(calibration_file()).parent / "updates" / client_id)
+
+
 def measure_here(cap_bytes: int | None) -> Callable[[int], DeviceProfile]:
     """What the agent calls to know this machine's profile."""
     return partial(_measure, cap_bytes)

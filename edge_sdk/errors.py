@@ -9,6 +9,7 @@
     ├── LinkError        no connection, lost connection, refused identity
     ├── ProtocolError    a message that breaks PROTOCOL.md
     │   └── VersionError     the other side speaks another version of it
+    ├── QuorumError      too few devices for a round, for too long
     └── StoreError       a run's or model's folder: another version, full disk, corrupt file
 
 Each message is one line: what, where, got, expected, next step. `code` is what travels in a
@@ -54,6 +55,10 @@ class ProtocolError(EdgeError):
 
 class VersionError(ProtocolError):
     code = "version"
+
+
+class QuorumError(EdgeError):
+    code = "quorum"
 
 
 class StoreError(EdgeError):

@@ -31,7 +31,7 @@ _LENGTHS = struct.Struct("<II")
 
 class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
     """Trainer: my data and myself. gflops, layer_s 0: not measured; runtime: resident after
-    the imports and a first step."""
+    the imports and a first step. finished: a job whose update was not accepted before a restart."""
 
     num_examples: Index
     input_shape: tuple[Index, ...]
@@ -40,6 +40,7 @@ class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
     runtime_bytes: Count
     gflops: float
     layer_s: float = 0.0
+    finished: Job | None = None
 
 
 class Estimate(Struct, frozen=True, kw_only=True, tag="estimate"):

@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import bisect
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from edge_sdk.errors import ProtocolError, ShapeError
-from edge_sdk.wire import PART_BYTES, Role, TensorSpec, layout, num_parts, part_size
+from edge_sdk.wire import (
+    PART_BYTES,
+    Role,
+    TensorSpec,
+    digest_of,
+    layout,
+    num_parts,
+    part_size,
+)
 
 if sys.byteorder != "little":
     raise ImportError("edge_sdk needs a little-endian machine: tensors travel as raw bytes")
@@ -88,9 +96,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 class Sender:
-    """Parts of a set of tensors on demand; holds references, copies nothing large."""
+    """Parts of a set of tensors on demand; holds references, copies nothing large.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    is_shared: sends to many; a part that crosses tensors' edges is made once and kept, for at most
+    one more copy of the tensors, instead of once for every receiver."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, is_shared: bool = False) -> None:
+        self._joined: dict[int, bytes] | None = {} if is_shared else None
+        self.tensors = tuple(tensors.values())
         self.specs = specs_of(tensors)
         self.offsets, self.total_bytes = layout(self.specs)
         self.num_parts = num_parts(self.total_bytes)
@@ -106,6 +119,13 @@ class Sender:
         offset = start - self.offsets[first]
         if offset + size <= len(self._views[first]):
             return self._views[first][offset : offset + size]
+        if self._joined is None:
+            return self._join(start, size, first)
+        if index not in self._joined:
+            self._joined[index] = self._join(start, size, first)
+        return self._joined[index]
+
+    def _join(self, start: int, size: int, first: int) -> bytes:
         joined = bytearray(size)
         for offset, view in zip(self.offsets[first:], self._views[first:], strict=True):
             if offset >= start + size:
@@ -115,16 +135,45 @@ class Sender:
                 joined[begin - start : end - start] = view[begin - offset : end - offset]
         return bytes(joined)
 
+    def digest(self) -> str:
+        """Of the whole stream."""
+        return digest_of(self.part(index) for index in range(self.num_parts))
+
+
+class Storage(Protocol):
+    """Where a transfer's bytes go; in the end one flat tensor of them, dtype uint8."""
+
+    def write(self, start: int, payload: memoryview | bytes) -> None: ...
+    def whole(self) -> Tensor: ...
+
+
+class Memory:
+    """Storage in this process."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
+        self._view = _bytes_of(self._bytes)
+
+    def write(self, start: int, payload: memoryview | bytes) -> None:
+        self._view[start : start + len(payload)] = payload
+
+    def whole(self) -> Tensor:
+        return self._bytes
+
 
 class Receiver:
-    """Collects parts in any order into one buffer; the tensors are views of it."""
+    """Collects parts in any order; the tensors are views of one buffer. make_storage(bytes): where
+    they go."""
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        make_storage: Callable[[int], Storage] = Memory,
+    ) -> None:
         self.specs = tuple(specs)
         self.offsets, self.total_bytes = layout(self.specs)
         self.num_parts = num_parts(self.total_bytes)
-        self._storage = torch.empty(self.total_bytes, dtype=torch.uint8)
-        self._buffer = _bytes_of(self._storage)
+        self._storage = make_storage(self.total_bytes)
         self._has = bytearray(self.num_parts)
         self.num_received = 0
         self._requested = 0  # parts before this index have been asked for, unless they were here
@@ -145,13 +194,23 @@ class Receiver:
 
         Under way is what was asked for and has not arrived. What came unasked changes nothing but
         that it is not asked for any more."""
-        under_way = self._has.count(0, 0, self._requested)
+        under_way = self.num_under_way
+        return self.request(window - under_way) if under_way <= window // 2 else None
+
+    @property
+    def num_under_way(self) -> int:
+        """Parts asked for that have not arrived."""
+        return self._has.count(0, 0, self._requested)
+
+    def request(self, count: int) -> tuple[int, int] | None:
+        """(first, count) of at most `count` more parts, counted as asked for; None when there are
+        none to ask for."""
         first = self._has.find(0, self._requested)
-        if first < 0 or under_way > window // 2:
+        if first < 0 or count < 1:
             return None
         here = self._has.find(1, first)
         end = self.num_parts if here < 0 else here
-        self._requested = min(end, first + window - under_way)
+        self._requested = min(end, first + count)
         return first, self._requested - first
 
     def restart(self) -> None:
@@ -169,8 +228,7 @@ class Receiver:
             )
         if self._has[index]:
             return False
-        start = index * PART_BYTES
-        self._buffer[start : start + size] = payload
+        self._storage.write(index * PART_BYTES, payload)
         self._has[index] = 1
         self.num_received += 1
         return True
@@ -181,11 +239,16 @@ class Receiver:
             raise ProtocolError(
                 f"{self.num_received} of {self.num_parts} parts arrived; nothing is used"
             )
-        found: Tensors = {}
-        for spec, offset in zip(self.specs, self.offsets, strict=True):
-            raw = self._storage[offset : offset + spec.num_bytes]
-            found[spec.name] = raw.view(DTYPES[spec.dtype]).view(spec.shape)
-        return found
+        return views(self.specs, self._storage.whole())
+
+
+def views(specs: Sequence[TensorSpec], stream: Tensor) -> Tensors:
+    """The tensors of a whole stream, dtype uint8, as views of it."""
+    found: Tensors = {}
+    for spec, offset in zip(specs, layout(tuple(specs))[0], strict=True):
+        raw = stream[offset : offset + spec.num_bytes]
+        found[spec.name] = raw.view(DTYPES[spec.dtype]).view(spec.shape)
+    return found
 
 
 def under(state: Mapping[str, Tensor], prefix: str) -> Tensors:

@@ -8,7 +8,7 @@ connection says so and the agent starts again with Hello.
 from __future__ import annotations
 
 import logging
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -19,7 +19,7 @@ from edge_sdk.wire import MAX_FRAME_BYTES, Message, Part, decode, encode
 
 log = logging.getLogger(__name__)
 PING_MS = 5_000  # ZeroMQ heartbeats, both ends
-PING_TIMEOUT_MS = 15_000
+PING_TIMEOUT_MS = 30_000
 HIGH_WATER = 32  # messages queued per peer: a window of parts and some control
 ZERO_COPY_BYTES = 64 * 1024  # below it copying is cheaper than tracking the buffer
 Payload: TypeAlias = bytes | memoryview
@@ -68,6 +68,14 @@ def parse_frames(frames: list[zmq.Frame]) -> tuple[Message, Payload | None]:
             f"{type(message).__name__} came with {len(frames)} frames, expected {expected}"
         )
     return message, frames[1].buffer if expected == 2 else None
+
+
+class Other(Protocol):
+    """What is waited for beside the link."""
+
+    @property
+    def has_unsent(self) -> bool: ...
+    def fileno(self) -> int: ...
 
 
 class Link:
@@ -136,6 +144,17 @@ class Link:
         except zmq.Again:
             return None
         return parse_frames(frames)
+
+    def wait(self, timeout_ms: int, other: Other | None = None) -> None:
+        """Until a message, an event of the link, or `other` is there to be read, or written if it
+        has something unsent."""
+        poller = zmq.Poller()
+        if other is not None:
+            poller.register(other, zmq.POLLIN | (zmq.POLLOUT if other.has_unsent else 0))
+        for end in (self.socket, self.monitor):
+            if end is not None:
+                poller.register(end, zmq.POLLIN)
+        poller.poll(timeout_ms)
 
     def events(self) -> tuple[bool, str]:
         """Since the last call: was the connection lost, and why it was refused ("" if not)."""

@@ -9,6 +9,8 @@ by one raw frame. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgpack
@@ -19,7 +21,7 @@ from msgspec.structs import force_setattr
 from edge_sdk.errors import ProtocolError, VersionError
 from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
 
-PROTOCOL = 3
+PROTOCOL = 4
 PART_BYTES = 512 * 1024  # payload of every part but the last
 MAX_FRAME_BYTES = 1024 * 1024  # any frame as it is on the network; ZMQ_MAXMSGSIZE
 MAX_CONTROL_BYTES = MAX_FRAME_BYTES - 1024  # one control frame; CURVE adds 33 bytes to each
@@ -33,6 +35,8 @@ Index: TypeAlias = Annotated[int, Meta(ge=1, le=2**31)]
 JobInHand: TypeAlias = Annotated[int, Meta(ge=0, le=2**31)]  # its round, 0: none
 Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=10**9)]
 Factor: TypeAlias = Annotated[float, Meta(ge=0, le=10**6)]
+JobId: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+Digest: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200, pattern=PLAIN_TEXT)]
 CLIENT_NAME = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
 ClientId: TypeAlias = Annotated[str, Meta(pattern=CLIENT_NAME)]
@@ -151,6 +155,7 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     input_shape: InputShape
     num_classes: Index
     round: JobInHand = 0
+    job: JobId | None = None  # in hand: a coordinator that was restarted goes on with it
     software: Name = "edge-sdk"
 
 
@@ -181,8 +186,12 @@ class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class Job(Struct, frozen=True, kw_only=True, tag="job"):
-    """Coordinator to device: train this. `tensors` is the full list of what will travel."""
+    """Coordinator to device: train this. `tensors` is the full list of what will travel.
 
+    id: of run, round, client and all of this message, so a job that is given again, also by a
+    coordinator that was restarted, is recognised."""
+
+    id: JobId
     round: Index
     model: ModelSpec
     plan: Plan
@@ -191,11 +200,13 @@ class Job(Struct, frozen=True, kw_only=True, tag="job"):
 
 
 class Fetch(Struct, frozen=True, kw_only=True, tag="fetch"):
-    """Receiver to sender: send me parts first .. first + count - 1 of this round's transfer."""
+    """Receiver to sender: I have `have` parts of this round's transfer; send me first ..
+    first + count - 1. count 0: nothing is lacking any more."""
 
     round: Index
+    have: Count
     first: Count
-    count: Annotated[int, Meta(ge=1, le=1024)]
+    count: Annotated[int, Meta(ge=0, le=1024)]
 
 
 class Part(Struct, frozen=True, kw_only=True, tag="part"):
@@ -206,8 +217,13 @@ class Part(Struct, frozen=True, kw_only=True, tag="part"):
 
 
 class Update(Struct, frozen=True, kw_only=True, tag="update"):
-    """Device to coordinator: a finished job; its tensors are fetched with Fetch."""
+    """Device to coordinator: a finished job; its tensors are fetched with Fetch.
 
+    digest: of the tensors' bytes. An update is told again after a reconnect; the same job and
+    digest are the same update, which counts once."""
+
+    job: JobId
+    digest: Digest
     round: Index
     num_examples: Index
     num_steps: Count
@@ -245,6 +261,11 @@ class Heartbeat(Struct, frozen=True, kw_only=True, tag="heartbeat"):
     round: JobInHand = 0
 
 
+class Probe(Struct, frozen=True, kw_only=True, tag="probe"):
+    """Coordinator to device: are you there? Another device says that it has your name. Answered
+    with a Heartbeat at once."""
+
+
 class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
     """Either way: a clean end. is_final: the coordinator's run is over, it will not come back."""
 
@@ -253,7 +274,18 @@ class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
 
 
 Message: TypeAlias = (
-    Hello | Welcome | Ready | Job | Fetch | Part | Update | Accepted | Fault | Heartbeat | Bye
+    Hello
+    | Welcome
+    | Ready
+    | Job
+    | Fetch
+    | Part
+    | Update
+    | Accepted
+    | Fault
+    | Heartbeat
+    | Probe
+    | Bye
 )
 _DECODE: Any = Message
 
@@ -335,6 +367,14 @@ def layout(specs: tuple[TensorSpec, ...]) -> tuple[tuple[int, ...], int]:
     if end > MAX_TRANSFER_BYTES:
         raise ProtocolError(f"transfer of {end} bytes, at most {MAX_TRANSFER_BYTES} are accepted")
     return tuple(offsets), end
+
+
+def digest_of(parts: Iterable[bytes | memoryview]) -> str:
+    """What an update is known by: BLAKE2b, 16 bytes, of its stream."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        hashed.update(part)
+    return hashed.hexdigest()
 
 
 def num_parts(total_bytes: int) -> int:

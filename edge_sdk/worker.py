@@ -22,6 +22,7 @@ from edge_sdk.capacity import memory_errors
 from edge_sdk.data import Examples, load_shard
 from edge_sdk.errors import EdgeError
 from edge_sdk.examples import check_enough
+from edge_sdk.kept import Kept
 from edge_sdk.models.costs import segment_costs_apart
 from edge_sdk.pipe import (
     Cancel,
@@ -49,12 +50,13 @@ class Worker:
     """Serves one pipe: inspects its data once, then estimates and trains as asked."""
 
     def __init__(
-        self, pipe: Pipe, examples: Examples, device: str, calibration: Calibration
+        self, pipe: Pipe, examples: Examples, device: str, calibration: Calibration, kept: Kept
     ) -> None:
         self._pipe = pipe
         self._examples = examples
         self._device = device
         self._calibration = calibration
+        self._kept = kept
         needed, self._library_bytes = runtime_bytes()
         self._runtime_bytes = needed + calibration.scratch_bytes
         self._inbox: deque[tuple[PipeMessage, memoryview]] = deque()
@@ -69,6 +71,8 @@ class Worker:
 
     def serve(self, gflops: float, layer_s: float) -> None:
         """Handle messages until the agent is gone (EOFError)."""
+        if finished := self._kept.load():
+            self._job, self._update, self._sender = finished
         self._pipe.send(
             Inspected(
                 num_examples=len(self._examples),
@@ -78,6 +82,7 @@ class Worker:
                 runtime_bytes=self._runtime_bytes,
                 gflops=gflops,
                 layer_s=layer_s,
+                finished=self._job,
             )
         )
         while True:
@@ -130,14 +135,14 @@ class Worker:
                 self._ask()
 
     def _ask(self) -> None:
-        """Fetch what the window allows; train when everything is here."""
+        """Say what is here and fetch what the window allows; train when everything is."""
         assert self._receiver is not None
         assert self._job is not None
+        have = self._receiver.num_received
+        first, count = self._receiver.next_request(WINDOW) or (have, 0)
+        self._pipe.send(Fetch(round=self._job.round, have=have, first=first, count=count))
         if self._receiver.is_complete:
             self._train(self._job)
-        elif request := self._receiver.next_request(WINDOW):
-            first, count = request
-            self._pipe.send(Fetch(round=self._job.round, first=first, count=count))
 
     def _train(self, job: Job) -> None:
         assert self._receiver is not None
@@ -158,7 +163,8 @@ class Worker:
         resident.trim()
         self._sender = Sender(result.tensors)
         idle = max(0, resident.library_bytes() - self._library_bytes)
-        self._update = make_update(job, result, download, idle)
+        self._update = make_update(job, result, download, idle, self._sender.digest())
+        self._kept.save(job, self._update, self._sender)
         self._pipe.send(self._update)
 
     def _send_parts(self, fetch: Fetch) -> None:
@@ -186,11 +192,19 @@ class Worker:
         self._pipe.send(Fault(code=code, detail=detail, round=round))
 
     def _forget(self) -> None:
+        if self._update:
+            self._kept.forget()
         self._job = self._receiver = self._update = self._sender = None
 
 
 def prepare(
-    pipe: Pipe, data: str, threads: int, device: str, calibration: Path | None, may_measure: bool
+    pipe: Pipe,
+    data: str,
+    threads: int,
+    device: str,
+    calibration: Path | None,
+    may_measure: bool,
+    kept: Path | None = None,
 ) -> Callable[[], None]:
     """Reads the data and trains a tiny job; what it returns serves the pipe until the agent is gone
     (EOFError). Raises EdgeError for data or a device that cannot be used. threads 0: torch's own.
@@ -204,12 +218,16 @@ def prepare(
     at_work = torch.get_num_threads()
     gflops = measure_gflops(threads=at_work, device=device) if may_measure else 0.0
     layer_s = measure_layer_s(threads=at_work, device=device) if may_measure else 0.0
-    return partial(Worker(pipe, examples, device, found).serve, gflops, layer_s)
+    return partial(Worker(pipe, examples, device, found, Kept(kept)).serve, gflops, layer_s)
 
 
-def make_update(job: Job, result: TrainResult, download: Phase, idle_bytes: int) -> Update:
+def make_update(
+    job: Job, result: TrainResult, download: Phase, idle_bytes: int, digest: str
+) -> Update:
     """The message that goes ahead of the update's tensors. idle_bytes: resident, but not needed."""
     return Update(
+        job=job.id,
+        digest=digest,
         round=job.round,
         num_examples=result.num_examples,
         num_steps=result.num_steps,

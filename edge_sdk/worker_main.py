@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--kept", type=Path)
     parser.add_argument("--measure-compute", action="store_true")
     parser.add_argument("--import", dest="imports", action="append", default=[])
     args = parser.parse_args()
@@ -35,8 +36,9 @@ def main() -> int:
         from edge_sdk.worker import prepare
 
         serve = prepare(
-            pipe, args.data, args.threads, args.device, args.calibration, args.measure_compute
-        )
+            pipe, args.data, args.threads, args.device, args.calibration, args.measure_compute,
+            args.kept,
+        )  # fmt: skip
     except Exception as error:  # a torch of another CUDA or numpy, a module of the user's
         is_known = isinstance(error, EdgeError | ImportError)
         detail = str(error) if is_known else f"{type(error).__name__}: {error}"

@@ -115,13 +115,14 @@ VALUES: tuple[dict[str, float], ...] = (
 def commit(store: Store, round: int) -> None:
     phases = {"aggregate": Phase(wall_s=0.2 * round, cpu_s=0.1)}
     metrics = Metrics(values=dict(VALUES[round - 1]), phases=phases)
-    store.commit(round, metrics, {"w": torch.zeros(1)}, "2026-01-01T00:00:00+00:00", 1.0, 3)
+    store.commit(round, metrics, {"w": torch.zeros(1)}, "2026-01-01T00:00:00+00:00", 1.0)
 
 
 def record_run(folder: Path) -> Store:
     """Three finished rounds, a fourth in progress; the store is still open."""
     store = Store.create(folder, CONFIG, "serve")
     for round, results in enumerate(ROUNDS, 1):
+        store.begin(round, [PI, NANO, REAL])
         store.record_clients([PI, NANO, REAL])
         list(store.recording(round, results))
         commit(store, round)

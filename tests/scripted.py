@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from coordinator.admission import Admission, add_client
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.hub import Hub, Received
+from coordinator.spool import Spool
 from edge_sdk.keys import KeyPair, make_keys
 from edge_sdk.models.staged import trained_names
 from edge_sdk.profile import DeviceProfile
@@ -155,9 +157,10 @@ class ScriptedDevice:
         self.ready()
 
     def reconnect(self, **changes: Any) -> None:
-        """A new connection of the same start; `round` of the job in hand unless told otherwise."""
+        """A new connection of the same start, with the job in hand unless told otherwise."""
         self.link.open()
-        self.hello(**({"round": self.job.round if self.job else 0} | changes))
+        held = {"round": self.job.round, "job": self.job.id} if self.job else {}
+        self.hello(**(held | changes))
 
     def restart(self) -> None:
         """The device's program ended and was started again."""
@@ -171,6 +174,8 @@ class ScriptedDevice:
         receiver = Receiver(job.tensors)
         while request := receiver.next_request(8):
             self.fetch(receiver, *request)
+        have = receiver.num_received
+        self.send(Fetch(round=job.round, have=have, first=have, count=0))
         self.train(receiver)
         return job
 
@@ -182,7 +187,8 @@ class ScriptedDevice:
     def fetch(self, receiver: Receiver, first: int, count: int, take: int | None = None) -> None:
         """Ask for parts; wait for all of them, or for the first `take`."""
         assert self.job is not None
-        self.send(Fetch(round=self.job.round, first=first, count=count))
+        have = receiver.num_received
+        self.send(Fetch(round=self.job.round, have=have, first=first, count=count))
         for _ in range(count if take is None else take):
             part, payload = self.receive()
             assert isinstance(part, Part), part
@@ -202,6 +208,8 @@ class ScriptedDevice:
         assert self.job is not None
         exits = [e for g in self.job.plan.segments for e in range(g.first, g.last + 1)]
         fields: dict[str, Any] = {
+            "job": self.job.id,
+            "digest": Sender(self.trained).digest(),
             "round": self.job.round,
             "num_examples": 10,
             "num_steps": 2,
@@ -289,7 +297,9 @@ class Coordinator:
         self.arrived: queue.Queue[Result] = queue.Queue()  # results, as the cohort yields them
         self._stopping = threading.Event()
         self._closing: Future[None] | None = None
-        self._cohort = ZmqCohort(self.hub, self.terms, self._stopping.is_set)
+        self._spool = TemporaryDirectory()
+        spool = Spool(Path(self._spool.name))
+        self._cohort = ZmqCohort(self.hub, self.terms, spool, self._stopping.is_set)
         self._thread = ThreadPoolExecutor(1)
         self._devices: list[ScriptedDevice] = []
 
@@ -347,6 +357,7 @@ class Coordinator:
     def close(self, reason: str = "test over", *, is_final: bool = False) -> None:
         self.begin_close(reason, is_final=is_final).result(WAIT_S)
         self._thread.shutdown()
+        self._spool.cleanup()
 
     def close_devices(self) -> None:
         for device in self._devices:
@@ -360,6 +371,8 @@ class ScriptedCoordinator:
         self.hub = Hub(ANY_PORT, None, None)
         self.endpoint = self.hub.endpoint
         self.run = 0  # number of runs that were begun
+        self.num_given = 0
+        self.job: Job | None = None  # the last one
         self.route = b""
         self._is_open = True
 
@@ -410,8 +423,16 @@ class ScriptedCoordinator:
     def give(self, round: int, model: ModelSpec, plan: Plan, tensors: Tensors) -> Sender:
         """Send a job; the sender of its parts."""
         sender = Sender(tensors)
-        specs = sender.specs
-        self.send(Job(round=round, model=model, plan=plan, tensors=specs, deadline_s=0.0))
+        self.num_given += 1
+        self.job = Job(
+            id=f"{self.num_given:032x}",
+            round=round,
+            model=model,
+            plan=plan,
+            tensors=sender.specs,
+            deadline_s=0.0,
+        )
+        self.send(self.job)
         return sender
 
     def send_parts(self, round: int, sender: Sender, indices: Iterable[int]) -> None:
@@ -419,19 +440,18 @@ class ScriptedCoordinator:
             self.send(Part(round=round, index=index), sender.part(index))
 
     def serve_parts(self, round: int, sender: Sender) -> None:
-        """Answer the agent until it has asked for the last part."""
-        last = -1
-        while last + 1 < sender.num_parts:
-            asked = asked_for(self.expect(Fetch))
-            last = min(asked[-1], sender.num_parts - 1)
-            self.send_parts(round, sender, range(asked[0], last + 1))
+        """Answer the agent until it says that it has every part."""
+        while asked := asked_for(fetch := self.expect(Fetch)):
+            self.send_parts(round, sender, range(asked[0], min(asked[-1] + 1, sender.num_parts)))
+        assert fetch.have == sender.num_parts
 
     def fetch_update(self, update: Update) -> Tensors:
         """The tensors of an announced update."""
         receiver = Receiver(update.tensors)
         while request := receiver.next_request(8):
             first, count = request
-            self.send(Fetch(round=update.round, first=first, count=count))
+            have = receiver.num_received
+            self.send(Fetch(round=update.round, have=have, first=first, count=count))
             for _ in range(count):
                 received = self._next()
                 assert isinstance(received.message, Part), received.message

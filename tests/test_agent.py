@@ -48,6 +48,7 @@ from edge_sdk.wire import (
     ModelSpec,
     Part,
     Plan,
+    Probe,
     Ready,
     Segment,
     Update,
@@ -453,7 +454,7 @@ def test_newer_job_ends_the_older(settled):
     sender = coordinator.give(2, MODEL, WHOLE, job_tensors(WHOLE))
     coordinator.wait_for(Fetch)
     coordinator.send_parts(2, sender, range(sender.num_parts))
-    assert coordinator.expect(Update).round == 2
+    assert coordinator.wait_for(Update).round == 2
 
 
 def nan_tensor() -> Tensors:
@@ -512,12 +513,12 @@ def test_frame_that_is_no_message(settled):
 def test_parts_and_fetches_of_other_rounds_are_ignored(settled):
     coordinator, _ = settled
     coordinator.send(Part(round=1, index=0), b"no job")
-    coordinator.send(Fetch(round=1, first=0, count=1))
+    coordinator.send(Fetch(round=1, have=0, first=0, count=1))
     sender = coordinator.give(2, MODEL, WHOLE, job_tensors(WHOLE))
     coordinator.send(Part(round=1, index=0), b"of the last round")
     coordinator.serve_parts(2, sender)
     update = coordinator.expect(Update)
-    coordinator.send(Fetch(round=1, first=0, count=1))
+    coordinator.send(Fetch(round=1, have=0, first=0, count=1))
     coordinator.send(Accepted(round=1))
     coordinator.fetch_update(update)
 
@@ -558,12 +559,15 @@ def test_link_lost_in_mid_download(settled):
     assert (fetch.first, fetch.count) == (8, 4)
     coordinator.hang_up()
     coordinator.listen_again()
-    assert coordinator.expect(Hello).round == 1
+    hello = coordinator.expect(Hello)
+    assert (hello.round, hello.job) == (1, coordinator.job.id)
     coordinator.welcome(MODEL, WHOLE)
     coordinator.expect(Ready)
     fetch = coordinator.expect(Fetch)
-    assert (fetch.first, fetch.count) == (4, 8)
+    assert (fetch.have, fetch.first, fetch.count) == (4, 4, 8)
     coordinator.send_parts(1, sender, range(4, 12))
+    fetch = coordinator.wait_for(Fetch, lambda fetch: fetch.have == 12)
+    assert fetch.count == 0  # nothing is lacking any more
     fault = coordinator.expect(Fault)  # it is no model, but it arrived
     assert (fault.code, fault.round) == ("tensors", 1)
 
@@ -595,13 +599,59 @@ def hang_up_and_come_back(coordinator: ScriptedCoordinator) -> str:
     return hello.session
 
 
-def test_bye_drops_the_job_and_says_hello_again(settled):
+def test_bye_of_a_coordinator_that_will_be_back_keeps_the_job(settled):
+    coordinator, _ = settled
+    give(coordinator, 1, WHOLE)
+    update = coordinator.expect(Update)
+    assert update.job == coordinator.job.id
+    coordinator.send(Bye(reason="coordinator stopped"))
+    assert coordinator.wait_for(Bye).reason == "bye"
+    hello = coordinator.expect(Hello)
+    assert (hello.round, hello.job) == (1, update.job)
+    coordinator.welcome(MODEL, WHOLE)
+    coordinator.expect(Ready)
+    assert coordinator.expect(Update) == replace(update, retries=1)
+
+
+def test_final_bye_drops_the_job_and_says_hello_again(settled):
     coordinator, _ = settled
     give(coordinator, 1, LONG)
     coordinator.expect(Heartbeat)
-    coordinator.send(Bye(reason="coordinator stopped"))
+    coordinator.send(Bye(reason="run finished", is_final=True))
     coordinator.wait_for(Bye)
-    assert coordinator.expect(Hello).round == 0
+    hello = coordinator.expect(Hello)
+    assert (hello.round, hello.job) == (0, None)
+
+
+def test_the_same_job_again_goes_on_and_another_begins_anew(settled):
+    """A coordinator that was restarted gives what the device has in hand already."""
+    coordinator, _ = settled
+    twelve_parts = {"stages.0.0.weight": floats(12 * 131_072)}
+    sender = coordinator.give(1, MODEL, WHOLE, twelve_parts)
+    assert coordinator.expect(Fetch).count == 8
+    coordinator.send_parts(1, sender, range(4))
+    assert coordinator.expect(Fetch).have == 4
+    coordinator.send(coordinator.job)
+    fetch = coordinator.expect(Fetch)
+    assert (fetch.have, fetch.first, fetch.count) == (4, 4, 8)
+    coordinator.send(replace(coordinator.job, id="f" * 32))
+    assert coordinator.expect(Ready).exit == 3  # the old one is dropped
+    fetch = coordinator.expect(Fetch)
+    assert (fetch.have, fetch.first, fetch.count) == (0, 0, 8)
+
+
+def test_probe_is_answered_at_once(settled):
+    coordinator, _ = settled
+    coordinator.run += 1
+    coordinator.welcome(MODEL, WHOLE, heartbeat_s=3600.0)
+    coordinator.wait_for(Ready)
+    coordinator.drain()
+    coordinator.send(Probe())
+    assert coordinator.expect(Heartbeat).round == 0
+    coordinator.give(7, MODEL, WHOLE, job_tensors(WHOLE))
+    coordinator.expect(Fetch)
+    coordinator.send(Probe())
+    assert coordinator.expect(Heartbeat).round == 7
 
 
 # -- memory ------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from tests.scripted import PROFILE
 from tests.test_agent import COSTS, MODEL, WHOLE, choose, segments, welcome
 
 MIB = 1024**2
-JOB = Job(round=4, model=MODEL, plan=WHOLE, tensors=(), deadline_s=0.0)
+JOB = Job(id="4" * 32, round=4, model=MODEL, plan=WHOLE, tensors=(), deadline_s=0.0)
 
 
 class Notes:

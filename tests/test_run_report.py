@@ -181,5 +181,5 @@ def test_run_in_progress(store: Store):
     report = read_run(store.folder)
     assert (report.run, report.kind, report.method) == (store.run, "serve", "stage-rotation")
     assert (report.rounds, report.rounds_planned) == (3, 5)
-    store.commit(4, Metrics(), {"w": torch.zeros(1)}, "2026-01-01T00:00:00+00:00", 1.0, 3)
+    store.commit(4, Metrics(), {"w": torch.zeros(1)}, "2026-01-01T00:00:00+00:00", 1.0)
     assert read_run(store.folder).rounds == 4

@@ -44,7 +44,7 @@ def commit(store, number, state=None, results=()):
     passed = list(store.recording(number, results))
     metrics = Metrics({"accuracy_exit_1": 0.5}, {"fit": Phase(wall_s=1.0, cpu_s=0.5)})
     tensors = {"w": torch.tensor([float(number)])} if state is None else state
-    return passed, store.commit(number, metrics, tensors, "2026-01-01T00:00:00", 4.0, 3)
+    return passed, store.commit(number, metrics, tensors, "2026-01-01T00:00:00", 4.0)
 
 
 def test_round_is_recorded_as_it_was(tmp_path):
@@ -231,7 +231,7 @@ def test_wrong_folders_say_so(tmp_path):
     with db:
         db.execute("UPDATE runs SET version = 99")
     db.close()
-    with pytest.raises(StoreError, match="format 99, this is format 2"):
+    with pytest.raises(StoreError, match="format 99, this is format 3"):
         Store.resume(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "run.sqlite").write_bytes(b"not a database at all" * 100)
@@ -319,14 +319,15 @@ def after_empty_rounds(folder, names, participants, rounds=1):
 
 def test_an_empty_round_is_tried_again_with_others(tmp_path):
     broken, rows = after_empty_rounds(tmp_path / "1", "abcde", participants=2)
-    assert [outcome for _, _, outcome in rows] == ["ok", "ok"]
-    assert not broken & {name for _, name, _ in rows}
+    assert {name for _, name, outcome in rows if outcome == "failed"} == broken
+    (other,) = (name for _, name, outcome in rows if outcome == "ok")  # one update is enough
+    assert other not in broken
     assert (broken, rows) == after_empty_rounds(tmp_path / "2", "abcde", participants=2)
 
 
 def test_an_empty_round_is_tried_again_with_all_others_if_they_are_few(tmp_path):
     _, rows = after_empty_rounds(tmp_path, "abc", participants=2)
-    assert sorted(outcome for _, _, outcome in rows) == ["failed", "ok"]
+    assert sorted(outcome for _, _, outcome in rows) == ["failed", "failed", "ok"]
 
 
 def test_who_failed_in_one_round_is_drawn_in_the_next(tmp_path):

@@ -53,6 +53,7 @@ PROFILE = {
     "cores": 1.0,
     "gflops": 0.0,
 }
+HEX = "0123456789abcdef" * 2  # an id or a digest
 # One good message of each type as plain values, required fields only.
 GOOD: dict[str, dict[str, Any]] = {
     "hello": {
@@ -73,10 +74,19 @@ GOOD: dict[str, dict[str, Any]] = {
         "heartbeat_s": 5.0,
     },
     "ready": {"exit": 0},
-    "job": {"round": 1, "model": MODEL, "plan": PLAN, "tensors": [SPEC], "deadline_s": 0.0},
-    "fetch": {"round": 1, "first": 0, "count": 1},
+    "job": {
+        "id": HEX,
+        "round": 1,
+        "model": MODEL,
+        "plan": PLAN,
+        "tensors": [SPEC],
+        "deadline_s": 0.0,
+    },
+    "fetch": {"round": 1, "have": 0, "first": 0, "count": 1},
     "part": {"round": 1, "index": 0},
     "update": {
+        "job": HEX,
+        "digest": HEX,
         "round": 1,
         "num_examples": 3,
         "num_steps": 0,
@@ -88,6 +98,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "accepted": {"round": 1},
     "fault": {"code": "round", "detail": ""},
     "heartbeat": {},
+    "probe": {},
     "bye": {},
 }
 NAN, INF = math.nan, math.inf
@@ -131,12 +142,12 @@ def test_required_fields_are_enough(tag):
 
 
 def test_other_encodings_of_the_same_values_are_read():
-    # round 7 as uint 64, first 0 as uint 8, count 1 as uint 32, keys in another order.
+    # round 7 as uint 64, first 0 as uint 8, count 1 as uint 32, have 0 as uint 16; another order.
     data = (
-        b"\x84\xa5round\xcf" + (7).to_bytes(8, "big") + b"\xa5count\xce\0\0\0\x01"
-        b"\xa5first\xcc\0\xa4type\xa5fetch"
+        b"\x85\xa5round\xcf" + (7).to_bytes(8, "big") + b"\xa5count\xce\0\0\0\x01"
+        b"\xa5first\xcc\0\xa4have\xcd\0\0\xa4type\xa5fetch"
     )
-    assert decode(data) == Fetch(round=7, first=0, count=1)
+    assert decode(data) == Fetch(round=7, have=0, first=0, count=1)
     # 0.5 as float 32 (0x3f000000), 1 as an integer where a float is wanted
     result = b"\x83\xa4exit\x01\xa4loss\xca\x3f\0\0\0\xa8accuracy\x01"
     exits = msgpack.unpackb(result)
@@ -331,7 +342,14 @@ def test_missing_fields_are_refused(tag, field):
         ("accepted", {"round": 2**31 + 1}, "$.round"),
         ("accepted", {"round": 2**64 - 1}, "$.round"),
         ("fetch", {"first": -1}, "$.first"),
-        ("fetch", {"count": 0}, "$.count"),
+        ("fetch", {"count": -1}, "$.count"),
+        ("fetch", {"have": -1}, "$.have"),
+        ("job", {"id": "a" * 31}, "$.id"),
+        ("job", {"id": "A" * 32}, "$.id"),
+        ("job", {"id": HEX + "\n"}, "$.id"),
+        ("update", {"job": ""}, "$.job"),
+        ("update", {"digest": "a" * 33}, "$.digest"),
+        ("hello", {"job": "none"}, "$.job"),
         ("fetch", {"count": 1025}, "$.count"),
         ("part", {"index": 2**48 + 1}, "$.index"),
         ("ready", {"exit": 101}, "$.exit"),
@@ -488,10 +506,10 @@ def test_every_line_that_may_be_sent_can_be_read():
 # -- version -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, -1, 1.5, "3", None, NAN, [], {}, 2**64 - 1])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, -1, 1.5, "3", None, NAN, [], {}, 2**64 - 1])
 @pytest.mark.parametrize("tag", ["hello", "welcome"])
 def test_other_versions_are_told_apart(tag, version):
-    with pytest.raises(VersionError, match=f"'{tag}' speaks protocol .*, this side 3; install"):
+    with pytest.raises(VersionError, match=f"'{tag}' speaks .*, this side {PROTOCOL}; install"):
         decode(frame(tag, protocol=version))
 
 
@@ -501,7 +519,7 @@ def test_version_is_looked_at_before_the_fields():
 
 
 def test_a_version_must_be_an_integer():
-    refused(frame("hello", protocol=3.0))  # equal to 3, and still not an int
+    refused(frame("hello", protocol=4.0))  # equal to 4, and still not an int
     refused(frame("hello", protocol=True))
 
 
@@ -513,6 +531,7 @@ def test_encode_refuses_what_no_peer_would_take():
     # 6000 of them 1446000, below the limit on tensors and above that on the frame.
     specs = tuple(TensorSpec(name="w" * 200, shape=(), dtype="float32") for _ in range(6000))
     job = Job(
+        id=HEX,
         round=1,
         model=ModelSpec(family="cnn", input_shape=(1, 8, 8), num_classes=2, exit=1),
         plan=Plan(segments=(Segment(first=1, last=1),)),

@@ -46,6 +46,7 @@ from edge_sdk.wire import (
     Segment,
     Update,
     Welcome,
+    digest_of,
     layout,
     num_parts,
     part_size,
@@ -138,6 +139,7 @@ def serve(megabytes: int, clients: int, rounds: int, keys: str) -> int:
     from coordinator.cohort import Assignment, ClientUpdate
     from coordinator.cohort_zmq import Terms, ZmqCohort
     from coordinator.hub import Hub
+    from coordinator.spool import Spool
     from edge_sdk.tensors import specs_of
 
     torch.set_num_threads(1)
@@ -151,7 +153,8 @@ def serve(megabytes: int, clients: int, rounds: int, keys: str) -> int:
         run="bench", model=SPEC, plan=PLAN, deadline_s=0, grace_s=600, quorum=1.0,
         min_clients=clients,
     )  # fmt: skip
-    cohort = ZmqCohort(hub, terms)
+    spool = tempfile.TemporaryDirectory()
+    cohort = ZmqCohort(hub, terms, Spool(Path(spool.name)))
     ready = cohort.clients()
     base = resident_mb("VmRSS")
     size = megabytes * 1_000_000 // 4 // NUM_TENSORS
@@ -232,15 +235,19 @@ def client(name: str, endpoint: str, keys: str) -> int:
             total = num_parts(len(data))
             if received == total:
                 zero = Phase(wall_s=0.0)
+                have = Fetch(round=job.round, have=total, first=total, count=0)
+                link.send(have)
+                digest = digest_of([data])
                 link.send(
                     Update(
-                        round=job.round, num_examples=1, num_steps=1, exits=(RESULT,),
+                        job=job.id, digest=digest, round=job.round, num_examples=1,
+                        num_steps=1, exits=(RESULT,),
                         phases={"train": zero}, peak_memory_bytes=0, tensors=job.tensors,
                     )
                 )  # fmt: skip
             elif asked - received <= WINDOW // 2 and asked < total:
                 count = min(WINDOW - (asked - received), total - asked)
-                link.send(Fetch(round=job.round, first=asked, count=count))
+                link.send(Fetch(round=job.round, have=received, first=asked, count=count))
                 asked += count
 
 

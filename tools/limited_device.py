@@ -162,12 +162,12 @@ class Device:
         )
         plan = replace(plan, segments=tuple(Segment(first=f, last=n) for f, n in segments))
         model = replace(self._task.spec, exit=max(last for _, last in segments))
-        job = Job(round=1, model=model, plan=plan, tensors=specs, deadline_s=0.0)
+        job = Job(id="0" * 32, round=1, model=model, plan=plan, tensors=specs, deadline_s=0.0)
         self._trainer.send(Train(job=job, cache_bytes=cache_bytes))
         with name.with_name(f"{name.name}.parts").open("rb") as file:
             update = self._until(Update, file)
         count = num_parts(layout(update.tensors)[1])
-        self._trainer.send(Fetch(round=1, first=0, count=count))
+        self._trainer.send(Fetch(round=1, have=0, first=0, count=count))
         for _ in range(count):
             self._until(Part)
         return update.peak_memory_bytes

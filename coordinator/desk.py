@@ -1,0 +1,390 @@
+"""Jobs that devices have in hand: out, updates in, each update whole or not at all, counted once.
+
+A seat is one client's job, from when it is given until its update is accepted or nobody waits for
+it any more; a late one stays over the end of its round. Parts move as Credit allows; updates go to
+the spool part by part. What grows: a seat's small state per client, and for late seats one model
+for every round they began in. No socket here: `send` takes a client's name.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable
+from weakref import WeakValueDictionary
+
+from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
+from coordinator.credit import Credit, Pace
+from coordinator.seats import MOST_WANTED, Seat, check_update, check_values, counted, make_job
+from coordinator.spool import Arrived, Spool
+from edge_sdk.errors import EdgeError, StoreError
+from edge_sdk.tensors import Receiver, Sender
+from edge_sdk.transport import Payload
+from edge_sdk.wire import PART_BYTES, Accepted, Fault, Fetch, Message, Part, Ready, Update
+
+log = logging.getLogger(__name__)
+RESEND_S = 10.0  # a device that says it has another job gets it again
+MOST_GIVEN = 4  # times that a device which restarts gets one job
+MOST_STALLS = 3  # times that an upload is asked for again without a new part
+
+
+class Desk:
+    """send(name, message, payload): False when the device cannot be reached now. was_counted(job):
+    whether a committed round holds its update. Results gather in `finished`, from where the cohort
+    takes them."""
+
+    def __init__(
+        self,
+        run: str,
+        spool: Spool,
+        credit: Credit,
+        send: Callable[[str, Message, Payload | None], bool],
+        *,
+        takes_late: bool = True,
+        was_counted: Callable[[str], bool] = lambda job: False,
+    ) -> None:
+        self.finished: list[ClientUpdate | Absence] = []
+        self.credit = credit
+        self.seats: dict[str, Seat] = {}
+        self._run = run
+        self._spool = spool
+        self._send = send
+        self._takes_late = takes_late
+        self._was_counted = was_counted
+        self._done: dict[str, tuple[str, bool]] = {}  # last job that ended, and whether it counts
+        self._paces: dict[str, Pace] = {}
+        # the tensors behind the ids live as long as their sender
+        self._senders: WeakValueDictionary[Hashable, Sender] = WeakValueDictionary()
+        self._awaited: set[str] = set()
+
+    @property
+    def num_open(self) -> int:
+        """Participants of the round that are still waited for."""
+        return len(self._awaited)
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        return frozenset(self._awaited)
+
+    def give(self, client: Client, assignment: Assignment, round: int, deadline_s: float) -> None:
+        """Send one participant its job, unless its update is in the spool already."""
+        name = client.id
+        if name in self.seats:  # a late one: nobody can do two jobs
+            self._end(self.seats[name], counts=False)
+        sender = self._sender(assignment)
+        job = make_job(self._run, client, assignment, sender, round, deadline_s)
+        seat = Seat(client, job, assignment, sender, self._paces.setdefault(name, Pace()))
+        self.seats[name] = seat
+        self._awaited.add(name)
+        if found := self._spool.take(round, name, job.id):
+            arrived, tensors = found
+            try:
+                check_update(arrived.update, seat)
+                check_values(tensors, seat)
+            except EdgeError as error:
+                log.warning("%s; it is asked for again", error)
+            else:
+                log.info("round %d: %s's update had arrived before the stop", round, name)
+                self._count(seat, counted(seat, arrived, tensors))
+                return
+        seat.awaits_ready = not self._send(name, job, None)
+
+    def miss(self, client: Client, assignment: Assignment) -> None:
+        """A participant that left between being chosen and being given its job."""
+        self.finished.append(
+            Absence(client, assignment.plan.segments, "failed", "gone", "left before its job")
+        )
+
+    def close(self, round: int) -> None:
+        """The round ends without those who are still waited for. They are told, or may go on."""
+        for name in sorted(self._awaited):
+            seat = self.seats[name]
+            self._absent(seat, "straggler", "late", "did not return in time", stays=True)
+            if name not in self.seats:
+                self._fault(name, "late", "the round was closed without this update", round)
+
+    def expire(self, before_round: int) -> None:
+        """Give up the jobs of rounds before this one that are still in hand."""
+        for seat in [seat for seat in self.seats.values() if seat.round < before_round]:
+            self._fault(seat.name, "late", "this update comes too late", seat.round)
+            self._absent(seat, "straggler", "late", "its update comes too late")
+
+    def clear_spool(self, round: int) -> None:
+        """Delete what rounds before this one left, but for what may still count."""
+        wanted = {(seat.round, seat.name) for seat in self.seats.values()}
+        wanted |= {(u.round, u.client.id) for u in self.finished if isinstance(u, ClientUpdate)}
+        self._spool.forget_before(round, wanted)
+
+    # -- what devices say ----------------------------------------------------------------------
+
+    def on_message(
+        self, name: str, message: Fetch | Part | Update | Fault, payload: Payload | None
+    ) -> None:
+        """A message about a job. What is not about this client's seat is refused."""
+        seat = self.seats.get(name)
+        if seat is None or message.round != seat.round:
+            if isinstance(message, Update):
+                self._on_unwanted(name, message)
+        elif isinstance(message, Fault):
+            self._absent(seat, "failed", message.code, message.detail)
+        elif isinstance(message, Fetch):
+            self._on_fetch(seat, message)
+        elif isinstance(message, Update):
+            self._on_update(seat, message)
+        elif seat.receiver is not None:
+            self._on_part(seat, message.index, payload or b"")
+        self.pump()
+
+    def on_return(self, name: str, round: int, job: str | None) -> None:
+        """A device connected again with this job in hand: go on where the link broke."""
+        seat = self.seats.get(name)
+        if seat and job == seat.job.id:
+            self.credit.drop(name)
+            seat.reconnected()
+            if seat.receiver is not None:
+                self._ask(seat)
+            self.pump()
+            return
+        if job and (self._done.get(name) == (job, True) or self._was_counted(job)):
+            self._send(name, Accepted(round=round), None)  # the first one was lost
+        elif job:
+            self._fault(name, "round", f"round {round} is over", round)
+        if seat is None:
+            return
+        if seat.is_late:
+            self._end(seat, counts=False)  # it has lost the job that nobody waits for
+        else:
+            seat.awaits_ready = True
+
+    def on_ready(self, name: str, ready: Ready) -> None:
+        """A device that has no job in hand, but ought to, gets it again."""
+        seat = self.seats.get(name)
+        if seat is None or not seat.awaits_ready:
+            return
+        if seat.times_given == MOST_GIVEN:
+            detail = f"the device restarted {MOST_GIVEN} times during its job"
+            self._absent(seat, "failed", "restarted", detail)
+        elif not seat.fits(ready):
+            detail = f"came back and can train up to exit {ready.exit} only"
+            self._absent(seat, "failed", "capacity", detail)
+        else:
+            self._send_again(seat)
+
+    def on_heartbeat(self, name: str, round: int) -> None:
+        """A device that has another job in hand, or none, for a while never got this one."""
+        seat = self.seats.get(name)
+        if seat is None or round == seat.round or seat.is_late or seat.awaits_ready:
+            if seat:
+                seat.mismatched_since = None
+            return
+        now = time.monotonic()
+        if seat.mismatched_since is None:  # may have been sent before the job came
+            seat.mismatched_since = now
+        elif now - seat.mismatched_since > RESEND_S:
+            self._send_again(seat)
+
+    def on_gone(self, name: str, code: str, why: str, *, may_return: bool = True) -> None:
+        """Nothing is heard of it. Its update is late if it comes back with it."""
+        if seat := self.seats.get(name):
+            self.credit.drop(name)
+            seat.reconnected()
+            if not (seat.is_late and may_return):
+                self._absent(seat, "failed", code, why, stays=may_return)
+            self.pump()
+
+    def check_stalls(self) -> None:
+        """Ask again for parts that a link's own pace would have brought by now. Who then sends
+        nothing new again and again is failed."""
+        now = time.monotonic()
+        for name in self.credit.holders():
+            seat = self.seats.get(name)
+            if seat is None or now - seat.moved <= seat.patience_s(self.credit.held(name)):
+                continue
+            self.credit.drop(name)
+            seat.pace.stalled()
+            seat.moved = now
+            if seat.receiver is None:  # what it asked for may still reach it
+                self._ask(seat)
+                continue
+            seat.stalls += 1
+            if seat.stalls == MOST_STALLS:
+                detail = f"its update stopped after {seat.bytes_up} bytes"
+                self._fault(name, "stalled", detail, seat.round)
+                self._absent(seat, "failed", "stalled", detail)
+                continue
+            seat.receiver.restart()
+            self._ask(seat)
+        self.pump()
+
+    def patience_s(self, name: str) -> float:
+        """How long a device may say nothing because a part is on its way; 0 if none is."""
+        seat, held = self.seats.get(name), self.credit.held(name)
+        return seat.patience_s(held) if seat and held else 0.0
+
+    # -- parts ---------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Let those whose turn it is move as much as the budget allows."""
+        while turn := self.credit.next():
+            if seat := self.seats.get(turn[0]):
+                self._move(seat, turn[1])
+
+    def _ask(self, seat: Seat) -> None:
+        if seat.has_to_move:
+            self.credit.ask(seat.name, seat.pace.is_slow)
+
+    def _move(self, seat: Seat, parts: int) -> None:
+        """Ask for, or send, up to so many parts. What cannot be sent was lost with its connection:
+        the device says what it has when it is back."""
+        if not self.credit.held(seat.name):
+            seat.moved = time.monotonic()
+        if seat.receiver is not None:
+            under_way = seat.receiver.num_under_way
+            request = seat.receiver.request(min(parts, seat.pace.window - under_way))
+            if request is None:
+                return
+            first, count = request
+            have = seat.receiver.num_received
+            fetch = Fetch(round=seat.round, have=have, first=first, count=count)
+            if self._send(seat.name, fetch, None):
+                self.credit.take(seat.name, count, seat.pace.is_slow)
+                self._ask(seat)
+            else:
+                seat.receiver.restart()
+            return
+        for index in seat.next_wanted(parts):
+            payload = seat.sender.part(index)
+            if not self._send(seat.name, Part(round=seat.round, index=index), payload):
+                seat.wanted.clear()
+                return
+            self.credit.take(seat.name, 1, seat.pace.is_slow)
+            seat.bytes_down += len(payload)
+        self._ask(seat)
+
+    def _on_fetch(self, seat: Seat, fetch: Fetch) -> None:
+        if arrived := seat.has_arrived(fetch.have):
+            self.credit.arrived(seat.name, arrived)
+        if not seat.want(fetch.first, fetch.count):
+            self._fault(seat.name, "protocol", f"more than {MOST_WANTED} ranges at once", 0)
+        self._ask(seat)
+
+    def _on_part(self, seat: Seat, index: int, payload: Payload) -> None:
+        assert seat.receiver is not None
+        try:
+            if not seat.receiver.add(index, payload):
+                return  # a repeated part is no progress
+            self.credit.arrived(seat.name, 1)
+            seat.bytes_up += len(payload)
+            seat.stalls = 0
+            seat.took(PART_BYTES)
+            if seat.receiver.is_complete:
+                self._complete(seat)
+            else:
+                self._ask(seat)
+        except StoreError:
+            raise
+        except EdgeError as error:
+            self._refuse(seat, error)
+
+    # -- updates -------------------------------------------------------------------------------
+
+    def _on_unwanted(self, name: str, update: Update) -> None:
+        job, counts = self._done.get(name, ("", False))
+        if update.job == job and counts:  # told twice, counts once
+            self._send(name, Accepted(round=update.round), None)
+        elif update.job == job:
+            detail = f"{name} has failed in this round already"
+            self._fault(name, "round", detail, update.round)
+        else:
+            detail = f"no update of round {update.round} is wanted from {name} now"
+            self._fault(name, "round", detail, update.round)
+
+    def _on_update(self, seat: Seat, update: Update) -> None:
+        if update.job != seat.job.id:  # of a job that another state of this run gave
+            detail = f"round {update.round} has another job now"
+            self._fault(seat.name, "round", detail, update.round)
+            seat.awaits_ready = True
+            return
+        if seat.update is not None and seat.update.digest == update.digest:
+            return  # told again after a reconnect
+        try:
+            check_update(update, seat)
+        except EdgeError as error:
+            self._refuse(seat, error)
+            return
+        self.credit.drop(seat.name)
+        seat.update, seat.announced, seat.awaits_ready = update, time.monotonic(), False
+        seat.receiver = Receiver(update.tensors, self._spool.storage(seat.round, seat.name))
+        if seat.receiver.is_complete:  # an update of no bytes
+            self._complete(seat)
+        else:
+            self._ask(seat)
+
+    def _complete(self, seat: Seat) -> None:
+        """Everything arrived: check the values, keep it, then it counts."""
+        assert seat.update is not None
+        assert seat.receiver is not None
+        tensors = seat.receiver.tensors()
+        try:
+            check_values(tensors, seat)
+        except EdgeError as error:
+            self._refuse(seat, error)
+            return
+        upload_s = time.monotonic() - seat.announced
+        arrived = Arrived(
+            update=seat.update, upload_s=upload_s, bytes_down=seat.bytes_down,
+            bytes_up=seat.bytes_up,
+        )  # fmt: skip
+        self._spool.keep(seat.round, seat.name, arrived)
+        self._count(seat, counted(seat, arrived, tensors))
+
+    def _count(self, seat: Seat, update: ClientUpdate) -> None:
+        self._end(seat, counts=True)
+        self._send(seat.name, Accepted(round=seat.round), None)
+        self.finished.append(update)
+
+    def _refuse(self, seat: Seat, error: EdgeError) -> None:
+        self._fault(seat.name, error.code, str(error), seat.round)
+        self._absent(seat, "failed", error.code, str(error))
+
+    def _absent(
+        self, seat: Seat, outcome: str, code: str, detail: str, *, stays: bool = False
+    ) -> None:
+        """The participant returns nothing that counts in its round; if it stays, maybe later."""
+        log.warning("round %d: %s %s: %s: %s", seat.round, seat.name, outcome, code, detail)
+        if seat.name in self._awaited:
+            self.finished.append(
+                Absence(
+                    seat.client, seat.job.plan.segments, outcome, code, detail,
+                    bytes_down=seat.bytes_down, bytes_up=seat.bytes_up,
+                )
+            )  # fmt: skip
+        if stays and self._takes_late:
+            seat.is_late = True
+            self._awaited.discard(seat.name)
+        else:
+            self._end(seat, counts=False)
+
+    def _end(self, seat: Seat, *, counts: bool) -> None:
+        """The seat is free; what has arrived of an update that does not count is deleted."""
+        self.seats.pop(seat.name)
+        self._awaited.discard(seat.name)
+        self.credit.drop(seat.name)
+        self._done[seat.name] = seat.job.id, counts
+        if not counts:
+            self._spool.forget(seat.round, seat.name)
+
+    def _sender(self, assignment: Assignment) -> Sender:
+        """One for all that get the same tensors."""
+        key = tuple((name, id(tensor)) for name, tensor in assignment.tensors.items())
+        if (sender := self._senders.get(key)) is None:
+            self._senders[key] = sender = Sender(assignment.tensors, is_shared=True)
+        return sender
+
+    def _send_again(self, seat: Seat) -> None:
+        self.credit.drop(seat.name)
+        seat.given_again()
+        seat.awaits_ready = not self._send(seat.name, seat.job, None)
+
+    def _fault(self, name: str, code: str, detail: str, round: int) -> None:
+        self._send(name, Fault(code=code, detail=detail, round=round), None)

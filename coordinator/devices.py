@@ -1,0 +1,178 @@
+"""Who is connected: one live link per client, whoever it was before and wherever it comes from.
+
+A client is its key, not its connection. One that comes back takes its place at once; of two live
+devices with one key the one that was there stays, and the other is told.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coordinator.cohort import Client
+from coordinator.hub import Hub, Received
+from edge_sdk.transport import Payload
+from edge_sdk.wire import Fault, Hello, Message, Probe, Ready, Welcome
+
+log = logging.getLogger(__name__)
+SILENCE_S = 45.0  # a device that says nothing for so long is gone, unless a part is on its way
+PROBE_S = 3.0  # in which the device that was there first must answer
+
+
+@dataclass
+class Device:
+    """One client's live link. ready: what it can train; None while it must say so anew. rival: the
+    hello of another program with its name, since when. Times are of time.monotonic()."""
+
+    route: bytes
+    hello: Hello
+    seen: float
+    address: str = ""
+    ready: Ready | None = None
+    rival: Received | None = None
+    rival_since: float = 0.0
+    num_rivals: int = 0
+
+
+class Devices:
+    """on_hello(name, hello): called when a device has its place. patience_s(name): how long it may
+    say nothing, because a part takes so long over its link."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        welcome: Welcome,
+        on_hello: Callable[[str, Hello], None],
+        on_gone: Callable[[str, str, bool], None],
+        patience_s: Callable[[str], float],
+    ) -> None:
+        self._hub = hub
+        self._welcome = welcome
+        self._on_hello = on_hello
+        self._on_gone = on_gone
+        self._patience_s = patience_s
+        self._names: dict[bytes, str] = {}
+        self.all: dict[str, Device] = {}
+        self.ready: set[str] = set()  # who could train something
+
+    def on_route(self, route: bytes) -> tuple[str, Device] | None:
+        """Whose live link this is."""
+        name = self._names.get(route)
+        device = self.all.get(name) if name else None
+        return (name, device) if name and device and device.route == route else None
+
+    def send(self, name: str, message: Message, payload: Payload | None = None) -> bool:
+        device = self.all.get(name)
+        return device is not None and self._hub.send(device.route, message, payload)
+
+    def refuse(self, route: bytes, code: str, detail: str) -> None:
+        """A Fault that is not about a round."""
+        log.debug("fault to a device: %s: %s", code, detail)
+        self._hub.send(route, Fault(code=code, detail=detail))
+
+    def ready_clients(self) -> list[Client]:
+        """Who has said what it can train, if it can train anything; sorted by name."""
+        return [
+            Client(
+                id=name,
+                exit=device.ready.exit,
+                stages=device.ready.stages,
+                prefix_s=device.ready.prefix_s,
+                stage_s=device.ready.stage_s,
+                num_examples=device.hello.num_examples,
+                profile=device.hello.profile,
+            )
+            for name in sorted(self.ready)
+            if (device := self.all[name]).ready is not None
+        ]
+
+    def says_ready(self, name: str, ready: Ready | None) -> None:
+        """What it can train now; None: it must say so anew."""
+        if device := self.all.get(name):
+            device.ready = ready
+            if ready is not None and ready.exit > 0:
+                self.ready.add(name)
+            else:
+                self.ready.discard(name)
+
+    def hello(self, received: Received, hello: Hello) -> None:
+        """Give a device its place, unless it may not have it or another live one does."""
+        route, name = received.route, hello.client_id
+        known = received.name or self._names.get(route, name)
+        if known != name:
+            self.refuse(route, "admission", f"this is {known!r}, hello says {name!r}")
+            return
+        model = self._welcome.model
+        if hello.input_shape != model.input_shape or hello.num_classes > model.num_classes:
+            detail = (
+                f"its examples are {hello.input_shape} with {hello.num_classes} classes, this run "
+                f"trains on {model.input_shape} with {model.num_classes}"
+            )
+            self.refuse(route, "data", detail)
+            return
+        old = self.all.get(name)
+        if old and old.route != route and old.hello.session != hello.session:
+            if old.rival is not None:  # which hears of it when it is known who is there
+                old.rival = received
+                return
+            if self._hub.send(old.route, Probe()):  # may be a link that is dead without a sign
+                old.rival, old.rival_since = received, time.monotonic()
+                return
+        self._place(received, hello)
+
+    def look(self, now: float) -> None:
+        """After those who are silent, whose key was revoked, or whose place another one claims."""
+        for name, device in list(self.all.items()):
+            if not self._hub.is_admitted(name):
+                self.refuse(device.route, "admission", "this device is not admitted any more")
+                self.leave(name, "its key was revoked", may_return=False)
+            elif device.rival is not None:
+                self._settle(name, device, now)
+            elif now - device.seen > max(SILENCE_S, self._patience_s(name)):
+                self.leave(name, f"said nothing for {now - device.seen:.0f} s")
+
+    def leave(self, name: str, why: str, *, may_return: bool = True) -> None:
+        device = self.all.pop(name)
+        self.ready.discard(name)
+        self._names.pop(device.route, None)
+        log.info("%s is gone: %s", name, why)
+        self._on_gone(name, why, may_return)
+
+    def _settle(self, name: str, device: Device, now: float) -> None:
+        """Who was there first has answered, or was given time to."""
+        rival = device.rival
+        assert rival is not None
+        if device.seen > device.rival_since:
+            detail = (
+                f"another device with the key of {name!r} is connected from {device.address or '?'}"
+                "; every device needs a key of its own"
+            )
+            log.warning("%s, asked from %s", detail, rival.address or "?")
+            device.rival = None
+            device.num_rivals += 1
+            self.refuse(rival.route, "duplicate", detail)
+        elif now - device.rival_since > max(PROBE_S, self._patience_s(name)):
+            device.rival = None
+            assert isinstance(rival.message, Hello)
+            self._place(rival, rival.message)
+
+    def _place(self, received: Received, hello: Hello) -> None:
+        name, old = hello.client_id, self.all.get(hello.client_id)
+        if old is not None:
+            self._names.pop(old.route, None)
+        is_same = old is not None and old.hello.session == hello.session
+        ready = old.ready if old is not None and is_same else None
+        self._names[received.route] = name
+        self.all[name] = Device(
+            received.route,
+            hello,
+            time.monotonic(),
+            received.address,
+            num_rivals=old.num_rivals if old else 0,
+        )
+        self.says_ready(name, ready)
+        log.info("%s %s from %s", name, "is back" if is_same else "joined", hello.profile.platform)
+        self.send(name, self._welcome)
+        self._on_hello(name, hello)

@@ -1,0 +1,45 @@
+"""Late updates: brought forward to the model that they arrive at.
+
+A job that began from w_s and returned w_i moved w_i - w_s. Used at w, s rounds later, it counts as
+w + 0.5^(s / half-life) (w_i - w_s), with its own weight in the mean: the step of FedBuff (Nguyen et
+al. 2022) with a half-life for its polynomial. Statistics of BatchNorm go the same share of the way
+from w's to their own; counters stay as they came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from coordinator.cohort import ClientUpdate
+from edge_sdk.tensors import Tensors
+
+
+def brought_forward(
+    updates: Iterable[ClientUpdate], current: Mapping[str, Tensor], parameters: set[str],
+    half_life: float,
+) -> Iterator[ClientUpdate]:  # fmt: skip
+    """The updates, late ones as if they had begun from `current`. parameters: names of those."""
+    for update in updates:
+        if update.staleness:
+            share = 0.5 ** (update.staleness / half_life)
+            update = replace(update, tensors=_moved(update, current, parameters, share), sent={})
+        yield update
+        del update  # no reference stays here
+
+
+def _moved(
+    update: ClientUpdate, current: Mapping[str, Tensor], parameters: set[str], share: float
+) -> Tensors:
+    moved: Tensors = {}
+    for name, tensor in update.tensors.items():
+        if not tensor.is_floating_point():
+            moved[name] = tensor
+        elif name in parameters:
+            moved[name] = current[name] + share * (tensor - update.sent[name])
+        else:
+            moved[name] = torch.lerp(current[name], tensor, share)
+    return moved

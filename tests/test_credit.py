@@ -1,0 +1,146 @@
+"""Who may have how many parts under way: the budget holds whatever happens, and nobody starves."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator import credit as credit_module
+from coordinator.credit import LINK_S, SLOW_WINDOW, WINDOW, Credit, Pace
+from edge_sdk.wire import PART_BYTES
+
+NAMES = "abcdef"
+SLOW = "abc"  # whose links are
+EVENTS = st.one_of(
+    st.tuples(st.just("ask"), st.sampled_from(NAMES), st.just(0)),
+    st.tuples(st.just("next"), st.just(""), st.integers(1, 12)),  # takes at most so many
+    st.tuples(st.just("arrived"), st.sampled_from(NAMES), st.integers(0, 9)),
+    st.tuples(st.just("drop"), st.sampled_from(NAMES), st.just(0)),
+)
+
+
+@given(st.integers(0, 20), st.lists(EVENTS, max_size=60))
+def test_budget_holds_whatever_happens(budget_parts, events):
+    credit = Credit(budget_parts * PART_BYTES)
+    most = max(2, budget_parts)
+    held: dict[str, int] = {}
+    waiting: set[str] = set()
+    for event, name, count in events:
+        if event == "ask":
+            credit.ask(name, name in SLOW)
+            waiting.add(name)
+        elif event == "drop":
+            credit.drop(name)
+            held.pop(name, None)
+            waiting.discard(name)
+        elif event == "arrived":
+            credit.arrived(name, count)
+            held[name] = max(0, held.get(name, 0) - count)
+        elif turn := credit.next():
+            who, may = turn
+            waiting.remove(who)  # nobody gets a turn who has not asked, or twice
+            taken = min(may, count)
+            assert taken >= 1
+            credit.take(who, taken, who in SLOW)
+            held[who] = held.get(who, 0) + taken
+        else:  # nobody waits, or nothing is left for those who do
+            slow_only = waiting <= set(SLOW)
+            assert not waiting or sum(held.values()) == most or slow_only
+        used = sum(held.values())
+        assert credit.bytes_under_way == used * PART_BYTES
+        assert used <= most
+        assert sum(held.get(name, 0) for name in SLOW) <= most // 2
+        assert {name: credit.held(name) for name in NAMES} == {n: held.get(n, 0) for n in NAMES}
+        assert sorted(credit.holders()) == sorted(name for name in held if held[name])
+
+
+def turns(credit: Credit) -> list[tuple[str, int]]:
+    found = []
+    while turn := credit.next():
+        found.append(turn)
+    return found
+
+
+def test_turns_come_in_the_order_of_asking():
+    credit = Credit(8 * PART_BYTES)
+    for name in ("c", "a", "b", "a", "c"):  # asking twice changes nothing
+        credit.ask(name, False)
+    assert turns(credit) == [("c", 8), ("a", 8), ("b", 8)]
+
+
+def test_slow_links_get_half_and_leave_the_rest_to_others():
+    credit = Credit(8 * PART_BYTES)
+    for name in ("slow", "slower"):
+        credit.ask(name, True)
+    credit.ask("quick", False)
+    assert credit.next() == ("slow", 4)
+    credit.take("slow", 3, True)
+    assert credit.next() == ("slower", 1)
+    credit.take("slower", 1, True)
+    credit.ask("slow", True)  # waits, though half the budget is free
+    assert credit.next() == ("quick", 4)
+    credit.take("quick", 4, False)
+    assert credit.next() is None
+    credit.arrived("slower", 1)
+    assert credit.next() == ("slow", 1)
+
+
+def test_what_is_dropped_is_free_and_waits_no_more():
+    credit = Credit(2 * PART_BYTES)
+    credit.ask("a", False)
+    assert credit.next() == ("a", 2)
+    credit.take("a", 2, False)
+    credit.ask("a", False)
+    credit.ask("b", False)
+    assert credit.next() is None
+    credit.drop("a")
+    assert credit.bytes_under_way == 0
+    assert turns(credit) == [("b", 2)]
+    credit.drop("nobody")
+
+
+def test_all_of_a_clients_parts_are_on_one_side():
+    """A link that turns out to be slow moves what it holds to that side."""
+    credit = Credit(8 * PART_BYTES)
+    credit.take("a", 2, False)
+    credit.take("a", 1, True)
+    credit.ask("b", True)
+    assert credit.next() == ("b", 1)  # 4 of 8 for slow ones, 3 are a's
+    assert credit.held("a") == 3
+
+
+# -- pace --------------------------------------------------------------------------------------
+
+
+def test_pace_is_the_mean_of_times():
+    pace = Pace()
+    pace.moved(1000, 1.0)
+    assert pace.rate == pytest.approx(1000.0)
+    pace.moved(1000, 4.0)  # 0.7 * 1 ms + 0.3 * 4 ms = 1.9 ms a byte
+    assert pace.rate == pytest.approx(1000 / 1.9)
+    pace.moved(1000, 0.0)  # in a burst: 0.7 * 1.9 ms
+    assert pace.rate == pytest.approx(1000 / 1.33, rel=1e-3)
+
+
+def test_window_follows_the_pace():
+    pace = Pace()
+    assert (pace.is_slow, pace.window) == (False, SLOW_WINDOW)  # not known yet
+    pace.moved(PART_BYTES, 0.5)
+    assert (pace.is_slow, pace.window) == (False, WINDOW)
+    slow = Pace()
+    slow.moved(PART_BYTES, 2.0)
+    assert (slow.is_slow, slow.window) == (True, SLOW_WINDOW)
+
+
+def test_patience_follows_the_pace(monkeypatch):
+    pace = Pace()
+    # LINK_S + 4 * 2^19 bytes / 2^14 bytes a second = 128 s more
+    assert pace.patience_s(PART_BYTES) == LINK_S + 128.0
+    pace.moved(PART_BYTES, 10.0)
+    assert pace.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 80.0)
+    pace.stalled()
+    assert pace.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 160.0)
+    fresh = Pace()
+    fresh.stalled()  # never measured: half of what it was taken for
+    assert fresh.rate == credit_module.UNKNOWN_RATE / 2

@@ -1,0 +1,313 @@
+"""A desk without a network: what is sent is written down, what devices say is put in by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from coordinator.cohort import Absence, Assignment, ClientUpdate
+from coordinator.credit import Credit
+from coordinator.desk import MOST_GIVEN, MOST_STALLS, Desk
+from coordinator.spool import Spool
+from edge_sdk.errors import StoreError
+from edge_sdk.tensors import Sender, Tensors, specs_of
+from edge_sdk.wire import (
+    PART_BYTES,
+    Accepted,
+    ExitResult,
+    Fault,
+    Fetch,
+    Job,
+    Part,
+    Phase,
+    Plan,
+    Ready,
+    Segment,
+    Update,
+)
+from tests.helpers import client, cnn
+from tests.scripted import floats
+
+PLAN = Plan(segments=(Segment(first=2, last=2),))
+PARTS = 3
+
+
+class Room:
+    """A desk and what it said. trained: what every device returns, PARTS parts."""
+
+    def __init__(self, folder: Any, **options: Any) -> None:
+        self.said: list[tuple[str, Any]] = []
+        self.unreachable: set[str] = set()
+        credit = options.pop("credit", None) or Credit()
+        self.desk = Desk("a run", Spool(folder), credit, self._send, **options)
+        self.trained = {"stages.1.0.weight": floats(PARTS * PART_BYTES // 4 - 2, start=1.0)}
+
+    def _send(self, name: str, message: Any, payload: Any) -> bool:
+        if name in self.unreachable:
+            return False
+        self.said.append((name, message))
+        return True
+
+    def assignment(self, plan: Plan = PLAN) -> Assignment:
+        down = {"stages.0.0.weight": floats(4), "stages.1.0.weight": floats(6)}
+        return Assignment(cnn(2), plan, down, specs_of(self.trained))
+
+    def give(self, name: str = "a", round: int = 1, plan: Plan = PLAN) -> None:
+        known = dataclasses.replace(client(name, 3), num_examples=10)
+        self.desk.give(known, self.assignment(plan), round, 0.0)
+
+    def to(self, name: str, kind: type) -> list[Any]:
+        return [m for who, m in self.said if who == name and isinstance(m, kind)]
+
+    def job(self, name: str = "a") -> Job:
+        return self.to(name, Job)[-1]
+
+    def update(self, job: Job, tensors: Tensors | None = None) -> Update:
+        tensors = self.trained if tensors is None else tensors
+        return Update(
+            job=job.id,
+            digest=Sender(tensors).digest(),
+            round=job.round,
+            num_examples=10,
+            num_steps=1,
+            exits=(ExitResult(exit=2, loss=0.5, accuracy=0.5),),
+            phases={"train": Phase(wall_s=1.0)},
+            peak_memory_bytes=0,
+            tensors=specs_of(tensors),
+        )
+
+    def parts(self, indices: Any, name: str = "a", tensors: Tensors | None = None) -> None:
+        sender = Sender(self.trained if tensors is None else tensors)
+        round = self.desk.seats[name].round
+        for index in indices:
+            self.desk.on_message(name, Part(round=round, index=index), sender.part(index))
+
+    def announce(self, name: str = "a", tensors: Tensors | None = None) -> None:
+        self.desk.on_message(name, self.update(self.job(name), tensors), None)
+
+    def finish(self, name: str = "a") -> None:
+        self.announce(name)
+        self.parts(range(PARTS), name)
+
+
+@pytest.fixture
+def room(tmp_path):
+    return Room(tmp_path)
+
+
+def assert_is_the_update(room: Room, result: Any, staleness_round: int = 1) -> None:
+    assert isinstance(result, ClientUpdate)
+    assert result.round == staleness_round
+    for name, tensor in room.trained.items():
+        assert torch.equal(result.tensors[name], tensor)
+
+
+def test_update_counts_once_however_often_it_is_told(room):
+    room.give()
+    room.announce()
+    room.parts([0, 2])
+    room.announce()  # again, as after a reconnect
+    room.parts([1])
+    room.desk.on_message("a", room.update(room.job()), None)  # accepted was lost
+    assert len(room.to("a", Accepted)) == 2
+    (result,) = room.desk.finished
+    assert_is_the_update(room, result)
+    assert room.desk.credit.bytes_under_way == 0
+
+
+def test_parts_of_two_trainings_are_not_mixed(room):
+    """A device that restarted and trained its job again announces another digest."""
+    room.give()
+    other = {name: tensor + 5 for name, tensor in room.trained.items()}
+    room.announce(tensors=other)
+    room.parts([0, 1], tensors=other)
+    room.announce()
+    room.parts([2])
+    assert not room.desk.finished
+    room.parts([0, 1])
+    assert_is_the_update(room, room.desk.finished[0])
+
+
+def test_whole_upload_outlives_the_coordinator(tmp_path):
+    before = Room(tmp_path)
+    before.give("a")
+    before.give("b")
+    before.finish("a")
+    before.announce("b")
+    before.parts([0, 1], "b")
+    after = Room(tmp_path)  # nothing was closed: it was killed
+    after.give("a")
+    after.give("b")
+    (result,) = after.desk.finished
+    assert result.client.id == "a"
+    assert_is_the_update(after, result)
+    assert not after.to("a", Job)
+    after.desk.on_return("a", 1, before.job("a").id)  # which never heard that it counts
+    assert after.to("a", Accepted)
+    # b goes on with the job that it has in hand
+    after.desk.on_return("b", 1, before.job("b").id)
+    assert after.job("b") == before.job("b")
+    after.finish("b")
+    assert [r.client.id for r in after.desk.finished] == ["a", "b"]
+
+
+def test_upload_of_another_job_is_not_taken_from_the_spool(tmp_path):
+    before = Room(tmp_path)
+    before.give()
+    before.finish()
+    after = Room(tmp_path)
+    after.give(plan=replace(PLAN, seed=1))
+    assert not after.desk.finished
+    assert after.to("a", Job)
+
+
+def test_late_update_is_taken_after_its_round(room):
+    room.give()
+    room.announce()
+    room.parts([0])
+    room.desk.close(1)
+    (absence,) = room.desk.finished
+    assert isinstance(absence, Absence)
+    assert (absence.outcome, absence.code) == ("straggler", "late")
+    assert not room.to("a", Fault)
+    assert room.desk.num_open == 0
+    room.desk.clear_spool(2)
+    room.parts([1, 2])
+    assert_is_the_update(room, room.desk.finished[1])
+    assert room.desk.finished[1].sent.keys() == room.assignment().tensors.keys()
+
+
+def test_late_update_is_dropped_where_that_is_wanted(tmp_path):
+    room = Room(tmp_path, takes_late=False)
+    room.give()
+    room.announce()
+    room.desk.close(1)
+    assert [fault.code for fault in room.to("a", Fault)] == ["late"]
+    assert not room.desk.seats
+    assert not list(tmp_path.iterdir())
+
+
+def test_late_update_expires(room):
+    room.give(round=1)
+    room.desk.close(1)
+    room.desk.expire(1)
+    assert "a" in room.desk.seats
+    room.desk.expire(2)
+    assert "a" not in room.desk.seats
+    assert len(room.desk.finished) == 1  # its absence was told before
+    room.desk.on_message("a", room.update(room.job()), None)
+    assert [fault.code for fault in room.to("a", Fault)] == ["late", "round"]
+
+
+def test_spool_is_cleared_of_what_counts_no_more(room, tmp_path):
+    room.give("a")
+    room.give("b")
+    room.finish("a")
+    room.announce("b")
+    room.desk.close(1)
+    room.desk.finished.clear()
+    room.desk.clear_spool(2)
+    assert {path.name.split("-")[1] for path in tmp_path.iterdir()} == {"b.data"}
+
+
+def test_device_that_is_gone_may_come_back_with_its_update(room):
+    room.give()
+    room.announce()
+    room.parts([1])
+    room.desk.on_gone("a", "gone", "said nothing for 45 s")
+    assert room.desk.credit.bytes_under_way == 0
+    assert [r.outcome for r in room.desk.finished] == ["failed"]
+    room.desk.on_return("a", 1, room.job().id)
+    asked = [(f.have, f.first, f.count) for f in room.to("a", Fetch)[-2:]]
+    assert asked == [(1, 0, 1), (1, 2, 1)]
+    room.parts([0, 2])
+    assert_is_the_update(room, room.desk.finished[1])
+
+
+def test_device_that_restarted_gets_its_job_again_when_it_is_ready(room):
+    room.give()
+    for times in range(2, MOST_GIVEN + 1):
+        room.desk.on_return("a", 0, None)
+        assert len(room.to("a", Job)) == times - 1
+        room.desk.on_ready("a", Ready(exit=1, stages=(2,)))
+        assert len(room.to("a", Job)) == times
+    room.desk.on_return("a", 0, None)
+    room.desk.on_ready("a", Ready(exit=1, stages=(2,)))
+    (absence,) = room.desk.finished
+    assert absence.code == "restarted"
+
+
+def test_device_that_came_back_smaller_fails(room):
+    room.give()
+    room.desk.on_return("a", 0, None)
+    room.desk.on_ready("a", Ready(exit=1))  # cannot hold stage 2 any more
+    (absence,) = room.desk.finished
+    assert absence.code == "capacity"
+
+
+def test_job_goes_out_when_the_device_can_be_reached(room):
+    room.unreachable.add("a")
+    room.give()
+    room.unreachable.clear()
+    assert not room.to("a", Job)
+    room.desk.on_ready("a", Ready(exit=3))
+    assert room.to("a", Job)
+
+
+def test_stalled_upload_is_asked_for_again_then_given_up(room, monkeypatch):
+    room.give()
+    room.announce()
+    room.parts([1])
+    seat = room.desk.seats["a"]
+    for _ in range(MOST_STALLS):
+        assert "a" in room.desk.seats
+        seat.moved -= seat.patience_s(room.desk.credit.held("a")) + 1
+        room.desk.check_stalls()
+    (absence,) = room.desk.finished
+    assert (absence.outcome, absence.code) == ("failed", "stalled")
+    again = [(0, 1), (2, 1)]  # what is missing
+    assert [(f.first, f.count) for f in room.to("a", Fetch)] == [(0, 2), (2, 1), *again, *again]
+
+
+def test_repeated_part_is_no_progress(room):
+    room.give()
+    room.announce()
+    room.parts([0])
+    moved = room.desk.seats["a"].moved
+    room.parts([0])
+    assert room.desk.seats["a"].moved == moved
+
+
+def test_full_disk_ends_the_run_and_keeps_what_is_whole(room, monkeypatch, tmp_path):
+    room.give("a")
+    room.give("b")
+    room.finish("a")
+    room.announce("b")
+
+    def full(*args: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StoreError, match=r"b\.data cannot be written: .*No space.*--resume"):
+        room.parts([0], "b")
+    monkeypatch.undo()
+    after = Room(tmp_path)
+    after.give("a")
+    assert_is_the_update(after, after.desk.finished[0])
+
+
+def test_budget_bounds_what_is_under_way(tmp_path):
+    room = Room(tmp_path, credit=Credit(2 * PART_BYTES))
+    for name in "abc":
+        room.give(name)
+        room.announce(name)
+    assert room.desk.credit.bytes_under_way == 2 * PART_BYTES
+    assert [who for who, m in room.said if isinstance(m, Fetch)] == ["a"]
+    room.desk.on_gone("a", "gone", "gone")  # frees it
+    assert [who for who, m in room.said if isinstance(m, Fetch)] == ["a", "b"]
+    assert room.desk.credit.bytes_under_way == 2 * PART_BYTES
