@@ -14,13 +14,25 @@ from typing import Any, TypeAlias
 
 import msgpack
 
-from edge_sdk.wire import Bye, Fault, Fetch, Heartbeat, Message, Part, Ready, TensorSpec, encode
+from edge_sdk.wire import (
+    Bye,
+    Fault,
+    Fetch,
+    Heartbeat,
+    Message,
+    Part,
+    Probe,
+    Ready,
+    TensorSpec,
+    encode,
+)
 from tools.fuzz_world import (
     NUM_ROUTES,
     ROUND,
     SENDERS,
     UNREACHABLE,
     Act,
+    job_of,
     make_hello,
     make_update,
     parts_of,
@@ -42,36 +54,41 @@ TEXTS = (
 )  # fmt: skip
 TAGS = (
     "hello", "welcome", "ready", "job", "fetch", "part", "update", "accepted", "fault", "heartbeat",
-    "bye",
+    "bye", "probe",
 )  # fmt: skip
 
 
 @lru_cache
 def messages_of(name: str) -> list[Message]:
     """What a device of this name could mean, rightly or wrongly, in the round of the world."""
-    update, specs = make_update(), specs_of_update()
+    update, specs = make_update(name), specs_of_update()
     wide = TensorSpec(name="w", shape=(2**40, 2**40), dtype="float64")
     return [
         make_hello(name),
-        make_hello(name, round=ROUND),
+        make_hello(name, round=ROUND, job=job_of(name).id),
+        make_hello(name, round=ROUND, job=job_of(name).id, session="another"),
         make_hello(name, round=ROUND - 1, session="another"),
         make_hello(name, num_classes=4),
         Ready(exit=3),
         Ready(exit=2, stages=(3,), stage_s=(1.0,), prefix_s=1.0),
         Ready(exit=4),
-        Fetch(round=ROUND, first=0, count=3),
-        Fetch(round=ROUND, first=2**48, count=1024),
+        Fetch(round=ROUND, have=0, first=0, count=3),
+        Fetch(round=ROUND, have=2**48, first=2**48, count=1024),
+        Fetch(round=ROUND, have=3, first=3, count=0),
         *(Part(round=ROUND, index=index) for index in range(4)),
         update,
-        make_update(round=ROUND - 1),
-        make_update(tensors=specs[::-1]),
-        make_update(tensors=(wide,)),
-        make_update(num_examples=11, exits=()),
+        make_update(name, round=ROUND - 1),
+        make_update(name, tensors=specs[::-1]),
+        make_update(name, tensors=(wide,)),
+        make_update(name, num_examples=11, exits=()),
+        make_update(name, job="0" * 32),
+        make_update(name, digest="0" * 32),
         Fault(code="data", detail="no data", round=ROUND),
         Fault(code="protocol", detail="what?"),
         Heartbeat(round=ROUND),
         Heartbeat(),
         Bye(),
+        Probe(),
     ]
 
 
@@ -88,7 +105,7 @@ def seeds_of_handler() -> list[bytes]:
     for place, name in enumerate(SENDERS):
         acts = [(2 * place, frames_of(name, message)) for message in messages_of(name)]
         seeds += [pack_acts([act]) for act in acts]
-        update = (2 * place, frames_of(name, make_update()))
+        update = (2 * place, frames_of(name, make_update(name)))
         parts = [act for act in acts if len(act[1]) == 2]
         seeds.append(pack_acts([update, *parts[:3]]))
         moved = [(route + 1, frames) for route, frames in (acts[1], update, *parts)]
@@ -111,7 +128,7 @@ def unpack_acts(data: bytes) -> list[Act]:
         ]
     except Exception:
         acts = [(len(data) % NUM_ROUTES, [data])]
-    return [(route, frames or [b""]) for route, frames in acts[:MAX_ACTS]]
+    return acts[:MAX_ACTS]
 
 
 # -- changes -----------------------------------------------------------------------------------
@@ -143,18 +160,20 @@ def mutate_acts(
 
 
 def some_act(rng: random.Random, pool: Sequence[bytes] = ()) -> Act:
-    """A message that could be meant, seldom one of `pool`."""
+    """A message that could be meant, seldom one of `pool` or no frames: time passes."""
     place = rng.randrange(len(SENDERS))
     route = 2 * place + rng.choice((0, 0, 0, 1))
     if pool and rng.randrange(6) == 0:
         return route, [rng.choice(pool)]
+    if rng.randrange(12) == 0:
+        return route, []
     return route, frames_of(SENDERS[place], rng.choice(messages_of(SENDERS[place])))
 
 
 def _mutate_frames(
     frames: list[bytes], rng: random.Random, mutate_bytes: MutateBytes
 ) -> list[bytes]:
-    frames = list(frames)
+    frames = list(frames) or [b""]
     match rng.randrange(10):
         case 0:
             frames.insert(

@@ -23,12 +23,13 @@ ABSENT = "(nothing)"
 
 
 def snapshot_state(root: object, leave_out: Collection[str] = ()) -> bytes:
-    """Equal for equal states. leave_out: attributes of our objects that are no state."""
-    opened: set[int] = set()  # objects may point back
+    """Equal for equal states. leave_out: attributes and classes of ours that are no state. Raises
+    RecursionError where objects point back to one that they are in."""
     digests: dict[int, Any] = {}  # tensors of a job are shared
 
     def attributes(value: Any) -> Any:
         """Of what msgspec does not know."""
+        kind = type(value)
         if isinstance(value, torch.Tensor):
             if id(value) not in digests:
                 raw = value.numpy(force=True)
@@ -36,10 +37,10 @@ def snapshot_state(root: object, leave_out: Collection[str] = ()) -> bytes:
             return digests[id(value)]
         if isinstance(value, deque):
             return list(value)
-        kind = type(value)
-        if not kind.__module__.startswith(OURS) or id(value) in opened:
+        if isinstance(value, range):
+            return repr(value)
+        if not kind.__module__.startswith(OURS) or kind.__name__ in leave_out:
             return kind.__name__
-        opened.add(id(value))
         slots = [name for cls in kind.__mro__ for name in getattr(cls, "__slots__", ())]
         items = {name: getattr(value, name) for name in slots if hasattr(value, name)}
         items |= getattr(value, "__dict__", {})

@@ -4,10 +4,10 @@ Hub, ZmqCohort and all behind them are the real ones. Six devices are in six sta
 come the inputs, frames as any of them (or a stranger) could send them; then one more device, which
 did nothing but wait, finishes its job. After every input:
 
-- nothing was raised but Stopped or StoreError, and every line logged is one line;
+- nothing was raised, and every line logged is one line;
 - what is not the sender's is as it was, and only the sender was answered;
-- an input answered by a Fault changed nothing; if the Fault is about the job in hand, it changed
-  nothing but the sender's part (a refused update ends its sender's part in the round).
+- an input answered by a Fault changed nothing but, if the Fault is about the job in hand, the
+  sender's part: see may_change.
 
 At the end the waiting device's update counted once, as it was sent, and so did everybody's that
 counted at all.
@@ -16,6 +16,7 @@ counted at all.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections import Counter
@@ -23,21 +24,25 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import torch
 import zmq
 
 from coordinator.admission import Admission
-from coordinator.cohort import Assignment, ClientUpdate
-from coordinator.cohort_zmq import Stopped, Terms, ZmqCohort
+from coordinator.cohort import Assignment, Client, ClientUpdate
+from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.hub import Hub
-from edge_sdk.errors import StoreError
-from edge_sdk.profile import DeviceProfile
+from coordinator.seats import make_job
+from coordinator.spool import Spool
+from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
 from edge_sdk.tensors import Sender, Tensors, specs_of
 from edge_sdk.wire import (
     PROTOCOL,
     Accepted,
+    Bye,
     ExitResult,
     Fault,
     Fetch,
@@ -60,15 +65,19 @@ from edge_sdk.wire import (
 from tools.fuzz_state import Place, changes, is_owned, shown, snapshot_state
 
 PART_BYTES = 64  # so that tensors of a few bytes travel in parts
-ROUND = 7
+RUN, ROUND = "fuzz", 7
+STEP_S = 0.9  # of the clock, between two looks of the coordinator
+MEMORY = (
+    "/dev/shm"  # where the spool lies if there is such a thing: a disk is not what is looked at
+)
 HONEST = "honest"
 # In the order of their routes. Each has two: its own connection and one it may open anew.
 SENDERS = ("quiet", "idle", "told", "training", "uploading", "done", "stranger")
 JOINED = ("idle", "told", "training", "uploading", "done", HONEST)
 UNREACHABLE = 2 * len(SENDERS)  # added to a route: answers cannot be sent
 NUM_ROUTES = 2 * UNREACHABLE
-# How busy the coordinator is, which any message changes, and what only reads tensors, for speed.
-NO_STATE = ("_hub", "_num_heard", "sender")
+# How busy the coordinator is, which any message changes; sums over clients; what only reads.
+NO_STATE = ("_hub", "_num_heard", "_used", "_queues", "Sender")
 PROFILE = DeviceProfile(
     platform="generic", memory_total_bytes=2**32, memory_available_bytes=2**31, cores=4, gflops=10.0
 )
@@ -82,10 +91,6 @@ class Broken(Exception):
     """The coordinator did what it must not do."""
 
 
-class Over(BaseException):
-    """Nothing is left to be said in this round. Not an Exception, as nobody may catch it."""
-
-
 class Frame:
     """As much of zmq.Frame as is used of it."""
 
@@ -93,8 +98,7 @@ class Frame:
         self.bytes, self.buffer, self._key = data, memoryview(data), key
 
     def get(self, name: str) -> str:
-        assert name == "User-Id"
-        return self._key
+        return {"User-Id": self._key, "Peer-Address": "127.0.0.1"}[name]
 
 
 class Keys(Admission):
@@ -105,7 +109,10 @@ class Keys(Admission):
 
     def name_of(self, public_key: bytes) -> str | None:
         name = public_key.decode()
-        return name if name in SENDERS[:-1] or name == HONEST else None
+        return name if name in self.names() else None
+
+    def names(self) -> dict[str, bytes]:
+        return {name: name.encode() for name in (*SENDERS[:-1], HONEST)}
 
 
 class Socket:
@@ -124,9 +131,10 @@ class Socket:
         return zmq.POLLIN if self._frames else 0
 
     def recv_multipart(self, flags: int = 0, copy: bool = True) -> list[Frame]:
-        frames, self._frames = self._frames, None
-        if frames is None:
+        if not self.poll():
             raise zmq.Again
+        frames, self._frames = self._frames, None
+        assert frames is not None
         return frames
 
     def send_multipart(self, frames: list[bytes], flags: int = 0, copy: bool = True) -> None:
@@ -147,7 +155,7 @@ class OneLine(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
-        if not line.isprintable() or len(line) > 5000:
+        if not re.search(PLAIN_TEXT, line) or len(line) > 5000:
             raise Broken(f"logged {line[:300]!r} ... ({len(line)} characters)")
 
 
@@ -168,9 +176,9 @@ class Seen:
 
 
 class Clock:
-    """The module `time`, but it stands still: else every message would change a state."""
+    """The module `time`, but it goes on only when told: else every message would change a state."""
 
-    now_s = 10_000.0
+    now_s = 10_000.0  # seconds
 
     def monotonic(self) -> float:
         return self.now_s
@@ -181,12 +189,14 @@ class Clock:
         return getattr(time, name)
 
 
+CLOCK = Clock()
+
+
 @contextmanager
 def small_world() -> Iterator[None]:
     """Transfers are cut into parts of PART_BYTES and time stands still, in all of our modules that
     are loaded, for as long."""
     changed: list[tuple[Any, str, Any]] = []
-    clock = Clock()
     for module_name, module in list(sys.modules.items()):
         if not module_name.startswith(("edge_sdk", "coordinator")):
             continue
@@ -195,7 +205,7 @@ def small_world() -> Iterator[None]:
         if getattr(module, "time", None) is time:
             changed.append((module, "time", time))
     for module, name, _ in changed:
-        setattr(module, name, clock if name == "time" else PART_BYTES)
+        setattr(module, name, CLOCK if name == "time" else PART_BYTES)
     try:
         yield
     finally:
@@ -227,8 +237,27 @@ def specs_of_update() -> tuple[TensorSpec, ...]:
 
 
 @lru_cache
-def encoded(message: Hello | Ready | Fetch | Part | Heartbeat) -> bytes:
+def encoded(message: Hello | Ready | Fetch | Part | Heartbeat | Bye) -> bytes:
     return encode(message)
+
+
+@lru_cache
+def job_of(name: str) -> Job:
+    """What the coordinator gives this device."""
+    sender = Sender(tensors_of("down"))
+    client = Client(id=name, exit=3)
+    return make_job(RUN, client, assignment(), sender, ROUND, 0.0)
+
+
+@lru_cache
+def digest_of(name: str) -> str:
+    return Sender(tensors_of(name)).digest()
+
+
+@lru_cache
+def assignment() -> Assignment:
+    down = tensors_of("down")
+    return Assignment(model=MODEL, plan=PLAN, tensors=down, returns=specs_of_update())
 
 
 def make_hello(name: str, **changes: Any) -> Hello:
@@ -239,8 +268,9 @@ def make_hello(name: str, **changes: Any) -> Hello:
     return Hello(**(fields | changes))
 
 
-def make_update(**changes: Any) -> Update:
+def make_update(name: str, **changes: Any) -> Update:
     fields: dict[str, Any] = {
+        "job": job_of(name).id, "digest": digest_of(name),
         "round": ROUND, "num_examples": 10, "num_steps": 2,
         "exits": tuple(ExitResult(exit=exit, loss=0.5, accuracy=0.5) for exit in (1, 2, 3)),
         "phases": {"train": Phase(wall_s=1.0)}, "peak_memory_bytes": 0,
@@ -253,18 +283,21 @@ class World:
     """One coordinator. play() is one round; it may be played again. Only inside small_world()."""
 
     _hub: Hub | None = None  # the context and port of a real one are not needed twice
+    _folder: TemporaryDirectory[str] | None = None
 
     def __init__(self, *, is_judged: bool = True, seen: Seen | None = None) -> None:
-        if World._hub is None:
+        if World._hub is None or World._folder is None:
             World._hub = Hub("tcp://127.0.0.1:*", None, None)
             World._hub.socket.close()
+            World._folder = TemporaryDirectory(dir=MEMORY if Path(MEMORY).is_dir() else None)
         World._hub.socket = self.socket = Socket(self._listen)  # type: ignore[assignment]
         World._hub._admission = Keys()
         terms = Terms(
-            run="fuzz", model=MODEL, plan=PLAN, deadline_s=0.0, grace_s=600.0, quorum=1.0,
-            min_clients=len(JOINED),
+            run=RUN, model=MODEL, plan=PLAN, deadline_s=0.0, grace_s=1e6, quorum=1.0,
+            min_clients=len(JOINED), oldest=2,
         )  # fmt: skip
-        self.cohort = ZmqCohort(World._hub, terms)
+        self._spool = Spool(Path(World._folder.name))
+        self.cohort = ZmqCohort(World._hub, terms, self._spool)
         self.seen = seen or Seen()
         self.results: list[Any] = []
         self._is_judged = is_judged
@@ -274,19 +307,13 @@ class World:
 
     def play(self, acts: Iterable[Act]) -> None:
         """Raises Broken, or whatever the coordinator let out."""
+        self._spool.forget_before(2**31, set())
         self.results = []
         self._script = self._round(acts)
-        down = tensors_of("down")
-        job = Assignment(model=MODEL, plan=PLAN, tensors=down, returns=specs_of_update())
-        work = {name: job for name in JOINED if name != "idle"}
-        try:
-            self.cohort.clients()
-            for result in self.cohort.train(work, ROUND, 0.0):
-                self.results.append(result)
-        except Over:
-            pass  # some never returned; if all did, the round ended by itself
-        except (Stopped, StoreError):
-            raise Broken("the round was stopped, and nobody had asked for that") from None
+        self.cohort.clients()
+        work = {name: assignment() for name in JOINED if name != "idle"}
+        for result in self.cohort.train(work, ROUND, 0.0):
+            self.results.append(result)
         self._check_results()
 
     # -- what is said --------------------------------------------------------------------------
@@ -300,6 +327,7 @@ class World:
         return frames
 
     def _round(self, acts: Iterable[Act]) -> Iterator[list[Frame] | None]:
+        yield from self._leave(JOINED)  # what the round before left
         for name in JOINED:
             yield self._frames(name, make_hello(name))
             self._expect(name, Welcome)
@@ -312,11 +340,15 @@ class World:
         yield from self._upload("uploading", 1)
         yield from self._upload("done", 3)
         for act in acts:
-            yield self._begin(act)
+            if act[1]:
+                yield self._begin(act)
+            else:
+                yield from self._pass_time(2.0 * (1 + act[0] % 8))
         yield self._frames(HONEST, Heartbeat(round=ROUND))
         self._expect(HONEST, Heartbeat)
         yield from self._upload(HONEST, 3)
-        raise Over
+        yield from self._leave(JOINED[:-1])
+        raise Broken("all devices have left, and the round does not end")
 
     def _begin(self, act: Act) -> list[Frame]:
         """An input. What the coordinator knows before it is what it knew after the last one."""
@@ -326,26 +358,54 @@ class World:
         name = self._sender = SENDERS[route // 2]
         if self._is_judged and self._before is None:
             self._before = snapshot_state(self.cohort, NO_STATE)
-        return [Frame(b"%s %d" % (name.encode(), route % 2)), *[Frame(f, name) for f in frames]]
+        return [Frame(f"{name} {route % 2}".encode()), *[Frame(f, name) for f in frames]]
 
-    def _frames(self, name: str, message: Message, payload: bytes | None = None) -> list[Frame]:
+    def _pass_time(self, seconds: float) -> Iterator[list[Frame] | None]:
+        """Nobody says anything but the waiting device, which is alive. Steps are short: a
+        coordinator that did not listen for long takes nobody for silent."""
+        self.seen.inputs += 1
+        self._sender = self._before = None
+        for _ in range(round(seconds / STEP_S)):
+            CLOCK.now_s += STEP_S
+            yield None
+        yield self._frames(HONEST, Heartbeat(round=ROUND))
+        self._expect(HONEST, Heartbeat)
+
+    def _frames(
+        self, name: str, message: Any, payload: bytes | None = None, connection: int = 0
+    ) -> list[Frame]:
         self._sender = self._before = None
         data = encode(message) if isinstance(message, Update) else encoded(message)
-        frames = [Frame(f"{name} 0".encode()), Frame(data, name)]
+        frames = [Frame(f"{name} {connection}".encode()), Frame(data, name)]
         return frames if payload is None else [*frames, Frame(payload, name)]
 
+    def _leave(self, names: Iterable[str]) -> Iterator[list[Frame] | None]:
+        for name in names:
+            for connection in (0, 1):
+                yield self._frames(name, Bye(), connection=connection)
+
     def _fetch(self, name: str, count: int) -> Iterator[list[Frame] | None]:
-        yield self._frames(name, Fetch(round=ROUND, first=0, count=count))
+        yield self._frames(name, Fetch(round=ROUND, have=0, first=0, count=count))
         self._expect(name, Part, count)
+        if count == 3:
+            yield self._frames(name, Fetch(round=ROUND, have=3, first=3, count=0))
 
     def _upload(self, name: str, count: int) -> Iterator[list[Frame] | None]:
-        parts = parts_of(name)
-        yield self._frames(name, make_update())
-        self._expect(name, Fetch)
-        for index in range(count):
-            yield self._frames(name, Part(round=ROUND, index=index), parts[index])
-        if count == len(parts):
+        """Announce, then send the first parts that are asked for."""
+        yield self._frames(name, make_update(name))
+        asked = self._asked()
+        for _ in range(count):
+            if not asked:
+                raise Broken(f"{name} was not asked for all its parts")
+            index = asked.pop(0)
+            yield self._frames(name, Part(round=ROUND, index=index), parts_of(name)[index])
+            asked += self._asked()
+        if count == len(parts_of(name)):
             self._expect(name, Accepted)
+
+    def _asked(self) -> list[int]:
+        fetches = [message for _, message in self.socket.sent if isinstance(message, Fetch)]
+        return [i for fetch in fetches for i in range(fetch.first, fetch.first + fetch.count)]
 
     def _expect(self, name: str, kind: type[Message], count: int = 1) -> None:
         """The devices that follow the protocol are served, whatever else goes on."""
@@ -378,37 +438,44 @@ class World:
         if not found:
             return
         self.seen.kinds[hash(_kind(found)) % len(self.seen.kinds)] = 1
-        if is_refused and not any(is_about_job(fault) for fault in faults):
+        if is_refused and not all(may_change(place, faults) for place in found):
             raise Broken(f"refused, and yet: {shown(found)}")
         others = {p: values for p, values in found.items() if not is_owned(p, values, owned)}
         if others:
             raise Broken(f"{name} changed what is not its own: {shown(others)}")
 
     def _check_results(self) -> None:
-        counted: Counter[str] = Counter()
+        counted: dict[str, Tensors] = {}
         for result in self.results:
-            name = result.client.id
-            counted[name] += 1
             if not isinstance(result, ClientUpdate):
                 continue
-            self.seen.updates += name not in (HONEST, "done")
+            name = result.client.id
+            if name in counted:
+                raise Broken(f"two updates of {name} counted")
+            counted[name] = result.tensors
             if specs_of(result.tensors) != specs_of_update():
                 raise Broken(f"{name}: tensors counted that were not asked for")
             if not all(bool(torch.isfinite(t).all()) for t in result.tensors.values()):
                 raise Broken(f"{name}: numbers counted that are not finite")
         for name in (HONEST, "done"):
-            updates = [r for r in self.results if isinstance(r, ClientUpdate)]
-            mine = [r.tensors for r in updates if r.client.id == name]
             want = tensors_of(name)
-            if len(mine) != 1 or any(not torch.equal(mine[0][k], want[k]) for k in want):
-                raise Broken(f"{name} counted {len(mine)} times, or not as it was sent")
-        if max(counted.values()) > 1:
-            raise Broken(f"results of one client: {counted.most_common(1)}")
+            if name not in counted or any(not torch.equal(counted[name][k], want[k]) for k in want):
+                raise Broken(f"{name}'s update does not count, or not as it was sent")
+        if specs_of(tensors_of("down")) != specs_of_update() or digest_of("down") != (
+            Sender(tensors_of("down")).digest()
+        ):
+            raise Broken("the model that was sent was changed")
+        self.seen.updates += len(counted) - 2
 
 
-def is_about_job(fault: Fault) -> bool:
-    """The update in hand was refused. With code "round" it is an update that nobody waits for."""
-    return fault.round == ROUND and fault.code != "round"
+def may_change(place: Place, faults: list[Fault]) -> bool:
+    """Whether a refusal may change what is there. A refused update ends its sender's part in the
+    round; with code "round" it was not looked at, and all that may be noted is that its sender has
+    another job in hand, or none."""
+    about_job = [fault for fault in faults if fault.round == ROUND]
+    return any(fault.code != "round" for fault in about_job) or (
+        bool(about_job) and place[-1] == "awaits_ready"
+    )
 
 
 def _kind(found: dict[Place, tuple[Any, Any]]) -> frozenset[tuple[Any, ...]]:
