@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", choices=("decode", "handler"))
     parser.add_argument("--inputs", type=int, default=1_000_000, metavar="N")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--minutes", type=float, default=24 * 60, help="end after so long, however many inputs"
+    )
     parser.add_argument("--csv", type=Path, default=CSV, help="a row is appended; '' for none")
     args = parser.parse_args(argv)
     folder = BUILD / "fuzz" / args.target

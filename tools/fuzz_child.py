@@ -47,8 +47,8 @@ PER_MESSAGE = 200  # messages drawn of every type, to begin with
 class Run:
     """Counts inputs of one target, keeps what failed, writes the result."""
 
-    def __init__(self, target: str, most: int) -> None:
-        self.target, self.most = target, most
+    def __init__(self, target: str, most: int, most_s: float) -> None:
+        self.target, self.most, self.most_s = target, most, most_s
         self.folder = BUILD / "fuzz" / target
         self.seen = Seen()
         self.sequences = self.accepted = 0
@@ -74,7 +74,8 @@ class Run:
         self.slowest_ms = max(self.slowest_ms, 1000 * (time.thread_time() - start))
         if self.sequences % 97 == 0 and len(self.kept) < KEPT:
             self.kept.append(data)
-        if self.seen.inputs >= self.most or len(self.failures) >= MAX_FAILURES:
+        is_late = time.monotonic() - self.started > self.most_s
+        if is_late or self.seen.inputs >= self.most or len(self.failures) >= MAX_FAILURES:
             self.end()
 
     def fail(self, data: bytes, error: Exception) -> None:
@@ -151,11 +152,11 @@ def mutator(target: str, pool: list[bytes]) -> Callable[[bytes, int, int], bytes
 
 
 def main() -> None:
-    target, inputs, seed = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    target, inputs, seed, minutes = sys.argv[1:]
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, handlers=[OneLine()])
     with small_world():
-        run = Run(target, inputs)
+        run = Run(target, int(inputs), 60 * float(minutes))
         corpus = run.folder / "corpus"
         corpus.mkdir()
         pool = drawn_frames(PER_MESSAGE, int(seed))

@@ -76,8 +76,8 @@ SENDERS = ("quiet", "idle", "told", "training", "uploading", "done", "stranger")
 JOINED = ("idle", "told", "training", "uploading", "done", HONEST)
 UNREACHABLE = 2 * len(SENDERS)  # added to a route: answers cannot be sent
 NUM_ROUTES = 2 * UNREACHABLE
-# How busy the coordinator is, which any message changes; sums over clients; what only reads.
-NO_STATE = ("_hub", "_num_heard", "_used", "_queues", "Sender")
+# When it listened, which any message changes; sums over clients; what only reads tensors.
+NO_STATE = ("_hub", "_num_heard", "_listened", "_looked", "_progress", "_used", "_queues", "Sender")
 PROFILE = DeviceProfile(
     platform="generic", memory_total_bytes=2**32, memory_available_bytes=2**31, cores=4, gflops=10.0
 )
@@ -301,6 +301,7 @@ class World:
         self.seen = seen or Seen()
         self.results: list[Any] = []
         self._is_judged = is_judged
+        self._is_played = False
         self._script: Iterator[list[Frame] | None] = iter(())
         self._sender: str | None = None  # of the input in hand
         self._before: bytes | None = None
@@ -327,7 +328,9 @@ class World:
         return frames
 
     def _round(self, acts: Iterable[Act]) -> Iterator[list[Frame] | None]:
-        yield from self._leave(JOINED)  # what the round before left
+        if self._is_played:
+            yield from self._leave(JOINED)  # whoever the round before left
+        self._is_played = True
         for name in JOINED:
             yield self._frames(name, make_hello(name))
             self._expect(name, Welcome)
@@ -469,9 +472,11 @@ class World:
 
 
 def may_change(place: Place, faults: list[Fault]) -> bool:
-    """Whether a refusal may change what is there. A refused update ends its sender's part in the
-    round; with code "round" it was not looked at, and all that may be noted is that its sender has
-    another job in hand, or none."""
+    """Whether a refusal may change what is there: when its sender was heard. A refused update ends
+    its sender's part in the round; with code "round" it was not looked at, and all that may be
+    noted is that its sender has another job in hand, or none."""
+    if place[-1] == "seen":
+        return True
     about_job = [fault for fault in faults if fault.round == ROUND]
     return any(fault.code != "round" for fault in about_job) or (
         bool(about_job) and place[-1] == "awaits_ready"
