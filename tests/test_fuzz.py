@@ -22,6 +22,7 @@ from edge_sdk import pipe
 from edge_sdk.errors import ProtocolError
 from edge_sdk.wire import Accepted, Fault, Fetch, Message, Part, decode, encode
 from tools import fuzz
+from tools.fuzz_fakes import SENDERS, Broken, OneLine, Socket, small_world
 from tools.fuzz_inputs import (
     frames_of,
     messages_of,
@@ -34,26 +35,13 @@ from tools.fuzz_inputs import (
 from tools.fuzz_messages import drawn_frames, strategies
 from tools.fuzz_state import changes, is_owned, snapshot_state
 from tools.fuzz_targets import decode_one, handler_one
-from tools.fuzz_world import (
-    ROUND,
-    SENDERS,
-    Act,
-    Broken,
-    OneLine,
-    Seen,
-    Socket,
-    World,
-    job_of,
-    make_hello,
-    make_update,
-    small_world,
-)
+from tools.fuzz_world import ROUND, Act, Seen, World, job_of, make_hello, make_update
 
 REGRESSIONS = Path(__file__).parent / "fuzz" / "regressions"
 FEW = settings(
     max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
-MORE = settings(FEW, max_examples=250)
+MORE = settings(FEW, max_examples=120)
 numbers = st.integers(0, 2**32).map(random.Random)
 
 

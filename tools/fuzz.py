@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     log = folder / "log"
     with log.open("w") as errors:
         ended = subprocess.run(
-            [python(), "-m", "tools.fuzz_child", args.target, str(args.inputs), str(args.seed)],
+            [python(), "-m", "tools.fuzz_child", args.target]
+            + [str(value) for value in (args.inputs, args.seed, args.minutes)],
             cwd=ROOT, stderr=errors, env=environment(),
         )  # fmt: skip
     found = PROGRESS.findall(log.read_text(errors="replace"))

@@ -26,6 +26,7 @@ import torch
 import zmq  # noqa: F401
 
 with atheris.instrument_imports(include=["edge_sdk", "coordinator"]):
+    from tools.fuzz_fakes import OneLine, small_world
     from tools.fuzz_inputs import (
         mutate_acts,
         mutate_frame,
@@ -34,14 +35,14 @@ with atheris.instrument_imports(include=["edge_sdk", "coordinator"]):
     )
     from tools.fuzz_messages import drawn_frames
     from tools.fuzz_targets import decode_one, handler_one
-    from tools.fuzz_world import OneLine, Seen, World, small_world
+    from tools.fuzz_world import Seen, World
 
 from tools.fuzz import BUILD, REGRESSIONS
 
 MAX_FAILURES = 20  # different ones; then the run ends
 KEPT = 2000  # inputs that are given again to see whether memory grows
 ACTS_PER_ROUND = 500
-PER_MESSAGE = 200  # messages drawn of every type, to begin with
+PER_MESSAGE = 60  # messages drawn of every type, to begin with
 
 
 class Run:
@@ -74,6 +75,8 @@ class Run:
         self.slowest_ms = max(self.slowest_ms, 1000 * (time.thread_time() - start))
         if self.sequences % 97 == 0 and len(self.kept) < KEPT:
             self.kept.append(data)
+        if self.sequences % 1000 == 0:
+            self.write("progress", self.told())  # to be looked at
         is_late = time.monotonic() - self.started > self.most_s
         if is_late or self.seen.inputs >= self.most or len(self.failures) >= MAX_FAILURES:
             self.end()
@@ -91,18 +94,26 @@ class Run:
         (self.folder / f"failed-{name}.txt").write_text(f"{kind}\n{trace}\n{shown(data)}\n")
 
     def end(self) -> None:
-        seconds = time.monotonic() - self.started
-        told: dict[str, Any] = {
-            "inputs": self.seen.inputs, "sequences": self.sequences,
-            "per_s": round(self.seen.inputs / seconds), "refused": self.seen.refused,
-            "accepted": self.accepted, "updates": self.seen.updates, "changes": self.seen.changes,
-            "failures": len(self.failures), "slowest_ms": round(self.slowest_ms, 1),
-            "answers": " ".join(f"{k}:{n}" for k, n in self.seen.answers.most_common()),
-        }  # fmt: skip
-        told |= self.growth()
-        (self.folder / "result.json").write_text(json.dumps(told))
+        told = self.told()
+        self.write("progress", told)
+        self.write("result", told | self.growth())
         sys.stderr.flush()
         os._exit(0)
+
+    def told(self) -> dict[str, Any]:
+        return {
+            "inputs": self.seen.inputs, "sequences": self.sequences,
+            "seconds": round(time.monotonic() - self.started), "cpu_s": round(time.process_time()),
+            "refused": self.seen.refused, "accepted": self.accepted, "updates": self.seen.updates,
+            "changes": self.seen.changes, "failures": len(self.failures),
+            "slowest_ms": round(self.slowest_ms, 1),
+            "answers": " ".join(f"{k}:{n}" for k, n in self.seen.answers.most_common()),
+        }  # fmt: skip
+
+    def write(self, name: str, told: dict[str, Any]) -> None:
+        draft = self.folder / f"{name}.new"
+        draft.write_text(json.dumps(told))
+        draft.replace(self.folder / f"{name}.json")
 
     def growth(self) -> dict[str, float]:
         """Memory after 10,000 more inputs of those seen and after 110,000, in one coordinator."""

@@ -26,10 +26,10 @@ from edge_sdk.wire import (
     TensorSpec,
     encode,
 )
+from tools.fuzz_fakes import SENDERS
 from tools.fuzz_world import (
     NUM_ROUTES,
     ROUND,
-    SENDERS,
     UNREACHABLE,
     Act,
     job_of,

@@ -9,8 +9,9 @@ from __future__ import annotations
 from edge_sdk.errors import ProtocolError
 from edge_sdk.transport import parse_frames
 from edge_sdk.wire import Message, Part, decode, encode
+from tools.fuzz_fakes import Broken, Frame
 from tools.fuzz_inputs import unpack_acts
-from tools.fuzz_world import Broken, Frame, Seen, World
+from tools.fuzz_world import Seen, World
 
 MAX_ERROR = 1000  # characters of a refusal
 

@@ -15,13 +15,8 @@ counted at all.
 
 from __future__ import annotations
 
-import logging
-import re
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -29,15 +24,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import torch
-import zmq
 
-from coordinator.admission import Admission
 from coordinator.cohort import Assignment, Client, ClientUpdate
 from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.hub import Hub
 from coordinator.seats import make_job
 from coordinator.spool import Spool
-from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
+from edge_sdk.profile import DeviceProfile
 from edge_sdk.tensors import Sender, Tensors, specs_of
 from edge_sdk.wire import (
     PROTOCOL,
@@ -59,20 +52,16 @@ from edge_sdk.wire import (
     TensorSpec,
     Update,
     Welcome,
-    decode,
     encode,
 )
+from tools.fuzz_fakes import CLOCK, HONEST, SENDERS, Broken, Frame, Keys, Socket
 from tools.fuzz_state import Place, changes, is_owned, shown, snapshot_state
 
-PART_BYTES = 64  # so that tensors of a few bytes travel in parts
 RUN, ROUND = "fuzz", 7
 STEP_S = 0.9  # of the clock, between two looks of the coordinator
 MEMORY = (
     "/dev/shm"  # where the spool lies if there is such a thing: a disk is not what is looked at
 )
-HONEST = "honest"
-# In the order of their routes. Each has two: its own connection and one it may open anew.
-SENDERS = ("quiet", "idle", "told", "training", "uploading", "done", "stranger")
 JOINED = ("idle", "told", "training", "uploading", "done", HONEST)
 UNREACHABLE = 2 * len(SENDERS)  # added to a route: answers cannot be sent
 NUM_ROUTES = 2 * UNREACHABLE
@@ -85,78 +74,6 @@ MODEL = ModelSpec(family="cnn", input_shape=(1, 8, 8), num_classes=3, exit=3)
 PLAN = Plan(segments=(Segment(first=1, last=3),))
 
 Act: TypeAlias = tuple[int, list[bytes]]  # route, the frames behind it
-
-
-class Broken(Exception):
-    """The coordinator did what it must not do."""
-
-
-class Frame:
-    """As much of zmq.Frame as is used of it."""
-
-    def __init__(self, data: bytes, key: str = "") -> None:
-        self.bytes, self.buffer, self._key = data, memoryview(data), key
-
-    def get(self, name: str) -> str:
-        return {"User-Id": self._key, "Peer-Address": "127.0.0.1"}[name]
-
-
-class Keys(Admission):
-    """Admits everybody but strangers; a key is the name."""
-
-    def __init__(self) -> None:
-        pass
-
-    def name_of(self, public_key: bytes) -> str | None:
-        name = public_key.decode()
-        return name if name in self.names() else None
-
-    def names(self) -> dict[str, bytes]:
-        return {name: name.encode() for name in (*SENDERS[:-1], HONEST)}
-
-
-class Socket:
-    """What the coordinator believes to be its ROUTER: asks `listen` for the next message whenever
-    it is polled."""
-
-    def __init__(self, listen: Callable[[], list[Frame] | None]) -> None:
-        self.sent: list[tuple[bytes, Message]] = []
-        self.is_full = False
-        self._listen = listen
-        self._frames: list[Frame] | None = None
-
-    def poll(self, timeout_ms: int = 0, flags: int = zmq.POLLIN) -> int:
-        if self._frames is None:
-            self._frames = self._listen()
-        return zmq.POLLIN if self._frames else 0
-
-    def recv_multipart(self, flags: int = 0, copy: bool = True) -> list[Frame]:
-        if not self.poll():
-            raise zmq.Again
-        frames, self._frames = self._frames, None
-        assert frames is not None
-        return frames
-
-    def send_multipart(self, frames: list[bytes], flags: int = 0, copy: bool = True) -> None:
-        self.sent.append((frames[0], decode(frames[1])))
-        if self.is_full:
-            raise zmq.Again
-
-    def send(self, payload: bytes | memoryview, flags: int = 0, copy: bool = True) -> None:
-        if not 0 < len(payload) <= PART_BYTES:
-            raise Broken(f"a part of {len(payload)} bytes was sent")
-
-    def close(self) -> None:
-        pass
-
-
-class OneLine(logging.Handler):
-    """Every line logged must be one, whatever devices say."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
-        if not re.search(PLAIN_TEXT, line) or len(line) > 5000:
-            raise Broken(f"logged {line[:300]!r} ... ({len(line)} characters)")
 
 
 @dataclass
@@ -173,44 +90,6 @@ class Seen:
     def changes(self) -> int:
         """Kinds of changes of the state."""
         return len(self.kinds) - self.kinds.count(0)
-
-
-class Clock:
-    """The module `time`, but it goes on only when told: else every message would change a state."""
-
-    now_s = 10_000.0  # seconds
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    time = perf_counter = monotonic
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-
-CLOCK = Clock()
-
-
-@contextmanager
-def small_world() -> Iterator[None]:
-    """Transfers are cut into parts of PART_BYTES and time stands still, in all of our modules that
-    are loaded, for as long."""
-    changed: list[tuple[Any, str, Any]] = []
-    for module_name, module in list(sys.modules.items()):
-        if not module_name.startswith(("edge_sdk", "coordinator")):
-            continue
-        if hasattr(module, "PART_BYTES"):
-            changed.append((module, "PART_BYTES", module.PART_BYTES))
-        if getattr(module, "time", None) is time:
-            changed.append((module, "time", time))
-    for module, name, _ in changed:
-        setattr(module, name, CLOCK if name == "time" else PART_BYTES)
-    try:
-        yield
-    finally:
-        for module, name, value in changed:
-            setattr(module, name, value)
 
 
 @lru_cache
