@@ -1,26 +1,27 @@
 """Which devices may join: a text file with a line `NAME PUBLIC_KEY` per client.
 
-The file is read again when it changes, so an admitted client can connect at once. A line that
-begins with # is a comment.
+The file is read again when it changes, so an admitted client can connect at once, and one that was
+removed is refused at its next message. A line that begins with # is a comment. Beside it lie
+`invitations` (invitations.py) and `pending` (strangers.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import re
-import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
 
+from coordinator.invitations import Invitations
+from coordinator.key_files import NOWHERE, Stamp, locked, replace_text, stamp_of
+from coordinator.strangers import Strangers
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import check_key
 from edge_sdk.wire import CLIENT_NAME
 
 log = logging.getLogger(__name__)
-Stamp: TypeAlias = tuple[int, int]  # time of the last change in ns, size in bytes
-NOWHERE: Stamp = (0, -1)
 
 
 class Admission:
@@ -28,23 +29,43 @@ class Admission:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.invitations = Invitations(path.with_name("invitations"))
+        self.strangers = Strangers(path.with_name("pending"))
         self._stamp = NOWHERE  # of the file that is in force
         self._refused: Stamp | None = None  # of one that is malformed: not worth reading again
         self._told: Stamp | None = None  # of one that an error has been logged about
-        self._names: dict[bytes, str] = {}
+        self._by_key: dict[bytes, str] = {}
+        self._by_name: dict[str, bytes] = {}
         self._lock = threading.Lock()  # ZeroMQ's authenticator asks from a thread of its own
         self.reload()
 
     def reload(self) -> None:
-        stamp = _stamp_of(self.path)
-        names = parse_clients(_read(self.path), str(self.path))
+        stamp = stamp_of(self.path)
+        by_key = parse_clients(_read(self.path), str(self.path))
+        by_name = {name: key for key, name in by_key.items()}
         with self._lock:
-            self._names, self._stamp = names, stamp
+            self._by_key, self._by_name, self._stamp = by_key, by_name, stamp
 
     def name_of(self, public_key: bytes) -> str | None:
-        """The client with this key, None for a stranger. Sees changes of the file. It is asked for
-        every message, so it complains about a file once."""
-        stamp = _stamp_of(self.path)
+        """The client with this key, None for a stranger. Sees changes of the file."""
+        self._look()
+        with self._lock:
+            return self._by_key.get(public_key)
+
+    def is_admitted(self, name: str) -> bool:
+        """Whether a client of this name is in the list now."""
+        self._look()
+        with self._lock:
+            return name in self._by_name
+
+    def names(self) -> dict[str, bytes]:
+        with self._lock:
+            return dict(self._by_name)
+
+    def _look(self) -> None:
+        """Read the file again if it is another. This is done for every message, so it complains
+        about a file once."""
+        stamp = stamp_of(self.path)
         if stamp == self._stamp:
             self._told = None
         elif stamp != self._refused:
@@ -55,17 +76,12 @@ class Admission:
                     log.error("client list not reloaded, the last one stays in force: %s", error)
                 self._told = stamp
                 self._refused = None if isinstance(error.__cause__, OSError) else stamp
-        with self._lock:
-            return self._names.get(public_key)
-
-    def names(self) -> dict[str, bytes]:
-        with self._lock:
-            return {name: key for key, name in self._names.items()}
 
 
 def parse_clients(text: str, where: str) -> dict[bytes, str]:
     """Key to name. Raises ConfigError with the line: malformed, or a name or key twice."""
     found: dict[bytes, str] = {}
+    taken: set[str] = set()
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -73,9 +89,10 @@ def parse_clients(text: str, where: str) -> dict[bytes, str]:
         if len(parts) != 2 or not re.match(CLIENT_NAME, parts[0]):
             raise ConfigError(f"{where} line {number}: expected `NAME PUBLIC_KEY`, got {line!r}")
         key = check_key(parts[1], f"{where} line {number}")
-        if key in found or parts[0] in found.values():
+        if key in found or parts[0] in taken:
             raise ConfigError(f"{where} line {number}: {parts[0]} or its key is there already")
         found[key] = parts[0]
+        taken.add(parts[0])
     return found
 
 
@@ -86,32 +103,63 @@ def add_client(path: Path, name: str, public_key: bytes) -> None:
             f"client name {name!r} is not 1 to 64 letters, digits, dots, - or _, the first a "
             "letter or digit"
         )
-    is_new = _stamp_of(path) == NOWHERE
-    text = "" if is_new else _read(path)
+    with _changing(path) as text:
+        put_client(path, text, name, public_key)
+
+
+def remove_client(path: Path, name: str) -> bool:
+    """Revoke: its links are refused from their next message on. False: there is no such client.
+    Raises ConfigError."""
+    with _changing(path) as text:
+        if name not in parse_clients(text, str(path)).values():
+            return False
+        replace_text(path, _without(text, name))
+    return True
+
+
+def ensure_list(path: Path) -> None:
+    """Make an empty list if there is none. Raises ConfigError."""
+    with _changing(path) as text:
+        parse_clients(text, str(path))
+        if stamp_of(path) == NOWHERE:
+            replace_text(path, "")
+
+
+def put_client(path: Path, text: str, name: str, public_key: bytes) -> None:
+    """Write the list with one line more than `text`; the caller holds the folder's lock.
+
+    Raises ConfigError when name or key are there already, OSError."""
     if text and not text.endswith("\n"):
         text += "\n"
     text += f"{name} {public_key.decode()}\n"
     parse_clients(text, str(path))
-    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+    replace_text(path, text)
+
+
+def replace_client(path: Path, text: str, name: str, public_key: bytes) -> None:
+    """put_client, the client's present key if it has one making room for this. Raises likewise."""
+    parse_clients(text, str(path))
+    put_client(path, _without(text, name), name, public_key)
+
+
+def read_list(path: Path) -> str:
+    """The list's text, "" where there is none. Raises ConfigError."""
+    return "" if stamp_of(path) == NOWHERE else _read(path)
+
+
+@contextlib.contextmanager
+def _changing(path: Path) -> Iterator[str]:
+    """The list's text, which nobody else changes meanwhile. Raises ConfigError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.write_text(text, encoding="ascii")
-            if not is_new:
-                shutil.copymode(path, draft)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with locked(path.parent):
+            yield read_list(path)
     except OSError as error:
         raise ConfigError(f"client list {path} cannot be written: {error}") from error
 
 
-def _stamp_of(path: Path) -> Stamp:
-    try:
-        stat = path.stat()
-    except OSError:
-        return NOWHERE
-    return stat.st_mtime_ns, stat.st_size
+def _without(text: str, name: str) -> str:
+    """The lines but those of this client; comments and blank lines stay."""
+    return "".join(line for line in text.splitlines(True) if line.split()[:1] != [name])
 
 
 def _read(path: Path) -> str:

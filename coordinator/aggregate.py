@@ -1,4 +1,5 @@
-"""The one aggregation kernel: the weighted mean of each tensor over those who own it.
+"""The aggregation kernel: the weighted mean of each tensor over those who own it; what withstands
+harmful updates, behind the same interface, is in robust.py.
 
 A running mean rather than a running sum: identical clients in give the identical model out, to the
 last bit, and memory is one model whatever the number of clients. A tensor that nobody brought keeps
@@ -10,12 +11,29 @@ the memory of a second model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from edge_sdk.errors import ShapeError
 from edge_sdk.tensors import Tensors
+
+
+class Kernel(Protocol):
+    """One round's updates to a new model. What is added after the first `result` is folded into it
+    as into a mean of the weights so far."""
+
+    def add_(self, tensors: Mapping[str, Tensor], weight: float) -> None:
+        """One contribution, whose tensors nobody changes from now on. weight 0 changes nothing.
+        Raises ShapeError."""
+
+    def weight(self, name: str) -> float:
+        """Sum of the weights of those who brought tensor `name`."""
+
+    def result(self, previous: Mapping[str, Tensor]) -> Tensors:
+        """The new model: an aggregate where there is an owner, else `previous` itself. Same order
+        and dtypes as `previous`, the model that was sent out."""
 
 
 class OwnersMean:
@@ -36,7 +54,7 @@ class OwnersMean:
             total = self._weights.get(name, 0.0) + weight
             self._weights[name] = total
             if mean is None:
-                self._means[name] = _wide(tensor).clone()
+                self._means[name] = wide(tensor).clone()
             elif mean.shape != tensor.shape:
                 raise ShapeError(f"{name} is {tuple(tensor.shape)}, expected {tuple(mean.shape)}")
             elif mean.is_floating_point():
@@ -57,5 +75,6 @@ class OwnersMean:
         }
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """Itself, half precision as float32: for sums."""
     return tensor.float() if tensor.dtype == torch.float16 else tensor

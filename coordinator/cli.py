@@ -9,14 +9,14 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from msgspec.structs import replace
 
-from coordinator.admission import Admission, add_client
+from coordinator.admission import Admission
 from coordinator.cli_arguments import (
     add_run_arguments,
     open_store,
@@ -25,13 +25,15 @@ from coordinator.cli_arguments import (
     settle,
     whole_numbers,
 )
+from coordinator.cli_clients import add_clients_command, add_invite_command, add_keys_command
 from coordinator.cli_export import (
     add_export_command,
     add_export_flag,
     check_export,
     export_served,
 )
-from coordinator.cohort_zmq import Stopped, Terms, ZmqCohort
+from coordinator.cli_status import add_status_command
+from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.config import checked
 from coordinator.credit import BUDGET_BYTES
 from coordinator.emulate import (
@@ -45,14 +47,17 @@ from coordinator.emulate import (
 )
 from coordinator.hub import Hub
 from coordinator.methods import Method, make_method
+from coordinator.metrics import MetricsServer
+from coordinator.monitor import Monitor
 from coordinator.presets import missing_data
 from coordinator.rounds import RoundReport, run_rounds
 from coordinator.spool import Spool
 from coordinator.store import SPOOL, Store
+from edge_sdk import logs
 from edge_sdk.cli_flags import checked_endpoint, import_module, path_flag, size_flag, whole_flag
 from edge_sdk.data import DataSet, Examples, load, load_dataset
 from edge_sdk.errors import ConfigError, DataError, EdgeError, QuorumError
-from edge_sdk.keys import check_key, make_keys, read_keys
+from edge_sdk.keys import read_keys
 
 log = logging.getLogger(__name__)
 FINISHED = "run finished"
@@ -66,21 +71,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="edge-coordinator", description="Federated learning over unequal devices."
     )
     parser.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
+    parser.add_argument("--log-json", action="store_true", help="log one JSON object per line")
     commands = parser.add_subparsers(dest="command", required=True)
     add_emulate_command(commands)
     add_serve_command(commands)
     add_keys_command(commands)
     add_clients_command(commands)
+    add_invite_command(commands)
     add_export_command(commands)
+    add_status_command(commands)
+    for command in commands.choices.values():  # it may stand before or after the command
+        command.add_argument(
+            "--log-json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     try:
         args = settle(parser, argv)
     except EdgeError as error:
         print(f"edge-coordinator: {error}", file=sys.stderr)
         return 1
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logs.set_up(is_json=args.log_json, is_debug=args.debug, form=form)
     try:
         for module in getattr(args, "imports", []):
             import_module(module)
@@ -88,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgeError as error:
         if args.debug:
             raise
-        print(f"edge-coordinator: {error}", file=sys.stderr)
+        logs.last_words("edge-coordinator", error)
         return GAVE_UP if isinstance(error, QuorumError) else 1
     except KeyboardInterrupt:
         return 130
@@ -217,6 +227,7 @@ def add_serve_command(commands: Any) -> None:
         "0: never; default %(default)s")  # fmt: skip
     add("--memory-budget", type=size_flag, default=BUDGET_BYTES, metavar="SIZE",
         help="of parts on their way at once, e.g. 256M; default 64M")  # fmt: skip
+    add("--metrics", metavar="HOST:PORT", help="answer Prometheus there; nobody is asked who it is")
     add_export_flag(parser)
     parser.set_defaults(run=run_serve)
 
@@ -261,13 +272,17 @@ def run_serve(args: argparse.Namespace) -> int:
         keys = read_keys(args.keys, "server")
         admission = Admission(args.clients_file or args.keys / "clients")
     allow_connections(args.min_clients)
-    hub = Hub(checked_endpoint(args.listen, "--listen"), keys, admission)
-    try:
-        store = open_store(args.run_dir, config, "serve", args.resume)
-    except BaseException:
-        hub.close()
-        raise
-    return serve(args, hub, store, method, test, device)
+    with ExitStack() as stack:
+        metrics = (
+            stack.enter_context(closing(MetricsServer(args.metrics))) if args.metrics else None
+        )
+        hub = Hub(checked_endpoint(args.listen, "--listen"), keys, admission)
+        try:
+            store = open_store(args.run_dir, config, "serve", args.resume)
+        except BaseException:
+            hub.close()
+            raise
+        return serve(args, hub, store, method, test, device, metrics)
 
 
 def serve(
@@ -277,6 +292,7 @@ def serve(
     method: Method,
     test: Examples | None,
     device: torch.device,
+    metrics: MetricsServer | None,
 ) -> int:
     """Rounds over the hub until all are done or a signal arrives; closes hub and store."""
     config = store.config
@@ -294,32 +310,44 @@ def serve(
         give_up_after_s=args.give_up_after,
         budget_bytes=args.memory_budget,
     )
-    log.info("run %s in %s, listening on %s", store.run, store.folder, hub.endpoint)
+    where = (store.run, store.folder, hub.endpoint)
+    log.info("run %s in %s, listening on %s", *where, extra=logs.event("started", run=store.run))
     goodbye = "coordinator stopped"
     with stop_signals() as stopping:
+
+        def is_stopping() -> bool:  # asked at every message
+            monitor.tick()
+            return bool(stopping)
+
+        def report(done: RoundReport) -> None:
+            print_round(done)
+            monitor.round_done(done)
+
         try:
-            cohort = ZmqCohort(
-                hub, terms, Spool(store.folder / SPOOL), lambda: bool(stopping), store.was_counted
-            )
+            spool = Spool(store.folder / SPOOL)
+            cohort = ZmqCohort(hub, terms, spool, is_stopping, store.was_counted)
         except EdgeError:
             store.close()
             hub.close()
             raise
+        monitor = Monitor(store.folder, store.run, config.rounds, cohort.snapshot)
+        if metrics:
+            metrics.latest = lambda: monitor.latest
         try:
-            store.write_endpoint(hub.endpoint)
-            run_rounds(
-                store, method, cohort, test,
-                device=device, should_stop=lambda: bool(stopping), report=print_round,
-            )  # fmt: skip
-            if store.is_finished:
-                store.write_model(method.spec, method.served())
-                goodbye = FINISHED
-                export_served(method, test, args.export)
-        except Stopped:
-            pass
+            with monitor.until_end(lambda: store.is_finished):
+                store.write_endpoint(hub.endpoint)
+                run_rounds(
+                    store, method, cohort, test, device=device,
+                    should_stop=lambda: bool(stopping), report=report, phase=monitor.phase,
+                )  # fmt: skip
+                if store.is_finished:
+                    store.write_model(method.spec, method.served())
+                    goodbye = FINISHED
+                    export_served(method, test, args.export)
         finally:
             if stopping and not store.is_finished:
-                log.info("stopped; round %d is next, go on with --resume", store.next_round())
+                said = "stopped; round %d is next, go on with --resume"
+                log.info(said, store.next_round(), extra=logs.event("stopped"))
             store.close()
             cohort.close(goodbye, is_final=goodbye == FINISHED)
     return 0
@@ -334,40 +362,6 @@ def allow_connections(devices: int) -> None:
             f"--min-clients {devices} needs {devices + OWN_FILES} open files, the limit is {most}; "
             "raise it with ulimit -Hn, or LimitNOFILE= of a service"
         )
-
-
-def add_keys_command(commands: Any) -> None:
-    parser = commands.add_parser("keys", help="make the coordinator's key pair")
-    parser.add_argument("--keys", type=path_flag, default=Path("keys"))
-    parser.set_defaults(run=run_keys)
-
-
-def run_keys(args: argparse.Namespace) -> int:
-    make_keys(args.keys, "server")
-    print(f"wrote {args.keys}/server.public and server.secret; copy server.public to every device")
-    return 0
-
-
-def add_clients_command(commands: Any) -> None:
-    parser = commands.add_parser("clients", help="the list of admitted devices")
-    parser.add_argument("action", choices=("add", "list"))
-    parser.add_argument("name", nargs="?", help="of the device")
-    parser.add_argument("public_key", nargs="?", help="40 characters, as `edge-sdk keys` prints")
-    parser.add_argument("--keys", type=path_flag, default=Path("keys"))
-    parser.add_argument("--clients-file", type=path_flag, help="default KEYS/clients")
-    parser.set_defaults(run=run_clients)
-
-
-def run_clients(args: argparse.Namespace) -> int:
-    path = args.clients_file or args.keys / "clients"
-    if args.action == "add":
-        if not (args.name and args.public_key):
-            raise ConfigError("clients add needs NAME and PUBLIC_KEY")
-        add_client(path, args.name, check_key(args.public_key, "PUBLIC_KEY"))
-        return 0
-    for name, key in sorted(Admission(path).names().items()):
-        print(name, key.decode())
-    return 0
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from coordinator.config import (
+    AggregationOptions,
     DistillOptions,
     GeneratorOptions,
     RotationOptions,
@@ -64,8 +65,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """From aggregate to global and served model."""
-    add, server = parser.add_argument, ServerOptions()
+    """From updates to aggregate, global and served model."""
+    add, server, aggregation = parser.add_argument, ServerOptions(), AggregationOptions()
+    add("--aggregation", choices=choices(AggregationOptions, "rule"), default=aggregation.rule)
+    add("--trim", type=float, default=aggregation.trim, help="trimmed-mean: share at each end")
+    add("--clip", type=float, default=aggregation.clip, metavar="FACTOR",
+        help="bound an update's movement to FACTOR medians of earlier ones, 0: off")  # fmt: skip
     add("--server-optimizer", choices=choices(ServerOptions, "optimizer"), default=server.optimizer)
     add("--server-momentum", type=float, default=server.momentum)
     add(
@@ -145,6 +150,7 @@ def run_config(
         ema=args.ema,
         serve=args.serve,
     )
+    aggregation = AggregationOptions(rule=args.aggregation, trim=args.trim, clip=args.clip)
     generate: Any = args.generate or GENERATE.get(args.generator, "conv")
     generator = GeneratorOptions(
         name=args.generator,
@@ -180,6 +186,7 @@ def run_config(
         eval_every=args.eval_every,
         eval_tail=args.eval_tail,
         server=server,
+        aggregation=aggregation,
         generator=generator,
         rotation=RotationOptions(
             mode=args.rotation, stages=args.rotation_stages, draw=args.rotation_draw

@@ -49,7 +49,8 @@ class Assignment:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What a participant returned, checked against its assignment.
+    """What a participant returned, checked against its assignment. Whoever keeps a tensor over the
+    round copies it: it may lie in a file that the next round writes over.
 
     round: of its job; staleness: rounds that have ended since. sent: what the job began from, for
     those. job, digest: by which the update is known. In this process: 0, 0, nothing, "" and ""."""

@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohort_status import cohort_state, folder_bytes
 from coordinator.credit import BUDGET_BYTES, Credit
 from coordinator.desk import Desk
 from coordinator.devices import SILENCE_S, Device, Devices
 from coordinator.hub import Hub, Received
 from coordinator.spool import Spool
+from coordinator.status import CohortState
+from coordinator.tally import Tally
 from edge_sdk.errors import QuorumError
+from edge_sdk.logs import event
 from edge_sdk.transport import Payload
 from edge_sdk.wire import (
     PROTOCOL,
@@ -34,6 +38,7 @@ from edge_sdk.wire import (
     Ready,
     Update,
     Welcome,
+    one_line,
 )
 
 log = logging.getLogger(__name__)
@@ -42,7 +47,7 @@ TELL_S = 15.0  # between lines about what is waited for
 FAREWELL_S = 3.0  # for devices to answer a Bye
 LISTENING_GAP_S = 1.0  # a longer pause between two looks was the caller's
 LOOK_S = 1.0  # between looks after those who are silent
-MOST_REST_S = 60.0  # between two tries of a round
+MOST_REST_S = 15.0  # between two tries of a round
 
 
 class Stopped(Exception):
@@ -88,6 +93,7 @@ class ZmqCohort:
         self._hub = hub
         self._terms = terms
         self._spool = spool
+        self._tally = tally = Tally()
         self._should_stop = should_stop
         welcome = Welcome(
             protocol=PROTOCOL,
@@ -104,11 +110,17 @@ class ZmqCohort:
             self._send,
             takes_late=terms.oldest > 0,
             was_counted=was_counted,
+            tally=tally,
         )
-        self.devices = Devices(hub, welcome, self._on_place, self._on_gone, self.desk.patience_s)
+        self.devices = Devices(
+            hub, welcome, self._on_place, self._on_gone, self.desk.transfers.patience_s, tally
+        )
         self._expected: dict[str, Client] = {}
         self._is_assembled = False
         self._round = 0
+        self._asked: set[str] = set()  # participants of this round; who of them has returned
+        self._returned: set[str] = set()
+        self._needed = 0
         self._listened = self._looked = self._progress = time.monotonic()
         self._num_heard = 0  # messages since the last look after the silent
 
@@ -132,7 +144,8 @@ class ZmqCohort:
                 most, self._progress = here, time.monotonic() if most >= 0 else self._progress
             if time.monotonic() - told > TELL_S:
                 told = time.monotonic()
-                log.info("waiting for devices: %d of %d ready", here, least)
+                extra = event("waiting", ready=here, needed=least)
+                log.info("waiting for devices: %d of %d ready", here, least, extra=extra)
             self._check_progress(f"{here} of the {least} devices that it needs are there")
             self._pump()
         self._is_assembled = True
@@ -143,12 +156,10 @@ class ZmqCohort:
 
     def rest(self, tries: int) -> bool:
         """Listen for a while, longer every time. Raises QuorumError."""
-        before, until = self._num_here(), time.monotonic() + min(MOST_REST_S, 2**tries)
-        while time.monotonic() < until:
+        until = time.monotonic() + min(MOST_REST_S, 2**tries)
+        while time.monotonic() < until and not self.desk.finished:
             self._check_progress(f"too few updates for round {self._round}")
             self._pump()
-            if self.desk.finished or self._num_here() > before:
-                break
         return True
 
     def train(
@@ -160,9 +171,13 @@ class ZmqCohort:
         Raises QuorumError."""
         desk, terms = self.desk, self._terms
         if round != self._round:
+            if not self._round:
+                desk.resume(round)
             self._round, self._progress = round, time.monotonic()
+            self._asked, self._returned, self._needed = set(), set(), 0
             desk.expire(round - terms.oldest)
             desk.clear_spool(round)
+        at_work = self.num_busy if terms.is_async else 0
         known = self._expected | {client.id: client for client in self._idle_clients()}
         for name, assignment in work.items():
             if name in known:
@@ -171,11 +186,15 @@ class ZmqCohort:
                 desk.miss(Client(id=name, exit=assignment.model.exit), assignment)
         self._expected = {}
         told, returned = (started := time.monotonic()), 0
-        needed = terms.needed(len(work) + (self.num_busy if terms.is_async else 0))
+        needed = terms.needed(len(work) + at_work)
+        self._asked |= work.keys() | (desk.seats.keys() if terms.is_async else set())
+        self._needed = max(self._needed, needed)
+        extra = event("round_opened", round=round, chosen=len(work), needed=needed)
+        log.info("round %d: %d asked, %d needed", round, len(work), needed, extra=extra)
         while True:
             while desk.finished:
                 result = desk.finished.pop(0)
-                self._note(result)
+                self._note(result, round)
                 if isinstance(result, ClientUpdate):
                     self._progress = time.monotonic()
                     result = replace(result, staleness=round - result.round)
@@ -199,6 +218,21 @@ class ZmqCohort:
                     log.warning("round %d: %d of %d needed returned", round, returned, needed)
             self._pump()
 
+    def snapshot(self) -> CohortState:
+        """What everybody does now; for the thread that uses the cohort."""
+        return cohort_state(
+            self._tally,
+            self.devices.all,
+            self.desk,
+            chosen=len(self._asked),
+            needed=self._needed,
+            returned=len(self._returned),
+            budget_bytes=self._terms.budget_bytes,
+            spool_bytes=folder_bytes(self._spool.folder),
+            strangers=self._hub.num_strangers,
+            now=time.monotonic(),
+        )
+
     def close(self, reason: str, *, is_final: bool) -> None:
         """Tell every device and wait for its answer, not long, then close the socket: ZeroMQ drops
         what a device has not read yet when the connection ends."""
@@ -213,7 +247,7 @@ class ZmqCohort:
                 self.devices.all.pop(found[0])
         self._hub.close()
         if is_final:
-            self._spool.forget_before(2**31, set())
+            self._spool.clear()
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -234,10 +268,19 @@ class ZmqCohort:
                 "nothing is lost: go on with --resume when the devices are back"
             )
 
-    def _note(self, result: ClientUpdate | Absence) -> None:
+    def _note(self, result: ClientUpdate | Absence, round: int) -> None:
         """A device that failed or was late gets no job until it says that it is ready."""
-        if isinstance(result, Absence) and result.code != "gone":
-            self.devices.says_ready(result.client.id, None)
+        name = result.client.id
+        if isinstance(result, ClientUpdate):
+            is_stale = result.round != round
+            self._tally.result(name, "stale" if is_stale else "accepted")
+            if not is_stale or self._terms.is_async:
+                self._returned.add(name)
+            return
+        self._tally.fault(name, result.code)
+        self._tally.result(name, "late" if result.outcome == "straggler" else "failed")
+        if result.code != "gone":
+            self.devices.says_ready(name, None)
 
     def _send(self, name: str, message: object, payload: Payload | None = None) -> bool:
         return self.devices.send(name, message, payload)  # type: ignore[arg-type]
@@ -314,7 +357,7 @@ class ZmqCohort:
         elif isinstance(message, Ready):
             self._on_ready(name, device, message)
         elif isinstance(message, Bye):
-            self.devices.leave(name, "said bye", may_return=False)
+            self.devices.leave(name, "said bye")
         elif isinstance(message, Fetch | Part | Update | Fault):
             self._on_round_message(name, message, received.payload)
         else:
@@ -326,7 +369,11 @@ class ZmqCohort:
         self, name: str, message: Fetch | Part | Update | Fault, payload: Payload | None
     ) -> None:
         if isinstance(message, Fault):
-            log.warning("%s reports %s: %s", name, message.code, message.detail)
+            extra = event("fault", client=name, code=message.code, round=message.round)
+            code = one_line(message.code)
+            log.warning("%s reports %s: %s", name, code, message.detail, extra=extra)
+            if name not in self.desk.awaited:  # else it counts as its absence
+                self._tally.fault(name, message.code)
         if isinstance(message, Fault) and message.code in ("protocol", "version"):
             self.desk.on_gone(name, message.code, message.detail, may_return=False)
         else:
@@ -342,6 +389,7 @@ class ZmqCohort:
             self.devices.refuse(device.route, "protocol", detail)
             return
         if device.ready is None or device.ready.exit != ready.exit:
-            log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason)
+            extra = event("ready", client=name, exit=ready.exit)
+            log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason, extra=extra)
         self.devices.says_ready(name, ready)
         self.desk.on_ready(name, ready)

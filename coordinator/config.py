@@ -28,6 +28,7 @@ FLAGS = {  # of the settings whose flag is not named as their last part is
     "server.optimizer": "--server-optimizer",
     "server.momentum": "--server-momentum",
     "server.lr": "--server-lr",
+    "aggregation.rule": "--aggregation",
     "generator.name": "--generator",
     "generator.epochs": "--fit-epochs",
     "rotation.mode": "--rotation",
@@ -65,6 +66,18 @@ class ServerOptions(Options, frozen=True, kw_only=True):
     damping: Share = 0.0
     ema: Annotated[float, Meta(ge=0, lt=1)] = 0.8
     serve: Literal["ema", "last"] = "ema"
+
+
+class AggregationOptions(Options, frozen=True, kw_only=True):
+    """How a round's updates become one model (robust.py), and how far one may move
+    (methods/clipping.py).
+
+    trim: share of a tensor's owners that trimmed-mean leaves out at each end of every coordinate.
+    clip: a stage's movement is cut to so many times the median of earlier ones; 0: as it is."""
+
+    rule: Literal["mean", "trimmed-mean", "median", "norm-bounded"] = "mean"
+    trim: Annotated[float, Meta(ge=0, lt=0.5)] = 0.1
+    clip: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
 
 
 class GeneratorOptions(Options, frozen=True, kw_only=True):
@@ -149,6 +162,7 @@ class RunConfig(Options, frozen=True, kw_only=True):
     examples: Index | None = None  # stratified subsets, None: all
     test_examples: Index | None = None
     server: ServerOptions = ServerOptions()
+    aggregation: AggregationOptions = AggregationOptions()
     generator: GeneratorOptions = GeneratorOptions()
     rotation: RotationOptions = RotationOptions()
     distill: DistillOptions = DistillOptions()

@@ -17,10 +17,13 @@ from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.credit import Credit, Pace
 from coordinator.seats import MOST_WANTED, Seat, check_update, check_values, counted, make_job
 from coordinator.spool import Arrived, Spool
+from coordinator.tally import Tally
+from coordinator.transfers import Transfers
 from edge_sdk.errors import EdgeError, StoreError
+from edge_sdk.logs import Kind, event
 from edge_sdk.tensors import Receiver, Sender
 from edge_sdk.transport import Payload
-from edge_sdk.wire import PART_BYTES, Accepted, Fault, Fetch, Message, Part, Ready, Update
+from edge_sdk.wire import Accepted, Fault, Fetch, Message, Part, Ready, Update
 
 log = logging.getLogger(__name__)
 RESEND_S = 10.0  # a device that says it has another job gets it again
@@ -42,15 +45,18 @@ class Desk:
         *,
         takes_late: bool = True,
         was_counted: Callable[[str], bool] = lambda job: False,
+        tally: Tally | None = None,
     ) -> None:
         self.finished: list[ClientUpdate | Absence] = []
         self.credit = credit
         self.seats: dict[str, Seat] = {}
+        self.transfers = Transfers(self.seats, credit, send)
         self._run = run
         self._spool = spool
         self._send = send
         self._takes_late = takes_late
         self._was_counted = was_counted
+        self._tally = tally or Tally()
         self._done: dict[str, tuple[str, bool]] = {}  # last job that ended, and whether it counts
         self._paces: dict[str, Pace] = {}
         # the tensors behind the ids live as long as their sender
@@ -85,7 +91,7 @@ class Desk:
                 log.warning("%s; it is asked for again", error)
             else:
                 log.info("round %d: %s's update had arrived before the stop", round, name)
-                self._count(seat, counted(seat, arrived, tensors))
+                self._count(seat, counted(client, arrived, tensors, assignment.tensors))
                 return
         seat.awaits_ready = not self._send(name, job, None)
 
@@ -109,6 +115,14 @@ class Desk:
             self._fault(seat.name, "late", "this update comes too late", seat.round)
             self._absent(seat, "straggler", "late", "its update comes too late")
 
+    def resume(self, round: int) -> None:
+        """Take the late updates that had arrived before the coordinator was killed, and of which no
+        committed round knows."""
+        for arrived, tensors, sent in self._spool.late(round):
+            if arrived.client and not self._was_counted(arrived.update.job):
+                self._done[arrived.client.id] = arrived.update.job, True
+                self.finished.append(counted(arrived.client, arrived, tensors, sent))
+
     def clear_spool(self, round: int) -> None:
         """Delete what rounds before this one left, but for what may still count."""
         wanted = {(seat.round, seat.name) for seat in self.seats.values()}
@@ -128,22 +142,20 @@ class Desk:
         elif isinstance(message, Fault):
             self._absent(seat, "failed", message.code, message.detail)
         elif isinstance(message, Fetch):
-            self._on_fetch(seat, message)
+            if not self.transfers.on_fetch(seat, message):
+                self._fault(name, "protocol", f"more than {MOST_WANTED} ranges at once", 0)
         elif isinstance(message, Update):
             self._on_update(seat, message)
         elif seat.receiver is not None:
             self._on_part(seat, message.index, payload or b"")
-        self.pump()
+        self.transfers.pump()
 
     def on_return(self, name: str, round: int, job: str | None) -> None:
         """A device connected again with this job in hand: go on where the link broke."""
         seat = self.seats.get(name)
         if seat and job == seat.job.id:
-            self.credit.drop(name)
-            seat.reconnected()
-            if seat.receiver is not None:
-                self._ask(seat)
-            self.pump()
+            self.transfers.break_off(seat)
+            self.transfers.pump()
             return
         if job and (self._done.get(name) == (job, True) or self._was_counted(job)):
             self._send(name, Accepted(round=round), None)  # the first one was lost
@@ -186,105 +198,43 @@ class Desk:
     def on_gone(self, name: str, code: str, why: str, *, may_return: bool = True) -> None:
         """Nothing is heard of it. Its update is late if it comes back with it."""
         if seat := self.seats.get(name):
-            self.credit.drop(name)
-            seat.reconnected()
+            self.transfers.break_off(seat)
+            self.credit.drop(name)  # it is not there to be asked
             if not (seat.is_late and may_return):
                 self._absent(seat, "failed", code, why, stays=may_return)
-            self.pump()
+            self.transfers.pump()
 
     def check_stalls(self) -> None:
         """Ask again for parts that a link's own pace would have brought by now. Who then sends
         nothing new again and again is failed."""
-        now = time.monotonic()
-        for name in self.credit.holders():
-            seat = self.seats.get(name)
-            if seat is None or now - seat.moved <= seat.patience_s(self.credit.held(name)):
-                continue
-            self.credit.drop(name)
-            seat.pace.stalled()
-            seat.moved = now
-            if seat.receiver is None:  # what it asked for may still reach it
-                self._ask(seat)
-                continue
-            seat.stalls += 1
+        for seat in self.transfers.stalled():
+            seat.stalls += seat.receiver is not None  # what it asked for may still reach it
             if seat.stalls == MOST_STALLS:
                 detail = f"its update stopped after {seat.bytes_up} bytes"
-                self._fault(name, "stalled", detail, seat.round)
+                self._fault(seat.name, "stalled", detail, seat.round)
                 self._absent(seat, "failed", "stalled", detail)
                 continue
-            seat.receiver.restart()
-            self._ask(seat)
-        self.pump()
-
-    def patience_s(self, name: str) -> float:
-        """How long a device may say nothing because a part is on its way; 0 if none is."""
-        seat, held = self.seats.get(name), self.credit.held(name)
-        return seat.patience_s(held) if seat and held else 0.0
-
-    # -- parts ---------------------------------------------------------------------------------
-
-    def pump(self) -> None:
-        """Let those whose turn it is move as much as the budget allows."""
-        while turn := self.credit.next():
-            if seat := self.seats.get(turn[0]):
-                self._move(seat, turn[1])
-
-    def _ask(self, seat: Seat) -> None:
-        if seat.has_to_move:
-            self.credit.ask(seat.name, seat.pace.is_slow)
-
-    def _move(self, seat: Seat, parts: int) -> None:
-        """Ask for, or send, up to so many parts. What cannot be sent was lost with its connection:
-        the device says what it has when it is back."""
-        if not self.credit.held(seat.name):
-            seat.moved = time.monotonic()
-        if seat.receiver is not None:
-            under_way = seat.receiver.num_under_way
-            request = seat.receiver.request(min(parts, seat.pace.window - under_way))
-            if request is None:
-                return
-            first, count = request
-            have = seat.receiver.num_received
-            fetch = Fetch(round=seat.round, have=have, first=first, count=count)
-            if self._send(seat.name, fetch, None):
-                self.credit.take(seat.name, count, seat.pace.is_slow)
-                self._ask(seat)
-            else:
+            if seat.receiver is not None:
                 seat.receiver.restart()
-            return
-        for index in seat.next_wanted(parts):
-            payload = seat.sender.part(index)
-            if not self._send(seat.name, Part(round=seat.round, index=index), payload):
-                seat.wanted.clear()
-                return
-            self.credit.take(seat.name, 1, seat.pace.is_slow)
-            seat.bytes_down += len(payload)
-        self._ask(seat)
-
-    def _on_fetch(self, seat: Seat, fetch: Fetch) -> None:
-        if arrived := seat.has_arrived(fetch.have):
-            self.credit.arrived(seat.name, arrived)
-        if not seat.want(fetch.first, fetch.count):
-            self._fault(seat.name, "protocol", f"more than {MOST_WANTED} ranges at once", 0)
-        self._ask(seat)
+            self.transfers.ask(seat)
+        self.transfers.pump()
 
     def _on_part(self, seat: Seat, index: int, payload: Payload) -> None:
         assert seat.receiver is not None
         try:
             if not seat.receiver.add(index, payload):
                 return  # a repeated part is no progress
-            self.credit.arrived(seat.name, 1)
-            seat.bytes_up += len(payload)
-            seat.stalls = 0
-            seat.took(PART_BYTES)
-            if seat.receiver.is_complete:
-                self._complete(seat)
-            else:
-                self._ask(seat)
         except StoreError:
             raise
         except EdgeError as error:
             self._refuse(seat, error)
+            return
+        seat.bytes_up += len(payload)
+        self.transfers.arrived(seat)
+        if seat.receiver.is_complete:
+            self._complete(seat)
+        else:
+            self.transfers.ask(seat)
 
     # -- updates -------------------------------------------------------------------------------
 
@@ -318,7 +268,7 @@ class Desk:
         if seat.receiver.is_complete:  # an update of no bytes
             self._complete(seat)
         else:
-            self._ask(seat)
+            self.transfers.ask(seat)
 
     def _complete(self, seat: Seat) -> None:
         """Everything arrived: check the values, keep it, then it counts."""
@@ -332,13 +282,17 @@ class Desk:
             return
         upload_s = time.monotonic() - seat.announced
         arrived = Arrived(
-            update=seat.update, upload_s=upload_s, bytes_down=seat.bytes_down,
-            bytes_up=seat.bytes_up,
+            update=seat.update, segments=seat.job.plan.segments,
+            client=seat.client if seat.is_late else None, upload_s=upload_s,
+            bytes_down=seat.bytes_down, bytes_up=seat.bytes_up,
         )  # fmt: skip
-        self._spool.keep(seat.round, seat.name, arrived)
-        self._count(seat, counted(seat, arrived, tensors))
+        sent = seat.assignment.tensors
+        self._spool.keep(seat.round, seat.name, arrived, sent)
+        self._count(seat, counted(seat.client, arrived, tensors, sent))
 
     def _count(self, seat: Seat, update: ClientUpdate) -> None:
+        extra = event("update_accepted", client=seat.name, round=seat.round)
+        log.info("round %d: the update of %s counts", seat.round, seat.name, extra=extra)
         self._end(seat, counts=True)
         self._send(seat.name, Accepted(round=seat.round), None)
         self.finished.append(update)
@@ -351,7 +305,10 @@ class Desk:
         self, seat: Seat, outcome: str, code: str, detail: str, *, stays: bool = False
     ) -> None:
         """The participant returns nothing that counts in its round; if it stays, maybe later."""
-        log.warning("round %d: %s %s: %s: %s", seat.round, seat.name, outcome, code, detail)
+        kind: Kind = "update_late" if outcome == "straggler" else "update_failed"
+        extra = event(kind, client=seat.name, round=seat.round, code=code)
+        about = (seat.round, seat.name, outcome, code, detail)
+        log.warning("round %d: %s %s: %s: %s", *about, extra=extra)
         if seat.name in self._awaited:
             self.finished.append(
                 Absence(
@@ -368,6 +325,7 @@ class Desk:
     def _end(self, seat: Seat, *, counts: bool) -> None:
         """The seat is free; what has arrived of an update that does not count is deleted."""
         self.seats.pop(seat.name)
+        self._tally.moved(seat.name, seat.bytes_down, seat.bytes_up)
         self._awaited.discard(seat.name)
         self.credit.drop(seat.name)
         self._done[seat.name] = seat.job.id, counts

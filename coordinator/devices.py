@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from coordinator.cohort import Client
 from coordinator.hub import Hub, Received
+from coordinator.tally import Tally
+from edge_sdk.logs import event
 from edge_sdk.transport import Payload
 from edge_sdk.wire import Fault, Hello, Message, Probe, Ready, Welcome
 
@@ -47,12 +49,14 @@ class Devices:
         on_hello: Callable[[str, Hello], None],
         on_gone: Callable[[str, str, bool], None],
         patience_s: Callable[[str], float],
+        tally: Tally,
     ) -> None:
         self._hub = hub
         self._welcome = welcome
         self._on_hello = on_hello
         self._on_gone = on_gone
         self._patience_s = patience_s
+        self._tally = tally
         self._names: dict[bytes, str] = {}
         self.all: dict[str, Device] = {}
         self.ready: set[str] = set()  # who could train something
@@ -69,7 +73,8 @@ class Devices:
 
     def refuse(self, route: bytes, code: str, detail: str) -> None:
         """A Fault that is not about a round."""
-        log.debug("fault to a device: %s: %s", code, detail)
+        self._tally.fault(self._names.get(route), code)
+        log.debug("fault to a device: %s: %s", code, detail, extra=event("refused", code=code))
         self._hub.send(route, Fault(code=code, detail=detail))
 
     def ready_clients(self) -> list[Client]:
@@ -113,6 +118,9 @@ class Devices:
             self.refuse(route, "data", detail)
             return
         old = self.all.get(name)
+        if old and old.route == route and old.hello.session == hello.session:
+            self.send(name, self._welcome)  # said again before it was answered: nothing was lost
+            return
         if old and old.route != route and old.hello.session != hello.session:
             if old.rival is not None:  # which hears of it when it is known who is there
                 old.rival = received
@@ -137,7 +145,8 @@ class Devices:
         device = self.all.pop(name)
         self.ready.discard(name)
         self._names.pop(device.route, None)
-        log.info("%s is gone: %s", name, why)
+        self._tally.of(name).seen = device.seen
+        log.info("%s is gone: %s", name, why, extra=event("gone", client=name))
         self._on_gone(name, why, may_return)
 
     def _settle(self, name: str, device: Device, now: float) -> None:
@@ -149,9 +158,12 @@ class Devices:
                 f"another device with the key of {name!r} is connected from {device.address or '?'}"
                 "; every device needs a key of its own"
             )
-            log.warning("%s, asked from %s", detail, rival.address or "?")
+            where = rival.address or "?"
+            extra = event("duplicate", client=name, address=where)
+            log.warning("%s, asked from %s", detail, where, extra=extra)
             device.rival = None
             device.num_rivals += 1
+            self._tally.of(name).duplicates += 1
             self.refuse(rival.route, "duplicate", detail)
         elif now - device.rival_since > max(PROBE_S, self._patience_s(name)):
             device.rival = None
@@ -173,6 +185,10 @@ class Devices:
             num_rivals=old.num_rivals if old else 0,
         )
         self.says_ready(name, ready)
-        log.info("%s %s from %s", name, "is back" if is_same else "joined", hello.profile.platform)
+        platform, counts = hello.profile.platform, self._tally.of(name)
+        counts.address, counts.platform = received.address, platform
+        extra = event("back" if is_same else "joined", client=name, address=received.address)
+        said = "%s is back from %s" if is_same else "%s joined from %s"
+        log.info(said, name, platform, extra=extra)
         self.send(name, self._welcome)
         self._on_hello(name, hello)

@@ -1,7 +1,8 @@
 """The coordinator's end of all links: one ROUTER socket.
 
 Routes are ZeroMQ's own random ids, one per connection, so nobody can take another's by name; who is
-on a route follows from its CURVE key, checked against the admission list before a byte is read.
+on a route follows from its CURVE key, checked against the admission list before a byte is read. The
+key of an invitation may send `join` and nothing else, which is answered here.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+from coordinator import joining
 from coordinator.admission import Admission
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.keys import KeyPair
+from edge_sdk.logs import event
 from edge_sdk.transport import Payload, parse_frames, send_frames, set_common_options
-from edge_sdk.wire import Fault, Hello, Message
+from edge_sdk.wire import Fault, Hello, Join, Message
 
 log = logging.getLogger(__name__)
 STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
@@ -40,13 +43,19 @@ class _Credentials:
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
+        self.num_refused = 0
 
     def callback(self, domain: str, public_key: bytes) -> bool:
         """public_key: Z85 text."""
-        is_known = self._admission.name_of(public_key) is not None
-        if not is_known:
-            log.warning("refused a device with unknown public key %s", public_key.decode())
-        return is_known
+        if self._admission.name_of(public_key) or self._admission.invitations.find(public_key):
+            return True
+        self.num_refused += 1
+        key = public_key.decode()
+        log.warning(
+            "refused a device with unknown public key %s", key, extra=event("stranger", key=key)
+        )
+        self._admission.strangers.note(public_key)
+        return False
 
 
 class Hub:
@@ -57,6 +66,7 @@ class Hub:
         self._admission = admission
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
+        self._credentials: _Credentials | None = None
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         set_common_options(self.socket)
         self.socket.set(zmq.ROUTER_MANDATORY, 1)
@@ -64,7 +74,8 @@ class Hub:
             assert admission is not None, "CURVE without a client list admits nobody"
             self._authenticator = ThreadAuthenticator(self._context)
             self._authenticator.start()
-            self._authenticator.configure_curve_callback("*", _Credentials(admission))
+            self._credentials = _Credentials(admission)
+            self._authenticator.configure_curve_callback("*", self._credentials)
             self.socket.set(zmq.CURVE_SERVER, 1)
             self.socket.set(zmq.CURVE_PUBLICKEY, keys.public)
             self.socket.set(zmq.CURVE_SECRETKEY, keys.secret)
@@ -90,39 +101,66 @@ class Hub:
         return True
 
     def receive(self, timeout_ms: int) -> tuple[bool, Received | None]:
-        """Whether there was a message, and the message if it was good. A bad one, or one of a
-        device that is no longer admitted, is answered with a Fault and dropped."""
+        """Whether there was a message, and the message if it was good and is not done with here. A
+        bad one, or one of a device that is no longer admitted, is answered with a Fault."""
+        admission = self._admission
+        if admission is not None:
+            admission.strangers.write_if_due(self._is_client)
         if timeout_ms and not self.socket.poll(timeout_ms):
             return False, None
         try:
             frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return False, None
-        route, name = frames[0].bytes, self._name(frames[-1])
-        if self._admission is not None and name is None:
-            self.send(route, Fault(code="admission", detail="this device is not admitted any more"))
-            return True, None
+        route, key, name = frames[0].bytes, b"", None
+        if admission is not None:
+            key = str(frames[-1].get("User-Id")).encode()
+            name = admission.name_of(key)
+            if name is None and admission.invitations.find(key) is None:
+                self._refuse(route, "this device is not admitted any more")
+                return True, None
         try:
             message, payload = parse_frames(frames[1:])
         except ProtocolError as error:
-            log.warning("message from %s refused: %s", name or "a device", error)
+            said = "message from %s refused: %s"
+            extra = event("refused", client=name, code=error.code)
+            log.warning(said, name or "a device", error, extra=extra)
             self.send(route, Fault(code=error.code, detail=str(error)))
+            return True, None
+        if isinstance(message, Join):
+            self._on_join(route, key, message)
+            return True, None
+        if admission is not None and name is None:
+            self._refuse(route, "an invitation's key may send join and nothing else")
             return True, None
         address = _address(frames[-1]) if isinstance(message, Hello) else ""
         return True, Received(route, name, message, payload, address)
 
-    def _name(self, frame: zmq.Frame) -> str | None:
-        """The admitted client that a frame came from; None for a stranger or an open hub."""
-        if self._admission is None:
-            return None
-        return self._admission.name_of(str(frame.get("User-Id")).encode())
+    @property
+    def num_strangers(self) -> int:
+        """Connections refused for their key, since the start."""
+        return self._credentials.num_refused if self._credentials else 0
 
     def is_admitted(self, name: str) -> bool:
-        """Whether this client still is."""
-        return self._admission is None or name in self._admission.names()
+        """Whether this client is in the list now; a look at the file's time, so ask often."""
+        return self._admission is None or self._admission.is_admitted(name)
+
+    def _is_client(self, key: bytes) -> bool:
+        return self._admission is not None and self._admission.name_of(key) is not None
+
+    def _on_join(self, route: bytes, key: bytes, join: Join) -> None:
+        if self._admission is None:
+            self._refuse(route, "this coordinator runs with --insecure and has no list to join")
+        elif reply := joining.answer(self._admission, key, join):
+            self.send(route, reply)
+
+    def _refuse(self, route: bytes, detail: str) -> None:
+        self.send(route, Fault(code="admission", detail=detail))
 
     def close(self) -> None:
         self.socket.close()
+        if self._admission is not None:
+            self._admission.strangers.write_if_due(self._is_client, is_last=True)
         if self._authenticator is None or _stopped(self._authenticator):
             self._context.term()
         else:  # it would wait for the sockets of that thread, which ends with the process

@@ -17,6 +17,7 @@ from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.base import Method, Metrics
 from coordinator.sampling import sample
 from coordinator.staleness import brought_forward
+from coordinator.status import RunPhase
 from coordinator.store import RoundTotals, Store
 from edge_sdk.data import Examples
 from edge_sdk.errors import ShapeError, StoreError, TrainerError
@@ -50,9 +51,11 @@ def run_rounds(
     device: str | torch.device = "cpu",
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[RoundReport], None] = lambda _: None,
+    phase: Callable[[RunPhase, int], None] = lambda *_: None,
 ) -> None:
-    """Run the rounds that the store's run still lacks. Raises what store and cohort raise, and
-    TrainerError when nobody returns anything; every finished round is kept then."""
+    """Run the rounds that the store's run still lacks. `phase` is told what the run does from now
+    on, and its round. Raises what store and cohort raise, and TrainerError when nobody returns
+    anything; every finished round is kept then."""
     config = store.config
     state = store.load_checkpoint()
     if state is not None:
@@ -65,16 +68,20 @@ def run_rounds(
             ) from error
     parameters = {name for name, _ in build(method.spec).named_parameters()}
     while (round := store.next_round()) <= config.rounds and not should_stop():
+        phase("waiting for devices", round)
         chosen = store.begun(round)  # of a round that was cut short
         cohort.expect(chosen)
         chosen = chosen or choose(cohort, config, round)  # may wait for devices
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
-        results = store.recording(round, gather(store, method, cohort, round, chosen))
+        phase("round open", round)
+        arriving = _closing(gather(store, method, cohort, round, chosen), round, phase)
+        results = store.recording(round, arriving)
         updates = brought_forward(results, method.current(), parameters, config.staleness_half_life)
         metrics = method.aggregate(round, updates)
         accuracy: list[float] = []
         served: list[float] = []
         if test is not None and is_evaluated(config, round):
+            phase("evaluating", round)
             start = clock()
             accuracy = accuracy_per_exit(method.spec, method.current(), test, device=device)
             served = accuracy
@@ -85,9 +92,18 @@ def run_rounds(
                 metrics.values[f"accuracy_exit_{exit}"] = last
                 metrics.values[f"accuracy_served_exit_{exit}"] = kept
         wall_s = time.monotonic() - started
+        phase("saving", round)
         state = method.state_dict()
         totals = store.commit(round, metrics, state, started_utc, wall_s)
         report(RoundReport(round, accuracy, served, metrics, totals))
+
+
+def _closing(
+    results: Iterator[ClientUpdate | Absence], round: int, phase: Callable[[RunPhase, int], None]
+) -> Iterator[ClientUpdate | Absence]:
+    """The results; after the last one the method has only its own work left."""
+    yield from results
+    phase("aggregating", round)
 
 
 def choose(

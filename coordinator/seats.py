@@ -146,15 +146,15 @@ def make_job(
     )
 
 
-def counted(seat: Seat, arrived: Arrived, tensors: Tensors) -> ClientUpdate:
-    """A checked update as the method gets it."""
+def counted(client: Client, arrived: Arrived, tensors: Tensors, sent: Tensors) -> ClientUpdate:
+    """A checked update as the method gets it. sent: what its job began from."""
     update = arrived.update
     return ClientUpdate(
-        client=seat.client,
-        round=seat.round,
-        sent=seat.assignment.tensors,
+        client=client,
+        round=update.round,
+        sent=sent,
         tensors=tensors,
-        segments=seat.job.plan.segments,
+        segments=arrived.segments,
         num_examples=update.num_examples,
         num_steps=update.num_steps,
         exits=update.exits,

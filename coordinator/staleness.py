@@ -39,7 +39,9 @@ def _moved(
         if not tensor.is_floating_point():
             moved[name] = tensor
         elif name in parameters:
-            moved[name] = current[name] + share * (tensor - update.sent[name])
+            now, limit = current[name], torch.finfo(tensor.dtype).max
+            step = share * (tensor.double() - update.sent[name].double())  # of finite ones, finite
+            moved[name] = (now.double() + step).clamp(-limit, limit).to(now.dtype)
         else:
             moved[name] = torch.lerp(current[name], tensor, share)
     return moved

@@ -6,6 +6,10 @@ import sys
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["status"]:  # it needs no torch, which takes seconds to import
+        from coordinator.cli_status import main as status
+
+        return status(sys.argv[1:])
     try:
         from coordinator.cli import main as run
     except ModuleNotFoundError as error:

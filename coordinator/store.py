@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import astuple, dataclass, fields
@@ -22,9 +21,11 @@ from typing import Any
 
 import msgspec
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from coordinator.begun import Begun
+from coordinator.checkpoints import checkpoint_name, sync_folder, write_checkpoint
 from coordinator.cohort import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig, read_config
 from coordinator.methods.base import Metrics
@@ -40,7 +41,6 @@ KEPT_CHECKPOINTS = 2
 DATABASE = "run.sqlite"
 BEGUN = "begun.json"
 SPOOL = "spool"
-SAFETENSORS_DRAFT = ".tmp" + 6 * "[0-9A-Za-z]"
 SCHEMA = """
 CREATE TABLE runs (version INTEGER, run TEXT, created_utc TEXT, config TEXT, kind TEXT);
 CREATE TABLE clients (client_id TEXT PRIMARY KEY, exit INTEGER, stages TEXT,
@@ -81,7 +81,7 @@ class Store:
         self.config = config
         self.run = run
         self.is_temporary = False  # deleted when the program ends
-        self._begun: dict[str, Client] = {}  # participants of the round at hand
+        self._begun = Begun(folder / BEGUN)
         self._db = _connect(folder)
 
     @classmethod
@@ -102,7 +102,7 @@ class Store:
                 row = (VERSION, run, _utc(), config.to_json(), kind)
                 db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?)", row)
             os.replace(draft, folder / DATABASE)
-            _sync_folder(folder)
+            sync_folder(folder)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot start a run in {folder}: {error}") from error
         return cls(folder, config, run)
@@ -189,32 +189,17 @@ class Store:
         )
 
     def begin(self, round: int, chosen: Iterable[Client]) -> None:
-        """These take part in the round. Final at once, so that a coordinator that is killed gives
-        the same jobs again. Raises StoreError."""
-        self._begun |= {client.id: client for client in chosen}
-        path = self.folder / BEGUN
-        draft = path.with_suffix(".new")
+        """These take part in the round, beside who does already. Raises StoreError."""
         try:
-            draft.write_bytes(msgspec.json.encode((round, list(self._begun.values()))))
-            os.replace(draft, path)
+            self._begun.add(round, chosen)
         except OSError as error:
             raise StoreError(
-                f"{path} cannot be written: {error}; free space; {self.way_on(round)}"
+                f"{self._begun.path} cannot be written: {error}; free space; {self.way_on(round)}"
             ) from error
 
     def begun(self, round: int) -> list[Client]:
         """Who was chosen for a round that was not finished; nobody if it was not begun."""
-        self._begun = {}
-        try:
-            found, clients = msgspec.json.decode(
-                (self.folder / BEGUN).read_bytes(), type=tuple[int, list[Client]]
-            )
-        except FileNotFoundError:
-            return []
-        except (OSError, msgspec.MsgspecError) as error:  # it names jobs, none of which is final
-            log.warning("%s cannot be read: %s; the round begins anew", self.folder / BEGUN, error)
-            return []
-        return clients if found == round else []
+        return self._begun.read(round)
 
     def was_counted(self, job: str) -> bool:
         """Whether the update of this job is part of a committed round."""
@@ -257,14 +242,14 @@ class Store:
     ) -> RoundTotals:
         """Make the round final. Raises StoreError (disk full, read-only) and then changes nothing:
         the run resumes at this round."""
-        name = _checkpoint_name(round)
+        name = checkpoint_name(round)
         for phase, time in metrics.phases.items():
             self._phase(round, None, phase, time)
         for key, value in metrics.values.items():
             self._write("INSERT INTO metrics VALUES (?, ?, ?)", round, key, value)
         try:
             start = clock()
-            _write_checkpoint(self.folder / name, state)
+            write_checkpoint(self.folder / name, state)
             self._phase(round, None, "checkpoint", since(start))
             totals = self._totals(round, wall_s)
             row = (round, started_utc, *astuple(totals), name)
@@ -277,14 +262,14 @@ class Store:
                 f"it writable; {self.way_on(round)}"
             ) from error
         with suppress(OSError):  # the round is final, whether or not this can be deleted
-            (self.folder / _checkpoint_name(round - KEPT_CHECKPOINTS)).unlink()
+            (self.folder / checkpoint_name(round - KEPT_CHECKPOINTS)).unlink()
         return totals
 
     def write_model(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Path:
         """The model to use as `model.safetensors`, its ModelSpec as JSON in the file's metadata."""
         path = self.folder / "model.safetensors"
         try:
-            _write_checkpoint(path, tensors, {"spec": msgspec.json.encode(spec).decode()})
+            write_checkpoint(path, tensors, {"spec": msgspec.json.encode(spec).decode()})
         except (OSError, SafetensorError) as error:
             raise StoreError(
                 f"{path} cannot be written: {error}; free space; {self.way_on()}"
@@ -317,7 +302,7 @@ class Store:
             " WHERE round = ?",
             round,
         )
-        return RoundTotals(wall_s, len(self._begun), *(int(value) for value in row))
+        return RoundTotals(wall_s, self._begun.count(round), *(int(value) for value in row))
 
     def _record_update(self, round: int, update: ClientUpdate) -> None:
         self._write(  # it was given another job in this round, which it returned
@@ -370,41 +355,6 @@ def _connect(folder: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise StoreError(f"{folder / DATABASE} cannot be opened: {error}") from error
     return db
-
-
-def _checkpoint_name(round: int) -> str:
-    return f"round-{round:06d}.safetensors"
-
-
-def _write_checkpoint(
-    path: Path, state: Mapping[str, Tensor], about: dict[str, str] | None = None
-) -> None:
-    """Whole or not at all. safetensors from 0.8 writes a file of its own in the same folder, with
-    mode 0600: a killed run leaves it, and another user, who exports the run, could not read it."""
-    draft = path.with_name(path.name + ".new")
-    for stale in (draft, *path.parent.glob(SAFETENSORS_DRAFT)):  # a run has one writer, this one
-        with suppress(OSError):
-            stale.unlink()
-    try:
-        draft.touch()  # with the mode that the umask allows
-        mode = stat.S_IMODE(draft.stat().st_mode)
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft, about)
-        with open(draft, "rb+") as file:
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        with suppress(OSError):  # after the rename there is none; a read-only disk keeps it
-            draft.unlink()
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _per_exit(values: Mapping[str, float], prefix: str) -> list[float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from edge_sdk import __version__, conditions
+from edge_sdk import __version__, conditions, logs
 from edge_sdk.boards import board, board_names, check_free, save_board, save_path
 from edge_sdk.capacity import (
     TRAINER_ENVIRONMENT,
@@ -40,7 +39,8 @@ from edge_sdk.cli_infer import (
     add_infer_command,
     add_infer_report_command,
 )
-from edge_sdk.cli_run import add_keys_command, add_run_command
+from edge_sdk.cli_join import add_join_command, add_keys_command
+from edge_sdk.cli_run import add_run_command
 from edge_sdk.cli_service import add_doctor_command, add_service_command
 from edge_sdk.device import calibration_file
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
@@ -188,6 +188,7 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     add_measure_command,
     add_plan_command,
     add_run_command,
+    add_join_command,
     add_keys_command,
     add_export_command,
     add_infer_command,
@@ -210,16 +211,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
     args = parser.parse_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
+    is_json = getattr(args, "log_json", False)
+    logs.set_up(is_json=is_json, is_debug=args.debug, form="%(asctime)s %(levelname)s %(message)s")
     try:
         status: int = args.run(args)
     except EdgeError as error:
         if args.debug:
             raise
-        print(f"edge-sdk: {error}", file=sys.stderr)
+        logs.last_words("edge-sdk", error)
         return 1
     except KeyboardInterrupt:
         return 130

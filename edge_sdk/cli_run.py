@@ -1,8 +1,9 @@
-"""`edge-sdk run` and `edge-sdk keys`: take part in training; make this device's key pair."""
+"""`edge-sdk run`: take part in training."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -30,8 +31,10 @@ from edge_sdk.device import (
     measure_here,
 )
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import DEVICE_KEYS, SERVER_KEYS, make_keys
+from edge_sdk.keys import has_next_keys
 from edge_sdk.profile import DeviceProfile, emulated
+
+log = logging.getLogger(__name__)
 
 
 def add_run_command(commands: Any) -> None:
@@ -54,16 +57,9 @@ def add_run_command(commands: Any) -> None:
     add("--host-layer-us", type=float, default=0.0, help="with --board: overhead of a layer here")
     add("--ignore-conditions", action="store_true", default=None,
         help="train the same when hot, throttled or on a low battery")  # fmt: skip
+    add("--log-json", action="store_true", help="log one JSON object per line, for programs")
     add("--once", action="store_true", help="end when the coordinator's run ends")
     parser.set_defaults(run=run_device, usage_error=parser.error)
-
-
-def add_keys_command(commands: Any) -> None:
-    parser = commands.add_parser("keys", help="make this device's key pair, print the public key")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="take id and keys from there")
-    parser.add_argument("--keys", type=path_flag, help=f"folder of keys, default {default_keys()}")
-    parser.add_argument("--id", help="this device's name, default the host name")
-    parser.set_defaults(run=run_keys)
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -90,6 +86,8 @@ def run_device(args: argparse.Namespace) -> int:
     client_id = checked_id(args.id, "--id")
     endpoint = checked_endpoint(args.coordinator, "--coordinator")
     secrets = device_secrets(args.keys, args.server_key, args.insecure, "--server-key")
+    if not args.insecure and has_next_keys(args.keys):
+        log.warning("a change of this device's key was cut short: run edge-sdk keys --rotate again")
     options = AgentOptions(
         client_id=client_id,
         data=str(args.data),
@@ -108,16 +106,6 @@ def run_device(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     agent.run()
-    return 0
-
-
-def run_keys(args: argparse.Namespace) -> int:
-    settle(args)
-    client_id = checked_id(args.id, "--id")
-    keys = make_keys(args.keys, DEVICE_KEYS)
-    print(f"wrote {args.keys / DEVICE_KEYS}.public and .secret; on the coordinator run")
-    print(f"  edge-coordinator clients add {client_id} '{keys.public.decode()}'")
-    print(f"and copy its server.public to {args.keys / SERVER_KEYS}.public")
     return 0
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from edge_sdk import doctor, service
 from edge_sdk.capacity import mebibytes
-from edge_sdk.config_file import DEFAULT_CONFIG, parse_config
+from edge_sdk.config_file import DEFAULT_CONFIG, default_config, parse_config
 from edge_sdk.device import default_keys
 from edge_sdk.errors import ConfigError
 from edge_sdk.service import ROOT
@@ -52,14 +52,16 @@ def add_service_command(commands: Any) -> None:
 
 def add_doctor_command(commands: Any) -> None:
     parser = commands.add_parser("doctor", help="check all that a device needs, say what to do")
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"default {DEFAULT_CONFIG}")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default the one join wrote")
     parser.add_argument("--json", action="store_true", help="one JSON array")
     parser.set_defaults(run=run_doctor)
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Exit status 1 if a check fails; warnings are not failures."""
-    findings = doctor.examine(args.config and args.config.absolute(), default_keys())
+    config = args.config or default_config(default_keys())
+    is_there = args.config or config.exists()
+    findings = doctor.examine(config.absolute() if is_there else None, default_keys())
     done = doctor.report(findings, (lambda line: None) if args.json else print)
     if args.json:
         print(json.dumps(msgspec.to_builtins(done), indent=2))

@@ -7,8 +7,12 @@ is wrong with a file becomes one line: file, line, key, what it says, what is ex
 from __future__ import annotations
 
 import difflib
+import json
+import os
 import re
+import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +93,61 @@ def parse_config(text: str, where: str) -> Settings:
             raise ConfigError(f"{_place(text, where, key)}: there is no such key; {hint}")
         check_value(key, value, _place(text, where, key))
     return msgspec.convert(raw, Settings)
+
+
+def with_values(text: str, values: Mapping[str, str | bool], where: str) -> str:
+    """The file's text with these keys set, in their place; all else stays. Raises ConfigError."""
+    lines = text.splitlines()
+    for key, value in values.items():
+        name = rf"[\"']?{re.escape(key)}[\"']?\s*="
+        places = [n for n, line in enumerate(lines) if re.match(rf"\s*{name}", line)]
+        places += [n for n, line in enumerate(lines) if re.match(rf"#\s*{name}", line)]
+        said = f"{key} = {json.dumps(value, ensure_ascii=False)}"
+        if places:
+            lines[places[0]] = said
+        else:
+            lines.append(said)
+    changed = "\n".join([*lines, ""])
+    try:
+        settings = parse_config(changed, where)
+        is_right = all(getattr(settings, key) == value for key, value in values.items())
+    except ConfigError:
+        is_right = False
+    if not is_right:  # a value of several lines, or one that no line of TOML holds
+        wanted = ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+        raise ConfigError(f"{where} cannot be changed by a program; set in it {wanted}")
+    return changed
+
+
+def template() -> str:
+    """A config to begin with: every key in a comment that explains it."""
+    return (Path(__file__).parent / "config.toml.in").read_text(encoding="utf-8")
+
+
+def write_config(path: Path, text: str) -> None:
+    """Whole or not at all; the mode of the file that is there, else readable by everyone. Raises
+    ConfigError."""
+    path = path.resolve()
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.chmod(0o644)
+            if path.exists():
+                shutil.copymode(path, part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be written: {error}") from error
+
+
+def default_config(own_folder: Path) -> Path:
+    """The service's where there is one that this user may change, else one in the user's folder."""
+    if os.access(DEFAULT_CONFIG, os.W_OK):
+        return DEFAULT_CONFIG
+    return own_folder / DEFAULT_CONFIG.name
 
 
 def check_value(key: str, value: object, place: str) -> None:

@@ -289,8 +289,8 @@ def _keys_advice(folder: Path) -> str:
     if os.geteuid() != 0 and not os.access(folder, os.X_OK):
         return "run the doctor with sudo, if the keys are the service's"
     return (
-        f"edge-sdk keys --keys {folder} makes this device's; server.public comes from the "
-        "coordinator"
+        f"edge-sdk join LINE, with an invitation; or edge-sdk keys --keys {folder} makes this "
+        "device's, and server.public comes from the coordinator"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from edge_sdk import logs
 from edge_sdk.capacity import Choice
 from edge_sdk.wire import ExitResult, Job, Segment, Update, Welcome
 
@@ -47,7 +48,14 @@ class Teller:
 
     def __call__(self, event: Event) -> None:
         where = f"round {event.round}: " if event.round else ""
-        self._log.log(event.level, "%s%s", where, event.detail)
+        fields = logs.event(
+            event.kind,
+            round=event.round or None,
+            code=event.code or None,
+            exit=event.exit or None,
+            seconds=event.seconds or None,
+        )
+        self._log.log(event.level, "%s%s", where, event.detail, extra=fields)
         if self._on_event is None:
             return
         try:

@@ -6,6 +6,7 @@ everyone, so the files are written here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -17,6 +18,7 @@ from edge_sdk.errors import ConfigError
 
 DEVICE_KEYS = "device"  # names of the two pairs of files
 SERVER_KEYS = "server"
+NEXT_KEYS = f"{DEVICE_KEYS}.next"  # while a new pair of the device is not confirmed yet
 _TEXT = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
 
@@ -39,15 +41,16 @@ def make_keys(folder: Path, name: str) -> KeyPair:
     import zmq
 
     public_file, secret_file = folder / f"{name}.public", folder / f"{name}.secret"
-    public, secret = zmq.curve_keypair()
+    public = b"-"
+    while public.startswith(b"-"):  # a command line would take it for a flag
+        public, secret = zmq.curve_keypair()
     try:
         for file in (public_file, secret_file):
             if file.exists():
                 raise ConfigError(f"{file} exists; a key is never overwritten, remove it first")
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        owner = (folder.parent if is_new else folder).stat()
-        owner_ids = (owner.st_uid, owner.st_gid) if os.geteuid() == 0 else None
+        owner_ids = _owner_of(folder.parent if is_new else folder)
         if is_new and owner_ids:
             os.chown(folder, *owner_ids, follow_symlinks=False)
         try:
@@ -57,9 +60,99 @@ def make_keys(folder: Path, name: str) -> KeyPair:
             for file in (secret_file, public_file):
                 file.unlink(missing_ok=True)
             raise
+        _sync(folder)
     except OSError as error:
         raise ConfigError(f"keys cannot be written to {folder}: {error}") from error
     return KeyPair(public, secret)
+
+
+def own_keys(folder: Path, name: str = DEVICE_KEYS) -> KeyPair:
+    """The pair that is there, else a new one. Raises ConfigError.
+
+    A secret without its public key is what remains where making a pair was cut short."""
+    if not _exists(folder / f"{name}.secret"):
+        return make_keys(folder, name)
+    secret = read_key(folder / f"{name}.secret")
+    try:
+        read_key(folder / f"{name}.public")
+    except ConfigError:
+        import zmq
+
+        write_public(folder, name, zmq.curve_public(secret))
+    return read_keys(folder, name)
+
+
+def next_keys(folder: Path) -> KeyPair:
+    """The device's next pair, made unless a rotation was begun with one. Raises ConfigError.
+
+    A secret that was not written whole has never been used: it makes room for another."""
+    try:
+        read_key(folder / f"{NEXT_KEYS}.secret")
+    except ConfigError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise
+        drop_next_keys(folder)
+    return own_keys(folder, NEXT_KEYS)
+
+
+def drop_next_keys(folder: Path) -> None:
+    """They are in no list. Raises ConfigError."""
+    try:
+        for half in ("secret", "public"):
+            (folder / f"{NEXT_KEYS}.{half}").unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"keys cannot be removed from {folder}: {error}") from error
+
+
+def has_next_keys(folder: Path) -> bool:
+    """Whether a rotation was begun here and not finished."""
+    return _exists(folder / f"{NEXT_KEYS}.secret")
+
+
+def swap_keys(folder: Path) -> None:
+    """The next pair becomes the device's. Between the two files read_keys takes the public key that
+    is still the next one's. Raises ConfigError."""
+    try:
+        for half in ("secret", "public"):
+            (folder / f"{NEXT_KEYS}.{half}").replace(folder / f"{DEVICE_KEYS}.{half}")
+            _sync(folder)
+    except OSError as error:
+        raise ConfigError(f"keys cannot be written to {folder}: {error}") from error
+
+
+def write_public(folder: Path, name: str, key: bytes) -> None:
+    """NAME.public, in place of the one there. Raises ConfigError."""
+    file = folder / f"{name}.public"
+    draft = folder / f".{name}.public.{os.getpid()}"
+    try:
+        draft.unlink(missing_ok=True)
+        _write_new(draft, key, 0o644, _owner_of(folder))
+        draft.replace(file)
+        _sync(folder)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error}") from error
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be looked at: {error}") from error
+
+
+def _owner_of(folder: Path) -> tuple[int, int] | None:
+    """Whom root's files there are to belong to; None: this user is not root."""
+    owner = folder.stat()
+    return (owner.st_uid, owner.st_gid) if os.geteuid() == 0 else None
+
+
+def _sync(folder: Path) -> None:
+    """The names of its files are on the disk: a board may lose power at any time."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _write_new(file: Path, key: bytes, mode: int, owner_ids: tuple[int, int] | None) -> None:
@@ -69,6 +162,8 @@ def _write_new(file: Path, key: bytes, mode: int, owner_ids: tuple[int, int] | N
         if owner_ids:
             os.fchown(handle, *owner_ids)
         stream.write(key + b"\n")
+        stream.flush()
+        os.fsync(handle)
 
 
 def read_keys(folder: Path, name: str) -> KeyPair:
@@ -85,12 +180,26 @@ def read_keys(folder: Path, name: str) -> KeyPair:
             f"{secret_file} has mode {mode:04o}, others can read it; run chmod 600 {secret_file} "
             "and think about making a new key"
         )
-    if zmq.curve_public(secret) != public:
+    own = zmq.curve_public(secret)
+    if own != public and not _is_halfway(folder, name, own):
         raise ConfigError(
             f"{folder / name}.public does not belong to {secret_file}; bring back the file that "
             "does, or remove both and make new keys"
         )
-    return KeyPair(public, secret)
+    return KeyPair(own, secret)
+
+
+def _is_halfway(folder: Path, name: str, own: bytes) -> bool:
+    """Whether swap_keys was cut short between its two files; then it is finished, where one may."""
+    file = folder / f"{name}.next.public"
+    try:
+        is_next = read_key(file) == own
+    except ConfigError:
+        return False
+    if is_next:
+        with contextlib.suppress(OSError):
+            file.replace(folder / f"{name}.public")
+    return is_next
 
 
 def read_all_keys(

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config
+from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config, template
 from edge_sdk.errors import ConfigError
 from edge_sdk.notify import WATCHDOG_S
 from edge_sdk.sysfs import read_text
@@ -135,7 +135,7 @@ def ensure_config(root: Path, config: Path) -> tuple[Settings, bool]:
     is_new = not path.exists()
     if is_new:
         try:
-            write(path, _template("config.toml.in"))
+            write(path, template())
         except OSError as error:
             raise ConfigError(f"config file {path} cannot be written: {error}") from error
     return read_config(path), is_new

@@ -40,6 +40,9 @@ Digest: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200, pattern=PLAIN_TEXT)]
 CLIENT_NAME = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
 ClientId: TypeAlias = Annotated[str, Meta(pattern=CLIENT_NAME)]
+# A CURVE key as Z85 text; keys.check_key knows which of these are numbers of 32 bytes.
+CURVE_KEY = r"\A[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}\Z"
+CurveKey: TypeAlias = Annotated[str, Meta(pattern=CURVE_KEY)]
 Line: TypeAlias = Annotated[str, Meta(max_length=MAX_LINE, pattern=PLAIN_TEXT)]
 InputShape: TypeAlias = Annotated[tuple[Index, ...], Meta(min_length=1, max_length=4)]
 # The text has no pattern: msgspec 0.22 frees what is not its own when it drops a type that joins a
@@ -219,8 +222,9 @@ class Part(Struct, frozen=True, kw_only=True, tag="part"):
 class Update(Struct, frozen=True, kw_only=True, tag="update"):
     """Device to coordinator: a finished job; its tensors are fetched with Fetch.
 
-    digest: of the tensors' bytes. An update is told again after a reconnect; the same job and
-    digest are the same update, which counts once."""
+    digest: of the tensors' bytes, a name rather than a check: transports keep bytes as they are. An
+    update is told again after a reconnect; the same job and digest are the same update, which
+    counts once."""
 
     job: JobId
     digest: Digest
@@ -273,20 +277,24 @@ class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
     reason: Line = ""
 
 
+class Join(Struct, frozen=True, kw_only=True, tag="join"):
+    """Device to coordinator, on a connection of its own: admit client_id with this public key. Sent
+    under an invitation's key, or under the client's present one to replace that."""
+
+    client_id: ClientId
+    public_key: CurveKey
+
+
+class Joined(Struct, frozen=True, kw_only=True, tag="joined"):
+    """Coordinator to device: the key that `join` named is admitted, under this name."""
+
+    client_id: ClientId
+
+
 Message: TypeAlias = (
-    Hello
-    | Welcome
-    | Ready
-    | Job
-    | Fetch
-    | Part
-    | Update
-    | Accepted
-    | Fault
-    | Heartbeat
-    | Probe
-    | Bye
-)
+    Hello | Welcome | Ready | Job | Fetch | Part | Update | Accepted | Fault | Heartbeat | Probe
+    | Bye | Join | Joined
+)  # fmt: skip
 _DECODE: Any = Message
 
 

@@ -9,7 +9,7 @@ import socket
 import sys
 from pathlib import Path
 
-from edge_sdk import resident
+from edge_sdk import logs, resident
 from edge_sdk.errors import EdgeError
 from edge_sdk.pipe import Pipe
 from edge_sdk.torch_extra import require_torch
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--measure-compute", action="store_true")
     parser.add_argument("--import", dest="imports", action="append", default=[])
     args = parser.parse_args()
+    logs.set_up_trainer()
     pipe = Pipe(socket.socket(fileno=args.fd))
     resident.be_killed_before_others()  # the agent survives
     try:

@@ -174,8 +174,7 @@ class ScriptedDevice:
         receiver = Receiver(job.tensors)
         while request := receiver.next_request(8):
             self.fetch(receiver, *request)
-        have = receiver.num_received
-        self.send(Fetch(round=job.round, have=have, first=have, count=0))
+        self.tell(receiver)
         self.train(receiver)
         return job
 
@@ -196,6 +195,13 @@ class ScriptedDevice:
             assert payload is not None
             receiver.add(part.index, payload)
             self.received.append(part.index)
+            self.tell(receiver)
+
+    def tell(self, receiver: Receiver) -> None:
+        """How many parts are here."""
+        assert self.job is not None
+        have = receiver.num_received
+        self.send(Fetch(round=self.job.round, have=have, first=have, count=0))
 
     def train(self, receiver: Receiver) -> None:
         assert self.job is not None
@@ -271,9 +277,12 @@ class Coordinator:
     """The real Hub and ZmqCohort. The cohort is used by one thread only, as it must be; what is
     asked of it comes back as a Future.
 
-    folder: of keys and the client list; None: insecure. terms: changes to TERMS."""
+    folder: of keys and the client list; None: insecure. spool: of a coordinator that was there
+    before; None: a new one. terms: changes to TERMS."""
 
-    def __init__(self, folder: Path | None, names: Sequence[str], **terms: Any) -> None:
+    def __init__(
+        self, folder: Path | None, names: Sequence[str], spool: Path | None = None, **terms: Any
+    ) -> None:
         self.folder = folder
         self.names = tuple(names)
         self.keys: dict[str, KeyPair] = {}
@@ -297,9 +306,9 @@ class Coordinator:
         self.arrived: queue.Queue[Result] = queue.Queue()  # results, as the cohort yields them
         self._stopping = threading.Event()
         self._closing: Future[None] | None = None
-        self._spool = TemporaryDirectory()
-        spool = Spool(Path(self._spool.name))
-        self._cohort = ZmqCohort(self.hub, self.terms, spool, self._stopping.is_set)
+        self._folder = TemporaryDirectory()
+        self.spool = spool or Path(self._folder.name)
+        self._cohort = ZmqCohort(self.hub, self.terms, Spool(self.spool), self._stopping.is_set)
         self._thread = ThreadPoolExecutor(1)
         self._devices: list[ScriptedDevice] = []
 
@@ -357,7 +366,7 @@ class Coordinator:
     def close(self, reason: str = "test over", *, is_final: bool = False) -> None:
         self.begin_close(reason, is_final=is_final).result(WAIT_S)
         self._thread.shutdown()
-        self._spool.cleanup()
+        self._folder.cleanup()
 
     def close_devices(self) -> None:
         for device in self._devices:
@@ -441,9 +450,9 @@ class ScriptedCoordinator:
 
     def serve_parts(self, round: int, sender: Sender) -> None:
         """Answer the agent until it says that it has every part."""
-        while asked := asked_for(fetch := self.expect(Fetch)):
-            self.send_parts(round, sender, range(asked[0], min(asked[-1] + 1, sender.num_parts)))
-        assert fetch.have == sender.num_parts
+        while (fetch := self.expect(Fetch)).have < sender.num_parts:
+            asked = asked_for(fetch)
+            self.send_parts(round, sender, range(asked.start, min(asked.stop, sender.num_parts)))
 
     def fetch_update(self, update: Update) -> Tensors:
         """The tensors of an announced update."""

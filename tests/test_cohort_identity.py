@@ -135,6 +135,7 @@ def test_revoked_admission_takes_effect_on_the_live_link(make_coordinator):
     round = coordinator.train(work(*BOTH))
     good.finish()
     bad.take_job()
+    bad.ping(1)  # from here on nobody says anything
     coordinator.clients_file.write_text(f"good {coordinator.keys['good'].public.decode()}\n")
     fault = bad.expect(Fault)  # without a word from it
     assert_about_round(fault, "admission", 0)
@@ -198,11 +199,11 @@ def test_program_that_does_not_answer_loses_its_place(coordinator, devices, monk
     second.hello()  # is welcome, when the first had time to answer
     second.ready()
     second.finish()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, second)
     bad.expect(Probe)
     bad.send(bad.make_update())
     assert_about_round(bad.expect(Fault), "hello", 0)
+    good.return_update()
+    assert_only_these_count(round.result(WAIT_S), good, second)
 
 
 class Lines:

@@ -17,7 +17,7 @@ import torch
 from coordinator import cohort_zmq
 from coordinator import desk as desk_module
 from coordinator import devices as devices_module
-from coordinator.cohort import Absence, ClientUpdate
+from coordinator.cohort import Absence, Client, ClientUpdate
 from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.credit import Credit
 from coordinator.desk import MOST_STALLS, Desk
@@ -48,7 +48,7 @@ from tests.cohort_work import (
     heard_until_now,
     work,
 )
-from tests.helpers import client, cnn
+from tests.helpers import cnn
 from tests.scripted import (
     WAIT_S,
     Coordinator,
@@ -240,7 +240,7 @@ def test_nobody_begins_to_upload_when_the_round_closes(tmp_path, quick_links):
     job = assignment(FLOATS_PER_PART)  # two parts
     for name in BOTH:
         device = SimpleNamespace(name=name)
-        desk.give(client(name, 3), job, 1, 0.0)
+        desk.give(Client(id=name, exit=3, num_examples=10), job, 1, 0.0)
         device.job = sent[-1][1]
         device.trained = {spec.name: job.tensors[spec.name] for spec in job.returns}
         desk.on_message(name, ScriptedDevice.make_update(device), None)
@@ -283,7 +283,7 @@ def test_stalled_upload_is_asked_again_then_failed(coordinator, devices, impatie
     assert end(round, good, "failed", "stalled").bytes_up == 524288
 
 
-def test_repeated_part_is_no_progress_and_holds_nobody_up(make_coordinator, impatient):
+def test_repeated_part_is_no_progress_and_holds_nobody_up(make_coordinator, impatient, quick_links):
     coordinator = make_coordinator(*BOTH, budget_bytes=2 * PART_BYTES)
     good, bad = coordinator.gather()
     round = coordinator.train(work(*BOTH, num_floats=FLOATS_PER_PART))
@@ -299,7 +299,9 @@ def test_repeated_part_is_no_progress_and_holds_nobody_up(make_coordinator, impa
     until = time.monotonic() + WAIT_S / 3
     while not (heard and isinstance(heard[-1], Fault)) and time.monotonic() < until:
         bad.send_parts([0])
-        heard += heard_until_now(bad)
+        bad.send(Heartbeat(round=1))
+        message, _ = bad.receive()
+        heard += [message] if not isinstance(message, Heartbeat) else []
     again = Fetch(round=1, have=1, first=1, count=1)
     assert heard[:-1] == [again] * (MOST_STALLS - 1)
     assert_about_round(heard[-1], "stalled")
@@ -367,6 +369,10 @@ def test_late_update_counts_in_the_next_round(make_coordinator):
     round = coordinator.train(work("good"), round=2)
     good.take_job()
     bad.return_update()  # it was not told that it is late
+    bad.send(bad.make_update())
+    assert bad.expect(Accepted).round == 1  # told twice, counts once
+    bad.ready()
+    bad.ping()
     good.return_update()
     first, second = round.result(WAIT_S)
     assert (first.client.id, first.round, first.staleness) == ("bad", 1, 1)
@@ -376,18 +382,7 @@ def test_late_update_counts_in_the_next_round(make_coordinator):
         name: tensor.tolist() for name, tensor in want.items()
     }
     assert torch.equal(first.tensors["stages.1.1.bias"], want["stages.1.1.bias"] + 1)
-    bad.send(bad.make_update())
-    assert bad.expect(Accepted).round == 1  # told twice, counts once
-    bad.ready()
-    heard_until_now_idle(coordinator, bad)
     assert {c.id for c in coordinator.clients().result(WAIT_S)} == {"good", "bad"}
-
-
-def heard_until_now_idle(coordinator: Coordinator, device: ScriptedDevice) -> None:
-    """While no round listens."""
-    device.send(Heartbeat())
-    coordinator.clients().result(WAIT_S)
-    device.expect(Heartbeat)
 
 
 def test_late_job_that_gets_too_old_is_given_up(make_coordinator):
@@ -437,7 +432,6 @@ def test_late_device_that_lost_its_job_is_free_again(make_coordinator, monkeypat
     good.return_update()
     assert len(round.result(WAIT_S)) == 1
     good.ready()
-    heard_until_now_idle(coordinator, good)
     assert [c.id for c in coordinator.clients().result(WAIT_S)] == ["bad", "good"]
 
 
@@ -499,7 +493,7 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
         note = lambda name, message, _: sent.append((name, message)) or True  # noqa: E731
         desk = Desk("a run", Spool(tmp_path), Credit(), note)
         for name in names:
-            desk.give(client(name, 3), job, 1, 0.0)
+            desk.give(Client(id=name, exit=3, num_examples=10), job, 1, 0.0)
         return desk, sent
 
     desk, sent = open_desk()
@@ -522,6 +516,65 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
     assert again.client.id == "whole"
     assert again.digest == before.digest
     assert all(torch.equal(again.tensors[name], trained[name]) for name in trained)
+
+
+def come_back(coordinator: Coordinator, before: ScriptedDevice) -> ScriptedDevice:
+    """The same program, with its job in hand, at a coordinator that was restarted."""
+    device = coordinator.device(before.name)
+    device.session, device.job, device.trained = before.session, before.job, before.trained
+    assert before.job is not None
+    device.hello(round=before.job.round, job=before.job.id)
+    return device
+
+
+def test_restarted_coordinator_goes_on_with_what_devices_have(make_coordinator, tmp_path):
+    names, spool = ("done", "held", "lost"), tmp_path / "spool"
+    first = make_coordinator(*names, is_insecure=True, spool=spool)
+    done, held, lost = first.gather()
+    clients = first.clients().result(WAIT_S)
+    round = first.train(work(*names))
+    done.finish()
+    held.take_job()
+    job = lost.take_job()
+    first.close("coordinator stopped")
+    assert isinstance(round.exception(WAIT_S), cohort_zmq.Stopped)
+
+    second = make_coordinator(*names, is_insecure=True, spool=spool)
+    second.ask(lambda cohort: cohort.expect(clients)).result(WAIT_S)
+    round = second.train(work(*names))
+    assert second.arrived.get(timeout=WAIT_S).client.id == "done"  # it is not even connected
+    held = come_back(second, held)
+    held.return_update()  # no job is sent: it has it
+    new = second.device("lost")
+    new.join()
+    assert new.take_job() == job  # given again, the same
+    done = come_back(second, done)
+    assert done.expect(Accepted).round == 1
+    new.return_update()
+    assert_only_these_count(round.result(WAIT_S), done, held, new)
+
+
+def test_late_update_that_had_arrived_outlives_the_coordinator(make_coordinator, tmp_path):
+    spool = tmp_path / "spool"
+    terms = {"is_insecure": True, "spool": spool}
+    first, good, bad = late_pair(make_coordinator, **terms)
+    round = first.train(work("good"), round=2)
+    good.take_job()
+    bad.return_update()
+    first.close("coordinator stopped")
+    assert isinstance(round.exception(WAIT_S), cohort_zmq.Stopped)
+
+    second = make_coordinator(*BOTH, quorum=0.5, oldest=2, **terms)
+    second.ask(lambda cohort: cohort.expect([Client(id="good", exit=3, num_examples=10)]))
+    round = second.train(work("good"), round=2)
+    again = come_back(second, good)
+    again.return_update()
+    late, own = sorted(round.result(WAIT_S), key=lambda result: result.client.id)
+    assert (late.client.id, late.round, late.staleness) == ("bad", 1, 1)
+    assert (own.client.id, own.round, own.staleness) == ("good", 2, 0)
+    want = assignment().tensors["stages.1.1.bias"]
+    assert torch.equal(late.tensors["stages.1.1.bias"], want + 1)
+    assert torch.equal(late.sent["stages.1.1.bias"], want)
 
 
 # -- logs --------------------------------------------------------------------------------------

@@ -154,6 +154,16 @@ def test_serve_refuses_what_devices_would(tmp_path, capsys):
     assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
+def test_serve_gives_up_with_its_own_status_when_nobody_comes(tmp_path, capsys):
+    serve = ["serve", "--run-dir", str(tmp_path / "run"), "--insecure", "--listen", "tcp://*:0"]
+    alone = [*serve, "--input", "1x8x8", "--classes", "3", "--give-up-after", "0.2"]
+    assert main([*alone, "--min-clients", "2"]) == 3
+    error = capsys.readouterr().err
+    assert "0 of the 2 devices that it needs are there" in error
+    assert "--give-up-after" in error
+    assert main([*alone, "--min-clients", "2", "--resume"]) == 3  # still the same run
+
+
 def test_zero_exit_weights_with_rotation_train_every_stage(tmp_path):
     run = settings(tmp_path, "--exit-weights", "0,0,1")
     assert run["rounds"][0]["returned"] == 4
@@ -190,7 +200,7 @@ def test_a_run_without_a_folder_is_not_to_be_resumed(capsys):
     """Its clients diverge at once: nobody returns anything."""
     assert main([*EMULATE, "--lr", "1e6", "--optimizer", "sgd"]) == 1
     said = capsys.readouterr().err
-    assert "none of 4 participants returned an update" in said
+    assert "none of 6 participants returned an update" in said
     assert "nothing was kept without --run-dir" in said
     assert "--resume" not in said
 

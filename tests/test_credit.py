@@ -55,11 +55,34 @@ def test_budget_holds_whatever_happens(budget_parts, events):
         assert sorted(credit.holders()) == sorted(name for name in held if held[name])
 
 
+def test_what_arrived_is_free_and_the_rest_is_not():
+    credit = Credit(8 * PART_BYTES)
+    credit.take("a", 5, False)
+    credit.arrived("a", 2)
+    assert (credit.held("a"), credit.bytes_under_way) == (3, 3 * PART_BYTES)
+    credit.arrived("a", 9)  # more than it had
+    assert (credit.held("a"), credit.bytes_under_way) == (0, 0)
+    assert credit.holders() == []
+
+
 def turns(credit: Credit) -> list[tuple[str, int]]:
     found = []
     while turn := credit.next():
         found.append(turn)
     return found
+
+
+def test_transfers_that_have_begun_go_first():
+    credit = Credit(8 * PART_BYTES)
+    credit.take("late", 1, False)
+    credit.ask("new", False)
+    credit.ask("late", False)
+    assert credit.next() == ("late", 7)
+    assert credit.next() == ("new", 7)
+    credit.drop("late")  # its transfer is over, the next one is new
+    credit.ask("other", False)
+    credit.ask("late", False)
+    assert turns(credit) == [("other", 8), ("late", 8)]
 
 
 def test_turns_come_in_the_order_of_asking():

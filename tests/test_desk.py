@@ -54,7 +54,8 @@ class Room:
         return True
 
     def assignment(self, plan: Plan = PLAN) -> Assignment:
-        down = {"stages.0.0.weight": floats(4), "stages.1.0.weight": floats(6)}
+        down = {"stages.0.0.weight": floats(4)}
+        down |= {name: torch.zeros_like(tensor) for name, tensor in self.trained.items()}
         return Assignment(cnn(2), plan, down, specs_of(self.trained))
 
     def give(self, name: str = "a", round: int = 1, plan: Plan = PLAN) -> None:
@@ -212,7 +213,23 @@ def test_spool_is_cleared_of_what_counts_no_more(room, tmp_path):
     room.desk.close(1)
     room.desk.finished.clear()
     room.desk.clear_spool(2)
-    assert {path.name.split("-")[1] for path in tmp_path.iterdir()} == {"b.data"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "0000000001-b.data",
+        "free-0000000001-a.data",
+    }
+
+
+def test_freed_files_are_used_again(room, tmp_path):
+    room.give("a", round=1)
+    room.finish("a")
+    room.desk.finished.clear()
+    room.desk.clear_spool(2)
+    room.trained = {"stages.1.0.weight": floats(3, start=7.0)}
+    room.give("a", round=2)
+    room.announce("a")
+    assert [path.name for path in tmp_path.iterdir()] == ["0000000002-a.data"]
+    room.parts([0])
+    assert_is_the_update(room, room.desk.finished[0], 2)
 
 
 def test_device_that_is_gone_may_come_back_with_its_update(room):
@@ -311,3 +328,30 @@ def test_budget_bounds_what_is_under_way(tmp_path):
     room.desk.on_gone("a", "gone", "gone")  # frees it
     assert [who for who, m in room.said if isinstance(m, Fetch)] == ["a", "b"]
     assert room.desk.credit.bytes_under_way == 2 * PART_BYTES
+
+
+def test_late_update_outlives_the_coordinator_too(tmp_path):
+    before = Room(tmp_path)
+    before.give("a")
+    before.desk.close(1)
+    before.finish("a")
+    after = Room(tmp_path)
+    after.desk.resume(2)
+    (result,) = after.desk.finished
+    assert_is_the_update(after, result)
+    began = before.assignment().tensors
+    assert torch.equal(result.sent["stages.1.0.weight"], began["stages.1.0.weight"])
+    after.desk.clear_spool(2)  # it is still wanted
+    assert torch.equal(result.tensors["stages.1.0.weight"], after.trained["stages.1.0.weight"])
+
+
+def test_late_update_of_a_committed_round_is_not_counted_again(tmp_path):
+    before = Room(tmp_path)
+    before.give("a")
+    before.desk.close(1)
+    before.finish("a")
+    after = Room(tmp_path, was_counted=lambda job: job == before.job("a").id)
+    after.desk.resume(3)
+    assert not after.desk.finished
+    after.desk.on_return("a", 1, before.job("a").id)
+    assert after.to("a", Accepted)

@@ -25,7 +25,8 @@ from coordinator.config import RotationOptions, RunConfig, read_config
 from coordinator.hub import Hub
 from coordinator.methods import make_method
 from coordinator.rounds import run_rounds
-from coordinator.store import Store
+from coordinator.spool import Spool
+from coordinator.store import SPOOL, Store
 from edge_sdk.data import save_shard
 from edge_sdk.keys import read_keys
 from edge_sdk.tensors import Tensors
@@ -139,7 +140,7 @@ def test_devices_give_the_model_that_one_process_gives(
     )
     hub = Hub(world.endpoint, read_keys(world.keys, "server"), Admission(world.keys / "clients"))
     give_up = time.monotonic() + 90
-    cohort = ZmqCohort(hub, terms, lambda: time.monotonic() > give_up)
+    cohort = ZmqCohort(hub, terms, Spool(store.folder / SPOOL), lambda: time.monotonic() > give_up)
     try:
         run_rounds(store, made, cohort, world.test)
     finally:

@@ -23,8 +23,18 @@ from msgspec import inspect
 from msgspec.structs import fields
 
 import edge_sdk
-from coordinator import cohort_zmq, hub, seats
-from edge_sdk import agent, agent_state, chooser, examples, trainer, transport, wire, worker
+from coordinator import cohort_zmq, credit, desk, devices, hub, joining, seats
+from edge_sdk import (
+    agent,
+    agent_state,
+    chooser,
+    examples,
+    join,
+    trainer,
+    transport,
+    wire,
+    worker,
+)
 from edge_sdk.errors import EdgeError
 from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
 from edge_sdk.tensors import DTYPES
@@ -37,11 +47,14 @@ from edge_sdk.wire import (
     Heartbeat,
     Hello,
     Job,
+    Join,
+    Joined,
     Message,
     ModelSpec,
     Part,
     Phase,
     Plan,
+    Probe,
     Ready,
     Segment,
     TensorSpec,
@@ -83,9 +96,10 @@ SPECS = (
     TensorSpec(name="exits.0.2.bias", shape=(10,), dtype="float16", role="correction"),
     TensorSpec(name="stages.1.1.count", shape=(), dtype="int64", role="teacher"),
 )
+JOB = "0123456789abcdef0123456789abcdef"
 EXAMPLES: tuple[Message, ...] = (
     Hello(
-        protocol=3,
+        protocol=4,
         client_id="pi-4.kitchen_1",
         session="5f0c9a6e1b2d3c4f",
         profile=DeviceProfile(
@@ -106,10 +120,11 @@ EXAMPLES: tuple[Message, ...] = (
         input_shape=(1, 28, 28),
         num_classes=10,
         round=7,
+        job=JOB,
         software="edge-sdk 0.1.0",
     ),
     Welcome(
-        protocol=3, run="a1b2c3d4e5f6", model=MODEL, plan=PLAN, deadline_s=90.5, heartbeat_s=5.0
+        protocol=4, run="a1b2c3d4e5f6", model=MODEL, plan=PLAN, deadline_s=90.5, heartbeat_s=5.0
     ),
     Ready(
         exit=2,
@@ -118,10 +133,12 @@ EXAMPLES: tuple[Message, ...] = (
         stage_s=(2.0, 2.5),
         reason="exit 3 needs 700.0 MiB, 512.0 MiB available (cgroup)",
     ),
-    Job(round=7, model=MODEL, plan=PLAN, tensors=SPECS, deadline_s=90.5),
-    Fetch(round=7, first=8, count=4),
+    Job(id=JOB, round=7, model=MODEL, plan=PLAN, tensors=SPECS, deadline_s=90.5),
+    Fetch(round=7, have=5, first=8, count=4),
     Part(round=7, index=300),
     Update(
+        job=JOB,
+        digest="fedcba9876543210fedcba9876543210",
         round=7,
         num_examples=640,
         num_steps=80,
@@ -141,7 +158,10 @@ EXAMPLES: tuple[Message, ...] = (
     Accepted(round=7),
     Fault(code="capacity", detail="out of memory while training", round=7),
     Heartbeat(round=7),
+    Probe(),
     Bye(reason="run finished", is_final=True),
+    Join(client_id="pi-4.kitchen_1", public_key="Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"),
+    Joined(client_id="pi-4.kitchen_1"),
 )
 # What a peer sees of every module's constants; PROTOCOL.md gives each name and value in a table.
 CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
@@ -165,8 +185,20 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
     chooser: ("GROWN",),
     worker: ("WINDOW",),
     examples: ("MIN_BATCH",),
-    cohort_zmq: ("HEARTBEAT_S", "SILENCE_S"),
-    seats: ("WINDOW", "UPLOAD_BUDGET_BYTES", "RESEND_S", "STALL_S"),
+    join: ("CONNECT_S", "ANSWER_S", "AGAIN_S"),
+    cohort_zmq: ("HEARTBEAT_S", "FAREWELL_S"),
+    devices: ("SILENCE_S", "PROBE_S"),
+    desk: ("RESEND_S", "MOST_GIVEN", "MOST_STALLS"),
+    seats: ("MOST_WANTED",),
+    credit: (
+        "BUDGET_BYTES",
+        "WINDOW",
+        "SLOW_WINDOW",
+        "SLOW_RATE",
+        "UNKNOWN_RATE",
+        "PATIENCE",
+        "LINK_S",
+    ),
 }
 
 
@@ -339,11 +371,16 @@ def test_protocol_gives_every_constant_and_its_value(text):
 
 
 def test_protocol_names_every_fault_code(text):
-    codes = {kind.code for kind in EdgeError.__subclasses__()} - {"link", "store"}
+    codes = {kind.code for kind in EdgeError.__subclasses__()} - {"link", "store", "quorum"}
     codes |= {"version", trainer.Cancelled.code, *agent.FATAL}
-    for module in (cohort_zmq, hub, seats, agent):  # Fault(code="..."), _fault(name, "...")
+    sent = set()
+    # Fault(code="..."), _fault(name, "...")
+    for module in (cohort_zmq, desk, devices, hub, joining, agent):
         source = Path(str(module.__file__)).read_text(encoding="utf-8")
-        codes |= set(re.findall(r'(?:Fault\(code=|_(?:fault|refuse)\([\w.]+, )"(\w+)"', source))
+        call = r'(?:Fault\(code=|(?:_fault|_fail_job|\.refuse)\(\s*(?:[\w.]+, )?)"(\w+)"'
+        sent |= set(re.findall(call, source))
+    assert {"hello", "round", "late", "stalled", "duplicate", "admission", "trainer"} <= sent
+    codes |= sent
     table = {row[0].strip("`") for row in rows(text)}
     assert codes <= table, f"no row for {codes - table}"
 

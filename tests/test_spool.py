@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -15,7 +16,8 @@ from coordinator import spool as spool_module
 from coordinator.spool import Arrived, Spool
 from edge_sdk.errors import StoreError
 from edge_sdk.tensors import Receiver, Sender, Tensors, specs_of
-from edge_sdk.wire import PART_BYTES, ExitResult, Update
+from edge_sdk.wire import PART_BYTES, ExitResult, Segment, Update
+from tests.helpers import client
 from tests.scripted import floats
 
 JOB, OTHER = "1" * 32, "2" * 32
@@ -34,7 +36,8 @@ def arrived(tensors: Tensors, job: str = JOB) -> Arrived:
         peak_memory_bytes=0,
         tensors=specs_of(tensors),
     )
-    return Arrived(update=update, upload_s=1.5, bytes_down=100, bytes_up=40)
+    segments = (Segment(first=1, last=1),)
+    return Arrived(update=update, segments=segments, upload_s=1.5, bytes_down=100, bytes_up=40)
 
 
 def receive(
@@ -50,7 +53,7 @@ def receive(
 
 def keep(spool: Spool, client: str = "a", tensors: Tensors = TENSORS, job: str = JOB) -> None:
     receive(spool, client, tensors)
-    spool.keep(3, client, arrived(tensors, job))
+    spool.keep(3, client, arrived(tensors, job), {})
 
 
 def files(spool: Spool) -> list[str]:
@@ -70,7 +73,7 @@ def test_whole_update_is_taken_by_who_comes_after(tmp_path):
     receiver = receive(spool)
     got = receiver.tensors()
     assert all(torch.equal(got[name], TENSORS[name]) for name in TENSORS)
-    spool.keep(3, "a", arrived(TENSORS))
+    spool.keep(3, "a", arrived(TENSORS), {})
     assert_is_there(Spool(tmp_path / "spool"))
     assert spool.take(3, "b", JOB) is None
     assert spool.take(4, "a", JOB) is None
@@ -99,7 +102,7 @@ def test_kill_while_the_json_is_written_counts_as_nothing(tmp_path, monkeypatch)
 
     monkeypatch.setattr(spool_module.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        spool.keep(3, "a", arrived(TENSORS))
+        spool.keep(3, "a", arrived(TENSORS), {})
     monkeypatch.undo()
     assert Spool(tmp_path).take(3, "a", JOB) is None
     keep(spool)  # asked for again
@@ -163,18 +166,50 @@ def test_rounds_before_are_forgotten_but_for_what_is_wanted(tmp_path):
             sender = Sender(TENSORS)
             receiver = Receiver(sender.specs, spool.storage(round, name))
             receiver.add(1, sender.part(1))
-            spool.keep(round, name, arrived(TENSORS))
+            spool.keep(round, name, arrived(TENSORS), {})
     spool.forget_before(3, {(1, "a.b"), (2, "a")})
-    kept = [name for name in files(spool) if not name.startswith("0000000003")]
+    kept = [name for name in files(spool) if name.startswith(("0000000001", "0000000002"))]
     assert kept == [
         "0000000001-a.b.data",
         "0000000001-a.b.json",
         "0000000002-a.data",
         "0000000002-a.json",
     ]
-    assert len(files(spool)) == 4 + 2 * len(NAMES)
-    spool.forget_before(2**31, set())
+    free = [name for name in files(spool) if name.startswith("free-")]
+    assert len(free) == 2 * len(NAMES) - 2
+    assert len(files(spool)) == 4 + 2 * len(NAMES) + len(free)
+    spool.clear()
     assert files(spool) == []
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_files_of_rounds_before_are_used_again(tmp_path, is_resumed):
+    """Longer or shorter than the new stream, they leave nothing of theirs in it."""
+    spool = Spool(tmp_path)
+    longer = {"w": floats(PART_BYTES // 2)}
+    for name, tensors in (("a", longer), ("b", {"w": floats(1)})):
+        sender = Sender(tensors)
+        receiver = Receiver(sender.specs, spool.storage(1, name))
+        for index in range(sender.num_parts):
+            receiver.add(index, sender.part(index))
+    spool.forget_before(3, set())
+    assert files(spool) == ["free-0000000001-a.data", "free-0000000001-b.data"]
+    spool = Spool(tmp_path) if is_resumed else spool
+    for name in ("a", "b", "c"):
+        keep(spool, name)
+        assert_is_there(spool, name)
+    assert len(files(spool)) == 6
+
+
+def test_what_is_kept_counts_although_others_are_freed(tmp_path):
+    spool = Spool(tmp_path)
+    keep(spool)
+    receive(spool, "half", parts=1)
+    spool.forget_before(3, set())
+    assert_is_there(spool)
+    spool.forget_before(4, {(3, "a")})
+    keep(spool, "b", {"w": floats(7)})  # in the file that half had
+    assert_is_there(spool)
 
 
 def test_mapped_tensors_outlive_their_file(tmp_path):
@@ -236,7 +271,7 @@ def test_full_disk_for_the_json_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StoreError, match=r"a\.json cannot be written: .*No space left") as caught:
-        spool.keep(3, "a", arrived(TENSORS))
+        spool.keep(3, "a", arrived(TENSORS), {})
     one_line(caught.value)
     monkeypatch.undo()
     assert spool.take(3, "a", JOB) is None
@@ -265,7 +300,6 @@ def test_a_real_limit_on_file_size_is_one_line(tmp_path):
     (line,) = done.stdout.splitlines()
     assert "0000000001-a.data cannot be written: " in line
     assert "File too large" in line
-    assert (tmp_path / "0000000001-a.data").stat().st_size == 100_000
 
 
 def test_folder_that_cannot_be_made_is_one_line(tmp_path):
@@ -282,3 +316,58 @@ def test_file_that_was_deleted_meanwhile_is_one_line(tmp_path):
     with pytest.raises(StoreError, match="No such file") as caught:
         receiver.add(1, sender.part(1))
     one_line(caught.value)
+
+
+# -- late ones, whose job nobody gives again ---------------------------------------------------
+
+
+BASE = {name: tensor - 1 for name, tensor in TENSORS.items()} | {"stages.9.w": floats(2)}
+
+
+def keep_late(spool: Spool, client_id: str = "a") -> None:
+    receive(spool, client_id)
+    late = msgspec.structs.replace(arrived(TENSORS), client=client(client_id, 2))
+    spool.keep(3, client_id, late, BASE)
+
+
+def test_late_update_comes_with_what_it_began_from(tmp_path):
+    keep_late(Spool(tmp_path))
+    ((found, tensors, sent),) = Spool(tmp_path).late(4)
+    assert found.client == client("a", 2)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(tensors[name], tensor)
+        assert torch.equal(sent[name], tensor - 1)
+    assert list(sent) == list(TENSORS)  # of what was trained
+
+
+def test_only_late_updates_of_rounds_before_come(tmp_path):
+    spool = Spool(tmp_path)
+    keep(spool, "b")  # of a round that was cut short: its job is given again
+    keep_late(spool, "a")
+    assert list(spool.late(3)) == []
+    assert [found.client.id for found, _, _ in spool.late(4) if found.client] == ["a"]
+
+
+@pytest.mark.parametrize("damage", ["base gone", "base short", "base empty", "data"])
+def test_damaged_late_update_is_left_out(tmp_path, damage):
+    spool = Spool(tmp_path)
+    keep_late(spool, "a")
+    keep_late(spool, "b")
+    base, data = tmp_path / "0000000003-a.base", tmp_path / "0000000003-a.data"
+    if damage == "base gone":
+        base.unlink()
+    elif damage == "data":
+        data.write_bytes(bytes(data.stat().st_size))
+    else:
+        base.write_bytes(base.read_bytes()[:-1] if damage == "base short" else b"")
+    assert [found.client.id for found, _, _ in spool.late(4) if found.client] == ["b"]
+
+
+def test_nothing_is_left_of_a_late_update_that_was_forgotten(tmp_path):
+    spool = Spool(tmp_path)
+    keep_late(spool)
+    spool.forget(3, "a")
+    assert files(spool) == []
+    keep_late(spool)
+    spool.forget_before(4, set())
+    assert files(spool) == ["free-0000000003-a.data"]

@@ -387,3 +387,106 @@ def test_the_last_rounds_are_evaluated(tmp_path):
     evaluated = [entry["round"] for entry in store.history() if entry["accuracy"]]
     store.close()
     assert evaluated == [3, 4, 5]
+
+
+# -- rounds that were begun, and who counted ---------------------------------------------------
+
+
+def test_participants_of_a_round_outlive_a_kill(tmp_path):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    a, b = client("a", 1), client("b", 2)
+    assert store.begun(1) == []
+    store.begin(1, [a])
+    store.begin(1, [b])  # of the same round, which lacked updates
+    store._db.close()  # killed here
+    again = Store.resume(tmp_path)
+    assert again.begun(2) == [], "of another round"
+    assert again.begun(1) == [a, b]
+    again.begin(1, [a, b])
+    _, totals = commit(again, 1)
+    assert totals.chosen == 2
+    assert again.begun(2) == []
+    again.begin(2, [b])
+    _, totals = commit(again, 2)
+    assert totals.chosen == 1, "of this round only"
+    again.close()
+
+
+def test_begun_round_that_cannot_be_read_begins_anew(tmp_path, caplog):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    store.begin(1, [client("a", 1)])
+    path = tmp_path / store_module.BEGUN
+    path.write_bytes(path.read_bytes()[:-2])
+    assert store.begun(1) == []
+    assert "the round begins anew" in caplog.text
+    store.close()
+
+
+def test_full_disk_as_a_round_begins_is_one_line(tmp_path, monkeypatch):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StoreError, match=r"begun.json .*No space left.*--resume at round 1") as it:
+        store.begin(1, [client("a", 1)])
+    assert "\n" not in str(it.value)
+    store.close()
+
+
+def test_job_was_counted_once_its_round_is_committed(tmp_path):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    list(store.recording(1, [update(client("a", 1), job="1" * 32, digest="d" * 32)]))
+    assert not store.was_counted("1" * 32), "not final yet"
+    commit(store, 1)
+    assert store.was_counted("1" * 32)
+    assert not store.was_counted("2" * 32)
+    assert not store.was_counted("")
+    store.close()
+
+
+def test_late_update_and_the_own_one_of_a_client_are_both_recorded(tmp_path):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    a = client("a", 1)
+    late = update(a, job="1" * 32, round=1, staleness=1)
+    failed = Absence(a, (Segment(first=1, last=2),), "failed", "gone", "left")
+    own = update(a, job="2" * 32, round=2)
+    passed, totals = commit(store, 2, results=[late, failed, own])
+    assert [u.staleness for u in passed] == [1, 0]
+    assert (totals.returned, totals.failures) == (2, 0), "it failed, and returned when asked again"
+    assert store.was_counted("1" * 32)
+    assert store.was_counted("2" * 32)
+    store.close()
+
+
+class Recording(InProcessCohort):
+    """Remembers whom it was asked for, by try."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.asked: list[list[str]] = []
+
+    def train(self, work, round, deadline_s):
+        self.asked.append(sorted(work))
+        return super().train(work, round, deadline_s)
+
+
+def test_round_that_lacks_updates_asks_as_many_others(tmp_path):
+    settings = config("owners-mean", rounds=1, participants=3, min_updates=3)
+    store = Store.create(tmp_path, settings, "emulate")
+    names = "abcdef"
+    drawn = {c.id for c in sample([client(n, 1) for n in names], 3, seed=settings.seed, round=1)}
+    broken = set(sorted(drawn)[:2])
+    shards = {name: examples(2 if name in broken else 12) for name in names}
+    cohort = Recording(shards, dict.fromkeys(names, 1), 3)
+    run_rounds(store, make_method(settings), cohort, None)
+    first, second = cohort.asked
+    assert set(first) == drawn
+    assert len(second) == 2, "two of three are lacking"
+    assert not set(second) & drawn, "those who have not failed first"
+    rows = store._db.execute("SELECT client_id, outcome FROM participations").fetchall()
+    assert {name for name, outcome in rows if outcome == "failed"} == broken
+    assert {name for name, outcome in rows if outcome == "ok"} == (drawn - broken) | set(second)
+    assert store.history()[0]["chosen"] == 5
+    store.close()

@@ -656,9 +656,11 @@ phases = st.dictionaries(
     st.sampled_from(["wait", "download", "load", "train"]),
     st.builds(Phase, wall_s=seconds, cpu_s=st.none() | seconds),
 )
+ids = st.binary(min_size=16, max_size=16).map(bytes.hex)
 messages = st.one_of(
     st.builds(
         Job,
+        id=ids,
         round=rounds,
         model=models,
         plan=plans,
@@ -667,6 +669,8 @@ messages = st.one_of(
     ),
     st.builds(
         Update,
+        job=ids,
+        digest=ids,
         round=rounds,
         num_examples=rounds,
         num_steps=counts,
@@ -683,7 +687,7 @@ messages = st.one_of(
         stage_s=st.lists(st.floats(0, 10**9), max_size=100).map(tuple),
         reason=lines,
     ),
-    st.builds(Fetch, round=rounds, first=counts, count=st.integers(1, 1024)),
+    st.builds(Fetch, round=rounds, have=counts, first=counts, count=st.integers(0, 1024)),
     st.builds(Part, round=rounds, index=counts),
     st.builds(Fault, code=names, detail=lines, round=rounds),
     st.builds(Heartbeat, round=rounds),

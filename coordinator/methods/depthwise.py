@@ -12,12 +12,14 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from coordinator.aggregate import OwnersMean
+from coordinator.aggregate import Kernel
 from coordinator.cohort import Assignment, Client, ClientUpdate
 from coordinator.config import RunConfig
 from coordinator.generators import Generator
 from coordinator.methods.base import Metrics
+from coordinator.methods.clipping import NormClip
 from coordinator.methods.rotation import Rule
+from coordinator.robust import make_kernel
 from coordinator.sampling import job_seed
 from coordinator.server_optim import Server
 from edge_sdk.errors import ShapeError
@@ -42,6 +44,8 @@ class DepthAveraging:
         self._generator = generator
         parameters = {name for name, _ in build(self.spec).named_parameters()}
         self.server = Server(initial_tensors(self.spec, config.seed), parameters, config.server)
+        factor = config.aggregation.clip
+        self._clip = NormClip(factor, parameters, self.spec.exit, config.seed) if factor else None
         self._owners = torch.zeros(self.spec.exit, dtype=torch.float64)  # of each stage, so far
 
     def assign(self, client: Client, round: int) -> Assignment:
@@ -62,7 +66,10 @@ class DepthAveraging:
 
     def aggregate(self, round: int, updates: Iterable[ClientUpdate]) -> Metrics:
         metrics = Metrics()
-        mean, sent, generator = OwnersMean(), self.server.globals, self._generator
+        mean = make_kernel(self._config.aggregation)
+        sent, generator = self.server.globals, self._generator
+        if self._clip:
+            updates = self._clip.clipped(round, updates, sent, metrics)
         fold = fit = generate = Phase(wall_s=0.0, cpu_s=0.0)
         total = 0.0
         for update in updates:
@@ -79,12 +86,15 @@ class DepthAveraging:
             total += weight
             metrics.num_updates += 1
         shares = {name: mean.weight(name) / total for name in sent} if total else {}
+        start = clock()
+        merged = mean.result(sent)  # the owners' alone; robust rules do their work here
+        fold = _plus(fold, since(start))
         if metrics.num_updates and generator:
             start = clock()
             metrics.values |= generator.fit(sent, round)
             fit = _plus(fit, since(start))
             start = clock()
-            for weight, made in generator.generate(sent, mean.result(sent)):
+            for weight, made in generator.generate(sent, merged):
                 mean.add_(made, self._config.generator.gain * weight)
             generate = since(start)
             metrics.phases |= {"fit": fit, "generate": generate}
@@ -95,7 +105,7 @@ class DepthAveraging:
         metrics.phases["aggregate"] = fold
         return metrics
 
-    def _damped(self, mean: OwnersMean, shares: Mapping[str, float]) -> Tensors:
+    def _damped(self, mean: Kernel, shares: Mapping[str, float]) -> Tensors:
         """The mean, or a part of the way to it where only a part of the cohort trained the tensor.
         shares: of the cohort's weight, by tensor."""
         sent, power = self.server.globals, self._config.server.damping
@@ -129,6 +139,8 @@ class DepthAveraging:
     def state_dict(self) -> Tensors:
         state = {f"server/{name}": tensor for name, tensor in self.server.state_dict().items()}
         state["owners"] = self._owners.clone()
+        if self._clip:
+            state["clip"] = self._clip.norms.clone()
         if self._generator:
             made = self._generator.state_dict()
             state |= {f"generator/{name}": tensor for name, tensor in made.items()}
@@ -137,9 +149,14 @@ class DepthAveraging:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         parts = ("server/", "generator/") if self._generator else ("server/",)
         rest = {name: tensor for name, tensor in state.items() if not name.startswith(parts)}
-        check_shapes(rest, {"owners": (self.spec.exit,)}, "checkpoint")
+        shapes: dict[str, tuple[int, ...]] = {"owners": (self.spec.exit,)}
+        if self._clip:
+            shapes["clip"] = tuple(self._clip.norms.shape)
+        check_shapes(rest, shapes, "checkpoint")
         self.server.load_state_dict(under(state, "server/"))
         self._owners = state["owners"].clone()
+        if self._clip:
+            self._clip.norms = state["clip"].clone()
         if self._generator:
             self._generator.load_state_dict(under(state, "generator/"))
 

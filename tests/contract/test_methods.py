@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coordinator.cohort import InProcessCohort
-from coordinator.config import GeneratorOptions, ServerOptions
+from coordinator.config import AggregationOptions, GeneratorOptions, ServerOptions
 from coordinator.methods import METHODS, make_method
 from edge_sdk.errors import ConfigError
 from edge_sdk.models.staged import place
@@ -27,6 +27,20 @@ def name(request):
     return request.param
 
 
+AGGREGATIONS = {
+    "mean": AggregationOptions(),
+    "trimmed-mean": AggregationOptions(rule="trimmed-mean"),
+    "median": AggregationOptions(rule="median"),
+    "norm-bounded": AggregationOptions(rule="norm-bounded"),
+    "clip": AggregationOptions(clip=1.0),
+}
+
+
+@pytest.fixture(params=AGGREGATIONS)
+def aggregation(request):
+    return AGGREGATIONS[request.param]
+
+
 def fresh(name, **changes):
     """A new method with the plain mean as its server step."""
     return make_method(config(name, **({"server": PLAIN} | changes)))
@@ -41,12 +55,12 @@ def one_round(method, cohort=COHORT, number=1, **changes):
 STALE = "stale-copy is the published defect itself, kept to be measured"
 
 
-def test_identical_clients_in_identical_model_out(name):
+def test_identical_clients_in_identical_model_out(name, aggregation):
     if name == "stale-copy":
         pytest.skip(STALE)
     # published code divides a sum of n by n - 1, or averages aliased tensors twice.
     # what is generated is not what the clients sent, so generation is off here.
-    method = fresh(name, generator=NO_GENERATION)
+    method = fresh(name, generator=NO_GENERATION, aggregation=aggregation)
     before = method.current()
     updates = one_round(method, shift=0.25)
     owned = {key for update in updates for key in update.tensors}
@@ -56,8 +70,8 @@ def test_identical_clients_in_identical_model_out(name):
         assert torch.equal(tensor, expected), key
 
 
-def test_order_of_clients_does_not_matter(name):
-    method, other = fresh(name), fresh(name)
+def test_order_of_clients_does_not_matter(name, aggregation):
+    method, other = (fresh(name, aggregation=aggregation) for _ in range(2))
     updates = [answer(who, method.assign(who, 1), num_examples=7 + len(who.id)) for who in COHORT]
     method.aggregate(1, updates)
     # hypernetworks see their owners in a drawn order, so only the mean itself is order-free
@@ -95,10 +109,11 @@ def test_equal_weighting_counts_clients_alike(name):
     assert torch.allclose(moved, torch.full_like(moved, 20.0), atol=1e-4)
 
 
-def test_client_without_a_tensor_has_no_influence_on_it(name):
+def test_client_without_a_tensor_has_no_influence_on_it(name, aggregation):
     if name == "stale-copy":
         pytest.skip(STALE)
-    method, other = (fresh(name, generator=NO_GENERATION) for _ in range(2))
+    changes = {"generator": NO_GENERATION, "aggregation": aggregation}
+    method, other = (fresh(name, **changes) for _ in range(2))
     if method.spec.exit == 1 or not any(
         len(method.assign(who, 1).returns) < len(method.current()) for who in COHORT
     ):
@@ -115,8 +130,8 @@ def test_client_without_a_tensor_has_no_influence_on_it(name):
         assert torch.equal(tensor, other.current()[key]) != is_owned, key
 
 
-def test_tensor_that_nobody_owns_is_unchanged(name):
-    method = fresh(name)
+def test_tensor_that_nobody_owns_is_unchanged(name, aggregation):
+    method = fresh(name, aggregation=aggregation)
     weak = [client("a", 1), client("b", 1)]
     weak = [dataclasses.replace(who, stages=()) for who in weak]
     before = method.current()
@@ -141,11 +156,12 @@ def test_momentum_does_not_move_what_nobody_owns(name):
     assert moved == owned
 
 
-def test_round_without_updates_changes_nothing(name):
-    method = fresh(name)
-    before = method.current()
+def test_round_without_updates_changes_nothing(name, aggregation):
+    method = fresh(name, aggregation=aggregation)
+    before, state = method.current(), method.state_dict()
     method.aggregate(1, [])
     assert method.current() is before
+    assert all(torch.equal(tensor, state[key]) for key, tensor in method.state_dict().items())
 
 
 def test_a_step_that_is_not_finite_is_refused(name):
@@ -166,14 +182,18 @@ def test_every_storage_once(name):
     assert len(set(storages)) == len(storages)
 
 
-def test_state_goes_on_as_if_never_stopped(name):
-    settings = config(name, server=ServerOptions(momentum=0.5, lr=0.75))
+def test_state_goes_on_as_if_never_stopped(name, aggregation):
+    settings = config(name, server=ServerOptions(momentum=0.5, lr=0.75), aggregation=aggregation)
     straight, stopped = make_method(settings), make_method(settings)
     for number in (1, 2):
         one_round(straight, number=number)
         one_round(stopped, number=number)
     resumed = make_method(settings)
-    resumed.load_state_dict({key: t.clone() for key, t in stopped.state_dict().items()})
+    taken = stopped.state_dict()
+    saved = {key: tensor.clone() for key, tensor in taken.items()}
+    resumed.load_state_dict(saved)
+    one_round(stopped, number=3)
+    assert all(torch.equal(taken[key], saved[key]) for key in saved), "a state taken stays"
     one_round(straight, number=3)
     one_round(resumed, number=3)
     for kind in ("current", "served"):

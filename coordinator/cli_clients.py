@@ -1,0 +1,191 @@
+"""`edge-coordinator keys`, `clients` and `invite`: the coordinator's key pair, and who may join.
+
+All of it is files in the folder of keys; a coordinator that serves sees each change at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from coordinator.admission import Admission, add_client, ensure_list, remove_client
+from coordinator.invitations import Invitation, withdraw, write_invitation
+from coordinator.joining import in_words
+from coordinator.key_files import locked
+from coordinator.strangers import forget_stranger, read_strangers
+from edge_sdk.cli_flags import checked_endpoint, path_flag
+from edge_sdk.errors import ConfigError
+from edge_sdk.invitation import InvitationLine, encode_line
+from edge_sdk.keys import SERVER_KEYS, check_key, make_keys, read_key
+from edge_sdk.wire import CLIENT_NAME
+
+PORT = 5555  # of `serve --listen` by default
+MOST_HOURS = 24.0 * 366
+
+
+def add_keys_command(commands: Any) -> None:
+    parser = commands.add_parser("keys", help="make the coordinator's key pair")
+    parser.add_argument("--keys", type=path_flag, default=Path("keys"))
+    parser.set_defaults(run=run_keys)
+
+
+def run_keys(args: argparse.Namespace) -> int:
+    make_keys(args.keys, SERVER_KEYS)
+    print(f"wrote {args.keys}/server.public and server.secret; invite devices with")
+    print(f"  edge-coordinator invite --keys {args.keys}")
+    return 0
+
+
+def add_clients_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "clients", help="the list of admitted devices: add, remove (revoke), list, pending"
+    )
+    parser.add_argument("action", choices=("add", "remove", "list", "pending"),
+        help="pending: keys of devices that were turned away, the last one at the end")  # fmt: skip
+    parser.add_argument("name", nargs="?", help="of the device")
+    parser.add_argument("public_key", nargs="?", help="40 characters, as `edge-sdk keys` prints")
+    _add_folder_flags(parser)
+    parser.set_defaults(run=run_clients)
+
+
+def _add_folder_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keys", type=path_flag, default=Path("keys"))
+    parser.add_argument("--clients-file", type=path_flag,
+        help="default KEYS/clients; invitations and pending keys lie beside it")  # fmt: skip
+
+
+def run_clients(args: argparse.Namespace) -> int:
+    path = args.clients_file or args.keys / "clients"
+    wanted = {"add": 2, "remove": 1}.get(args.action, 0)
+    if sum(value is not None for value in (args.name, args.public_key)) != wanted:
+        needs = ("nothing more", "NAME", "NAME and PUBLIC_KEY")[wanted]
+        raise ConfigError(f"clients {args.action} needs {needs}")
+    if args.action == "add":
+        key = check_key(args.public_key, "PUBLIC_KEY")
+        add_client(path, args.name, key)
+        forget_stranger(path.with_name("pending"), key)
+    elif args.action == "remove":
+        _remove(path, args.name)
+    elif args.action == "list":
+        for name, key in sorted(Admission(path).names().items()):
+            print(name, key.decode())
+    else:
+        _print_pending(path)
+    return 0
+
+
+def _remove(path: Path, name: str) -> None:
+    """Invitations first: the device could come back with one as long as it stands."""
+    invitations = path.with_name("invitations")
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no folder {path.parent}; give --keys or --clients-file")
+    try:
+        with locked(path.parent):
+            gone = withdraw(invitations, name)
+    except OSError as error:
+        raise ConfigError(f"{invitations} cannot be written: {error}") from error
+    was_client = remove_client(path, name)
+    if gone:
+        print(f"withdrew {len(gone)} invitation{'s' * (len(gone) > 1)} of {name}")
+    if was_client:
+        print(f"removed {name}; a running coordinator takes nothing from it any more")
+    elif not gone:
+        known = ", ".join(sorted(Admission(path).names())[:20]) or "none"
+        raise ConfigError(f"no client {name!r} in {path}; known: {known}")
+
+
+def _print_pending(path: Path) -> None:
+    """FIRST LAST TRIES KEY, times in UTC, for `clients add NAME KEY`."""
+    known = set(Admission(path).names().values()) if path.exists() else set()
+    for stranger in read_strangers(path.with_name("pending")):
+        if stranger.public_key.encode() not in known:
+            first, last = (in_words(when) for when in (stranger.first, stranger.last))
+            print(f"{stranger.public_key}  first {first}, last {last}, tries {stranger.tries}")
+
+
+def add_invite_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "invite", help="print a line with which one device admits itself: edge-sdk join LINE"
+    )
+    add = parser.add_argument
+    add("--name", help="the only name it admits; default: what the device calls itself")
+    add("--endpoint", metavar="tcp://HOST:PORT",
+        help=f"where devices reach it; default this host's address, port {PORT}")  # fmt: skip
+    add("--valid", type=hours_flag, default=24.0, metavar="HOURS", help="default %(default)g")
+    _add_folder_flags(parser)
+    parser.set_defaults(run=run_invite)
+
+
+def hours_flag(text: str) -> float:
+    """For argparse."""
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = 0.0
+    if not 0 < hours <= MOST_HOURS:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected hours up to {MOST_HOURS:g}")
+    return hours
+
+
+def run_invite(args: argparse.Namespace) -> int:
+    """Standard output gets the line and nothing else."""
+    import zmq
+
+    if args.name is not None and not re.match(CLIENT_NAME, args.name):
+        raise ConfigError(f"--name {args.name!r} is not 1 to 64 letters, digits, dots, - or _")
+    server_key = read_key(args.keys / f"{SERVER_KEYS}.public")
+    endpoint = _endpoint(args.endpoint)
+    clients = args.clients_file or args.keys / "clients"
+    ensure_list(clients)
+    public, secret = zmq.curve_keypair()
+    expires = time.time() + 3600 * args.valid
+    invitation = Invitation(public_key=public.decode(), expires=expires, name=args.name)
+    path = clients.with_name("invitations")
+    try:
+        with locked(path.parent):
+            write_invitation(path, invitation)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}") from error
+    if args.name in Admission(clients).names():
+        _say(
+            f"{args.name} is in the list: only its present key can use this. To admit another, "
+            f"`edge-coordinator clients remove {args.name}` and invite again"
+        )
+    who = args.name or "one device"
+    _say(f"for {who}, until {in_words(expires)}; on the device: edge-sdk join LINE")
+    print(encode_line(InvitationLine(endpoint, args.name or "", server_key, secret)))
+    return 0
+
+
+def _endpoint(given: str | None) -> str:
+    """Raises ConfigError."""
+    if given is not None:
+        endpoint = checked_endpoint(given, "--endpoint")
+        if not endpoint.isascii() or len(endpoint) > 300:
+            raise ConfigError(f"--endpoint {given!r} is not ASCII, or longer than 300 characters")
+        if re.match(r"tcp://(\*|0\.0\.0\.0|\[::\]):", endpoint):
+            raise ConfigError(f"--endpoint {given!r} is no address that a device can connect to")
+        return endpoint
+    endpoint = f"tcp://{own_address()}:{PORT}"
+    _say(f"assumed that devices reach this coordinator at {endpoint}; else give --endpoint")
+    return endpoint
+
+
+def own_address() -> str:
+    """This host's address on the route to the outside. Raises ConfigError."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # an address for examples; UDP sends nothing by this
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(
+            f"this host's own address is not found: {error}; give --endpoint tcp://HOST:PORT"
+        ) from error
+
+
+def _say(text: str) -> None:
+    print(f"edge-coordinator: {text}", file=sys.stderr)

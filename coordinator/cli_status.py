@@ -1,0 +1,229 @@
+"""`edge-coordinator status`: what a run does now, for people and with --json for programs.
+
+Status 0: it runs or has finished. 3: its process is gone and it has not finished. 4: that cannot be
+told, as it ran on another machine or says nothing of itself. 1: there is no run, or it cannot be
+read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from coordinator.run_reader import DATABASE, RoundRow, last_rounds
+from coordinator.status import (
+    ClientState,
+    Health,
+    Snapshot,
+    age_s,
+    health,
+    read_status,
+    seconds_since,
+)
+from edge_sdk.cli_flags import path_flag
+from edge_sdk.errors import EdgeError, StoreError
+
+STATUS: dict[Health, int] = {"running": 0, "finished": 0, "dead": 3, "unknown": 4}
+ROUNDS = 5
+SHORTEST_S, LONGEST_S = 0.1, 86_400.0
+CLEAR = "\x1b[H\x1b[2J\x1b[3J"
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """All that --json prints. status: None where the run has told nothing of itself; age_s: of it.
+    problem: why there are no rounds."""
+
+    health: Health
+    age_s: float | None
+    status: Snapshot | None
+    rounds: list[RoundRow]
+    problem: str = ""
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command alone, without the imports that the others need."""
+    parser = argparse.ArgumentParser(prog="edge-coordinator")
+    add_status_command(parser.add_subparsers(dest="command", required=True))
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except EdgeError as error:
+        print(f"edge-coordinator: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def add_status_command(commands: Any) -> None:
+    parser = commands.add_parser("status", help="what a run does now: clients, bytes, faults")
+    add = parser.add_argument
+    add("--run-dir", type=path_flag, required=True, metavar="DIR", help="folder of the run")
+    add("--json", action="store_true", help="one JSON object on one line")
+    add("--watch", type=seconds_flag, metavar="SECONDS", help="again and again until the run ends")
+    add("--rounds", type=int, default=ROUNDS, metavar="N", help="last rounds to show, default 5")
+    parser.set_defaults(run=run_status)
+
+
+def seconds_flag(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not SHORTEST_S <= seconds <= LONGEST_S:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected seconds from {SHORTEST_S:g} to {LONGEST_S:g}"
+        )
+    return seconds
+
+
+def run_status(args: argparse.Namespace, wait: Callable[[float], object] = time.sleep) -> int:
+    while True:
+        view = look(args.run_dir, max(0, args.rounds))
+        if args.json:
+            print(msgspec.json.encode(view).decode(), flush=True)
+        else:
+            clear = CLEAR if args.watch and sys.stdout.isatty() else ""
+            print(clear + "\n".join(described(view, args.run_dir)), flush=True)
+        if args.watch is None or view.health != "running":
+            return STATUS[view.health]
+        wait(args.watch)
+
+
+def look(folder: Path, num_rounds: int = ROUNDS) -> View:
+    """Raises StoreError if there is no run, or its state cannot be read."""
+    status = read_status(folder)
+    try:
+        has_database = (folder / DATABASE).exists()
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be read: {error}") from error
+    if status is None and not has_database:
+        raise StoreError(f"{folder} holds no run; give the --run-dir of `edge-coordinator serve`")
+    rounds, problem = [], ""
+    try:
+        rounds = last_rounds(folder, num_rounds)
+    except StoreError as error:
+        problem = str(error)
+    return View(
+        health=health(status) if status else "unknown",
+        age_s=age_s(status) if status else None,
+        status=status,
+        rounds=rounds,
+        problem=problem,
+    )
+
+
+def described(view: View, folder: Path) -> list[str]:
+    """Lines for people. What a peer or a file said cannot control the terminal."""
+    lines = []
+    if view.status is None:
+        lines.append(f"{folder} has no status.json: what its coordinator does is not known")
+    else:
+        lines += _run_lines(view.status, view, folder)
+        lines += _client_lines(view.status.cohort.clients, view.age_s or 0.0)
+    if view.rounds:
+        head = "round,returned,late,failed,down,up,seconds,accuracy per exit in %"
+        lines += ["", *table(head, map(_round_cells, view.rounds))]
+    if view.problem:
+        lines += ["", view.problem]
+    return [shown(line) for line in lines]
+
+
+def _run_lines(status: Snapshot, view: View, folder: Path) -> list[str]:
+    cohort, since = status.cohort, lasting(seconds_since(status.phase_utc))
+    lives = {
+        "running": f"process {status.pid} runs",
+        "finished": f"process {status.pid} on {status.host}",
+        "dead": f"process {status.pid} is gone; go on with --resume",
+        "unknown": f"process {status.pid} on {status.host}, which cannot be looked at from here",
+    }[view.health]
+    lines = [
+        f"run {status.run} in {folder}: {status.phase}, round {status.round} of {status.rounds}, "
+        f"since {since}",
+        f"{lives}; told {lasting(view.age_s or 0.0)} ago",
+    ]
+    if status.reason:
+        lines.append(status.reason)
+    if cohort.chosen:
+        lines.append(
+            f"this round: {cohort.returned} of {cohort.chosen} returned, {cohort.needed} needed; "
+            f"{size(cohort.bytes_in_flight)} in flight of at most {size(cohort.budget_bytes)}, "
+            f"{size(cohort.spool_bytes)} spooled"
+        )
+    lines.append(
+        f"since {status.started_utc:%Y-%m-%d %H:%M:%S} UTC: {cohort.updates_accepted} updates "
+        f"accepted, {cohort.updates_late} late ({cohort.updates_stale} counted afterwards), "
+        f"{cohort.updates_failed} failed; "
+        f"{size(cohort.bytes_down)} sent, {size(cohort.bytes_up)} received; "
+        f"strangers refused {cohort.strangers}"
+    )
+    lines.append(f"faults: {_counted(cohort.faults) or 'none'}")
+    return lines
+
+
+def _client_lines(clients: Sequence[ClientState], age_s: float) -> list[str]:
+    """age_s: of the snapshot, which is added to how long ago each was seen."""
+    if not clients:
+        return ["", "no clients yet"]
+    phases = Counter(client.phase for client in clients)
+    head = "client,phase,exit,round,down,up,updates,last seen,platform,address,faults"
+    rows = [
+        [
+            client.name, client.phase, str(client.exit or "-"), str(client.round or "-"),
+            size(client.bytes_down), size(client.bytes_up), str(client.updates),
+            lasting(client.last_seen_s + age_s), client.platform or "-", client.address or "-",
+            _counted(client.faults) + f" duplicates {client.duplicates}" * bool(client.duplicates),
+        ]
+        for client in clients
+    ]  # fmt: skip
+    return ["", f"{len(clients)} clients: {_counted(phases)}", *table(head, rows)]
+
+
+def _round_cells(row: RoundRow) -> list[str]:
+    accuracy = " / ".join(f"{100 * share:.1f}" for share in row.accuracy)
+    return [
+        str(row.round), f"{row.returned} of {row.chosen}", str(row.stragglers), str(row.failures),
+        size(row.bytes_down), size(row.bytes_up), f"{row.wall_s:.1f}", accuracy or "-",
+    ]  # fmt: skip
+
+
+def table(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
+    """Columns as wide as their cells, nothing is cut; the first to the left."""
+    lines = [head.split(","), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            [line[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def _counted(counts: dict[str, int] | Counter[Any]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def size(num_bytes: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def lasting(seconds: float) -> str:
+    """In the largest unit that leaves two digits or more: 90 s, 15 min, 30 h."""
+    for unit, factor in (("h", 3600), ("min", 60)):
+        if seconds >= 10 * factor:
+            return f"{seconds / factor:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def shown(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)

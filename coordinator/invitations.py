@@ -1,0 +1,97 @@
+"""Invitations: one-time keys with which a device that is not in the list may send `join`, once.
+
+The file holds no secret: an invitation's public key, for which name, until when, and which device
+used it. The secret is in the line that `edge-coordinator invite` prints, and nowhere else. A used
+or expired invitation is remembered for a while, so that a device hears what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+
+from coordinator.key_files import NOWHERE, Time, replace_text, stamp_of
+from edge_sdk.errors import ConfigError
+from edge_sdk.wire import ClientId, CurveKey
+
+log = logging.getLogger(__name__)
+KEEP_S = 7 * 24 * 3600.0  # after it has expired
+
+
+class Invitation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """expires: seconds of UTC since 1970. name None: whatever the device calls itself. client and
+    client_key: who used it; is_done: and was written into the list, so it is not written again."""
+
+    public_key: CurveKey
+    expires: Time
+    name: ClientId | None = None
+    client: ClientId | None = None
+    client_key: CurveKey | None = None
+    is_done: bool = False
+
+    def is_about(self, name: str) -> bool:
+        return name in (self.name, self.client)
+
+
+class Invitations:
+    """The file as it is now. A file that went bad invites nobody, and is complained about once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp = NOWHERE
+        self._by_key: dict[bytes, Invitation] = {}
+        self._lock = threading.Lock()  # as Admission's
+
+    def find(self, public_key: bytes) -> Invitation | None:
+        """The invitation with this key, also a used or expired one. Sees changes of the file."""
+        stamp = stamp_of(self.path)
+        with self._lock:
+            if stamp != self._stamp:
+                self._stamp, self._by_key = stamp, self._load()
+            return self._by_key.get(public_key)
+
+    def _load(self) -> dict[bytes, Invitation]:
+        try:
+            return {i.public_key.encode(): i for i in read_invitations(self.path)}
+        except ConfigError as error:
+            log.error("%s", error)
+            return {}
+
+
+def read_invitations(path: Path) -> list[Invitation]:
+    """[] when there is no file. Raises ConfigError."""
+    if stamp_of(path) == NOWHERE:
+        return []
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Invitation])
+    except (OSError, ValueError, RecursionError) as error:  # msgspec's are ValueErrors
+        raise ConfigError(
+            f"invitations in {path} cannot be read: {error}; remove the file and invite again"
+        ) from error
+
+
+def write_invitation(path: Path, invitation: Invitation) -> None:
+    """Add it or replace the one with its key; what has long expired goes. The caller holds the
+    folder's lock. Raises ConfigError, OSError."""
+    others = [i for i in read_invitations(path) if i.public_key != invitation.public_key]
+    now = time.time()
+    _write(path, [*(i for i in others if now < i.expires + KEEP_S), invitation])
+
+
+def withdraw(path: Path, name: str) -> list[Invitation]:
+    """Forget what was made for this client or used by it: it cannot come back with one. Returns
+    those. The caller holds the folder's lock. Raises ConfigError, OSError."""
+    known = read_invitations(path)
+    gone = [i for i in known if i.is_about(name)]
+    if gone:
+        _write(path, [i for i in known if not i.is_about(name)])
+    return gone
+
+
+def _write(path: Path, invitations: list[Invitation]) -> None:
+    text = ",\n".join(msgspec.json.encode(invitation).decode() for invitation in invitations)
+    replace_text(path, f"[{text}]\n", 0o600)

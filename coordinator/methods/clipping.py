@@ -1,0 +1,124 @@
+"""`--clip FACTOR`: no update moves a stage further than FACTOR times what is usual.
+
+The norm of an update depends on how many stages it holds, so each stage (its exit included) is on
+its own: d = trained minus sent is taken times min(1, FACTOR median / |d|), the median over the last
+MEMORY updates that owned the stage, before this round. Within a round the bound is fixed, and what
+is remembered is in an order drawn from (seed, round, client): the order of arrival changes nothing.
+
+In a stage's first round there is nothing to compare with. The updates that hold such a stage are
+kept until all of the round are here and are clipped by their own median; so the very first is
+clipped too if others came beside it, and alone it is its own median: not clipped from FACTOR 1 on.
+
+Statistics of BatchNorm are a group of their own in each stage, with their own median: they are in
+other units than weights, and left alone (or taken along only when the weights are clipped) they
+would be a way around the clip. Counters are left as they are. Norms are remembered before clipping:
+the bound can rise when everybody's do, and a minority of absurd norms does not move a median.
+
+Memory: 1 kB a stage; in a first round all its updates by reference, as in robust.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from coordinator.cohort import ClientUpdate
+from coordinator.methods.base import Metrics
+from coordinator.robust import lower_median, shortened, squared_distance
+from coordinator.sampling import job_seed
+from edge_sdk.models.staged import place
+
+log = logging.getLogger(__name__)
+MEMORY = 64  # updates
+KINDS = ("weights", "statistics")
+Group: TypeAlias = tuple[int, int]  # (stage from 0, index in KINDS)
+NONE = -1.0
+
+
+class NormClip:
+    """norms: (stages, 2, MEMORY) float64, the newest last, -1 where there is none yet."""
+
+    def __init__(
+        self, factor: float, parameters: Collection[str], num_stages: int, seed: int
+    ) -> None:
+        self.norms = torch.full((num_stages, len(KINDS), MEMORY), NONE, dtype=torch.float64)
+        self._factor = factor
+        self._parameters = frozenset(parameters)
+        self._seed = seed
+
+    def clipped(
+        self, round: int, updates: Iterable[ClientUpdate], sent: Mapping[str, Tensor],
+        metrics: Metrics,
+    ) -> Iterator[ClientUpdate]:  # fmt: skip
+        """The updates, those too long shortened, as soon as their bounds are known. When all have
+        been taken, `metrics` has the figure `clipped_updates` and the norms are remembered."""
+        bounds = self._bounds()
+        waiting: list[tuple[ClientUpdate, dict[Group, float]]] = []
+        seen: list[tuple[int, dict[Group, float]]] = []
+        metrics.values["clipped_updates"] = 0.0
+        for update in updates:
+            norms = self._norms_of(update, sent)
+            seen.append((job_seed(self._seed, round, f"clip/{update.client.id}"), norms))
+            if norms.keys() <= bounds.keys():
+                yield self._shortened(round, update, norms, bounds, sent, metrics)
+            else:
+                waiting.append((update, norms))
+        for group in {group for _, norms in waiting for group in norms} - bounds.keys():
+            found = [norms[group] for _, norms in waiting if group in norms]
+            bounds[group] = self._factor * lower_median(found)
+        for update, norms in waiting:
+            yield self._shortened(round, update, norms, bounds, sent, metrics)
+        self._remember([norms for _, norms in sorted(seen, key=lambda each: each[0])])
+
+    def _bounds(self) -> dict[Group, float]:
+        """Of the groups with a memory."""
+        bounds = {}
+        for stage, kinds in enumerate(self.norms.tolist()):
+            for kind, held in enumerate(kinds):
+                if known := [norm for norm in held if norm != NONE]:
+                    bounds[stage, kind] = self._factor * lower_median(known)
+        return bounds
+
+    def _norms_of(self, update: ClientUpdate, sent: Mapping[str, Tensor]) -> dict[Group, float]:
+        squares: dict[Group, float] = {}
+        for name, tensor in update.tensors.items():
+            if group := self._group(name, tensor):
+                squares[group] = squares.get(group, 0.0) + squared_distance(tensor, sent[name])
+        return {group: math.sqrt(total) for group, total in squares.items()}
+
+    def _group(self, name: str, tensor: Tensor) -> Group | None:
+        """None: a counter."""
+        if not tensor.is_floating_point():
+            return None
+        return place(name)[1] - 1, 0 if name in self._parameters else 1
+
+    def _shortened(
+        self, round: int, update: ClientUpdate, norms: Mapping[Group, float],
+        bounds: Mapping[Group, float], sent: Mapping[str, Tensor], metrics: Metrics,
+    ) -> ClientUpdate:  # fmt: skip
+        shares = {g: bounds[g] / norm for g, norm in norms.items() if norm > bounds[g]}
+        if not shares:
+            return update
+        metrics.values["clipped_updates"] += 1
+        for (stage, kind), share in shares.items():
+            log.info(
+                "round %d: %s moved the %s of stage %d by %.3g, clipped to %.3g times that",
+                round, update.client.id, KINDS[kind], stage + 1, norms[stage, kind], share,
+            )  # fmt: skip
+        tensors = dict(update.tensors)
+        for name, tensor in update.tensors.items():
+            if (group := self._group(name, tensor)) in shares:
+                tensors[name] = shortened(tensor, sent[name], shares[group])
+        return dataclasses.replace(update, tensors=tensors)
+
+    def _remember(self, seen: Sequence[Mapping[Group, float]]) -> None:
+        for norms in seen:
+            for (stage, kind), norm in norms.items():
+                held = self.norms[stage, kind]
+                self.norms[stage, kind] = torch.cat([held[1:], held.new_tensor([norm])])

@@ -1,0 +1,134 @@
+"""`serve --metrics HOST:PORT`: the latest Snapshot for Prometheus, by HTTP.
+
+What is asked reads one reference, so a scrape never waits for the thread that runs the rounds, nor
+that one for a scrape. There are no labels with clients' names: a thousand devices would be a
+thousand series for each figure, and who looks for one device finds it with `status`. Labels are
+phases, outcomes and the codes of tally.CODES, all of them always there, so the number of series is
+fixed. Nobody is asked who they are and nothing is encrypted: listen on an address of your own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args
+
+from coordinator.status import ClientPhase, RunPhase, Snapshot
+from coordinator.tally import CODES, OTHER
+from edge_sdk.errors import ConfigError
+
+PREFIX = "edge_coordinator_"
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%a-z]+\]|[^:/\s\[\]]+):([0-9]{1,5})")
+
+
+def metrics_flag(text: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT, port 0 for any free one. Raises ConfigError."""
+    found = _ADDRESS.fullmatch(text)
+    if not found or int(found[2]) > 65535:
+        raise ConfigError(f"--metrics {text!r} is not HOST:PORT, e.g. 127.0.0.1:9464")
+    return found[1].strip("[]"), int(found[2])
+
+
+class MetricsServer:
+    """Answers from its start on; with figures once `latest` gives a snapshot. Raises ConfigError
+    where the package is missing or the address cannot be listened on."""
+
+    def __init__(self, address: str) -> None:
+        host, port = metrics_flag(address)
+        try:
+            from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+        except ImportError as error:
+            raise ConfigError(
+                f'--metrics needs {error.name}; pip install "edge-sdk[metrics]"'
+            ) from error
+        self.latest: Callable[[], Snapshot | None] = lambda: None
+        registry = CollectorRegistry()
+        registry.register(self)
+        ProcessCollector(registry=registry)  # memory and CPU seconds of this process
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(
+                f"--metrics {address}: cannot listen there: {error}; choose another address"
+            ) from error
+        self.port: int = self._server.server_port
+
+    def collect(self) -> Iterator[Any]:
+        """As prometheus_client asks, in a thread for each scrape."""
+        snapshot = self.latest()
+        if snapshot is not None:
+            yield from families(snapshot)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def families(snapshot: Snapshot) -> Iterator[Any]:
+    """The snapshot as Prometheus's metric families; the same series whatever happens."""
+    from prometheus_client.core import InfoMetricFamily, SummaryMetricFamily
+
+    cohort = snapshot.cohort
+    clients = Counter(client.phase for client in cohort.clients)
+    run = {"run": snapshot.run}
+    yield InfoMetricFamily(f"{PREFIX}run", "The run that is coordinated.", value=run)
+    started, written = snapshot.started_utc.timestamp(), snapshot.written_utc.timestamp()
+    yield _gauge("start_time_seconds", "When the coordinator started, Unix time.", started)
+    yield _gauge("status_timestamp_seconds", "When these figures were true, Unix time.", written)
+    yield _gauge("round", "Round in progress, or the next one.", snapshot.round)
+    yield _gauge("rounds_planned", "Rounds of the whole run.", snapshot.rounds)
+    yield _gauge("last_round_seconds", "Duration of the last round.", snapshot.last_round_s)
+    yield SummaryMetricFamily(
+        f"{PREFIX}round_seconds", "Durations of the rounds since the start.",
+        count_value=snapshot.rounds_done, sum_value=snapshot.rounds_s,
+    )  # fmt: skip
+    now = {phase: phase == snapshot.phase for phase in get_args(RunPhase)}
+    yield _labelled("phase", "1 for what the run does now.", "phase", now)
+    by_phase = {phase: clients[phase] for phase in get_args(ClientPhase)}
+    yield _labelled("clients", "Clients by what they do now.", "phase", by_phase)
+    yield _gauge("round_chosen", "Participants of the round.", cohort.chosen)
+    yield _gauge("round_needed", "Updates that the round needs.", cohort.needed)
+    yield _gauge("round_returned", "Updates that the round has.", cohort.returned)
+    yield _gauge("bytes_in_flight", "Bytes of updates being received.", cohort.bytes_in_flight)
+    yield _gauge("memory_budget_bytes", "Most that may be in flight.", cohort.budget_bytes)
+    yield _gauge("spool_bytes", "Bytes of updates kept on disk.", cohort.spool_bytes)
+    yield _counter("bytes_sent", "Bytes of tensors sent to clients.", cohort.bytes_down)
+    yield _counter("bytes_received", "Bytes of tensors received from clients.", cohort.bytes_up)
+    yield _counter("strangers_refused", "Connections refused for their key.", cohort.strangers)
+    outcomes = {
+        "accepted": cohort.updates_accepted,
+        "late": cohort.updates_late,
+        "stale": cohort.updates_stale,
+        "failed": cohort.updates_failed,
+    }
+    said = "What became of participants' updates."
+    yield _labelled("updates", said, "outcome", outcomes, is_counter=True)
+    faults = {code: cohort.faults.get(code, 0) for code in sorted(CODES)}
+    faults[OTHER] = sum(cohort.faults.values()) - sum(faults.values())
+    yield _labelled("faults", "Faults by code.", "code", faults, is_counter=True)
+
+
+def _gauge(name: str, said: str, value: float) -> Any:
+    from prometheus_client.core import GaugeMetricFamily
+
+    return GaugeMetricFamily(PREFIX + name, said, value=value)
+
+
+def _counter(name: str, said: str, value: float) -> Any:
+    from prometheus_client.core import CounterMetricFamily
+
+    return CounterMetricFamily(PREFIX + name, said, value=value)
+
+
+def _labelled(
+    name: str, said: str, label: str, values: Mapping[str, float], *, is_counter: bool = False
+) -> Any:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    kind = CounterMetricFamily if is_counter else GaugeMetricFamily
+    family: Any = kind(PREFIX + name, said, labels=[label])
+    for value, figure in values.items():
+        family.add_metric([value], figure)
+    return family

@@ -1,0 +1,78 @@
+"""What clients did since the coordinator's start, counted within bounds.
+
+A fault's code is any text of a peer's: those of CODES are counted by name, all others as "other".
+At most MAX_CLIENTS clients are counted one by one: where everybody may join (--insecure), names are
+a peer's, too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+Outcome: TypeAlias = Literal["accepted", "stale", "late", "failed"]
+MAX_CLIENTS = 10_000
+OTHER = "other"
+CODES = frozenset({
+    # errors.py
+    "error", "config", "data", "tensors", "capacity", "trainer", "link", "protocol", "version",
+    "store", "quorum",
+    # of the link and of rounds
+    "admission", "cancelled", "duplicate", "gone", "hello", "late", "restarted", "round", "stalled",
+})  # fmt: skip
+
+
+def known_code(code: str) -> str:
+    return code if code in CODES else OTHER
+
+
+@dataclass
+class Counts:
+    """One client's, and what was last known of it. seen: as time.monotonic() says."""
+
+    address: str = ""
+    platform: str = ""
+    exit: int = 0
+    seen: float = 0.0
+    bytes_down: int = 0  # of jobs that it is through with
+    bytes_up: int = 0
+    updates: int = 0
+    duplicates: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+
+
+class Tally:
+    """Used by the cohort's thread only."""
+
+    def __init__(self) -> None:
+        self.clients: dict[str, Counts] = {}
+        self.faults: Counter[str] = Counter()
+        self.updates: Counter[Outcome] = Counter()
+        self.bytes_down = 0
+        self.bytes_up = 0
+
+    def of(self, name: str) -> Counts:
+        """This client's counts; beyond MAX_CLIENTS they are kept nowhere."""
+        if name not in self.clients and len(self.clients) >= MAX_CLIENTS:
+            return Counts()
+        return self.clients.setdefault(name, Counts())
+
+    def fault(self, name: str | None, code: str) -> None:
+        """name: None for one who has not said hello."""
+        self.faults[known_code(code)] += 1
+        if name is not None:
+            self.of(name).faults[known_code(code)] += 1
+
+    def result(self, name: str, outcome: Outcome) -> None:
+        """accepted: in its own round; stale: in a later one, after having been late in its own."""
+        self.of(name).updates += outcome in ("accepted", "stale")
+        self.updates[outcome] += 1
+
+    def moved(self, name: str, bytes_down: int, bytes_up: int) -> None:
+        """A client is through with a job for which so much was moved."""
+        counts = self.of(name)
+        counts.bytes_down += bytes_down
+        counts.bytes_up += bytes_up
+        self.bytes_down += bytes_down
+        self.bytes_up += bytes_up

@@ -1,0 +1,149 @@
+"""`edge-sdk join` and `edge-sdk keys`: how this device comes to be admitted, and its key pair."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import sys
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.cli_flags import checked_endpoint, path_flag
+from edge_sdk.cli_run import settle
+from edge_sdk.config_file import (
+    DEFAULT_CONFIG,
+    Settings,
+    default_config,
+    parse_config,
+    template,
+    with_values,
+    write_config,
+)
+from edge_sdk.device import checked_id, default_keys
+from edge_sdk.errors import ConfigError
+from edge_sdk.invitation import MAX_CHARACTERS, InvitationLine, decode_line
+from edge_sdk.keys import (
+    DEVICE_KEYS,
+    SERVER_KEYS,
+    make_keys,
+    read_all_keys,
+    write_public,
+)
+
+
+def add_join_command(commands: Any) -> None:
+    parser = commands.add_parser("join", help="be admitted by a coordinator that invited")
+    add = parser.add_argument
+    add("line", nargs="+", metavar="LINE", help="as `edge-coordinator invite` prints it; - asks "
+        "for it, or reads it from a pipe, so that no list of processes shows it")  # fmt: skip
+    add("--config", type=path_flag, metavar="FILE",
+        help="written, for `run --config`; default the service's, else your own")  # fmt: skip
+    _add_own_flags(parser)
+    parser.set_defaults(run=run_join)
+
+
+def add_keys_command(commands: Any) -> None:
+    parser = commands.add_parser("keys", help="make this device's key pair, print the public key")
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="take id and keys from there")
+    _add_own_flags(parser)
+    add("--rotate", action="store_true",
+        help="change the pair of an admitted device, on the coordinator too")  # fmt: skip
+    add("--coordinator", metavar="tcp://HOST:PORT", help="with --rotate, default the config's")
+    add("--server-key", help="with --rotate: its public key or file, default KEYS/server.public")
+    parser.set_defaults(run=run_keys)
+
+
+def _add_own_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keys", type=path_flag, help=f"folder of keys, default {default_keys()}")
+    parser.add_argument("--id", help="this device's name, default the host name")
+
+
+def run_join(args: argparse.Namespace) -> int:
+    from edge_sdk.join import join
+
+    line = decode_line(_given_line(args.line))
+    path = args.config or default_config(default_keys())
+    text, settings = _present_config(path)
+    client_id = _own_id(args.id, line, settings)
+    folder = (args.keys or Path(settings.keys or default_keys())).absolute()
+    server_file = folder / f"{SERVER_KEYS}.public"
+    values: dict[str, str | bool] = {
+        "coordinator": line.endpoint, "keys": str(folder), "id": client_id
+    }  # fmt: skip
+    if settings.server_key:  # of another coordinator, or the same
+        values["server_key"] = str(server_file)
+    if settings.insecure:
+        values["insecure"] = False
+    text = with_values(text, values, str(path))
+    join(line, folder, client_id)
+    write_public(folder, SERVER_KEYS, line.server_key)
+    write_config(path, text)
+    print(f"{client_id} is admitted by {line.endpoint}; keys are in {folder}")
+    print(f"wrote {path}")
+    print(f"next: {_next_step(path, settings)}")
+    return 0
+
+
+def _given_line(words: list[str]) -> str:
+    if words != ["-"]:
+        return " ".join(words)
+    if sys.stdin.isatty():
+        return getpass.getpass("invitation (it is not shown): ")
+    return sys.stdin.read(2 * MAX_CHARACTERS)
+
+
+def _present_config(path: Path) -> tuple[str, Settings]:
+    """Its text and what that sets; the template's where there is no file. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return template(), Settings()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from error
+    return text, parse_config(text, str(path))
+
+
+def _own_id(given: str | None, line: InvitationLine, settings: Settings) -> str:
+    if given and line.name and given != line.name:
+        raise ConfigError(f"the invitation is for {line.name!r}, --id says {given!r}")
+    return checked_id(given or line.name or settings.id, "--id")
+
+
+def _next_step(path: Path, settings: Settings) -> str:
+    if path == DEFAULT_CONFIG:
+        start = "sudo edge-sdk service install --start"
+        return start if settings.data else f"set data in {path}, then {start}"
+    return f"edge-sdk run --config {path}{'' if settings.data else ' --data YOUR_DATA'}"
+
+
+def run_keys(args: argparse.Namespace) -> int:
+    if args.rotate:
+        return _rotate(args)
+    settle(args)
+    client_id = checked_id(args.id, "--id")
+    keys = make_keys(args.keys, DEVICE_KEYS)
+    print(f"wrote {args.keys / DEVICE_KEYS}.public and .secret; on the coordinator run")
+    print(f"  edge-coordinator clients add {client_id} '{keys.public.decode()}'")
+    print(f"and copy its server.public to {args.keys / SERVER_KEYS}.public")
+    return 0
+
+
+def _rotate(args: argparse.Namespace) -> int:
+    from edge_sdk.join import rotate
+
+    usual = default_config(default_keys())
+    if args.config is None and usual.exists():
+        args.config = usual
+    settle(args)
+    if args.insecure:
+        raise ConfigError(f"{args.config} says insecure = true: there is no key to change")
+    if args.coordinator is None:
+        raise ConfigError("give --coordinator, or a --config FILE that sets coordinator")
+    endpoint = checked_endpoint(args.coordinator, "--coordinator")
+    client_id = checked_id(args.id, "--id")
+    _, server_key = read_all_keys(args.keys, args.server_key)
+    keys = rotate(endpoint, server_key, args.keys, client_id)
+    print(f"{client_id} has a new public key, {keys.public.decode()}, also on the coordinator")
+    print("an agent that runs still has the old one and is refused: restart it")
+    return 0

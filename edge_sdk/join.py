@@ -1,0 +1,142 @@
+"""How a device comes into the coordinator's list, and how it changes its key there.
+
+Both ask one question, `join`, on a link of its own: joining under the invitation's key, a rotation
+under the device's present key. The answer may be lost, so asking again is always safe. During a
+rotation the new pair lies beside the old one until the coordinator has confirmed it: whatever is
+cut short, one of the two is in the list, and the next rotation or join finds out which.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import zmq
+
+from edge_sdk.errors import LinkError, ProtocolError
+from edge_sdk.invitation import InvitationLine
+from edge_sdk.keys import (
+    DEVICE_KEYS,
+    KeyPair,
+    drop_next_keys,
+    has_next_keys,
+    next_keys,
+    own_keys,
+    read_keys,
+    swap_keys,
+)
+from edge_sdk.transport import REFUSALS, Link
+from edge_sdk.wire import Fault, Join, Joined, Message
+
+CONNECT_S = 20.0  # to reach the coordinator
+ANSWER_S = 300.0  # then, as it answers nothing while it aggregates
+AGAIN_S = 5.0  # between questions: one may be lost, or meet a list that another changes just now
+UNKNOWN = REFUSALS[zmq.EVENT_HANDSHAKE_FAILED_AUTH]
+
+
+class Refused(LinkError):
+    """The coordinator does not admit the key that asks, or not what it asks for."""
+
+
+def join(line: InvitationLine, folder: Path, client_id: str) -> KeyPair:
+    """Use the invitation; the pair in `folder` that is admitted then, made if there was none.
+
+    Raises LinkError (Refused: by the coordinator), ConfigError."""
+    keys = own_keys(folder)
+    if has_next_keys(folder):  # a rotation was cut short: the new key may be the one in the list
+        new = next_keys(folder)
+        try:
+            _ask(line.endpoint, new, line.server_key, client_id, new)
+        except Refused:
+            pass
+        else:
+            swap_keys(folder)
+            return new
+    invitation = KeyPair(zmq.curve_public(line.secret), line.secret)
+    try:
+        _ask(line.endpoint, invitation, line.server_key, client_id, keys)
+        drop_next_keys(folder)
+    except Refused as error:
+        if str(error) != UNKNOWN:
+            raise
+        raise Refused(
+            f"{line.endpoint} does not know this invitation: it was withdrawn, expired long ago, "
+            "or is another coordinator's; ask for a new one"
+        ) from error
+    return keys
+
+
+def rotate(endpoint: str, server_key: bytes, folder: Path, client_id: str) -> KeyPair:
+    """The device's new pair, which is the one in the list and in `folder` then. Raises LinkError
+    (Refused: neither the old nor the new key is admitted), ConfigError."""
+    old = read_keys(folder, DEVICE_KEYS)
+    new = next_keys(folder)
+    try:
+        _ask(endpoint, old, server_key, client_id, new)
+    except Refused as refusal:
+        if str(refusal) != UNKNOWN:
+            drop_next_keys(folder)  # the old key got in, so it is the one in the list
+            raise
+        try:
+            _ask(endpoint, new, server_key, client_id, new)
+        except Refused:
+            raise Refused(
+                f"{endpoint} knows neither this device's key nor the next one; let it be invited, "
+                "and run `edge-sdk join`"
+            ) from refusal
+    swap_keys(folder)
+    return new
+
+
+def _ask(endpoint: str, keys: KeyPair, server_key: bytes, client_id: str, wanted: KeyPair) -> None:
+    """Let `wanted` be admitted by who has `keys`. Raises LinkError (Refused: it is not)."""
+    question = Join(client_id=client_id, public_key=wanted.public.decode())
+    link = Link(endpoint, keys, server_key)
+    try:
+        answer = _answer(link, question)
+    finally:
+        link.close(is_final=True)
+    if isinstance(answer, Fault):
+        raise Refused(f"the coordinator at {endpoint} refused: {answer.detail}")
+    if answer != Joined(client_id=client_id):
+        raise LinkError(f"{endpoint} answered {type(answer).__name__} to join; is it of this age?")
+
+
+def _answer(link: Link, question: Join) -> Message:
+    """What comes back first. Raises LinkError."""
+    give_up, ask_at, was_connected = time.monotonic() + CONNECT_S, 0.0, False
+    while (now := time.monotonic()) < give_up:
+        if now >= ask_at and link.send(question):
+            ask_at = now + AGAIN_S
+            if not was_connected:
+                was_connected, give_up = True, now + ANSWER_S
+        _wait(link, 0.5, wants_to_send=time.monotonic() >= ask_at)
+        if refusal := link.events()[1]:
+            raise Refused(refusal)
+        try:
+            received = link.receive()
+        except ProtocolError as error:
+            raise LinkError(
+                f"{link.endpoint} answers what this edge-sdk cannot read: {error}"
+            ) from error
+        if received is not None:
+            return received[0]
+    if was_connected:
+        raise LinkError(
+            f"{link.endpoint} is reached but has not answered for {ANSWER_S:g} s; is it busy? try "
+            "again, nothing is lost by that"
+        )
+    raise LinkError(
+        f"{link.endpoint} is not reached for {CONNECT_S:g} s; is the coordinator running, is the "
+        "address right, does a firewall drop it? try again, nothing is lost by that"
+    )
+
+
+def _wait(link: Link, seconds: float, *, wants_to_send: bool) -> None:
+    """Until something came, or can be sent."""
+    poller = zmq.Poller()
+    for end in (link.socket, link.monitor):
+        if end is not None:
+            is_link = end is link.socket
+            poller.register(end, zmq.POLLIN | (zmq.POLLOUT if is_link and wants_to_send else 0))
+    poller.poll(int(1000 * seconds))

@@ -1,0 +1,135 @@
+"""A finished update on the device's disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from edge_sdk.kept import Kept
+from edge_sdk.tensors import Sender, specs_of
+from edge_sdk.wire import PART_BYTES, ExitResult, Job, Phase, Plan, Segment, Update
+from tests.helpers import cnn
+from tests.scripted import floats
+
+TRAINED = {"stages.0.0.weight": floats(PART_BYTES // 4 + 3), "exits.0.2.bias": floats(3)}
+JOB = Job(
+    id="a" * 32,
+    round=4,
+    model=cnn(1),
+    plan=Plan(segments=(Segment(first=1, last=1),)),
+    tensors=specs_of(TRAINED),
+    deadline_s=0.0,
+)
+
+
+def finished() -> tuple[Update, Sender]:
+    sender = Sender(TRAINED)
+    update = Update(
+        job=JOB.id,
+        digest=sender.digest(),
+        round=4,
+        num_examples=10,
+        num_steps=1,
+        exits=(ExitResult(exit=1, loss=0.5, accuracy=0.5),),
+        phases={"train": Phase(wall_s=1.0)},
+        peak_memory_bytes=0,
+        tensors=sender.specs,
+    )
+    return update, sender
+
+
+@pytest.fixture
+def folder(tmp_path):
+    update, sender = finished()
+    Kept(tmp_path / "updates" / "a").save(JOB, update, sender)
+    return tmp_path / "updates" / "a"
+
+
+def test_update_comes_back_as_it_was(folder):
+    found = Kept(folder).load()
+    assert found is not None
+    job, update, sender = found
+    assert (job, update) == (JOB, finished()[0])
+    assert [bytes(sender.part(i)) for i in range(2)] == [
+        bytes(finished()[1].part(i)) for i in range(2)
+    ]
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+
+
+def test_forgotten_update_does_not_come_back(folder):
+    Kept(folder).forget()
+    assert Kept(folder).load() is None
+    assert not list(folder.iterdir())
+
+
+def test_nothing_is_kept_without_a_folder():
+    kept = Kept(None)
+    kept.save(JOB, *finished())
+    assert kept.load() is None
+    kept.forget()
+
+
+def test_one_update_at_a_time(folder):
+    _, sender = finished()
+    small = Sender({"w": torch.ones(2)})
+    update = msgspec.structs.replace(finished()[0], tensors=small.specs, digest=small.digest())
+    Kept(folder).save(JOB, update, small)
+    found = Kept(folder).load()
+    assert found is not None
+    assert found[1] == update
+    assert (folder / "update.data").stat().st_size == 8 < sender.total_bytes
+
+
+@pytest.mark.parametrize("name", ["update.data", "update.json"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b"\0" + path.read_bytes()[1:-1] + b"\xff"),
+    ],
+)
+def test_damaged_update_is_as_if_it_were_not_there(folder, name, spoil):
+    """As after a power cut: nothing is synced."""
+    spoil(folder / name)
+    assert Kept(folder).load() is None
+
+
+def test_killed_while_saving_the_second_the_first_does_not_count(folder, monkeypatch):
+    update, sender = finished()
+    begun: list[int] = []
+
+    def killed(index: int) -> bytes:
+        begun.append(index)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sender, "part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Kept(folder).save(JOB, update, sender)
+    assert begun == [0]
+    assert Kept(folder).load() is None
+
+
+def test_full_disk_costs_nothing_but_the_copy(tmp_path, monkeypatch, caplog):
+    real = os.open
+
+    def full(path: Any, *rest: Any) -> int:
+        if Path(path).name == "update.json":
+            raise OSError(28, "No space left on device")
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", full)
+    Kept(tmp_path).save(JOB, *finished())
+    assert "not kept over a restart" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_values_are_another_digest():
+    changed = dict(TRAINED)
+    changed["exits.0.2.bias"] = torch.nextafter(TRAINED["exits.0.2.bias"], torch.tensor(9.0))
+    assert Sender(changed).digest() != finished()[0].digest
