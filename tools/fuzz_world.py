@@ -54,7 +54,7 @@ from edge_sdk.wire import (
     Welcome,
     encode,
 )
-from tools.fuzz_fakes import CLOCK, HONEST, SENDERS, Broken, Frame, Keys, Socket
+from tools.fuzz_fakes import CLOCK, HONEST, SENDERS, Broken, Frame, Socket, admitted
 from tools.fuzz_state import Place, changes, is_owned, shown, snapshot_state
 
 RUN, ROUND = "fuzz", 7
@@ -66,7 +66,10 @@ JOINED = ("idle", "told", "training", "uploading", "done", HONEST)
 UNREACHABLE = 2 * len(SENDERS)  # added to a route: answers cannot be sent
 NUM_ROUTES = 2 * UNREACHABLE
 # When it listened, which any message changes; sums over clients; what only reads tensors.
-NO_STATE = ("_hub", "_num_heard", "_listened", "_looked", "_progress", "_used", "_queues", "Sender")
+NO_STATE = (
+    "_hub", "_num_heard", "_listened", "_looked", "_progress", "_used", "_queues", "_tally",
+    "_spool", "Sender",
+)  # fmt: skip
 PROFILE = DeviceProfile(
     platform="generic", memory_total_bytes=2**32, memory_available_bytes=2**31, cores=4, gflops=10.0
 )
@@ -170,12 +173,12 @@ class World:
             World._hub.socket.close()
             World._folder = TemporaryDirectory(dir=MEMORY if Path(MEMORY).is_dir() else None)
         World._hub.socket = self.socket = Socket(self._listen)  # type: ignore[assignment]
-        World._hub._admission = Keys()
+        World._hub._admission = admitted(Path(World._folder.name))
         terms = Terms(
             run=RUN, model=MODEL, plan=PLAN, deadline_s=0.0, grace_s=1e6, quorum=1.0,
             min_clients=len(JOINED), oldest=2,
         )  # fmt: skip
-        self._spool = Spool(Path(World._folder.name))
+        self._spool = Spool(Path(World._folder.name) / "spool")
         self.cohort = ZmqCohort(World._hub, terms, self._spool)
         self.seen = seen or Seen()
         self.results: list[Any] = []
