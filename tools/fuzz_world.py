@@ -15,12 +15,14 @@ counted at all.
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any, TypeAlias
 
 import torch
@@ -165,20 +167,20 @@ class World:
     """One coordinator. play() is one round; it may be played again. Only inside small_world()."""
 
     _hub: Hub | None = None  # the context and port of a real one are not needed twice
-    _folder: TemporaryDirectory[str] | None = None
 
     def __init__(self, *, is_judged: bool = True, seen: Seen | None = None) -> None:
-        if World._hub is None or World._folder is None:
+        folder = Path(mkdtemp(dir=MEMORY if Path(MEMORY).is_dir() else None))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        if World._hub is None:
             World._hub = Hub("tcp://127.0.0.1:*", None, None)
             World._hub.socket.close()
-            World._folder = TemporaryDirectory(dir=MEMORY if Path(MEMORY).is_dir() else None)
         World._hub.socket = self.socket = Socket(self._listen)  # type: ignore[assignment]
-        World._hub._admission = admitted(Path(World._folder.name))
+        World._hub._admission = admitted(folder)
         terms = Terms(
             run=RUN, model=MODEL, plan=PLAN, deadline_s=0.0, grace_s=1e6, quorum=1.0,
             min_clients=len(JOINED), oldest=2,
         )  # fmt: skip
-        self._spool = Spool(Path(World._folder.name) / "spool")
+        self._spool = Spool(folder / "spool")
         self.cohort = ZmqCohort(World._hub, terms, self._spool)
         self.seen = seen or Seen()
         self.results: list[Any] = []
