@@ -1,12 +1,13 @@
 # Two commands do everything: `make testbed` (the main job) and `make test`. Each sets itself up.
-# `make test-edge` is the part of the tests that looks at devices as systems.
+# `make test-edge` is the part of the tests that looks at devices as systems; `make test-chaos`
+# breaks links, processes, clocks and disks (about a quarter of an hour, root).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: venv testbed test test-edge fuzz lint format clean
+.PHONY: venv testbed test test-edge test-chaos fuzz lint format clean
 
 venv: $(STAMP)
 
@@ -27,6 +28,9 @@ test-edge: $(STAMP) # a real systemd, an emulated ARM64 device; what a machine l
 fuzz: $(STAMP) # 100,000 inputs each, guided by coverage; more with python -m tools.fuzz
 	$(BIN)/python -m tools.fuzz decode --inputs 100000 --csv build/fuzz.csv $(ARGS)
 	$(BIN)/python -m tools.fuzz handler --inputs 100000 --csv build/fuzz.csv $(ARGS)
+
+test-chaos: $(STAMP) # faults over a bad link in network namespaces; see tests/chaos
+	$(BIN)/python -m pytest tests/chaos $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

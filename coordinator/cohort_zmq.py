@@ -177,6 +177,8 @@ class ZmqCohort:
             self._asked, self._returned, self._needed = set(), set(), 0
             desk.expire(round - terms.oldest)
             desk.clear_spool(round)
+        here = desk.returned(round)  # came between two tries of the round: nobody is asked twice
+        work = {name: job for name, job in work.items() if name not in here}
         at_work = self.num_busy if terms.is_async else 0
         known = self._expected | {client.id: client for client in self._idle_clients()}
         for name, assignment in work.items():

@@ -72,6 +72,11 @@ class Desk:
     def awaited(self) -> frozenset[str]:
         return frozenset(self._awaited)
 
+    def returned(self, round: int) -> set[str]:
+        """Whose update of this round's job is here and not taken yet."""
+        results = (r for r in self.finished if isinstance(r, ClientUpdate))
+        return {result.client.id for result in results if result.round == round}
+
     def give(self, client: Client, assignment: Assignment, round: int, deadline_s: float) -> None:
         """Send one participant its job, unless its update is in the spool already."""
         name = client.id

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+collect_ignore = ["chaos"]  # a quarter of an hour; named on the command line it is collected
 
 
 @pytest.fixture

@@ -591,3 +591,23 @@ def test_job_has_one_line_of_log_per_event(coordinator, devices, caplog):
     lines = [r.getMessage() for r in caplog.records if r.name.startswith("coordinator")]
     assert [line for line in lines if line.startswith("round 1: bad failed: tensors: ")]
     assert all("\n" not in line for line in lines)
+
+
+def test_an_update_that_comes_between_two_tries_of_a_round_counts_once(
+    make_coordinator, short_silence
+):
+    """Its client was given up and is asked again, for the job that it has just returned."""
+    coordinator = make_coordinator(*BOTH, oldest=4, quorum=0.5)
+    good, bad = coordinator.gather()
+    round = coordinator.train(work(*BOTH))
+    bad.take_job()
+    good.finish()
+    absence_of(round.result(WAIT_S), "bad", "failed", "gone")
+    rest = coordinator.ask(lambda cohort: cohort.rest(5))
+    bad.reconnect()
+    bad.return_update()
+    rest.result(WAIT_S)
+    bad.ready()
+    assert "bad" in {client.id for client in coordinator.clients().result(WAIT_S)}
+    again = coordinator.train(work("bad"))
+    assert [result.job for result in again.result(WAIT_S)] == [bad.job.id]
