@@ -33,7 +33,8 @@ from edge_sdk.wire import (
     encode,
 )
 from tests.processes import ROOT
-from tools.light_client import LightClient, read_clients, update_bytes, value_of, write_clients
+from tools.light_client import LightClient, update_bytes, value_of
+from tools.light_fleet import read_clients, write_clients
 
 SPEC = ModelSpec(family="mlp", input_shape=(10,), num_classes=2, exit=2)
 PLAN = Plan(segments=(Segment(first=1, last=2),))
@@ -184,7 +185,7 @@ def test_keys_are_written_for_their_owner_only_and_read_by_slices(tmp_path):
 
 
 def test_it_imports_no_torch():
-    code = "import sys, tools.light_client; print(*{'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, tools.light_fleet; print(*{'torch', 'numpy'} & set(sys.modules))"
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )

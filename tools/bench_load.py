@@ -39,7 +39,7 @@ from typing import Any
 import zmq
 
 from edge_sdk.keys import KeyPair, make_keys
-from tools.light_client import write_clients
+from tools.light_fleet import write_clients
 
 INPUTS, CLASSES = 1000, 10
 SAMPLE_S = 0.1
@@ -156,7 +156,7 @@ def run_fleets(
     fleets = []
     for index in range(number):
         command = [
-            sys.executable, "-m", "tools.light_client", endpoint, "--input", str(INPUTS),
+            sys.executable, "-m", "tools.light_fleet", endpoint, "--input", str(INPUTS),
             "--classes", str(CLASSES), "--from", str(starts[index]),
             "--count", str(starts[index + 1] - starts[index]), "--part-s", str(args.part_s),
             "--slow", str(args.slow if index == 0 else 0), *flags,
