@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -46,6 +46,7 @@ from tools.peer_process import (
     free_ports,
     keep_orphans,
     loopback_bytes,
+    started,
 )
 from tools.peer_table import ROOT, VENV, judge, markdown, print_row, read_rows, write_rows
 
@@ -391,28 +392,6 @@ def flower_environment(folder: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "HOME": str(folder),
     }
-
-
-@contextlib.contextmanager
-def started(command: list[str], **options: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is ended with all that it started."""
-    environment = options.get("env", os.environ)
-    program = shutil.which(command[0], path=environment["PATH"])  # type: ignore[index]
-    process = subprocess.Popen(command, executable=program, cwd=ROOT, **options)  # type: ignore[call-overload]
-    try:
-        yield process
-    finally:
-        tree = Tree(process.pid)
-        tree.look(children_of_all())
-        for pid in tree.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
-
-
-# -- the table --------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":
