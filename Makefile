@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: venv testbed test test-edge test-chaos lint format clean
+.PHONY: venv testbed test test-edge test-chaos fuzz lint format clean
 
 venv: $(STAMP)
 
@@ -24,6 +24,10 @@ test: lint
 
 test-edge: $(STAMP) # a real systemd, an emulated ARM64 device; what a machine lacks is skipped
 	$(BIN)/python -m pytest tests/system $(ARGS)
+
+fuzz: $(STAMP) # 100,000 inputs each, guided by coverage; more with python -m tools.fuzz
+	$(BIN)/python -m tools.fuzz decode --inputs 100000 --csv build/fuzz.csv $(ARGS)
+	$(BIN)/python -m tools.fuzz handler --inputs 100000 --csv build/fuzz.csv $(ARGS)
 
 test-chaos: $(STAMP) # faults over a bad link in network namespaces; see tests/chaos
 	$(BIN)/python -m pytest tests/chaos $(ARGS)

@@ -3,7 +3,8 @@
 The budget bounds what the coordinator's sockets hold, whatever the number of clients. Turns come in
 the order of asking, but a transfer that has begun goes on before another begins: so the first ones
 are whole soon, instead of all at the end. Clients whose links are slow share half of the budget at
-most, so they cannot hold up the others, and have one part or two under way instead of a window.
+most, so they cannot hold up the others; of an upload of theirs one part or two are under way, not a
+window.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ class Desk:
             self.transfers.break_off(seat)
             self.transfers.pump()
             return
-        if job and (self._done.get(name) == (job, True) or self._was_counted(job)):
+        if job and round and (self._done.get(name) == (job, True) or self._was_counted(job)):
             self._send(name, Accepted(round=round), None)  # the first one was lost
         elif job:
             self._fault(name, "round", f"round {round} is over", round)

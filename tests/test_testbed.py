@@ -127,7 +127,7 @@ def test_the_coordinator_runs_a_method_with_its_own_settings(tmp_path, method):
     assert METHODS["hypemefed"].items() >= MOMENTUM.items(), "or this shows nothing"
     own = served()
     assert {name: own[name] for name in METHODS[method]} == METHODS[method]
-    plain = served("--server-momentum", "0", "--server-lr", "1")
+    plain = served("--", "--server-momentum", "0", "--server-lr", "1", "--mode", "async")
     assert (plain["server_momentum"], plain["server_lr"]) == (0.0, 1.0)
 
 

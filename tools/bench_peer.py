@@ -21,10 +21,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
 import os
-import platform
 import select
 import shutil
 import signal
@@ -34,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -48,10 +46,10 @@ from tools.peer_process import (
     free_ports,
     keep_orphans,
     loopback_bytes,
+    started,
 )
+from tools.peer_table import ROOT, VENV, judge, markdown, print_row, read_rows, write_rows
 
-ROOT = Path(__file__).parent.parent
-VENV = ROOT / "build" / "peer-venv"
 APP = ROOT / "tools" / "peer_superlink"
 FLWR = "1.42.0"
 SYSTEMS = ("curve", "plain", "flower-grpc", "flower-superlink")
@@ -394,119 +392,6 @@ def flower_environment(folder: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "HOME": str(folder),
     }
-
-
-@contextlib.contextmanager
-def started(command: list[str], **options: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is ended with all that it started."""
-    environment = options.get("env", os.environ)
-    program = shutil.which(command[0], path=environment["PATH"])  # type: ignore[index]
-    process = subprocess.Popen(command, executable=program, cwd=ROOT, **options)  # type: ignore[call-overload]
-    try:
-        yield process
-    finally:
-        tree = Tree(process.pid)
-        tree.look(children_of_all())
-        for pid in tree.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
-
-
-# -- the table --------------------------------------------------------------------------------
-
-
-def judge(rows: list[dict[str, object]]) -> None:
-    """The aim at 50 MB x 16: CURVE 8 times faster than Flower's gRPC with 5 % of its memory."""
-    cells = {str(r["system"]): r for r in rows if (str(r["MB"]), str(r["clients"])) == ("50", "16")}
-    if not {"curve", "flower-grpc"} <= set(cells):
-        return
-    ours, theirs = cells["curve"], cells["flower-grpc"]
-
-    def share(name: str) -> float:
-        return float(str(ours[name])) / float(str(theirs[name]))
-
-    faster, peak, growth = 1 / share("round_s"), share("server_peak_MB"), share("server_growth_MB")
-    print(
-        f"50 MB x 16, CURVE against Flower's gRPC: {faster:.1f} times faster per round (aim 8: "
-        f"{reached(faster >= 8)}); server memory {peak:.1%} of its peak (aim 5 %: "
-        f"{reached(peak <= 0.05)}), {growth:.1%} of its growth over base"
-    )
-
-
-def markdown(rows: list[dict[str, object]]) -> str:
-    """The main columns, as README.md shows them."""
-    lines = [
-        "| MB x clients | system | s a round | of the floor | CPU s server, clients "
-        "| server MB (growth) | largest client MB | wire MB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['MB']} x {r['clients']} | {r['system']} | {r['round_s']} | {r['over_floor']} "
-        f"| {r['server_cpu_s']}, {r['clients_cpu_s']} | {r['server_peak_MB']} "
-        f"({r['server_growth_MB']}) | {r['client_peak_MB']} | {r['wire_MB']} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
-
-
-def reached(is_reached: bool) -> str:
-    return "reached" if is_reached else "not reached"
-
-
-def print_row(row: dict[str, object], *, is_first: bool) -> None:
-    if is_first:
-        print("  ".join(f"{name:>{width(name)}}" for name in row))
-    print("  ".join(f"{value!s:>{width(name)}}" for name, value in row.items()), flush=True)
-
-
-def width(name: str) -> int:
-    return 16 if name == "system" else max(7, len(name))
-
-
-def read_rows(path: Path) -> list[dict[str, object]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
-
-
-def write_rows(path: Path, rows: list[dict[str, object]], argv: Sequence[str]) -> None:
-    if not rows:
-        return
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False, cwd=ROOT).stdout
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(
-            f"# python -m tools.bench_peer {' '.join(argv)}; commit {commit.strip()}; "
-            f"{platform.machine()}, {os.cpu_count()} cores, "
-            f"Python {platform.python_version()}, {versions()}\n"
-        )
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def versions() -> str:
-    """What decides about the wire on both sides."""
-    import zmq
-
-    ours = f"libzmq {zmq.zmq_version()}, pyzmq {zmq.__version__}"
-    python = VENV / "bin" / "python"
-    if not python.exists():
-        return ours
-
-    def say(*command: str) -> str:
-        done = subprocess.run([python, *command], capture_output=True, text=True, check=False)
-        return "; ".join(done.stdout.strip().splitlines())
-
-    ask = "from importlib.metadata import version as v; print(v('flwr'), v('grpcio'), v('numpy'))"
-    flwr, grpc, numpy = say("-c", ask).split()
-    lacks = say("-m", "pip", "check")  # an installation by hand may not be what Flower asks for
-    return f"flwr {flwr} (grpcio {grpc}, numpy {numpy}; {lacks}), {ours}"
 
 
 if __name__ == "__main__":

@@ -5,11 +5,16 @@ Linux only. A process that was once seen in a tree belongs to it until it ends.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
+import shutil
+import signal
 import socket
 import struct
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -128,3 +133,22 @@ def free_ports(count: int) -> list[int]:
     for s in sockets:
         s.close()
     return ports
+
+
+@contextlib.contextmanager
+def started(command: list[str], **options: object) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is ended with all that it started."""
+    environment = options.get("env", os.environ)
+    program = shutil.which(command[0], path=environment["PATH"])  # type: ignore[index]
+    process = subprocess.Popen(command, executable=program, **options)  # type: ignore[call-overload]
+    try:
+        yield process
+    finally:
+        tree = Tree(process.pid)
+        tree.look(children_of_all())
+        for pid in tree.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        if process.stdout:
+            process.stdout.close()

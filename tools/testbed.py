@@ -98,8 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=2)
     add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=2e-3)
-    add("--server-momentum", type=float, help="default: the method's")
-    add("--server-lr", type=float, help="default: the method's")
+    add("serve", nargs="*", help="after --: flags of edge-coordinator serve, e.g. -- --mode async")
     add("--deadline", default="auto",
         help="board seconds that a job may take; auto: the least with which every device can train "
         "exit 1; 0: none")  # fmt: skip
@@ -242,10 +241,9 @@ def serve_command(
         "--run-dir", str(folder),
     ]  # fmt: skip
     command += [part for option in args.option for part in ("--option", option)]
-    for flag in ("--participants", "--server-momentum", "--server-lr"):
-        value = getattr(args, flag[2:].replace("-", "_"))
-        command += [] if value is None else [flag, str(value)]
-    return command
+    if args.participants is not None:
+        command += ["--participants", str(args.participants)]
+    return command + args.serve
 
 
 @contextlib.contextmanager
