@@ -58,7 +58,6 @@ class Bed(World):
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
         self._has_run = False
-        self.moved: dict[str, int] = {}  # devices on another link than their own
         self._notified: dict[str, socket.socket] = {}
         self._status: dict[str, str] = {}
         self._is_over = threading.Event()
@@ -76,33 +75,29 @@ class Bed(World):
         """The run folder as this process can open it."""
         return self.net.hosts[0].seen(self.run_dir)
 
-    def serve(self, *flags: str, prefix: Sequence[str] = (), **environment: str) -> Running:
+    def serve(self, prefix: Sequence[str] = (), **environment: str) -> Running:
         """Start the coordinator, or start it again on what there is. prefix: of its command."""
         resume = ["--resume"] if self._has_run else []
-        command = ["coordinator.cli", *self.serve_flags(*self.flags, *resume, *flags)]
+        command = ["coordinator.cli", *self.serve_flags(*self.flags, *resume)]
         inside = self.net.hosts[0].inside(*_texts(environment), mount=True)
         program = [*inside, *prefix, sys.executable, "-m"]
         self.server = self.start("coordinator", command, program)
         return self.server
 
-    def serve_until_listening(
-        self, *flags: str, prefix: Sequence[str] = (), **environment: str
-    ) -> Running:
-        server = self.serve(*flags, prefix=prefix, **environment)
+    def serve_until_listening(self, prefix: Sequence[str] = (), **environment: str) -> Running:
+        server = self.serve(prefix, **environment)
         server.wait_said("listening on", FAULT_PATIENCE_S)
         self._has_run = True
         return server
 
-    def device(
-        self, name: str, *flags: str, prefix: Sequence[str] = (), **environment: str
-    ) -> Running:
+    def device(self, name: str, prefix: Sequence[str] = (), **environment: str) -> Running:
         """Start a device's agent, or start it again."""
-        self.agents[name] = self._device(name, self.links[name], flags, prefix, environment)
+        self.agents[name] = self._device(name, self.links[name], prefix, environment)
         return self.agents[name]
 
     def second_device(self, name: str, link: int) -> Running:
         """Another device with the keys of one, on another link."""
-        return self._device(name, link, (), (), {}, suffix="-second")
+        return self._device(name, link, (), {}, suffix="-second")
 
     def move_device(self, name: str, link: int) -> Running:
         """Start a device that had ended on another link, which is its own from now on."""
@@ -110,15 +105,15 @@ class Bed(World):
         return self.device(name)
 
     def _device(
-        self, name: str, link: int, flags: Sequence[str], prefix: Sequence[str],
-        environment: dict[str, str], suffix: str = "",
+        self, name: str, link: int, prefix: Sequence[str], environment: dict[str, str],
+        suffix: str = "",
     ) -> Running:  # fmt: skip
         cache = self.folder / name / f"cache{suffix}"
         own = {"CACHE_DIRECTORY": str(cache)}
         if not suffix:
             own["NOTIFY_SOCKET"] = self._notify_socket(name)
         inside = self.net.hosts[link].inside(*_texts(own | environment))
-        command = ["edge_sdk.cli", *self.device_flags(name, *flags)]
+        command = ["edge_sdk.cli", *self.device_flags(name)]
         return self.start(name + suffix, command, [*inside, *prefix, sys.executable, "-m"])
 
     def device_flags(self, name: str, *flags: str) -> list[str]:

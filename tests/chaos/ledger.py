@@ -140,13 +140,42 @@ def replayed(bed: Bed, rounds: Iterable[int], *, seed_shift: int = 0) -> dict[in
     round done here from the checkpoint before it, with the updates that the database counts.
     seed_shift: train with another seed, which must show. Needs the checkpoints."""
     bed.keep_checkpoints()
+    config = _config(bed)
+    differences = {}
+    for round in rounds:
+        method = _method_before(bed, config, round)
+        _do_again(bed, config, method, round, seed_shift)
+        theirs = load_file(bed.checkpoint(round))
+        differences[round] = largest_difference(method.state_dict(), theirs)
+    return differences
+
+
+def undisturbed(bed: Bed, last: int) -> float:
+    """The largest difference after round `last` from a run that nothing ever happened to: the same
+    rounds one after the other here, from the first model on. Only where no update was late."""
+    bed.keep_checkpoints()
+    config = _config(bed)
+    method = make_method(config, "cpu")
+    for round in range(1, last + 1):
+        _do_again(bed, config, method, round)
+    return largest_difference(method.state_dict(), load_file(bed.checkpoint(last)))
+
+
+def _config(bed: Bed) -> RunConfig:
     ((text,),) = bed.rows("SELECT config FROM runs")
-    config = read_config(text, "run")
-    return {round: _replayed(bed, config, round, seed_shift) for round in rounds}
+    return read_config(text, "run")
 
 
-def _replayed(bed: Bed, config: RunConfig, round: int, seed_shift: int) -> float:
-    method = _method_before(bed, config, round)
+def _method_before(bed: Bed, config: RunConfig, round: int) -> Method:
+    """As it was when the jobs of this round were given."""
+    method = make_method(config, "cpu")
+    if round > 1:
+        method.load_state_dict(load_file(bed.checkpoint(round - 1)))
+    return method
+
+
+def _do_again(bed: Bed, config: RunConfig, method: Method, round: int, seed_shift: int = 0) -> None:
+    """The round that is next for this method, with the updates that the database counts."""
     rows = bed.rows(
         "SELECT client_id, exit, staleness, micro_batch, recompute FROM participations"
         " WHERE round = ? AND outcome = 'ok' ORDER BY client_id, staleness",
@@ -155,7 +184,7 @@ def _replayed(bed: Bed, config: RunConfig, round: int, seed_shift: int) -> float
     updates = []
     for name, exit, staleness, micro_batch, recompute in rows:
         client = Client(name, exit, num_examples=len(bed.shards[name]))
-        begun = _method_before(bed, config, round - staleness)
+        begun = _method_before(bed, config, round - staleness) if staleness else method
         job = begun.assign(client, round - staleness)
         plan = msgspec.structs.replace(
             job.plan,
@@ -166,20 +195,10 @@ def _replayed(bed: Bed, config: RunConfig, round: int, seed_shift: int) -> float
         job = dataclasses.replace(job, plan=plan)
         update = train_here(client, job, bed.shards[name], "cpu")
         assert isinstance(update, ClientUpdate), update
-        late = dataclasses.replace(update, staleness=staleness, sent=job.tensors)
-        updates.append(late)
+        updates.append(dataclasses.replace(update, staleness=staleness, sent=job.tensors))
     parameters = {name for name, _ in build(method.spec).named_parameters()}
     half_life = config.staleness_half_life
     method.aggregate(round, brought_forward(updates, method.current(), parameters, half_life))
-    return largest_difference(method.state_dict(), load_file(bed.checkpoint(round)))
-
-
-def _method_before(bed: Bed, config: RunConfig, round: int) -> Method:
-    """As it was when the jobs of this round were given."""
-    method = make_method(config, "cpu")
-    if round > 1:
-        method.load_state_dict(load_file(bed.checkpoint(round - 1)))
-    return method
 
 
 def largest_difference(ours: Tensors, theirs: Mapping[str, Tensor]) -> float:

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +179,3 @@ def network(num_devices: int, congestion: str, *, seed: int = 1) -> Iterator[Net
         yield net
     finally:
         net.end()
-
-
-def ping(host: Host, address: str, count: int = 5) -> str:
-    """For people: what ping says."""
-    command: Sequence[str] = [*host.inside(), "ping", "-c", str(count), "-i", "0.2", address]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout

@@ -15,6 +15,7 @@ import pytest
 
 from tests.chaos.bed import SMALL, Bed, bed_of
 from tests.chaos.conftest import Scenario
+from tests.chaos.ledger import TOLERANCE, undisturbed
 from tests.processes import wait_until
 
 CALLS = "write,pwrite64,fsync,fdatasync,ftruncate,rename,unlink"
@@ -45,17 +46,21 @@ def test_coordinator_killed_at_any_write(tmp_path: Path, scenario: Scenario) -> 
         for name in bed.links:
             bed.device(name)
         bed.wait_round(3)
-        last = count(trace)
+        most = count(trace)
         (traced,) = psutil.Process(server.process.pid).children()
         traced.kill()
         server.end()
         for _ in range(KILLS):
-            killed_at(bed, generator.randrange(first, last))
+            killed_at(bed, generator.randrange(first, most))
         bed.serve_until_listening()
-        scenario.check(bed, 1, bed.wait_rounds(2))
+        last = bed.wait_rounds(2)
+        scenario.check(bed, 1, last)
+        difference = undisturbed(bed, last)
+        assert difference < 10 * TOLERANCE  # what rounds differ by adds up
+        scenario.checked.append(f"undisturbed run of {last} rounds within {difference:.1e}")
         places = sorted(path.name for path in bed.seen_dir.iterdir())
         assert not [name for name in places if name.endswith(".new")], places
-        scenario.checked.append(f"killed {KILLS} times, at writes {first} to {last}")
+        scenario.checked.append(f"killed {KILLS} times, at writes {first} to {most}")
 
 
 def count(trace: Path) -> int:
