@@ -110,6 +110,7 @@ class ZmqCohort:
             self._send,
             takes_late=terms.oldest > 0,
             was_counted=was_counted,
+            on_absent=lambda name: self.devices.says_ready(name, None),
             tally=tally,
         )
         self.devices = Devices(
@@ -274,7 +275,6 @@ class ZmqCohort:
             )
 
     def _note(self, result: ClientUpdate | Absence, round: int) -> None:
-        """A device that failed or was late gets no job until it says that it is ready."""
         name = result.client.id
         if isinstance(result, ClientUpdate):
             is_stale = result.round != round
@@ -284,8 +284,6 @@ class ZmqCohort:
             return
         self._tally.fault(name, result.code)
         self._tally.result(name, "late" if result.outcome == "straggler" else "failed")
-        if result.code != "gone":
-            self.devices.says_ready(name, None)
 
     def _send(self, name: str, message: object, payload: Payload | None = None) -> bool:
         return self.devices.send(name, message, payload)  # type: ignore[arg-type]
@@ -308,11 +306,10 @@ class ZmqCohort:
         if self._should_stop():
             raise Stopped
         now = time.monotonic()
-        if now - self._listened > LISTENING_GAP_S:
-            self._progress += now - self._listened
-            for device in self.devices.all.values():
-                device.seen += now - self._listened
-                device.rival_since += now - self._listened
+        if (gap := now - self._listened) > LISTENING_GAP_S:
+            self._progress += gap
+            self.devices.paused(gap)
+            self.desk.paused(gap)
         has_message, received = self._hub.receive(0)
         self._num_heard += 1
         if not has_message or self._num_heard > self._many:  # all that came has been heard

@@ -33,8 +33,9 @@ MOST_STALLS = 3  # times that an upload is asked for again without a new part
 
 class Desk:
     """send(name, message, payload): False when the device cannot be reached now. was_counted(job):
-    whether a committed round holds its update. Results gather in `finished`, from where the cohort
-    takes them."""
+    whether a committed round holds its update. on_absent(name): it failed or was late, and gets no
+    job until it says that it is ready. Results gather in `finished`, from where the cohort takes
+    them."""
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class Desk:
         *,
         takes_late: bool = True,
         was_counted: Callable[[str], bool] = lambda job: False,
+        on_absent: Callable[[str], None] = lambda name: None,
         tally: Tally | None = None,
     ) -> None:
         self.finished: list[ClientUpdate | Absence] = []
@@ -56,6 +58,7 @@ class Desk:
         self._send = send
         self._takes_late = takes_late
         self._was_counted = was_counted
+        self._on_absent = on_absent
         self._tally = tally or Tally()
         self._done: dict[str, tuple[str, bool]] = {}  # last job that ended, and whether it counts
         self._paces: dict[str, Pace] = {}
@@ -218,6 +221,13 @@ class Desk:
                 self._absent(seat, "failed", code, why, stays=may_return)
             self.transfers.pump()
 
+    def paused(self, seconds: float) -> None:
+        """Nobody listened for so long: no device is late, or its link slow, for it."""
+        now = time.monotonic()
+        for seat in self.seats.values():
+            seat.given = min(now, seat.given + seconds)
+            seat.moved = min(now, seat.moved + seconds)
+
     def check_stalls(self) -> None:
         """Ask again for parts that a link's own pace would have brought by now. Who then sends
         nothing new again and again is failed."""
@@ -324,6 +334,8 @@ class Desk:
         about = (seat.round, seat.name, outcome, code, detail)
         log.warning("round %d: %s %s: %s: %s", *about, extra=extra)
         if seat.name in self._awaited:
+            if code != "gone":  # before the device says anything else, as that it is ready
+                self._on_absent(seat.name)
             self.finished.append(
                 Absence(
                     seat.client, seat.job.plan.segments, outcome, code, detail,

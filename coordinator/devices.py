@@ -130,6 +130,12 @@ class Devices:
                 return
         self._place(received, hello)
 
+    def paused(self, seconds: float) -> None:
+        """Nobody listened for so long, which is nobody's silence."""
+        for device in self.all.values():
+            device.seen += seconds
+            device.rival_since += seconds
+
     def look(self, now: float) -> None:
         """After those who are silent, whose key was revoked, or whose place another one claims."""
         for name, device in list(self.all.items()):

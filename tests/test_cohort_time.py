@@ -459,6 +459,41 @@ def test_asynchronous_round_ends_with_its_quorum_and_the_others_go_on(make_coord
     assert coordinator.ask(lambda cohort: cohort.num_busy).result(WAIT_S) == 2
 
 
+def test_asynchronous_run_does_not_wait_for_those_who_are_gone(make_coordinator, short_silence):
+    """They may come back, but keep no other from getting a job: nobody would end their round."""
+    coordinator = make_coordinator(*BOTH, quorum=0.5, is_async=True, oldest=8)
+    good, bad = coordinator.gather()
+    round = coordinator.train(work(*BOTH))
+    good.take_job()
+    bad.take_job()
+    while coordinator.arrived.empty():
+        good.ping(1)
+    good.return_update()
+    absence_of(round.result(WAIT_S), "bad", "failed", "gone")
+    assert coordinator.ask(lambda cohort: cohort.num_busy).result(WAIT_S) == 0
+
+
+def test_device_that_failed_and_is_ready_while_nobody_takes_results(make_coordinator):
+    names = ("a", "b", "c")
+    coordinator = make_coordinator(*names, quorum=0.3, is_async=True, oldest=8)
+    a, b, c = coordinator.gather()
+    round = coordinator.train(work(*names))
+    for device in (a, b, c):
+        device.take_job()
+    a.return_update()
+    assert_only_these_count(round.result(WAIT_S), a)
+    b.send(Fault(code="trainer", detail="its process died", round=1))
+    b.ready()
+    clients = coordinator.clients()
+    while "b" not in [client.id for client in clients.result(WAIT_S)]:
+        clients = coordinator.clients()
+    round = coordinator.train(work("a"), round=2)
+    a.take_job()
+    a.return_update()
+    absence_of(round.result(WAIT_S), "b", "failed", "trainer")
+    assert "b" in [client.id for client in coordinator.clients().result(WAIT_S)]
+
+
 def test_too_few_devices_for_too_long(make_coordinator):
     coordinator = make_coordinator(*BOTH, give_up_after_s=1.0)
     clients = coordinator.clients()

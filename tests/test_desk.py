@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from typing import Any
 
 import pytest
@@ -355,6 +356,19 @@ def test_late_update_of_a_committed_round_is_not_counted_again(tmp_path):
     assert not after.desk.finished
     after.desk.on_return("a", 1, before.job("a").id)
     assert after.to("a", Accepted)
+
+
+def test_time_in_which_nobody_listens_is_nobodys(room):
+    room.give()
+    room.announce()
+    seat = room.desk.seats["a"]
+    seat.given -= 100.0
+    seat.moved -= 100.0
+    moved = seat.moved
+    room.desk.paused(60.0)
+    assert seat.moved == moved + 60.0
+    room.desk.paused(60.0)  # a job given at the end of the pause was not given after now
+    assert max(seat.given, seat.moved) <= time.monotonic()
 
 
 def test_part_that_meets_a_full_queue_is_sent_later(room):

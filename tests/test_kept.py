@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from msgspec.structs import replace
 
+from edge_sdk.calibration import Calibration
 from edge_sdk.kept import Kept
+from edge_sdk.pipe import Estimate, Inspected, Pipe, Resume
 from edge_sdk.tensors import Sender, specs_of
-from edge_sdk.wire import PART_BYTES, ExitResult, Job, Phase, Plan, Segment, Update
-from tests.helpers import cnn
+from edge_sdk.wire import PART_BYTES, ExitResult, Fault, Job, Phase, Plan, Segment, Update
+from edge_sdk.worker import Worker
+from tests.helpers import cnn, examples
 from tests.scripted import floats
 
 TRAINED = {"stages.0.0.weight": floats(PART_BYTES // 4 + 3), "exits.0.2.bias": floats(3)}
@@ -133,3 +138,23 @@ def test_other_values_are_another_digest():
     changed = dict(TRAINED)
     changed["exits.0.2.bias"] = torch.nextafter(TRAINED["exits.0.2.bias"], torch.tensor(9.0))
     assert Sender(changed).digest() != finished()[0].digest
+
+
+def test_costs_that_cannot_be_counted_do_not_cost_the_update(folder):
+    ours, theirs = socket.socketpair()
+    agent = Pipe(ours)
+    agent.send(Estimate(model=replace(JOB.model, family="none such"), plan=JOB.plan))
+    agent.send(Resume())
+    ours.shutdown(socket.SHUT_WR)
+    worker = Worker(Pipe(theirs), examples(), "cpu", Calibration(made_with=""), Kept(folder))
+    with pytest.raises(EOFError):
+        worker.serve(0.0, 0.0)
+    inspected, fault, update = (agent.receive()[0] for _ in range(3))
+    ours.close()
+    theirs.close()
+    assert isinstance(inspected, Inspected)
+    assert inspected.finished == JOB
+    assert isinstance(fault, Fault)
+    assert fault.round == 0  # it is about no job
+    assert update == finished()[0]
+    assert Kept(folder).load() is not None
