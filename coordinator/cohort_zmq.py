@@ -128,7 +128,9 @@ class ZmqCohort:
 
     @property
     def num_busy(self) -> int:
-        return len(self.desk.seats)
+        """Who is gone, and was waited for long enough, keeps nobody from getting a job."""
+        seats = self.desk.seats
+        return sum(not seat.is_late or name in self.devices.all for name, seat in seats.items())
 
     def clients(self) -> Sequence[Client]:
         """Devices ready for a job. Waits for min_clients before the first round, for a quorum of
@@ -205,6 +207,7 @@ class ZmqCohort:
                 del result  # no reference stays here
                 self._num_heard = 0  # messages waited for the caller
             if not desk.num_open or (terms.is_async and returned >= needed):
+                desk.leave_open()
                 return
             overdue_s = time.monotonic() - started - deadline_s - terms.grace_s
             is_hopeless = returned + desk.num_open < needed  # too many have failed

@@ -114,6 +114,11 @@ class Desk:
             if name not in self.seats:
                 self._fault(name, "late", "the round was closed without this update", round)
 
+    def leave_open(self) -> None:
+        """The round ends, and who is still waited for goes on: nobody gives these jobs again."""
+        for name in self._awaited:
+            self.seats[name].outlives = True
+
     def expire(self, before_round: int) -> None:
         """Give up the jobs of rounds before this one that are still in hand."""
         for seat in [seat for seat in self.seats.values() if seat.round < before_round]:
@@ -188,8 +193,12 @@ class Desk:
             self._send_again(seat)
 
     def on_heartbeat(self, name: str, round: int) -> None:
-        """A device that has another job in hand, or none, for a while never got this one."""
+        """A device that has another job in hand, or none, for a while never got this one. One that
+        has it may take now what its queue did not."""
         seat = self.seats.get(name)
+        if seat and round == seat.round:
+            self.transfers.ask(seat)
+            self.transfers.pump()
         if seat is None or round == seat.round or seat.is_late or seat.awaits_ready:
             if seat:
                 seat.mismatched_since = None
@@ -288,7 +297,7 @@ class Desk:
         upload_s = time.monotonic() - seat.announced
         arrived = Arrived(
             update=seat.update, segments=seat.job.plan.segments,
-            client=seat.client if seat.is_late else None, upload_s=upload_s,
+            client=seat.client if seat.is_late or seat.outlives else None, upload_s=upload_s,
             bytes_down=seat.bytes_down, bytes_up=seat.bytes_up,
         )  # fmt: skip
         sent = seat.assignment.tensors

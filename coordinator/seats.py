@@ -22,7 +22,8 @@ MOST_WANTED = 16  # ranges of parts that a device may have asked for and not bee
 
 @dataclass
 class Seat:
-    """is_late: its round is over, and its update still taken. Times are of time.monotonic()."""
+    """is_late: not waited for any more, and its update still taken. outlives: waited for beyond its
+    round, in asynchronous mode. Times are of time.monotonic()."""
 
     client: Client
     job: Job
@@ -32,6 +33,7 @@ class Seat:
     given: float = field(default_factory=time.monotonic)
     times_given: int = 1
     is_late: bool = False
+    outlives: bool = False
     awaits_ready: bool = False  # it has not got its job, or lost it with its program
     mismatched_since: float | None = None
     moved: float = field(default_factory=time.monotonic)  # when parts last did
@@ -95,16 +97,14 @@ class Seat:
         self.wanted.pop()
         return False
 
-    def next_wanted(self, parts: int) -> list[int]:
-        """Up to so many indices to send now."""
-        found: list[int] = []
-        while self.wanted and len(found) < parts:
-            asked = self.wanted.popleft()
-            cut = min(len(asked), parts - len(found))
-            found += asked[:cut]
-            if cut < len(asked):
-                self.wanted.appendleft(asked[cut:])
-        return found
+    def next_wanted(self) -> int | None:
+        """Index of the part to send now, if there is one."""
+        return self.wanted[0].start if self.wanted else None
+
+    def has_sent(self) -> None:
+        """That part."""
+        if left := self.wanted.popleft()[1:]:
+            self.wanted.appendleft(left)
 
     def reconnected(self) -> None:
         """Nothing is under way any more."""

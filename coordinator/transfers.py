@@ -75,8 +75,8 @@ class Transfers:
         return seat.patience_s(held) if seat and held else 0.0
 
     def _move(self, seat: Seat, parts: int) -> None:
-        """Ask for, or send, up to so many parts. What cannot be sent was lost with its connection:
-        the device says what it has when it is back."""
+        """Ask for, or send, up to so many parts. What cannot be sent waits until the device says
+        something: its connection is lost, or the queue of a slow one is full."""
         if not self._credit.held(seat.name):
             seat.moved = time.monotonic()
         if seat.receiver is not None:
@@ -93,11 +93,13 @@ class Transfers:
             else:
                 seat.receiver.restart()
             return
-        for index in seat.next_wanted(parts):
+        for _ in range(parts):
+            if (index := seat.next_wanted()) is None:
+                return
             payload = seat.sender.part(index)
             if not self._send(seat.name, Part(round=seat.round, index=index), payload):
-                seat.wanted.clear()
                 return
+            seat.has_sent()
             self._credit.take(seat.name, 1, seat.pace.is_slow)
             seat.bytes_down += len(payload)
         self.ask(seat)

@@ -91,7 +91,10 @@ class Worker:
                 with memory_errors("while training"):
                     self._handle(message, payload)
             except EdgeError as error:
-                self._fail(error.code, str(error))
+                if isinstance(message, Estimate):  # a job in hand, or what it made, is not lost
+                    self._pipe.send(Fault(code=error.code, detail=str(error)))
+                else:
+                    self._fail(error.code, str(error))
 
     def _next(self) -> tuple[PipeMessage, memoryview]:
         """The next message, waiting for it with a sign of life now and then."""

@@ -355,3 +355,40 @@ def test_late_update_of_a_committed_round_is_not_counted_again(tmp_path):
     assert not after.desk.finished
     after.desk.on_return("a", 1, before.job("a").id)
     assert after.to("a", Accepted)
+
+
+def test_part_that_meets_a_full_queue_is_sent_later(room):
+    """As on a slow link, whose queue also holds answers to heartbeats."""
+    room.give()
+    room.unreachable.add("a")  # with its connection as it is
+    room.desk.on_message("a", Fetch(round=1, have=0, first=0, count=PARTS + 1), None)
+    assert not room.to("a", Part)
+    assert room.desk.credit.bytes_under_way == 0
+    room.unreachable.clear()
+    room.desk.on_heartbeat("a", 1)
+    assert [part.index for part in room.to("a", Part)] == list(range(PARTS + 1))
+
+
+def test_fetch_that_meets_a_full_queue_is_sent_later(room):
+    room.give()
+    room.unreachable.add("a")
+    room.announce()
+    assert not room.to("a", Fetch)
+    room.unreachable.clear()
+    room.desk.on_heartbeat("a", 1)
+    room.parts(range(PARTS))
+    assert_is_the_update(room, room.desk.finished[0])
+
+
+def test_update_that_outlives_its_round_outlives_the_coordinator_too(tmp_path):
+    """Asynchronous: nobody has closed its round, and nobody gives its job again."""
+    before = Room(tmp_path)
+    before.give("a", round=1)
+    before.desk.leave_open()
+    before.finish("a")
+    assert before.to("a", Accepted)
+    after = Room(tmp_path)
+    after.desk.resume(2)
+    (result,) = after.desk.finished
+    assert_is_the_update(after, result)
+    assert not result.sent["stages.1.0.weight"].any()
