@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 @pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing())
 def test_cut_link_and_killed_coordinator(tmp_path: Path) -> None:
-    with bed_of(tmp_path, 2, "--epochs", "20") as bed:
+    with bed_of(tmp_path, 2, "--epochs", "6") as bed:
         bed.start_all()
         first = bed.wait_phase("a", "upload", is_cut=True)
         bed.net.mend(bed.links["a"])

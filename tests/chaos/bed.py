@@ -1,7 +1,7 @@
 """A coordinator and devices as real processes behind a bad link, and the faults done to them.
 
-Nothing here waits by sleeping for a while: a phase is known by what a device says, in its log and
-to its service manager (NOTIFY_SOCKET), and by the bytes that have passed the relay.
+Nothing here waits by sleeping for a while: a phase is known by what a device's log says, by the
+bytes that have passed the relay, and by the work of the training process.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 from tests.chaos.net import CONGESTION, Net, network
 from tests.processes import Running, World, kill_marked, read_rows, wait_until
 
+BUSY_S = 0.2  # CPU seconds of a training process, far more than it needs to receive a model
 FAULT_PATIENCE_S = 180.0  # a device that is back may be waiting out its longest pause
 CHECKPOINT = re.compile(r"round-(\d{6})\.safetensors")
 PHASES = ("download", "train", "upload")
@@ -58,8 +58,6 @@ class Bed(World):
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
         self._has_run = False
-        self._notified: dict[str, socket.socket] = {}
-        self._status: dict[str, str] = {}
         self._is_over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -110,8 +108,6 @@ class Bed(World):
     ) -> Running:  # fmt: skip
         cache = self.folder / name / f"cache{suffix}"
         own = {"CACHE_DIRECTORY": str(cache)}
-        if not suffix:
-            own["NOTIFY_SOCKET"] = self._notify_socket(name)
         inside = self.net.hosts[link].inside(*_texts(own | environment))
         command = ["edge_sdk.cli", *self.device_flags(name)]
         return self.start(name + suffix, command, [*inside, *prefix, sys.executable, "-m"])
@@ -180,13 +176,7 @@ class Bed(World):
         if phase == "download":
             self._wait_bytes(link, "down", is_cut)
         elif phase == "train":
-            words = f"round {round}: "
-            wait_until(
-                lambda: self.status(name).startswith(words) and " 0 " not in self.status(name),
-                f"{name} trains in round {round}",
-                FAULT_PATIENCE_S,
-                agent,
-            )
+            self._wait_training(agent, round)
             if is_cut:
                 self.net.cut(link)
         else:
@@ -209,6 +199,17 @@ class Bed(World):
 
         return wait_until(look, f"{agent.name} says {word!r}", FAULT_PATIENCE_S)
 
+    def _wait_training(self, agent: Running, round: int) -> None:
+        """Until its training process has been busy: a download costs it next to nothing."""
+        trainer = agent.trainer()
+        begin = sum(trainer.cpu_times()[:2])
+        wait_until(
+            lambda: sum(trainer.cpu_times()[:2]) - begin > BUSY_S,
+            f"{agent.name} trains in round {round}",
+            FAULT_PATIENCE_S,
+            agent,
+        )
+
     def _wait_bytes(self, link: int, way: str, is_cut: bool) -> None:
         """Until a third of the model has passed. With is_cut the relay cuts the link just then."""
         share = self.model_bytes // 3
@@ -223,26 +224,6 @@ class Bed(World):
 
     def _passed(self, link: int, way: str) -> int:
         return int(self.net.ask()[str(link)][way]["passed"])
-
-    def status(self, name: str) -> str:
-        """What the device last told its service manager that it does."""
-        return self._status.get(name, "")
-
-    def _read_status(self) -> None:
-        for name, receiver in list(self._notified.items()):
-            with contextlib.suppress(BlockingIOError):
-                while said := receiver.recv(4096).decode():
-                    for key, _, value in (line.partition("=") for line in said.splitlines()):
-                        if key == "STATUS":
-                            self._status[name] = value
-
-    def _notify_socket(self, name: str) -> str:
-        path = str(self.folder / name / "notify")
-        if name not in self._notified:
-            receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            receiver.bind(path)
-            self._notified[name] = receiver
-        return path
 
     # -- what the run has come to ---------------------------------------------------------------
 
@@ -265,11 +246,9 @@ class Bed(World):
         return self.last_round()
 
     def _watch(self) -> None:
-        """Copy every round's checkpoint, as the coordinator keeps the last few only; read what
-        devices tell their service manager, whose queue would be full soon."""
+        """Copy every round's checkpoint: the coordinator keeps the last few only."""
         while not self._is_over.wait(0.05):
             self.keep_checkpoints()
-            self._read_status()
 
     def keep_checkpoints(self) -> None:
         """Copy those that are new."""
@@ -331,8 +310,6 @@ class Bed(World):
         self._watcher.join()
         self.keep_checkpoints()
         super().__exit__(*about)
-        for receiver in self._notified.values():
-            receiver.close()
         if self._reader is not None:
             for pipe in (self._reader.stdin, self._reader.stdout):
                 pipe.close()  # type: ignore[union-attr]

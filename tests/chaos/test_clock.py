@@ -33,7 +33,7 @@ def test_wall_clock_jumps(tmp_path: Path, scenario: Scenario, jump_s: int) -> No
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
-    with bed_of(tmp_path, 2, "--epochs", "15") as bed:
+    with bed_of(tmp_path, 2, "--epochs", "6") as bed:
         bed.serve_until_listening(**environment)
         bed.device("a", **environment)
         bed.device("b")
@@ -53,7 +53,7 @@ def test_wall_clock_jumps(tmp_path: Path, scenario: Scenario, jump_s: int) -> No
 
 def test_monotonic_clock_of_another_boot(tmp_path: Path, scenario: Scenario) -> None:
     """Coordinator and device go on after a reboot: their monotonic clocks begin elsewhere."""
-    with bed_of(tmp_path, 2, "--epochs", "15") as bed:
+    with bed_of(tmp_path, 2, "--epochs", "6") as bed:
         bed.start_all()
         bed.wait_round(1)
         bed.forget()
@@ -78,7 +78,7 @@ def booted(seconds: int) -> list[str]:
 def test_stands_still(tmp_path: Path, scenario: Scenario, victim: str) -> None:
     """A suspended laptop, a paused virtual machine: everything of it stops for longer than silence
     is taken for death, then goes on where it was."""
-    with bed_of(tmp_path, 2, "--epochs", "15") as bed:
+    with bed_of(tmp_path, 2, "--epochs", "6") as bed:
         bed.start_all()
         bed.wait_round(1)
         bed.forget()

@@ -11,7 +11,7 @@ from tests.chaos.conftest import Scenario
 def test_disk_full(tmp_path: Path, scenario: Scenario) -> None:
     """A small tmpfs is filled up in the middle of an upload. The coordinator stops and says why;
     with space again it goes on, and what had been accepted counts."""
-    with bed_of(tmp_path, 2, "--epochs", "4", mount="tmpfs", mount_mib=64) as bed:
+    with bed_of(tmp_path, 2, "--epochs", "6", mount="tmpfs", mount_mib=64) as bed:
         bed.start_all()
         bed.wait_round(1)
         bed.forget()
@@ -29,7 +29,7 @@ def test_disk_full(tmp_path: Path, scenario: Scenario) -> None:
 def test_disk_becomes_read_only(tmp_path: Path, scenario: Scenario) -> None:
     """An error of the file system, after which the kernel lets nothing be written, as with a worn
     SD card. Then the disk is mounted again, as after a repair."""
-    with bed_of(tmp_path, 2, "--epochs", "4", mount="ext4", mount_mib=64) as bed:
+    with bed_of(tmp_path, 2, "--epochs", "6", mount="ext4", mount_mib=64) as bed:
         bed.start_all()
         bed.wait_round(1)
         bed.forget()
@@ -43,7 +43,7 @@ def test_disk_becomes_read_only(tmp_path: Path, scenario: Scenario) -> None:
 
 def test_start_on_a_read_only_disk(tmp_path: Path, scenario: Scenario) -> None:
     """Nothing is begun, and devices wait."""
-    with bed_of(tmp_path, 2, "--epochs", "4", mount="tmpfs", mount_mib=64) as bed:
+    with bed_of(tmp_path, 2, "--epochs", "6", mount="tmpfs", mount_mib=64) as bed:
         bed.start_all()
         bed.wait_round(1)
         bed.kill_server()

@@ -17,7 +17,7 @@ ROUNDS: list[int] = []  # of the present bed, that something happened in
 def bed(congestion: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
     """One run for all of them: each fault falls into a later round."""
     folder = tmp_path_factory.mktemp("kills")
-    with bed_of(folder, 2, "--epochs", "20", congestion=congestion) as bed:
+    with bed_of(folder, 2, "--epochs", "6", congestion=congestion) as bed:
         ROUNDS.clear()
         bed.start_all()
         bed.wait_round(1)

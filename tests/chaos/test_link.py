@@ -18,7 +18,7 @@ def test_cut_30_s_in_download_train_and_upload(
     tmp_path: Path, congestion: str, scenario: Scenario
 ) -> None:
     """Three devices of one round, each in another phase. No update of the round is missing."""
-    with bed_of(tmp_path, 3, "--epochs", "12", congestion=congestion) as bed:
+    with bed_of(tmp_path, 3, "--epochs", "6", congestion=congestion) as bed:
         bed.start_all()
         bed.wait_round(1)
         bed.forget()
