@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import resource
 import signal
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from coordinator.emulate import (
     personalise,
     write_json,
 )
-from coordinator.hub import Hub
+from coordinator.hub import Hub, allow_connections
 from coordinator.methods import Method, make_method
 from coordinator.metrics import MetricsServer
 from coordinator.monitor import Monitor
@@ -54,7 +53,14 @@ from coordinator.rounds import RoundReport, run_rounds
 from coordinator.spool import Spool
 from coordinator.store import SPOOL, Store
 from edge_sdk import logs
-from edge_sdk.cli_flags import checked_endpoint, import_module, path_flag, size_flag, whole_flag
+from edge_sdk.cli_flags import (
+    checked_endpoint,
+    duration_flag,
+    import_module,
+    path_flag,
+    size_flag,
+    whole_flag,
+)
 from edge_sdk.data import DataSet, Examples, load, load_dataset
 from edge_sdk.errors import ConfigError, DataError, EdgeError, QuorumError
 from edge_sdk.keys import read_keys
@@ -62,7 +68,6 @@ from edge_sdk.keys import read_keys
 log = logging.getLogger(__name__)
 FINISHED = "run finished"
 GAVE_UP = 3  # exit status: too few devices for too long; 1 is any other error
-OWN_FILES = 64  # that the coordinator opens for itself
 HOLDOUT = 0.2  # as in the paper
 
 
@@ -222,7 +227,7 @@ def add_serve_command(commands: Any) -> None:
         help="an update of a round that is over: count it, for less, or not")  # fmt: skip
     add("--staleness-half-life", type=float, default=2.0, metavar="ROUNDS",
         help="after which a late update counts half, default %(default)s")  # fmt: skip
-    add("--give-up-after", type=float, default=3600.0, metavar="SECONDS",
+    add("--give-up-after", type=duration_flag, default=3600.0, metavar="SECONDS",
         help="end with status 3 when there are too few devices and nothing changes for so long, "
         "0: never; default %(default)s")  # fmt: skip
     add("--memory-budget", type=size_flag, default=BUDGET_BYTES, metavar="SIZE",
@@ -274,7 +279,9 @@ def run_serve(args: argparse.Namespace) -> int:
     allow_connections(args.min_clients)
     with ExitStack() as stack:
         metrics = (
-            stack.enter_context(closing(MetricsServer(args.metrics))) if args.metrics else None
+            stack.enter_context(closing(MetricsServer(args.metrics)))
+            if args.metrics is not None
+            else None
         )
         hub = Hub(checked_endpoint(args.listen, "--listen"), keys, admission)
         try:
@@ -351,17 +358,6 @@ def serve(
             store.close()
             cohort.close(goodbye, is_final=goodbye == FINISHED)
     return 0
-
-
-def allow_connections(devices: int) -> None:
-    """A connection is an open file, and ZeroMQ busily tries again to take one it may not open."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if most != resource.RLIM_INFINITY and most < devices + OWN_FILES:
-        raise ConfigError(
-            f"--min-clients {devices} needs {devices + OWN_FILES} open files, the limit is {most}; "
-            "raise it with ulimit -Hn, or LimitNOFILE= of a service"
-        )
 
 
 @contextmanager

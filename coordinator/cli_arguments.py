@@ -24,7 +24,7 @@ from coordinator.methods import METHODS
 from coordinator.presets import PRESETS, find_preset
 from coordinator.store import Store
 from edge_sdk.cli_flags import MAX_THREADS, path_flag, whole_flag
-from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.trainer import usable_device
 from edge_sdk.wire import ModelSpec
 
@@ -197,9 +197,12 @@ def run_config(
 
 def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Store:
     """A new run, or with `resume` the one there, which must have the same settings."""
-    if not resume:
-        return Store.create(folder, config, kind)
-    store = Store.resume(folder)
+    store = Store.resume(folder) if resume else Store.create(folder, config, kind)
+    try:
+        store.lock()
+    except StoreError:
+        store.close()
+        raise
     if store.config.to_json() != config.to_json():
         store.close()
         raise ConfigError(

@@ -27,7 +27,7 @@ from coordinator.status import (
     read_status,
     seconds_since,
 )
-from edge_sdk.cli_flags import path_flag
+from edge_sdk.cli_flags import path_flag, whole_flag
 from edge_sdk.errors import EdgeError, StoreError
 
 STATUS: dict[Health, int] = {"running": 0, "finished": 0, "dead": 3, "unknown": 4}
@@ -67,7 +67,13 @@ def add_status_command(commands: Any) -> None:
     add("--run-dir", type=path_flag, required=True, metavar="DIR", help="folder of the run")
     add("--json", action="store_true", help="one JSON object on one line")
     add("--watch", type=seconds_flag, metavar="SECONDS", help="again and again until the run ends")
-    add("--rounds", type=int, default=ROUNDS, metavar="N", help="last rounds to show, default 5")
+    add(
+        "--rounds",
+        type=whole_flag(0, 10**6),
+        default=ROUNDS,
+        metavar="N",
+        help="last rounds to show, default 5",
+    )
     parser.set_defaults(run=run_status)
 
 
@@ -85,7 +91,7 @@ def seconds_flag(text: str) -> float:
 
 def run_status(args: argparse.Namespace, wait: Callable[[float], object] = time.sleep) -> int:
     while True:
-        view = look(args.run_dir, max(0, args.rounds))
+        view = look(args.run_dir, args.rounds)
         if args.json:
             print(msgspec.json.encode(view).decode(), flush=True)
         else:

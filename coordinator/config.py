@@ -214,6 +214,10 @@ def checked(config: RunConfig) -> RunConfig:
         raise ConfigError(
             f"{len(good.exit_weights)} exit weights for {good.model.exit} exits; give one each"
         )
+    if good.mode == "async" and good.late == "drop":
+        raise ConfigError(
+            "--late drop has no place with --mode async, where most updates come late; leave it out"
+        )
     if good.exit_weights and not any(good.exit_weights):
         raise ConfigError("--exit-weights are all 0, so nothing would be trained; give one above 0")
     _converted(good.plan(good.rounds), Plan)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from edge_sdk.transport import PING_TIMEOUT_MS
+from edge_sdk.transport import DEAD_MS
 from edge_sdk.wire import PART_BYTES
 
 BUDGET_BYTES = 64 * 1024**2
@@ -22,7 +22,7 @@ UNKNOWN_RATE = 16 * 1024  # what a link is taken for until it was measured
 PATIENCE = 4.0  # times as long as expected may a part take
 # is_slow, is_new, in the order of their turns: the slow need the whole round, and have a share only
 QUEUES = ((True, False), (True, True), (False, False), (False, True))
-LINK_S = PING_TIMEOUT_MS / 1000  # sooner a lost link does not show itself
+LINK_S = DEAD_MS / 1000  # sooner a lost link does not show itself
 
 
 class Pace:

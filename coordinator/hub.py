@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 from dataclasses import dataclass
 
 import zmq
@@ -23,6 +24,7 @@ from edge_sdk.transport import Payload, parse_frames, send_frames, set_common_op
 from edge_sdk.wire import Fault, Hello, Join, Message
 
 log = logging.getLogger(__name__)
+OWN_FILES = 64  # that the coordinator opens for itself
 STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
 
 
@@ -165,6 +167,17 @@ class Hub:
             self._context.term()
         else:  # it would wait for the sockets of that thread, which ends with the process
             log.warning("the thread that checks keys did not end")
+
+
+def allow_connections(devices: int) -> None:
+    """A connection is an open file, and ZeroMQ busily tries again to take one it may not open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most != resource.RLIM_INFINITY and most < devices + OWN_FILES:
+        raise ConfigError(
+            f"--min-clients {devices} needs {devices + OWN_FILES} open files, the limit is {most}; "
+            "raise it with ulimit -Hn, or LimitNOFILE= of a service"
+        )
 
 
 def _address(frame: zmq.Frame) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -9,7 +10,11 @@ def main() -> int:
     if sys.argv[1:2] == ["status"]:  # it needs no torch, which takes seconds to import
         from coordinator.cli_status import main as status
 
-        return status(sys.argv[1:])
+        try:
+            return status(sys.argv[1:])
+        except BrokenPipeError:  # as by `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
     try:
         from coordinator.cli import main as run
     except ModuleNotFoundError as error:

@@ -134,7 +134,7 @@ def read_status(folder: Path) -> Snapshot | None:
     path = folder / FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=Snapshot)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, msgspec.DecodeError) as error:
         raise StoreError(f"{path} cannot be read: {error}; is it of this version?") from error

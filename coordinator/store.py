@@ -29,6 +29,7 @@ from coordinator.checkpoints import checkpoint_name, sync_folder, write_checkpoi
 from coordinator.cohort import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig, read_config
 from coordinator.methods.base import Metrics
+from coordinator.run_lock import RunLock
 from edge_sdk.errors import StoreError
 from edge_sdk.exported import is_there
 from edge_sdk.tensors import Tensors
@@ -54,6 +55,7 @@ CREATE TABLE participations (round INTEGER, client_id TEXT, exit INTEGER, segmen
     bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,
     exits TEXT, micro_batch INTEGER, recompute INTEGER, staleness INTEGER, job TEXT, digest TEXT,
     PRIMARY KEY (round, client_id, job));
+CREATE INDEX jobs ON participations (job);
 CREATE TABLE phases (round INTEGER, client_id TEXT, phase TEXT, wall_s REAL, cpu_s REAL);
 CREATE TABLE metrics (round INTEGER, name TEXT, value REAL, PRIMARY KEY (round, name));
 """
@@ -82,7 +84,12 @@ class Store:
         self.run = run
         self.is_temporary = False  # deleted when the program ends
         self._begun = Begun(folder / BEGUN)
+        self._lock: RunLock | None = None
         self._db = _connect(folder)
+
+    def lock(self) -> None:
+        """Before writing: no other process may, until this store is closed. Raises StoreError."""
+        self._lock = RunLock(self.folder)
 
     @classmethod
     def create(cls, folder: Path, config: RunConfig, kind: str) -> Store:
@@ -294,6 +301,9 @@ class Store:
     def close(self) -> None:
         self.rollback()
         self._db.close()
+        if self._lock:
+            self._lock.release()
+            self._lock = None
 
     def _totals(self, round: int, wall_s: float) -> RoundTotals:
         (row,) = self._read(

@@ -57,6 +57,17 @@ def rate_flag(text: str) -> float:
     return rate
 
 
+def duration_flag(text: str) -> float:
+    """Seconds, for argparse; 0 is one."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected seconds, 0 or more")
+    return seconds
+
+
 def path_flag(text: str) -> Path:
     """A path for argparse; an empty one would be the current folder."""
     if not text:

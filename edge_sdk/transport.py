@@ -19,7 +19,8 @@ from edge_sdk.wire import MAX_FRAME_BYTES, Message, Part, decode, encode
 
 log = logging.getLogger(__name__)
 PING_MS = 5_000  # ZeroMQ heartbeats, both ends
-PING_TIMEOUT_MS = 30_000
+PING_TIMEOUT_MS = 120_000  # a part of a slow link may take so long, and no PONG comes beside it
+DEAD_MS = 30_000  # nothing acknowledged by the other side's kernel for so long
 HIGH_WATER = 32  # messages queued per peer: a window of parts and some control
 ZERO_COPY_BYTES = 64 * 1024  # below it copying is cheaper than tracking the buffer
 Payload: TypeAlias = bytes | memoryview
@@ -45,7 +46,7 @@ def set_common_options(socket: zmq.Socket[bytes]) -> None:
     socket.set(zmq.TCP_KEEPALIVE, 1)
     # Behind a full send buffer no ping leaves, and none is missed: the kernel sees what is not
     # acknowledged.
-    socket.set(zmq.TCP_MAXRT, PING_TIMEOUT_MS)
+    socket.set(zmq.TCP_MAXRT, DEAD_MS)
 
 
 def send_frames(

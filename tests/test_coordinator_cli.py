@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from coordinator.cli import main
+from coordinator.run_lock import RunLock
 
 EMULATE = [
     "emulate", "--data", "digits", "--clients", "6", "--groups", "2,2,2", "--rounds", "2",
@@ -162,6 +163,36 @@ def test_serve_gives_up_with_its_own_status_when_nobody_comes(tmp_path, capsys):
     assert "0 of the 2 devices that it needs are there" in error
     assert "--give-up-after" in error
     assert main([*alone, "--min-clients", "2", "--resume"]) == 3  # still the same run
+
+
+def test_one_process_at_a_time_writes_in_a_run_folder(tmp_path, capsys):
+    folder = ["--run-dir", str(tmp_path / "run")]
+    assert main([*EMULATE, *folder]) == 0
+    holder = RunLock(tmp_path / "run")
+    capsys.readouterr()
+    assert main([*EMULATE, *folder, "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert f"is in use by process {os.getpid()}; stop it first" in error
+    assert error.count("\n") == 1
+    holder.release()
+    assert main([*EMULATE, *folder, "--resume"]) == 0
+
+
+def test_late_updates_cannot_be_dropped_in_an_asynchronous_run(tmp_path, capsys):
+    serve = ["serve", "--run-dir", str(tmp_path / "run"), "--insecure", "--listen", "tcp://*:0"]
+    flags = ["--input", "1x8x8", "--classes", "3", "--mode", "async", "--late", "drop"]
+    assert main([*serve, *flags]) == 1
+    assert "--late drop has no place with --mode async" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [
+    ["--give-up-after", "-1"], ["--give-up-after", "nan"], ["--memory-budget", "much"],
+])  # fmt: skip
+def test_serve_values_out_of_range_are_wrong_usage(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "--run-dir", str(tmp_path / "run"), *flags])
+    assert stopped.value.code == 2
+    assert flags[0] in capsys.readouterr().err
 
 
 def test_zero_exit_weights_with_rotation_train_every_stage(tmp_path):

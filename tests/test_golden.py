@@ -175,7 +175,7 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
         "MAX_TRANSFER_BYTES",
         "ALIGNMENT",
     ),
-    transport: ("PING_MS", "PING_TIMEOUT_MS", "HIGH_WATER"),
+    transport: ("PING_MS", "PING_TIMEOUT_MS", "DEAD_MS", "HIGH_WATER"),
     agent: (
         "HELLO_S",
         "REFUSED_S",

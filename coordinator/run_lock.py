@@ -1,0 +1,40 @@
+"""One process writes in a run's folder. The lock goes with the process, however that ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from edge_sdk.errors import StoreError
+
+LOCK = "lock"
+
+
+class RunLock:
+    """Raises StoreError if another process has it, or the folder cannot be written."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / LOCK
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be written: {error}; free space or make it writable; go on with "
+                "--resume"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._file, 0)
+            os.write(self._file, f"{os.getpid()}\n".encode())
+        except BlockingIOError as error:
+            owner = os.read(self._file, 20).decode(errors="replace").strip() or "?"
+            self.release()
+            raise StoreError(
+                f"{folder} is in use by process {owner}; stop it first, or choose another --run-dir"
+            ) from error
+        except OSError:  # a full disk: the lock holds without the number
+            pass
+
+    def release(self) -> None:
+        os.close(self._file)
