@@ -390,6 +390,7 @@ def test_fetch_that_meets_a_full_queue_is_sent_later(room):
     assert not room.to("a", Fetch)
     room.unreachable.clear()
     room.desk.on_heartbeat("a", 1)
+    assert room.to("a", Fetch)
     room.parts(range(PARTS))
     assert_is_the_update(room, room.desk.finished[0])
 

@@ -149,9 +149,9 @@ def test_costs_that_cannot_be_counted_do_not_cost_the_update(folder):
     worker = Worker(Pipe(theirs), examples(), "cpu", Calibration(made_with=""), Kept(folder))
     with pytest.raises(EOFError):
         worker.serve(0.0, 0.0)
+    theirs.close()  # nothing more comes
     inspected, fault, update = (agent.receive()[0] for _ in range(3))
     ours.close()
-    theirs.close()
     assert isinstance(inspected, Inspected)
     assert inspected.finished == JOB
     assert isinstance(fault, Fault)
