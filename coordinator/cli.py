@@ -34,7 +34,7 @@ from coordinator.cli_export import (
 from coordinator.cli_status import add_status_command
 from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.config import checked
-from coordinator.credit import BUDGET_BYTES
+from coordinator.credit import BUDGET_BYTES, LEAST_BUDGET_BYTES
 from coordinator.emulate import (
     SPLITS,
     Population,
@@ -276,6 +276,11 @@ def run_serve(args: argparse.Namespace) -> int:
     else:
         keys = read_keys(args.keys, "server")
         admission = Admission(args.clients_file or args.keys / "clients")
+    if args.memory_budget < LEAST_BUDGET_BYTES:
+        raise ConfigError(
+            f"--memory-budget is {args.memory_budget} bytes, expected at least "
+            f"{LEAST_BUDGET_BYTES}: two parts on their way"
+        )
     allow_connections(args.min_clients)
     with ExitStack() as stack:
         metrics = (
@@ -318,6 +323,8 @@ def serve(
         budget_bytes=args.memory_budget,
     )
     where = (store.run, store.folder, hub.endpoint)
+    if store.is_finished:
+        log.info("run %s has all its %d rounds already", store.run, config.rounds)
     log.info("run %s in %s, listening on %s", *where, extra=logs.event("started", run=store.run))
     goodbye = "coordinator stopped"
     with stop_signals() as stopping:

@@ -15,6 +15,7 @@ from edge_sdk.transport import DEAD_MS
 from edge_sdk.wire import PART_BYTES
 
 BUDGET_BYTES = 64 * 1024**2
+LEAST_BUDGET_BYTES = 2 * PART_BYTES
 WINDOW = 8  # parts under way per transfer, of a link that is not slow
 SLOW_WINDOW = 2
 SLOW_RATE = PART_BYTES / 1.0  # bytes per second; below it a part takes longer than a second

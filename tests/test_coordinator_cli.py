@@ -183,6 +183,9 @@ def test_late_updates_cannot_be_dropped_in_an_asynchronous_run(tmp_path, capsys)
     flags = ["--input", "1x8x8", "--classes", "3", "--mode", "async", "--late", "drop"]
     assert main([*serve, *flags]) == 1
     assert "--late drop has no place with --mode async" in capsys.readouterr().err
+    budget = ["--input", "1x8x8", "--classes", "3", "--memory-budget", "10"]
+    assert main([*serve, *budget]) == 1
+    assert "--memory-budget is 10 bytes, expected at least 1048576" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [
