@@ -278,8 +278,7 @@ def run_serve(args: argparse.Namespace) -> int:
         admission = Admission(args.clients_file or args.keys / "clients")
     if args.memory_budget < LEAST_BUDGET_BYTES:
         raise ConfigError(
-            f"--memory-budget is {args.memory_budget} bytes, expected at least "
-            f"{LEAST_BUDGET_BYTES}: two parts on their way"
+            f"--memory-budget is {args.memory_budget} bytes, expected at least {LEAST_BUDGET_BYTES}"
         )
     allow_connections(args.min_clients)
     with ExitStack() as stack:
