@@ -116,6 +116,7 @@ class ZmqCohort:
         self.devices = Devices(
             hub, welcome, self._on_place, self._on_gone, self.desk.transfers.patience_s, tally
         )
+        hub.on_outcast = self.devices.outcast
         self._expected: dict[str, Client] = {}
         self._is_assembled = False
         self._round = 0

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.cohort import Client
-from coordinator.hub import Hub, Received
+from coordinator.hub import NOT_ADMITTED, Hub, Received
 from coordinator.tally import Tally
 from edge_sdk.logs import event
 from edge_sdk.transport import Payload
@@ -140,12 +140,18 @@ class Devices:
         """After those who are silent, whose key was revoked, or whose place another one claims."""
         for name, device in list(self.all.items()):
             if not self._hub.is_admitted(name):
-                self.refuse(device.route, "admission", "this device is not admitted any more")
-                self.leave(name, "its key was revoked", may_return=False)
+                self.refuse(device.route, "admission", NOT_ADMITTED)
+                self.leave(name, "its key is not admitted any more", may_return=False)
             elif device.rival is not None:
                 self._settle(name, device, now)
             elif now - device.seen > max(SILENCE_S, self._patience_s(name)):
                 self.leave(name, f"said nothing for {now - device.seen:.0f} s")
+
+    def outcast(self, route: bytes) -> None:
+        """What came there has a key that is not admitted any more."""
+        if found := self.on_route(route):
+            self._tally.fault(found[0], "admission")
+            self.leave(found[0], "its key is not admitted any more")
 
     def leave(self, name: str, why: str, *, may_return: bool = True) -> None:
         device = self.all.pop(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
@@ -25,6 +26,10 @@ from edge_sdk.wire import Fault, Hello, Join, Message
 
 log = logging.getLogger(__name__)
 OWN_FILES = 64  # that the coordinator opens for itself
+NOT_ADMITTED = (
+    "this key is not admitted any more; if keys --rotate replaced it, start the agent again, else "
+    "ask for an invitation"
+)
 STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
 
 
@@ -65,6 +70,7 @@ class Hub:
     and nobody is checked."""
 
     def __init__(self, endpoint: str, keys: KeyPair | None, admission: Admission | None) -> None:
+        self.on_outcast: Callable[[bytes], None] = lambda route: None  # a route that was a client's
         self._admission = admission
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
@@ -119,7 +125,8 @@ class Hub:
             key = str(frames[-1].get("User-Id")).encode()
             name = admission.name_of(key)
             if name is None and admission.invitations.find(key) is None:
-                self._refuse(route, "this device is not admitted any more")
+                self._refuse(route, NOT_ADMITTED)
+                self.on_outcast(route)
                 return True, None
         try:
             message, payload = parse_frames(frames[1:])

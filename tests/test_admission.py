@@ -274,7 +274,7 @@ def test_an_invitation_withdrawn_on_a_live_link(gate):
     assert device.expect(Fault).code == "admission"
     withdraw(gate.invitations, "pi-1")
     device.send(Join(client_id="pi-1", public_key=new_key()))
-    assert device.expect(Fault).detail == "this device is not admitted any more"
+    assert "not admitted any more" in device.expect(Fault).detail
     assert gate.names() == {}
 
 
@@ -727,7 +727,7 @@ def test_a_removed_device_is_refused_on_its_live_link(gate, member):
     device.expect(Heartbeat)
     remove_client(gate.clients, "pi")
     device.send(Heartbeat())
-    assert device.expect(Fault).detail == "this device is not admitted any more"
+    assert "not admitted any more" in device.expect(Fault).detail
     assert gate.passed == ["pi Heartbeat"]
     device.link.open()
     assert "does not know this device's key" in device.refusal()
