@@ -20,7 +20,7 @@ from tests.processes import wait_until
 
 CALLS = "write,pwrite64,fsync,fdatasync,ftruncate,rename,unlink"
 KILLS, SEED = 20, 1
-# Training makes differences grow: from the last bits to 5e-7 after 20 rounds, to 1e-2 after 40. So a
+# Training makes differences grow: from the last bits to 5e-7 after 20 rounds, 1e-2 after 40. So a
 # whole run is compared for so many rounds only, and beyond them each round by itself.
 ALIKE = 20
 LINE = re.compile(r"^(\d+) +\w+\(", re.M)
