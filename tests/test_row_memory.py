@@ -19,6 +19,7 @@ def filled(rows, rank):
 
 
 def test_rows_come_back_to_half_precision():
+    torch.manual_seed(0)  # products of rows that happen to cancel say nothing
     rows = torch.randn(3, 50) * torch.tensor([[1e-4], [1.0], [1e3]])
     memory, coefficients = filled(rows, 3)
     for row, coefficient in zip(rows, coefficients, strict=True):

@@ -185,6 +185,7 @@ def serve(
         # every client sent back what it got, so the mean is the model itself, to the last bit
         assert all(torch.equal(new[name], model[name]) for name in model)
         del mean, new
+    mark("done")
     figures = {
         "round_s": statistics.median(seconds[1:]),
         "cpu_s": statistics.median(cpu[1:]),
