@@ -1,12 +1,15 @@
 """One thread for torch: tiny tensors on a busy machine take several times as long with more. And
 what the tests of the coordinator with scripted devices begin with."""
 
+import signal
 from typing import Any
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# A shell that runs the tests in the background ignores Ctrl-C for them and all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 collect_ignore = ["chaos"]  # a quarter of an hour; named on the command line it is collected
 
 
