@@ -1,8 +1,10 @@
 """Which devices may join: a text file with a line `NAME PUBLIC_KEY` per client.
 
 The file is read again when it changes, so an admitted client can connect at once, and one that was
-removed is refused at its next message. A line that begins with # is a comment. Beside it lie
-`invitations` (invitations.py) and `pending` (strangers.py).
+removed is refused at its next message. An editor empties a file before it writes, so one that was
+changed by hand is read when nobody has written to it for SETTLED_S; a command's change, at once. A
+line that begins with # is a comment. Beside it lie `invitations` (invitations.py) and `pending`
+(strangers.py).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import contextlib
 import logging
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from edge_sdk.keys import check_key
 from edge_sdk.wire import CLIENT_NAME
 
 log = logging.getLogger(__name__)
+SETTLED_S = 0.2
 
 
 class Admission:
@@ -68,7 +72,7 @@ class Admission:
         stamp = stamp_of(self.path)
         if stamp == self._stamp:
             self._told = None
-        elif stamp != self._refused:
+        elif stamp != self._refused and not _is_being_written(stamp):
             try:
                 self.reload()
             except ConfigError as error:
@@ -155,6 +159,10 @@ def _changing(path: Path) -> Iterator[str]:
             yield read_list(path)
     except OSError as error:
         raise ConfigError(f"client list {path} cannot be written: {error}") from error
+
+
+def _is_being_written(stamp: Stamp) -> bool:
+    return 0 <= time.time() - stamp[0] / 1e9 < SETTLED_S
 
 
 def _without(text: str, name: str) -> str:

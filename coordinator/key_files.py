@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -20,6 +21,7 @@ from msgspec import Meta
 # changes within a tick of the kernel's clock the same time.
 Stamp: TypeAlias = tuple[int, int, int]
 NOWHERE: Stamp = (0, -1, 0)
+WHOLE_AGE_NS = 10**9
 Time: TypeAlias = Annotated[float, Meta(ge=0, le=2**37)]  # seconds of UTC since 1970, to year 6325
 
 
@@ -53,7 +55,8 @@ def locked(folder: Path, *, is_patient: bool = True) -> Iterator[None]:
 
 def replace_text(path: Path, text: str, mode: int | None = None) -> None:
     """Whole or not at all, and on the disk when it returns. mode None: that of the old file, or
-    what the umask allows. What root writes belongs to whom the old file or the folder does.
+    what the umask allows. What root writes belongs to whom the old file or the folder does. The
+    file's time is WHOLE_AGE_NS ago, as nobody is writing to it any more.
 
     Raises OSError."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.new")
@@ -72,6 +75,8 @@ def replace_text(path: Path, text: str, mode: int | None = None) -> None:
                 shutil.copymode(path, draft)
             stream.write(text)
             stream.flush()
+            before = time.time_ns() - WHOLE_AGE_NS
+            os.utime(handle, ns=(before, before))
             os.fsync(handle)
         draft.replace(path)
     finally:

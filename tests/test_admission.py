@@ -38,6 +38,7 @@ from edge_sdk.invitation import InvitationLine, decode_line, encode_line
 from edge_sdk.join import Refused, join, rotate
 from edge_sdk.keys import KeyPair, has_next_keys, make_keys, next_keys, read_keys, swap_keys
 from edge_sdk.wire import Bye, Fault, Heartbeat, Join, Joined, Part, Ready
+from tests.helpers import settle
 from tests.processes import free_port
 from tests.scripted import ANY_PORT, WAIT_S, ScriptedDevice
 
@@ -399,6 +400,7 @@ def test_a_removed_device_does_not_come_back_with_its_invitation(gate, tmp_path)
     with pytest.raises(Refused, match="was used already"):
         join(line, tmp_path / "pi", "pi")
     gate.clients.write_text("")  # by hand, likewise
+    settle(gate.clients)
     with pytest.raises(Refused, match="was used already"):
         join(line, tmp_path / "pi", "pi")
 
@@ -436,6 +438,7 @@ def test_a_coordinator_killed_while_it_admits(gate, tmp_path, monkeypatch, kille
 def test_a_bad_list_refuses_and_says_so_in_the_log_only(gate, tmp_path, caplog):
     line = gate.invite()
     gate.clients.write_text("nonsense\n")
+    settle(gate.clients)
     with pytest.raises(Refused, match="could not write its list") as caught:
         join(line, tmp_path / "pi", "pi")
     assert str(tmp_path) not in str(caught.value), "no paths for strangers"
@@ -638,6 +641,7 @@ def test_a_rotation_whose_answer_was_lost_is_finished_by_join(gate, member):
     new = next_keys(member)
     line = gate.invite("pi")
     gate.clients.write_text(f"pi {new.public.decode()}\n")
+    settle(gate.clients)
     assert join(line, member, "pi") == new == read_keys(member, "device")
     assert not has_next_keys(member)
     assert only_invitation(gate).client is None, "it was not needed"
@@ -713,6 +717,28 @@ def test_who_is_admitted_now(gate):
     assert remove_client(gate.clients, "pi")
     assert not gate.hub.is_admitted("pi")
     assert not remove_client(gate.clients, "pi")
+
+
+@pytest.mark.parametrize("text", ["", "pi", "# nobody\n"])
+def test_a_list_that_an_editor_empties_before_it_writes_revokes_nobody(gate, caplog, text):
+    add_client(gate.clients, "pi", new_key().encode())
+    assert gate.hub.is_admitted("pi")
+    gate.clients.write_text(text)
+    assert gate.hub.is_admitted("pi")
+    assert not caplog.records
+    settle(gate.clients)
+    assert gate.hub.is_admitted("pi") == (text == "pi"), "a malformed one never does"
+    assert ("not reloaded" in caplog.text) == (text == "pi")
+
+
+def test_a_list_of_the_future_is_read(gate):
+    """As after a clock that was set back."""
+    add_client(gate.clients, "pi", new_key().encode())
+    assert gate.hub.is_admitted("pi")
+    gate.clients.write_text("")
+    later = time.time() + 3600
+    os.utime(gate.clients, (later, later))
+    assert not gate.hub.is_admitted("pi")
 
 
 def test_without_encryption_everybody_is_admitted():

@@ -22,6 +22,7 @@ from edge_sdk.config_file import parse_config, read_config, with_values
 from edge_sdk.errors import ConfigError
 from edge_sdk.invitation import decode_line
 from edge_sdk.keys import make_keys, read_keys
+from tests.helpers import settle
 from tests.processes import World, run_cli
 from tests.test_admission import Gate, new_key
 
@@ -369,6 +370,7 @@ def test_keys_are_rotated_by_flags_alone(gate, home, capsys, tmp_path):
     folder = tmp_path / "own"
     old = make_keys(folder, "device")
     gate.clients.write_text(f"pi-1 {old.public.decode()}\n")
+    settle(gate.clients)
     flags = ["--keys", str(folder), "--id", "pi-1", "--server-key", gate.keys.public.decode()]
     assert on_device(["keys", "--rotate", *flags]) == 1
     assert "give --coordinator, or a --config FILE" in capsys.readouterr().err

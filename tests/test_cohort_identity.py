@@ -14,6 +14,7 @@ from coordinator import devices as devices_module
 from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.desk import MOST_GIVEN
 from coordinator.hub import Received
+from coordinator.key_files import replace_text
 from coordinator.spool import Spool
 from edge_sdk.keys import make_keys
 from edge_sdk.tensors import Receiver
@@ -136,7 +137,7 @@ def test_revoked_admission_takes_effect_on_the_live_link(make_coordinator):
     good.finish()
     bad.take_job()
     bad.ping(1)  # from here on nobody says anything
-    coordinator.clients_file.write_text(f"good {coordinator.keys['good'].public.decode()}\n")
+    replace_text(coordinator.clients_file, f"good {coordinator.keys['good'].public.decode()}\n")
     fault = bad.expect(Fault)  # without a word from it
     assert_about_round(fault, "admission", 0)
     assert "not admitted any more" in fault.detail
@@ -155,7 +156,7 @@ def test_key_that_was_given_another_name(coordinator, devices):
     good.take_job()
     bad.take_job()
     text = coordinator.clients_file.read_text()
-    coordinator.clients_file.write_text(text.replace("bad ", "renamed "))
+    replace_text(coordinator.clients_file, text.replace("bad ", "renamed "))
     bad.send(bad.make_update())
     assert_about_round(bad.expect(Fault), "admission", 0)
     assert end(round, good, "failed", "gone").detail == "its key is not admitted any more"
@@ -589,7 +590,7 @@ def test_device_whose_key_was_replaced_is_gone_at_once(make_coordinator, tmp_pat
     bad.take_job()
     keys = {"good": coordinator.keys["good"], "bad": make_keys(tmp_path / "new", "bad")}
     lines = [f"{name} {pair.public.decode()}\n" for name, pair in keys.items()]
-    coordinator.clients_file.write_text("".join(lines))
+    replace_text(coordinator.clients_file, "".join(lines))
     bad.send(Heartbeat(round=1))
     assert "keys --rotate" in bad.expect(Fault).detail
     detail = absence_of(round.result(WAIT_S), "bad", "failed", "gone").detail

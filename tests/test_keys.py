@@ -20,6 +20,7 @@ from coordinator.hub import Hub
 from edge_sdk import keys
 from edge_sdk.errors import ConfigError
 from edge_sdk.keys import KeyPair, check_key, make_keys, read_all_keys, read_key, read_keys
+from tests.helpers import settle
 
 # Two public keys in Z85.
 KEY_A, KEY_B = (
@@ -267,6 +268,7 @@ def test_changes_of_the_list_are_seen(tmp_path):
     add_client(path, "pi", KEY_A)
     assert admission.name_of(KEY_A) == "pi"
     path.write_text(line("nano", KEY_B))
+    settle(path)
     assert admission.name_of(KEY_A) is None
     assert admission.name_of(KEY_B) == "nano"
 
@@ -276,12 +278,14 @@ def test_a_list_that_went_bad_changes_nothing(tmp_path, caplog):
     path.write_text(line("pi", KEY_A))
     admission = Admission(path)
     path.write_text("nonsense\n")
+    settle(path)
     assert admission.name_of(KEY_A) == "pi"
     assert "line 1" in caplog.text
     path.unlink()
     assert admission.name_of(KEY_A) == "pi"
     assert "the last one stays in force" in caplog.text
     path.write_text("# nobody\n")
+    settle(path)
     assert admission.name_of(KEY_A) is None
 
 
@@ -291,7 +295,11 @@ def test_a_list_that_went_bad_is_complained_about_once(tmp_path, caplog):
     admission = Admission(path)
     for bad in (b"nonsense\n", b"other nonsense\n", b"\xff\xff\n", None):
         caplog.clear()
-        path.unlink() if bad is None else path.write_bytes(bad)
+        if bad is None:
+            path.unlink()
+        else:
+            path.write_bytes(bad)
+            settle(path)
         for _ in range(3):
             assert admission.name_of(KEY_A) == "pi"
         assert len(caplog.records) == 1
@@ -314,6 +322,7 @@ def test_a_list_that_could_not_be_read_is_tried_again(tmp_path, caplog):
     assert admission.name_of(KEY_A) == "pi"
     path.rmdir()
     path.write_text(line("nano", KEY_A))
+    settle(path)
     assert admission.name_of(KEY_A) == "nano"
 
 
