@@ -20,29 +20,37 @@ class Begun:
         self.path = path
         self._round = 0
         self._clients: dict[str, Client] = {}
+        self._num_chosen = 0
 
     def add(self, round: int, clients: Iterable[Client]) -> None:
-        """These too. Raises OSError."""
+        """These too; the first ones are those that were chosen. Raises OSError."""
         if round != self._round:
-            self._round, self._clients = round, {}
+            self._round, self._clients, self._num_chosen = round, {}, 0
         self._clients |= {client.id: client for client in clients}
+        self._num_chosen = self._num_chosen or len(self._clients)
         draft = self.path.with_suffix(".new")
-        draft.write_bytes(msgspec.json.encode((round, list(self._clients.values()))))
+        content = round, self._num_chosen, list(self._clients.values())
+        draft.write_bytes(msgspec.json.encode(content))
         os.replace(draft, self.path)
 
     def count(self, round: int) -> int:
         return len(self._clients) if round == self._round else 0
 
-    def read(self, round: int) -> list[Client]:
-        """The participants of this round; nobody if the file is of another or cannot be read: what
-        it names is not final."""
+    def read(self, round: int) -> tuple[list[Client], int]:
+        """The participants of this round, and how many were chosen, before others were asked for
+        those who failed. Nobody if the file is of another or cannot be read: what it names is not
+        final."""
         try:
-            found, clients = msgspec.json.decode(
-                self.path.read_bytes(), type=tuple[int, list[Client]]
+            found, num_chosen, clients = msgspec.json.decode(
+                self.path.read_bytes(), type=tuple[int, int, list[Client]]
             )
         except FileNotFoundError:
-            return []
+            return [], 0
         except (OSError, msgspec.MsgspecError) as error:
             log.warning("%s cannot be read: %s; the round begins anew", self.path, error)
-            return []
-        return clients if found == round else []
+            return [], 0
+        if found != round:
+            return [], 0
+        self._round, self._num_chosen = round, num_chosen
+        self._clients = {client.id: client for client in clients}
+        return clients, num_chosen

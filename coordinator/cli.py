@@ -338,7 +338,9 @@ def serve(
 
         try:
             spool = Spool(store.folder / SPOOL)
-            cohort = ZmqCohort(hub, terms, spool, is_stopping, store.was_counted)
+            cohort = ZmqCohort(
+                hub, terms, spool, is_stopping, store.was_counted, store.next_round()
+            )
         except EdgeError:
             store.close()
             hub.close()

@@ -80,7 +80,8 @@ class Terms:
 
 class ZmqCohort:
     """Clients over a Hub. should_stop is asked about twice a second; then Stopped is raised.
-    was_counted(job): whether a committed round holds its update."""
+    was_counted(job): whether a committed round holds its update. next_round: the first to come; of
+    those before, what was under way goes on."""
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class ZmqCohort:
         spool: Spool,
         should_stop: Callable[[], bool] = lambda: False,
         was_counted: Callable[[str], bool] = lambda job: False,
+        next_round: int = 1,
     ) -> None:
         self._hub = hub
         self._terms = terms
@@ -117,6 +119,7 @@ class ZmqCohort:
             hub, welcome, self._on_place, self._on_gone, self.desk.transfers.patience_s, tally
         )
         hub.on_outcast = self.devices.outcast
+        self.desk.resume(next_round)
         self._expected: dict[str, Client] = {}
         self._is_assembled = False
         self._round = 0
@@ -175,8 +178,6 @@ class ZmqCohort:
         Raises QuorumError."""
         desk, terms = self.desk, self._terms
         if round != self._round:
-            if not self._round:
-                desk.resume(round)
             self._round, self._progress = round, time.monotonic()
             self._asked, self._returned, self._needed = set(), set(), 0
             desk.expire(round - terms.oldest)

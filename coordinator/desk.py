@@ -2,8 +2,9 @@
 
 A seat is one client's job, from when it is given until its update is accepted or nobody waits for
 it any more; a late one stays over the end of its round. Parts move as Credit allows; updates go to
-the spool part by part. What grows: a seat's small state per client, and for late seats one model
-for every round they began in. No socket here: `send` takes a client's name.
+the spool part by part, and so does, at the end of its round, a job that goes on. What grows: a
+seat's small state per client, and for late seats one model for every round they began in. No
+socket here: `send` takes a client's name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from weakref import WeakValueDictionary
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.credit import Credit, Pace
 from coordinator.seats import MOST_WANTED, Seat, check_update, check_values, counted, make_job
-from coordinator.spool import Arrived, Spool
+from coordinator.spool import Arrived, Held, Spool
 from coordinator.tally import Tally
 from coordinator.transfers import Transfers
 from edge_sdk.errors import EdgeError, StoreError
@@ -101,7 +102,7 @@ class Desk:
                 log.info("round %d: %s's update had arrived before the stop", round, name)
                 self._count(seat, counted(client, arrived, tensors, assignment.tensors))
                 return
-        seat.awaits_ready = not self._send(name, job, None)
+        self._send(name, job, None)  # to whom it does not reach it is given again
 
     def miss(self, client: Client, assignment: Assignment) -> None:
         """A participant that left between being chosen and being given its job."""
@@ -120,7 +121,9 @@ class Desk:
     def leave_open(self) -> None:
         """The round ends, and who is still waited for goes on: nobody gives these jobs again."""
         for name in self._awaited:
-            self.seats[name].outlives = True
+            if not self.seats[name].outlives:
+                self.seats[name].outlives = True
+                self._hold(self.seats[name])
 
     def expire(self, before_round: int) -> None:
         """Give up the jobs of rounds before this one that are still in hand."""
@@ -129,12 +132,23 @@ class Desk:
             self._absent(seat, "straggler", "late", "its update comes too late")
 
     def resume(self, round: int) -> None:
-        """Take the late updates that had arrived before the coordinator was killed, and of which no
-        committed round knows."""
-        for arrived, tensors, sent in self._spool.late(round):
-            if arrived.client and not self._was_counted(arrived.update.job):
-                self._done[arrived.client.id] = arrived.update.job, True
-                self.finished.append(counted(arrived.client, arrived, tensors, sent))
+        """The jobs of rounds before this one that outlived a coordinator that was killed: updates
+        that had arrived, and of which no committed round knows, are taken, others waited for."""
+        for held, tensors in self._spool.held(round):
+            client, job = held.client, held.job
+            if self._was_counted(job.id):
+                continue
+            if found := self._spool.take(job.round, client.id, job.id):
+                self._done[client.id] = job.id, True
+                self.finished.append(counted(client, *found, tensors))
+                continue
+            assignment = Assignment(job.model, job.plan, tensors, held.returns)
+            pace = self._paces.setdefault(client.id, Pace())
+            seat = Seat(client, job, assignment, Sender(tensors), pace, outlives=held.outlives)
+            seat.is_late = not seat.outlives
+            self.seats[client.id] = seat
+            if seat.outlives:
+                self._awaited.add(client.id)
 
     def clear_spool(self, round: int) -> None:
         """Delete what rounds before this one left, but for what may still count."""
@@ -307,12 +321,10 @@ class Desk:
         upload_s = time.monotonic() - seat.announced
         arrived = Arrived(
             update=seat.update, segments=seat.job.plan.segments,
-            client=seat.client if seat.is_late or seat.outlives else None, upload_s=upload_s,
-            bytes_down=seat.bytes_down, bytes_up=seat.bytes_up,
+            upload_s=upload_s, bytes_down=seat.bytes_down, bytes_up=seat.bytes_up,
         )  # fmt: skip
-        sent = seat.assignment.tensors
-        self._spool.keep(seat.round, seat.name, arrived, sent)
-        self._count(seat, counted(seat.client, arrived, tensors, sent))
+        self._spool.keep(seat.round, seat.name, arrived)
+        self._count(seat, counted(seat.client, arrived, tensors, seat.assignment.tensors))
 
     def _count(self, seat: Seat, update: ClientUpdate) -> None:
         extra = event("update_accepted", client=seat.name, round=seat.round)
@@ -343,10 +355,17 @@ class Desk:
                 )
             )  # fmt: skip
         if stays and self._takes_late:
+            if not seat.outlives:
+                self._hold(seat)
             seat.is_late = True
             self._awaited.discard(seat.name)
         else:
             self._end(seat, counts=False)
+
+    def _hold(self, seat: Seat) -> None:
+        returns = seat.assignment.returns
+        held = Held(client=seat.client, job=seat.job, returns=returns, outlives=seat.outlives)
+        self._spool.hold(held, seat.sender)
 
     def _end(self, seat: Seat, *, counts: bool) -> None:
         """The seat is free; what has arrived of an update that does not count is deleted."""
@@ -368,7 +387,7 @@ class Desk:
     def _send_again(self, seat: Seat) -> None:
         self.credit.drop(seat.name)
         seat.given_again()
-        seat.awaits_ready = not self._send(seat.name, seat.job, None)
+        self._send(seat.name, seat.job, None)
 
     def _fault(self, name: str, code: str, detail: str, round: int) -> None:
         self._send(name, Fault(code=code, detail=detail, round=round), None)

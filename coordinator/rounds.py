@@ -69,12 +69,13 @@ def run_rounds(
     parameters = {name for name, _ in build(method.spec).named_parameters()}
     while (round := store.next_round()) <= config.rounds and not should_stop():
         phase("waiting for devices", round)
-        chosen = store.begun(round)  # of a round that was cut short
+        chosen, num_chosen = store.begun(round)  # of a round that was cut short
         cohort.expect(chosen)
         chosen = chosen or choose(cohort, config, round)  # may wait for devices
+        num_chosen = num_chosen or len(chosen)
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
         phase("round open", round)
-        arriving = _closing(gather(store, method, cohort, round, chosen), round, phase)
+        arriving = _closing(gather(store, method, cohort, round, chosen, num_chosen), round, phase)
         results = store.recording(round, arriving)
         updates = brought_forward(results, method.current(), parameters, config.staleness_half_life)
         metrics = method.aggregate(round, updates)
@@ -120,12 +121,13 @@ def choose(
 
 
 def gather(
-    store: Store, method: Method, cohort: Cohort, round: int, chosen: Sequence[Client]
-) -> Iterator[ClientUpdate | Absence]:
-    """One round's results. A round that lacks updates is no round: others are asked, and those who
-    failed again, until it has enough or waiting is in vain."""
+    store: Store, method: Method, cohort: Cohort, round: int, chosen: Sequence[Client],
+    num_chosen: int,
+) -> Iterator[ClientUpdate | Absence]:  # fmt: skip
+    """One round's results; the quorum is of num_chosen. A round that lacks updates is no round:
+    others are asked, and those who failed again, until it has enough or waiting is in vain."""
     config, tries = store.config, 0
-    needed = max(1, math.ceil(config.quorum * len(chosen)), min(config.min_updates, len(chosen)))
+    needed = max(1, math.ceil(config.quorum * num_chosen), min(config.min_updates, num_chosen))
     if config.mode == "async":  # the cohort knows who else is at work
         needed = 1
     counted: set[str] = set()

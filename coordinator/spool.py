@@ -2,8 +2,10 @@
 with their number and a coordinator that is killed keeps those that had arrived.
 
 Of each: ROUND-CLIENT.data, the stream as it comes in; ROUND-CLIENT.json, written when it is whole
-and checked. Nothing is synced: a power cut may leave a stream that is not its digest's, which is
-asked for again. Grows to what the participants of the largest round send, until the run's end.
+and checked; of a job that outlives its round .seat, and .base, what it began from: one file for all
+who began from the same. Nothing is synced: a power cut may leave a stream that is not its digest's,
+which is asked for again. Grows to what the participants of the largest round send, and one model
+for every round that late ones began in, until the run's end.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import msgspec
 import torch
@@ -22,22 +25,39 @@ from torch import Tensor
 from coordinator.cohort import Client
 from edge_sdk.errors import StoreError
 from edge_sdk.tensors import Sender, Tensors, views
-from edge_sdk.wire import PART_BYTES, Segment, Struct, Update, digest_of, layout
+from edge_sdk.wire import (
+    PART_BYTES,
+    Job,
+    Segment,
+    Struct,
+    TensorSpec,
+    Update,
+    digest_of,
+    layout,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class Arrived(Struct, frozen=True, kw_only=True):
-    """What is kept beside the tensors of a whole update. client: of a late one, whose round is over
-    and whose job nobody gives again."""
+    """What is kept beside the tensors of a whole update."""
 
     update: Update
     segments: tuple[Segment, ...]
-    client: Client | None = None
     upload_s: float
     bytes_down: int
     bytes_up: int
+
+
+class Held(Struct, frozen=True, kw_only=True):
+    """A job whose round is over, and whose update still counts: nobody gives it again. outlives:
+    see Seat."""
+
+    client: Client
+    job: Job
+    returns: tuple[TensorSpec, ...]
+    outlives: bool
 
 
 class PartFile:
@@ -71,6 +91,7 @@ class Spool:
         self.folder = folder
         _checked(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
         self._free = sorted(folder.glob("free-*"))
+        self._bases: WeakKeyDictionary[Sender, Path] = WeakKeyDictionary()
 
     def storage(self, round: int, client: str) -> Callable[[int], PartFile]:
         """For a Receiver: where this client's update of this round goes."""
@@ -83,40 +104,46 @@ class Spool:
 
         return make
 
-    def keep(self, round: int, client: str, arrived: Arrived, sent: Tensors) -> None:
-        """The stream is whole and good: it need not be sent again. sent: what the job began from,
-        kept for a late one."""
-        path = self._path(round, client, "json")
-        draft = path.with_suffix(".new")
+    def keep(self, round: int, client: str, arrived: Arrived) -> None:
+        """The stream is whole and good: it need not be sent again."""
+        _put(self._path(round, client, "json"), arrived)
+
+    def hold(self, held: Held, sender: Sender) -> None:
+        """The job's round ends, and the job does not. sender: of what it began from."""
+        base = self._path(held.job.round, held.client.id, "base")
+        same = self._bases.setdefault(sender, base)
 
         def put() -> None:
-            if arrived.client is not None:
-                base = Sender({spec.name: sent[spec.name] for spec in arrived.update.tensors})
-                with self._path(round, client, "base").open("wb") as file:
-                    file.writelines(base.part(index) for index in range(base.num_parts))
-            draft.write_bytes(msgspec.json.encode(arrived))
-            os.replace(draft, path)
+            base.unlink(missing_ok=True)  # never written over: others may have it open
+            with suppress(OSError):
+                os.link(same, base)
+                return
+            with base.open("wb") as file:
+                file.writelines(sender.part(index) for index in range(sender.num_parts))
 
-        _checked(path, put)
+        _checked(base, put)
+        _put(base.with_suffix(".seat"), held)
 
     def take(self, round: int, client: str, job: str) -> tuple[Arrived, Tensors] | None:
         """A whole update of this very job from before the coordinator was killed."""
         found = self._read(self._path(round, client, "json"))
         return found if found and found[0].update.job == job else None
 
-    def late(self, round: int) -> Iterator[tuple[Arrived, Tensors, Tensors]]:
-        """Whole late updates of rounds before this one, and what each began from."""
-        for path in sorted(self.folder.glob("*.json")):
-            found = self._read(path) if path.name < f"{round:010d}" else None
-            if found is None or found[0].client is None:
+    def held(self, round: int) -> Iterator[tuple[Held, Tensors]]:
+        """Jobs of rounds before this one that are still in hand or whose updates are here, oldest
+        first, and what each began from."""
+        for path in sorted(self.folder.glob("*.seat")):
+            if path.name >= f"{round:010d}":
                 continue
             base = path.with_suffix(".base")
             try:
-                sent = views(found[0].update.tensors, _mapped(base, base.stat().st_size))
-            except (OSError, RuntimeError) as error:
-                log.warning("%s cannot be read, so its update is left out: %s", base, error)
-                continue
-            yield *found, sent
+                held = msgspec.json.decode(path.read_bytes(), type=Held)
+                size = layout(held.job.tensors)[1]
+                if base.stat().st_size != size:
+                    raise OSError(f"not the {size} bytes of its job")
+                yield held, views(held.job.tensors, _mapped(base, size))
+            except (OSError, RuntimeError, msgspec.MsgspecError) as error:
+                log.warning("%s cannot be read, so its update is left out: %s", path, error)
 
     def _read(self, path: Path) -> tuple[Arrived, Tensors] | None:
         data = path.with_suffix(".data")
@@ -140,9 +167,10 @@ class Spool:
         for ending in (
             "json",
             "new",
+            "seat",
             "base",
             "data",
-        ):  # the data last: without json it counts as nothing
+        ):  # without the first ones it is nothing
             with suppress(OSError):
                 self._path(round, client, ending).unlink()
 
@@ -169,6 +197,17 @@ class Spool:
 
     def _path(self, round: int, client: str, ending: str) -> Path:
         return self.folder / f"{round:010d}-{client}.{ending}"
+
+
+def _put(path: Path, what: Struct) -> None:
+    """Whole or not at all."""
+    draft = path.with_suffix(".new")
+
+    def put() -> None:
+        draft.write_bytes(msgspec.json.encode(what))
+        os.replace(draft, path)
+
+    _checked(path, put)
 
 
 def _opened(path: Path, flags: int, act: Callable[[int], None]) -> None:

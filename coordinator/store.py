@@ -204,8 +204,9 @@ class Store:
                 f"{self._begun.path} cannot be written: {error}; free space; {self.way_on(round)}"
             ) from error
 
-    def begun(self, round: int) -> list[Client]:
-        """Who was chosen for a round that was not finished; nobody if it was not begun."""
+    def begun(self, round: int) -> tuple[list[Client], int]:
+        """Who takes part in a round that was not finished, and how many were chosen for it at
+        first; nobody if it was not begun."""
         return self._begun.read(round)
 
     def was_counted(self, job: str) -> bool:

@@ -278,11 +278,12 @@ class Coordinator:
     asked of it comes back as a Future.
 
     folder: of keys and the client list; None: insecure. spool: of a coordinator that was there
-    before; None: a new one. terms: changes to TERMS."""
+    before; None: a new one. next_round: see ZmqCohort. terms: changes to TERMS."""
 
     def __init__(
-        self, folder: Path | None, names: Sequence[str], spool: Path | None = None, **terms: Any
-    ) -> None:
+        self, folder: Path | None, names: Sequence[str], spool: Path | None = None,
+        next_round: int = 1, **terms: Any,
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.names = tuple(names)
         self.keys: dict[str, KeyPair] = {}
@@ -308,7 +309,9 @@ class Coordinator:
         self._closing: Future[None] | None = None
         self._folder = TemporaryDirectory()
         self.spool = spool or Path(self._folder.name)
-        self._cohort = ZmqCohort(self.hub, self.terms, Spool(self.spool), self._stopping.is_set)
+        self._cohort = ZmqCohort(
+            self.hub, self.terms, Spool(self.spool), self._stopping.is_set, next_round=next_round
+        )
         self._thread = ThreadPoolExecutor(1)
         self._devices: list[ScriptedDevice] = []
 

@@ -597,7 +597,7 @@ def test_late_update_that_had_arrived_outlives_the_coordinator(make_coordinator,
     first.close("coordinator stopped")
     assert isinstance(round.exception(WAIT_S), cohort_zmq.Stopped)
 
-    second = make_coordinator(*BOTH, quorum=0.5, oldest=2, **terms)
+    second = make_coordinator(*BOTH, quorum=0.5, oldest=2, next_round=2, **terms)
     second.ask(lambda cohort: cohort.expect([Client(id="good", exit=3, num_examples=10)]))
     round = second.train(work("good"), round=2)
     again = come_back(second, good)
@@ -608,6 +608,27 @@ def test_late_update_that_had_arrived_outlives_the_coordinator(make_coordinator,
     want = assignment().tensors["stages.1.1.bias"]
     assert torch.equal(late.tensors["stages.1.1.bias"], want + 1)
     assert torch.equal(late.sent["stages.1.1.bias"], want)
+
+
+def test_late_update_that_had_not_arrived_outlives_the_coordinator_too(make_coordinator, tmp_path):
+    """It comes before the first round that the new coordinator opens."""
+    terms = {"is_insecure": True, "spool": tmp_path / "spool"}
+    first, good, bad = late_pair(make_coordinator, **terms)
+    first.close("coordinator stopped")
+
+    second = make_coordinator(*BOTH, quorum=0.5, oldest=2, next_round=2, **terms)
+    waiting = second.clients()
+    bad = come_back(second, bad)
+    bad.return_update()
+    bad.ready()
+    good = second.device("good")
+    good.join()
+    assert len(waiting.result(WAIT_S)) == 2
+    round = second.train(work("good"), round=2)
+    good.finish()
+    late, own = sorted(round.result(WAIT_S), key=lambda result: result.client.id)
+    assert (late.client.id, late.round, late.staleness) == ("bad", 1, 1)
+    assert (own.client.id, own.round) == ("good", 2)
 
 
 # -- logs --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from coordinator.cohort import Absence, Assignment, ClientUpdate
 from coordinator.credit import Credit
-from coordinator.desk import MOST_GIVEN, MOST_STALLS, Desk
+from coordinator.desk import MOST_GIVEN, MOST_STALLS, RESEND_S, Desk
 from coordinator.spool import Spool
 from edge_sdk.errors import StoreError
 from edge_sdk.tensors import Sender, Tensors, specs_of
@@ -215,7 +215,9 @@ def test_spool_is_cleared_of_what_counts_no_more(room, tmp_path):
     room.desk.finished.clear()
     room.desk.clear_spool(2)
     assert {path.name for path in tmp_path.iterdir()} == {
+        "0000000001-b.base",
         "0000000001-b.data",
+        "0000000001-b.seat",
         "free-0000000001-a.data",
     }
 
@@ -273,6 +275,7 @@ def test_job_goes_out_when_the_device_can_be_reached(room):
     room.give()
     room.unreachable.clear()
     assert not room.to("a", Job)
+    room.desk.on_return("a", 0, None)  # on its new connection
     room.desk.on_ready("a", Ready(exit=3))
     assert room.to("a", Job)
 
@@ -407,3 +410,65 @@ def test_update_that_outlives_its_round_outlives_the_coordinator_too(tmp_path):
     (result,) = after.desk.finished
     assert_is_the_update(after, result)
     assert not result.sent["stages.1.0.weight"].any()
+
+
+@pytest.mark.parametrize("is_late", [True, False], ids=["late", "asynchronous"])
+def test_job_in_hand_outlives_the_coordinator(tmp_path, is_late):
+    """A device that was late, or goes on beyond its round, has its update ready only after the
+    coordinator was killed: it counts."""
+    before = Room(tmp_path)
+    before.give("a")
+    before.desk.close(1) if is_late else before.desk.leave_open()
+    before.announce("a")
+    before.parts([0], "a")  # the rest is lost
+    job = before.job("a")
+    after = Room(tmp_path)
+    after.desk.resume(2)
+    after.desk.expire(1)
+    after.desk.clear_spool(2)
+    assert after.desk.num_open == (not is_late)
+    after.desk.on_return("a", 1, job.id)
+    assert not after.to("a", Fault)
+    after.desk.on_message("a", after.update(job), None)
+    after.parts(range(PARTS))
+    (result,) = after.desk.finished
+    assert_is_the_update(after, result)
+    assert torch.equal(result.sent["stages.0.0.weight"], floats(4))
+    assert after.to("a", Accepted)
+
+
+def test_late_job_whose_download_was_cut_goes_on_after_a_restart(tmp_path):
+    before = Room(tmp_path)
+    before.give("a")
+    before.desk.close(1)
+    after = Room(tmp_path)
+    after.desk.resume(2)
+    after.desk.on_return("a", 1, before.job("a").id)
+    after.desk.on_message("a", Fetch(round=1, have=1, first=1, count=PARTS), None)
+    assert [part.index for part in after.to("a", Part)] == list(range(1, PARTS + 1))
+
+
+def test_late_job_that_is_too_old_after_a_restart_is_given_up(tmp_path):
+    before = Room(tmp_path)
+    before.give("a")
+    before.desk.close(1)
+    after = Room(tmp_path)
+    after.desk.resume(4)
+    after.desk.expire(2)
+    assert [fault.code for fault in after.to("a", Fault)] == ["late"]
+    assert not after.desk.seats
+    assert not list(tmp_path.iterdir())
+
+
+def test_job_that_meets_a_full_queue_is_given_again(room):
+    """A live link: the device stays idle, says nothing of the job, and is not asked to be ready."""
+    room.unreachable.add("a")
+    room.give()
+    room.unreachable.clear()
+    room.desk.on_heartbeat("a", 0)
+    assert not room.to("a", Job)
+    room.desk.seats["a"].mismatched_since -= RESEND_S + 1
+    room.desk.on_heartbeat("a", 0)
+    assert len(room.to("a", Job)) == 1
+    room.finish()
+    assert_is_the_update(room, room.desk.finished[0])

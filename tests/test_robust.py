@@ -469,7 +469,7 @@ def test_update_that_is_not_finite_does_not_come_back_from_the_spool(tmp_path, v
     arrived = Arrived(
         update=update, segments=job.plan.segments, upload_s=0.0, bytes_down=0, bytes_up=0
     )
-    spool.keep(1, "a", arrived, {})
+    spool.keep(1, "a", arrived)
     resumed = desk()
     resumed.give(who, job, 1, 0.0)
     assert [type(found) for found in resumed.finished] == [ClientUpdate] * counts

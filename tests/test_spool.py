@@ -8,16 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 
 from coordinator import spool as spool_module
-from coordinator.spool import Arrived, Spool
+from coordinator.spool import Arrived, Held, Spool
 from edge_sdk.errors import StoreError
 from edge_sdk.tensors import Receiver, Sender, Tensors, specs_of
-from edge_sdk.wire import PART_BYTES, ExitResult, Segment, Update
-from tests.helpers import client
+from edge_sdk.wire import PART_BYTES, ExitResult, Job, Plan, Segment, Update
+from tests.helpers import client, cnn
 from tests.scripted import floats
 
 JOB, OTHER = "1" * 32, "2" * 32
@@ -53,7 +52,7 @@ def receive(
 
 def keep(spool: Spool, client: str = "a", tensors: Tensors = TENSORS, job: str = JOB) -> None:
     receive(spool, client, tensors)
-    spool.keep(3, client, arrived(tensors, job), {})
+    spool.keep(3, client, arrived(tensors, job))
 
 
 def files(spool: Spool) -> list[str]:
@@ -73,7 +72,7 @@ def test_whole_update_is_taken_by_who_comes_after(tmp_path):
     receiver = receive(spool)
     got = receiver.tensors()
     assert all(torch.equal(got[name], TENSORS[name]) for name in TENSORS)
-    spool.keep(3, "a", arrived(TENSORS), {})
+    spool.keep(3, "a", arrived(TENSORS))
     assert_is_there(Spool(tmp_path / "spool"))
     assert spool.take(3, "b", JOB) is None
     assert spool.take(4, "a", JOB) is None
@@ -102,7 +101,7 @@ def test_kill_while_the_json_is_written_counts_as_nothing(tmp_path, monkeypatch)
 
     monkeypatch.setattr(spool_module.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        spool.keep(3, "a", arrived(TENSORS), {})
+        spool.keep(3, "a", arrived(TENSORS))
     monkeypatch.undo()
     assert Spool(tmp_path).take(3, "a", JOB) is None
     keep(spool)  # asked for again
@@ -166,7 +165,7 @@ def test_rounds_before_are_forgotten_but_for_what_is_wanted(tmp_path):
             sender = Sender(TENSORS)
             receiver = Receiver(sender.specs, spool.storage(round, name))
             receiver.add(1, sender.part(1))
-            spool.keep(round, name, arrived(TENSORS), {})
+            spool.keep(round, name, arrived(TENSORS))
     spool.forget_before(3, {(1, "a.b"), (2, "a")})
     kept = [name for name in files(spool) if name.startswith(("0000000001", "0000000002"))]
     assert kept == [
@@ -271,7 +270,7 @@ def test_full_disk_for_the_json_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StoreError, match=r"a\.json cannot be written: .*No space left") as caught:
-        spool.keep(3, "a", arrived(TENSORS), {})
+        spool.keep(3, "a", arrived(TENSORS))
     one_line(caught.value)
     monkeypatch.undo()
     assert spool.take(3, "a", JOB) is None
@@ -318,56 +317,101 @@ def test_file_that_was_deleted_meanwhile_is_one_line(tmp_path):
     one_line(caught.value)
 
 
-# -- late ones, whose job nobody gives again ---------------------------------------------------
+# -- jobs that outlive their round, which nobody gives again -------------------------------------
 
 
-BASE = {name: tensor - 1 for name, tensor in TENSORS.items()} | {"stages.9.w": floats(2)}
+START = {name: tensor - 1 for name, tensor in TENSORS.items()} | {"stages.9.w": floats(2)}
 
 
-def keep_late(spool: Spool, client_id: str = "a") -> None:
-    receive(spool, client_id)
-    late = msgspec.structs.replace(arrived(TENSORS), client=client(client_id, 2))
-    spool.keep(3, client_id, late, BASE)
+def hold(spool: Spool, client_id: str = "a", sender: Sender | None = None) -> Held:
+    sender = sender or Sender(START)
+    plan = Plan(segments=(Segment(first=1, last=1),))
+    job = Job(id=JOB, round=3, model=cnn(2), plan=plan, tensors=sender.specs, deadline_s=0.0)
+    held = Held(client=client(client_id, 2), job=job, returns=specs_of(TENSORS), outlives=False)
+    spool.hold(held, sender)
+    return held
 
 
-def test_late_update_comes_with_what_it_began_from(tmp_path):
-    keep_late(Spool(tmp_path))
-    ((found, tensors, sent),) = Spool(tmp_path).late(4)
-    assert found.client == client("a", 2)
-    for name, tensor in TENSORS.items():
-        assert torch.equal(tensors[name], tensor)
-        assert torch.equal(sent[name], tensor - 1)
-    assert list(sent) == list(TENSORS)  # of what was trained
+def held_by(spool: Spool, round: int = 4) -> list[str]:
+    return [held.client.id for held, _ in spool.held(round)]
 
 
-def test_only_late_updates_of_rounds_before_come(tmp_path):
+def test_job_that_outlives_its_round_comes_with_what_it_began_from(tmp_path):
+    held = hold(Spool(tmp_path))
+    ((found, start),) = Spool(tmp_path).held(4)
+    assert found == held
+    assert list(start) == list(START)
+    for name, tensor in START.items():
+        assert torch.equal(start[name], tensor)
+
+
+def test_only_jobs_of_rounds_before_are_held(tmp_path):
     spool = Spool(tmp_path)
     keep(spool, "b")  # of a round that was cut short: its job is given again
-    keep_late(spool, "a")
-    assert list(spool.late(3)) == []
-    assert [found.client.id for found, _, _ in spool.late(4) if found.client] == ["a"]
+    hold(spool, "a")
+    assert held_by(spool, 3) == []
+    assert held_by(spool, 4) == ["a"]
 
 
-@pytest.mark.parametrize("damage", ["base gone", "base short", "base empty", "data"])
-def test_damaged_late_update_is_left_out(tmp_path, damage):
+def test_who_began_from_the_same_shares_a_file(tmp_path):
+    spool, sender, other = Spool(tmp_path), Sender(START), Sender(START)
+    hold(spool, "a", sender)
+    hold(spool, "b", sender)
+    hold(spool, "c", other)
+    inodes = [(tmp_path / f"0000000003-{name}.base").stat().st_ino for name in "abc"]
+    assert inodes[0] == inodes[1] != inodes[2]
+    spool.forget(3, "a")
+    assert held_by(spool) == ["b", "c"]
+    hold(spool, "d", sender)  # the first file is gone
+    hold(spool, "b", sender)  # once more
+    assert held_by(spool) == ["b", "c", "d"]
+    assert all(torch.equal(t[n], START[n]) for _, t in spool.held(4) for n in START)
+
+
+def test_file_that_another_job_shares_is_not_written_over(tmp_path):
+    spool, sender = Spool(tmp_path), Sender(START)
+    hold(spool, "a", sender)
+    hold(spool, "b", sender)
+    hold(spool, "a", Sender({name: tensor + 9 for name, tensor in START.items()}))
+    starts = {held.client.id: tensors["stages.9.w"] for held, tensors in spool.held(4)}
+    assert torch.equal(starts["b"], START["stages.9.w"])
+    assert torch.equal(starts["a"], START["stages.9.w"] + 9)
+
+
+@pytest.mark.parametrize("damage", ["base gone", "base short", "base empty", "seat"])
+def test_damaged_job_is_left_out(tmp_path, damage, caplog):
     spool = Spool(tmp_path)
-    keep_late(spool, "a")
-    keep_late(spool, "b")
-    base, data = tmp_path / "0000000003-a.base", tmp_path / "0000000003-a.data"
+    hold(spool, "a")
+    hold(spool, "b")
+    base, seat = tmp_path / "0000000003-a.base", tmp_path / "0000000003-a.seat"
     if damage == "base gone":
         base.unlink()
-    elif damage == "data":
-        data.write_bytes(bytes(data.stat().st_size))
+    elif damage == "seat":
+        seat.write_bytes(seat.read_bytes()[:-9])
     else:
         base.write_bytes(base.read_bytes()[:-1] if damage == "base short" else b"")
-    assert [found.client.id for found, _, _ in spool.late(4) if found.client] == ["b"]
+    assert held_by(spool) == ["b"]
+    assert "0000000003-a.seat cannot be read" in caplog.text
 
 
-def test_nothing_is_left_of_a_late_update_that_was_forgotten(tmp_path):
+def test_nothing_is_left_of_a_job_that_was_forgotten(tmp_path):
     spool = Spool(tmp_path)
-    keep_late(spool)
-    spool.forget(3, "a")
-    assert files(spool) == []
-    keep_late(spool)
+    for _ in range(2):
+        keep(spool)
+        hold(spool)
+        spool.forget(3, "a")
+        assert files(spool) == []
+    keep(spool)
+    hold(spool)
     spool.forget_before(4, set())
     assert files(spool) == ["free-0000000003-a.data"]
+
+
+def test_job_that_finds_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StoreError, match=r"a\.seat cannot be written: .*No space") as caught:
+        hold(Spool(tmp_path))
+    one_line(caught.value)

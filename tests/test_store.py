@@ -395,17 +395,18 @@ def test_the_last_rounds_are_evaluated(tmp_path):
 def test_participants_of_a_round_outlive_a_kill(tmp_path):
     store = Store.create(tmp_path, config("owners-mean"), "serve")
     a, b = client("a", 1), client("b", 2)
-    assert store.begun(1) == []
+    assert store.begun(1) == ([], 0)
     store.begin(1, [a])
     store.begin(1, [b])  # of the same round, which lacked updates
     store._db.close()  # killed here
     again = Store.resume(tmp_path)
-    assert again.begun(2) == [], "of another round"
-    assert again.begun(1) == [a, b]
+    assert again.begun(2) == ([], 0), "of another round"
+    assert again.begun(1) == ([a, b], 1), "one was chosen"
     again.begin(1, [a, b])
+    assert again.begun(1)[1] == 1
     _, totals = commit(again, 1)
     assert totals.chosen == 2
-    assert again.begun(2) == []
+    assert again.begun(2) == ([], 0)
     again.begin(2, [b])
     _, totals = commit(again, 2)
     assert totals.chosen == 1, "of this round only"
@@ -417,7 +418,7 @@ def test_begun_round_that_cannot_be_read_begins_anew(tmp_path, caplog):
     store.begin(1, [client("a", 1)])
     path = tmp_path / BEGUN
     path.write_bytes(path.read_bytes()[:-2])
-    assert store.begun(1) == []
+    assert store.begun(1) == ([], 0)
     assert "the round begins anew" in caplog.text
     store.close()
 
