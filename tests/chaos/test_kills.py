@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.chaos.bed import PHASES, Bed, bed_of
+from tests.chaos.bed import FAULT_PATIENCE_S, PHASES, Bed, bed_of
 from tests.chaos.conftest import Scenario
+from tests.processes import wait_until
 
 VICTIMS = ("agent", "trainer", "coordinator")
 ROUNDS: list[int] = []  # of the present bed, that something happened in
@@ -53,3 +55,36 @@ def test_model_after_kills(bed: Bed, scenario: Scenario) -> None:
     assert ROUNDS, "no fault was done"
     scenario.count(bed, max(ROUNDS))
     scenario.compare(bed, ROUNDS)
+
+
+def test_coordinator_killed_while_a_late_device_trains(
+    tmp_path: Path, congestion: str, scenario: Scenario
+) -> None:
+    """Its round is over, its link cut, its job known to a coordinator that is gone: what it trains
+    counts in a later round, and it trains it once."""
+    late = ("--quorum", "0.5", "--deadline", "15", "--grace", "1", "--staleness-half-life", "1000")
+    with bed_of(tmp_path, 2, "--epochs", "6", *late, congestion=congestion) as bed:
+        bed.start_all()
+        bed.wait_round(1)
+        bed.forget()
+        begun = bed.wait_phase("a", "train", is_cut=True)
+        bed.wait_round(begun)  # without it
+        bed.kill_server()
+        bed.net.mend(bed.links["a"])
+        bed.serve_until_listening()
+
+        def counted_in() -> int:
+            found = bed.rows(
+                "SELECT round FROM participations JOIN rounds USING (round) WHERE client_id = 'a'"
+                " AND outcome = 'ok' AND staleness > 0 AND round - staleness = ?",
+                begun,
+            )
+            return int(found[0][0]) if found else 0
+
+        counted = wait_until(counted_in, "the late update counts", FAULT_PATIENCE_S)
+        scenario.count(bed, counted)
+        given = bed.agents["a"].text().count(f"round {begun}: job for")
+        assert given == 1, "its work was lost, and done again"
+        scenario.checked.append(f"a's update of round {begun} counted in round {counted}")
+        bed.stop()
+        scenario.compare(bed, [counted])
