@@ -22,8 +22,7 @@ from msgspec.structs import replace
 
 from coordinator.admission import Admission, add_client
 from coordinator.hub import Hub
-from edge_sdk import agent as agent_module
-from edge_sdk import agent_state
+from edge_sdk import agent_state, supervisor
 from edge_sdk.agent import Agent
 from edge_sdk.agent_options import AgentOptions
 from edge_sdk.capacity import Moment, SegmentCost, peak_bytes
@@ -165,9 +164,9 @@ def running(
 def quick_retries():
     """Pauses that are seconds on a board."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agent_module, "HELLO_S", 0.1)
+        patch.setattr(agent_state, "HELLO_S", 0.1)
         patch.setattr(agent_state, "HELLO_MAX_S", 0.5)
-        patch.setattr(agent_module, "RESTART_S", 0.1)
+        patch.setattr(supervisor, "RESTART_S", 0.1)
         yield
 
 

@@ -166,8 +166,7 @@ def test_the_status_line_says_what_the_device_does():
     assert state.doing(ENDPOINT) == f"waiting for the coordinator {ENDPOINT}"
     state.reopen_at = 5.0
     assert "refused by the coordinator" in state.doing(ENDPOINT)
-    state.restart_at = 5.0
-    assert "starting another" in state.doing(ENDPOINT)
+    assert "starting another" in state.doing(ENDPOINT, is_restarting=True)
 
 
 # -- the real agent and trainer -------------------------------------------------------------------
