@@ -13,6 +13,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 collect_ignore = ["chaos"]  # a quarter of an hour; named on the command line it is collected
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """No test writes to the user's cache. Not XDG_CACHE_HOME: downloads of tests/system stay there
+    from one day to the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHE_DIRECTORY", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def make_coordinator(tmp_path, monkeypatch):
     """Coordinators with CURVE, unless is_insecure; closed in the end."""
