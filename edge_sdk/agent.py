@@ -190,6 +190,8 @@ class Agent:
         self._state.welcome = None
         if self._options.is_once and bye.is_final:
             self._is_stopping, self._last_words = True, said
+        elif bye.is_final:
+            self._tell(Event("finished", f"{said}; waiting for the next run"))
         else:
             self._tell(events.lost(said, logging.INFO))
 

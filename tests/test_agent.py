@@ -123,12 +123,14 @@ class Lines(logging.Handler):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.count = 0
+        self.events: list[str] = []
         self._text = text
         self._is_there = threading.Event()
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._text in record.getMessage():
             self.count += 1
+            self.events.append(getattr(record, "event", "log"))
             self._is_there.set()
 
     def wait_for_one(self) -> None:
@@ -619,10 +621,12 @@ def test_final_bye_drops_the_job_and_says_hello_again(settled):
     coordinator, _ = settled
     give(coordinator, 1, LONG)
     coordinator.expect(Heartbeat)
-    coordinator.send(Bye(reason="run finished", is_final=True))
-    coordinator.wait_for(Bye)
-    hello = coordinator.expect(Hello)
+    with listening("coordinator: run finished; waiting for the next run") as lines:
+        coordinator.send(Bye(reason="run finished", is_final=True))
+        coordinator.wait_for(Bye)
+        hello = coordinator.expect(Hello)
     assert (hello.round, hello.job) == (0, None)
+    assert lines.events == ["finished"]
 
 
 def test_the_same_job_again_goes_on_and_another_begins_anew(settled):
