@@ -617,7 +617,8 @@ def test_bye_of_a_coordinator_that_will_be_back_keeps_the_job(settled):
     assert coordinator.expect(Update) == replace(update, retries=1)
 
 
-def test_final_bye_drops_the_job_and_says_hello_again(settled):
+def test_final_bye_drops_the_job_and_says_hello_again(settled, caplog):
+    caplog.set_level(logging.INFO)
     coordinator, _ = settled
     give(coordinator, 1, LONG)
     coordinator.expect(Heartbeat)
