@@ -21,9 +21,10 @@ from edge_sdk.data import save_shard
 from edge_sdk.errors import TrainerError
 from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Resume, Train
 from edge_sdk.wire import Fault, Job, Ready
+from tests.agent_device import MODEL, WHOLE
+from tests.choices import COSTS, choose, segments, welcome
 from tests.helpers import examples
 from tests.scripted import PROFILE
-from tests.test_agent import COSTS, MODEL, WHOLE, choose, segments, welcome
 
 MIB = 1024**2
 JOB = Job(id="4" * 32, round=4, model=MODEL, plan=WHOLE, tensors=(), deadline_s=0.0)
