@@ -21,4 +21,6 @@ def main() -> int:
         said = f'edge-coordinator: {error}; pip install "edge-sdk[coordinator]"'
         print(said, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return run()

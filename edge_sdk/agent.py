@@ -15,11 +15,10 @@ from msgspec.structs import replace
 
 from edge_sdk import events
 from edge_sdk.agent_options import AgentOptions, Senses
-from edge_sdk.agent_state import HELLO_S, REFUSED_S, RESTART_S, State, hello
+from edge_sdk.agent_state import State, hello
 from edge_sdk.capacity import SegmentCost
-from edge_sdk.child import TrainerProcess
 from edge_sdk.chooser import Chooser, told
-from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError, VersionError
+from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError
 from edge_sdk.events import Event, Teller
 from edge_sdk.notify import Notifier, Pulse
 from edge_sdk.pipe import (
@@ -33,6 +32,7 @@ from edge_sdk.pipe import (
     Train,
 )
 from edge_sdk.profile import DeviceProfile
+from edge_sdk.supervisor import Supervisor
 from edge_sdk.transport import Link, Payload
 from edge_sdk.wire import (
     Accepted,
@@ -43,7 +43,6 @@ from edge_sdk.wire import (
     Job,
     Message,
     Part,
-    Phase,
     Probe,
     Update,
     Welcome,
@@ -61,7 +60,7 @@ class Agent:
         self._options = options
         self._session = token_hex(8)
         self._pulse = Pulse(Notifier(options.notify_socket), time.monotonic())
-        self._trainer: TrainerProcess | None = options.start_trainer(options.measure_compute)
+        self._trainer = Supervisor(options)
         self._chooser = Chooser()
         self._senses = Senses(options)
         self._state = State()
@@ -77,7 +76,7 @@ class Agent:
         try:
             with contextlib.suppress(KeyboardInterrupt):  # a program without a handler
                 while not self._is_stopping:
-                    self._link.wait(500, self._trainer)
+                    self._link.wait(500, self._trainer.process)
                     self._read_trainer()
                     self._read_link()
                     self._on_time(time.monotonic())
@@ -88,25 +87,20 @@ class Agent:
             self._tell(Event("ended", self._last_words))
         finally:
             self._pulse.close()
-            if self._trainer:
-                self._trainer.end()
+            self._trainer.end()
             self._link.close(is_final=True)
 
     # -- events ------------------------------------------------------------------------------
 
     def _read_trainer(self) -> None:
-        if self._trainer is None:
-            return
-        self._trainer.flush()
-        if not self._trainer.is_readable():
-            return
         try:
-            message, payload = self._trainer.receive()
+            received = self._trainer.receive()
         except (EOFError, OSError):
-            self._on_trainer_death(self._trainer)
+            self._on_trainer_death()
             return
-        self._pulse.heard(time.monotonic())
-        self._from_trainer(message, payload)
+        if received:
+            self._pulse.heard(time.monotonic())
+            self._from_trainer(*received)
 
     def _read_link(self) -> None:
         is_lost, refusal = self._link.events()
@@ -114,27 +108,17 @@ class Agent:
             self._on_refusal(refusal)
             return
         if is_lost and self._state.welcome:
-            self._state.welcome, self._state.next_hello = None, 0.0
+            self._state.lost()
             self._tell(events.lost(f"connection to {self._link.endpoint} lost; reconnecting"))
-        for _ in range(64):  # then look at the trainer and the clock again
-            try:
-                received = self._link.receive()
-            except VersionError as error:
-                raise LinkError(f"coordinator {self._link.endpoint}: {error}") from error
-            except ProtocolError as error:
-                log.error("message from the coordinator refused: %s", error)
-                self._link.send(Fault(code=error.code, detail=str(error)))
-                continue
-            if received is None:
-                return
-            self._from_coordinator(*received)
+        for message, payload in self._link.messages():
+            self._from_coordinator(message, payload)
 
     def _on_time(self, now: float) -> None:
         """Hello until welcomed, then heartbeats; what was put off; a trainer that is stuck."""
         state = self._state
-        if self._trainer and self._trainer.end_if_stuck(self._pulse.silent_s(now)):
-            self._on_trainer_death(self._trainer)
-        if state.restart_at is not None and now >= state.restart_at:
+        if self._trainer.end_if_stuck(self._pulse.silent_s(now)):
+            self._on_trainer_death()
+        if self._trainer.restart_at is not None and now >= self._trainer.restart_at:
             self._restart_trainer(now)
         if state.reopen_at is not None:
             if now >= state.reopen_at:
@@ -146,7 +130,7 @@ class Agent:
         elif now >= state.next_heartbeat:
             state.next_heartbeat = now + state.welcome.heartbeat_s
             if not self._link.send(Heartbeat(round=state.job.round if state.job else 0)):
-                state.welcome, state.next_hello = None, now
+                state.lost()
                 self._link.open()
                 self._tell(events.lost(f"{self._link.endpoint} takes nothing; connecting anew"))
             elif state.job is None:
@@ -158,7 +142,9 @@ class Agent:
             now,
             is_ready=state.inspected is not None,
             has_job=state.job is not None,
-            status=state.doing(self._link.endpoint),
+            status=state.doing(
+                self._link.endpoint, is_restarting=self._trainer.restart_at is not None
+            ),
         )
 
     # -- coordinator -------------------------------------------------------------------------
@@ -181,12 +167,12 @@ class Agent:
             self._on_job(message)
         elif isinstance(message, Part):
             if is_mine and message.index < self._state.granted:
-                self._to_trainer(message, payload or b"")
+                self._trainer.send(message, payload or b"")
         elif isinstance(message, Fetch) and is_mine:
-            self._to_trainer(message)
+            self._trainer.send(message)
         elif isinstance(message, Accepted) and is_mine:
             self._tell(Event("accepted", "update accepted", message.round))
-            self._state.restart_pause_s = RESTART_S
+            self._trainer.is_well()
             self._end_job()
         elif isinstance(message, Fault):
             self._on_fault(message, is_mine)
@@ -204,15 +190,15 @@ class Agent:
         self._state.welcome = None
         if self._options.is_once and bye.is_final:
             self._is_stopping, self._last_words = True, said
+        elif bye.is_final:
+            self._tell(Event("finished", f"{said}; waiting for the next run"))
         else:
             self._tell(events.lost(said, logging.INFO))
 
     def _on_welcome(self, welcome: Welcome) -> None:
         state, before, is_first = self._state, self._state.terms, self._state.welcome is None
         self._tell(events.connected(welcome))
-        state.welcome = state.terms = welcome
-        state.hello_pause_s, state.refused_pause_s, state.is_told = HELLO_S, REFUSED_S, False
-        state.next_heartbeat = time.monotonic() + welcome.heartbeat_s
+        state.welcomed(welcome)
         is_same = before and (before.model, before.plan) == (welcome.model, welcome.plan)
         if not is_same:
             self._chooser = Chooser()
@@ -225,12 +211,12 @@ class Agent:
             self._count_costs(welcome)
         if state.job and is_first:  # several hellos may have been said, and are all answered
             state.retries += 1
-            self._to_trainer(Resume())
+            self._trainer.send(Resume())
 
     def _on_job(self, job: Job) -> None:
         state = self._state
         if state.job and state.job.id == job.id:  # given again, by a coordinator that was restarted
-            self._to_trainer(Resume())
+            self._trainer.send(Resume())
             return
         if state.job:
             self._end_job()
@@ -241,16 +227,14 @@ class Agent:
             self._tell_choice(is_repeated=True)
             return
         self._tell(events.job_given(job))
-        state.job, state.granted, state.retries, state.batches = job, 0, 0, 0
-        state.is_trained = False
-        state.waited_s = time.monotonic() - state.idle_since
+        state.begin(job)
         cache_bytes = self._chooser.cache_bytes(job.plan.segments)
         adapted = replace(job, plan=self._chooser.adapted(job.plan))
-        self._to_trainer(Train(job=adapted, cache_bytes=cache_bytes))
+        self._trainer.send(Train(job=adapted, cache_bytes=cache_bytes))
 
     def _on_fault(self, fault: Fault, is_mine: bool) -> None:
         if fault.code == "hello":
-            self._state.welcome, self._state.next_hello = None, 0.0
+            self._state.lost()
             return
         if fault.code in FATAL and not fault.round:
             raise FATAL[fault.code](f"coordinator refused this device: {fault.detail}")
@@ -271,15 +255,11 @@ class Agent:
         """Done, refused or dropped: the trainer forgets it, the device is ready again."""
         state = self._state
         if state.job:
-            self._to_trainer(Cancel())
+            self._trainer.send(Cancel())
         state.job, state.idle_since = None, time.monotonic()
         self._tell_choice(is_repeated=True)
 
     # -- trainer -----------------------------------------------------------------------------
-
-    def _to_trainer(self, message: PipeMessage, payload: Payload = b"") -> None:
-        if self._trainer:
-            self._trainer.send(message, payload)
 
     def _from_trainer(self, message: PipeMessage, payload: memoryview) -> None:
         state = self._state
@@ -295,11 +275,8 @@ class Agent:
         elif isinstance(message, Progress):
             state.batches = message.batches
         elif isinstance(message, Update):
-            waited = {"wait": Phase(wall_s=state.waited_s)}
-            full = replace(message, phases={**waited, **message.phases}, retries=state.retries)
-            state.is_trained = True
             self._tell(events.trained(message))
-            self._link.send(full)
+            self._link.send(state.finish(message))
         elif isinstance(message, Part):
             self._link.send(message, payload)
         elif isinstance(message, Fetch):
@@ -311,22 +288,19 @@ class Agent:
         state, is_first = self._state, self._state.inspected is None
         if is_first and inspected.num_labels == 1:
             log.warning("all %d local examples have one label", inspected.num_examples)
-        if state.inspected and not inspected.gflops:  # measured by the first trainer only
-            known = state.inspected
-            inspected = replace(inspected, gflops=known.gflops, layer_s=known.layer_s)
-        state.inspected = inspected
+        state.read_data(inspected)
         if is_first and inspected.finished:
             state.job, state.is_trained = inspected.finished, True
         elif state.job:  # the trainer died when it had trained
             if inspected.finished and inspected.finished.id == state.job.id:
-                self._to_trainer(Resume())
+                self._trainer.send(Resume())
             else:
                 self._fail_job("trainer", "the trained update was lost", is_memory=False)
         if not is_first and state.terms:
             self._count_costs(state.terms)
 
     def _count_costs(self, terms: Welcome) -> None:
-        self._to_trainer(Estimate(model=terms.model, plan=terms.plan))
+        self._trainer.send(Estimate(model=terms.model, plan=terms.plan))
 
     def _on_counted(self, costs: tuple[SegmentCost, ...], exits: int, excuse: str = "") -> None:
         available = self._profile().memory_available_bytes
@@ -345,31 +319,25 @@ class Agent:
         elif not fault.round and state.terms:  # costs could not be counted
             self._on_counted((), state.terms.model.exit, fault.detail)
 
-    def _on_trainer_death(self, trainer: TrainerProcess) -> None:
-        """Report it, choose less if it was killed at work, start another after a pause."""
-        state, cause = self._state, trainer.cause_of_death()
+    def _on_trainer_death(self) -> None:
+        """Report it, and choose less if it was killed at work."""
+        state, (cause, pause_s) = self._state, self._trainer.bury()
+        detail = f"the training process {cause}"
         if state.inspected is None:
-            when = "before it had read its data; ask edge-sdk doctor why"
-            raise TrainerError(f"the training process {cause} {when}")
-        pause = f"another in {state.put_off_restart():.0f} s"
+            raise TrainerError(f"{detail} before it had read its data; ask edge-sdk doctor why")
         round = state.job.round if state.job else 0
-        self._tell(events.failed(f"the training process {cause}; {pause}", "trainer", round))
-        self._trainer = None
+        self._tell(events.failed(f"{detail}; another in {pause_s:.0f} s", "trainer", round))
         self._chooser.costs = ()  # until the next one has counted them, no exit can be trained
         if state.job and not state.is_trained:
-            detail = f"the training process {cause}"
             self._fail_job("trainer", detail, is_memory="signal 9" in cause)
         self._tell_choice()
 
     def _restart_trainer(self, now: float) -> None:
-        state = self._state
-        state.restart_at = None
         self._pulse.heard(now)
         try:
-            self._trainer = self._options.start_trainer(measure_compute=False)
+            self._trainer.restart()
         except TrainerError as error:
-            pause = f"again in {state.put_off_restart():.0f} s"
-            self._tell(events.failed(f"{error}; {pause}", error.code))
+            self._tell(events.failed(str(error), error.code))
 
     def _fail_job(self, code: str, detail: str, *, is_memory: bool) -> None:
         job = self._state.job
@@ -383,8 +351,7 @@ class Agent:
     # -- choice ------------------------------------------------------------------------------
 
     def _profile(self) -> DeviceProfile:
-        own_bytes = self._trainer.own_bytes() if self._trainer else 0
-        return self._senses.profile(own_bytes, self._state.inspected)
+        return self._senses.profile(self._trainer.own_bytes(), self._state.inspected)
 
     def _tell_choice(self, is_repeated: bool = False) -> None:
         """Choose for memory and conditions now; tell the coordinator when it changed."""

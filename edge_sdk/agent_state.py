@@ -6,17 +6,17 @@ import random
 import time
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from edge_sdk import __version__
 from edge_sdk.pipe import Inspected
 from edge_sdk.profile import DeviceProfile
-from edge_sdk.wire import PROTOCOL, Hello, Job, Welcome
+from edge_sdk.wire import PROTOCOL, Hello, Job, Phase, Update, Welcome
 
 HELLO_S = 2.0  # between attempts to be welcomed, grows to HELLO_MAX_S
 REFUSED_S = 10.0  # pause after a refused handshake, doubles to REFUSED_MAX_S
-RESTART_S = 1.0  # pause before another trainer, doubles to RESTART_MAX_S
 HELLO_MAX_S = 15.0
 REFUSED_MAX_S = 120.0
-RESTART_MAX_S = 60.0
 
 
 def hello(
@@ -58,10 +58,35 @@ class State:
     next_heartbeat: float = 0.0
     reopen_at: float | None = None  # the link is closed until then
     refused_pause_s: float = REFUSED_S
-    restart_at: float | None = None  # there is no trainer until then
-    restart_pause_s: float = RESTART_S
     is_resting: bool = False  # too hot or the battery too low for any job
     is_told: bool = False  # "not reached yet" has been said
+
+    def read_data(self, inspected: Inspected) -> None:
+        """Of a trainer that is up; speed is measured by the first one only."""
+        if self.inspected and not inspected.gflops:
+            known = self.inspected
+            inspected = replace(inspected, gflops=known.gflops, layer_s=known.layer_s)
+        self.inspected = inspected
+
+    def welcomed(self, welcome: Welcome) -> None:
+        self.welcome = self.terms = welcome
+        self.hello_pause_s, self.refused_pause_s, self.is_told = HELLO_S, REFUSED_S, False
+        self.next_heartbeat = time.monotonic() + welcome.heartbeat_s
+
+    def lost(self) -> None:
+        """Not welcome any more: hello is due at once."""
+        self.welcome, self.next_hello = None, 0.0
+
+    def begin(self, job: Job) -> None:
+        self.job, self.granted, self.retries, self.batches = job, 0, 0, 0
+        self.is_trained = False
+        self.waited_s = time.monotonic() - self.idle_since
+
+    def finish(self, update: Update) -> Update:
+        """The trainer's, with what only the agent knows of the job."""
+        self.is_trained = True
+        waited = {"wait": Phase(wall_s=self.waited_s)}
+        return replace(update, phases={**waited, **update.phases}, retries=self.retries)
 
     def put_off_hello(self, now: float, is_said: bool) -> None:
         """The next hello is due after a pause that grows where this one left the device: otherwise
@@ -77,18 +102,12 @@ class State:
         self.refused_pause_s = min(REFUSED_MAX_S, 2 * pause_s)
         return pause_s
 
-    def put_off_restart(self) -> float:
-        """Seconds until another trainer is started, more every time."""
-        pause_s = self.restart_pause_s
-        self.restart_at = time.monotonic() + pause_s
-        self.restart_pause_s = min(RESTART_MAX_S, 2 * pause_s)
-        return pause_s
-
-    def doing(self, endpoint: str) -> str:
-        """One line for a person, the same as long as nothing changes."""
+    def doing(self, endpoint: str, *, is_restarting: bool = False) -> str:
+        """One line for a person, the same as long as nothing changes. is_restarting: there is no
+        trainer now."""
         if self.inspected is None:
             return "reading the data"
-        if self.restart_at is not None:
+        if is_restarting:
             return "the training process ended; starting another"
         if self.reopen_at is not None:
             return f"refused by the coordinator {endpoint}; trying again (see the log)"

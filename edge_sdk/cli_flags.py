@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, EdgeError
 
 _ENDPOINT = re.compile(r"tcp://[^/\s]+:(\*|[0-9]{1,5})")
 MAX_THREADS = 1024
@@ -97,8 +97,13 @@ def checked_endpoint(text: str, flag: str) -> str:
 
 
 def import_module(name: str) -> None:
-    """Import a module for what it registers. Raises ConfigError."""
+    """Import a module for what it registers. Raises EdgeError: ConfigError, or the module's own."""
     try:
         importlib.import_module(name)
+    except EdgeError:
+        raise
     except ImportError as error:
         raise ConfigError(f"--import {name}: {error}; is it on PYTHONPATH?") from error
+    except Exception as error:
+        kind = type(error).__name__
+        raise ConfigError(f"--import {name}: it raises {kind}: {error}; mend the module") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,15 @@ def run_join(args: argparse.Namespace) -> int:
         values["insecure"] = False
     text = with_values(text, values, str(path))
     join(line, folder, client_id)
-    write_public(folder, SERVER_KEYS, line.server_key)
-    write_config(path, text)
+    try:
+        write_public(folder, SERVER_KEYS, line.server_key)
+        write_config(path, text)
+    except ConfigError as error:
+        lacking = ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+        raise ConfigError(
+            f"{error}; but {client_id} is admitted and its keys are made: join again with the same "
+            f"LINE and a --config FILE that can be written, or write into one {lacking}"
+        ) from error
     print(f"{client_id} is admitted by {line.endpoint}; keys are in {folder}")
     print(f"wrote {path}")
     print(f"next: {_next_step(path, settings)}")

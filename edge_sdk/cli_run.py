@@ -97,7 +97,7 @@ def run_device(args: argparse.Namespace) -> int:
         device=args.device,
         measure_compute=args.board is None,
         calibration="" if args.board else calibration_file(),
-        kept="" if args.board else kept_folder(client_id),
+        kept="" if args.board else kept_folder(client_id, endpoint, secrets),
         imports=tuple(args.imports),
         is_once=args.once,
         notify_socket=os.environ.pop("NOTIFY_SOCKET", ""),  # the trainer has nothing to say there

@@ -98,7 +98,7 @@ class Client:
             threads=threads,
             device=device,
             calibration=calibration_file(),
-            kept=kept_folder(checked_id(id, "id")),
+            kept=kept_folder(checked_id(id, "id"), coordinator, self._secrets),
             imports=tuple(modules),
             on_event=on_event,
             search_path=tuple(sys.path),

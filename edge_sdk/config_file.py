@@ -76,7 +76,8 @@ def read_config(path: Path) -> Settings:
     except OSError as error:
         raise ConfigError(
             f"config file {path} cannot be read: {error.strerror}; "
-            "`edge-sdk service install` writes one to begin with"
+            "name the one there is by --config, or let `edge-sdk join LINE` or, for a service, "
+            "`edge-sdk service install` write one"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {path} is not UTF-8 text: {error}") from error

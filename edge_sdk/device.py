@@ -3,6 +3,7 @@ setting `--server-key` or `server_key` in what they refuse."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -68,9 +69,12 @@ def calibration_file() -> str:
     return str(folder / "calibration.json")
 
 
-def kept_folder(client_id: str) -> str:
-    """Where this device's trainer keeps a finished update until it is accepted."""
-    return str(Path(calibration_file()).parent / "updates" / client_id)
+def kept_folder(client_id: str, endpoint: str, secrets: Secrets) -> str:
+    """Where this device's trainer keeps a finished update until it is accepted: one folder for each
+    coordinator. That is known by its key, which stays when its address changes."""
+    coordinator = secrets[1] or endpoint.encode()
+    mark = hashlib.sha256(coordinator).hexdigest()[:12]
+    return str(Path(calibration_file()).parent / "updates" / f"{client_id}-{mark}")
 
 
 def measure_here(cap_bytes: int | None) -> Callable[[int], DeviceProfile]:

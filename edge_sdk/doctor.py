@@ -274,7 +274,10 @@ def check_keys(
     try:
         pair = read_all_keys(folder, server_key)
     except EdgeError as error:
-        return None, Finding("keys", "fail", str(error), _keys_advice(folder))
+        found, advice = str(error), _keys_advice(folder)
+        if isinstance(error.__cause__, FileNotFoundError):
+            found, _, advice = found.partition("; ")
+        return None, Finding("keys", "fail", found, advice)
     secret = (folder / f"{DEVICE_KEYS}.secret").stat()
     owner = (
         STATE.stat().st_uid if STATE in folder.parents and os.path.exists(STATE) else secret.st_uid

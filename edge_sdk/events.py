@@ -12,7 +12,7 @@ from edge_sdk.capacity import Choice
 from edge_sdk.wire import ExitResult, Job, Segment, Update, Welcome
 
 Kind: TypeAlias = Literal[
-    "connected", "chosen", "job", "trained", "accepted", "failed", "lost", "ended"
+    "connected", "chosen", "job", "trained", "accepted", "failed", "lost", "finished", "ended"
 ]
 
 
@@ -24,7 +24,8 @@ class Event:
     battery too low) and stages, again when memory or conditions change. job: round, segments.
     trained: round, exits, seconds; the update is on its way. accepted: round; it counts. failed:
     code, of a job also round; the device goes on. lost: the coordinator is gone or has said bye;
-    the device waits for it. ended: the last one, unless run() raises."""
+    the device waits for it. finished: the coordinator's run is over; the device waits for another.
+    ended: the last one, unless run() raises."""
 
     kind: Kind
     detail: str

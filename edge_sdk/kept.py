@@ -1,16 +1,24 @@
 """A finished update on the device's disk until the coordinator has accepted it, so that a reboot
-does not cost the training. One at a time: the folder grows to the size of one update."""
+does not cost the training. One at a time: the folder grows to the size of one update.
+
+A folder is one agent's: its name tells the device and the coordinator (device.kept_folder), and a
+lock on it, which ends with the process, keeps off a second agent that is told the same."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import torch
 
+from edge_sdk.capacity import memory_errors
+from edge_sdk.errors import CapacityError
 from edge_sdk.tensors import Sender, views
 from edge_sdk.wire import Job, Struct, Update, layout
 
@@ -23,51 +31,89 @@ class _Finished(Struct, frozen=True, kw_only=True):
 
 
 class Kept:
-    """folder: this device's own, made when needed; None: nothing is kept. What cannot be written or
+    """folder: this agent's own, made when needed; None: nothing is kept. What cannot be written or
     read is as if it were not there: the device then trains again."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._data = folder / "update.data" if folder else None
-        self._about = folder / "update.json" if folder else None
+        self._folder = folder
+        self._is_locked = False
 
     def save(self, job: Job, update: Update, sender: Sender) -> None:
-        if self._data is None or self._about is None:
+        if self._folder is None:
             return
+        data, about = _files(self._folder)
         try:
-            self._data.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._about.unlink(missing_ok=True)
-            with os.fdopen(_private(self._data), "wb") as file:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock(self._folder)
+            about.unlink(missing_ok=True)
+            with os.fdopen(_private(data), "wb") as file:
                 for index in range(sender.num_parts):
                     file.write(sender.part(index))
-            with os.fdopen(_private(self._about), "wb") as file:  # last: it makes the rest count
+            with os.fdopen(_private(about), "wb") as file:  # last: it makes the rest count
                 file.write(msgspec.json.encode(_Finished(job=job, update=update)))
         except OSError as error:
-            log.warning("the update is not kept over a restart: %s: %s", self._data, error)
+            log.warning("the update is not kept over a restart: %s: %s", self._folder, error)
             self.forget()
 
     def load(self) -> tuple[Job, Update, Sender] | None:
-        """What was finished before this process began, if it is whole."""
-        if self._data is None or self._about is None:
+        """What was finished before this process began, if it is whole and memory does for it."""
+        if self._folder is None:
             return None
+        data, about = _files(self._folder)
         try:
-            found = msgspec.json.decode(self._about.read_bytes(), type=_Finished)
-            size = layout(found.update.tensors)[1]
-            if self._data.stat().st_size != size:
-                return None
-            stream = torch.frombuffer(bytearray(self._data.read_bytes()), dtype=torch.uint8)
+            self._lock(self._folder)
+            found = msgspec.json.decode(about.read_bytes(), type=_Finished)
+            with memory_errors("while reading an update"):
+                sender = _read(data, found.update)
+        except CapacityError as error:
+            log.warning("%s is left out: %s", data, error)
+            return None
         except (OSError, ValueError, msgspec.MsgspecError):
             return None
-        sender = Sender(views(found.update.tensors, stream))
         if sender.digest() != found.update.digest:
-            log.warning("%s is damaged and left out", self._data)
+            log.warning("%s is damaged and left out", data)
             return None
         return found.job, found.update, sender
 
     def forget(self) -> None:
-        for path in (self._about, self._data):
-            if path is not None:
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
+        if self._folder is None:
+            return
+        data, about = _files(self._folder)
+        with suppress(OSError):
+            self._lock(self._folder)
+            about.unlink(missing_ok=True)
+            data.unlink(missing_ok=True)
+
+    def _lock(self, folder: Path) -> None:
+        """Until this object or its process is gone. Raises OSError: no folder, or another's."""
+        if self._is_locked:
+            return
+        handle = os.open(folder, os.O_RDONLY)
+        close = weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            close()
+            what = "another agent with this device's name and coordinator uses it"
+            raise BlockingIOError(errno.EAGAIN, what) from error
+        except OSError as error:
+            log.debug("no locks in %s: %s", folder, error)
+        self._is_locked = True
+
+
+def _files(folder: Path) -> tuple[Path, Path]:
+    return folder / "update.data", folder / "update.json"
+
+
+def _read(data: Path, update: Update) -> Sender:
+    """The file's only copy in memory. Raises ValueError for a file of another size, OSError."""
+    size = layout(update.tensors)[1]
+    if data.stat().st_size != size:
+        raise ValueError(f"{data} is not of {size} bytes")
+    stream = torch.empty(size, dtype=torch.uint8)
+    with data.open("rb") as file:
+        file.readinto(stream.numpy().data)
+    return Sender(views(update.tensors, stream))
 
 
 def _private(path: Path) -> int:

@@ -18,6 +18,7 @@ from edge_sdk.errors import ConfigError
 
 DEVICE_KEYS = "device"  # names of the two pairs of files
 SERVER_KEYS = "server"
+MAKE = "make one with `keys`"
 NEXT_KEYS = f"{DEVICE_KEYS}.next"  # while a new pair of the device is not confirmed yet
 _TEXT = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
@@ -166,14 +167,14 @@ def _write_new(file: Path, key: bytes, mode: int, owner_ids: tuple[int, int] | N
         os.fsync(handle)
 
 
-def read_keys(folder: Path, name: str) -> KeyPair:
-    """Read both files. Raises ConfigError: missing, not a key, a secret others can read, or two
-    files that are not a pair."""
+def read_keys(folder: Path, name: str, advice: str = MAKE) -> KeyPair:
+    """Read both files. Raises ConfigError: missing (advice: what to do then), not a key, a secret
+    others can read, or two files that are not a pair."""
     import zmq
 
     secret_file = folder / f"{name}.secret"
-    public = read_key(folder / f"{name}.public")
-    secret = read_key(secret_file)
+    public = read_key(folder / f"{name}.public", advice)
+    secret = read_key(secret_file, advice)
     mode = stat.S_IMODE(secret_file.stat().st_mode)
     if mode & 0o077:
         raise ConfigError(
@@ -207,27 +208,34 @@ def read_all_keys(
 ) -> tuple[KeyPair, bytes]:
     """This device's pair and the coordinator's public key, which is given as text or as a file, or
     lies beside them. Raises ConfigError."""
-    keys = read_keys(folder, DEVICE_KEYS)
+    keys = read_keys(
+        folder,
+        DEVICE_KEYS,
+        f"make it by `edge-sdk join LINE --keys {folder}` with an invitation, or by "
+        f"`edge-sdk keys --keys {folder}`, or give --keys with the folder that has it",
+    )
     if server_key is None:
-        return keys, read_key(folder / f"{SERVER_KEYS}.public")
+        advice = f"copy the coordinator's {SERVER_KEYS}.public there, or give {flag}"
+        return keys, read_key(folder / f"{SERVER_KEYS}.public", advice)
     if _TEXT.fullmatch(server_key) and not os.path.exists(server_key):
         return keys, check_key(server_key, flag)
     try:
-        return keys, read_key(Path(server_key))
+        return keys, read_key(Path(server_key), "it is in the coordinator's folder of keys")
     except ConfigError as error:
         raise ConfigError(
             f"{flag} is neither a key of 40 characters nor its file: {error}"
         ) from error
 
 
-def read_key(path: Path) -> bytes:
-    """One key from a file. Raises ConfigError."""
+def read_key(path: Path, advice: str = MAKE) -> bytes:
+    """One key from a file; advice: what to do where there is none. Raises ConfigError."""
     try:
         text = path.read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:  # not ASCII, a path with a null byte
-        raise ConfigError(
-            f"key file {path} cannot be read: {error}; make one with `keys`"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, PermissionError):
+            advice = "run this as the user whose file it is"
+        raise ConfigError(f"key file {path} cannot be read: {reason}; {advice}") from error
     return check_key(text, str(path))
 
 

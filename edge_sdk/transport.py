@@ -8,20 +8,22 @@ connection says so and the agent starts again with Hello.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Protocol, TypeAlias
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from edge_sdk.errors import LinkError, ProtocolError
+from edge_sdk.errors import LinkError, ProtocolError, VersionError
 from edge_sdk.keys import KeyPair
-from edge_sdk.wire import MAX_FRAME_BYTES, Message, Part, decode, encode
+from edge_sdk.wire import MAX_FRAME_BYTES, Fault, Message, Part, decode, encode
 
 log = logging.getLogger(__name__)
 PING_MS = 5_000  # ZeroMQ heartbeats, both ends
 PING_TIMEOUT_MS = 120_000  # a part of a slow link may take so long, and no PONG comes beside it
 DEAD_MS = 30_000  # nothing acknowledged by the other side's kernel for so long
 HIGH_WATER = 32  # messages queued per peer: a window of parts and some control
+MOST_AT_ONCE = 64  # messages read without a look at anything else
 ZERO_COPY_BYTES = 64 * 1024  # below it copying is cheaper than tracking the buffer
 Payload: TypeAlias = bytes | memoryview
 REFUSALS: dict[int, str] = {
@@ -148,6 +150,22 @@ class Link:
         except zmq.Again:
             return None
         return parse_frames(frames)
+
+    def messages(self) -> Iterator[tuple[Message, Payload | None]]:
+        """What is there now, up to a bound: the caller has more to look at. What breaks the
+        protocol is refused. Raises LinkError for a coordinator of another version."""
+        for _ in range(MOST_AT_ONCE):
+            try:
+                received = self.receive()
+            except VersionError as error:
+                raise LinkError(f"coordinator {self.endpoint}: {error}") from error
+            except ProtocolError as error:
+                log.error("message from the coordinator refused: %s", error)
+                self.send(Fault(code=error.code, detail=str(error)))
+                continue
+            if received is None:
+                return
+            yield received
 
     def wait(self, timeout_ms: int, other: Other | None = None) -> None:
         """Until a message, an event of the link, or `other` is there to be read, or written if it

@@ -4,12 +4,12 @@ training, a missing torch too, reaches the agent as one line."""
 from __future__ import annotations
 
 import argparse
-import importlib
 import socket
 import sys
 from pathlib import Path
 
 from edge_sdk import logs, resident
+from edge_sdk.cli_flags import import_module
 from edge_sdk.errors import EdgeError
 from edge_sdk.pipe import Pipe
 from edge_sdk.torch_extra import require_torch
@@ -33,7 +33,7 @@ def main() -> int:
     try:
         require_torch("training")
         for module in args.imports:
-            importlib.import_module(module)
+            import_module(module)
         from edge_sdk.worker import prepare
 
         serve = prepare(

@@ -2,6 +2,7 @@
 what the tests of the coordinator with scripted devices begin with."""
 
 import signal
+import tempfile
 from typing import Any
 
 import pytest
@@ -11,6 +12,25 @@ torch.set_num_threads(1)
 # A shell that runs the tests in the background ignores Ctrl-C for them and all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 collect_ignore = ["chaos"]  # a quarter of an hour; named on the command line it is collected
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """No test writes to the user's cache. Not XDG_CACHE_HOME: downloads of tests/system stay there
+    from one day to the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHE_DIRECTORY", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def shards_folder(tmp_path, monkeypatch):
+    """Where a Client puts shards; none is left at the end."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert not list(folder.iterdir())
 
 
 @pytest.fixture
@@ -59,3 +79,52 @@ def impatient(monkeypatch):
 
     monkeypatch.setattr(credit, "LINK_S", 1.0)
     monkeypatch.setattr(credit, "PATIENCE", 0.0)
+
+
+@pytest.fixture(scope="module")
+def quick_retries():
+    """Pauses that are seconds on a board."""
+    from edge_sdk import agent_state, supervisor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agent_state, "HELLO_S", 0.1)
+        patch.setattr(agent_state, "HELLO_MAX_S", 0.5)
+        patch.setattr(supervisor, "RESTART_S", 0.1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def pair(quick_retries, tmp_path_factory):
+    """A scripted coordinator and a device that has said hello to it."""
+    from edge_sdk.wire import Hello
+    from tests.agent_device import running
+    from tests.helpers import examples
+    from tests.scripted import ScriptedCoordinator
+
+    coordinator = ScriptedCoordinator()
+    data = tmp_path_factory.mktemp("shard") / "shard.npz"
+    try:
+        with running(coordinator.endpoint, data, examples(24)) as device:
+            coordinator.expect(Hello)
+            yield coordinator, device
+    finally:
+        coordinator.close()
+
+
+@pytest.fixture
+def settled(pair):
+    """The same, welcome and ready without a job; whatever a test before has left is gone."""
+    from tests.agent_device import settle
+
+    settle(*pair)
+    return pair
+
+
+@pytest.fixture
+def chooser():
+    from edge_sdk.chooser import Chooser
+    from tests.choices import COSTS
+
+    made = Chooser()
+    made.costs = COSTS
+    return made

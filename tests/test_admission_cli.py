@@ -342,6 +342,26 @@ def test_a_refused_join_is_one_clear_line_and_writes_no_config(gate, home, capsy
     assert not (home / "config.toml").exists()
 
 
+def test_a_config_that_is_not_written_in_the_end_does_not_hide_that_the_device_is_admitted(
+    gate, home, capsys, tmp_path, monkeypatch
+):
+    def full(path: Path, text: str) -> None:
+        raise ConfigError(f"config file {path} cannot be written: no space")
+
+    line = invited(gate, capsys).strip()
+    with monkeypatch.context() as patch:
+        patch.setattr(cli_join, "write_config", full)
+        assert on_device(["join", line, "--id", "pi-1"]) == 1
+    said = one_line(capsys.readouterr().err, "edge-sdk")
+    assert f"{home}/config.toml cannot be written: no space; but pi-1 is admitted" in said
+    assert "join again with the same LINE and a --config FILE" in said
+    assert f'coordinator = "{gate.endpoint}", keys = "{home}", id = "pi-1"' in said
+    assert line[60:100] not in said
+    assert list(gate.names()) == ["pi-1"]
+    assert on_device(["join", line, "--id", "pi-1", "--config", str(tmp_path / "c.toml")]) == 0
+    assert read_config(tmp_path / "c.toml").id == "pi-1"
+
+
 def test_a_line_is_asked_for_at_a_terminal_and_not_shown(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

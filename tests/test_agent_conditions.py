@@ -13,11 +13,7 @@ from edge_sdk.chooser import Chooser
 from edge_sdk.conditions import FULL, Allowance, Conditions, Zone
 from edge_sdk.pipe import Inspected
 from edge_sdk.wire import Fault, Heartbeat, Hello, Ready
-from tests.helpers import examples
-from tests.processes import wait_until
-from tests.scripted import PROFILE, WAIT_S, Coordinator, ScriptedCoordinator
-from tests.test_agent import (
-    COSTS,
+from tests.agent_device import (
     GIB,
     LONG,
     MODEL,
@@ -27,10 +23,11 @@ from tests.test_agent import (
     job_tensors,
     listening,
     running,
-    segments,
-    welcome,
-    with_memory,
 )
+from tests.choices import segments, welcome, with_memory
+from tests.helpers import examples
+from tests.processes import wait_until
+from tests.scripted import PROFILE, WAIT_S, Coordinator, ScriptedCoordinator
 
 DRAINED = Conditions(battery_percent=9, is_discharging=True)
 LOW = Conditions(battery_percent=20, is_discharging=True)
@@ -131,13 +128,6 @@ def test_the_coordinator_gives_a_resting_device_nothing_until_it_is_ready(tmp_pa
 
 
 # -- without processes -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def chooser():
-    made = Chooser()
-    made.costs = COSTS
-    return made
 
 
 def choose(chooser: Chooser, allowance: Allowance, mebibytes: float = 120) -> bool:

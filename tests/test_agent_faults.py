@@ -21,9 +21,10 @@ from edge_sdk.data import save_shard
 from edge_sdk.errors import TrainerError
 from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Resume, Train
 from edge_sdk.wire import Fault, Job, Ready
+from tests.agent_device import MODEL, WHOLE
+from tests.choices import COSTS, choose, segments, welcome
 from tests.helpers import examples
 from tests.scripted import PROFILE
-from tests.test_agent import COSTS, MODEL, WHOLE, choose, segments, welcome
 
 MIB = 1024**2
 JOB = Job(id="4" * 32, round=4, model=MODEL, plan=WHOLE, tensors=(), deadline_s=0.0)
@@ -172,21 +173,21 @@ def test_a_trainer_that_cannot_be_started_leaves_nothing_open(monkeypatch):
 
 def test_a_trainer_that_cannot_be_restarted_is_tried_again(started, monkeypatch):
     started.trainer_says(Estimated(model=MODEL, costs=COSTS))
-    state, now = started.agent._state, 0.0
+    trainer, now = started.agent._trainer, 0.0
     monkeypatch.setattr(agent_module.time, "monotonic", lambda: now)
-    started.agent._on_trainer_death(started.trainer)
-    assert state.restart_at == 1.0
+    started.agent._on_trainer_death()
+    assert trainer.restart_at == 1.0
     with monkeypatch.context() as patch:
         patch.setattr(AgentOptions, "start_trainer", lambda *_, **__: TrainerProcess("data.npz"))
         patch.setattr(subprocess, "Popen", no_process)
         now = 1.0
         started.agent._on_time(now)
-    assert started.agent._trainer is None
-    assert state.restart_at == 3.0  # 2 s later
+    assert trainer.process is None
+    assert trainer.restart_at == 3.0  # 2 s later
     now = 3.0
     started.agent._on_time(now)
-    assert started.agent._trainer is started.trainer
-    assert state.restart_at is None
+    assert trainer.process is started.trainer
+    assert trainer.restart_at is None
 
 
 def test_speed_is_measured_on_the_threads_of_training(monkeypatch, tmp_path):

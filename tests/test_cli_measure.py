@@ -182,6 +182,16 @@ def test_a_wrong_value_is_one_line_and_status_1(capsys, arguments, message):
     assert message in err
 
 
+def test_a_module_that_raises_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "raising_of_this_test.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main([*PLAN, "--import", "raising_of_this_test"]) == 1
+    assert capsys.readouterr().err == (
+        "edge-sdk: --import raising_of_this_test: it raises ZeroDivisionError: division by zero; "
+        "mend the module\n"
+    )
+
+
 @pytest.mark.parametrize("at", [0, 1])
 def test_debug_shows_the_traceback(at):
     arguments = [*PLAN, "--board", "pi"]

@@ -80,7 +80,9 @@ def test_what_is_wrong_is_one_line_with_line_and_key(text, said):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read: No such file .*service install"):
+    with pytest.raises(
+        ConfigError, match="cannot be read: No such file .*--config.*edge-sdk join.*service install"
+    ):
         read_config(tmp_path / "absent.toml")
     (tmp_path / "latin.toml").write_bytes('id = "ä"'.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"latin.toml is not UTF-8 text"):

@@ -201,9 +201,13 @@ def test_keys(tmp_path):
     assert check(tmp_path, None, is_insecure=True)[1].outcome == "warn"
     pair, finding = check(tmp_path, None, is_insecure=False)
     assert (pair, finding.outcome) == (None, "fail")
-    assert f"edge-sdk keys --keys {tmp_path}" in finding.advice
+    assert finding.found.endswith("device.public cannot be read: No such file or directory")
+    for step in ("join LINE", "keys"):
+        assert f"edge-sdk {step} --keys {tmp_path}" in finding.advice
     made = make_keys(tmp_path, "device")
-    assert "server.public cannot be read" in check(tmp_path, None, is_insecure=False)[1].found
+    finding = check(tmp_path, None, is_insecure=False)[1]
+    assert "server.public cannot be read" in finding.found
+    assert finding.advice == "copy the coordinator's server.public there, or give --server-key"
     pair, finding = check(tmp_path, made.public.decode(), is_insecure=False)
     assert (pair, finding.outcome) == ((made, made.public), "ok")
     (tmp_path / "device.secret").chmod(0o644)

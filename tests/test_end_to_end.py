@@ -376,6 +376,7 @@ def test_device_keys_are_checked(lone, spoil, said):
     (["--id", "../../etc"], 1, "--id"),
     (["--server-key", "short"], 1, "--server-key"),
     (["--data", "nowhere.npz"], 1, "nowhere.npz"),
+    (["--import", "no_such_module"], 1, "--import no_such_module: No module named"),
     (["--device", "meta"], 1, "--device 'meta' is not supported; use cpu or cuda"),
     (["--memory-cap", "much"], 2, "512M"),
     (["--threads", "99999999999999999999"], 2, "from 0 to 1024"),

@@ -13,6 +13,7 @@ import torch
 from msgspec.structs import replace
 
 from edge_sdk.calibration import Calibration
+from edge_sdk.device import kept_folder
 from edge_sdk.kept import Kept
 from edge_sdk.pipe import Estimate, Inspected, Pipe, Resume
 from edge_sdk.tensors import Sender, specs_of
@@ -90,6 +91,45 @@ def test_one_update_at_a_time(folder):
     assert (folder / "update.data").stat().st_size == 8 < sender.total_bytes
 
 
+def test_a_second_agent_with_the_same_folder_goes_without(folder, caplog):
+    first, second = Kept(folder), Kept(folder)
+    assert first.load() is not None
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert second.load() is None
+    second.save(replace(JOB, round=5), *finished())
+    assert "another agent with this device's name and coordinator" in caplog.text
+    second.forget()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    del first  # as when its process ends, however that does
+    assert second.load() is not None
+
+
+def test_folders_are_told_apart_by_device_and_coordinator(monkeypatch, tmp_path):
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
+    here, moved = "tcp://here:5555", "tcp://moved:5555"
+    keys = (None, b"k" * 40)
+    folder = kept_folder("pi-1", here, keys)
+    assert Path(folder).parent == tmp_path / "updates"
+    assert Path(folder).name.startswith("pi-1-")
+    assert kept_folder("pi-1", moved, keys) == folder  # a restart after a change of address
+    others = [
+        kept_folder("pi-2", here, keys),
+        kept_folder("pi-1", here, (None, b"K" * 40)),
+        kept_folder("pi-1", here, (None, None)),
+        kept_folder("pi-1", moved, (None, None)),
+    ]
+    assert len({folder, *others}) == 5
+
+
+def test_update_that_memory_does_not_do_for_is_left_out(folder, monkeypatch, caplog):
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    assert Kept(folder).load() is None
+    assert "left out: out of memory while reading an update" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["update.data", "update.json"])
 @pytest.mark.parametrize(
     "spoil",
@@ -157,4 +197,5 @@ def test_costs_that_cannot_be_counted_do_not_cost_the_update(folder):
     assert isinstance(fault, Fault)
     assert fault.round == 0  # it is about no job
     assert update == finished()[0]
+    del worker  # whose folder it is
     assert Kept(folder).load() is not None

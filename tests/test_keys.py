@@ -127,6 +127,19 @@ def test_missing_keys_are_named(tmp_path, file):
         read_keys(tmp_path, "device")
 
 
+def test_a_folder_without_keys_tells_every_way_to_them(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        read_all_keys(tmp_path / "none", None)
+    for way in ("edge-sdk join LINE --keys", "edge-sdk keys --keys"):
+        assert f"{way} {tmp_path / 'none'}" in str(caught.value)
+    assert str(caught.value).endswith("or give --keys with the folder that has it")
+    make_keys(tmp_path, "device")
+    with pytest.raises(ConfigError, match=r"server.public .*coordinator's .* or give --its-key"):
+        read_all_keys(tmp_path, None, "--its-key")
+    with pytest.raises(ConfigError, match="no-file cannot .* in the coordinator's folder of keys"):
+        read_all_keys(tmp_path, "no-file")
+
+
 def test_the_servers_key_is_a_text_or_a_file(tmp_path):
     own = make_keys(tmp_path, "device")
     file = tmp_path / "k"

@@ -13,9 +13,10 @@ import pytest
 from tests.processes import ROOT, World, mapped_libraries
 
 LIGHT = ("", ".wire", ".errors", ".profile", ".capacity", ".keys", ".cli", ".cli_run", ".cli_infer",
-         ".exported", ".agent", ".doctor", ".service", ".config_file", ".notify", ".device",
-         ".events", ".logs", ".client", ".torch_extra", ".worker_main", ".boards", ".conditions",
-         ".jetson", ".pressure", ".sysfs", ".join", ".cli_join", ".invitation")  # fmt: skip
+         ".exported", ".agent", ".supervisor", ".doctor", ".service", ".config_file", ".notify",
+         ".device", ".events", ".logs", ".client", ".torch_extra", ".worker_main", ".boards",
+         ".conditions", ".jetson", ".pressure", ".sysfs", ".join", ".cli_join",
+         ".invitation")  # fmt: skip
 HEAVY = ("torch", "numpy", "ray", "sklearn", "scipy", "rich", "safetensors", "coordinator", "tools")
 
 

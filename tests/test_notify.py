@@ -14,10 +14,10 @@ from edge_sdk.agent_state import State
 from edge_sdk.notify import Notifier, Pulse
 from edge_sdk.pipe import Inspected
 from edge_sdk.wire import Fault, Hello, Ready
+from tests.agent_device import LONG, MODEL, WHOLE, give, running
 from tests.helpers import examples
 from tests.processes import wait_until
 from tests.scripted import ScriptedCoordinator
-from tests.test_agent import LONG, MODEL, WHOLE, give, running
 
 ENDPOINT = "tcp://host:5555"
 
@@ -166,8 +166,7 @@ def test_the_status_line_says_what_the_device_does():
     assert state.doing(ENDPOINT) == f"waiting for the coordinator {ENDPOINT}"
     state.reopen_at = 5.0
     assert "refused by the coordinator" in state.doing(ENDPOINT)
-    state.restart_at = 5.0
-    assert "starting another" in state.doing(ENDPOINT)
+    assert "starting another" in state.doing(ENDPOINT, is_restarting=True)
 
 
 # -- the real agent and trainer -------------------------------------------------------------------

@@ -1,0 +1,24 @@
+"""`edge-sdk`, also as `python -m edge_sdk.start`: no traceback where a library that it needs is not
+installed, or for Ctrl-C while it is imported, which takes a second on a board."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    try:
+        try:
+            from edge_sdk.cli import main as run
+        except ImportError as error:
+            reason = " ".join(str(error).split())
+            again = f"{sys.executable} -m pip install --force-reinstall edge-sdk"
+            print(f"edge-sdk: {reason}; this installation is not whole: {again}", file=sys.stderr)
+            return 1
+        return run()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

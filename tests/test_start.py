@@ -1,0 +1,63 @@
+"""The start of `edge-sdk` and `edge-coordinator`, before their own error handling is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge_sdk import service
+from tests.processes import ROOT
+
+INTERRUPTED = "import signal; signal.raise_signal(signal.SIGINT)"
+
+
+def start(
+    folder: Path, library: str, text: str, *arguments: str, module: str = "edge_sdk.start"
+) -> subprocess.CompletedProcess[str]:
+    """`module` with a library that is not the real one."""
+    (folder / f"{library}.py").write_text(text)
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("library", ["msgspec", "zmq"])
+@pytest.mark.parametrize(
+    "text",
+    ["raise ModuleNotFoundError('No module named ...')", r"raise ImportError('libc.so.9:\n gone')"],
+)
+def test_a_library_that_is_not_there_is_one_line(tmp_path, library, text):
+    done = start(tmp_path, library, text, "keys")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(("edge-sdk: No module named", "edge-sdk: libc.so.9: gone;"))
+    assert line.endswith(f"{sys.executable} -m pip install --force-reinstall edge-sdk")
+
+
+@pytest.mark.parametrize(
+    ("library", "module"), [("msgspec", "edge_sdk.start"), ("torch", "coordinator.start")]
+)
+def test_ctrl_c_during_the_imports_ends_as_a_shell_expects(tmp_path, library, module):
+    program = "program"  # coordinator.start is no program of its own
+    (tmp_path / f"{program}.py").write_text(f"import sys, {module}; sys.exit({module}.main())")
+    done = start(tmp_path, library, INTERRUPTED, module=program)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_help_comes_through(tmp_path):
+    done = start(tmp_path, "unused", "", "--version")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "edge-sdk")
+
+
+def test_the_command_and_the_service_begin_there(monkeypatch, tmp_path):
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'edge-sdk = "edge_sdk.start:main"\n' in project
+    monkeypatch.setattr(sys, "argv", ["program"])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # no edge-sdk beside it
+    assert service.own_command()[1:] == ["-m", "edge_sdk.start"]
