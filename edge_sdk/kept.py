@@ -98,6 +98,7 @@ class Kept:
             raise BlockingIOError(errno.EAGAIN, what) from error
         except OSError as error:
             log.debug("no locks in %s: %s", folder, error)
+        os.register_at_fork(after_in_child=close)  # one that counts costs may live longer
         self._is_locked = True
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,26 @@ def test_a_second_agent_with_the_same_folder_goes_without(folder, caplog):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     del first  # as when its process ends, however that does
     assert second.load() is not None
+
+
+FORKS = """
+import os, sys
+from pathlib import Path
+from edge_sdk.kept import Kept
+kept = Kept(Path(sys.argv[1]))
+assert kept.load() is not None
+if os.fork():
+    os._exit(0)
+sys.stdin.read()
+"""
+
+
+def test_lock_ends_with_its_process_though_a_fork_of_it_lives(folder):
+    """As when a training process is killed while its child counts costs."""
+    program = [sys.executable, "-c", FORKS, str(folder)]
+    with subprocess.Popen(program, stdin=subprocess.PIPE) as process:
+        assert process.wait() == 0
+        assert Kept(folder).load() is not None
 
 
 def test_folders_are_told_apart_by_device_and_coordinator(monkeypatch, tmp_path):
