@@ -6,6 +6,8 @@ are read first, and what it needs is imported when it runs, in `heavy_imports`."
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
@@ -31,11 +33,20 @@ INTERRUPTED = 130  # exit status, by Ctrl-C
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Around imports of what runs rounds. Raises ConfigError where the extra is not installed."""
+    """Around imports of what runs rounds. Raises ConfigError where the extra is not installed.
+
+    Ctrl-C ends the process at once: nothing has begun that had to be tidied up, and numpy, imported
+    by torch, swallows KeyboardInterrupt or makes an ImportError of it."""
+    is_plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_plain:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     try:
         yield
     except ModuleNotFoundError as error:
         raise ConfigError(f'{error}; pip install "edge-sdk[coordinator]"') from error
+    finally:
+        if is_plain:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
