@@ -95,8 +95,13 @@ def test_invite_before_anybody_is_in_the_list_makes_one(tmp_path, capsys):
     folder = ["--keys", str(tmp_path / "keys")]
     assert coordinate(["keys", *folder]) == 0
     assert coordinate(["invite", *folder, "--endpoint", "tcp://h:1"]) == 0
+    capsys.readouterr()
     assert coordinate(["clients", "list", *folder]) == 0
     assert (tmp_path / "keys" / "clients").read_text() == ""
+    printed = capsys.readouterr()
+    assert printed.out == "", "for a program it is an empty list"
+    said = f"no clients in {tmp_path}/keys/clients yet; admit one with `edge-coordinator invite`\n"
+    assert one_line(printed.err, "edge-coordinator").endswith(said)
 
 
 def test_invite_says_when_the_name_is_taken(gate, capsys):
@@ -165,7 +170,10 @@ def test_removing_withdraws_the_invitations_too(gate, capsys, tmp_path):
 def test_pending_keys_are_shown_until_they_are_added(gate, capsys):
     folder = ["--keys", str(gate.clients.parent)]
     assert coordinate(["clients", "pending", *folder]) == 0
-    assert capsys.readouterr().out == ""
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    said = "no keys are pending; a device's shows here once `serve` has turned it away\n"
+    assert one_line(printed.err, "edge-coordinator").endswith(said)
     keys = [new_key(), new_key()]
     known = Strangers(gate.pending, clock=lambda: 1_800_000_000.0)
     for key in (*keys, keys[1]):
@@ -181,10 +189,27 @@ def test_pending_keys_are_shown_until_they_are_added(gate, capsys):
     assert coordinate(["clients", "add", "pi-1", keys[0], *folder]) == 0
     assert keys[0] not in gate.pending.read_text()
     assert coordinate(["clients", "pending", *folder]) == 0
-    assert capsys.readouterr().out == shown[1]
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == (shown[1], "")
     gate.pending.write_text("nonsense")
     assert coordinate(["clients", "pending", *folder]) == 1
     assert "remove the file" in one_line(capsys.readouterr().err, "edge-coordinator")
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (None, "there is no such file; make it with `edge-coordinator clients add` or `invite`\n"),
+    ("folder", "Is a directory; expected a text file that this user may read\n"),
+    (b"# \xe9", "byte 3 is not ASCII; expected lines of `NAME PUBLIC_KEY`\n"),
+], ids=str)  # fmt: skip
+def test_a_list_that_cannot_be_read_is_one_line_with_the_next_step(gate, capsys, content, said):
+    gate.clients.unlink()
+    if content == "folder":
+        gate.clients.mkdir()
+    elif content:
+        gate.clients.write_bytes(content)
+    assert coordinate(["clients", "list", "--keys", str(gate.clients.parent)]) == 1
+    printed = one_line(capsys.readouterr().err, "edge-coordinator")
+    assert printed.endswith(f"client list {gate.clients} cannot be read: {said}")
 
 
 @pytest.mark.parametrize(("words", "said"), [
