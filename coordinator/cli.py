@@ -55,10 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 import_module(module)
         return int(args.run(args))
     except EdgeError as error:
-        if args.debug:
+        has_given_up = isinstance(error, QuorumError)
+        if args.debug and not has_given_up:
             raise
         logs.last_words("edge-coordinator", error)
-        return GAVE_UP if isinstance(error, QuorumError) else 1
+        return GAVE_UP if has_given_up else 1
     except KeyboardInterrupt:
         return INTERRUPTED
 
