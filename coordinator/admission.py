@@ -173,8 +173,12 @@ def _without(text: str, name: str) -> str:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"client list {path} cannot be read: {error}; make it with "
-            "`edge-coordinator clients add`"
-        ) from error
+    except FileNotFoundError as error:
+        said = "there is no such file; make it with `edge-coordinator clients add` or `invite`"
+        raise ConfigError(f"client list {path} cannot be read: {said}") from error
+    except OSError as error:
+        said = f"{error.strerror}; expected a text file that this user may read"
+        raise ConfigError(f"client list {path} cannot be read: {said}") from error
+    except UnicodeDecodeError as error:
+        said = f"byte {error.start + 1} is not ASCII; expected lines of `NAME PUBLIC_KEY`"
+        raise ConfigError(f"client list {path} cannot be read: {said}") from error

@@ -1,14 +1,18 @@
-"""Flags that `emulate` and `serve` share, and what they become."""
+"""Flags that `emulate` and `serve` share, and what they become.
+
+Neither this nor another cli_*.py imports torch or numpy, which takes two seconds: a command's flags
+are read first, and what it needs is imported when it runs, in `heavy_imports`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
 
 import msgspec
-import torch
 
 from coordinator.config import (
     AggregationOptions,
@@ -17,16 +21,32 @@ from coordinator.config import (
     RotationOptions,
     RunConfig,
     ServerOptions,
-    differences,
 )
-from coordinator.defaults import GENERATE, RANK, defaults_of
-from coordinator.methods import METHODS
+from coordinator.defaults import GENERATE, METHODS, RANK, defaults_of
 from coordinator.presets import PRESETS, find_preset
-from coordinator.store import Store
 from edge_sdk.cli_flags import MAX_THREADS, path_flag, whole_flag
-from edge_sdk.errors import ConfigError, DataError, StoreError
-from edge_sdk.trainer import usable_device
+from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.wire import ModelSpec
+
+INTERRUPTED = 130  # exit status, by Ctrl-C
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Around imports of what runs rounds. Raises ConfigError where the extra is not installed.
+
+    Ctrl-C ends the process at once: nothing has begun that had to be tidied up, and numpy, imported
+    by torch, swallows KeyboardInterrupt or makes an ImportError of it."""
+    is_plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_plain:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'{error}; pip install "edge-sdk[coordinator]"') from error
+    finally:
+        if is_plain:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,23 +215,6 @@ def run_config(
     )
 
 
-def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Store:
-    """A new run, or with `resume` the one there, which must have the same settings."""
-    store = Store.resume(folder) if resume else Store.create(folder, config, kind)
-    try:
-        store.lock()
-    except StoreError:
-        store.close()
-        raise
-    if store.config.to_json() != config.to_json():
-        store.close()
-        raise ConfigError(
-            f"{folder} was started with other settings: {differences(store.config, config)}; "
-            "resume with the same flags"
-        )
-    return store
-
-
 def model_options(pairs: Sequence[str]) -> dict[str, Any]:
     """KEY=VALUE texts: whole numbers, comma lists of them, numbers, true/false, else text."""
     options: dict[str, Any] = {}
@@ -252,9 +255,3 @@ def numbers(text: str, flag: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",")) if text else ()
     except ValueError as error:
         raise ConfigError(f"{flag} {text!r} is not numbers with commas, e.g. 1,1,0.5") from error
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return usable_device(name)

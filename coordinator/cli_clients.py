@@ -12,7 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coordinator.admission import Admission, add_client, ensure_list, remove_client
+from coordinator.admission import (
+    Admission,
+    add_client,
+    ensure_list,
+    parse_clients,
+    read_list,
+    remove_client,
+)
 from coordinator.invitations import Invitation, withdraw, write_invitation
 from coordinator.joining import in_words
 from coordinator.key_files import locked
@@ -71,8 +78,7 @@ def run_clients(args: argparse.Namespace) -> int:
     elif args.action == "remove":
         _remove(path, args.name)
     elif args.action == "list":
-        for name, key in sorted(Admission(path).names().items()):
-            print(name, key.decode())
+        _print_list(path)
     else:
         _print_pending(path)
     return 0
@@ -98,13 +104,28 @@ def _remove(path: Path, name: str) -> None:
         raise ConfigError(f"no client {name!r} in {path}; known: {known}")
 
 
+def _print_list(path: Path) -> None:
+    """Standard output gets a line NAME KEY per client and nothing else."""
+    clients = Admission(path).names()
+    for name, key in sorted(clients.items()):
+        print(name, key.decode())
+    if not clients:
+        _say(f"no clients in {path} yet; admit one with `edge-coordinator invite`")
+
+
 def _print_pending(path: Path) -> None:
-    """FIRST LAST TRIES KEY, times in UTC, for `clients add NAME KEY`."""
-    known = set(Admission(path).names().values()) if path.exists() else set()
-    for stranger in read_strangers(path.with_name("pending")):
-        if stranger.public_key.encode() not in known:
-            first, last = (in_words(when) for when in (stranger.first, stranger.last))
-            print(f"{stranger.public_key}  first {first}, last {last}, tries {stranger.tries}")
+    """Standard output gets KEY FIRST LAST TRIES, times in UTC, for `clients add NAME KEY`."""
+    known = parse_clients(read_list(path), str(path))
+    strangers = [
+        stranger
+        for stranger in read_strangers(path.with_name("pending"))
+        if stranger.public_key.encode() not in known
+    ]
+    for stranger in strangers:
+        first, last = (in_words(when) for when in (stranger.first, stranger.last))
+        print(f"{stranger.public_key}  first {first}, last {last}, tries {stranger.tries}")
+    if not strangers:
+        _say("no keys are pending; a device's shows here once `serve` has turned it away")
 
 
 def add_invite_command(commands: Any) -> None:

@@ -8,6 +8,7 @@ read.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections import Counter
@@ -28,7 +29,7 @@ from coordinator.status import (
     seconds_since,
 )
 from edge_sdk.cli_flags import path_flag, whole_flag
-from edge_sdk.errors import EdgeError, StoreError
+from edge_sdk.errors import StoreError
 
 STATUS: dict[Health, int] = {"running": 0, "finished": 0, "dead": 3, "unknown": 4}
 ROUNDS = 5
@@ -45,20 +46,6 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     status: Snapshot | None
     rounds: list[RoundRow]
     problem: str = ""
-
-
-def main(argv: Sequence[str]) -> int:
-    """The command alone, without the imports that the others need."""
-    parser = argparse.ArgumentParser(prog="edge-coordinator")
-    add_status_command(parser.add_subparsers(dest="command", required=True))
-    args = parser.parse_args(argv)
-    try:
-        return int(args.run(args))
-    except EdgeError as error:
-        print(f"edge-coordinator: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 def add_status_command(commands: Any) -> None:
@@ -90,6 +77,14 @@ def seconds_flag(text: str) -> float:
 
 
 def run_status(args: argparse.Namespace, wait: Callable[[float], object] = time.sleep) -> int:
+    try:
+        return _show(args, wait)
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _show(args: argparse.Namespace, wait: Callable[[float], object]) -> int:
     while True:
         view = look(args.run_dir, args.rounds)
         if args.json:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohort_status import cohort_state, folder_bytes
-from coordinator.credit import BUDGET_BYTES, Credit
+from coordinator.credit import Credit
+from coordinator.defaults import BUDGET_BYTES
 from coordinator.desk import Desk
 from coordinator.devices import SILENCE_S, Device, Devices
 from coordinator.hub import Hub, Received

@@ -16,6 +16,7 @@ from edge_sdk.wire import Index, ModelSpec, Plan, Seconds, Segment, one_line
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Size: TypeAlias = Annotated[int, Meta(ge=1, le=2**16)]  # of a network or memory
 Checked = TypeVar("Checked")
+SPLITS = ("dirichlet", "iid", "subject")  # of the examples among emulated clients
 FLAGS = {  # of the settings whose flag is not named as their last part is
     "data": "--data (serve: --test)",
     "deadline_s": "--deadline",

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections import deque
 
+from coordinator.defaults import BUDGET_BYTES
 from edge_sdk.transport import DEAD_MS
 from edge_sdk.wire import PART_BYTES
 
-BUDGET_BYTES = 64 * 1024**2
 LEAST_BUDGET_BYTES = 2 * PART_BYTES
 WINDOW = 8  # parts under way per transfer, of a link that is not slow
 SLOW_WINDOW = 2

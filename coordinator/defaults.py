@@ -9,6 +9,7 @@ from typing import Any
 
 # 100 rounds of Fashion-MNIST, tools/results/main.csv; tuned on seeds 0 and 1 at alpha 0.5
 MOMENTUM: dict[str, Any] = {"server_momentum": 0.5, "server_lr": 0.75}
+# every method; none of the flags' own defaults
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "hypemefed": {
         "rotation": "add",
@@ -17,7 +18,11 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "distill": "auto",
         **MOMENTUM,
     },
+    "owners-mean": {},
     "stage-rotation": {"rotation": "add", "rotation_stages": 0},
+    "stale-copy": {},
+    "fedavg-s": {},
+    "fedavg-l": {},
 }
 # HypeMeFed (2024), section 5: absolute weights, rank 100, a plain mean, the last model
 PAPER: Mapping[str, Any] = {
@@ -33,11 +38,12 @@ PAPER: Mapping[str, Any] = {
 GENERATE: Mapping[str, str] = {"update-regression": "all"}
 RANK: Mapping[str, int] = {"update-regression": 12}
 
-
 # their step is about lr per weight, whatever the aggregate's; 1 ruins a model in a round
 ADAPTIVE: Mapping[str, Any] = {"server_momentum": 0.9, "server_lr": 0.01}
 
+BUDGET_BYTES = 64 * 1024**2  # of parts that are on their way at once
+
 
 def defaults_of(method: str, is_paper: bool, optimizer: str) -> Mapping[str, Any]:
-    found = PAPER if is_paper else METHODS.get(method, {})
+    found = PAPER if is_paper else METHODS[method]
     return found if optimizer == "fedavgm" else {**found, **ADAPTIVE}

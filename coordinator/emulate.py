@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from coordinator.cohort import InProcessCohort
 from coordinator.cohort_processes import ProcessCohort
-from coordinator.config import RunConfig
+from coordinator.config import SPLITS, RunConfig
 from coordinator.evaluate import Personalised, personalised_accuracy, split_holdout
 from coordinator.sampling import job_seed
 from coordinator.store import Store
@@ -33,8 +33,6 @@ from edge_sdk.models.costs import segment_costs
 from edge_sdk.partition import partition_by_subject, partition_dirichlet, partition_iid
 from edge_sdk.tensors import Tensors
 from edge_sdk.wire import ModelSpec
-
-SPLITS = ("dirichlet", "iid", "subject")
 
 
 def split_shards(

@@ -128,3 +128,25 @@ def chooser():
     made = Chooser()
     made.costs = COSTS
     return made
+
+
+@pytest.fixture
+def gate(tmp_path):
+    from tests.gate import Gate
+
+    gate = Gate(tmp_path / "keys")
+    yield gate
+    gate.close()
+
+
+@pytest.fixture
+def member(gate, tmp_path):
+    """A device's folder with the keys of the admitted client pi."""
+    from coordinator.admission import add_client
+    from edge_sdk.keys import make_keys
+    from tests.gate import new_key
+
+    folder = tmp_path / "pi"
+    add_client(gate.clients, "first", new_key().encode())
+    add_client(gate.clients, "pi", make_keys(folder, "device").public)
+    return folder

@@ -129,3 +129,10 @@ def settle(path: Path) -> None:
     """As if nobody had written to the file for a second."""
     before = time.time_ns() - 10**9
     os.utime(path, ns=(before, before))
+
+
+def one_line(text: str, program: str) -> str:
+    """What a command said of an error: one line, its own name before it."""
+    assert text.startswith(f"{program}: "), text
+    assert text.count("\n") == 1, text
+    return text

@@ -163,6 +163,7 @@ def test_serve_gives_up_with_its_own_status_when_nobody_comes(tmp_path, capsys):
     assert "0 of the 2 devices that it needs are there" in error
     assert "--give-up-after" in error
     assert main([*alone, "--min-clients", "2", "--resume"]) == 3  # still the same run
+    assert main(["--debug", *alone, "--min-clients", "2", "--resume"]) == 3, "who watches is told"
 
 
 def test_one_process_at_a_time_writes_in_a_run_folder(tmp_path, capsys):

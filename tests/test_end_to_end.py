@@ -31,6 +31,7 @@ from edge_sdk.data import save_shard
 from edge_sdk.keys import read_keys
 from edge_sdk.tensors import Tensors
 from edge_sdk.wire import ModelSpec
+from tests.helpers import one_line
 from tests.processes import World, mapped_libraries, read_rows, run_cli, wait_until
 
 # 60 examples, one epoch, batch 16: predicted for exit 1, exit 2, exit 3, stage 3 alone, in ms
@@ -345,12 +346,6 @@ def lone(tmp_path):
     """One device and a coordinator, nothing started."""
     with World(tmp_path, num_devices=1) as world:
         yield world
-
-
-def one_line(text: str, program: str) -> str:
-    assert text.startswith(f"{program}: "), text
-    assert text.count("\n") == 1, text
-    return text
 
 
 @pytest.mark.parametrize(("spoil", "said"), [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,29 @@ def test_inference_imports_no_torch(name):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert ended.stdout.split() == []
+
+
+def test_commands_of_one_answer_import_nothing_heavy_in_the_coordinator(tmp_path):
+    """Nor do the flags of those that run rounds: --help and wrong usage come at once."""
+    key = "a" * 40
+    asked = [
+        (["keys"], 0), (["clients", "add", "a", key], 0), (["clients", "list"], 0),
+        (["clients", "pending"], 0), (["clients", "remove", "a"], 0),
+        (["invite", "--endpoint", "tcp://host:5555"], 0), (["status", "--run-dir", "."], 1),
+        (["serve", "--help"], 0), (["emulate", "--method", "no"], 2), (["export", "--help"], 0),
+    ]  # fmt: skip
+    code = (
+        "import sys\nfrom coordinator.cli import main\nfound = []\n"
+        f"for argv in {[argv for argv, _ in asked]!r}:\n"
+        "    try:\n        found.append(main(argv))\n"
+        "    except SystemExit as stop:\n        found.append(stop.code)\n"
+        f"print(found, sorted({set(HEAVY) - {'coordinator'}!r} & set(sys.modules)))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert ended.stdout.splitlines()[-1] == f"{[status for _, status in asked]} []", ended.stderr
 
 
 def test_a_waiting_agent_has_not_mapped_torch(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator import cohort_zmq
-from coordinator.cli_status import main
+from coordinator.cli import main
 from coordinator.cohort_zmq import ZmqCohort
 from coordinator.metrics import MetricsServer, metrics_flag
 from coordinator.status import (

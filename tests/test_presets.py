@@ -7,8 +7,8 @@ import argparse
 import pytest
 import torch
 
-from coordinator.cli import add_emulate_command
 from coordinator.cli_arguments import run_config, whole_numbers
+from coordinator.cli_emulate import add_emulate_command
 from coordinator.config import GeneratorOptions, checked
 from coordinator.defaults import PAPER
 from coordinator.emulate import group_exits

@@ -21,11 +21,11 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator import run_reader, store
+from coordinator.cli import main
 from coordinator.cli_status import (
     STATUS,
     add_status_command,
     lasting,
-    main,
     run_status,
     seconds_flag,
     size,

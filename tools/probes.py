@@ -29,8 +29,8 @@ from torch import Tensor
 from coordinator.aggregate import OwnersMean
 from coordinator.cli_arguments import model_options, whole_numbers
 from coordinator.cohort import ClientUpdate, Cohort
-from coordinator.config import RunConfig
-from coordinator.emulate import SPLITS, Population, emulated_clients, emulated_cohort
+from coordinator.config import SPLITS, RunConfig
+from coordinator.emulate import Population, emulated_clients, emulated_cohort
 from coordinator.evaluate import linear_cka
 from coordinator.generators import Generator, make_generator
 from coordinator.methods import make_method

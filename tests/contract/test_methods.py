@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from coordinator import defaults
 from coordinator.cohort import InProcessCohort
 from coordinator.config import AggregationOptions, GeneratorOptions, ServerOptions
 from coordinator.methods import METHODS, make_method
@@ -39,6 +40,10 @@ AGGREGATIONS = {
 @pytest.fixture(params=AGGREGATIONS)
 def aggregation(request):
     return AGGREGATIONS[request.param]
+
+
+def test_every_method_is_one_of_the_command_line():
+    assert set(defaults.METHODS) == set(METHODS)
 
 
 def fresh(name, **changes):

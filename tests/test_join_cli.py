@@ -1,37 +1,25 @@
-"""`edge-coordinator keys|clients|invite` and `edge-sdk join|keys` as a person meets them."""
+"""`edge-sdk join|keys` as a person meets them."""
 
 from __future__ import annotations
 
 import io
 import logging
-import re
 import stat
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from coordinator import cli_clients
 from coordinator.cli import main as coordinate
-from coordinator.invitations import read_invitations
-from coordinator.strangers import Strangers
 from edge_sdk import cli_join, config_file
 from edge_sdk.cli import main as on_device
 from edge_sdk.config_file import parse_config, read_config, with_values
 from edge_sdk.errors import ConfigError
 from edge_sdk.invitation import decode_line
 from edge_sdk.keys import make_keys, read_keys
-from tests.helpers import settle
+from tests.gate import invited
+from tests.helpers import one_line, settle
 from tests.processes import World, run_cli
-from tests.test_admission import Gate, new_key
-
-
-@pytest.fixture
-def gate(tmp_path):
-    gate = Gate(tmp_path / "keys")
-    yield gate
-    gate.close()
 
 
 @pytest.fixture
@@ -42,170 +30,6 @@ def home(tmp_path, monkeypatch):
     for module in (config_file, cli_join):
         monkeypatch.setattr(module, "DEFAULT_CONFIG", tmp_path / "etc" / "config.toml")
     return tmp_path / "home" / ".config" / "edge-sdk"
-
-
-def invited(gate: Gate, capsys, *flags: str) -> str:
-    """The line that `invite` prints."""
-    folder = str(gate.clients.parent)
-    assert coordinate(["invite", "--keys", folder, "--endpoint", gate.endpoint, *flags]) == 0
-    return capsys.readouterr().out
-
-
-def one_line(text: str, program: str) -> str:
-    assert text.startswith(f"{program}: "), text
-    assert text.count("\n") == 1, text
-    return text
-
-
-# -- on the coordinator ----------------------------------------------------------------------------
-
-
-def test_invite_prints_one_line_and_says_the_rest_beside(gate, capsys):
-    folder = ["--keys", str(gate.clients.parent)]
-    flags = ["--name", "pi-1", "--endpoint", "tcp://fl.example:7777", "--valid", "0.5"]
-    assert coordinate(["invite", *folder, *flags]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.count("\n") == 1
-    line = decode_line(printed.out)
-    assert (line.endpoint, line.name, line.server_key) == (
-        "tcp://fl.example:7777", "pi-1", gate.keys.public,
-    )  # fmt: skip
-    assert re.fullmatch(
-        r"edge-coordinator: for pi-1, until 20\d\d-\d\d-\d\d \d\d:\d\d UTC; on the device: "
-        r"edge-sdk join LINE\n", printed.err,
-    )  # fmt: skip
-    (kept,) = read_invitations(gate.invitations)
-    assert kept.name == "pi-1"
-    assert time.time() + 1700 < kept.expires < time.time() + 1801
-    assert line.secret.decode() not in gate.invitations.read_text() + printed.err
-
-
-def test_invite_takes_this_hosts_address_and_a_day(gate, capsys, monkeypatch):
-    monkeypatch.setattr(cli_clients, "own_address", lambda: "192.0.2.7")
-    assert coordinate(["invite", "--keys", str(gate.clients.parent)]) == 0
-    printed = capsys.readouterr()
-    assert decode_line(printed.out).endpoint == "tcp://192.0.2.7:5555"
-    assert "assumed that devices reach this coordinator at tcp://192.0.2.7:5555" in printed.err
-    (kept,) = read_invitations(gate.invitations)
-    assert kept.name is None
-    assert abs(kept.expires - time.time() - 86_400) < 60
-
-
-def test_invite_before_anybody_is_in_the_list_makes_one(tmp_path, capsys):
-    folder = ["--keys", str(tmp_path / "keys")]
-    assert coordinate(["keys", *folder]) == 0
-    assert coordinate(["invite", *folder, "--endpoint", "tcp://h:1"]) == 0
-    assert coordinate(["clients", "list", *folder]) == 0
-    assert (tmp_path / "keys" / "clients").read_text() == ""
-
-
-def test_invite_says_when_the_name_is_taken(gate, capsys):
-    folder = ["--keys", str(gate.clients.parent)]
-    assert coordinate(["clients", "add", "pi-1", new_key(), *folder]) == 0
-    assert coordinate(["invite", *folder, "--name", "pi-1", "--endpoint", gate.endpoint]) == 0
-    assert "pi-1 is in the list: only its present key can use this" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--name", "../etc"], "--name '../etc' is not 1 to 64 letters"),
-    (["--name", ""], "--name '' is not 1 to 64 letters"),
-    (["--endpoint", "h:1"], "--endpoint 'h:1' is not tcp://HOST:PORT"),
-    (["--endpoint", "tcp://*:5555"], "'tcp://*:5555' is no address that a device can connect to"),
-    (["--endpoint", "tcp://0.0.0.0:5555"], "is no address that a device can connect to"),
-    (["--endpoint", "tcp://h:0"], "port outside 1 to 65535"),
-    (["--endpoint", "tcp://hé:1"], "is not ASCII"),
-    (["--keys", "nowhere"], "nowhere/server.public cannot be read"),
-], ids=str)  # fmt: skip
-def test_an_invitation_that_cannot_be_made(gate, capsys, flags, said):
-    before = gate.clients.read_text()
-    status = coordinate(["invite", "--keys", str(gate.clients.parent), "--endpoint", "tcp://h:1",
-                         *flags])  # fmt: skip
-    printed = capsys.readouterr()
-    assert (status, printed.out) == (1, "")
-    assert said in one_line(printed.err, "edge-coordinator")
-    assert gate.clients.read_text() == before
-    assert not gate.invitations.exists()
-
-
-@pytest.mark.parametrize("hours", ["0", "-1", "nan", "inf", "1e9", "a day", ""])
-def test_hours_that_no_invitation_has(gate, capsys, hours):
-    with pytest.raises(SystemExit) as stop:
-        coordinate(["invite", "--keys", str(gate.clients.parent), f"--valid={hours}"])
-    assert stop.value.code == 2
-    assert f"{hours!r}, expected hours up to 8784" in capsys.readouterr().err
-
-
-def test_clients_are_added_listed_and_removed(gate, capsys):
-    folder = ["--keys", str(gate.clients.parent)]
-    keys = {name: new_key() for name in ("nano", "pi-1")}
-    for name, key in keys.items():
-        assert coordinate(["clients", "add", name, key, *folder]) == 0
-    assert coordinate(["clients", "list", *folder]) == 0
-    assert capsys.readouterr().out == "".join(f"{name} {key}\n" for name, key in keys.items())
-    assert gate.hub.is_admitted("nano")
-    assert coordinate(["clients", "remove", "nano", *folder]) == 0
-    assert capsys.readouterr().out == (
-        "removed nano; a running coordinator takes nothing from it any more\n"
-    )
-    assert not gate.hub.is_admitted("nano")
-    assert coordinate(["clients", "remove", "nano", *folder]) == 1
-    assert "no client 'nano' in" in (said := capsys.readouterr().err)
-    assert said.endswith("known: pi-1\n")
-
-
-def test_removing_withdraws_the_invitations_too(gate, capsys, tmp_path):
-    folder = ["--keys", str(gate.clients.parent)]
-    for flags in (["--name", "pi-1"], ["--name", "pi-1"], ["--name", "pi-2"], []):
-        invited(gate, capsys, *flags)
-    assert coordinate(["clients", "remove", "pi-1", *folder]) == 0
-    assert capsys.readouterr().out == "withdrew 2 invitations of pi-1\n"
-    assert [i.name for i in read_invitations(gate.invitations)] == ["pi-2", None]
-
-
-def test_pending_keys_are_shown_until_they_are_added(gate, capsys):
-    folder = ["--keys", str(gate.clients.parent)]
-    assert coordinate(["clients", "pending", *folder]) == 0
-    assert capsys.readouterr().out == ""
-    keys = [new_key(), new_key()]
-    known = Strangers(gate.pending, clock=lambda: 1_800_000_000.0)
-    for key in (*keys, keys[1]):
-        known.note(key.encode())
-    known.write_if_due(lambda key: False)
-    when = "2027-01-15 08:00 UTC"
-    shown = [
-        f"{keys[0]}  first {when}, last {when}, tries 1\n",
-        f"{keys[1]}  first {when}, last {when}, tries 2\n",
-    ]
-    assert coordinate(["clients", "pending", *folder]) == 0
-    assert capsys.readouterr().out == "".join(shown)
-    assert coordinate(["clients", "add", "pi-1", keys[0], *folder]) == 0
-    assert keys[0] not in gate.pending.read_text()
-    assert coordinate(["clients", "pending", *folder]) == 0
-    assert capsys.readouterr().out == shown[1]
-    gate.pending.write_text("nonsense")
-    assert coordinate(["clients", "pending", *folder]) == 1
-    assert "remove the file" in one_line(capsys.readouterr().err, "edge-coordinator")
-
-
-@pytest.mark.parametrize(("words", "said"), [
-    (["add"], "clients add needs NAME and PUBLIC_KEY"),
-    (["add", "pi-1"], "clients add needs NAME and PUBLIC_KEY"),
-    (["remove"], "clients remove needs NAME"),
-    (["remove", "pi-1", "key"], "clients remove needs NAME"),
-    (["list", "pi-1"], "clients list needs nothing more"),
-    (["pending", "pi-1"], "clients pending needs nothing more"),
-    (["add", "pi-1", "short"], "PUBLIC_KEY holds no key: expected 40 characters"),
-    (["add", "a b", new_key()], "client name 'a b' is not"),
-    (["remove", "pi-1"], "no client 'pi-1' in"),
-    (["remove", "pi-1", "--keys", "nowhere"], "there is no folder nowhere"),
-    (["list", "--keys", "nowhere"], "client list nowhere/clients cannot be read"),
-], ids=str)  # fmt: skip
-def test_wrong_words_are_one_clear_line(gate, capsys, words, said):
-    before = gate.clients.read_text()
-    assert coordinate(["clients", "--keys", str(gate.clients.parent), *words]) == 1
-    assert said in one_line(capsys.readouterr().err, "edge-coordinator")
-    assert gate.clients.read_text() == before
-    assert not Path("nowhere").exists()
 
 
 # -- on the device ---------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+"""`edge-coordinator export`, and the export at the end of a run: the served model as ONNX."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from coordinator.cohort import Client
+from coordinator.config import RunConfig
+from coordinator.methods import Method, make_method
+from coordinator.store import Store
+from edge_sdk.cli_infer import described
+from edge_sdk.data import Examples, load_dataset, load_test
+from edge_sdk.errors import ConfigError, DataError, StoreError
+from edge_sdk.export import check_packages, export, prefix
+from edge_sdk.exported import check_target
+from edge_sdk.tensors import Tensors
+from edge_sdk.wire import ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+def check_export(folder: Path | None) -> None:
+    """Raise ConfigError or StoreError now rather than after a long run."""
+    if folder:
+        check_packages()
+        check_target(folder)
+
+
+def export_served(method: Method, examples: Examples | None, folder: Path | None) -> None:
+    """Write the whole served model, if a folder is named."""
+    if folder:
+        made = export(method.spec, method.served(), folder, examples=examples)
+        print(described(made, folder))
+
+
+def export_run(args: argparse.Namespace) -> int:
+    check_export(args.out)
+    store = Store.resume(args.run_dir)
+    try:
+        state = store.load_checkpoint()
+        if state is None:
+            raise StoreError(f"{args.run_dir} has no finished round yet; nothing to export")
+        method = make_method(store.config)
+        method.load_state_dict(state)
+        spec, tensors = chosen_part(store, method, args.client, args.exit)
+        examples = load_test(args.data) if args.data else run_examples(store.config)
+    finally:
+        store.close()
+    print(described(export(spec, tensors, args.out, examples=examples), args.out))
+    return 0
+
+
+def chosen_part(
+    store: Store, method: Method, client_id: str | None, exit: int | None
+) -> tuple[ModelSpec, Tensors]:
+    """The served model: a client's part, its first exits, or all. Raises ConfigError."""
+    if client_id is None:
+        return prefix(method.spec, method.served(), exit)
+    known = store.client_exits()
+    if client_id not in known:
+        some = ", ".join(sorted(known)[:5]) or "none"
+        raise ConfigError(
+            f"client {client_id!r} took part in no round of {store.folder}; {len(known)} did: "
+            f"{some}{', ...' if len(known) > 5 else ''}"
+        )
+    return method.deployed(Client(id=client_id, exit=known[client_id]))
+
+
+def run_examples(config: RunConfig) -> Examples | None:
+    """The run's test set; None, with a warning, where it cannot be read any more."""
+    try:
+        if config.population:  # emulated: part of one source
+            return load_dataset(
+                config.data, config.seed, config.examples, config.test_examples
+            ).test
+        return load_test(config.data) if config.data else None
+    except (ConfigError, DataError) as error:
+        log.warning("checking on random inputs, scaling is not known: %s", error)
+        return None

@@ -1,0 +1,164 @@
+"""`edge-coordinator serve`, from its flags to the end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from contextlib import ExitStack, closing
+
+import torch
+from msgspec.structs import replace
+
+from coordinator.admission import Admission
+from coordinator.cli_arguments import run_config, whole_numbers
+from coordinator.cohort_zmq import Terms, ZmqCohort
+from coordinator.config import checked
+from coordinator.credit import LEAST_BUDGET_BYTES
+from coordinator.exporting import check_export, export_served
+from coordinator.hub import Hub, allow_connections
+from coordinator.methods import Method, make_method
+from coordinator.metrics import MetricsServer
+from coordinator.monitor import Monitor
+from coordinator.rounds import RoundReport, run_rounds
+from coordinator.running import open_store, pick_device, print_round, stop_signals
+from coordinator.spool import Spool
+from coordinator.store import SPOOL, Store
+from edge_sdk import logs
+from edge_sdk.cli_flags import checked_endpoint
+from edge_sdk.data import Examples, load
+from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.keys import read_keys
+
+log = logging.getLogger(__name__)
+FINISHED = "run finished"
+
+
+def serve(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    test = None
+    if args.test:
+        _, train_part, test_part = load(args.test)
+        test = test_part or train_part
+        shape, num_classes = test.input_shape, test.num_classes
+    elif args.input and args.classes is not None:
+        shape, num_classes = tuple(whole_numbers(args.input, "--input", "x")), args.classes
+    else:
+        raise ConfigError(
+            "give --test SOURCE, or --input and --classes to train without a test set"
+        )
+    if args.run_dir is None:
+        raise ConfigError("serve needs --run-dir, the folder that the run lives in")
+    shared = run_config(args, shape, num_classes)
+    config = checked(
+        replace(
+            shared,
+            data=args.test or "",
+            deadline_s=args.deadline,
+            grace_s=args.grace,
+            quorum=args.quorum,
+            min_clients=args.min_clients,
+            min_updates=args.min_updates,
+            mode=args.mode,
+            late=args.late,
+            staleness_half_life=args.staleness_half_life,
+        )
+    )
+    method = make_method(config, device)  # a model that cannot be built begins no run
+    check_export(args.export)
+    keys, admission = None, None
+    if args.insecure:
+        log.warning("--insecure: nothing is encrypted and every device is admitted")
+    else:
+        keys = read_keys(args.keys, "server")
+        admission = Admission(args.clients_file or args.keys / "clients")
+    if args.memory_budget < LEAST_BUDGET_BYTES:
+        raise ConfigError(
+            f"--memory-budget is {args.memory_budget} bytes, expected at least {LEAST_BUDGET_BYTES}"
+        )
+    allow_connections(args.min_clients)
+    with ExitStack() as stack:
+        metrics = (
+            stack.enter_context(closing(MetricsServer(args.metrics)))
+            if args.metrics is not None
+            else None
+        )
+        hub = Hub(checked_endpoint(args.listen, "--listen"), keys, admission)
+        try:
+            store = open_store(args.run_dir, config, "serve", args.resume)
+        except BaseException:
+            hub.close()
+            raise
+        return serve_rounds(args, hub, store, method, test, device, metrics)
+
+
+def serve_rounds(
+    args: argparse.Namespace,
+    hub: Hub,
+    store: Store,
+    method: Method,
+    test: Examples | None,
+    device: torch.device,
+    metrics: MetricsServer | None,
+) -> int:
+    """Rounds over the hub until all are done or a signal arrives; closes hub and store."""
+    config = store.config
+    terms = Terms(
+        run=store.run,
+        model=method.spec,
+        plan=config.plan(config.rounds),
+        deadline_s=config.deadline_s,
+        grace_s=config.grace_s,
+        quorum=config.quorum,
+        min_clients=config.min_clients,
+        min_updates=config.min_updates,
+        is_async=config.mode == "async",
+        oldest=config.oldest,
+        give_up_after_s=args.give_up_after,
+        budget_bytes=args.memory_budget,
+    )
+    where = (store.run, store.folder, hub.endpoint)
+    if store.is_finished:
+        log.info("run %s has all its %d rounds already", store.run, config.rounds)
+    log.info("run %s in %s, listening on %s", *where, extra=logs.event("started", run=store.run))
+    goodbye = "coordinator stopped"
+    with stop_signals() as stopping:
+
+        def is_stopping() -> bool:  # asked at every message
+            monitor.tick()
+            return bool(stopping)
+
+        def report(done: RoundReport) -> None:
+            print_round(done)
+            monitor.round_done(done)
+
+        try:
+            spool = Spool(store.folder / SPOOL)
+            cohort = ZmqCohort(
+                hub, terms, spool, is_stopping, store.was_counted, store.next_round()
+            )
+        except EdgeError:
+            store.close()
+            hub.close()
+            raise
+        monitor = Monitor(store.folder, store.run, config.rounds, cohort.snapshot)
+        if metrics:
+            metrics.latest = lambda: monitor.latest
+        try:
+            with monitor.until_end(lambda: store.is_finished):
+                store.write_endpoint(hub.endpoint)
+                run_rounds(
+                    store, method, cohort, test, device=device,
+                    should_stop=lambda: bool(stopping), report=report, phase=monitor.phase,
+                )  # fmt: skip
+                if store.is_finished:
+                    store.write_model(method.spec, method.served())
+                    goodbye = FINISHED
+                    export_served(method, test, args.export)
+        finally:
+            if stopping and not store.is_finished:
+                said = "stopped; round %d is next, go on with --resume"
+                log.info(said, store.next_round(), extra=logs.event("stopped"))
+            store.close()
+            cohort.close(goodbye, is_final=goodbye == FINISHED)
+    return 0

@@ -1,0 +1,96 @@
+"""Who is admitted now: the list's changes, by commands and by hand. Real sockets and CURVE."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+
+import pytest
+
+from coordinator.admission import Admission, add_client, read_list, remove_client, replace_client
+from coordinator.hub import Hub
+from edge_sdk.errors import ConfigError
+from edge_sdk.keys import read_keys
+from edge_sdk.wire import Fault, Heartbeat
+from tests.gate import new_key
+from tests.helpers import settle
+from tests.scripted import ANY_PORT
+
+
+def test_who_is_admitted_now(gate):
+    key = new_key().encode()
+    assert not gate.hub.is_admitted("pi")
+    add_client(gate.clients, "pi", key)
+    assert gate.hub.is_admitted("pi")
+    assert remove_client(gate.clients, "pi")
+    assert not gate.hub.is_admitted("pi")
+    assert not remove_client(gate.clients, "pi")
+
+
+@pytest.mark.parametrize("text", ["", "pi", "# nobody\n"])
+def test_a_list_that_an_editor_empties_before_it_writes_revokes_nobody(gate, caplog, text):
+    add_client(gate.clients, "pi", new_key().encode())
+    assert gate.hub.is_admitted("pi")
+    gate.clients.write_text(text)
+    assert gate.hub.is_admitted("pi")
+    assert not caplog.records
+    settle(gate.clients)
+    assert gate.hub.is_admitted("pi") == (text == "pi"), "a malformed one never does"
+    assert ("not reloaded" in caplog.text) == (text == "pi")
+
+
+def test_a_list_of_the_future_is_read(gate):
+    """As after a clock that was set back."""
+    add_client(gate.clients, "pi", new_key().encode())
+    assert gate.hub.is_admitted("pi")
+    gate.clients.write_text("")
+    later = time.time() + 3600
+    os.utime(gate.clients, (later, later))
+    assert not gate.hub.is_admitted("pi")
+
+
+def test_without_encryption_everybody_is_admitted():
+    hub = Hub(ANY_PORT, None, None)
+    assert hub.is_admitted("anybody")
+    hub.close()
+
+
+def test_a_removed_device_is_refused_on_its_live_link(gate, member):
+    device = gate.device(read_keys(member, "device"))
+    device.send(Heartbeat())
+    device.expect(Heartbeat)
+    remove_client(gate.clients, "pi")
+    device.send(Heartbeat())
+    assert "not admitted any more" in device.expect(Fault).detail
+    assert gate.passed == ["pi Heartbeat"]
+    device.link.open()
+    assert "does not know this device's key" in device.refusal()
+
+
+def test_a_key_that_takes_anothers_place_within_a_tick_is_seen(tmp_path):
+    """The same length and the same time, but another file."""
+    path, first, second = tmp_path / "clients", new_key().encode(), new_key().encode()
+    add_client(path, "pi", first)
+    admission = Admission(path)
+    stamp = path.stat()
+    replace_client(path, read_list(path), "pi", second)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert admission.name_of(second) == "pi"
+    assert admission.name_of(first) is None
+
+
+def test_removing_leaves_the_rest_as_it_is(tmp_path):
+    path = tmp_path / "clients"
+    keys = [new_key() for _ in range(3)]
+    text = f"# pi is mine\npi {keys[0]}\n\npi-2 {keys[1]}\n  nano   {keys[2]}"
+    path.write_text(text)
+    path.chmod(0o640)
+    assert remove_client(path, "pi")
+    assert path.read_text() == text.replace(f"pi {keys[0]}\n", "", 1)
+    assert remove_client(path, "nano")
+    assert path.read_text() == f"# pi is mine\n\npi-2 {keys[1]}\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    path.write_text("nonsense\n")
+    with pytest.raises(ConfigError, match="line 1"):
+        remove_client(path, "pi-2")
