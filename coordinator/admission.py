@@ -3,8 +3,8 @@
 The file is read again when it changes, so an admitted client can connect at once, and one that was
 removed is refused at its next message. An editor empties a file before it writes, so one that was
 changed by hand is read when nobody has written to it for SETTLED_S; a command's change, at once. A
-line that begins with # is a comment. Beside it lie `invitations` (invitations.py) and `pending`
-(strangers.py).
+line that begins with # is a comment. Nobody else changes it meanwhile. Beside it lie `invitations`
+(invitations.py) and `pending` (strangers.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from edge_sdk.wire import CLIENT_NAME
 
 log = logging.getLogger(__name__)
 SETTLED_S = 0.2
+MOST_PATIENCE_S = 10.0  # of a command with a list that somebody goes on writing
 
 
 class Admission:
@@ -72,7 +73,7 @@ class Admission:
         stamp = stamp_of(self.path)
         if stamp == self._stamp:
             self._told = None
-        elif stamp != self._refused and not _is_being_written(stamp):
+        elif stamp != self._refused and not is_being_written(self.path):
             try:
                 self.reload()
             except ConfigError as error:
@@ -156,13 +157,17 @@ def _changing(path: Path) -> Iterator[str]:
     """The list's text, which nobody else changes meanwhile. Raises ConfigError."""
     try:
         with locked(path.parent):
+            give_up = time.monotonic() + MOST_PATIENCE_S
+            while is_being_written(path) and time.monotonic() < give_up:
+                time.sleep(SETTLED_S / 10)
             yield read_list(path)
     except OSError as error:
         raise ConfigError(f"client list {path} cannot be written: {error}") from error
 
 
-def _is_being_written(stamp: Stamp) -> bool:
-    return 0 <= time.time() - stamp[0] / 1e9 < SETTLED_S
+def is_being_written(path: Path) -> bool:
+    """By hand, this moment: it may be half there."""
+    return 0 <= time.time() - stamp_of(path)[0] / 1e9 < SETTLED_S
 
 
 def _without(text: str, name: str) -> str:

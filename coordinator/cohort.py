@@ -94,8 +94,9 @@ class Cohort(Protocol):
     def clients(self) -> Sequence[Client]:
         """Who could be given a job now."""
 
-    def expect(self, clients: Iterable[Client]) -> None:
-        """A resumed round has these participants, whether they are there yet or not."""
+    def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
+        """A resumed round has these participants, whether they are there yet or not: the first
+        num_chosen were chosen, the others asked for those who failed. No clients: nobody yet."""
 
     def rest(self, tries: int) -> bool:
         """Before a round that lacks updates is tried again, after so many tries in vain. False: the
@@ -143,7 +144,7 @@ class InProcessCohort:
     def clients(self) -> Sequence[Client]:
         return self._clients
 
-    def expect(self, clients: Iterable[Client]) -> None:
+    def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
         """They are all here."""
 
     def rest(self, tries: int) -> bool:

@@ -59,7 +59,7 @@ class ProcessCohort:
     def clients(self) -> Sequence[Client]:
         return self._inner.clients()
 
-    def expect(self, clients: Iterable[Client]) -> None:
+    def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
         """They are all here."""
 
     def rest(self, tries: int) -> bool:

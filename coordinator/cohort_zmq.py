@@ -110,7 +110,7 @@ class ZmqCohort:
             terms.run,
             spool,
             Credit(terms.budget_bytes),
-            self._send,
+            lambda name, message, payload: self.devices.send(name, message, payload),
             takes_late=terms.oldest > 0,
             was_counted=was_counted,
             on_absent=lambda name: self.devices.says_ready(name, None),
@@ -122,7 +122,8 @@ class ZmqCohort:
         hub.on_outcast = self.devices.outcast
         self.desk.resume(next_round)
         self._expected: dict[str, Client] = {}
-        self._is_assembled = False
+        self._num_chosen = 0  # of a resumed round
+        self._is_assembled = next_round > 1
         self._round = 0
         self._asked: set[str] = set()  # participants of this round; who of them has returned
         self._returned: set[str] = set()
@@ -159,8 +160,9 @@ class ZmqCohort:
         self._is_assembled = True
         return self._idle_clients()
 
-    def expect(self, clients: Iterable[Client]) -> None:
+    def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
         self._expected = {client.id: client for client in clients}
+        self._num_chosen = num_chosen
 
     def rest(self, tries: int) -> bool:
         """Listen for a while, longer every time. Raises QuorumError."""
@@ -192,9 +194,10 @@ class ZmqCohort:
                 desk.give(known[name], assignment, round, deadline_s)
             else:
                 desk.miss(Client(id=name, exit=assignment.model.exit), assignment)
-        self._expected = {}
+        chosen = min(len(work), self._num_chosen or len(work))
+        self._expected, self._num_chosen = {}, 0
         told, returned = (started := time.monotonic()), 0
-        needed = terms.needed(len(work) + at_work)
+        needed = terms.needed(chosen + at_work)
         self._asked |= work.keys() | (desk.seats.keys() if terms.is_async else set())
         self._needed = max(self._needed, needed)
         extra = event("round_opened", round=round, chosen=len(work), needed=needed)
@@ -246,7 +249,7 @@ class ZmqCohort:
         """Tell every device and wait for its answer, not long, then close the socket: ZeroMQ drops
         what a device has not read yet when the connection ends."""
         for name in self.devices.all:
-            self._send(name, Bye(reason=reason, is_final=is_final))
+            self.devices.send(name, Bye(reason=reason, is_final=is_final))
         give_up = time.monotonic() + FAREWELL_S
         while self.devices.all and time.monotonic() < give_up:
             _, received = self._hub.receive(100)
@@ -287,9 +290,6 @@ class ZmqCohort:
             return
         self._tally.fault(name, result.code)
         self._tally.result(name, "late" if result.outcome == "straggler" else "failed")
-
-    def _send(self, name: str, message: object, payload: Payload | None = None) -> bool:
-        return self.devices.send(name, message, payload)  # type: ignore[arg-type]
 
     def _drain(self) -> None:
         """Handle what came while nobody listened, a bounded number of messages, up to a result: the
@@ -357,7 +357,7 @@ class ZmqCohort:
             return
         device.seen = time.monotonic()
         if isinstance(message, Heartbeat):
-            self._send(name, Heartbeat(round=message.round))
+            self.devices.send(name, Heartbeat(round=message.round))
             self.desk.on_heartbeat(name, message.round)
         elif isinstance(message, Ready):
             self._on_ready(name, device, message)

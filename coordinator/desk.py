@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.credit import Credit, Pace
 from coordinator.seats import MOST_WANTED, Seat, check_update, check_values, counted, make_job
-from coordinator.spool import Arrived, Held, Spool
+from coordinator.spool import Arrived, Spool
 from coordinator.tally import Tally
 from coordinator.transfers import Transfers
 from edge_sdk.errors import EdgeError, StoreError
@@ -61,7 +61,7 @@ class Desk:
         self._was_counted = was_counted
         self._on_absent = on_absent
         self._tally = tally or Tally()
-        self._done: dict[str, tuple[str, bool]] = {}  # last job that ended, and whether it counts
+        self._done: dict[str, tuple[int, str, bool]] = {}  # last round and job; whether it counts
         self._paces: dict[str, Pace] = {}
         # the tensors behind the ids live as long as their sender
         self._senders: WeakValueDictionary[Hashable, Sender] = WeakValueDictionary()
@@ -78,8 +78,8 @@ class Desk:
 
     def returned(self, round: int) -> set[str]:
         """Whose update of this round's job is here and not taken yet."""
-        results = (r for r in self.finished if isinstance(r, ClientUpdate))
-        return {result.client.id for result in results if result.round == round}
+        updates = [result for result in self.finished if isinstance(result, ClientUpdate)]
+        return {update.client.id for update in updates if update.round == round}
 
     def give(self, client: Client, assignment: Assignment, round: int, deadline_s: float) -> None:
         """Send one participant its job, unless its update is in the spool already."""
@@ -136,19 +136,19 @@ class Desk:
         that had arrived, and of which no committed round knows, are taken, others waited for."""
         for held, tensors in self._spool.held(round):
             client, job = held.client, held.job
+            self._tally.of(client.id)
             if self._was_counted(job.id):
                 continue
             if found := self._spool.take(job.round, client.id, job.id):
-                self._done[client.id] = job.id, True
+                self._done[client.id] = job.round, job.id, True
                 self.finished.append(counted(client, *found, tensors))
                 continue
             assignment = Assignment(job.model, job.plan, tensors, held.returns)
             pace = self._paces.setdefault(client.id, Pace())
-            seat = Seat(client, job, assignment, Sender(tensors), pace, outlives=held.outlives)
-            seat.is_late = not seat.outlives
+            seat = Seat(client, job, assignment, Sender(tensors), pace)
+            seat.is_late, seat.outlives = not held.outlives, held.outlives
             self.seats[client.id] = seat
-            if seat.outlives:
-                self._awaited.add(client.id)
+            self._awaited |= {client.id} if seat.outlives else set()
 
     def clear_spool(self, round: int) -> None:
         """Delete what rounds before this one left, but for what may still count."""
@@ -184,7 +184,7 @@ class Desk:
             self.transfers.break_off(seat)
             self.transfers.pump()
             return
-        if job and round and (self._done.get(name) == (job, True) or self._was_counted(job)):
+        if job and round and (self._done.get(name) == (round, job, True) or self._was_counted(job)):
             self._send(name, Accepted(round=round), None)  # the first one was lost
         elif job:
             self._fault(name, "round", f"round {round} is over", round)
@@ -200,31 +200,28 @@ class Desk:
         seat = self.seats.get(name)
         if seat is None or not seat.awaits_ready:
             return
-        if seat.times_given == MOST_GIVEN:
-            detail = f"the device restarted {MOST_GIVEN} times during its job"
-            self._absent(seat, "failed", "restarted", detail)
-        elif not seat.fits(ready):
+        if seat.fits(ready):
+            self._give_again(seat)
+        else:
             detail = f"came back and can train up to exit {ready.exit} only"
             self._absent(seat, "failed", "capacity", detail)
-        else:
-            self._send_again(seat)
 
     def on_heartbeat(self, name: str, round: int) -> None:
         """A device that has another job in hand, or none, for a while never got this one. One that
         has it may take now what its queue did not."""
-        seat = self.seats.get(name)
-        if seat and round == seat.round:
+        seat, now = self.seats.get(name), time.monotonic()
+        if seat is None:
+            done_round, _, counts = self._done.get(name, (0, "", False))
+            if round and round == done_round:  # it was told so, and did not hear it
+                self._say_end(name, round, counts=counts)
+        elif round == seat.round or seat.awaits_ready:
+            seat.mismatched_since = None
             self.transfers.ask(seat)
             self.transfers.pump()
-        if seat is None or round == seat.round or seat.is_late or seat.awaits_ready:
-            if seat:
-                seat.mismatched_since = None
-            return
-        now = time.monotonic()
-        if seat.mismatched_since is None:  # may have been sent before the job came
+        elif seat.mismatched_since is None:  # may have been sent before the job came
             seat.mismatched_since = now
         elif now - seat.mismatched_since > RESEND_S:
-            self._send_again(seat)
+            self._give_again(seat)
 
     def on_gone(self, name: str, code: str, why: str, *, may_return: bool = True) -> None:
         """Nothing is heard of it. Its update is late if it comes back with it."""
@@ -277,15 +274,12 @@ class Desk:
     # -- updates -------------------------------------------------------------------------------
 
     def _on_unwanted(self, name: str, update: Update) -> None:
-        job, counts = self._done.get(name, ("", False))
-        if update.job == job and counts:  # told twice, counts once
-            self._send(name, Accepted(round=update.round), None)
-        elif update.job == job:
-            detail = f"{name} has failed in this round already"
-            self._fault(name, "round", detail, update.round)
-        else:
-            detail = f"no update of round {update.round} is wanted from {name} now"
-            self._fault(name, "round", detail, update.round)
+        _, job, counts = self._done.get(name, (0, "", False))
+        if update.job == job:  # told twice, counts once
+            self._say_end(name, update.round, counts=counts)
+            return
+        detail = f"no update of round {update.round} is wanted from {name} now"
+        self._fault(name, "round", detail, update.round)
 
     def _on_update(self, seat: Seat, update: Update) -> None:
         if update.job != seat.job.id:  # of a job that another state of this run gave
@@ -355,17 +349,15 @@ class Desk:
                 )
             )  # fmt: skip
         if stays and self._takes_late:
-            if not seat.outlives:
-                self._hold(seat)
-            seat.is_late = True
+            seat.is_late, seat.outlives = True, False
+            self._hold(seat)
             self._awaited.discard(seat.name)
         else:
             self._end(seat, counts=False)
 
     def _hold(self, seat: Seat) -> None:
-        returns = seat.assignment.returns
-        held = Held(client=seat.client, job=seat.job, returns=returns, outlives=seat.outlives)
-        self._spool.hold(held, seat.sender)
+        returns, outlives = seat.assignment.returns, seat.outlives
+        self._spool.hold(seat.client, seat.job, returns, seat.sender, outlives=outlives)
 
     def _end(self, seat: Seat, *, counts: bool) -> None:
         """The seat is free; what has arrived of an update that does not count is deleted."""
@@ -373,7 +365,7 @@ class Desk:
         self._tally.moved(seat.name, seat.bytes_down, seat.bytes_up)
         self._awaited.discard(seat.name)
         self.credit.drop(seat.name)
-        self._done[seat.name] = seat.job.id, counts
+        self._done[seat.name] = seat.round, seat.job.id, counts
         if not counts:
             self._spool.forget(seat.round, seat.name)
 
@@ -384,10 +376,25 @@ class Desk:
             self._senders[key] = sender = Sender(assignment.tensors, is_shared=True)
         return sender
 
-    def _send_again(self, seat: Seat) -> None:
-        self.credit.drop(seat.name)
-        seat.given_again()
-        self._send(seat.name, seat.job, None)
+    def _give_again(self, seat: Seat) -> None:
+        """It has lost its job, or never got it."""
+        if seat.is_late:  # nobody waits for it; the device may have another
+            self._fault(seat.name, "late", "the round was closed without this update", seat.round)
+            self._end(seat, counts=False)
+        elif seat.times_given == MOST_GIVEN:
+            detail = f"the device did not keep its job {MOST_GIVEN} times"
+            self._absent(seat, "failed", "restarted", detail)
+        else:
+            self.credit.drop(seat.name)
+            seat.given_again()
+            self._send(seat.name, seat.job, None)
+
+    def _say_end(self, name: str, round: int, *, counts: bool) -> None:
+        """Once more: the device has not heard it."""
+        if counts:
+            self._send(name, Accepted(round=round), None)
+        else:
+            self._fault(name, "round", f"{name} has failed in this round already", round)
 
     def _fault(self, name: str, code: str, detail: str, round: int) -> None:
         self._send(name, Fault(code=code, detail=detail, round=round), None)

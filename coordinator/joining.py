@@ -14,7 +14,14 @@ import time
 
 from msgspec.structs import replace
 
-from coordinator.admission import Admission, parse_clients, put_client, read_list, replace_client
+from coordinator.admission import (
+    Admission,
+    is_being_written,
+    parse_clients,
+    put_client,
+    read_list,
+    replace_client,
+)
 from coordinator.invitations import Invitation, read_invitations, write_invitation
 from coordinator.key_files import locked
 from edge_sdk.errors import ConfigError
@@ -35,6 +42,8 @@ def answer(admission: Admission, sender: bytes, join: Join) -> Joined | Fault | 
     try:
         key = _checked(join)
         with locked(admission.path.parent, is_patient=False):
+            if is_being_written(admission.path):
+                return None
             if name := admission.name_of(sender):
                 _rotate(admission, name, sender, join, key)
             else:

@@ -70,7 +70,7 @@ def run_rounds(
     while (round := store.next_round()) <= config.rounds and not should_stop():
         phase("waiting for devices", round)
         chosen, num_chosen = store.begun(round)  # of a round that was cut short
-        cohort.expect(chosen)
+        cohort.expect(chosen, num_chosen)
         chosen = chosen or choose(cohort, config, round)  # may wait for devices
         num_chosen = num_chosen or len(chosen)
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()

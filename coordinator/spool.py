@@ -2,10 +2,10 @@
 with their number and a coordinator that is killed keeps those that had arrived.
 
 Of each: ROUND-CLIENT.data, the stream as it comes in; ROUND-CLIENT.json, written when it is whole
-and checked; of a job that outlives its round .seat, and .base, what it began from: one file for all
-who began from the same. Nothing is synced: a power cut may leave a stream that is not its digest's,
-which is asked for again. Grows to what the participants of the largest round send, and one model
-for every round that late ones began in, until the run's end.
+and checked; of a job that outlives its round .seat, and .base, what it began from: where the file
+system has hard links, one file for all who began from the same. Nothing is synced: what a power cut
+leaves is held against its digest. Grows to what the participants of the largest round send, and one
+model for every round that late ones began in, until the run's end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from coordinator.cohort import Client
-from edge_sdk.errors import StoreError
+from edge_sdk.errors import EdgeError, StoreError
 from edge_sdk.tensors import Sender, Tensors, views
 from edge_sdk.wire import (
     PART_BYTES,
@@ -51,12 +51,13 @@ class Arrived(Struct, frozen=True, kw_only=True):
 
 
 class Held(Struct, frozen=True, kw_only=True):
-    """A job whose round is over, and whose update still counts: nobody gives it again. outlives:
-    see Seat."""
+    """A job whose round is over, and whose update still counts: nobody gives it again. base: digest
+    of what it began from. outlives: see Seat."""
 
     client: Client
     job: Job
     returns: tuple[TensorSpec, ...]
+    base: str
     outlives: bool
 
 
@@ -91,7 +92,8 @@ class Spool:
         self.folder = folder
         _checked(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
         self._free = sorted(folder.glob("free-*"))
-        self._bases: WeakKeyDictionary[Sender, Path] = WeakKeyDictionary()
+        self._digests: WeakKeyDictionary[Sender, str] = WeakKeyDictionary()
+        self._bases: WeakKeyDictionary[Sender, Path] = WeakKeyDictionary()  # a file of each
 
     def storage(self, round: int, client: str) -> Callable[[int], PartFile]:
         """For a Receiver: where this client's update of this round goes."""
@@ -108,20 +110,32 @@ class Spool:
         """The stream is whole and good: it need not be sent again."""
         _put(self._path(round, client, "json"), arrived)
 
-    def hold(self, held: Held, sender: Sender) -> None:
+    def hold(
+        self, client: Client, job: Job, returns: tuple[TensorSpec, ...], sender: Sender,
+        *, outlives: bool,
+    ) -> None:  # fmt: skip
         """The job's round ends, and the job does not. sender: of what it began from."""
-        base = self._path(held.job.round, held.client.id, "base")
-        same = self._bases.setdefault(sender, base)
+        base = self._path(job.round, client.id, "base")
+        digest = self._digests.get(sender) or self._digests.setdefault(sender, sender.digest())
+        same = self._bases.get(sender)
+        if same != base:
+            for other in [other for other, path in self._bases.items() if path == base]:
+                del self._bases[other]
 
         def put() -> None:
-            base.unlink(missing_ok=True)  # never written over: others may have it open
-            with suppress(OSError):
-                os.link(same, base)
+            if same == base and base.exists():
                 return
+            base.unlink(missing_ok=True)  # never written over: others may share it
+            with suppress(OSError):
+                if same:
+                    os.link(same, base)
+                    return
             with base.open("wb") as file:
                 file.writelines(sender.part(index) for index in range(sender.num_parts))
+            self._bases[sender] = base
 
         _checked(base, put)
+        held = Held(client=client, job=job, returns=returns, base=digest, outlives=outlives)
         _put(base.with_suffix(".seat"), held)
 
     def take(self, round: int, client: str, job: str) -> tuple[Arrived, Tensors] | None:
@@ -138,39 +152,24 @@ class Spool:
             base = path.with_suffix(".base")
             try:
                 held = msgspec.json.decode(path.read_bytes(), type=Held)
-                size = layout(held.job.tensors)[1]
-                if base.stat().st_size != size:
-                    raise OSError(f"not the {size} bytes of its job")
-                yield held, views(held.job.tensors, _mapped(base, size))
-            except (OSError, RuntimeError, msgspec.MsgspecError) as error:
-                log.warning("%s cannot be read, so its update is left out: %s", path, error)
+                yield held, _stream(base, held.job.tensors, held.base)
+            except (OSError, RuntimeError, EdgeError, msgspec.MsgspecError) as error:
+                log.warning("%s is left out, and its update: %s", path, error)
 
     def _read(self, path: Path) -> tuple[Arrived, Tensors] | None:
-        data = path.with_suffix(".data")
         try:
             arrived = msgspec.json.decode(path.read_bytes(), type=Arrived)
-            size = layout(arrived.update.tensors)[1]
-            if data.stat().st_size != size:
-                return None
-            with data.open("rb") as file:
-                digest = digest_of(iter(lambda: file.read(PART_BYTES), b""))
-            if digest != arrived.update.digest:
-                log.warning("%s is damaged and left out", data)
-                return None
-            stream = _mapped(data, size) if size else torch.empty(0, dtype=torch.uint8)
-        except (OSError, msgspec.MsgspecError):
+            data = path.with_suffix(".data")
+            return arrived, _stream(data, arrived.update.tensors, arrived.update.digest)
+        except FileNotFoundError:
             return None
-        return arrived, views(arrived.update.tensors, stream)
+        except (OSError, RuntimeError, EdgeError, msgspec.MsgspecError) as error:
+            log.warning("%s is left out: %s", path, error)
+            return None
 
     def forget(self, round: int, client: str) -> None:
         """Nobody needs this one any more."""
-        for ending in (
-            "json",
-            "new",
-            "seat",
-            "base",
-            "data",
-        ):  # without the first ones it is nothing
+        for ending in ("json", "new", "seat", "base", "data"):  # in this order: it counts no more
             with suppress(OSError):
                 self._path(round, client, ending).unlink()
 
@@ -178,12 +177,12 @@ class Spool:
         """Free every update of rounds before this one, but for these, by round and client. Their
         files are written over by the next: that is several times quicker than new ones."""
         names = {self._path(*key, "data").stem for key in wanted}
-        with suppress(OSError):
-            for path in sorted(self.folder.iterdir(), reverse=True):  # x.json before x.data
-                if path.stem in names or path.name >= f"{round:010d}":
-                    continue
+        for path in sorted(self.folder.iterdir(), reverse=True):  # x.json before x.data
+            if path.stem in names or path.name >= f"{round:010d}":
+                continue
+            with suppress(OSError):
                 if path.suffix != ".data":
-                    path.unlink(missing_ok=True)
+                    path.unlink()
                     continue
                 free = self.folder / f"free-{path.name}"
                 os.replace(path, free)
@@ -208,6 +207,17 @@ def _put(path: Path, what: Struct) -> None:
         os.replace(draft, path)
 
     _checked(path, put)
+
+
+def _stream(path: Path, specs: tuple[TensorSpec, ...], digest: str) -> Tensors:
+    """The tensors in this file. Raises OSError: they are not there; RuntimeError, ProtocolError."""
+    size = layout(specs)[1]
+    if path.stat().st_size != size:
+        raise OSError(f"{path} is not of {size} bytes")
+    with path.open("rb") as file:
+        if digest_of(iter(lambda: file.read(PART_BYTES), b"")) != digest:
+            raise OSError(f"{path} is damaged")
+    return views(specs, _mapped(path, size) if size else torch.empty(0, dtype=torch.uint8))
 
 
 def _opened(path: Path, flags: int, act: Callable[[int], None]) -> None:

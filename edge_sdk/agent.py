@@ -242,6 +242,8 @@ class Agent:
         self._tell(events.failed(said, fault.code, fault.round, logging.WARNING))
         if self._state.job and (is_mine or fault.code == ProtocolError.code):
             self._end_job()
+        elif fault.round and not self._state.job:  # one that never reached this device
+            self._tell_choice(is_repeated=True)
 
     def _on_refusal(self, refusal: str) -> None:
         """A handshake that cannot succeed as things are: say so once a try, and back off."""

@@ -472,3 +472,63 @@ def test_job_that_meets_a_full_queue_is_given_again(room):
     assert len(room.to("a", Job)) == 1
     room.finish()
     assert_is_the_update(room, room.desk.finished[0])
+
+
+def test_device_that_never_keeps_its_job_is_not_given_it_for_ever(room):
+    room.give()
+    for _ in range(3 * MOST_GIVEN):
+        room.desk.on_heartbeat("a", 0)
+        if "a" in room.desk.seats:
+            room.desk.seats["a"].mismatched_since -= RESEND_S + 1
+    assert len(room.to("a", Job)) == MOST_GIVEN
+    (absence,) = room.desk.finished
+    assert (absence.outcome, absence.code) == ("failed", "restarted")
+
+
+def test_late_device_that_never_got_its_job_is_free(room):
+    """The job met a full queue, and the round is over. Told so, the device says what it can do."""
+    room.unreachable.add("a")
+    room.give()
+    room.unreachable.clear()
+    room.desk.close(1)
+    room.desk.on_heartbeat("a", 0)
+    assert "a" in room.desk.seats
+    room.desk.seats["a"].mismatched_since -= RESEND_S + 1
+    room.desk.on_heartbeat("a", 0)
+    assert "a" not in room.desk.seats
+    assert [(fault.code, fault.round) for fault in room.to("a", Fault)] == [("late", 1)]
+    assert not room.to("a", Job)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_end_of_a_job_that_met_a_full_queue_is_said_again(room, counts):
+    room.give()
+    room.announce()
+    room.parts([0, 1])
+    room.unreachable.add("a")
+    if counts:
+        room.parts([2])
+    else:
+        room.desk.on_message("a", Fault(code="trainer", detail="", round=1), None)
+    room.unreachable.clear()
+    assert not room.to("a", Accepted)
+    room.desk.on_heartbeat("a", 0)  # another one
+    assert not room.to("a", Accepted) + room.to("a", Fault)
+    room.desk.on_heartbeat("a", 1)
+    assert bool(room.to("a", Accepted)) == counts
+    assert [fault.round for fault in room.to("a", Fault)] == [] if counts else [1]
+
+
+def test_asynchronous_job_whose_device_has_gone_is_late_after_a_restart_too(tmp_path):
+    before = Room(tmp_path)
+    before.give("a")
+    before.desk.leave_open()
+    before.desk.on_gone("a", "gone", "its link broke")
+    job = before.job("a")
+    after = Room(tmp_path)
+    after.desk.resume(2)
+    assert after.desk.num_open == 0, "nobody waits for it twice"
+    after.desk.on_return("a", 1, job.id)
+    after.desk.on_message("a", after.update(job), None)
+    after.parts(range(PARTS))
+    assert_is_the_update(after, after.desk.finished[0])

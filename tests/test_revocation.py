@@ -8,12 +8,14 @@ import time
 
 import pytest
 
+from coordinator import admission as admission_module
+from coordinator import joining
 from coordinator.admission import Admission, add_client, read_list, remove_client, replace_client
 from coordinator.hub import Hub
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import read_keys
-from edge_sdk.wire import Fault, Heartbeat
-from tests.gate import new_key
+from edge_sdk.keys import make_keys, read_keys
+from edge_sdk.wire import Fault, Heartbeat, Join, Joined
+from tests.gate import new_key, pair_of
 from tests.helpers import settle
 from tests.scripted import ANY_PORT
 
@@ -38,6 +40,35 @@ def test_a_list_that_an_editor_empties_before_it_writes_revokes_nobody(gate, cap
     settle(gate.clients)
     assert gate.hub.is_admitted("pi") == (text == "pi"), "a malformed one never does"
     assert ("not reloaded" in caplog.text) == (text == "pi")
+
+
+def test_nobody_joins_a_list_that_an_editor_has_emptied(gate, tmp_path):
+    """It would be written with that one alone. The device asks again."""
+    add_client(gate.clients, "pi", new_key().encode())
+    admission, line, keys = Admission(gate.clients), gate.invite(), make_keys(tmp_path, "nano")
+    join = Join(client_id="nano", public_key=keys.public.decode())
+    before = gate.clients.read_text()
+    gate.clients.write_text("")
+    assert joining.answer(admission, pair_of(line).public, join) is None
+    gate.clients.write_text(before)
+    settle(gate.clients)
+    assert isinstance(joining.answer(admission, pair_of(line).public, join), Joined)
+    assert gate.names().keys() == {"pi", "nano"}
+
+
+def test_a_command_waits_for_who_is_writing_the_list(tmp_path, monkeypatch):
+    path, first = tmp_path / "clients", new_key().encode()
+    add_client(path, "pi", first)
+    before = path.read_text()
+    path.write_text("")
+
+    def finish(seconds: float) -> None:
+        path.write_text(before)
+        settle(path)
+
+    monkeypatch.setattr(admission_module.time, "sleep", finish)
+    add_client(path, "nano", new_key().encode())
+    assert Admission(path).names().keys() == {"pi", "nano"}
 
 
 def test_a_list_of_the_future_is_read(gate):
