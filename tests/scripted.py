@@ -241,6 +241,11 @@ class ScriptedDevice:
         assert isinstance(message, Accepted | Fault), message
         return message
 
+    def announce(self) -> Fetch:
+        """Say that the update is there; what of it is asked for first."""
+        self.send(self.make_update())
+        return self.expect(Fetch)
+
     def return_update(self) -> None:
         """Announce, upload, be accepted."""
         self.send(self.make_update())

@@ -45,7 +45,12 @@ from tests.cohort_work import (
     assert_only_these_count,
     assignment,
     end,
+    end_well,
+    ended,
+    expect_fault,
+    give_jobs,
     heard_until_now,
+    talk_until_a_result,
     work,
 )
 from tests.helpers import cnn
@@ -77,8 +82,7 @@ def test_updates_that_waited_for_the_caller_come_one_at_a_time(make_coordinator)
     round = coordinator.train(work(*names), deadline_s=0.1, pause=pause)
     for device in devices:
         device.take_job()
-        device.send(device.make_update())
-        assert device.expect(Fetch).first == 0
+        assert device.announce().first == 0
     devices[0].send_parts([0])
     coordinator.arrived.get(timeout=WAIT_S)
     for device in devices[1:]:
@@ -133,30 +137,21 @@ def test_silent_device_is_dropped(coordinator, devices, short_silence):
     round = coordinator.train(work(*BOTH))
     bad.take_job()
     good.finish()
-    results = round.result(WAIT_S)
-    assert_only_these_count(results, good)
-    assert "said nothing for " in absence_of(results, "bad", "failed", "gone").detail
+    assert "said nothing for " in ended(round, good, "failed", "gone").detail
 
 
 def test_silent_device_is_dropped_while_others_talk(coordinator, devices, short_silence):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    bad.take_job()
-    good.take_job()
-    until = time.monotonic() + WAIT_S / 3
-    while coordinator.arrived.empty() and time.monotonic() < until:
-        good.ping(1)
+    round = give_jobs(coordinator, bad, good)
+    talk_until_a_result(coordinator, good)
     assert end(round, good, "failed", "gone").client.id == "bad"
 
 
 def test_device_is_not_silent_while_a_part_is_on_its_way(coordinator, devices, short_silence):
     """A part may take longer over its link than anything else may take."""
     good, slow = devices
-    round = coordinator.train(work(*BOTH))
-    slow.take_job()
-    good.take_job()
-    slow.send(slow.make_update())
-    slow.expect(Fetch)  # a part takes LINK_S and more
+    round = give_jobs(coordinator, slow, good)
+    slow.announce()  # a part takes LINK_S and more
     until = time.monotonic() + 3.0
     while time.monotonic() < until:  # twice as long as others may be silent
         good.ping(1)
@@ -184,8 +179,7 @@ def test_upload_that_waited_for_the_caller_has_not_stalled(coordinator, devices,
     is_over = threading.Event()
     round = coordinator.train(work(*BOTH), pause=lambda: is_over.wait(WAIT_S))
     slow.take_job()
-    slow.send(slow.make_update())
-    slow.expect(Fetch)
+    slow.announce()
     good.finish()
     coordinator.arrived.get(timeout=WAIT_S)
     good.send(Heartbeat())
@@ -202,34 +196,25 @@ def test_straggler_with_quorum_met(make_coordinator):
     round = coordinator.train(work(*BOTH), deadline_s=0.1)
     bad.take_job()
     good.finish()
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "late")
-    results = round.result(WAIT_S)
-    assert_only_these_count(results, good)
-    absence_of(results, "bad", "straggler", "late")
+    expect_fault(bad, "late")
+    ended(round, good, "straggler", "late")
     # the next round goes on without it, and does not take the old update
     assert [client.id for client in coordinator.clients().result(WAIT_S)] == ["good"]
-    round = coordinator.train(work("good"), round=2)
-    good.take_job()
+    round = give_jobs(coordinator, good, round=2)
     bad.send(bad.make_update())
-    assert_about_round(bad.expect(Fault), "round")
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good)
+    expect_fault(bad, "round")
+    end_well(round, good)
 
 
 def test_straggler_with_quorum_not_met(make_coordinator):
     coordinator = make_coordinator(*BOTH, quorum=0.5, grace_s=0.1)
     good, bad = coordinator.gather()
-    round = coordinator.train(work(*BOTH), deadline_s=0.1)
-    bad.take_job()
-    good.take_job()
+    round = give_jobs(coordinator, bad, good, deadline_s=0.1)
     bad.stays_quiet(1.0)  # late already, but nobody has returned
     assert not round.done()
     good.return_update()
-    assert_about_round(bad.expect(Fault), "late")
-    results = round.result(WAIT_S)
-    assert_only_these_count(results, good)
-    absence_of(results, "bad", "straggler", "late")
+    expect_fault(bad, "late")
+    ended(round, good, "straggler", "late")
 
 
 def test_nobody_begins_to_upload_when_the_round_closes(tmp_path, quick_links):
@@ -256,11 +241,9 @@ def test_nobody_begins_to_upload_when_the_round_closes(tmp_path, quick_links):
 def test_round_whose_quorum_is_out_of_reach_does_not_wait(make_coordinator):
     coordinator = make_coordinator(*BOTH, quorum=1.0, grace_s=0.1)
     late, bad = coordinator.gather()
-    round = coordinator.train(work(*BOTH), deadline_s=0.1)
-    late.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, late, bad, deadline_s=0.1)
     bad.send(Fault(code="trainer", detail="killed", round=1))
-    assert_about_round(late.expect(Fault), "late")
+    expect_fault(late, "late")
     results = round.result(WAIT_S)
     absence_of(results, "good", "straggler", "late")
     absence_of(results, "bad", "failed", "trainer")
@@ -268,30 +251,22 @@ def test_round_whose_quorum_is_out_of_reach_does_not_wait(make_coordinator):
 
 def test_stalled_upload_is_asked_again_then_failed(coordinator, devices, impatient):
     good, bad = devices
-    round = coordinator.train(work(*BOTH, num_floats=FLOATS_PER_PART))
-    bad.take_job()
-    good.take_job()
-    bad.send(bad.make_update())
-    fetch = bad.expect(Fetch)
+    round = give_jobs(coordinator, bad, good, num_floats=FLOATS_PER_PART)
+    fetch = bad.announce()
     assert (fetch.have, fetch.first, fetch.count) == (0, 0, 2)
     bad.send_parts([0])
     for _ in range(MOST_STALLS - 1):
         assert bad.expect(Fetch) == Fetch(round=1, have=1, first=1, count=1)
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "stalled")
-    assert "after 524288 bytes" in fault.detail
+    assert "after 524288 bytes" in expect_fault(bad, "stalled")
     assert end(round, good, "failed", "stalled").bytes_up == 524288
 
 
 def test_repeated_part_is_no_progress_and_holds_nobody_up(make_coordinator, impatient, quick_links):
     coordinator = make_coordinator(*BOTH, budget_bytes=2 * PART_BYTES)
     good, bad = coordinator.gather()
-    round = coordinator.train(work(*BOTH, num_floats=FLOATS_PER_PART))
-    bad.take_job()
-    good.take_job()
+    round = give_jobs(coordinator, bad, good, num_floats=FLOATS_PER_PART)
     good.ping(1)  # that it has everything has been heard: nothing is under way
-    bad.send(bad.make_update())
-    assert bad.expect(Fetch).count == 2
+    assert bad.announce().count == 2
     good.send(good.make_update())
     assert not heard_until_now(good)  # all of the budget is under way
     bad.send_parts([0])  # of which half is left now
@@ -306,18 +281,13 @@ def test_repeated_part_is_no_progress_and_holds_nobody_up(make_coordinator, impa
     again = Fetch(round=1, have=1, first=1, count=1)
     assert heard[:-1] == [again] * (MOST_STALLS - 1)
     assert_about_round(heard[-1], "stalled")
-    results = round.result(WAIT_S)
-    assert_only_these_count(results, good)
-    assert absence_of(results, "bad", "failed", "stalled").bytes_up == PART_BYTES  # once
+    assert ended(round, good, "failed", "stalled").bytes_up == PART_BYTES  # once
 
 
 def test_stalled_upload_that_goes_on_counts(coordinator, devices, impatient):
     good, bad = devices
-    round = coordinator.train(work(*BOTH, num_floats=FLOATS_PER_PART))
-    bad.take_job()
-    good.take_job()
-    bad.send(bad.make_update())
-    bad.expect(Fetch)
+    round = give_jobs(coordinator, bad, good, num_floats=FLOATS_PER_PART)
+    bad.announce()
     assert bad.expect(Fetch).have == 0  # the second
     bad.send_parts([0])  # progress: the count of stalls begins anew
     for _ in range(MOST_STALLS - 1):
@@ -340,11 +310,7 @@ def test_lost_job_is_sent_again(coordinator, devices, monkeypatch):
     bad.take_job()
     bad.ping(1)
     bad.stays_quiet()  # it has it now
-    bad.return_update()
-    good.return_update()
-    results = round.result(WAIT_S)
-    assert len(results) == 2
-    assert_only_these_count(results, good, bad)
+    end_well(round, bad, good)
 
 
 # -- late updates and rounds that end ----------------------------------------------------------
@@ -357,9 +323,7 @@ def late_pair(make_coordinator: Callable[..., Coordinator], **terms: Any) -> tup
     round = coordinator.train(work(*BOTH), deadline_s=0.1)
     bad.take_job()
     good.finish()
-    results = round.result(WAIT_S)
-    assert_only_these_count(results, good)
-    absence_of(results, "bad", "straggler", "late")
+    ended(round, good, "straggler", "late")
     good.ready()
     return coordinator, good, bad
 
@@ -367,8 +331,7 @@ def late_pair(make_coordinator: Callable[..., Coordinator], **terms: Any) -> tup
 def test_late_update_counts_in_the_next_round(make_coordinator):
     coordinator, good, bad = late_pair(make_coordinator)
     assert [client.id for client in coordinator.clients().result(WAIT_S)] == ["good"]
-    round = coordinator.train(work("good"), round=2)
-    good.take_job()
+    round = give_jobs(coordinator, good, round=2)
     bad.return_update()  # it was not told that it is late
     bad.send(bad.make_update())
     assert bad.expect(Accepted).round == 1  # told twice, counts once
@@ -390,32 +353,21 @@ def test_late_job_that_gets_too_old_is_given_up(make_coordinator):
     coordinator, good, bad = late_pair(make_coordinator)
     for number in (2, 3, 4):
         coordinator.clients().result(WAIT_S)
-        round = coordinator.train(work("good"), round=number)
-        good.finish()
-        results = round.result(WAIT_S)
-        assert_only_these_count(results, good)
-        assert len(results) == 1
+        round = give_jobs(coordinator, good, round=number)
+        end_well(round, good)
         good.ready()
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "late", 1)
-    assert fault.detail == "this update comes too late"
+    assert expect_fault(bad, "late") == "this update comes too late"
     assert coordinator.ask(lambda cohort: cohort.num_busy).result(WAIT_S) == 0
 
 
 def test_gone_device_that_comes_back_with_its_update_is_late(make_coordinator, short_silence):
     coordinator = make_coordinator(*BOTH, oldest=2)
     good, bad = coordinator.gather()
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
-    while coordinator.arrived.empty():
-        good.ping(1)
-    good.return_update()
-    results = round.result(WAIT_S)
-    absence_of(results, "bad", "failed", "gone")
+    round = give_jobs(coordinator, good, bad)
+    talk_until_a_result(coordinator, good)
+    end(round, good, "failed", "gone")
     good.ready()
-    round = coordinator.train(work("good"), round=2)
-    good.take_job()
+    round = give_jobs(coordinator, good, round=2)
     bad.reconnect()
     bad.return_update()
     good.return_update()
@@ -425,8 +377,7 @@ def test_gone_device_that_comes_back_with_its_update_is_late(make_coordinator, s
 def test_late_device_that_lost_its_job_is_free_again(make_coordinator, monkeypatch):
     monkeypatch.setattr(devices_module, "PROBE_S", 0.0)
     coordinator, good, bad = late_pair(make_coordinator, min_clients=2)
-    round = coordinator.train(work("good"), round=2)
-    good.take_job()
+    round = give_jobs(coordinator, good, round=2)
     bad.restart()
     bad.ready()
     bad.ping()
@@ -440,18 +391,12 @@ def test_asynchronous_round_ends_with_its_quorum_and_the_others_go_on(make_coord
     names = ("a", "b", "c", "d")
     coordinator = make_coordinator(*names, quorum=0.5, is_async=True, oldest=8)
     a, b, c, d = coordinator.gather()
-    round = coordinator.train(work(*names))
-    for device in (a, b, c, d):
-        device.take_job()
-    a.return_update()
-    b.return_update()
-    assert_only_these_count(round.result(WAIT_S), a, b)
+    round = give_jobs(coordinator, a, b, c, d)
+    end_well(round, a, b)
     a.ready()
     b.ready()
     # four have a job now: two of before, two new ones; two returned are enough, whichever
-    round = coordinator.train(work("a", "b"), round=2)
-    a.take_job()
-    b.take_job()
+    round = give_jobs(coordinator, a, b, round=2)
     c.return_update()
     a.return_update()
     results = round.result(WAIT_S)
@@ -463,13 +408,9 @@ def test_asynchronous_run_does_not_wait_for_those_who_are_gone(make_coordinator,
     """They may come back, but keep no other from getting a job: nobody would end their round."""
     coordinator = make_coordinator(*BOTH, quorum=0.5, is_async=True, oldest=8)
     good, bad = coordinator.gather()
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
-    while coordinator.arrived.empty():
-        good.ping(1)
-    good.return_update()
-    absence_of(round.result(WAIT_S), "bad", "failed", "gone")
+    round = give_jobs(coordinator, good, bad)
+    talk_until_a_result(coordinator, good)
+    end(round, good, "failed", "gone")
     assert coordinator.ask(lambda cohort: cohort.num_busy).result(WAIT_S) == 0
 
 
@@ -477,18 +418,14 @@ def test_device_that_failed_and_is_ready_while_nobody_takes_results(make_coordin
     names = ("a", "b", "c")
     coordinator = make_coordinator(*names, quorum=0.3, is_async=True, oldest=8)
     a, b, c = coordinator.gather()
-    round = coordinator.train(work(*names))
-    for device in (a, b, c):
-        device.take_job()
-    a.return_update()
-    assert_only_these_count(round.result(WAIT_S), a)
+    round = give_jobs(coordinator, a, b, c)
+    end_well(round, a)
     b.send(Fault(code="trainer", detail="its process died", round=1))
     b.ready()
     clients = coordinator.clients()
     while "b" not in [client.id for client in clients.result(WAIT_S)]:
         clients = coordinator.clients()
-    round = coordinator.train(work("a"), round=2)
-    a.take_job()
+    round = give_jobs(coordinator, a, round=2)
     a.return_update()
     absence_of(round.result(WAIT_S), "b", "failed", "trainer")
     assert "b" in [client.id for client in coordinator.clients().result(WAIT_S)]
@@ -616,9 +553,7 @@ def test_late_update_that_had_arrived_outlives_the_coordinator(make_coordinator,
 def test_job_has_one_line_of_log_per_event(coordinator, devices, caplog):
     caplog.set_level(logging.INFO)
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     bad.trained["exits.1.2.bias"] = torch.full((3,), torch.nan)
     bad.send(bad.make_update())
     bad.upload()

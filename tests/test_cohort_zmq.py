@@ -40,10 +40,13 @@ from tests.cohort_work import (
     BOTH,
     FLOATS_PER_PART,
     STAGE_2,
-    absence_of,
     assert_about_round,
     assert_only_these_count,
     end,
+    end_well,
+    ended,
+    expect_fault,
+    give_jobs,
     heard_until_now,
     update_of,
     work,
@@ -169,16 +172,10 @@ BAD_FRAMES: dict[str, tuple[list[bytes], str]] = {
 @pytest.mark.parametrize(("frames", "detail"), BAD_FRAMES.values(), ids=BAD_FRAMES)
 def test_bad_frame_is_refused_and_the_device_may_go_on(coordinator, devices, frames, detail):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     bad.send_frames(*frames)
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "protocol", 0)
-    assert detail in fault.detail
-    bad.return_update()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+    assert detail in expect_fault(bad, "protocol", 0)
+    end_well(round, bad, good)
 
 
 @pytest.mark.parametrize(
@@ -188,11 +185,8 @@ def test_bad_frame_is_refused_and_the_device_may_go_on(coordinator, devices, fra
 )
 def test_frame_beyond_the_limit_ends_the_connection(coordinator, devices, frames):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
-    bad.send(bad.make_update())
-    bad.expect(Fetch)
+    round = give_jobs(coordinator, good, bad)
+    bad.announce()
     bad.send_frames(*frames)
     bad.loses_connection()
     bad.reconnect()
@@ -202,8 +196,7 @@ def test_frame_beyond_the_limit_ends_the_connection(coordinator, devices, frames
     good.return_update()
     results = round.result(WAIT_S)
     assert_only_these_count(results, good, bad)
-    update = next(r for r in results if isinstance(r, ClientUpdate) and r.client.id == "bad")
-    assert update.bytes_up == 16 + 16 + 12  # nothing of the large frame
+    assert update_of(results, "bad").bytes_up == 16 + 16 + 12  # nothing of the large frame
 
 
 # -- updates that are not what was asked for -------------------------------------------------------
@@ -267,9 +260,7 @@ BAD_UPDATES: dict[str, tuple[Callable[[ScriptedDevice], Update], str]] = {
 @pytest.mark.parametrize(("make", "detail"), BAD_UPDATES.values(), ids=BAD_UPDATES)
 def test_bad_update_is_refused(coordinator, devices, make, detail):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     bad.send(make(bad))
     fault = bad.expect(Fault)
     assert_about_round(fault, "tensors")
@@ -283,9 +274,7 @@ def test_bad_update_is_refused(coordinator, devices, make, detail):
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_number_that_is_not_finite(coordinator, devices, value):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     bad.trained["exits.1.2.bias"][2] = value
     bad.send(bad.make_update())
     fault = bad.upload()
@@ -297,26 +286,18 @@ def test_number_that_is_not_finite(coordinator, devices, value):
 
 def test_update_of_another_round(coordinator, devices):
     good, bad = devices
-    round = coordinator.train(work(*BOTH), round=3)
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad, round=3)
     for number in (2, 4):
         bad.send(bad.make_update(round=number))
-        fault = bad.expect(Fault)
-        assert_about_round(fault, "round", number)
-        assert fault.detail == f"no update of round {number} is wanted from bad now"
-    bad.return_update()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+        detail = expect_fault(bad, "round", number)
+        assert detail == f"no update of round {number} is wanted from bad now"
+    end_well(round, bad, good)
 
 
 def test_update_twice_counts_once(coordinator, devices):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
-    bad.send(bad.make_update())
-    fetch = bad.expect(Fetch)
+    round = give_jobs(coordinator, good, bad)
+    fetch = bad.announce()
     bad.send(bad.make_update())  # the upload goes on
     bad.ping()
     bad.send_parts(range(1))
@@ -346,48 +327,33 @@ def test_update_of_a_job_that_was_not_fetched_counts(coordinator, devices):
 
 def test_update_of_another_job_is_refused_and_the_job_given_again(coordinator, devices):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    job = bad.take_job()
+    round = give_jobs(coordinator, good, bad)
+    job = bad.job
     bad.send(bad.make_update(job="0" * 32))
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "round")
-    assert fault.detail == "round 1 has another job now"
+    assert expect_fault(bad, "round") == "round 1 has another job now"
     bad.ready()  # as a device does that dropped its job
     assert bad.take_job() == job
-    bad.return_update()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+    end_well(round, bad, good)
 
 
 def test_update_trained_anew_takes_the_place_of_the_first(coordinator, devices):
     """The same job, another digest: the device was restarted in mid-upload."""
     good, bad = devices
-    round = coordinator.train(work(*BOTH, num_floats=FLOATS_PER_PART))
-    good.take_job()
-    bad.take_job()
-    bad.send(bad.make_update())
-    bad.expect(Fetch)
+    round = give_jobs(coordinator, good, bad, num_floats=FLOATS_PER_PART)
+    bad.announce()
     bad.send_parts([0])
     heard_until_now(bad)
     bad.trained = {name: tensor + 1 for name, tensor in bad.trained.items()}
-    bad.return_update()
-    good.return_update()
-    results = round.result(WAIT_S)
-    assert_only_these_count(results, good, bad)
+    results = end_well(round, bad, good)
     assert update_of(results, "bad").digest != update_of(results, "good").digest
 
 
 def test_update_after_failing_is_refused(coordinator, devices):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     bad.send(Fault(code="trainer", detail="the training process was killed", round=1))
     bad.send(bad.make_update())
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "round")
-    assert fault.detail == "bad has failed in this round already"
+    assert expect_fault(bad, "round") == "bad has failed in this round already"
     assert end(round, good, "failed", "trainer").detail == "the training process was killed"
 
 
@@ -399,12 +365,8 @@ def test_update_of_a_client_that_was_not_chosen(make_coordinator):
     other.take_job()
     bad.job, bad.trained = other.job, other.trained
     bad.send(bad.make_update())
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "round")
-    assert fault.detail == "no update of round 1 is wanted from bad now"
-    other.return_update()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, other)
+    assert expect_fault(bad, "round") == "no update of round 1 is wanted from bad now"
+    end_well(round, other, good)
 
 
 def test_update_with_no_round_open(coordinator):
@@ -423,11 +385,9 @@ def test_update_with_no_round_open(coordinator):
         tensors=(),
     )
     bad.send(update)
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "round", 7)
-    assert fault.detail == "no update of round 7 is wanted from bad now"
+    assert expect_fault(bad, "round", 7) == "no update of round 7 is wanted from bad now"
     bad.reconnect(round=7, job="7" * 32)
-    assert_about_round(bad.expect(Fault), "round", 7)  # hello told of it too
+    expect_fault(bad, "round", 7)  # hello told of it too
     good.join()
     clients.result(WAIT_S)
     round = coordinator.train(work(*BOTH))
@@ -452,25 +412,17 @@ def test_update_with_no_round_open(coordinator):
 )
 def test_part_of_wrong_size_or_index(coordinator, devices, index, size, detail):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
-    bad.send(bad.make_update())
-    bad.expect(Fetch)
+    round = give_jobs(coordinator, good, bad)
+    bad.announce()
     bad.send(Part(round=1, index=index), bytes(size))
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "protocol")
-    assert detail in fault.detail
+    assert detail in expect_fault(bad, "protocol")
     assert end(round, good, "failed", "protocol").bytes_up == 0
 
 
 def test_parts_out_of_order_and_twice(coordinator, devices, quick_links):
     good, bad = devices
-    round = coordinator.train(work(*BOTH, num_floats=3 * FLOATS_PER_PART))
-    good.take_job()
-    bad.take_job()
-    bad.send(bad.make_update())
-    assert bad.expect(Fetch).count == 4  # three, and 28 bytes of another
+    round = give_jobs(coordinator, good, bad, num_floats=3 * FLOATS_PER_PART)
+    assert bad.announce().count == 4  # three, and 28 bytes of another
     bad.send(Part(round=7, index=0), b"of another round")
     bad.send_parts([3, 1, 1, 3, 2])
     bad.stays_quiet()
@@ -483,9 +435,7 @@ def test_parts_out_of_order_and_twice(coordinator, devices, quick_links):
 
 def test_part_that_nobody_asked_for(coordinator, devices):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     bad.send_parts([0])  # before the update
     bad.return_update()
     bad.send_parts([0])  # after it
@@ -495,16 +445,12 @@ def test_part_that_nobody_asked_for(coordinator, devices):
 
 def test_parts_that_do_not_exist_are_not_sent(coordinator, devices):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     for first, count in ((1, 1024), (2**48, 1)):
         bad.send(Fetch(round=1, have=1, first=first, count=count))
     bad.send(Fetch(round=2, have=0, first=0, count=1))
     bad.ping(1)
-    bad.return_update()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+    end_well(round, bad, good)
 
 
 def test_update_of_no_bytes(coordinator, devices):
@@ -559,18 +505,13 @@ def test_parts_under_way_are_bounded_over_all_uploads(make_coordinator, quick_li
 def test_failed_upload_leaves_its_credit_to_others(make_coordinator, quick_links):
     coordinator = make_coordinator(*BOTH, budget_bytes=2 * PART_BYTES)
     good, bad = coordinator.gather()
-    round = coordinator.train(work(*BOTH, num_floats=FLOATS_PER_PART))
-    good.take_job()
-    bad.take_job()
-    bad.send(bad.make_update())
-    assert bad.expect(Fetch).count == 2
+    round = give_jobs(coordinator, good, bad, num_floats=FLOATS_PER_PART)
+    assert bad.announce().count == 2
     good.send(good.make_update())
     assert not heard_until_now(good)
     bad.send(Fault(code="trainer", detail="killed", round=1))
     assert isinstance(good.upload(), Accepted)
-    results = round.result(WAIT_S)
-    assert_only_these_count(results, good)
-    absence_of(results, "bad", "failed", "trainer")
+    ended(round, good, "failed", "trainer")
 
 
 def test_transfers_larger_than_the_budget_go_on(make_coordinator, quick_links):
