@@ -59,3 +59,12 @@ def impatient(monkeypatch):
 
     monkeypatch.setattr(credit, "LINK_S", 1.0)
     monkeypatch.setattr(credit, "PATIENCE", 0.0)
+
+
+@pytest.fixture
+def short_silence(monkeypatch):
+    """A device that says nothing for a second is gone."""
+    from coordinator import cohort_zmq, devices
+
+    for module in (cohort_zmq, devices):
+        monkeypatch.setattr(module, "SILENCE_S", 1.0)

@@ -55,7 +55,8 @@ from edge_sdk.wire import (
     Welcome,
 )
 from tests.helpers import cnn, examples
-from tests.scripted import ANY_PORT, PROFILE, WAIT_S, ScriptedCoordinator, floats
+from tests.scripted import ANY_PORT, PROFILE, WAIT_S, floats
+from tests.scripted_coordinator import ScriptedCoordinator
 
 GIB = 1024**3
 MODEL = cnn()  # three exits

@@ -15,7 +15,8 @@ from edge_sdk.pipe import Inspected
 from edge_sdk.wire import Fault, Heartbeat, Hello, Ready
 from tests.helpers import examples
 from tests.processes import wait_until
-from tests.scripted import PROFILE, WAIT_S, Coordinator, ScriptedCoordinator
+from tests.scripted import PROFILE, WAIT_S, Coordinator
+from tests.scripted_coordinator import ScriptedCoordinator
 from tests.test_agent import (
     COSTS,
     GIB,

@@ -27,7 +27,7 @@ from edge_sdk.wire import Bye, Fault, Hello, Ready
 from tests import scripted
 from tests.helpers import examples
 from tests.processes import PATIENCE_S, ROOT, World, environment
-from tests.scripted import ScriptedCoordinator
+from tests.scripted_coordinator import ScriptedCoordinator
 from tests.test_agent import MODEL, WHOLE
 
 X, Y = examples(12).x, examples(12).y

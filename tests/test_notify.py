@@ -16,7 +16,7 @@ from edge_sdk.pipe import Inspected
 from edge_sdk.wire import Fault, Hello, Ready
 from tests.helpers import examples
 from tests.processes import wait_until
-from tests.scripted import ScriptedCoordinator
+from tests.scripted_coordinator import ScriptedCoordinator
 from tests.test_agent import LONG, MODEL, WHOLE, give, running
 
 ENDPOINT = "tcp://host:5555"
