@@ -177,7 +177,7 @@ class World:
         ]  # fmt: skip
 
     def device(self, name: str, *flags: str) -> Running:
-        return self.start(name, ["edge_sdk.cli", *self.device_flags(name, *flags)])
+        return self.start(name, ["tests.quick_device", *self.device_flags(name, *flags)])
 
     def start(
         self, name: str, command: Sequence[str], program: Sequence[str] = (sys.executable, "-m")
