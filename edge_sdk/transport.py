@@ -20,6 +20,7 @@ from edge_sdk.wire import MAX_FRAME_BYTES, Fault, Message, Part, decode, encode
 
 log = logging.getLogger(__name__)
 PING_MS = 5_000  # ZeroMQ heartbeats, both ends
+RECONNECT_MAX_MS = 5_000  # between attempts to connect, doubled up to it
 PING_TIMEOUT_MS = 120_000  # a part of a slow link may take so long, and no PONG comes beside it
 DEAD_MS = 30_000  # nothing acknowledged by the other side's kernel for so long
 HIGH_WATER = 32  # messages queued per peer: a window of parts and some control
@@ -103,7 +104,7 @@ class Link:
         set_common_options(socket)
         socket.set(zmq.IMMEDIATE, 1)
         socket.set(zmq.RECONNECT_IVL, 200)
-        socket.set(zmq.RECONNECT_IVL_MAX, 5_000)
+        socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
         socket.set(zmq.CONNECT_TIMEOUT, 5_000)
         if self._keys and self._server_key:
             socket.set(zmq.CURVE_PUBLICKEY, self._keys.public)

@@ -25,7 +25,8 @@ from edge_sdk.tensors import Tensors
 from edge_sdk.transport import Link
 from edge_sdk.wire import Accepted, Fault, Heartbeat, Hello, ModelSpec, Plan, Ready, Segment, Update
 from tests.helpers import cnn
-from tests.scripted import PROFILE, WAIT_S, ScriptedCoordinator
+from tests.scripted import PROFILE, WAIT_S
+from tests.scripted_coordinator import ScriptedCoordinator
 
 GIB = 1024**3
 MODEL = cnn()  # three exits

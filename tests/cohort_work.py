@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 
 import numpy as np
@@ -11,7 +12,7 @@ from coordinator.cohort import Absence, Assignment, ClientUpdate
 from edge_sdk.tensors import specs_of
 from edge_sdk.wire import PART_BYTES, Fault, Heartbeat, Message, Plan, Segment
 from tests.helpers import cnn
-from tests.scripted import WAIT_S, Result, ScriptedDevice, floats
+from tests.scripted import WAIT_S, Coordinator, Result, ScriptedDevice, floats
 
 FLOATS_PER_PART = PART_BYTES // 4
 STAGE_2 = Plan(segments=(Segment(first=2, last=2),))
@@ -66,15 +67,61 @@ def assert_about_round(fault: Fault, code: str, round: int = 1) -> None:
     assert "\n" not in fault.detail
 
 
+def expect_fault(device: ScriptedDevice, code: str, round: int = 1) -> str:
+    """The next message, which must be this Fault about this round; its detail."""
+    fault = device.expect(Fault)
+    assert_about_round(fault, code, round)
+    return fault.detail
+
+
+def give_jobs(
+    coordinator: Coordinator,
+    *devices: ScriptedDevice,
+    round: int = 1,
+    deadline_s: float = 0.0,
+    num_floats: int = 3,
+) -> Future[list[Result]]:
+    """A round of these devices, of which each has its job in hand."""
+    tasks = work(*(device.name for device in devices), num_floats=num_floats)
+    results = coordinator.train(tasks, round, deadline_s)
+    for device in devices:
+        device.take_job()
+    return results
+
+
+def end_well(round: Future[list[Result]], *devices: ScriptedDevice) -> list[Result]:
+    """All these devices return their updates, and the round ends with nothing else."""
+    for device in devices:
+        device.return_update()
+    results = round.result(WAIT_S)
+    assert len(results) == len(devices)
+    assert_only_these_count(results, *devices)
+    return results
+
+
 def end(
     round: Future[list[Result]], good: ScriptedDevice, outcome: str, code: str, bad: str = "bad"
 ) -> Absence:
     """The good device finishes, the round ends, the bad one is absent for this reason."""
     good.return_update()
+    return ended(round, good, outcome, code, bad)
+
+
+def ended(
+    round: Future[list[Result]], good: ScriptedDevice, outcome: str, code: str, bad: str = "bad"
+) -> Absence:
+    """The round ends; the good device counts, the bad one is absent for this reason."""
     results = round.result(WAIT_S)
     assert len(results) == 2
     assert_only_these_count(results, good)
     return absence_of(results, bad, outcome, code)
+
+
+def talk_until_a_result(coordinator: Coordinator, device: ScriptedDevice) -> None:
+    """This device is there, while the round waits for another."""
+    until = time.monotonic() + WAIT_S / 3
+    while coordinator.arrived.empty() and time.monotonic() < until:
+        device.ping(1)
 
 
 def heard_until_now(device: ScriptedDevice, round: int = 1) -> list[Message]:

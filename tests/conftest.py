@@ -40,6 +40,7 @@ def make_coordinator(tmp_path, monkeypatch):
     from tests.scripted import Coordinator
 
     monkeypatch.setattr(cohort_zmq, "FAREWELL_S", 0.0)  # the devices here do not answer a bye
+    monkeypatch.setattr(cohort_zmq, "LOOK_S", 0.1)  # what is due is not put off
     made: list[Coordinator] = []
 
     def make(*names: str, is_insecure: bool = False, **terms: Any) -> Coordinator:
@@ -74,10 +75,11 @@ def quick_links(monkeypatch):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """A link without a sign of life for a second is dead, whatever its pace."""
-    from coordinator import credit
+    """A link without a sign of life for half a second is dead, whatever its pace."""
+    from coordinator import cohort_zmq, credit
 
-    monkeypatch.setattr(credit, "LINK_S", 1.0)
+    monkeypatch.setattr(cohort_zmq, "LISTENING_GAP_S", 0.1)
+    monkeypatch.setattr(credit, "LINK_S", 0.5)
     monkeypatch.setattr(credit, "PATIENCE", 0.0)
 
 
@@ -99,7 +101,7 @@ def pair(quick_retries, tmp_path_factory):
     from edge_sdk.wire import Hello
     from tests.agent_device import running
     from tests.helpers import examples
-    from tests.scripted import ScriptedCoordinator
+    from tests.scripted_coordinator import ScriptedCoordinator
 
     coordinator = ScriptedCoordinator()
     data = tmp_path_factory.mktemp("shard") / "shard.npz"
@@ -150,3 +152,13 @@ def member(gate, tmp_path):
     add_client(gate.clients, "first", new_key().encode())
     add_client(gate.clients, "pi", make_keys(folder, "device").public)
     return folder
+
+
+@pytest.fixture
+def short_silence(monkeypatch):
+    """A device that says nothing for half a second is gone."""
+    from coordinator import cohort_zmq, devices
+
+    monkeypatch.setattr(cohort_zmq, "LISTENING_GAP_S", 0.1)
+    for module in (cohort_zmq, devices):
+        monkeypatch.setattr(module, "SILENCE_S", 0.5)

@@ -177,7 +177,7 @@ class World:
         ]  # fmt: skip
 
     def device(self, name: str, *flags: str) -> Running:
-        return self.start(name, ["edge_sdk.cli", *self.device_flags(name, *flags)])
+        return self.start(name, ["tests.quick_device", *self.device_flags(name, *flags)])
 
     def start(
         self, name: str, command: Sequence[str], program: Sequence[str] = (sys.executable, "-m")
@@ -257,7 +257,17 @@ def kill_marked(mark: str) -> None:
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-        psutil.wait_procs(left, 5)
+        give_up = time.monotonic() + 5
+        while not all(map(has_ended, left)) and time.monotonic() < give_up:
+            time.sleep(0.01)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also as a zombie without threads, which holds nothing: init may take seconds to reap it."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
+    except psutil.NoSuchProcess:
+        return True
 
 
 def run_cli(

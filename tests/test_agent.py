@@ -45,7 +45,8 @@ from tests.agent_device import (
     running,
 )
 from tests.helpers import examples
-from tests.scripted import ANY_PORT, WAIT_S, ScriptedCoordinator, floats
+from tests.scripted import ANY_PORT, WAIT_S, floats
+from tests.scripted_coordinator import ScriptedCoordinator
 
 # -- joining -----------------------------------------------------------------------------------
 

@@ -27,7 +27,8 @@ from tests.agent_device import (
 from tests.choices import segments, welcome, with_memory
 from tests.helpers import examples
 from tests.processes import wait_until
-from tests.scripted import PROFILE, WAIT_S, Coordinator, ScriptedCoordinator
+from tests.scripted import PROFILE, WAIT_S, Coordinator
+from tests.scripted_coordinator import ScriptedCoordinator
 
 DRAINED = Conditions(battery_percent=9, is_discharging=True)
 LOW = Conditions(battery_percent=20, is_discharging=True)

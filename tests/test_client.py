@@ -24,7 +24,7 @@ from tests import scripted
 from tests.agent_device import MODEL, WHOLE
 from tests.own_program import client
 from tests.processes import PATIENCE_S, ROOT, World, environment
-from tests.scripted import ScriptedCoordinator
+from tests.scripted_coordinator import ScriptedCoordinator
 
 pytestmark = pytest.mark.usefixtures("shards_folder")
 FAMILY = """

@@ -1,10 +1,9 @@
-"""Who is connected, and what a device that comes back finds: the real Hub and ZmqCohort against
+"""Who is connected: keys, two with one key, hello and ready. The real Hub and ZmqCohort against
 scripted devices, one of them good."""
 
 from __future__ import annotations
 
 import re
-import threading
 import time
 from types import SimpleNamespace
 
@@ -12,16 +11,12 @@ import pytest
 
 from coordinator import devices as devices_module
 from coordinator.cohort_zmq import Terms, ZmqCohort
-from coordinator.desk import MOST_GIVEN
 from coordinator.hub import Received
 from coordinator.key_files import replace_text
 from coordinator.spool import Spool
 from edge_sdk.keys import make_keys
-from edge_sdk.tensors import Receiver
 from edge_sdk.wire import (
-    PART_BYTES,
     PROTOCOL,
-    Accepted,
     Bye,
     Fault,
     Fetch,
@@ -33,13 +28,14 @@ from edge_sdk.wire import (
 )
 from tests.cohort_work import (
     BOTH,
-    FLOATS_PER_PART,
     STAGE_2,
     absence_of,
-    assert_about_round,
     assert_only_these_count,
-    assignment,
     end,
+    end_well,
+    ended,
+    expect_fault,
+    give_jobs,
     work,
 )
 from tests.helpers import cnn
@@ -54,46 +50,38 @@ from tests.scripted import (
 def test_unknown_client_key(coordinator, devices, tmp_path, caplog):
     good, bad = devices
     stranger = make_keys(tmp_path / "stranger", "stranger")
-    round = coordinator.train(work(*BOTH))
+    round = give_jobs(coordinator, good, bad)
     refused = coordinator.device("stranger", keys=stranger)
     assert "does not know this device's key" in refused.refusal()
     assert f"unknown public key {stranger.public.decode()}" in caplog.text
-    good.finish()
-    bad.finish()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+    end_well(round, good, bad)
 
 
 def test_wrong_server_key(coordinator, devices, tmp_path):
     good, bad = devices
     other = make_keys(tmp_path / "other", "server")
-    round = coordinator.train(work(*BOTH))
+    round = give_jobs(coordinator, good, bad)
     refused = coordinator.device("bad", server_key=other.public)
     assert "public key here is probably not the one" in refused.refusal()
-    good.finish()
-    bad.finish()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+    end_well(round, good, bad)
 
 
 def test_client_without_keys_against_a_coordinator_with(coordinator, devices):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
+    round = give_jobs(coordinator, good, bad)
     refused = coordinator.device("bad", keys=None, server_key=None)
     assert "use keys on both or --insecure on both" in refused.refusal()
-    good.finish()
-    bad.finish()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+    end_well(round, good, bad)
 
 
 def test_client_with_keys_against_a_coordinator_without(make_coordinator, tmp_path):
     coordinator = make_coordinator(*BOTH, is_insecure=True)
     good, bad = coordinator.gather()
     keys = make_keys(tmp_path / "keys", "bad")
-    round = coordinator.train(work(*BOTH))
+    round = give_jobs(coordinator, good, bad)
     refused = coordinator.device("bad", keys=keys, server_key=keys.public)
     assert "--insecure" in refused.refusal()
-    good.finish()
-    bad.finish()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+    end_well(round, good, bad)
 
 
 def test_key_of_another_client(make_coordinator):
@@ -103,31 +91,21 @@ def test_key_of_another_client(make_coordinator):
     good.join()
     bad.join()
     clients.result(WAIT_S)
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     thief.send(thief.make_hello(client_id="bad", round=1))
-    fault = thief.expect(Fault)
-    assert_about_round(fault, "admission", 0)
-    assert fault.detail == "this is 'thief', hello says 'bad'"
+    assert expect_fault(thief, "admission", 0) == "this is 'thief', hello says 'bad'"
     thief.send(Heartbeat(round=1))
     assert thief.expect(Fault).code == "hello"  # it has not become anybody
-    bad.return_update()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+    end_well(round, bad, good)
 
 
 def test_one_connection_is_one_client(make_coordinator):
     coordinator = make_coordinator(*BOTH, is_insecure=True)
     good, bad = coordinator.gather()
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     bad.send(bad.make_hello(client_id="good", round=1))
-    assert_about_round(bad.expect(Fault), "admission", 0)
-    bad.return_update()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+    expect_fault(bad, "admission", 0)
+    end_well(round, bad, good)
 
 
 def test_revoked_admission_takes_effect_on_the_live_link(make_coordinator):
@@ -138,28 +116,39 @@ def test_revoked_admission_takes_effect_on_the_live_link(make_coordinator):
     bad.take_job()
     bad.ping(1)  # from here on nobody says anything
     replace_text(coordinator.clients_file, f"good {coordinator.keys['good'].public.decode()}\n")
-    fault = bad.expect(Fault)  # without a word from it
-    assert_about_round(fault, "admission", 0)
-    assert "not admitted any more" in fault.detail
-    results = round.result(WAIT_S)
-    assert_only_these_count(results, good)
-    assert absence_of(results, "bad", "failed", "gone").detail == "its key is not admitted any more"
+    assert "not admitted any more" in expect_fault(bad, "admission", 0)  # without a word from it
+    absence = ended(round, good, "failed", "gone")
+    assert absence.detail == "its key is not admitted any more"
     assert coordinator.ask(lambda cohort: cohort.num_busy).result(WAIT_S) == 0  # none is late
     bad.send(bad.make_update())
     coordinator.clients()
-    assert_about_round(bad.expect(Fault), "admission", 0)
+    expect_fault(bad, "admission", 0)
 
 
 def test_key_that_was_given_another_name(coordinator, devices):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     text = coordinator.clients_file.read_text()
     replace_text(coordinator.clients_file, text.replace("bad ", "renamed "))
     bad.send(bad.make_update())
-    assert_about_round(bad.expect(Fault), "admission", 0)
+    expect_fault(bad, "admission", 0)
     assert end(round, good, "failed", "gone").detail == "its key is not admitted any more"
+
+
+def test_device_whose_key_was_replaced_is_gone_at_once(make_coordinator, tmp_path):
+    """As by `keys --rotate` while its agent runs."""
+    coordinator = make_coordinator(*BOTH)
+    good, bad = coordinator.gather()
+    round = coordinator.train(work(*BOTH))
+    good.finish()
+    bad.take_job()
+    keys = {"good": coordinator.keys["good"], "bad": make_keys(tmp_path / "new", "bad")}
+    lines = [f"{name} {pair.public.decode()}\n" for name, pair in keys.items()]
+    replace_text(coordinator.clients_file, "".join(lines))
+    bad.send(Heartbeat(round=1))
+    assert "keys --rotate" in bad.expect(Fault).detail
+    detail = absence_of(round.result(WAIT_S), "bad", "failed", "gone").detail
+    assert detail == "its key is not admitted any more"
 
 
 # -- two with one key --------------------------------------------------------------------------
@@ -167,23 +156,18 @@ def test_key_that_was_given_another_name(coordinator, devices):
 
 def test_two_programs_with_one_key_the_first_stays(coordinator, devices):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     second = coordinator.device("bad")
     second.session = "on another board"
     second.send(second.make_hello())
     bad.expect(Probe)
     bad.send(Heartbeat(round=1))
     bad.expect(Heartbeat)
-    fault = second.expect(Fault)
-    assert_about_round(fault, "duplicate", 0)
-    assert "another device with the key of 'bad' is connected from" in fault.detail
+    detail = expect_fault(second, "duplicate", 0)
+    assert "another device with the key of 'bad' is connected from" in detail
     second.send(Heartbeat())
     assert second.expect(Fault).code == "hello"  # it has not become anybody
-    bad.return_update()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+    end_well(round, bad, good)
     rivals = coordinator.ask(lambda cohort: cohort.devices.all["bad"].num_rivals)
     assert rivals.result(WAIT_S) == 1
 
@@ -192,9 +176,7 @@ def test_program_that_does_not_answer_loses_its_place(coordinator, devices, monk
     """Half-open: its connection stands, and nobody is behind it."""
     monkeypatch.setattr(devices_module, "PROBE_S", 0.5)
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     second = coordinator.device("bad")
     second.session = "after a power cut"
     second.hello()  # is welcome, when the first had time to answer
@@ -202,7 +184,7 @@ def test_program_that_does_not_answer_loses_its_place(coordinator, devices, monk
     second.finish()
     bad.expect(Probe)
     bad.send(bad.make_update())
-    assert_about_round(bad.expect(Fault), "hello", 0)
+    expect_fault(bad, "hello", 0)
     good.return_update()
     assert_only_these_count(round.result(WAIT_S), good, second)
 
@@ -251,13 +233,9 @@ def test_pause_of_the_caller_is_no_answer_to_a_probe(tmp_path):
 
 def test_other_protocol_version(coordinator, devices):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     bad.send(bad.make_hello(protocol=99))
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "version", 0)
-    assert f"protocol 99, this side {PROTOCOL}" in fault.detail
+    assert f"protocol 99, this side {PROTOCOL}" in expect_fault(bad, "version", 0)
     bad.send(Bye())
     end(round, good, "failed", "gone")
 
@@ -274,9 +252,7 @@ def test_data_of_another_shape(coordinator, changes, detail):
     good, bad = coordinator.device("good"), coordinator.device("bad")
     clients = coordinator.clients()
     bad.send(bad.make_hello(**changes))
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "data", 0)
-    assert re.search(detail, fault.detail), fault.detail
+    assert re.search(detail, told := expect_fault(bad, "data", 0)), told
     good.join()
     bad.join()  # with other data
     assert [client.id for client in clients.result(WAIT_S)] == ["bad", "good"]
@@ -284,9 +260,7 @@ def test_data_of_another_shape(coordinator, changes, detail):
 
 def test_message_before_hello(coordinator, devices):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     bad.link.open()
     for message in (
         Ready(exit=3),
@@ -295,22 +269,18 @@ def test_message_before_hello(coordinator, devices):
         Fetch(round=1, have=0, first=0, count=1),
     ):
         bad.send(message)
-        assert_about_round(bad.expect(Fault), "hello", 0)
+        expect_fault(bad, "hello", 0)
     bad.hello(round=1, job=bad.job.id)
-    bad.return_update()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+    end_well(round, bad, good)
 
 
 def test_newer_connection_replaces_the_older(coordinator, devices):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     newer = coordinator.device("bad")
     newer.hello(session=bad.session, round=1, job=bad.job.id)
     bad.send(bad.make_update())
-    assert_about_round(bad.expect(Fault), "hello", 0)
+    expect_fault(bad, "hello", 0)
     newer.job, newer.trained = bad.job, bad.trained
     newer.return_update()
     good.return_update()
@@ -320,16 +290,10 @@ def test_newer_connection_replaces_the_older(coordinator, devices):
 @pytest.mark.parametrize("ready", [Ready(exit=4), Ready(exit=1, stages=(2, 4))])
 def test_ready_beyond_the_model(coordinator, devices, ready):
     good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
+    round = give_jobs(coordinator, good, bad)
     bad.send(ready)
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "protocol", 0)
-    assert fault.detail == "the model has 3 exits"
-    bad.return_update()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
+    assert expect_fault(bad, "protocol", 0) == "the model has 3 exits"
+    end_well(round, bad, good)
     exits = {client.id: client.exit for client in coordinator.clients().result(WAIT_S)}
     assert exits == {"good": 3, "bad": 3}  # as before
 
@@ -342,9 +306,7 @@ def test_what_a_client_can_train_is_what_its_device_said(make_coordinator):
     good.ready(1, stages=(2, 3), stage_s=(4.0, 5.0))
     bad.hello()
     bad.ready(2, stages=(3,), stage_s=(1.0, 2.0))
-    fault = bad.expect(Fault)
-    assert_about_round(fault, "protocol", 0)
-    assert fault.detail == "2 stage_s for 1 stages"
+    assert expect_fault(bad, "protocol", 0) == "2 stage_s for 1 stages"
     bad.ready(2, stages=(3,))
     told = {
         client.id: (client.exit, client.stages, client.prefix_s, client.stage_s)
@@ -362,236 +324,3 @@ def test_device_that_cannot_train_gets_no_job(make_coordinator):
     bad.ping()
     good.join()
     assert [client.id for client in clients.result(WAIT_S)] == ["good"]
-
-
-# -- devices that leave and come back --------------------------------------------------------------
-
-
-def test_bye_in_mid_round(coordinator, devices):
-    good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
-    bad.send(Bye(reason="device stopped"))
-    bad.send(bad.make_update())
-    assert bad.expect(Fault).code == "hello"
-    assert end(round, good, "failed", "gone").detail == "said bye"
-
-
-def test_participant_that_left_before_its_job(coordinator, devices):
-    good, _ = devices
-    round = coordinator.train({**work("good"), "gone": assignment()})
-    good.take_job()
-    assert "before its job" in end(round, good, "failed", "gone", bad="gone").detail
-
-
-def test_restarted_device_gets_its_job_again_when_it_is_ready(coordinator, devices, monkeypatch):
-    monkeypatch.setattr(devices_module, "PROBE_S", 0.0)
-    good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    job = bad.take_job()
-    bad.send(bad.make_update())
-    bad.expect(Fetch)  # and this upload is forgotten
-    bad.restart()
-    bad.stays_quiet()  # it has to say what it can train
-    bad.ready()
-    assert bad.take_job() == job
-    bad.return_update()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
-
-
-def test_device_that_restarts_again_and_again_fails(coordinator, devices, monkeypatch):
-    monkeypatch.setattr(devices_module, "PROBE_S", 0.0)
-    good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    for _ in range(MOST_GIVEN):
-        bad.take_job()
-        bad.restart()
-        bad.ready()
-    assert "restarted 4 times" in end(round, good, "failed", "restarted").detail
-
-
-def test_device_that_comes_back_and_can_train_less_fails(coordinator, devices, monkeypatch):
-    monkeypatch.setattr(devices_module, "PROBE_S", 0.0)
-    good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
-    bad.restart()
-    bad.ready(1)  # the job trains stage 2
-    detail = end(round, good, "failed", "capacity").detail
-    assert detail == "came back and can train up to exit 1 only"
-
-
-def test_reconnect_in_mid_download_goes_on_at_the_missing_part(coordinator, devices, quick_links):
-    good, bad = devices
-    round = coordinator.train(work(*BOTH, num_floats=11 * FLOATS_PER_PART))
-    good.take_job()
-    job = bad.expect_job()
-    receiver = Receiver(job.tensors)
-    assert receiver.num_parts == 12
-    bad.fetch(receiver, 0, 8, take=5)  # what else is under way is lost
-    bad.reconnect()
-    bad.stays_quiet()  # the job is not sent again
-    bad.fetch(receiver, receiver.next_missing, 7)
-    assert bad.received == list(range(12))  # each part once
-    bad.train(receiver)
-    bad.return_update()
-    good.return_update()
-    results = round.result(WAIT_S)
-    assert_only_these_count(results, good, bad)
-    for result in results:
-        sent_parts = {"good": 12, "bad": 15}[result.client.id]  # 5, 6, 7 went out twice
-        assert (result.bytes_down - 1) // PART_BYTES == sent_parts - 1, result.client.id
-
-
-def test_reconnect_in_mid_upload_goes_on_at_the_missing_part(coordinator, devices, quick_links):
-    good, bad = devices
-    round = coordinator.train(work(*BOTH, num_floats=11 * FLOATS_PER_PART))
-    good.take_job()
-    bad.take_job()
-    bad.send(bad.make_update())
-    fetch = bad.expect(Fetch)
-    assert (fetch.first, fetch.count) == (0, 8)
-    bad.send_parts(range(4))
-    fetch = bad.expect(Fetch)  # so the four have arrived
-    assert (fetch.first, fetch.count) == (8, 4)
-    bad.reconnect()
-    fetch = bad.expect(Fetch)
-    assert (fetch.first, fetch.count) == (4, 8)
-    bad.send(bad.make_update(retries=1))  # as the trainer does on Resume
-    bad.send_parts(range(4, 12))
-    assert isinstance(bad.upload(), Accepted)
-    assert bad.sent == list(range(12))
-    good.return_update()
-    results = round.result(WAIT_S)
-    assert_only_these_count(results, good, bad)
-    sizes = {result.bytes_up for result in results}
-    assert sizes == {11 * PART_BYTES + 16 + 12}  # each byte once
-
-
-def test_reconnect_after_being_accepted(coordinator, devices):
-    good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.finish()  # but say that accepted was lost
-    bad.reconnect()
-    assert bad.expect(Accepted).round == 1
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
-
-
-def test_reconnect_without_the_job_gets_it_again(coordinator, devices):
-    good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
-    bad.send(bad.make_update())
-    bad.expect(Fetch)
-    bad.job = None  # the job was dropped while the link was down
-    bad.reconnect()
-    bad.stays_quiet()
-    bad.ready()
-    bad.take_job()
-    bad.return_update()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
-
-
-def test_job_of_an_older_round_is_refused_on_return(coordinator, devices):
-    good, bad = devices
-    round = coordinator.train(work(*BOTH), round=2)
-    good.take_job()
-    bad.take_job()
-    bad.reconnect(round=1, job="1" * 32)
-    assert_about_round(bad.expect(Fault), "round", 1)
-    bad.ready()
-    bad.finish()
-    good.return_update()
-    assert_only_these_count(round.result(WAIT_S), good, bad)
-
-
-@pytest.mark.parametrize("code", ["trainer", "capacity", "data"])
-def test_participant_that_reports_a_fault(coordinator, devices, code):
-    good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
-    bad.send(Fault(code=code, detail="of another round", round=9))
-    bad.send(Fault(code=code, detail="of no round"))
-    bad.send(Fault(code=code, detail="that is it", round=1))
-    assert end(round, good, "failed", code).detail == "that is it"
-
-
-@pytest.mark.parametrize("code", ["protocol", "version"])
-def test_participant_that_cannot_read_what_it_got(coordinator, devices, code):
-    good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.expect_job()
-    bad.send(Fault(code=code, detail="message refused"))  # it cannot say of which round
-    assert end(round, good, "failed", code).detail == "message refused"
-
-
-def test_failed_device_gets_no_job_until_it_is_ready(coordinator, devices):
-    good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
-    bad.send(Fault(code="trainer", detail="killed", round=1))
-    end(round, good, "failed", "trainer")
-    clients = coordinator.clients()
-    bad.ping()
-    bad.stays_quiet()
-    assert not clients.done()  # two are needed
-    bad.ready(2)
-    assert [(c.id, c.exit) for c in clients.result(WAIT_S)] == [("bad", 2), ("good", 3)]
-
-
-def test_ready_in_the_same_round_counts_for_the_next(coordinator, devices):
-    good, bad = devices
-    round = coordinator.train(work(*BOTH))
-    good.take_job()
-    bad.take_job()
-    bad.send(Fault(code="capacity", detail="too large", round=1))
-    bad.ready(1)
-    bad.ping()
-    end(round, good, "failed", "capacity")
-    exits = {client.id: client.exit for client in coordinator.clients().result(WAIT_S)}
-    assert exits == {"good": 3, "bad": 1}
-
-
-def test_ready_that_waited_for_the_caller_counts(make_coordinator):
-    coordinator = make_coordinator(*BOTH, quorum=0.5, grace_s=0.1)
-    good, bad = coordinator.gather()
-    is_over = threading.Event()
-    round = coordinator.train(work(*BOTH), deadline_s=0.1, pause=lambda: is_over.wait(WAIT_S))
-    bad.take_job()
-    good.finish()
-    coordinator.arrived.get(timeout=WAIT_S)
-    bad.send(Fault(code="trainer", detail="killed", round=1))
-    bad.ready(2)
-    bad.stays_quiet(0.5)  # both wait, past deadline and grace
-    is_over.set()
-    absence_of(round.result(WAIT_S), "bad", "failed", "trainer")
-    exits = {client.id: client.exit for client in coordinator.clients().result(WAIT_S)}
-    assert exits == {"good": 3, "bad": 2}
-
-
-def test_device_whose_key_was_replaced_is_gone_at_once(make_coordinator, tmp_path):
-    """As by `keys --rotate` while its agent runs."""
-    coordinator = make_coordinator(*BOTH)
-    good, bad = coordinator.gather()
-    round = coordinator.train(work(*BOTH))
-    good.finish()
-    bad.take_job()
-    keys = {"good": coordinator.keys["good"], "bad": make_keys(tmp_path / "new", "bad")}
-    lines = [f"{name} {pair.public.decode()}\n" for name, pair in keys.items()]
-    replace_text(coordinator.clients_file, "".join(lines))
-    bad.send(Heartbeat(round=1))
-    assert "keys --rotate" in bad.expect(Fault).detail
-    detail = absence_of(round.result(WAIT_S), "bad", "failed", "gone").detail
-    assert detail == "its key is not admitted any more"

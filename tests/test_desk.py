@@ -478,8 +478,8 @@ def test_device_that_never_keeps_its_job_is_not_given_it_for_ever(room):
     room.give()
     for _ in range(3 * MOST_GIVEN):
         room.desk.on_heartbeat("a", 0)
-        if "a" in room.desk.seats:
-            room.desk.seats["a"].mismatched_since -= RESEND_S + 1
+        if (seat := room.desk.seats.get("a")) and seat.mismatched_since:
+            seat.mismatched_since -= RESEND_S + 1
     assert len(room.to("a", Job)) == MOST_GIVEN
     (absence,) = room.desk.finished
     assert (absence.outcome, absence.code) == ("failed", "restarted")

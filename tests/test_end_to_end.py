@@ -32,7 +32,14 @@ from edge_sdk.keys import read_keys
 from edge_sdk.tensors import Tensors
 from edge_sdk.wire import ModelSpec
 from tests.helpers import one_line
-from tests.processes import World, mapped_libraries, read_rows, run_cli, wait_until
+from tests.processes import (
+    World,
+    has_ended,
+    mapped_libraries,
+    read_rows,
+    run_cli,
+    wait_until,
+)
 
 # 60 examples, one epoch, batch 16: predicted for exit 1, exit 2, exit 3, stage 3 alone, in ms
 # Raspberry Pi 4: 15, 36, 107, 84; generic: 3.5, 8.0, 22, 17; Jetson Nano: 1.0, 1.8, 3.5, 2.2.
@@ -177,7 +184,7 @@ def test_a_killed_device_costs_its_own_update_and_may_come_back(world, one_threa
         orphan = a.trainer()
         a.signal(signal.SIGKILL)
         a.end()
-    wait_until(lambda: not orphan.is_running(), "the dead agent's trainer ends by itself")
+    wait_until(lambda: has_ended(orphan), "the dead agent's trainer ends by itself")
     world.wait_round(lost)  # closed without it after the grace
     with b.held_in_training() as held:  # the run stays where it is until the device is back
         again = world.device("a", "--once")

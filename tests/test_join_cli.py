@@ -290,7 +290,7 @@ def test_a_device_that_joined_takes_part(tmp_path):
         for flag in ("--coordinator", "--id", "--keys"):
             at = flags.index(flag)
             del flags[at : at + 2]
-        b = world.start("b", ["edge_sdk.cli", *flags])
+        b = world.start("b", ["tests.quick_device", *flags])
         assert (server.end(), a.end(), b.end()) == (0, 0, 0)
         assert world.outcomes("b") == {1: "ok", 2: "ok"}
         assert decode_line(printed.stdout).secret.decode() not in server.text() + b.text()

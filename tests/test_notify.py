@@ -17,7 +17,7 @@ from edge_sdk.wire import Fault, Hello, Ready
 from tests.agent_device import LONG, MODEL, WHOLE, give, running
 from tests.helpers import examples
 from tests.processes import wait_until
-from tests.scripted import ScriptedCoordinator
+from tests.scripted_coordinator import ScriptedCoordinator
 
 ENDPOINT = "tcp://host:5555"
 
@@ -199,14 +199,14 @@ def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(
             device.trainer().suspend()
             if is_thrashing:
                 monkeypatch.setattr(pressure, "stalled_share", lambda root: 0.5)
-                monkeypatch.setattr(child, "THRASHING_S", 2.0)
+                monkeypatch.setattr(child, "THRASHING_S", 1.0)
             else:
-                monkeypatch.setattr(child, "SILENT_S", 2.0)
+                monkeypatch.setattr(child, "SILENT_S", 1.0)
             fault = coordinator.wait_for(Fault)
             monkeypatch.undo()
             assert (fault.round, fault.code) == (4, "trainer")
             assert fault.detail == (
-                "the training process said nothing for 2 s"
+                "the training process said nothing for 1 s"
                 f"{', as memory was too short to get on,' * is_thrashing} and was ended by signal 9"
             )
             wait_told(told, "STATUS=the training process ended; starting another")

@@ -197,6 +197,22 @@ class Watch:
                 self.first = self.last
 
 
+@dataclass(frozen=True)
+class Cell:
+    """What a system has to move. rounds: with the one that warms up; folder: of its files."""
+
+    system: str
+    megabytes: int
+    clients: int
+    rounds: int
+    folder: Path
+
+    @property
+    def marks(self) -> Path:
+        """The pipe that its server writes to."""
+        return self.folder / "marks"
+
+
 def run_cell(system: str, megabytes: int, clients: int, rounds: int) -> dict[str, object]:
     models, rest = NEEDS[system]
     needed = (models * megabytes + rest) * clients * 10**6 + LEAST_FREE_BYTES
@@ -207,17 +223,18 @@ def run_cell(system: str, megabytes: int, clients: int, rounds: int) -> dict[str
     keep_orphans()
     is_alone = enter_own_network()
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
-        marks = folder / "marks"
-        os.mkfifo(marks)
-        pipe = stack.enter_context(os.fdopen(os.open(marks, os.O_RDWR | os.O_NONBLOCK), "rb", 0))
+        cell = Cell(system, megabytes, clients, rounds + 1, Path(name))
+        os.mkfifo(cell.marks)
+        marks = os.open(cell.marks, os.O_RDWR | os.O_NONBLOCK)
+        pipe = stack.enter_context(os.fdopen(marks, "rb", 0))
         start = {"flower-grpc": start_grpc, "flower-superlink": start_superlink}
-        watch = start.get(system, start_ours)(stack, folder, system, megabytes, clients, rounds + 1)
+        watch = start.get(system, start_ours)(stack, cell)
         try:
-            follow(watch, pipe, rounds + 1)
+            follow(watch, pipe, cell.rounds)
         except CellError:
-            if (folder / "log").exists():  # what its programs said, for whoever looks for the cause
-                print((folder / "log").read_text()[-4000:], file=sys.stderr)
+            log = cell.folder / "log"
+            if log.exists():  # what its programs said, for whoever looks for the cause
+                print(log.read_text()[-4000:], file=sys.stderr)
             raise
     server_cpu, clients_cpu, lo_bytes = (
         (last - first) / rounds for first, last in zip(watch.first, watch.last, strict=True)
@@ -260,21 +277,15 @@ def follow(watch: Watch, pipe: IO[bytes], rounds: int) -> None:
                 return
 
 
-def start_ours(
-    stack: contextlib.ExitStack,
-    folder: Path,
-    system: str,
-    megabytes: int,
-    clients: int,
-    rounds: int,
-) -> Watch:
+def start_ours(stack: contextlib.ExitStack, cell: Cell) -> Watch:
     keys = "-"
-    if system == "curve":
-        bench_wire.make_client_list(folder, clients)
-        keys = str(folder)
-    module = [sys.executable, "-m", "tools.bench_peer", "--serve", str(megabytes), str(clients)]
+    if cell.system == "curve":
+        bench_wire.make_client_list(cell.folder, cell.clients)
+        keys = str(cell.folder)
+    module = [sys.executable, "-m", "tools.bench_peer", "--serve"]
+    figures = [str(cell.megabytes), str(cell.clients), str(cell.rounds - 1)]
     server = stack.enter_context(
-        started([*module, str(rounds - 1), keys, str(folder / "marks")], stdout=subprocess.PIPE)
+        started([*module, *figures, keys, str(cell.marks)], stdout=subprocess.PIPE)
     )
     assert server.stdout is not None
     endpoint = server.stdout.readline().decode().strip()
@@ -283,7 +294,7 @@ def start_ours(
         Tree(server.pid),
         [
             Tree(stack.enter_context(started([*client, f"c{number}", endpoint, keys])).pid)
-            for number in range(clients)
+            for number in range(cell.clients)
         ],
     )
 
@@ -298,46 +309,32 @@ def serve(megabytes: str, clients: str, rounds: str, keys: str, marks: str) -> i
     return bench_wire.serve(int(megabytes), int(clients), int(rounds), keys, mark)
 
 
-def start_grpc(
-    stack: contextlib.ExitStack,
-    folder: Path,
-    system: str,
-    megabytes: int,
-    clients: int,
-    rounds: int,
-) -> Watch:
+def start_grpc(stack: contextlib.ExitStack, cell: Cell) -> Watch:
     program = [str(VENV / "bin" / "python"), str(ROOT / "tools" / "peer_flower.py")]
     address = f"127.0.0.1:{free_ports(1)[0]}"
-    environment = flower_environment(folder)
-    figures = [str(megabytes), str(clients), str(rounds), str(folder / "marks")]
-    log = stack.enter_context((folder / "log").open("wb"))
+    environment = flower_environment(cell.folder)
+    figures = [str(cell.megabytes), str(cell.clients), str(cell.rounds), str(cell.marks)]
+    log = stack.enter_context((cell.folder / "log").open("wb"))
     server = stack.enter_context(
         started([*program, "server", address, *figures], env=environment, stderr=log, stdout=log)
     )
     wait_for_port(address)  # its client ends when nobody listens yet
     trees = []
-    for number in range(clients):
+    for number in range(cell.clients):
         command = [*program, "client", address, str(number)]
         one = stack.enter_context(started(command, env=environment, stderr=log, stdout=log))
         trees.append(Tree(one.pid))
     return Watch(Tree(server.pid), trees)
 
 
-def start_superlink(
-    stack: contextlib.ExitStack,
-    folder: Path,
-    system: str,
-    megabytes: int,
-    clients: int,
-    rounds: int,
-) -> Watch:
-    port, *ports = free_ports(clients + 1)
-    log = stack.enter_context((folder / "log").open("wb"))
-    environment = flower_environment(folder)
-    (folder / "config.toml").write_text(
+def start_superlink(stack: contextlib.ExitStack, cell: Cell) -> Watch:
+    port, *ports = free_ports(cell.clients + 1)
+    log = stack.enter_context((cell.folder / "log").open("wb"))
+    environment = flower_environment(cell.folder)
+    (cell.folder / "config.toml").write_text(
         f'[superlink.peer]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    environment["FLWR_HOME"] = str(folder)
+    environment["FLWR_HOME"] = str(cell.folder)
     command = [
         "flower-superlink", "--insecure", "--port", str(port),
         "--disable-runtime-dependency-installation",
@@ -351,8 +348,11 @@ def start_superlink(
         ]  # fmt: skip
         one = stack.enter_context(started(command, env=environment, stderr=log, stdout=log))
         trees.append(Tree(one.pid))
-    app = shutil.copytree(APP, folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
-    config = f"megabytes={megabytes} clients={clients} rounds={rounds} marks='{folder / 'marks'}'"
+    app = shutil.copytree(APP, cell.folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
+    config = (
+        f"megabytes={cell.megabytes} clients={cell.clients} rounds={cell.rounds} "
+        f"marks='{cell.marks}'"
+    )
     submit(["flwr", "run", str(app), "peer", "--run-config", config], environment)
     return Watch(Tree(server.pid), trees)
 

@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -63,6 +65,26 @@ def world(arm) -> Iterator[World]:
     folder.mkdir()
     with World(folder) as world:
         yield world
+
+
+@pytest.fixture(scope="module")
+def trained(arm, world) -> dict[str, Any]:
+    """What a job gives on the emulated device, which is calibrated from then on."""
+    write_job(arm.session / "emulated", world)
+    words = (PROGRAMS, "train", "/srv/session/emulated")
+    return json.loads(arm.run(PYTHON, *words, torch=True, timeout_s=PATIENCE_S))
+
+
+def write_job(folder: Path, world: World) -> None:
+    """A shard and the tensors that its training starts from."""
+    folder.mkdir()
+    save_shard(folder / "shard.npz", world.shards["a"])
+    np.savez(folder / "start.npz", **start_tensors())
+
+
+def start_tensors() -> dict[str, np.ndarray]:
+    initial = initial_tensors(arm64_programs.SPEC, 0)
+    return {name: tensor.numpy() for name, tensor in initial.items()}
 
 
 def test_pip_takes_the_wheel_and_the_torch_that_is_there(arm):
@@ -122,25 +144,17 @@ def test_parts_there_and_back_encrypted(arm, world):
     assert [returned[index] == part for index, part in enumerate(parts)] == [True] * 4
 
 
-def test_a_job_gives_the_losses_and_weights_that_it_gives_here(arm, world):
-    initial = initial_tensors(arm64_programs.SPEC, 0)
-    tensors = {name: tensor.numpy() for name, tensor in initial.items()}
-    for place in ("emulated", "native"):
-        folder = arm.session / place
-        folder.mkdir()
-        save_shard(folder / "shard.npz", world.shards["a"])
-        np.savez(folder / "start.npz", **tensors)
-    words = (PROGRAMS, "train", "/srv/session/emulated")
-    found = json.loads(arm.run(PYTHON, *words, torch=True, timeout_s=PATIENCE_S))
+def test_a_job_gives_the_losses_and_weights_that_it_gives_here(arm, world, trained):
+    write_job(arm.session / "native", world)
     native = arm64_programs.train_step(arm.session / "native")
-    assert (found["machine"], found["torch"].partition("+")[0]) == (
+    assert (trained["machine"], trained["torch"].partition("+")[0]) == (
         "aarch64", TORCH[0].partition("==")[2]
     )  # fmt: skip
-    assert found["num_steps"] == native["num_steps"]
-    assert len(found["losses"]) == 3  # one for each exit
-    assert all(map(math.isfinite, found["losses"]))
-    assert found["losses"] == pytest.approx(native["losses"], rel=1e-4)
-    assert min(found["gflops"], found["layer_s"]) > 0
+    assert trained["num_steps"] == native["num_steps"]
+    assert len(trained["losses"]) == 3  # one for each exit
+    assert all(map(math.isfinite, trained["losses"]))
+    assert trained["losses"] == pytest.approx(native["losses"], rel=1e-4)
+    tensors = start_tensors()
     with (
         np.load(arm.session / "emulated/trained.npz") as ours,
         np.load(arm.session / "native/trained.npz") as theirs,
@@ -173,7 +187,9 @@ def test_inference_answers_as_here(arm, world):
     np.testing.assert_allclose(confidences, here.confidence, rtol=0, atol=1e-5)
 
 
-def test_two_devices_and_a_coordinator_train_a_round(arm, world):
+def test_two_devices_and_a_coordinator_train_a_round(arm, world, trained):
+    calibration = arm.session / ".cache" / "edge-sdk" / "calibration.json"
+    made = json.loads(calibration.read_text())
     coordinator = world.serve("--rounds", "1", "--option", "channels=4,6,8")
     devices = []
     for name in world.shards:
@@ -191,7 +207,12 @@ def test_two_devices_and_a_coordinator_train_a_round(arm, world):
     assert world.outcomes("a") == world.outcomes("b") == {1: "ok"}
     profiles = [json.loads(text) for (text,) in world.rows("SELECT profile FROM clients")]
     assert [profile["machine"] for profile in profiles] == ["aarch64"] * 2
-    assert all(profile["gflops"] > 0 and not profile["is_emulated"] for profile in profiles)
+    assert all(min(profile["gflops"], profile["layer_s"]) > 0 for profile in profiles)
+    assert not any(profile["is_emulated"] for profile in profiles)
+    assert (made["allowance"], made["scratch_bytes"]) == (
+        trained["allowance"], trained["scratch_bytes"]
+    )  # fmt: skip
+    assert json.loads(calibration.read_text()) == made, "the devices made another"
     (accuracy,) = world.rows("SELECT value FROM metrics WHERE name = 'accuracy_exit_3'")
     assert 0 <= accuracy[0] <= 1
     assert all("update accepted" in device.text() for device in devices)

@@ -73,7 +73,7 @@ class Service:
         """Install again and start anew, with a drop-in of these lines in [Service]."""
         folder = self.machine.path(f"{UNIT}.d")
         folder.mkdir(exist_ok=True)
-        quick = ("RestartSec=1s", "WatchdogSec=15s", "Environment=OMP_NUM_THREADS=1")
+        quick = ("RestartSec=1s", "WatchdogSec=10s", "Environment=OMP_NUM_THREADS=1")
         (folder / "test.conf").write_text("\n".join(["[Service]", *quick, *lines, ""]))
         self.machine.run("systemctl", "stop", "edge-sdk")
         self.forget()
@@ -191,7 +191,7 @@ def test_an_agent_that_is_stuck_is_ended_by_the_watchdog(service):
     before = service.restarts()
     service.kill(signal.SIGSTOP)
     service.wait_restarted(before)
-    assert "Watchdog timeout (limit 15s)!" in service.journal()
+    assert "Watchdog timeout (limit 10s)!" in service.journal()
 
 
 def test_a_trainer_that_is_stuck_in_a_job_starves_the_watchdog(service):
@@ -216,7 +216,7 @@ def test_a_trainer_that_is_stuck_in_a_job_starves_the_watchdog(service):
         assert service.restarts() == before
         trainer.suspend()
         service.wait_restarted(before)
-        assert "Watchdog timeout (limit 15s)!" in service.journal()
+        assert "Watchdog timeout (limit 10s)!" in service.journal()
         assert not trainer.is_running()
         service.wait_doing(r"round \d+: [1-9]\d* batches done")
     except AssertionError as error:
