@@ -382,7 +382,7 @@ class Desk:
             self._fault(seat.name, "late", "the round was closed without this update", seat.round)
             self._end(seat, counts=False)
         elif seat.times_given == MOST_GIVEN:
-            detail = f"the device did not keep its job {MOST_GIVEN} times"
+            detail = f"the device restarted {MOST_GIVEN} times during its job, or lost it"
             self._absent(seat, "failed", "restarted", detail)
         else:
             self.credit.drop(seat.name)
