@@ -277,7 +277,8 @@ class Agent:
         elif isinstance(message, Progress):
             state.batches = message.batches
         elif isinstance(message, Update):
-            self._tell(events.trained(message))
+            if not state.is_trained:  # else it is announced once more, on a new connection
+                self._tell(events.trained(message))
             self._link.send(state.finish(message))
         elif isinstance(message, Part):
             self._link.send(message, payload)

@@ -157,6 +157,13 @@ def test_part_of_wrong_size_ends_the_job(settled):
     coordinator.expect(Ready)
 
 
+def test_end_of_a_job_that_never_came_is_answered_with_what_it_can_do(settled):
+    """The coordinator takes a device that has a job, or had, for one that is not ready."""
+    coordinator, _ = settled
+    coordinator.send(Fault(code="late", detail="the round is over", round=7))
+    assert coordinator.expect(Ready).exit == 3
+
+
 def test_frame_that_is_no_message(settled):
     coordinator, _ = settled
     coordinator.hub.socket.send_multipart([coordinator.route, b"\xc1"])

@@ -175,6 +175,31 @@ def test_upload_that_waited_for_the_caller_has_not_stalled(coordinator, devices,
     assert_only_these_count(round.result(WAIT_S), good, slow)
 
 
+def test_quarter_of_an_hour_with_the_caller_is_nobodys_silence(coordinator, devices):
+    """As the clocks have it: a device that says nothing stays, and its upload has not stalled."""
+
+    def be_away() -> None:
+        cohort, away_s = coordinator._cohort, 900.0
+        for device in cohort.devices.all.values():
+            device.seen -= away_s
+        for seat in cohort.desk.seats.values():
+            seat.moved -= away_s
+        cohort._listened -= away_s
+        cohort._looked -= away_s
+
+    good, slow = devices
+    round = coordinator.train(work(*BOTH), pause=be_away)
+    slow.take_job()
+    slow.announce()
+    good.finish()
+    coordinator.arrived.get(timeout=WAIT_S)
+    good.ping(0)
+    good.ping(0)  # now it has looked after everybody
+    slow.send_parts([0])
+    slow.expect(Accepted)  # not asked again
+    assert_only_these_count(round.result(WAIT_S), good, slow)
+
+
 def test_straggler_with_quorum_met(make_coordinator):
     coordinator = make_coordinator(*BOTH, quorum=0.5, grace_s=0.1)
     good, bad = coordinator.gather()
