@@ -82,7 +82,10 @@ def pair_of(line: InvitationLine) -> KeyPair:
 
 
 def new_key() -> str:
-    return zmq.curve_keypair()[0].decode()
+    """Public, of nobody; no flag for a command line, as make_keys has it."""
+    while (key := zmq.curve_keypair()[0].decode()).startswith("-"):
+        pass
+    return key
 
 
 def only_invitation(gate: Gate) -> Invitation:
