@@ -1,112 +1,33 @@
-"""A desk without a network: what is sent is written down, what devices say is put in by hand."""
+"""What the desk says to devices, and what it takes from them."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from typing import Any
 
 import pytest
-import torch
-from msgspec.structs import replace
 
-from coordinator.cohort import Absence, Assignment, ClientUpdate
+from coordinator.cohort import Absence
 from coordinator.credit import Credit
-from coordinator.desk import MOST_GIVEN, MOST_STALLS, RESEND_S, Desk
-from coordinator.spool import Spool
+from coordinator.desk import MOST_GIVEN, MOST_STALLS, RESEND_S
 from edge_sdk.errors import StoreError
-from edge_sdk.tensors import Sender, Tensors, specs_of
 from edge_sdk.wire import (
     PART_BYTES,
     Accepted,
-    ExitResult,
     Fault,
     Fetch,
     Job,
     Part,
-    Phase,
-    Plan,
     Ready,
-    Segment,
-    Update,
 )
-from tests.helpers import client, cnn
+from tests.desk_room import PARTS, Room, assert_is_the_update
 from tests.scripted import floats
-
-PLAN = Plan(segments=(Segment(first=2, last=2),))
-PARTS = 3
-
-
-class Room:
-    """A desk and what it said. trained: what every device returns, PARTS parts."""
-
-    def __init__(self, folder: Any, **options: Any) -> None:
-        self.said: list[tuple[str, Any]] = []
-        self.unreachable: set[str] = set()
-        credit = options.pop("credit", None) or Credit()
-        self.desk = Desk("a run", Spool(folder), credit, self._send, **options)
-        self.trained = {"stages.1.0.weight": floats(PARTS * PART_BYTES // 4 - 2, start=1.0)}
-
-    def _send(self, name: str, message: Any, payload: Any) -> bool:
-        if name in self.unreachable:
-            return False
-        self.said.append((name, message))
-        return True
-
-    def assignment(self, plan: Plan = PLAN) -> Assignment:
-        down = {"stages.0.0.weight": floats(4)}
-        down |= {name: torch.zeros_like(tensor) for name, tensor in self.trained.items()}
-        return Assignment(cnn(2), plan, down, specs_of(self.trained))
-
-    def give(self, name: str = "a", round: int = 1, plan: Plan = PLAN) -> None:
-        known = dataclasses.replace(client(name, 3), num_examples=10)
-        self.desk.give(known, self.assignment(plan), round, 0.0)
-
-    def to(self, name: str, kind: type) -> list[Any]:
-        return [m for who, m in self.said if who == name and isinstance(m, kind)]
-
-    def job(self, name: str = "a") -> Job:
-        return self.to(name, Job)[-1]
-
-    def update(self, job: Job, tensors: Tensors | None = None) -> Update:
-        tensors = self.trained if tensors is None else tensors
-        return Update(
-            job=job.id,
-            digest=Sender(tensors).digest(),
-            round=job.round,
-            num_examples=10,
-            num_steps=1,
-            exits=(ExitResult(exit=2, loss=0.5, accuracy=0.5),),
-            phases={"train": Phase(wall_s=1.0)},
-            peak_memory_bytes=0,
-            tensors=specs_of(tensors),
-        )
-
-    def parts(self, indices: Any, name: str = "a", tensors: Tensors | None = None) -> None:
-        sender = Sender(self.trained if tensors is None else tensors)
-        round = self.desk.seats[name].round
-        for index in indices:
-            self.desk.on_message(name, Part(round=round, index=index), sender.part(index))
-
-    def announce(self, name: str = "a", tensors: Tensors | None = None) -> None:
-        self.desk.on_message(name, self.update(self.job(name), tensors), None)
-
-    def finish(self, name: str = "a") -> None:
-        self.announce(name)
-        self.parts(range(PARTS), name)
 
 
 @pytest.fixture
 def room(tmp_path):
     return Room(tmp_path)
-
-
-def assert_is_the_update(room: Room, result: Any, staleness_round: int = 1) -> None:
-    assert isinstance(result, ClientUpdate)
-    assert result.round == staleness_round
-    for name, tensor in room.trained.items():
-        assert torch.equal(result.tensors[name], tensor)
 
 
 def test_update_counts_once_however_often_it_is_told(room):
@@ -133,39 +54,6 @@ def test_parts_of_two_trainings_are_not_mixed(room):
     assert not room.desk.finished
     room.parts([0, 1])
     assert_is_the_update(room, room.desk.finished[0])
-
-
-def test_whole_upload_outlives_the_coordinator(tmp_path):
-    before = Room(tmp_path)
-    before.give("a")
-    before.give("b")
-    before.finish("a")
-    before.announce("b")
-    before.parts([0, 1], "b")
-    after = Room(tmp_path)  # nothing was closed: it was killed
-    after.give("a")
-    after.give("b")
-    (result,) = after.desk.finished
-    assert result.client.id == "a"
-    assert_is_the_update(after, result)
-    assert not after.to("a", Job)
-    after.desk.on_return("a", 1, before.job("a").id)  # which never heard that it counts
-    assert after.to("a", Accepted)
-    # b goes on with the job that it has in hand
-    after.desk.on_return("b", 1, before.job("b").id)
-    assert after.job("b") == before.job("b")
-    after.finish("b")
-    assert [r.client.id for r in after.desk.finished] == ["a", "b"]
-
-
-def test_upload_of_another_job_is_not_taken_from_the_spool(tmp_path):
-    before = Room(tmp_path)
-    before.give()
-    before.finish()
-    after = Room(tmp_path)
-    after.give(plan=replace(PLAN, seed=1))
-    assert not after.desk.finished
-    assert after.to("a", Job)
 
 
 def test_late_update_is_taken_after_its_round(room):
@@ -334,33 +222,6 @@ def test_budget_bounds_what_is_under_way(tmp_path):
     assert room.desk.credit.bytes_under_way == 2 * PART_BYTES
 
 
-def test_late_update_outlives_the_coordinator_too(tmp_path):
-    before = Room(tmp_path)
-    before.give("a")
-    before.desk.close(1)
-    before.finish("a")
-    after = Room(tmp_path)
-    after.desk.resume(2)
-    (result,) = after.desk.finished
-    assert_is_the_update(after, result)
-    began = before.assignment().tensors
-    assert torch.equal(result.sent["stages.1.0.weight"], began["stages.1.0.weight"])
-    after.desk.clear_spool(2)  # it is still wanted
-    assert torch.equal(result.tensors["stages.1.0.weight"], after.trained["stages.1.0.weight"])
-
-
-def test_late_update_of_a_committed_round_is_not_counted_again(tmp_path):
-    before = Room(tmp_path)
-    before.give("a")
-    before.desk.close(1)
-    before.finish("a")
-    after = Room(tmp_path, was_counted=lambda job: job == before.job("a").id)
-    after.desk.resume(3)
-    assert not after.desk.finished
-    after.desk.on_return("a", 1, before.job("a").id)
-    assert after.to("a", Accepted)
-
-
 def test_time_in_which_nobody_listens_is_nobodys(room):
     room.give()
     room.announce()
@@ -396,68 +257,6 @@ def test_fetch_that_meets_a_full_queue_is_sent_later(room):
     assert room.to("a", Fetch)
     room.parts(range(PARTS))
     assert_is_the_update(room, room.desk.finished[0])
-
-
-def test_update_that_outlives_its_round_outlives_the_coordinator_too(tmp_path):
-    """Asynchronous: nobody has closed its round, and nobody gives its job again."""
-    before = Room(tmp_path)
-    before.give("a", round=1)
-    before.desk.leave_open()
-    before.finish("a")
-    assert before.to("a", Accepted)
-    after = Room(tmp_path)
-    after.desk.resume(2)
-    (result,) = after.desk.finished
-    assert_is_the_update(after, result)
-    assert not result.sent["stages.1.0.weight"].any()
-
-
-@pytest.mark.parametrize("is_late", [True, False], ids=["late", "asynchronous"])
-def test_job_in_hand_outlives_the_coordinator(tmp_path, is_late):
-    """A device that was late, or goes on beyond its round, has its update ready only after the
-    coordinator was killed: it counts."""
-    before = Room(tmp_path)
-    before.give("a")
-    before.desk.close(1) if is_late else before.desk.leave_open()
-    before.announce("a")
-    before.parts([0], "a")  # the rest is lost
-    job = before.job("a")
-    after = Room(tmp_path)
-    after.desk.resume(2)
-    after.desk.expire(1)
-    after.desk.clear_spool(2)
-    assert after.desk.num_open == (not is_late)
-    after.desk.on_return("a", 1, job.id)
-    assert not after.to("a", Fault)
-    after.desk.on_message("a", after.update(job), None)
-    after.parts(range(PARTS))
-    (result,) = after.desk.finished
-    assert_is_the_update(after, result)
-    assert torch.equal(result.sent["stages.0.0.weight"], floats(4))
-    assert after.to("a", Accepted)
-
-
-def test_late_job_whose_download_was_cut_goes_on_after_a_restart(tmp_path):
-    before = Room(tmp_path)
-    before.give("a")
-    before.desk.close(1)
-    after = Room(tmp_path)
-    after.desk.resume(2)
-    after.desk.on_return("a", 1, before.job("a").id)
-    after.desk.on_message("a", Fetch(round=1, have=1, first=1, count=PARTS), None)
-    assert [part.index for part in after.to("a", Part)] == list(range(1, PARTS + 1))
-
-
-def test_late_job_that_is_too_old_after_a_restart_is_given_up(tmp_path):
-    before = Room(tmp_path)
-    before.give("a")
-    before.desk.close(1)
-    after = Room(tmp_path)
-    after.desk.resume(4)
-    after.desk.expire(2)
-    assert [fault.code for fault in after.to("a", Fault)] == ["late"]
-    assert not after.desk.seats
-    assert not list(tmp_path.iterdir())
 
 
 def test_job_that_meets_a_full_queue_is_given_again(room):
@@ -517,18 +316,3 @@ def test_end_of_a_job_that_met_a_full_queue_is_said_again(room, counts):
     room.desk.on_heartbeat("a", 1)
     assert bool(room.to("a", Accepted)) == counts
     assert [fault.round for fault in room.to("a", Fault)] == [] if counts else [1]
-
-
-def test_asynchronous_job_whose_device_has_gone_is_late_after_a_restart_too(tmp_path):
-    before = Room(tmp_path)
-    before.give("a")
-    before.desk.leave_open()
-    before.desk.on_gone("a", "gone", "its link broke")
-    job = before.job("a")
-    after = Room(tmp_path)
-    after.desk.resume(2)
-    assert after.desk.num_open == 0, "nobody waits for it twice"
-    after.desk.on_return("a", 1, job.id)
-    after.desk.on_message("a", after.update(job), None)
-    after.parts(range(PARTS))
-    assert_is_the_update(after, after.desk.finished[0])
