@@ -11,6 +11,6 @@ PAUSE_S = 0.5
 
 if __name__ == "__main__":
     transport.RECONNECT_MAX_MS = int(1000 * PAUSE_S)
-    agent.HELLO_S = agent_state.HELLO_MAX_S = PAUSE_S
+    agent_state.HELLO_S = agent_state.HELLO_MAX_S = PAUSE_S
     agent.State = partial(agent_state.State, hello_pause_s=PAUSE_S)
     sys.exit(main())
