@@ -11,18 +11,18 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohort_status import cohort_state, folder_bytes
 from coordinator.credit import Credit
-from coordinator.defaults import BUDGET_BYTES
 from coordinator.desk import Desk
 from coordinator.devices import SILENCE_S, Device, Devices
 from coordinator.hub import Hub, Received
 from coordinator.spool import Spool
 from coordinator.status import CohortState
 from coordinator.tally import Tally
+from coordinator.terms import Terms
 from edge_sdk.errors import QuorumError
 from edge_sdk.logs import event
 from edge_sdk.transport import Payload
@@ -33,9 +33,7 @@ from edge_sdk.wire import (
     Fetch,
     Heartbeat,
     Hello,
-    ModelSpec,
     Part,
-    Plan,
     Ready,
     Update,
     Welcome,
@@ -53,30 +51,6 @@ MOST_REST_S = 15.0  # between two tries of a round
 
 class Stopped(Exception):
     """The run was asked to stop; the round in progress is not final."""
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What every device is told, and when a round may close: see RunConfig. oldest: rounds after
-    which a late update is not taken any more, 0: none is. give_up_after_s: how long nothing may
-    change while there are too few devices, 0: without end."""
-
-    run: str
-    model: ModelSpec
-    plan: Plan
-    deadline_s: float
-    grace_s: float
-    quorum: float
-    min_clients: int
-    min_updates: int = 1
-    is_async: bool = False
-    oldest: int = 0
-    give_up_after_s: float = 0.0
-    budget_bytes: int = BUDGET_BYTES
-
-    def needed(self, chosen: int) -> int:
-        """Updates that a round of so many participants needs."""
-        return max(1, math.ceil(self.quorum * chosen), min(self.min_updates, chosen))
 
 
 class ZmqCohort:
@@ -123,7 +97,8 @@ class ZmqCohort:
         self.desk.resume(next_round)
         self._expected: dict[str, Client] = {}
         self._num_chosen = 0  # of a resumed round
-        self._is_assembled = next_round > 1
+        self._is_assembled = False
+        self._assembles_until = time.monotonic() + SILENCE_S if next_round > 1 else math.inf
         self._round = 0
         self._asked: set[str] = set()  # participants of this round; who of them has returned
         self._returned: set[str] = set()
@@ -140,15 +115,13 @@ class ZmqCohort:
         return sum(not seat.is_late or name in self.devices.all for name, seat in seats.items())
 
     def clients(self) -> Sequence[Client]:
-        """Devices ready for a job. Waits for min_clients before the first round, for a quorum of
-        them before later ones, and says what it waits for. Those that have a late job in hand are
-        there, but not ready. Raises QuorumError."""
-        least = self._terms.min_clients
-        if self._is_assembled:
-            least = max(1, math.ceil(self._terms.quorum * least))
+        """Devices ready for a job. Waits for min_clients before the first round (after a restart no
+        longer than for a silent device), for a quorum of them before later ones, and says what it
+        waits for. Those that have a late job in hand are there, but not ready. Raises QuorumError.
+        """
         self._drain()
         told, most = 0.0, -1
-        while (here := self._num_here()) < least:
+        while (here := self._num_here()) < (least := self._least()):
             if here > most:
                 most, self._progress = here, time.monotonic() if most >= 0 else self._progress
             if time.monotonic() - told > TELL_S:
@@ -271,6 +244,13 @@ class ZmqCohort:
         """Ready, or connected and at work."""
         at_work = self.desk.seats.keys() & self.devices.all.keys()
         return len(self.devices.ready | at_work)
+
+    def _least(self) -> int:
+        """Devices that the next round begins with at least."""
+        all = self._terms.min_clients
+        if not self._is_assembled and time.monotonic() < self._assembles_until:
+            return all
+        return max(1, math.ceil(self._terms.quorum * all))
 
     def _check_progress(self, what: str) -> None:
         limit = self._terms.give_up_after_s

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from coordinator.admission import Admission
 from coordinator.cli_arguments import run_config, whole_numbers
-from coordinator.cohort_zmq import Terms, ZmqCohort
+from coordinator.cohort_zmq import ZmqCohort
 from coordinator.config import checked
 from coordinator.credit import LEAST_BUDGET_BYTES
 from coordinator.exporting import check_export, export_served
@@ -23,6 +23,7 @@ from coordinator.rounds import RoundReport, run_rounds
 from coordinator.running import open_store, pick_device, print_round, stop_signals
 from coordinator.spool import Spool
 from coordinator.store import SPOOL, Store
+from coordinator.terms import Terms
 from edge_sdk import logs
 from edge_sdk.cli_flags import checked_endpoint
 from edge_sdk.data import Examples, load

@@ -16,6 +16,7 @@ from coordinator.invitations import Invitation, read_invitations, write_invitati
 from edge_sdk.invitation import InvitationLine
 from edge_sdk.keys import KeyPair, make_keys, read_keys
 from edge_sdk.wire import Heartbeat
+from tests.helpers import settle
 from tests.scripted import ANY_PORT, WAIT_S, ScriptedDevice
 
 DAY_S = 24 * 3600.0
@@ -34,6 +35,7 @@ class Gate:
         if not self.clients.exists():
             make_keys(folder, "server")
             self.clients.write_text("# those who may\n")
+            settle(self.clients)
         self.keys = read_keys(folder, "server")
         self.hub = Hub(endpoint, self.keys, Admission(self.clients))
         self.endpoint = self.hub.endpoint

@@ -300,8 +300,12 @@ def test_late_update_that_had_not_arrived_outlives_the_coordinator_too(make_coor
 
 
 @pytest.mark.parametrize("next_round", [1, 2])
-def test_resumed_run_needs_a_quorum_of_its_devices_and_a_new_one_all(make_coordinator, next_round):
-    terms = {"is_insecure": True, "quorum": 0.5, "give_up_after_s": 0.5}
+def test_resumed_run_goes_on_with_a_quorum_a_new_one_needs_all(
+    make_coordinator, next_round, monkeypatch
+):
+    """After it had waited for the others for as long as a device may be silent."""
+    monkeypatch.setattr(cohort_zmq, "SILENCE_S", 0.3)
+    terms = {"is_insecure": True, "quorum": 0.5, "give_up_after_s": 1.0}
     coordinator = make_coordinator(*BOTH, next_round=next_round, **terms)
     waiting = coordinator.clients()
     coordinator.device("good").join()
@@ -309,6 +313,14 @@ def test_resumed_run_needs_a_quorum_of_its_devices_and_a_new_one_all(make_coordi
         assert isinstance(waiting.exception(WAIT_S), QuorumError)
     else:
         assert [client.id for client in waiting.result(WAIT_S)] == ["good"]
+
+
+def test_resumed_run_waits_for_all_at_first(make_coordinator):
+    coordinator = make_coordinator(*BOTH, next_round=2, is_insecure=True, quorum=0.5)
+    waiting = coordinator.clients()
+    coordinator.device("good").join()
+    coordinator.device("bad").join()
+    assert len(waiting.result(WAIT_S)) == 2
 
 
 def test_resumed_round_needs_a_quorum_of_those_who_were_chosen(make_coordinator):
