@@ -42,11 +42,14 @@ class Admission:
         self._by_key: dict[bytes, str] = {}
         self._by_name: dict[str, bytes] = {}
         self._lock = threading.Lock()  # ZeroMQ's authenticator asks from a thread of its own
-        self.reload()
+        self.reload(is_first=True)
 
-    def reload(self) -> None:
-        stamp = stamp_of(self.path)
-        by_key = parse_clients(_read(self.path), str(self.path))
+    def reload(self, *, is_first: bool = False) -> None:
+        """Unless somebody is writing it. Raises ConfigError."""
+        stamp, text = stamp_of(self.path), _read(self.path)
+        if is_being_written(self.path) and not is_first:
+            return
+        by_key = parse_clients(text, str(self.path))
         by_name = {name: key for key, name in by_key.items()}
         with self._lock:
             self._by_key, self._by_name, self._stamp = by_key, by_name, stamp
@@ -157,16 +160,19 @@ def _changing(path: Path) -> Iterator[str]:
     """The list's text, which nobody else changes meanwhile. Raises ConfigError."""
     try:
         with locked(path.parent):
-            give_up = time.monotonic() + MOST_PATIENCE_S
-            while is_being_written(path) and time.monotonic() < give_up:
+            give_up, text = time.monotonic() + MOST_PATIENCE_S, read_list(path)
+            while is_being_written(path):
+                if time.monotonic() > give_up:
+                    raise ConfigError(f"client list {path} is being written by hand; try again")
                 time.sleep(SETTLED_S / 10)
-            yield read_list(path)
+                text = read_list(path)
+            yield text
     except OSError as error:
         raise ConfigError(f"client list {path} cannot be written: {error}") from error
 
 
 def is_being_written(path: Path) -> bool:
-    """By hand, this moment: it may be half there."""
+    """By hand, this moment: what was just read of it may be half."""
     return 0 <= time.time() - stamp_of(path)[0] / 1e9 < SETTLED_S
 
 

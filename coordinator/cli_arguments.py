@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
@@ -37,7 +38,10 @@ def heavy_imports() -> Iterator[None]:
 
     Ctrl-C ends the process at once: nothing has begun that had to be tidied up, and numpy, imported
     by torch, swallows KeyboardInterrupt or makes an ImportError of it."""
-    is_plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    is_plain = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
     if is_plain:
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     try:

@@ -136,6 +136,8 @@ class ZmqCohort:
     def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
         self._expected = {client.id: client for client in clients}
         self._num_chosen = num_chosen
+        if self._expected:  # they had been there before the restart
+            self._assembles_until = min(self._assembles_until, time.monotonic() + SILENCE_S)
 
     def rest(self, tries: int) -> bool:
         """Listen for a while, longer every time. Raises QuorumError."""
@@ -376,5 +378,5 @@ class ZmqCohort:
         if device.ready is None or device.ready.exit != ready.exit:
             extra = event("ready", client=name, exit=ready.exit)
             log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason, extra=extra)
+        self.desk.on_ready(name, ready)  # first: what fails here was before this ready
         self.devices.says_ready(name, ready)
-        self.desk.on_ready(name, ready)

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable
-from weakref import WeakValueDictionary
+from collections.abc import Callable
 
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.credit import Credit, Pace
-from coordinator.seats import MOST_WANTED, Seat, check_update, check_values, counted, make_job
+from coordinator.seats import Seat, Senders, check_update, check_values, counted, make_job
 from coordinator.spool import Arrived, Spool
 from coordinator.tally import Tally
 from coordinator.transfers import Transfers
@@ -61,10 +60,10 @@ class Desk:
         self._was_counted = was_counted
         self._on_absent = on_absent
         self._tally = tally or Tally()
-        self._done: dict[str, tuple[int, str, bool]] = {}  # last round and job; whether it counts
+        self._done: dict[str, tuple[str, bool]] = {}  # last job that ended, and whether it counts
+        self._unheard: dict[str, Accepted | Fault] = {}  # of the end of a job: it met a full queue
         self._paces: dict[str, Pace] = {}
-        # the tensors behind the ids live as long as their sender
-        self._senders: WeakValueDictionary[Hashable, Sender] = WeakValueDictionary()
+        self._senders = Senders()
         self._awaited: set[str] = set()
 
     @property
@@ -86,11 +85,12 @@ class Desk:
         name = client.id
         if name in self.seats:  # a late one: nobody can do two jobs
             self._end(self.seats[name], counts=False)
-        sender = self._sender(assignment)
+        sender = self._senders.of(assignment)
         job = make_job(self._run, client, assignment, sender, round, deadline_s)
         seat = Seat(client, job, assignment, sender, self._paces.setdefault(name, Pace()))
         self.seats[name] = seat
         self._awaited.add(name)
+        self._unheard.pop(name, None)
         if found := self._spool.take(round, name, job.id):
             arrived, tensors = found
             try:
@@ -140,15 +140,18 @@ class Desk:
             if self._was_counted(job.id):
                 continue
             if found := self._spool.take(job.round, client.id, job.id):
-                self._done[client.id] = job.round, job.id, True
+                self._done[client.id] = job.id, True
                 self.finished.append(counted(client, *found, tensors))
                 continue
             assignment = Assignment(job.model, job.plan, tensors, held.returns)
             pace = self._paces.setdefault(client.id, Pace())
             seat = Seat(client, job, assignment, Sender(tensors), pace)
             seat.is_late, seat.outlives = not held.outlives, held.outlives
+            self._spool.holds(held, seat.sender)
             self.seats[client.id] = seat
             self._awaited |= {client.id} if seat.outlives else set()
+        for seat in self.seats.values():  # files may have been large
+            seat.given = time.monotonic()
 
     def clear_spool(self, round: int) -> None:
         """Delete what rounds before this one left, but for what may still count."""
@@ -170,7 +173,7 @@ class Desk:
             self._absent(seat, "failed", message.code, message.detail)
         elif isinstance(message, Fetch):
             if not self.transfers.on_fetch(seat, message):
-                self._fault(name, "protocol", f"more than {MOST_WANTED} ranges at once", 0)
+                self._fault(name, "protocol", "too many ranges of parts at once", 0)
         elif isinstance(message, Update):
             self._on_update(seat, message)
         elif seat.receiver is not None:
@@ -184,8 +187,9 @@ class Desk:
             self.transfers.break_off(seat)
             self.transfers.pump()
             return
-        if job and round and (self._done.get(name) == (round, job, True) or self._was_counted(job)):
-            self._send(name, Accepted(round=round), None)  # the first one was lost
+        self._unheard.pop(name, None)
+        if job and round and (self._done.get(name) == (job, True) or self._was_counted(job)):
+            self._tell(name, Accepted(round=round))  # the first one was lost
         elif job:
             self._fault(name, "round", f"round {round} is over", round)
         if seat is None:
@@ -210,11 +214,11 @@ class Desk:
         """A device that has another job in hand, or none, for a while never got this one. One that
         has it may take now what its queue did not."""
         seat, now = self.seats.get(name), time.monotonic()
+        if message := self._unheard.pop(name, None):
+            self._tell(name, message)
         if seat is None:
-            done_round, _, counts = self._done.get(name, (0, "", False))
-            if round and round == done_round:  # it was told so, and did not hear it
-                self._say_end(name, round, counts=counts)
-        elif round == seat.round or seat.awaits_ready:
+            return
+        if round == seat.round or seat.awaits_ready:
             seat.mismatched_since = None
             self.transfers.ask(seat)
             self.transfers.pump()
@@ -274,12 +278,15 @@ class Desk:
     # -- updates -------------------------------------------------------------------------------
 
     def _on_unwanted(self, name: str, update: Update) -> None:
-        _, job, counts = self._done.get(name, (0, "", False))
-        if update.job == job:  # told twice, counts once
-            self._say_end(name, update.round, counts=counts)
-            return
-        detail = f"no update of round {update.round} is wanted from {name} now"
-        self._fault(name, "round", detail, update.round)
+        job, counts = self._done.get(name, ("", False))
+        if update.job == job and counts:  # told twice, counts once
+            self._tell(name, Accepted(round=update.round))
+        elif update.job == job:
+            detail = f"{name} has failed in this round already"
+            self._fault(name, "round", detail, update.round)
+        else:
+            detail = f"no update of round {update.round} is wanted from {name} now"
+            self._fault(name, "round", detail, update.round)
 
     def _on_update(self, seat: Seat, update: Update) -> None:
         if update.job != seat.job.id:  # of a job that another state of this run gave
@@ -324,7 +331,7 @@ class Desk:
         extra = event("update_accepted", client=seat.name, round=seat.round)
         log.info("round %d: the update of %s counts", seat.round, seat.name, extra=extra)
         self._end(seat, counts=True)
-        self._send(seat.name, Accepted(round=seat.round), None)
+        self._tell(seat.name, Accepted(round=seat.round))
         self.finished.append(update)
 
     def _refuse(self, seat: Seat, error: EdgeError) -> None:
@@ -365,16 +372,9 @@ class Desk:
         self._tally.moved(seat.name, seat.bytes_down, seat.bytes_up)
         self._awaited.discard(seat.name)
         self.credit.drop(seat.name)
-        self._done[seat.name] = seat.round, seat.job.id, counts
+        self._done[seat.name] = seat.job.id, counts
         if not counts:
             self._spool.forget(seat.round, seat.name)
-
-    def _sender(self, assignment: Assignment) -> Sender:
-        """One for all that get the same tensors."""
-        key = tuple((name, id(tensor)) for name, tensor in assignment.tensors.items())
-        if (sender := self._senders.get(key)) is None:
-            self._senders[key] = sender = Sender(assignment.tensors, is_shared=True)
-        return sender
 
     def _give_again(self, seat: Seat) -> None:
         """It has lost its job, or never got it."""
@@ -383,18 +383,17 @@ class Desk:
             self._end(seat, counts=False)
         elif seat.times_given == MOST_GIVEN:
             detail = f"the device restarted {MOST_GIVEN} times during its job, or lost it"
+            self._fault(seat.name, "restarted", detail, seat.round)
             self._absent(seat, "failed", "restarted", detail)
         else:
             self.credit.drop(seat.name)
             seat.given_again()
             self._send(seat.name, seat.job, None)
 
-    def _say_end(self, name: str, round: int, *, counts: bool) -> None:
-        """Once more: the device has not heard it."""
-        if counts:
-            self._send(name, Accepted(round=round), None)
-        else:
-            self._fault(name, "round", f"{name} has failed in this round already", round)
-
     def _fault(self, name: str, code: str, detail: str, round: int) -> None:
-        self._send(name, Fault(code=code, detail=detail, round=round), None)
+        self._tell(name, Fault(code=code, detail=detail, round=round))
+
+    def _tell(self, name: str, message: Accepted | Fault) -> None:
+        """A job of the device has ended: it hears so now, or when it is heard of."""
+        if not self._send(name, message, None):
+            self._unheard[name] = message

@@ -42,12 +42,13 @@ def answer(admission: Admission, sender: bytes, join: Join) -> Joined | Fault | 
     try:
         key = _checked(join)
         with locked(admission.path.parent, is_patient=False):
+            text = read_list(admission.path)
             if is_being_written(admission.path):
                 return None
             if name := admission.name_of(sender):
-                _rotate(admission, name, sender, join, key)
+                _rotate(admission, text, name, sender, join, key)
             else:
-                _admit(admission, sender, join, key)
+                _admit(admission, text, sender, join, key)
     except BlockingIOError:
         return None
     except _Refusal as refusal:
@@ -67,11 +68,10 @@ def _checked(join: Join) -> bytes:
         raise _Refusal(str(error)) from error
 
 
-def _admit(admission: Admission, sender: bytes, join: Join, key: bytes) -> None:
-    """By invitation. Raises _Refusal, ConfigError, OSError."""
+def _admit(admission: Admission, text: str, sender: bytes, join: Join, key: bytes) -> None:
+    """By invitation. text: of the list. Raises _Refusal, ConfigError, OSError."""
     path = admission.invitations.path
     invitation = _usable(read_invitations(path), sender, join)
-    text = read_list(admission.path)
     clients = parse_clients(text, str(admission.path))
     if clients.get(key) == join.client_id:
         if not invitation.is_done:
@@ -105,13 +105,14 @@ def _usable(invitations: list[Invitation], sender: bytes, join: Join) -> Invitat
     return invitation
 
 
-def _rotate(admission: Admission, name: str, sender: bytes, join: Join, key: bytes) -> None:
-    """A client's own new key. Raises _Refusal, ConfigError, OSError."""
+def _rotate(
+    admission: Admission, text: str, name: str, sender: bytes, join: Join, key: bytes
+) -> None:
+    """A client's own new key. text: of the list. Raises _Refusal, ConfigError, OSError."""
     if join.client_id != name:
         raise _Refusal(f"this key is that of {name!r}, join says {join.client_id!r}")
     if key == sender:
         return  # the new key itself asks whether it is in force
-    text = read_list(admission.path)
     clients = parse_clients(text, str(admission.path))
     if clients.get(sender) != name:
         raise _Refusal("this device is not admitted any more")

@@ -6,7 +6,9 @@ import hashlib
 import math
 import time
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -128,6 +130,20 @@ class Seat:
         return ready.exit >= prefix and all(
             stage <= ready.exit or stage in ready.stages for stage in alone
         )
+
+
+class Senders:
+    """One for all jobs that send the same tensors."""
+
+    def __init__(self) -> None:
+        # the tensors behind the ids live as long as their sender
+        self._by_tensors: WeakValueDictionary[Hashable, Sender] = WeakValueDictionary()
+
+    def of(self, assignment: Assignment) -> Sender:
+        key = tuple((name, id(tensor)) for name, tensor in assignment.tensors.items())
+        if (sender := self._by_tensors.get(key)) is None:
+            self._by_tensors[key] = sender = Sender(assignment.tensors, is_shared=True)
+        return sender
 
 
 def make_job(

@@ -138,6 +138,11 @@ class Spool:
         held = Held(client=client, job=job, returns=returns, base=digest, outlives=outlives)
         _put(base.with_suffix(".seat"), held)
 
+    def holds(self, held: Held, sender: Sender) -> None:
+        """Already, as one found by `held`. sender: of what it began from."""
+        self._digests[sender] = held.base
+        self._bases[sender] = self._path(held.job.round, held.client.id, "base")
+
     def take(self, round: int, client: str, job: str) -> tuple[Arrived, Tensors] | None:
         """A whole update of this very job from before the coordinator was killed."""
         found = self._read(self._path(round, client, "json"))
@@ -146,13 +151,17 @@ class Spool:
     def held(self, round: int) -> Iterator[tuple[Held, Tensors]]:
         """Jobs of rounds before this one that are still in hand or whose updates are here, oldest
         first, and what each began from."""
+        checked: set[tuple[int, str]] = set()  # inode and digest of those that are shared
         for path in sorted(self.folder.glob("*.seat")):
             if path.name >= f"{round:010d}":
                 continue
             base = path.with_suffix(".base")
             try:
                 held = msgspec.json.decode(path.read_bytes(), type=Held)
-                yield held, _stream(base, held.job.tensors, held.base)
+                key = base.stat().st_ino, held.base
+                tensors = _stream(base, held.job.tensors, "" if key in checked else held.base)
+                checked.add(key)
+                yield held, tensors
             except (OSError, RuntimeError, EdgeError, msgspec.MsgspecError) as error:
                 log.warning("%s is left out, and its update: %s", path, error)
 
@@ -210,12 +219,13 @@ def _put(path: Path, what: Struct) -> None:
 
 
 def _stream(path: Path, specs: tuple[TensorSpec, ...], digest: str) -> Tensors:
-    """The tensors in this file. Raises OSError: they are not there; RuntimeError, ProtocolError."""
+    """The tensors in this file. digest "": of a file that was checked before. Raises OSError: they
+    are not there; RuntimeError, ProtocolError."""
     size = layout(specs)[1]
     if path.stat().st_size != size:
         raise OSError(f"{path} is not of {size} bytes")
     with path.open("rb") as file:
-        if digest_of(iter(lambda: file.read(PART_BYTES), b"")) != digest:
+        if digest and digest_of(iter(lambda: file.read(PART_BYTES), b"")) != digest:
             raise OSError(f"{path} is damaged")
     return views(specs, _mapped(path, size) if size else torch.empty(0, dtype=torch.uint8))
 

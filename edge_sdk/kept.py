@@ -65,7 +65,7 @@ class Kept:
             found = msgspec.json.decode(about.read_bytes(), type=_Finished)
             with memory_errors("while reading an update"):
                 sender = _read(data, found.update)
-        except CapacityError as error:
+        except (CapacityError, BlockingIOError) as error:
             log.warning("%s is left out: %s", data, error)
             return None
         except (OSError, ValueError, msgspec.MsgspecError):

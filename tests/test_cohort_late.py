@@ -339,3 +339,18 @@ def test_resumed_round_needs_a_quorum_of_those_who_were_chosen(make_coordinator)
     device.return_update()
     results = round.result(WAIT_S)
     assert [r.client.id for r in results if isinstance(r, ClientUpdate)] == ["c"]
+
+
+def test_run_killed_in_its_first_round_needs_a_quorum_for_the_second(make_coordinator, monkeypatch):
+    monkeypatch.setattr(cohort_zmq, "SILENCE_S", 0.3)
+    terms = {"quorum": 0.5, "give_up_after_s": 3.0, "grace_s": 0.1}
+    coordinator = make_coordinator(*BOTH, is_insecure=True, **terms)
+    known = [Client(id=name, exit=3, num_examples=10) for name in BOTH]
+    coordinator.ask(lambda cohort: cohort.expect(known, 2)).result(WAIT_S)
+    round = coordinator.train(work(*BOTH))
+    good = coordinator.device("good")
+    good.join()
+    good.finish()
+    good.ready()
+    round.result(WAIT_S)  # the other one is not there any more
+    assert [client.id for client in coordinator.clients().result(WAIT_S)] == ["good"]

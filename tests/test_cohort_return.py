@@ -218,3 +218,20 @@ def test_ready_that_waited_for_the_caller_counts(make_coordinator):
     absence_of(round.result(WAIT_S), "bad", "failed", "trainer")
     exits = {client.id: client.exit for client in coordinator.clients().result(WAIT_S)}
     assert exits == {"good": 3, "bad": 2}
+
+
+@pytest.mark.parametrize("how", ["capacity", "restarted"])
+def test_device_that_failed_by_what_it_is_ready_for_is_ready_for_the_next_round(
+    make_coordinator, monkeypatch, how
+):
+    monkeypatch.setattr(devices_module, "PROBE_S", 0.0)
+    coordinator = make_coordinator(*BOTH, is_insecure=True, quorum=0.5)
+    good, bad = coordinator.gather()
+    round = coordinator.train(work(*BOTH))
+    good.take_job()
+    for _ in range(1 if how == "capacity" else MOST_GIVEN):
+        bad.take_job()
+        bad.restart()
+        bad.ready(1 if how == "capacity" else 3)
+    end(round, good, "failed", how)
+    assert [client.id for client in coordinator.clients().result(WAIT_S)] == ["bad", "good"]

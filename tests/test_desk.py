@@ -282,6 +282,7 @@ def test_device_that_never_keeps_its_job_is_not_given_it_for_ever(room):
     assert len(room.to("a", Job)) == MOST_GIVEN
     (absence,) = room.desk.finished
     assert (absence.outcome, absence.code) == ("failed", "restarted")
+    assert [fault.round for fault in room.to("a", Fault)] == [1], "it says it is ready then"
 
 
 def test_late_device_that_never_got_its_job_is_free(room):
@@ -301,18 +302,38 @@ def test_late_device_that_never_got_its_job_is_free(room):
 
 @pytest.mark.parametrize("counts", [True, False])
 def test_end_of_a_job_that_met_a_full_queue_is_said_again(room, counts):
+    trained = room.trained if counts else {n: t + float("inf") for n, t in room.trained.items()}
+    room.give()
+    room.announce(tensors=trained)
+    room.parts([0, 1], tensors=trained)
+    room.unreachable.add("a")
+    room.parts([2], tensors=trained)
+    room.unreachable.clear()
+    assert not room.to("a", Accepted) + room.to("a", Fault)
+    for _ in range(3):
+        room.desk.on_heartbeat("a", 1)
+    assert len(room.to("a", Accepted)) == counts
+    assert len(room.to("a", Fault)) == (not counts), "once, as it was heard"
+
+
+def test_end_of_a_job_is_not_told_to_who_has_another(room):
     room.give()
     room.announce()
     room.parts([0, 1])
     room.unreachable.add("a")
-    if counts:
-        room.parts([2])
-    else:
-        room.desk.on_message("a", Fault(code="trainer", detail="", round=1), None)
+    room.parts([2])
     room.unreachable.clear()
-    assert not room.to("a", Accepted)
-    room.desk.on_heartbeat("a", 0)  # another one
-    assert not room.to("a", Accepted) + room.to("a", Fault)
+    room.give(round=2)
     room.desk.on_heartbeat("a", 1)
-    assert bool(room.to("a", Accepted)) == counts
-    assert [fault.round for fault in room.to("a", Fault)] == [] if counts else [1]
+    assert not room.to("a", Accepted)
+
+
+def test_device_whose_job_and_its_end_met_a_full_queue_hears_of_it(tmp_path):
+    """It says then what it can do, and is given jobs again."""
+    room = Room(tmp_path, takes_late=False)
+    room.unreachable.add("a")
+    room.give()
+    room.desk.close(1)
+    room.unreachable.clear()
+    room.desk.on_heartbeat("a", 0)
+    assert [(fault.code, fault.round) for fault in room.to("a", Fault)] == [("late", 1)]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
+from typing import Any
+
 import pytest
 import torch
 from msgspec.structs import replace
 
+from coordinator import spool as spool_module
+from coordinator.spool import Spool
 from edge_sdk.wire import (
     Accepted,
     Fault,
@@ -14,6 +20,7 @@ from edge_sdk.wire import (
     Part,
 )
 from tests.desk_room import PARTS, PLAN, Room, assert_is_the_update
+from tests.helpers import client
 from tests.scripted import floats
 
 
@@ -152,3 +159,38 @@ def test_asynchronous_job_whose_device_has_gone_is_late_after_a_restart_too(tmp_
     after.desk.on_message("a", after.update(job), None)
     after.parts(range(PARTS))
     assert_is_the_update(after, after.desk.finished[0])
+
+
+def test_jobs_that_began_from_the_same_share_it_after_a_restart_too(tmp_path, monkeypatch):
+    """Asynchronous; none of the devices is back in time."""
+    before = Room(tmp_path)
+    job, names = before.assignment(), [f"d{number}" for number in range(9)]
+    for name in names:
+        before.desk.give(dataclasses.replace(client(name, 3), num_examples=10), job, 1, 0.0)
+    before.desk.leave_open()
+    read: list[int] = []
+    real = spool_module.digest_of
+    monkeypatch.setattr(spool_module, "digest_of", lambda parts: (read.append(1), real(parts))[1])
+    after = Room(tmp_path)
+    after.desk.resume(2)
+    assert len(read) == 1, "read once"
+    for name in names:
+        after.desk.on_gone(name, "gone", "is not connected")
+    assert len({path.stat().st_ino for path in tmp_path.glob("*.base")}) == 1
+    assert after.desk.num_open == 0
+
+
+def test_time_to_come_back_begins_when_all_was_read(tmp_path, monkeypatch):
+    before = Room(tmp_path)
+    before.give("a")
+    before.desk.leave_open()
+    real, now = Spool.held, time.monotonic()
+
+    def slow(spool: Spool, round: int) -> Any:
+        yield from real(spool, round)
+        monkeypatch.setattr(time, "monotonic", lambda: now + 50.0)
+
+    monkeypatch.setattr(Spool, "held", slow)
+    after = Room(tmp_path)
+    after.desk.resume(2)
+    assert after.desk.seats["a"].given == now + 50.0

@@ -98,6 +98,7 @@ def test_a_second_agent_with_the_same_folder_goes_without(folder, caplog):
     assert first.load() is not None
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert second.load() is None
+    assert "update.data is left out: " in caplog.text
     second.save(replace(JOB, round=5), *finished())
     assert "another agent with this device's name and coordinator" in caplog.text
     second.forget()

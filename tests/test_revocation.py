@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import time
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +70,30 @@ def test_a_command_waits_for_who_is_writing_the_list(tmp_path, monkeypatch):
     monkeypatch.setattr(admission_module.time, "sleep", finish)
     add_client(path, "nano", new_key().encode())
     assert Admission(path).names().keys() == {"pi", "nano"}
+
+
+def test_a_list_that_is_emptied_while_it_is_read_revokes_nobody(tmp_path, monkeypatch):
+    path, keys = tmp_path / "clients", [new_key().encode() for _ in range(2)]
+    add_client(path, "pi", keys[0])
+    admission, real = Admission(path), admission_module._read
+    add_client(path, "nano", keys[1])  # so it is read again
+
+    def emptied(path: Path) -> str:
+        path.write_text("")
+        return real(path)
+
+    monkeypatch.setattr(admission_module, "_read", emptied)
+    assert admission.name_of(keys[0]) == "pi"
+
+
+def test_a_command_does_not_write_to_a_list_that_somebody_goes_on_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(admission_module, "MOST_PATIENCE_S", 0.0)
+    path = tmp_path / "clients"
+    add_client(path, "pi", new_key().encode())
+    path.write_text("")
+    with pytest.raises(ConfigError, match="is being written by hand; try again"):
+        add_client(path, "nano", new_key().encode())
+    assert path.read_text() == ""
 
 
 def test_a_list_of_the_future_is_read(gate):
