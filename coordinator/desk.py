@@ -173,7 +173,7 @@ class Desk:
             self._absent(seat, "failed", message.code, message.detail)
         elif isinstance(message, Fetch):
             if not self.transfers.on_fetch(seat, message):
-                self._fault(name, "protocol", "too many ranges of parts at once", 0)
+                self._answer(name, "protocol", "too many ranges of parts at once", 0)
         elif isinstance(message, Update):
             self._on_update(seat, message)
         elif seat.receiver is not None:
@@ -189,9 +189,9 @@ class Desk:
             return
         self._unheard.pop(name, None)
         if job and round and (self._done.get(name) == (job, True) or self._was_counted(job)):
-            self._tell(name, Accepted(round=round))  # the first one was lost
+            self._send(name, Accepted(round=round), None)  # the first one was lost
         elif job:
-            self._fault(name, "round", f"round {round} is over", round)
+            self._answer(name, "round", f"round {round} is over", round)
         if seat is None:
             return
         if seat.is_late:
@@ -280,18 +280,16 @@ class Desk:
     def _on_unwanted(self, name: str, update: Update) -> None:
         job, counts = self._done.get(name, ("", False))
         if update.job == job and counts:  # told twice, counts once
-            self._tell(name, Accepted(round=update.round))
-        elif update.job == job:
-            detail = f"{name} has failed in this round already"
-            self._fault(name, "round", detail, update.round)
-        else:
-            detail = f"no update of round {update.round} is wanted from {name} now"
-            self._fault(name, "round", detail, update.round)
+            self._send(name, Accepted(round=update.round), None)
+            return
+        why = f"no update of round {update.round} is wanted from {name} now"
+        if update.job == job:
+            why = f"{name} has failed in this round already"
+        self._answer(name, "round", why, update.round)
 
     def _on_update(self, seat: Seat, update: Update) -> None:
         if update.job != seat.job.id:  # of a job that another state of this run gave
-            detail = f"round {update.round} has another job now"
-            self._fault(seat.name, "round", detail, update.round)
+            self._answer(seat.name, "round", f"round {seat.round} has another job now", seat.round)
             seat.awaits_ready = True
             return
         if seat.update is not None and seat.update.digest == update.digest:
@@ -389,6 +387,9 @@ class Desk:
             self.credit.drop(seat.name)
             seat.given_again()
             self._send(seat.name, seat.job, None)
+
+    def _answer(self, name: str, code: str, detail: str, round: int) -> None:
+        self._send(name, Fault(code=code, detail=detail, round=round), None)
 
     def _fault(self, name: str, code: str, detail: str, round: int) -> None:
         self._tell(name, Fault(code=code, detail=detail, round=round))

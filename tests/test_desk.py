@@ -337,3 +337,15 @@ def test_device_whose_job_and_its_end_met_a_full_queue_hears_of_it(tmp_path):
     room.unreachable.clear()
     room.desk.on_heartbeat("a", 0)
     assert [(fault.code, fault.round) for fault in room.to("a", Fault)] == [("late", 1)]
+
+
+def test_answer_that_meets_a_full_queue_is_not_kept(room):
+    """What is refused changes nothing; only ends of jobs are said again."""
+    room.give()
+    job = room.job()
+    room.give(round=2)
+    room.unreachable.add("a")
+    room.desk.on_message("a", room.update(job), None)  # of round 1
+    room.unreachable.clear()
+    room.desk.on_heartbeat("a", 2)
+    assert not room.to("a", Fault)

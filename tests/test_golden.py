@@ -371,10 +371,10 @@ def test_protocol_names_every_fault_code(text):
     codes = {kind.code for kind in EdgeError.__subclasses__()} - {"link", "store", "quorum"}
     codes |= {"version", trainer.Cancelled.code, *agent.FATAL}
     sent = set()
-    # Fault(code="..."), _fault(name, "...")
+    # Fault(code="..."), _fault(name, "..."), _answer(name, "...")
     for module in (cohort_zmq, desk, devices, hub, joining, agent):
         source = Path(str(module.__file__)).read_text(encoding="utf-8")
-        call = r'(?:Fault\(code=|(?:_fault|_fail_job|\.refuse)\(\s*(?:[\w.]+, )?)"(\w+)"'
+        call = r'(?:Fault\(code=|(?:_fault|_answer|_fail_job|\.refuse)\(\s*(?:[\w.]+, )?)"(\w+)"'
         sent |= set(re.findall(call, source))
     assert {"hello", "round", "late", "stalled", "duplicate", "admission", "trainer"} <= sent
     codes |= sent
