@@ -224,7 +224,7 @@ def test_parts_under_way_are_bounded_over_all_uploads(make_coordinator, quick_li
 
     for device in devices:
         device.send(device.make_update())
-    listen()
+        listen()  # so theirs arrive in this order
     # the first asked for all of its three, the second for the one that was left
     assert lacking == {"a": [0, 1, 2], "b": [0], "c": [], "d": []}
     for _ in range(4 * 3):
