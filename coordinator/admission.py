@@ -3,8 +3,9 @@
 The file is read again when it changes, so an admitted client can connect at once, and one that was
 removed is refused at its next message. An editor empties a file before it writes, so one that was
 changed by hand is read when nobody has written to it for SETTLED_S; a command's change, at once. A
-line that begins with # is a comment. Nobody else changes it meanwhile. Beside it lie `invitations`
-(invitations.py) and `pending` (strangers.py).
+list that became empty revokes nobody: a full disk leaves such. A line that begins with # is a
+comment. Nobody else changes it meanwhile. Beside it lie `invitations` (invitations.py) and
+`pending` (strangers.py).
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ class Admission:
         if is_being_written(self.path) and not is_first:
             return
         by_key = parse_clients(text, str(self.path))
+        if not text.strip() and self._by_key:
+            raise ConfigError(
+                f"client list {self.path} is empty, which revokes nobody: an editor or a full disk "
+                "does that too; to revoke everybody use `edge-coordinator clients remove`, or "
+                "leave a line that begins with #"
+            )
         by_name = {name: key for key, name in by_key.items()}
         with self._lock:
             self._by_key, self._by_name, self._stamp = by_key, by_name, stamp
@@ -121,7 +128,7 @@ def remove_client(path: Path, name: str) -> bool:
     with _changing(path) as text:
         if name not in parse_clients(text, str(path)).values():
             return False
-        replace_text(path, _without(text, name))
+        replace_text(path, _without(text, name) or "# nobody is admitted\n")
     return True
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coordinator.cli_arguments import INTERRUPTED, heavy_imports, settle
+from coordinator.cli_arguments import heavy_imports, settle
 from coordinator.cli_clients import add_clients_command, add_invite_command, add_keys_command
 from coordinator.cli_emulate import add_emulate_command
 from coordinator.cli_export import add_export_command
@@ -16,6 +16,7 @@ from coordinator.cli_status import add_status_command
 from edge_sdk import logs
 from edge_sdk.cli_flags import import_module
 from edge_sdk.errors import EdgeError, QuorumError
+from edge_sdk.interrupts import INTERRUPTED
 
 GAVE_UP = 3  # exit status: too few devices for too long; 1 is any other error
 COMMANDS: tuple[Callable[[Any], None], ...] = (

@@ -6,9 +6,6 @@ are read first, and what it needs is imported when it runs, in `heavy_imports`."
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
@@ -27,30 +24,18 @@ from coordinator.defaults import GENERATE, METHODS, RANK, defaults_of
 from coordinator.presets import PRESETS, find_preset
 from edge_sdk.cli_flags import MAX_THREADS, path_flag, whole_flag
 from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.interrupts import ends_by_interrupt
 from edge_sdk.wire import ModelSpec
-
-INTERRUPTED = 130  # exit status, by Ctrl-C
 
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Around imports of what runs rounds. Raises ConfigError where the extra is not installed.
-
-    Ctrl-C ends the process at once: nothing has begun that had to be tidied up, and numpy, imported
-    by torch, swallows KeyboardInterrupt or makes an ImportError of it."""
-    is_plain = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if is_plain:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    """Around imports of what runs rounds. Raises ConfigError where the extra is not installed."""
     try:
-        yield
+        with ends_by_interrupt():
+            yield
     except ModuleNotFoundError as error:
         raise ConfigError(f'{error}; pip install "edge-sdk[coordinator]"') from error
-    finally:
-        if is_plain:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from edge_sdk.interrupts import INTERRUPTED
+
 
 def main() -> int:
     try:
@@ -11,7 +13,7 @@ def main() -> int:
 
         return run()
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from edge_sdk.cli_run import add_run_command
 from edge_sdk.cli_service import add_doctor_command, add_service_command
 from edge_sdk.device import calibration_file
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
+from edge_sdk.interrupts import INTERRUPTED
 from edge_sdk.profile import (
     DeviceProfile,
     emulated,
@@ -221,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logs.last_words("edge-sdk", error)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return status
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import sys
 
+from edge_sdk.interrupts import INTERRUPTED
+
 
 def main() -> int:
     try:
@@ -17,7 +19,7 @@ def main() -> int:
             return 1
         return run()
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.interrupts import ends_by_interrupt
 
 OLDEST = (2, 1)  # as the extra in pyproject.toml
 INSTALL = (
@@ -20,7 +21,8 @@ INSTALL = (
 def require_torch(what: str) -> None:
     """Import torch. Raises ConfigError, which says that `what` needs it and how to get it."""
     try:
-        import torch
+        with ends_by_interrupt():
+            import torch
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise ConfigError(_broken(what, error)) from error

@@ -10,15 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT
-
-CTRL_C = """
-import os, signal
-try:
-    os.kill(os.getpid(), signal.SIGINT)
-except KeyboardInterrupt:  # as numpy does at times while torch imports it
-    pass
-raise ImportError("went on")
-"""
+from tests.test_start import SWALLOWED
 
 
 def start(folder: Path, *arguments: str, **settings) -> subprocess.CompletedProcess[str]:
@@ -36,7 +28,7 @@ def start(folder: Path, *arguments: str, **settings) -> subprocess.CompletedProc
 ], ids=" ".join)  # fmt: skip
 def test_ctrl_c_while_torch_is_imported_ends_it_quietly(tmp_path, arguments):
     (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "torch.py").write_text(CTRL_C)
+    (tmp_path / "path" / "torch.py").write_text(SWALLOWED)
     ended = start(tmp_path, *arguments)
     assert (ended.returncode, ended.stderr) == (130, "")
 

@@ -12,6 +12,14 @@ import pytest
 from edge_sdk import service
 from tests.processes import ROOT
 
+SWALLOWED = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:  # as numpy does at times while torch imports it
+    pass
+raise ImportError("went on")
+"""
 INTERRUPTED = "import signal; signal.raise_signal(signal.SIGINT)"
 
 
@@ -44,6 +52,14 @@ def test_a_library_that_is_not_there_is_one_line(tmp_path, library, text):
 def test_ctrl_c_during_the_imports_ends_as_a_shell_expects(tmp_path, module):
     done = start(tmp_path, "msgspec", INTERRUPTED, module=module)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["measure"], ["plan", "--model", "cnn", "--input", "1x8x8", "--classes", "10"],
+], ids=" ".join)  # fmt: skip
+def test_ctrl_c_while_torch_is_imported_ends_it_quietly(tmp_path, arguments):
+    done = start(tmp_path, "torch", SWALLOWED, *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_help_comes_through(tmp_path):
