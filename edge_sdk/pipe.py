@@ -65,7 +65,7 @@ class Train(Struct, frozen=True, kw_only=True, tag="train"):
 
 
 class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):
-    """Agent: drop the job in hand."""
+    """Agent: drop the job in hand. Trainer: it is; nothing of it comes after this."""
 
 
 class Resume(Struct, frozen=True, kw_only=True, tag="resume"):

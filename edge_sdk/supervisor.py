@@ -8,8 +8,9 @@ import time
 from edge_sdk.agent_options import AgentOptions
 from edge_sdk.child import TrainerProcess
 from edge_sdk.errors import TrainerError
-from edge_sdk.pipe import PipeMessage
+from edge_sdk.pipe import Cancel, PipeMessage
 from edge_sdk.transport import Payload
+from edge_sdk.wire import Fault, Fetch, Part, Update
 
 RESTART_S = 1.0  # pause before another trainer, doubles to RESTART_MAX_S
 RESTART_MAX_S = 60.0
@@ -25,19 +26,31 @@ class Supervisor:
         self.process: TrainerProcess | None = options.start_trainer(options.measure_compute)
         self.restart_at: float | None = None
         self._pause_s = RESTART_S
+        self._num_cancels = 0  # said, and not answered
 
     def send(self, message: PipeMessage, payload: Payload = b"") -> None:
         """What is said while no process runs is lost: a new one begins without a job."""
         if self.process:
+            self._num_cancels += isinstance(message, Cancel)
             self.process.send(message, payload)
 
     def receive(self) -> tuple[PipeMessage, memoryview] | None:
-        """What the process has said, None: nothing. Raises EOFError or OSError once it has ended:
-        then bury() it."""
+        """What the process has said, None: nothing, or about a job that was dropped, which may be
+        of the same round as the one in hand. Raises EOFError or OSError once it has ended: then
+        bury() it."""
         if self.process is None:
             return None
         self.process.flush()
-        return self.process.receive() if self.process.is_readable() else None
+        if not self.process.is_readable():
+            return None
+        message, payload = self.process.receive()
+        if isinstance(message, Cancel):
+            self._num_cancels -= 1
+            return None
+        is_of_job = isinstance(message, Fetch | Part | Update) or (
+            isinstance(message, Fault) and message.round > 0
+        )
+        return None if is_of_job and self._num_cancels else (message, payload)
 
     def own_bytes(self) -> int:
         return self.process.own_bytes() if self.process else 0
@@ -50,6 +63,7 @@ class Supervisor:
         """How it ended, and in how many seconds there is another."""
         assert self.process is not None
         cause, self.process = self.process.cause_of_death(), None
+        self._num_cancels = 0
         return cause, self._put_off()
 
     def restart(self) -> None:

@@ -130,6 +130,7 @@ class Worker:
                 self._send_parts(message)
         elif isinstance(message, Cancel):
             self._forget()
+            self._pipe.send(message)
         elif isinstance(message, Resume):
             if self._update:
                 self._pipe.send(self._update)
