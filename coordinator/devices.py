@@ -1,7 +1,8 @@
 """Who is connected: one live link per client, whoever it was before and wherever it comes from.
 
 A client is its key, not its connection. One that comes back takes its place at once; of two live
-devices with one key the one that was there stays, and the other is told.
+devices with one key the one that was there stays, and the other is told. Where names are only
+claimed (--insecure), no more than MAX_CLIENTS may be: what is kept of each stays for the run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from coordinator.cohort import Client
 from coordinator.hub import NOT_ADMITTED, Hub, Received
-from coordinator.tally import Tally
+from coordinator.tally import MAX_CLIENTS, Tally
 from edge_sdk.logs import event
 from edge_sdk.transport import Payload
 from edge_sdk.wire import Fault, Hello, Message, Probe, Ready, Welcome
@@ -116,6 +117,11 @@ class Devices:
                 f"trains on {model.input_shape} with {model.num_classes}"
             )
             self.refuse(route, "data", detail)
+            return
+        counted = self._tally.clients
+        if received.name is None and name not in counted and len(counted) >= MAX_CLIENTS:
+            detail = f"{MAX_CLIENTS} names have joined without keys, and no more may"
+            self.refuse(route, "admission", detail)
             return
         old = self.all.get(name)
         if old and old.route == route and old.hello.session == hello.session:

@@ -325,3 +325,27 @@ def test_device_that_cannot_train_gets_no_job(make_coordinator):
     bad.ping()
     good.join()
     assert [client.id for client in clients.result(WAIT_S)] == ["good"]
+
+
+# -- names that are only claimed -------------------------------------------------------------------
+
+
+def test_names_without_keys_are_bounded(make_coordinator, monkeypatch):
+    monkeypatch.setattr(devices_module, "MAX_CLIENTS", 2)
+    coordinator = make_coordinator(*BOTH, is_insecure=True)
+    good, bad = coordinator.gather()
+    round = give_jobs(coordinator, good, bad)
+    third = coordinator.device("third")
+    third.send(third.make_hello())
+    refused = third.expect(Fault)
+    assert (refused.code, refused.round) == ("admission", 0)
+    assert refused.detail == "2 names have joined without keys, and no more may"
+    bad.reconnect()  # who is known comes back
+    end_well(round, good, bad)
+
+
+def test_keys_need_no_bound(make_coordinator, monkeypatch):
+    monkeypatch.setattr(devices_module, "MAX_CLIENTS", 1)
+    coordinator = make_coordinator(*BOTH)
+    good, bad = coordinator.gather()
+    end_well(give_jobs(coordinator, good, bad), good, bad)
