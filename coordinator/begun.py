@@ -1,5 +1,5 @@
-"""Who takes part in the round at hand, in a file that is final at once, so that a coordinator that
-was killed gives the same jobs again. One round at a time."""
+"""Who takes part in the round at hand, in a file that is final at once, also over a power cut, so
+that a coordinator that was killed gives the same jobs again. One round at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from coordinator.checkpoints import sync_folder
 from coordinator.cohort import Client
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,10 @@ class Begun:
         draft = self.path.with_suffix(".new")
         content = round, self._num_chosen, list(self._clients.values())
         draft.write_bytes(msgspec.json.encode(content))
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(draft, self.path)
+        sync_folder(self.path.parent)
 
     def count(self, round: int) -> int:
         return len(self._clients) if round == self._round else 0
