@@ -128,7 +128,8 @@ def remove_client(path: Path, name: str) -> bool:
     with _changing(path) as text:
         if name not in parse_clients(text, str(path)).values():
             return False
-        replace_text(path, _without(text, name) or "# nobody is admitted\n")
+        left = _without(text, name)
+        _replace(path, left if left.strip() else "# nobody is admitted\n")
     return True
 
 
@@ -137,7 +138,7 @@ def ensure_list(path: Path) -> None:
     with _changing(path) as text:
         parse_clients(text, str(path))
         if stamp_of(path) == NOWHERE:
-            replace_text(path, "")
+            _replace(path, "")
 
 
 def put_client(path: Path, text: str, name: str, public_key: bytes) -> None:
@@ -148,7 +149,7 @@ def put_client(path: Path, text: str, name: str, public_key: bytes) -> None:
         text += "\n"
     text += f"{name} {public_key.decode()}\n"
     parse_clients(text, str(path))
-    replace_text(path, text)
+    _replace(path, text)
 
 
 def replace_client(path: Path, text: str, name: str, public_key: bytes) -> None:
@@ -181,6 +182,11 @@ def _changing(path: Path) -> Iterator[str]:
 def is_being_written(path: Path) -> bool:
     """By hand, this moment: what was just read of it may be half."""
     return 0 <= time.time() - stamp_of(path)[0] / 1e9 < SETTLED_S
+
+
+def _replace(path: Path, text: str) -> None:
+    """A link stays one: what it names is the list, of others too maybe."""
+    replace_text(path.resolve(), text, None if path.exists() else 0o644)
 
 
 def _without(text: str, name: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from coordinator.key_files import NOWHERE, Time, replace_text, stamp_of
+from coordinator.key_files import NOWHERE, Stamp, Time, replace_text, stamp_of
 from edge_sdk.errors import ConfigError
 from edge_sdk.wire import ClientId, CurveKey
 
@@ -51,15 +51,18 @@ class Invitations:
         stamp = stamp_of(self.path)
         with self._lock:
             if stamp != self._stamp:
-                self._stamp, self._by_key = stamp, self._load()
+                self._load(stamp)
             return self._by_key.get(public_key)
 
-    def _load(self) -> dict[bytes, Invitation]:
+    def _load(self, stamp: Stamp) -> None:
         try:
-            return {i.public_key.encode(): i for i in read_invitations(self.path)}
+            self._by_key = {i.public_key.encode(): i for i in read_invitations(self.path)}
         except ConfigError as error:
             log.error("%s", error)
-            return {}
+            self._by_key = {}
+            if isinstance(error.__cause__, OSError):  # it may be read at the next look
+                return
+        self._stamp = stamp
 
 
 def read_invitations(path: Path) -> list[Invitation]:
@@ -68,7 +71,9 @@ def read_invitations(path: Path) -> list[Invitation]:
         return []
     try:
         return msgspec.json.decode(path.read_bytes(), type=list[Invitation])
-    except (OSError, ValueError, RecursionError) as error:  # msgspec's are ValueErrors
+    except OSError as error:
+        raise ConfigError(f"invitations in {path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
         raise ConfigError(
             f"invitations in {path} cannot be read: {error}; remove the file and invite again"
         ) from error

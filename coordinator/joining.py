@@ -45,6 +45,8 @@ def answer(admission: Admission, sender: bytes, join: Join) -> Joined | Fault | 
             text = read_list(admission.path)
             if is_being_written(admission.path):
                 return None
+            if not text.strip() and admission.names():
+                raise ConfigError(f"{admission.path} is empty or gone, which revokes nobody")
             if name := admission.name_of(sender):
                 _rotate(admission, text, name, sender, join, key)
             else:

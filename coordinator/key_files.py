@@ -39,7 +39,7 @@ def locked(folder: Path, *, is_patient: bool = True) -> Iterator[None]:
     """Nobody else changes files of this folder meanwhile. It is made if it is not there.
 
     Raises OSError; BlockingIOError when another holds the lock and is_patient is not set."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o755)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -81,3 +81,9 @@ def replace_text(path: Path, text: str, mode: int | None = None) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is written; only a power cut could bring the old back
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,4 +1,5 @@
-"""`edge-coordinator`, where Ctrl-C while its commands are imported is no traceback either."""
+"""`edge-coordinator`: no traceback where a library that its commands need is not installed, or for
+Ctrl-C while they are imported."""
 
 from __future__ import annotations
 
@@ -9,8 +10,14 @@ from edge_sdk.interrupts import INTERRUPTED
 
 def main() -> int:
     try:
-        from coordinator.cli import main as run
-
+        try:
+            from coordinator.cli import main as run
+        except ImportError as error:
+            reason = " ".join(str(error).split())
+            again = f'{sys.executable} -m pip install --force-reinstall "edge-sdk[coordinator]"'
+            said = f"edge-coordinator: {reason}; this installation is not whole: {again}"
+            print(said, file=sys.stderr)
+            return 1
         return run()
     except KeyboardInterrupt:
         return INTERRUPTED

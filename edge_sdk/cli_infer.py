@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from edge_sdk.cli_flags import import_module
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.exported import ExportedModel, Measure, read_model, write_file
+from edge_sdk.interrupts import ends_by_interrupt
 from edge_sdk.torch_extra import require_torch
 
 if TYPE_CHECKING:  # numpy, which the agent does without
@@ -113,8 +114,17 @@ def add_threshold_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", choices=get_args(Measure), help="default as calibrated")
 
 
+def import_runtime() -> None:
+    """Before all else, as it is what takes long. Raises ConfigError."""
+    with ends_by_interrupt():
+        from edge_sdk.infer import onnx_runtime
+
+        onnx_runtime()
+
+
 def run_infer(args: argparse.Namespace) -> int:
     """One example at a time, as a device meets them, so the latencies are real ones."""
+    import_runtime()
     from edge_sdk.calibrate import checked_labels
     from edge_sdk.infer import EarlyExit
 
@@ -206,6 +216,7 @@ def write_predictions(found: Prediction, path: Path) -> None:
 
 
 def run_calibrate(args: argparse.Namespace) -> int:
+    import_runtime()
     from edge_sdk.calibrate import calibrate
 
     x, y = read_labelled(args)
@@ -229,6 +240,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
 
 def run_infer_report(args: argparse.Namespace) -> int:
+    import_runtime()
     from edge_sdk.infer import NEVER, EarlyExit
     from edge_sdk.infer_report import write_report
 

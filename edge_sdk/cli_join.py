@@ -97,7 +97,10 @@ def _given_line(words: list[str]) -> str:
     if words != ["-"]:
         return " ".join(words)
     if sys.stdin.isatty():
-        return getpass.getpass("invitation (it is not shown): ")
+        try:
+            return getpass.getpass("invitation (it is not shown): ")
+        except EOFError:
+            return ""
     return sys.stdin.read(2 * MAX_CHARACTERS)
 
 

@@ -194,7 +194,7 @@ def open_session(content: bytes, where: str, threads: int = 1) -> Session:
     """Raises ConfigError without onnxruntime, StoreError for what it cannot load."""
     if threads < 1:
         raise ConfigError(f"{threads} threads, expected at least 1")
-    runtime = _runtime()
+    runtime = onnx_runtime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors only; they are raised as well
@@ -206,13 +206,16 @@ def open_session(content: bytes, where: str, threads: int = 1) -> Session:
         ) from error
 
 
-def _runtime() -> Any:
+def onnx_runtime() -> Any:
     """The package. Raises ConfigError if it is not installed."""
     try:
         import onnxruntime
     except ImportError as error:
+        reason = f"does not load: {one_line(str(error))}"
+        if isinstance(error, ModuleNotFoundError):
+            reason = "is not installed"
         raise ConfigError(
-            'inference needs onnxruntime, which is not installed; pip install "edge-sdk[infer]"'
+            f'inference needs onnxruntime, which {reason}; pip install "edge-sdk[infer]"'
         ) from error
     return onnxruntime
 

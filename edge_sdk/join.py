@@ -74,12 +74,13 @@ def rotate(endpoint: str, server_key: bytes, folder: Path, client_id: str) -> Ke
     try:
         _ask(endpoint, old, server_key, client_id, new)
     except Refused as refusal:
-        if str(refusal) != UNKNOWN:
-            drop_next_keys(folder)  # the old key got in, so it is the one in the list
-            raise
+        # An earlier try may have been heard: just now, after this one's connection was let in, or
+        # by another coordinator than who hangs up here. So the next pair stays, whatever is said.
         try:
             _ask(endpoint, new, server_key, client_id, new)
-        except Refused:
+        except Refused as error:
+            if not str(refusal) == str(error) == UNKNOWN:
+                raise refusal from error
             raise Refused(
                 f"{endpoint} knows neither this device's key nor the next one; let it be invited, "
                 "and run `edge-sdk join`"

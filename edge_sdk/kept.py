@@ -2,7 +2,9 @@
 does not cost the training. One at a time: the folder grows to the size of one update.
 
 A folder is one agent's: its name tells the device and the coordinator (device.kept_folder), and a
-lock on it, which ends with the process, keeps off a second agent that is told the same."""
+lock on it, which ends with the process, keeps off a second agent that is told the same. Beside it
+stay those of the MOST_OTHERS coordinators that this device last trained for; a board may have no
+clock, so it is their number that is bounded and not their age."""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ import errno
 import fcntl
 import logging
 import os
+import re
+import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +27,9 @@ from edge_sdk.tensors import Sender, views
 from edge_sdk.wire import Job, Struct, Update, layout
 
 log = logging.getLogger(__name__)
+MOST_OTHERS = 3
+DATA, ABOUT = "update.data", "update.json"
+FOLDER = re.compile(r".+-[0-9a-f]{12}")  # as device.kept_folder names them
 
 
 class _Finished(Struct, frozen=True, kw_only=True):
@@ -37,20 +44,24 @@ class Kept:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._is_locked = False
+        self._syncing: threading.Thread | None = None
 
     def save(self, job: Job, update: Update, sender: Sender) -> None:
         if self._folder is None:
             return
         data, about = _files(self._folder)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._folder.mkdir(exist_ok=True, mode=0o700)
             self._lock(self._folder)
+            _forget_old_ones(self._folder)
             about.unlink(missing_ok=True)
             with os.fdopen(_private(data), "wb") as file:
                 for index in range(sender.num_parts):
                     file.write(sender.part(index))
             with os.fdopen(_private(about), "wb") as file:  # last: it makes the rest count
                 file.write(msgspec.json.encode(_Finished(job=job, update=update)))
+            self._sync(data, about, self._folder)
         except OSError as error:
             log.warning("the update is not kept over a restart: %s: %s", self._folder, error)
             self.forget()
@@ -68,10 +79,14 @@ class Kept:
         except (CapacityError, BlockingIOError) as error:
             log.warning("%s is left out: %s", data, error)
             return None
-        except (OSError, ValueError, msgspec.MsgspecError):
+        except OSError:
+            return None
+        except ValueError:  # msgspec's too: written by another version, or not to its end
+            self.forget()
             return None
         if sender.digest() != found.update.digest:
             log.warning("%s is damaged and left out", data)
+            self.forget()
             return None
         return found.job, found.update, sender
 
@@ -84,6 +99,12 @@ class Kept:
             about.unlink(missing_ok=True)
             data.unlink(missing_ok=True)
 
+    def _sync(self, *paths: Path) -> None:
+        """To the disk, as a board may lose power at any time, while the update is sent: a card
+        takes seconds for it. In any order, as the digest tells what is whole."""
+        self._syncing = threading.Thread(target=_synced, args=paths, daemon=True)
+        self._syncing.start()
+
     def _lock(self, folder: Path) -> None:
         """Until this object or its process is gone. Raises OSError: no folder, or another's."""
         if self._is_locked:
@@ -91,7 +112,7 @@ class Kept:
         handle = os.open(folder, os.O_RDONLY)
         close = weakref.finalize(self, os.close, handle)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(handle)
         except BlockingIOError as error:
             close()
             what = "another agent with this device's name and coordinator uses it"
@@ -103,7 +124,41 @@ class Kept:
 
 
 def _files(folder: Path) -> tuple[Path, Path]:
-    return folder / "update.data", folder / "update.json"
+    return folder / DATA, folder / ABOUT
+
+
+def _take(handle: int) -> None:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _synced(*paths: Path) -> None:
+    for path in paths:
+        with suppress(OSError):  # accepted meanwhile
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _forget_old_ones(folder: Path) -> None:
+    """But for the newest of other agents' folders, and those in use. Raises OSError."""
+    others = [
+        (other.stat().st_mtime_ns, other)
+        for other in folder.parent.iterdir()
+        if other != folder and FOLDER.fullmatch(other.name) and other.is_dir()
+    ]
+    for _, other in sorted(others, reverse=True)[MOST_OTHERS:]:
+        handle = os.open(other, os.O_RDONLY)
+        try:
+            _take(handle)
+            for path in _files(other):
+                path.unlink(missing_ok=True)
+            other.rmdir()
+        except OSError as error:
+            log.debug("%s stays: %s", other, error)
+        finally:
+            os.close(handle)
 
 
 def _read(data: Path, update: Update) -> Sender:

@@ -50,7 +50,7 @@ def make_keys(folder: Path, name: str) -> KeyPair:
             if file.exists():
                 raise ConfigError(f"{file} exists; a key is never overwritten, remove it first")
         is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o755)
         owner_ids = _owner_of(folder.parent if is_new else folder)
         if is_new and owner_ids:
             os.chown(folder, *owner_ids, follow_symlinks=False)
@@ -70,10 +70,18 @@ def make_keys(folder: Path, name: str) -> KeyPair:
 def own_keys(folder: Path, name: str = DEVICE_KEYS) -> KeyPair:
     """The pair that is there, else a new one. Raises ConfigError.
 
-    A secret without its public key is what remains where making a pair was cut short."""
-    if not _exists(folder / f"{name}.secret"):
+    A secret without its public key is what remains where making a pair was cut short. If it is not
+    whole either, it has never been used and makes room for another."""
+    secret_file = folder / f"{name}.secret"
+    if not _exists(secret_file):
         return make_keys(folder, name)
-    secret = read_key(folder / f"{name}.secret")
+    try:
+        secret = read_key(secret_file)
+    except ConfigError as error:
+        if isinstance(error.__cause__, OSError) or _exists(folder / f"{name}.public"):
+            raise
+        secret_file.unlink(missing_ok=True)
+        return make_keys(folder, name)
     try:
         read_key(folder / f"{name}.public")
     except ConfigError:

@@ -102,7 +102,12 @@ def is_hidden(path: str) -> bool:
 
 
 def check_visible(settings: Settings, config: Path) -> None:
-    """Raises ConfigError when a path of the config is hidden from the service."""
+    """Raises ConfigError when the config, or a path in it, is hidden from the service."""
+    if is_hidden(str(config)):
+        raise ConfigError(
+            f"the service does not see {config}, as it is under {', '.join(HIDDEN)}; move it to "
+            f"{DEFAULT_CONFIG.parent}"
+        )
     for key in ("data", "keys", "server_key"):
         path = getattr(settings, key) or ""
         if is_hidden(path):

@@ -186,14 +186,26 @@ def test_a_config_that_is_not_written_in_the_end_does_not_hide_that_the_device_i
     assert read_config(tmp_path / "c.toml").id == "pi-1"
 
 
-def test_a_line_is_asked_for_at_a_terminal_and_not_shown(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_a_line_is_asked_for_at_a_terminal_and_not_shown(monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr(cli_join.getpass, "getpass", lambda prompt: f"typed after {prompt!r}")
     assert cli_join._given_line(["-"]) == "typed after 'invitation (it is not shown): '"
+
+
+def test_ctrl_d_instead_of_a_line_is_one_line(monkeypatch, capsys):
+    def nothing(prompt: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(cli_join.getpass, "getpass", nothing)
+    assert on_device(["join", "-"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("edge-sdk: ")
 
 
 def test_keys_are_rotated(gate, home, capsys):

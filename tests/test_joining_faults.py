@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from coordinator import admission as admission_module
 from coordinator import invitations as invitations_module
 from coordinator import joining
 from coordinator.admission import add_client
-from coordinator.invitations import read_invitations
+from coordinator.invitations import Invitations, read_invitations
 from coordinator.key_files import locked
 from edge_sdk import join as join_module
 from edge_sdk.errors import ConfigError, LinkError
@@ -20,7 +21,7 @@ from edge_sdk.invitation import InvitationLine
 from edge_sdk.join import Refused, join
 from edge_sdk.keys import make_keys, read_keys
 from edge_sdk.wire import Heartbeat
-from tests.gate import DAY_S, LINE, Gate, only_invitation
+from tests.gate import DAY_S, LINE, Gate, only_invitation, pair_of
 from tests.helpers import settle
 from tests.processes import free_port
 from tests.scripted import WAIT_S
@@ -147,3 +148,13 @@ def test_a_coordinator_that_goes_and_comes_back(tmp_path, monkeypatch):
             assert second.names() == {"pi": keys.public}
         finally:
             second.close()
+
+
+def test_invitations_that_could_not_be_read_are_read_again(gate, monkeypatch, caplog):
+    """As when too many files are open, for a moment."""
+    line, invitations = gate.invite(), Invitations(gate.invitations)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(OSError(24, "many")))
+        assert invitations.find(pair_of(line).public) is None
+    assert "cannot be read: [Errno 24] many" in caplog.text
+    assert invitations.find(pair_of(line).public) is not None

@@ -163,9 +163,10 @@ def test_update_that_memory_does_not_do_for_is_left_out(folder, monkeypatch, cap
     ],
 )
 def test_damaged_update_is_as_if_it_were_not_there(folder, name, spoil):
-    """As after a power cut: nothing is synced."""
+    """As after a power cut."""
     spoil(folder / name)
     assert Kept(folder).load() is None
+    assert len(list(folder.iterdir())) < 2, "what no load will ever find takes no room"
 
 
 def test_killed_while_saving_the_second_the_first_does_not_count(folder, monkeypatch):
@@ -222,3 +223,40 @@ def test_costs_that_cannot_be_counted_do_not_cost_the_update(folder):
     assert update == finished()[0]
     del worker  # whose folder it is
     assert Kept(folder).load() is not None
+
+
+def test_only_the_newest_of_other_coordinators_stay(monkeypatch, tmp_path):
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
+    folders = [Path(kept_folder("pi", f"tcp://h:{port}", (None, None))) for port in range(7)]
+    stranger = folders[0].with_name("not-ours")
+    stranger.mkdir(parents=True)
+    (stranger / "update.data").touch()
+    in_use = Kept(folders[0])
+    for number, folder in enumerate(folders):
+        kept = in_use if number == 0 else Kept(folder)
+        kept.save(JOB, *finished())
+        os.utime(folder, (number, number))
+        del kept  # and its lock
+    left = {folder for folder in folders if folder.exists()}
+    # the one that saved last, the three before it, and the oldest, whose agent lives
+    assert left == {folders[0], *folders[3:]}
+    assert stranger.exists()
+    assert in_use.load() is not None
+
+
+def test_what_is_kept_reaches_the_disk(tmp_path, monkeypatch):
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        if path.is_relative_to(tmp_path):  # an earlier test's may be under way
+            synced.append(path.name)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    kept = Kept(tmp_path / "pi-1")
+    kept.save(JOB, *finished())
+    assert kept._syncing is not None
+    kept._syncing.join(30)
+    assert synced == ["update.data", "update.json", "pi-1"]

@@ -11,8 +11,17 @@ import pytest
 from coordinator.admission import remove_client
 from edge_sdk import join as join_module
 from edge_sdk import keys as keys_module
+from edge_sdk.errors import ConfigError
 from edge_sdk.join import Refused, join, rotate
-from edge_sdk.keys import KeyPair, has_next_keys, make_keys, next_keys, read_keys, swap_keys
+from edge_sdk.keys import (
+    KeyPair,
+    has_next_keys,
+    make_keys,
+    next_keys,
+    own_keys,
+    read_keys,
+    swap_keys,
+)
 from edge_sdk.wire import Fault, Heartbeat, Join, Joined
 from tests.gate import Gate, only_invitation, pair_of
 from tests.helpers import settle
@@ -115,6 +124,31 @@ def test_a_rotation_killed_at_any_point_is_finished_by_the_next(gate, member, mo
     assert {"before _ask", "after _ask", "before replace device.next.public"} <= set(passed)
 
 
+def test_an_earlier_question_that_was_heard_late_costs_no_key(gate, member, monkeypatch):
+    """An earlier one waited while the coordinator aggregated, and is handled just before."""
+    old, new, real = read_keys(member, "device"), next_keys(member), join_module._answer
+
+    def answer(link, question):
+        monkeypatch.setattr(join_module, "_answer", real)
+        device = gate.device(old)
+        device.send(Join(client_id="pi", public_key=new.public.decode()))
+        device.expect(Joined)
+        raise Refused("the coordinator refused: this device is not admitted any more")
+
+    monkeypatch.setattr(join_module, "_answer", answer)
+    assert turn(gate, member) == new == read_keys(member, "device")
+    assert gate.names()["pi"] == new.public
+
+
+def test_who_hangs_up_costs_no_key(gate, member):
+    """As a proxy does while the coordinator is not there."""
+    new = next_keys(member)
+    with pytest.raises(Refused, match="the handshake failed"):
+        rotate(gate.endpoint, make_keys(member.parent / "other", "server").public, member, "pi")
+    assert next_keys(member) == new
+    assert turn(gate, member) == new
+
+
 def test_a_rotation_whose_answer_was_lost_is_finished_by_join(gate, member):
     new = next_keys(member)
     line = gate.invite("pi")
@@ -139,6 +173,21 @@ def test_half_a_swap_reads_as_the_new_pair(tmp_path):
     assert read_keys(tmp_path, "device") == new != old
     assert sorted(file.name for file in tmp_path.iterdir()) == ["device.public", "device.secret"]
     assert read_keys(tmp_path, "device") == new
+
+
+@pytest.mark.parametrize("text", ["", "cut sh"])
+def test_a_first_secret_that_was_not_written_whole_makes_room(tmp_path, text):
+    (tmp_path / "device.secret").write_text(text)
+    made = own_keys(tmp_path)
+    assert own_keys(tmp_path) == made == read_keys(tmp_path, "device")
+
+
+def test_a_secret_that_was_in_use_is_never_made_anew(tmp_path):
+    make_keys(tmp_path, "device")
+    (tmp_path / "device.secret").write_text("cut sh")
+    with pytest.raises(ConfigError, match="device.secret holds no key"):
+        own_keys(tmp_path)
+    assert (tmp_path / "device.secret").read_text() == "cut sh"
 
 
 def test_a_next_pair_is_kept_until_it_is_in_force(tmp_path):
@@ -167,7 +216,7 @@ def test_a_client_changes_its_own_key_only(gate, member):
     before = gate.clients.read_text()
     with pytest.raises(Refused, match="this key is that of 'pi', join says 'first'"):
         turn(gate, member, "first")
-    assert not has_next_keys(member), "the old pair is the one in the list"
+    assert has_next_keys(member), "for the next try"
     device = gate.device(read_keys(member, "device"))
     invited = gate.invite()
     for taken in (gate.names()["first"], pair_of(invited).public):

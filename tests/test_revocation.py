@@ -58,6 +58,23 @@ def test_nobody_joins_a_list_that_an_editor_has_emptied(gate, tmp_path):
     assert gate.names().keys() == {"pi", "nano"}
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.write_text("\n"), Path.unlink])
+def test_nobody_joins_a_list_that_is_empty_or_gone(gate, tmp_path, damage):
+    add_client(gate.clients, "pi", new_key().encode())
+    admission, line, keys = Admission(gate.clients), gate.invite(), make_keys(tmp_path, "nano")
+    join, before = Join(client_id="nano", public_key=keys.public.decode()), gate.clients.read_text()
+    damage(gate.clients)
+    if gate.clients.exists():
+        settle(gate.clients)
+    refused = joining.answer(admission, pair_of(line).public, join)
+    assert isinstance(refused, Fault)
+    assert "could not write its list" in refused.detail
+    assert admission.names().keys() == {"pi"}
+    gate.clients.write_text(before)
+    settle(gate.clients)
+    assert isinstance(joining.answer(admission, pair_of(line).public, join), Joined)
+
+
 def test_a_command_waits_for_who_is_writing_the_list(tmp_path, monkeypatch):
     path, first = tmp_path / "clients", new_key().encode()
     add_client(path, "pi", first)
@@ -97,6 +114,43 @@ def test_a_command_does_not_write_to_a_list_that_somebody_goes_on_writing(tmp_pa
     assert path.read_text() == ""
 
 
+def test_a_list_that_others_share_by_a_link_is_changed_for_all(tmp_path):
+    shared, link = tmp_path / "shared", tmp_path / "keys" / "clients"
+    link.parent.mkdir()
+    link.symlink_to(shared)
+    keys = [new_key().encode() for _ in range(2)]
+    add_client(link, "pi", keys[0])
+    add_client(link, "nano", keys[1])
+    admission = Admission(shared)
+    assert remove_client(link, "pi")
+    assert link.is_symlink()
+    assert [admission.name_of(key) for key in keys] == [None, "nano"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["keys", "shared"]
+
+
+def test_a_change_is_on_the_disk_with_its_name(tmp_path, monkeypatch):
+    """Over a power cut nobody is admitted again."""
+    synced: list[bool] = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (synced.append(stat.S_ISDIR(os.fstat(file).st_mode)), real(file))
+    )
+    add_client(tmp_path / "clients", "pi", new_key().encode())
+    assert synced == [False, True]
+
+
+def test_others_may_not_write_whatever_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        make_keys(tmp_path / "keys", "server")
+        add_client(tmp_path / "lists" / "clients", "pi", new_key().encode())
+    finally:
+        os.umask(before)
+    made = [*tmp_path.iterdir(), *tmp_path.glob("*/*")]
+    assert len(made) == 5
+    assert not [path for path in made if path.stat().st_mode & 0o022]
+
+
 def test_a_list_of_the_future_is_read(gate):
     """As after a clock that was set back."""
     add_client(gate.clients, "pi", new_key().encode())
@@ -109,6 +163,8 @@ def test_a_list_of_the_future_is_read(gate):
 
 def test_the_last_client_is_revoked_by_a_command(tmp_path):
     path, key = tmp_path / "clients", new_key().encode()
+    path.write_text("\n")
+    settle(path)
     add_client(path, "pi", key)
     admission = Admission(path)
     assert remove_client(path, "pi")

@@ -234,3 +234,9 @@ def test_the_status_screen():
     )
     found |= {"MemoryCurrent": str(3 * 1024**2), "MemoryMax": str(4 * 1024**2), "StatusText": "x"}
     assert "memory    3.0 MiB of at most 4.0 MiB\n" in cli_service.describe(found)
+
+
+def test_a_config_that_the_service_does_not_see_is_refused():
+    with pytest.raises(ConfigError, match="does not see /home/pi/c.toml, as it is under /home"):
+        service.check_visible(Settings(), Path("/home/pi/c.toml"))
+    service.check_visible(Settings(), CONFIG)

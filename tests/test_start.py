@@ -48,6 +48,13 @@ def test_a_library_that_is_not_there_is_one_line(tmp_path, library, text):
     assert line.endswith(f"{sys.executable} -m pip install --force-reinstall edge-sdk")
 
 
+def test_a_coordinator_without_a_library_is_one_line(tmp_path):
+    done = start(tmp_path, "msgspec", "raise ImportError('gone')", module="coordinator.start")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("edge-coordinator: gone; this installation is not whole: ")
+
+
 @pytest.mark.parametrize("module", ["edge_sdk.start", "coordinator.start"])
 def test_ctrl_c_during_the_imports_ends_as_a_shell_expects(tmp_path, module):
     done = start(tmp_path, "msgspec", INTERRUPTED, module=module)
@@ -60,6 +67,29 @@ def test_ctrl_c_during_the_imports_ends_as_a_shell_expects(tmp_path, module):
 def test_ctrl_c_while_torch_is_imported_ends_it_quietly(tmp_path, arguments):
     done = start(tmp_path, "torch", SWALLOWED, *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["infer", "model"], ["calibrate", "model", "--accuracy-loss", "0.01"],
+    ["infer-report", "model", "--out", "report"],
+], ids=lambda words: words[0])  # fmt: skip
+def test_ctrl_c_while_onnxruntime_is_imported_ends_it_quietly(tmp_path, arguments):
+    done = start(tmp_path, "onnxruntime", SWALLOWED, *arguments, "--data", "x.npz")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise ModuleNotFoundError('No module named onnxruntime')", "which is not installed;"),
+        (r"raise ImportError('libc.so.9:\n gone')", "which does not load: libc.so.9:\\n gone;"),
+    ],
+)
+def test_an_onnxruntime_that_is_not_there_is_one_line(tmp_path, text, said):
+    done = start(tmp_path, "onnxruntime", text, "infer", "model", "--data", "x.npz")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"inference needs onnxruntime, {said} pip install" in line
 
 
 def test_help_comes_through(tmp_path):
