@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +14,23 @@ import pytest
 import torch
 
 from coordinator.cohort import Assignment, Client, ClientUpdate
-from coordinator.config import GeneratorOptions, RotationOptions, RunConfig, ServerOptions
+from coordinator.config import (
+    AggregationOptions,
+    GeneratorOptions,
+    RotationOptions,
+    RunConfig,
+    ServerOptions,
+)
 from edge_sdk.data import Examples
 from edge_sdk.wire import ModelSpec
 
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+# Two public keys in Z85.
+KEY_A, KEY_B = (
+    b"Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID",
+    b"JTKVSB%%)wK0E.X)V>+}o?pNmC{O&4W4b!Ni{Lh6",
+)
+ROBUST = ("trimmed-mean", "median", "norm-bounded")
 
 
 def shared_data(part: str) -> str:
@@ -136,3 +149,11 @@ def one_line(text: str, program: str) -> str:
     assert text.startswith(f"{program}: "), text
     assert text.count("\n") == 1, text
     return text
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def options_of(rule: str, trim: float = 0.1) -> AggregationOptions:
+    return AggregationOptions(rule=rule, trim=trim)

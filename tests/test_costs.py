@@ -1,29 +1,15 @@
-"""Costs against hand counts, against larger steps, and against the peak of a real trainer."""
+"""Costs against hand counts and against larger steps."""
 
 import gc
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from msgspec.structs import replace
 from torch.utils.flop_counter import FlopCounterMode
 
-from edge_sdk.capacity import (
-    TRAINER_ENVIRONMENT,
-    Moment,
-    SegmentCost,
-    examples_at_once,
-    in_parts,
-    peak_bytes,
-    recomputing,
-    uncached,
-)
+from edge_sdk.capacity import Moment, SegmentCost, examples_at_once, in_parts, recomputing
 from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.models import build, costs
 from edge_sdk.models.costs import segment_costs, segment_costs_apart
@@ -323,103 +309,6 @@ def test_counted_apart_is_the_same():
         segment_costs_apart(replace(CNN, family="none"), PLAN, 10, 1000)
 
 
-TRAINER = """
-import json, sys
-import msgspec, numpy
-from edge_sdk import resident
-from edge_sdk.data import Examples
-from edge_sdk.models import initial_tensors
-from edge_sdk.calibration import calibrated, runtime_bytes
-from edge_sdk.models.costs import segment_costs_apart
-from edge_sdk.models.staged import needed_names
-from edge_sdk.trainer import train
-from edge_sdk.wire import ModelSpec, Plan
-
-spec = msgspec.json.decode(sys.argv[1], type=ModelSpec)
-plan = msgspec.json.decode(sys.argv[2], type=Plan)
-count = int(sys.argv[4])
-x = numpy.ones((count, *spec.input_shape), dtype=numpy.float32)
-examples = Examples(x, numpy.arange(count) % spec.num_classes, spec.num_classes)
-found = calibrated(None, "cpu", may_measure=True)
-needed, libraries = runtime_bytes()
-costs = segment_costs_apart(
-    spec, plan, count, needed + found.scratch_bytes, found.allowance, found.error
-)
-after_bytes = resident.resident_bytes() - resident.library_bytes() + libraries
-tensors = initial_tensors(spec, 0)
-tensors = {name: tensors[name] for name in needed_names(tensors, plan.segments)}
-cache_bytes = int(sys.argv[3])
-result = train(spec, plan, tensors, examples, cache_bytes=cache_bytes, is_consuming=True)
-peak = result.peak_memory_bytes - resident.library_bytes() + libraries
-found = [needed, after_bytes, peak, msgspec.to_builtins(costs)]
-print(json.dumps(found))
-"""
-
-
-def predicted_and_measured(
-    spec: ModelSpec, plan: Plan, count: int, cache_bytes: int
-) -> tuple[int, int]:
-    """Peak bytes of a real trainer of the plan's one segment."""
-    arguments = [msgspec.json.encode(spec).decode(), msgspec.json.encode(plan).decode()]
-    run = subprocess.run(
-        [sys.executable, "-c", TRAINER, *arguments, str(cache_bytes), str(count)],
-        env={**os.environ, **TRAINER_ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    runtime_bytes, after_bytes, peak, counted = json.loads(run.stdout)
-    if not peak:
-        pytest.skip("this kernel does not tell a process's peak memory")
-    assert after_bytes < runtime_bytes + 8e6  # counting apart left this process as it was
-    (segment,) = plan.segments
-    found = msgspec.convert(counted, list[SegmentCost])
-    cost = next(c for c in found if (c.first, c.last) == (segment.first, segment.last))
-    predicted = peak_bytes(cost if cache_bytes >= cost.cache_bytes else uncached(cost))
-    print(f"predicted {predicted / 1e6:.1f} MB, measured {peak / 1e6:.1f} MB")
-    return predicted, peak
-
-
-@pytest.mark.parametrize(
-    ("first", "batch_size", "levers"),
-    [
-        (1, 32, {"optimizer": "adam"}),
-        (3, 16, {"optimizer": "sgd"}),
-        (1, 64, {"micro_batch": 16}),
-        (1, 64, {"recompute": True}),
-    ],
-    ids=str,
-)
-def test_predicted_peak_covers_a_real_trainer(first, batch_size, levers):
-    """vgg of 64..512 channels, 4.7 M parameters: the model the allowance was measured on."""
-    spec = ModelSpec(
-        family="vgg",
-        input_shape=(3, 18, 25),
-        num_classes=10,
-        exit=3,
-        options={"channels": (64, 128, 256, 512)},
-    )
-    plan = Plan(segments=(Segment(first=first, last=3),), batch_size=batch_size, **levers)
-    predicted, peak = predicted_and_measured(spec, plan, 2 * batch_size, 0)
-    assert peak <= predicted <= 1.15 * peak
-
-
-def test_predicted_peak_with_and_without_a_cache():
-    spec = ModelSpec(family="cnn", input_shape=(1, 48, 48), num_classes=10, exit=2)
-    plan = Plan(segments=(Segment(first=2, last=2),), epochs=2, batch_size=32)
-    features_bytes = 2000 * 16 * 24 * 24 * 4  # 74 MB, of data of 18 MB
-    for _ in range(3):  # until two processes are alike: a busy kernel may have taken pages of one
-        with_it, peak_with_it = predicted_and_measured(spec, plan, 2000, features_bytes)
-        without, peak_without = predicted_and_measured(spec, plan, 2000, features_bytes - 1)
-        if abs(with_it - without - features_bytes) < 8e6:
-            break
-    assert with_it - without == pytest.approx(features_bytes, abs=8e6)  # two processes
-    assert peak_with_it - peak_without == pytest.approx(features_bytes, rel=0.1)
-    for predicted, peak in [(with_it, peak_with_it), (without, peak_without)]:
-        assert peak <= 1.02 * predicted <= 1.15 * peak
-
-
 @pytest.mark.parametrize("family", ["cnn", "resnet18"])
 def test_counting_leaves_nothing_behind(family):
     """A graph whose nodes keep their own output would stay for good."""
@@ -445,11 +334,3 @@ def test_the_most_at_once_by_hand():
     order = (costs.LAST, 2, 1)
     assert [costs._whole(sizes, number) for number in order] == [90, 91, 96]
     assert [costs._again(sizes, number) for number in order] == [20, 38, 91]
-
-
-def test_a_wide_first_stage_needs_its_gradient_beside_what_is_saved():
-    spec = ModelSpec(family="cnn", input_shape=(3, 64, 64), num_classes=10, exit=1,
-                     options={"channels": (32,)})  # fmt: skip
-    plan = Plan(segments=(Segment(first=1, last=1),), batch_size=64, optimizer="adam")
-    predicted, peak = predicted_and_measured(spec, plan, 128, 0)
-    assert peak <= predicted <= 1.15 * peak

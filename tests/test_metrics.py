@@ -37,7 +37,7 @@ from edge_sdk.wire import PART_BYTES, Accepted, Bye, Fault, Fetch, Job, Probe, l
 from tests.cohort_work import work
 from tests.processes import World, free_port, wait_until
 from tests.scripted import WAIT_S, Coordinator, ScriptedDevice, asked_for
-from tests.test_status import HOSTILE, snapshot
+from tests.told import HOSTILE, snapshot
 
 # -- Prometheus -------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from edge_sdk.data import load, load_shard
+from tests.data_files import fails
 from tests.published import Pickled, cifar_pickle, pixels, unscaled
-from tests.test_data import fails
 
 
 def test_the_pickles_here_are_what_python_reads(tmp_path):

@@ -13,6 +13,7 @@ from scipy.io import savemat
 from edge_sdk.data import load, load_dataset, load_shard
 from edge_sdk.errors import DataError
 from edge_sdk.readers.matlab import read_mat
+from tests.data_files import broken_copies, fails
 from tests.published import (
     LABELS,
     cifar_pickle,
@@ -26,7 +27,6 @@ from tests.published import (
     write_stl,
     write_svhn,
 )
-from tests.test_data import broken_copies, fails
 
 # SVHN
 

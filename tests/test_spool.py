@@ -12,51 +12,12 @@ import pytest
 import torch
 
 from coordinator import spool as spool_module
-from coordinator.spool import Arrived, Spool
+from coordinator.spool import Spool
 from edge_sdk.errors import StoreError
-from edge_sdk.tensors import Receiver, Sender, Tensors, specs_of
-from edge_sdk.wire import PART_BYTES, ExitResult, Job, Plan, Segment, Update
-from tests.helpers import client, cnn
+from edge_sdk.tensors import Receiver, Sender, Tensors
+from edge_sdk.wire import PART_BYTES
 from tests.scripted import floats
-
-JOB, OTHER = "1" * 32, "2" * 32
-TENSORS = {"stages.0.w": floats(PART_BYTES // 4), "exits.0.b": floats(3, start=7.0)}  # two parts
-
-
-def arrived(tensors: Tensors, job: str = JOB) -> Arrived:
-    update = Update(
-        job=job,
-        digest=Sender(tensors).digest(),
-        round=3,
-        num_examples=10,
-        num_steps=2,
-        exits=(ExitResult(exit=1, loss=0.5, accuracy=0.5),),
-        phases={},
-        peak_memory_bytes=0,
-        tensors=specs_of(tensors),
-    )
-    segments = (Segment(first=1, last=1),)
-    return Arrived(update=update, segments=segments, upload_s=1.5, bytes_down=100, bytes_up=40)
-
-
-def receive(
-    spool: Spool, client: str = "a", tensors: Tensors = TENSORS, parts: int | None = None
-) -> Receiver:
-    """The first parts of an upload, or all."""
-    sender = Sender(tensors)
-    receiver = Receiver(sender.specs, spool.storage(3, client))
-    for index in range(sender.num_parts if parts is None else parts):
-        receiver.add(index, sender.part(index))
-    return receiver
-
-
-def keep(spool: Spool, client: str = "a", tensors: Tensors = TENSORS, job: str = JOB) -> None:
-    receive(spool, client, tensors)
-    spool.keep(3, client, arrived(tensors, job))
-
-
-def files(spool: Spool) -> list[str]:
-    return sorted(path.name for path in spool.folder.iterdir())
+from tests.spooled import JOB, OTHER, TENSORS, arrived, files, keep, one_line, receive
 
 
 def assert_is_there(spool: Spool, client: str = "a", tensors: Tensors = TENSORS) -> None:
@@ -230,12 +191,6 @@ def test_no_file_stays_open(tmp_path):
     assert len(receivers) == 20
 
 
-def one_line(error: StoreError) -> str:
-    assert "\n" not in str(error)
-    assert "--resume" in str(error)
-    return str(error)
-
-
 def test_full_disk_is_one_line(tmp_path, monkeypatch):
     """Of a part the disk takes a little, then nothing."""
     spool, sender = Spool(tmp_path), Sender(TENSORS)
@@ -314,127 +269,4 @@ def test_file_that_was_deleted_meanwhile_is_one_line(tmp_path):
     (tmp_path / "0000000003-a.data").unlink()
     with pytest.raises(StoreError, match="No such file") as caught:
         receiver.add(1, sender.part(1))
-    one_line(caught.value)
-
-
-# -- jobs that outlive their round, which nobody gives again -------------------------------------
-
-
-START = {name: tensor - 1 for name, tensor in TENSORS.items()} | {"stages.9.w": floats(2)}
-
-
-def hold(spool: Spool, client_id: str = "a", sender: Sender | None = None) -> None:
-    sender = sender or Sender(START)
-    plan = Plan(segments=(Segment(first=1, last=1),))
-    job = Job(id=JOB, round=3, model=cnn(2), plan=plan, tensors=sender.specs, deadline_s=0.0)
-    spool.hold(client(client_id, 2), job, specs_of(TENSORS), sender, outlives=False)
-
-
-def held_by(spool: Spool, round: int = 4) -> list[str]:
-    return [held.client.id for held, _ in spool.held(round)]
-
-
-def test_job_that_outlives_its_round_comes_with_what_it_began_from(tmp_path):
-    hold(Spool(tmp_path))
-    ((found, start),) = Spool(tmp_path).held(4)
-    assert (found.client, found.job.round, found.outlives) == (client("a", 2), 3, False)
-    assert found.returns == specs_of(TENSORS)
-    assert list(start) == list(START)
-    for name, tensor in START.items():
-        assert torch.equal(start[name], tensor)
-
-
-def test_only_jobs_of_rounds_before_are_held(tmp_path):
-    spool = Spool(tmp_path)
-    keep(spool, "b")  # of a round that was cut short: its job is given again
-    hold(spool, "a")
-    assert held_by(spool, 3) == []
-    assert held_by(spool, 4) == ["a"]
-
-
-def test_who_began_from_the_same_shares_a_file(tmp_path):
-    spool, sender, other = Spool(tmp_path), Sender(START), Sender(START)
-
-    def inode(name: str) -> int:
-        return (tmp_path / f"0000000003-{name}.base").stat().st_ino
-
-    hold(spool, "a", sender)
-    hold(spool, "b", sender)
-    hold(spool, "c", other)
-    assert inode("a") == inode("b") != inode("c")
-    spool.forget(3, "a")  # the first one
-    hold(spool, "d", sender)
-    hold(spool, "e", sender)
-    assert inode("d") == inode("e"), "a copy for everybody"
-    hold(spool, "d", sender)  # once more
-    assert inode("d") == inode("e")
-    assert held_by(spool) == ["b", "c", "d", "e"]
-    assert all(torch.equal(t[n], START[n]) for _, t in spool.held(4) for n in START)
-
-
-def test_job_given_anew_takes_nothing_from_those_who_began_elsewhere(tmp_path):
-    """One that came back is asked again, and for something else; its file had been shared, and the
-    next to be late began from what the file held before."""
-    spool, sender = Spool(tmp_path), Sender(START)
-    hold(spool, "a", sender)
-    hold(spool, "b", sender)
-    hold(spool, "a", Sender({name: tensor + 9 for name, tensor in START.items()}))
-    hold(spool, "c", sender)
-    starts = {held.client.id: tensors["stages.9.w"] for held, tensors in spool.held(4)}
-    assert torch.equal(starts["a"], START["stages.9.w"] + 9)
-    for name in "bc":
-        assert torch.equal(starts[name], START["stages.9.w"])
-
-
-def test_file_system_without_hard_links_holds_copies(tmp_path, monkeypatch):
-    def no_links(*args: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
-    spool, sender = Spool(tmp_path), Sender(START)
-    for name in ("a", "b", "b"):
-        hold(spool, name, sender)
-    assert held_by(spool) == ["a", "b"]
-
-
-@pytest.mark.parametrize("damage", ["base gone", "base short", "base zeros", "seat", "huge"])
-def test_damaged_job_is_left_out(tmp_path, damage, caplog):
-    spool = Spool(tmp_path)
-    hold(spool, "a")
-    hold(spool, "b")
-    base, seat = tmp_path / "0000000003-a.base", tmp_path / "0000000003-a.seat"
-    if damage == "base gone":
-        base.unlink()
-    elif damage == "seat":
-        seat.write_bytes(seat.read_bytes()[:-9])
-    elif damage == "huge":
-        seat.write_bytes(seat.read_bytes().replace(b"[2]", b"[2000000000]"))
-    else:  # as a power cut leaves it
-        size = base.stat().st_size
-        base.unlink()  # it is b's, too
-        base.write_bytes(bytes(size - (damage == "base short")))
-    assert held_by(spool) == ["b"]
-    assert "0000000003-a.seat is left out" in caplog.text
-
-
-def test_nothing_is_left_of_a_job_that_was_forgotten(tmp_path):
-    spool = Spool(tmp_path)
-    for _ in range(2):
-        keep(spool)
-        hold(spool)
-        spool.forget(3, "a")
-        assert files(spool) == []
-    keep(spool)
-    hold(spool)
-    spool.forget_before(4, set())
-    assert files(spool) == ["free-0000000003-a.data"]
-
-
-def test_job_that_finds_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(StoreError, match=r"a\.seat cannot be written: .*No space") as caught:
-        hold(Spool(tmp_path))
     one_line(caught.value)

@@ -1,0 +1,108 @@
+"""The last rounds, read from the database of a run that is finished, in progress or killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import stat
+from pathlib import Path
+
+from coordinator import run_reader, store
+from coordinator.run_reader import last_rounds
+from coordinator.store import Store
+from tests.told import finished_run
+
+
+@contextlib.contextmanager
+def not_allowed_to_write(*folders: Path):
+    """As another user, who may read all of these; root has to become one for it."""
+    modes = {folder: folder.stat().st_mode for folder in folders}
+    for folder in folders:
+        for file in folder.iterdir():
+            file.chmod(0o644 if file.is_file() else 0o755)
+        folder.chmod(0o555)
+    above = [
+        parent for parent in folders[0].resolve().parents if parent.stat().st_uid == os.getuid()
+    ]
+    opened = {parent: parent.stat().st_mode for parent in above if not parent.stat().st_mode & 0o5}
+    for parent, mode in opened.items():
+        parent.chmod(stat.S_IMODE(mode) | 0o055)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path, mode in (modes | opened).items():
+            path.chmod(stat.S_IMODE(mode))
+
+
+def test_the_last_rounds_of_a_finished_run(tmp_path):
+    """Rounds 2 and 3 were evaluated."""
+    folder = tmp_path / "run"
+    finished_run(folder)
+    rows = last_rounds(folder, 10)
+    full = Store.resume(folder)
+    history = full.history()
+    full.close()
+    assert [(row.round, len(row.accuracy)) for row in rows] == [(1, 0), (2, 3), (3, 3)]
+    for row, entry in zip(rows, history, strict=True):
+        assert list(row.accuracy) == entry["accuracy"]
+        for name in ("wall_s", "chosen", "returned", "stragglers", "failures", "bytes_up"):
+            assert getattr(row, name) == entry[name]
+    assert [row.round for row in last_rounds(folder, 1)] == [history[-1]["round"]]
+    assert last_rounds(folder, 0) == []
+
+
+def test_reading_leaves_nothing_behind(tmp_path):
+    folder = tmp_path / "run"
+    finished_run(folder)
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert last_rounds(folder, 5)
+    with not_allowed_to_write(folder):
+        assert last_rounds(folder, 5)
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_a_run_in_progress_is_read_also_by_who_may_not_write(tmp_path):
+    """Its newest rows are in the log only."""
+    folder = tmp_path / "run"
+    finished_run(folder)
+    with contextlib.closing(writer(folder)) as db:
+        assert (folder / "run.sqlite-wal").stat().st_size
+        assert last_rounds(folder, 1)[0].round == 77
+        with not_allowed_to_write(folder):
+            assert last_rounds(folder, 1)[0].round == 77
+        db.execute("BEGIN IMMEDIATE")  # it is not waited for
+        assert last_rounds(folder, 1)[0].round == 77
+
+
+def test_a_killed_run_is_read_with_its_log(tmp_path):
+    """As kill -9 leaves it: database, log and index are copied while they are in use."""
+    folder, killed = tmp_path / "run", tmp_path / "killed"
+    finished_run(folder)
+    killed.mkdir()
+    with contextlib.closing(writer(folder)):
+        for name in ("run.sqlite", "run.sqlite-wal", "run.sqlite-shm"):
+            (killed / name).write_bytes((folder / name).read_bytes())
+    with not_allowed_to_write(killed):
+        assert last_rounds(killed, 1)[0].round == 77
+    (killed / "run.sqlite-shm").unlink()
+    assert last_rounds(killed, 1)[0].round == 77
+
+
+def writer(folder: Path) -> sqlite3.Connection:
+    """Has committed round 77 to the log, and stays open."""
+    db = sqlite3.connect(folder / "run.sqlite", isolation_level=None)
+    db.execute("PRAGMA journal_mode = WAL")
+    row = db.execute("SELECT * FROM rounds LIMIT 1").fetchone()
+    marks = ", ".join("?" * len(row))
+    db.execute(f"INSERT INTO rounds VALUES ({marks})", (77, *row[1:]))
+    return db
+
+
+def test_the_database_has_one_name():
+    assert run_reader.DATABASE == store.DATABASE
