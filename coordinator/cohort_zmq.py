@@ -136,6 +136,7 @@ class ZmqCohort:
     def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
         self._expected = {client.id: client for client in clients}
         self._num_chosen = num_chosen
+        self._asked, self._returned, self._needed = set(), set(), 0  # of the round before
         if self._expected:  # they had been there before the restart
             self._assembles_until = min(self._assembles_until, time.monotonic() + SILENCE_S)
 

@@ -60,6 +60,8 @@ class Monitor:
             self.latest, phase=phase, round=number, reason=reason, phase_utc=utc()
         )
         self._tell()
+        if phase == "round open":  # who is asked is known at the next message
+            self._due = self._clock()
 
     def round_done(self, report: RoundReport) -> None:
         last, totals = self.latest, report.totals
@@ -74,6 +76,7 @@ class Monitor:
             round=report.round,
             chosen=totals.chosen,
             returned=totals.returned,
+            stale=totals.stale,
             seconds=totals.wall_s,
             bytes_down=totals.bytes_down,
             bytes_up=totals.bytes_up,

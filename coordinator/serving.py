@@ -153,9 +153,11 @@ def serve_rounds(
                     should_stop=lambda: bool(stopping), report=report, phase=monitor.phase,
                 )  # fmt: skip
                 if store.is_finished:
-                    store.write_model(method.spec, method.served())
+                    path = store.write_model(method.spec, method.served())
                     goodbye = FINISHED
                     export_served(method, test, args.export)
+                    told = (store.run, path, logs.event("finished", run=store.run))
+                    log.info("run %s is finished, its model is in %s", *told[:2], extra=told[2])
         finally:
             if stopping and not store.is_finished:
                 said = "stopped; round %d is next, go on with --resume"

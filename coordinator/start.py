@@ -14,8 +14,8 @@ def main() -> int:
             from coordinator.cli import main as run
         except ImportError as error:
             reason = " ".join(str(error).split())
-            again = f'{sys.executable} -m pip install --force-reinstall "edge-sdk[coordinator]"'
-            said = f"edge-coordinator: {reason}; this installation is not whole: {again}"
+            again = f"install edge-sdk[coordinator] again for {sys.executable}, from where it came"
+            said = f"edge-coordinator: {reason}; this installation is not whole; {again}"
             print(said, file=sys.stderr)
             return 1
         return run()

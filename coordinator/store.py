@@ -37,7 +37,7 @@ from edge_sdk.trainer import clock, since
 from edge_sdk.wire import ModelSpec, Phase, Segment
 
 log = logging.getLogger(__name__)
-VERSION = 3
+VERSION = 4
 KEPT_CHECKPOINTS = 2
 DATABASE = "run.sqlite"
 BEGUN = "begun.json"
@@ -49,7 +49,7 @@ CREATE TABLE clients (client_id TEXT PRIMARY KEY, exit INTEGER, stages TEXT,
     platform TEXT, board TEXT, is_emulated INTEGER, cpu_scale REAL, link_mbit_s REAL, profile TEXT);
 CREATE TABLE rounds (round INTEGER PRIMARY KEY, started_utc TEXT, wall_s REAL, chosen INTEGER,
     returned INTEGER, stragglers INTEGER, failures INTEGER, retries INTEGER, bytes_down INTEGER,
-    bytes_up INTEGER, checkpoint TEXT);
+    bytes_up INTEGER, stale INTEGER, checkpoint TEXT);
 CREATE TABLE participations (round INTEGER, client_id TEXT, exit INTEGER, segments TEXT,
     outcome TEXT, code TEXT, detail TEXT, num_examples INTEGER, num_steps INTEGER,
     bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,
@@ -63,7 +63,8 @@ CREATE TABLE metrics (round INTEGER, name TEXT, value REAL, PRIMARY KEY (round, 
 
 @dataclass(frozen=True)
 class RoundTotals:
-    """A round in numbers, in the order of the table `rounds`."""
+    """A round in numbers, in the order of the table `rounds`. returned: participants of this round;
+    stale: updates of rounds before, which came late and count in this one."""
 
     wall_s: float
     chosen: int
@@ -73,6 +74,7 @@ class RoundTotals:
     retries: int
     bytes_down: int
     bytes_up: int
+    stale: int = 0
 
 
 class Store:
@@ -308,9 +310,9 @@ class Store:
 
     def _totals(self, round: int, wall_s: float) -> RoundTotals:
         (row,) = self._read(
-            "SELECT TOTAL(outcome = 'ok'), TOTAL(outcome = 'straggler'), TOTAL(outcome = 'failed'),"
-            " TOTAL(retries), TOTAL(bytes_down), TOTAL(bytes_up) FROM participations"
-            " WHERE round = ?",
+            "SELECT TOTAL(outcome = 'ok' AND NOT staleness), TOTAL(outcome = 'straggler'),"
+            " TOTAL(outcome = 'failed'), TOTAL(retries), TOTAL(bytes_down), TOTAL(bytes_up),"
+            " TOTAL(outcome = 'ok' AND staleness) FROM participations WHERE round = ?",
             round,
         )
         return RoundTotals(wall_s, self._begun.count(round), *(int(value) for value in row))

@@ -78,6 +78,12 @@ def run_join(args: argparse.Namespace) -> int:
         values["insecure"] = False
     text = with_values(text, values, str(path))
     join(line, folder, client_id)
+    if settings.coordinator not in (None, line.endpoint):
+        print(
+            f"edge-sdk: {path} named the coordinator {settings.coordinator}, where this device "
+            "takes part no more; another --config and --keys would have kept both",
+            file=sys.stderr,
+        )
     try:
         write_public(folder, SERVER_KEYS, line.server_key)
         write_config(path, text)

@@ -25,9 +25,9 @@ Kind: TypeAlias = Literal[
     "joined", "back", "gone", "ready", "duplicate", "refused", "stranger", "fault",
     # of a round and the run
     "started", "waiting", "round_opened", "round_closed", "update_accepted", "update_late",
-    "update_failed", "stopped", "failed", "status_lost",
-    # of a device's own log, besides ready and failed: events.py
-    "connected", "chosen", "job", "trained", "accepted", "lost", "finished", "ended",
+    "update_failed", "finished", "stopped", "failed", "status_lost",
+    # of a device's own log, besides ready, finished and failed: events.py
+    "connected", "chosen", "job", "trained", "accepted", "lost", "ended",
 ]  # fmt: skip
 Field: TypeAlias = str | float | None
 JSON_VARIABLE = "EDGE_SDK_LOG_JSON"  # set for the trainer, which writes to the agent's stderr

@@ -91,7 +91,7 @@ def hidden_program() -> str:
             return (
                 f"this edge-sdk runs from {path}, and a service does not see {', '.join(HIDDEN)}; "
                 f"install it elsewhere: sudo python3 -m venv /opt/{NAME}, then "
-                f"sudo /opt/{NAME}/bin/pip install {NAME}"
+                f"sudo /opt/{NAME}/bin/pip install what {NAME} was installed from here"
             )
     return ""
 

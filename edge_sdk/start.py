@@ -14,8 +14,8 @@ def main() -> int:
             from edge_sdk.cli import main as run
         except ImportError as error:
             reason = " ".join(str(error).split())
-            again = f"{sys.executable} -m pip install --force-reinstall edge-sdk"
-            print(f"edge-sdk: {reason}; this installation is not whole: {again}", file=sys.stderr)
+            again = f"install edge-sdk again for {sys.executable}, from where it came"
+            print(f"edge-sdk: {reason}; this installation is not whole; {again}", file=sys.stderr)
             return 1
         return run()
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import torch
 from coordinator import cohort_zmq
 from coordinator import devices as devices_module
 from coordinator.cohort import Client, ClientUpdate
+from coordinator.cohort_zmq import ZmqCohort
 from coordinator.credit import Credit
 from coordinator.desk import Desk
 from coordinator.spool import Spool
@@ -78,6 +79,12 @@ def test_late_update_counts_in_the_next_round(make_coordinator):
     }
     assert torch.equal(first.tensors["stages.1.1.bias"], want["stages.1.1.bias"] + 1)
     assert {c.id for c in coordinator.clients().result(WAIT_S)} == {"good", "bad"}
+
+    def begin_another(cohort: ZmqCohort) -> tuple[int, int]:
+        cohort.expect([], 0)
+        return cohort.snapshot().returned, cohort.snapshot().chosen
+
+    assert coordinator.ask(begin_another).result(WAIT_S) == (0, 0), "of the round before"
 
 
 def test_late_job_that_gets_too_old_is_given_up(make_coordinator):

@@ -186,6 +186,17 @@ def test_a_config_that_is_not_written_in_the_end_does_not_hide_that_the_device_i
     assert read_config(tmp_path / "c.toml").id == "pi-1"
 
 
+def test_leaving_another_coordinator_is_told(gate, home, capsys, tmp_path):
+    config = home / "config.toml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text('coordinator = "tcp://192.0.2.9:5555"\n')
+    line = invited(gate, capsys, "--name", "pi-1")
+    for said in (f"edge-sdk: {config} named the coordinator tcp://192.0.2.9:5555, where", ""):
+        assert on_device(["join", line, "--config", str(config)]) == 0
+        assert capsys.readouterr().err.startswith(said), "once"
+    assert read_config(config).coordinator == gate.endpoint
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -11,9 +11,11 @@ import torch
 from coordinator.cohort import Assignment, InProcessCohort, train_here
 from coordinator.emulate import Population, choose_holders, group_exits, split_shards, write_json
 from coordinator.methods import make_method
-from coordinator.rounds import run_rounds
+from coordinator.methods.base import Metrics
+from coordinator.rounds import RoundReport, run_rounds
+from coordinator.running import print_round
 from coordinator.sampling import sample
-from coordinator.store import Store
+from coordinator.store import RoundTotals, Store
 from edge_sdk.errors import ConfigError, DataError, TrainerError
 from edge_sdk.wire import Plan, Segment
 from tests.helpers import client, cnn, config, examples
@@ -48,6 +50,13 @@ def test_stopped_and_resumed_run_equals_a_straight_one(tmp_path, name):
         assert list(method.current()) == list(make_method(settings).current()), "order of the model"
     assert set(models[0]) == set(models[1])
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
+@pytest.mark.parametrize(("stale", "said"), [(0, "1 of 2 returned"), (2, "1 of 2 and 2 late ret")])
+def test_a_late_update_is_not_told_as_the_rounds_own(capsys, stale, said):
+    totals = RoundTotals(3.0, 2, 1, 1, 0, 0, 10, 20, stale)
+    print_round(RoundReport(7, [0.5], [0.75], Metrics(), totals))
+    assert capsys.readouterr().out.startswith(f"round 7: {said}")
 
 
 def test_failing_client_is_counted_and_the_round_goes_on(tmp_path):

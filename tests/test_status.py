@@ -138,14 +138,24 @@ def test_it_is_told_every_two_seconds_and_at_every_change(tmp_path):
     monitor.tick()
     assert len(seen) == 2
     assert read_status(tmp_path).cohort.returned == 1
-    monitor.phase("round open", 4)
+    monitor.phase("saving", 4)
     assert len(seen) == 3
-    assert (read_status(tmp_path).phase, read_status(tmp_path).round) == ("round open", 4)
+    assert (read_status(tmp_path).phase, read_status(tmp_path).round) == ("saving", 4)
     clock.now += 0.9 * TELL_S  # since the change
     monitor.tick()
     assert len(seen) == 3
-    monitor.phase("saving")
+    monitor.phase("evaluating")
     assert read_status(tmp_path).round == 4
+
+
+def test_who_is_asked_is_told_with_the_first_message_of_the_round(tmp_path):
+    monitor, seen = monitored(tmp_path)
+    monitor.phase("round open", 4)
+    assert read_status(tmp_path).cohort.returned == 1
+    monitor.tick()
+    assert read_status(tmp_path).cohort.returned == 2
+    monitor.tick()
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize(("error", "is_finished", "phase", "reason"), [
