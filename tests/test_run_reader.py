@@ -8,7 +8,6 @@ import sqlite3
 import stat
 from pathlib import Path
 
-from coordinator import run_reader, store
 from coordinator.run_reader import last_rounds
 from coordinator.store import Store
 from tests.told import finished_run
@@ -102,7 +101,3 @@ def writer(folder: Path) -> sqlite3.Connection:
     marks = ", ".join("?" * len(row))
     db.execute(f"INSERT INTO rounds VALUES ({marks})", (77, *row[1:]))
     return db
-
-
-def test_the_database_has_one_name():
-    assert run_reader.DATABASE == store.DATABASE
