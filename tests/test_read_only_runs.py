@@ -15,9 +15,10 @@ from coordinator.store import Store
 from edge_sdk.errors import StoreError
 from edge_sdk.exported import read_model
 from tests.helpers import config, one_line
+from tests.other_user import not_allowed_to_write
 from tests.processes import ROOT
 from tests.recorded_run import record_run
-from tests.test_run_reader import not_allowed_to_write, writer
+from tests.test_run_reader import writer
 from tests.told import finished_run
 from tools.testbed_report import main as report
 
