@@ -15,7 +15,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from coordinator.invitations import Invitations
@@ -104,11 +104,20 @@ def parse_clients(text: str, where: str) -> dict[bytes, str]:
         if len(parts) != 2 or not re.match(CLIENT_NAME, parts[0]):
             raise ConfigError(f"{where} line {number}: expected `NAME PUBLIC_KEY`, got {line!r}")
         key = check_key(parts[1], f"{where} line {number}")
-        if key in found or parts[0] in taken:
-            raise ConfigError(f"{where} line {number}: {parts[0]} or its key is there already")
+        if said := _clash(found, taken, parts[0], key):
+            raise ConfigError(f"{where} line {number}: {said}; remove one of the two lines")
         found[key] = parts[0]
         taken.add(parts[0])
     return found
+
+
+def _clash(known: dict[bytes, str], names: Collection[str], name: str, key: bytes) -> str:
+    """Why a client is not one more; "" where it is. names: of `known`."""
+    if known.get(key) == name:
+        return f"{name} is there already, with this key"
+    if key in known:
+        return f"the key of {name} is there already, under the name {known[key]}"
+    return f"{name} is there already, with another key" if name in names else ""
 
 
 def add_client(path: Path, name: str, public_key: bytes) -> None:
@@ -145,6 +154,12 @@ def put_client(path: Path, text: str, name: str, public_key: bytes) -> None:
     """Write the list with one line more than `text`; the caller holds the folder's lock.
 
     Raises ConfigError when name or key are there already, OSError."""
+    known = parse_clients(text, str(path))
+    if said := _clash(known, known.values(), name, public_key):
+        other = known.get(public_key, name)
+        raise ConfigError(
+            f"client list {path}: {said}; to replace it, `edge-coordinator clients remove {other}`"
+        )
     if text and not text.endswith("\n"):
         text += "\n"
     text += f"{name} {public_key.decode()}\n"

@@ -5,6 +5,7 @@ All of it is files in the folder of keys; a coordinator that serves sees each ch
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import socket
 import sys
@@ -87,8 +88,7 @@ def run_clients(args: argparse.Namespace) -> int:
 def _remove(path: Path, name: str) -> None:
     """Invitations first: the device could come back with one as long as it stands."""
     invitations = path.with_name("invitations")
-    if not path.parent.is_dir():
-        raise ConfigError(f"there is no folder {path.parent}; give --keys or --clients-file")
+    _check_folder(path.parent)
     try:
         with locked(path.parent):
             gone = withdraw(invitations, name)
@@ -104,6 +104,18 @@ def _remove(path: Path, name: str) -> None:
         raise ConfigError(f"no client {name!r} in {path}; known: {known}")
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise ConfigError unless it can be told which files lie in it."""
+    try:
+        os.stat(f"{folder}/.")  # the dot asks for the right to search it
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"there is no folder {folder}; give --keys or --clients-file") from error
+    except OSError as error:
+        raise ConfigError(
+            f"folder {folder} cannot be read: {error.strerror}; run this as the user whose it is"
+        ) from error
+
+
 def _print_list(path: Path) -> None:
     """Standard output gets a line NAME KEY per client and nothing else."""
     clients = Admission(path).names()
@@ -115,6 +127,7 @@ def _print_list(path: Path) -> None:
 
 def _print_pending(path: Path) -> None:
     """Standard output gets KEY FIRST LAST TRIES, times in UTC, for `clients add NAME KEY`."""
+    _check_folder(path.parent)
     known = parse_clients(read_list(path), str(path))
     strangers = [
         stranger

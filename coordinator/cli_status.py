@@ -18,7 +18,8 @@ from typing import Any
 
 import msgspec
 
-from coordinator.run_reader import DATABASE, RoundRow, last_rounds
+from coordinator.database import DATABASE
+from coordinator.run_reader import RoundRow, last_rounds
 from coordinator.status import (
     ClientState,
     Health,

@@ -37,7 +37,7 @@ def export_served(method: Method, examples: Examples | None, folder: Path | None
 
 def export_run(args: argparse.Namespace) -> int:
     check_export(args.out)
-    store = Store.resume(args.run_dir)
+    store = Store.look(args.run_dir)
     try:
         state = store.load_checkpoint()
         if state is None:

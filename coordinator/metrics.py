@@ -9,6 +9,7 @@ fixed. Nobody is asked who they are and nothing is encrypted: listen on an addre
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from coordinator.status import ClientPhase, RunPhase, Snapshot
 from coordinator.tally import CODES, OTHER
 from edge_sdk.errors import ConfigError
 
+log = logging.getLogger(__name__)
 PREFIX = "edge_coordinator_"
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%a-z]+\]|[^:/\s\[\]]+):([0-9]{1,5})")
 
@@ -53,6 +55,7 @@ class MetricsServer:
                 f"--metrics {address}: cannot listen there: {error}; choose another address"
             ) from error
         self.port: int = self._server.server_port
+        log.info("metrics at http://%s:%d/metrics", address.rpartition(":")[0], self.port)
 
     def collect(self) -> Iterator[Any]:
         """As prometheus_client asks, in a thread for each scrape."""

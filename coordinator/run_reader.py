@@ -1,10 +1,4 @@
-"""The last rounds from a run's database, for who only looks: nothing in the folder is changed.
-
-A run in progress has its newest rows in run.sqlite-wal; with it SQLite reads without any lock that
-a writer waits for, also for a user who may only read. Without it, after a clean end, SQLite would
-make that file anew, and it would be this user's: the database is then opened as one that does not
-change (immutable). A coordinator that was killed leaves the file, whose rows count.
-"""
+"""The last rounds from a run's database, for who only looks."""
 
 from __future__ import annotations
 
@@ -14,9 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+from coordinator.database import DATABASE, connect_to_read
 from edge_sdk.errors import StoreError
-
-DATABASE = "run.sqlite"  # as in store.py, which needs torch
 
 
 class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,13 +30,10 @@ def last_rounds(folder: Path, count: int) -> list[RoundRow]:
     """The newest `count` rounds, oldest first. Raises StoreError."""
     path = folder / DATABASE
     try:
-        wal = path.with_name(f"{DATABASE}-wal")
-        how = "mode=ro" if wal.exists() else "immutable=1"
-        uri = f"{path.resolve().as_uri()}?{how}"
-        with closing(sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None)) as db:
+        with closing(connect_to_read(folder)) as db:
             db.execute("BEGIN")  # one state: a round that ends meanwhile is not half in it
             return _read(db, count)
-    except (OSError, sqlite3.Error) as error:
+    except sqlite3.Error as error:
         raise StoreError(
             f"{path} cannot be read: {error}; ask as the user who runs the coordinator"
         ) from error

@@ -136,7 +136,11 @@ def read_status(folder: Path) -> Snapshot | None:
         return msgspec.json.decode(path.read_bytes(), type=Snapshot)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, msgspec.DecodeError) as error:
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be read: {error.strerror}; ask as the user who runs the coordinator"
+        ) from error
+    except msgspec.DecodeError as error:
         raise StoreError(f"{path} cannot be read: {error}; is it of this version?") from error
 
 

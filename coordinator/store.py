@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import astuple, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +28,7 @@ from coordinator.begun import Begun
 from coordinator.checkpoints import checkpoint_name, sync_folder, write_checkpoint
 from coordinator.cohort import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig, read_config
+from coordinator.database import DATABASE, connect_to_read, connect_to_write
 from coordinator.methods.base import Metrics
 from coordinator.run_lock import RunLock
 from edge_sdk.errors import StoreError
@@ -39,7 +40,6 @@ from edge_sdk.wire import ModelSpec, Phase, Segment
 log = logging.getLogger(__name__)
 VERSION = 4
 KEPT_CHECKPOINTS = 2
-DATABASE = "run.sqlite"
 BEGUN = "begun.json"
 SPOOL = "spool"
 SCHEMA = """
@@ -78,16 +78,16 @@ class RoundTotals:
 
 
 class Store:
-    """Opened by `create` for a new run or `resume` for one that exists."""
+    """Opened by `create` for a new run, `resume` to go on with one, `look` only to read it."""
 
-    def __init__(self, folder: Path, config: RunConfig, run: str) -> None:
+    def __init__(self, folder: Path, config: RunConfig, run: str, db: sqlite3.Connection) -> None:
         self.folder = folder
         self.config = config
         self.run = run
         self.is_temporary = False  # deleted when the program ends
         self._begun = Begun(folder / BEGUN)
         self._lock: RunLock | None = None
-        self._db = _connect(folder)
+        self._db = db
 
     def lock(self) -> None:
         """Before writing: no other process may, until this store is closed. Raises StoreError."""
@@ -114,24 +114,38 @@ class Store:
             sync_folder(folder)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot start a run in {folder}: {error}") from error
-        return cls(folder, config, run)
+        return cls(folder, config, run, connect_to_write(folder))
 
     @classmethod
     def resume(cls, folder: Path) -> Store:
-        """Open the run in `folder`. Raises StoreError: none there, another version, corrupt."""
+        """Go on with the run in `folder`. Raises StoreError: none there, another version, corrupt,
+        not to be written."""
+        return cls._open(folder, connect_to_write, "start one without --resume")
+
+    @classmethod
+    def look(cls, folder: Path) -> Store:
+        """Only to read, also where nothing may be written. Raises StoreError."""
+        return cls._open(folder, connect_to_read, "give the --run-dir of a run")
+
+    @classmethod
+    def _open(cls, folder: Path, connect: Callable[[Path], sqlite3.Connection], step: str) -> Store:
+        """step: what to do where no run is. Raises StoreError."""
         if not is_there(folder / DATABASE):
-            raise StoreError(f"{folder} holds no run; start one without --resume")
-        try:
-            with closing(sqlite3.connect(folder / DATABASE, timeout=30)) as db:
+            raise StoreError(f"{folder} holds no run; {step}")
+        with ExitStack() as stack:  # closes it after an error
+            try:
+                db = stack.enter_context(closing(connect(folder)))
                 version, run, text = db.execute("SELECT version, run, config FROM runs").fetchone()
-        except (sqlite3.Error, TypeError, ValueError) as error:
-            raise StoreError(f"{folder / DATABASE} is not a run's database: {error}") from error
-        if version != VERSION:
-            raise StoreError(
-                f"{folder} was written by run format {version}, this is format {VERSION}; "
-                "use the version that made it or another --run-dir"
-            )
-        return cls(folder, read_config(text, str(folder / DATABASE)), run)
+            except (sqlite3.Error, TypeError, ValueError) as error:
+                raise StoreError(f"{folder / DATABASE} is not a run's database: {error}") from error
+            if version != VERSION:
+                raise StoreError(
+                    f"{folder} was written by run format {version}, this is format {VERSION}; "
+                    "use the version that made it or another --run-dir"
+                )
+            config = read_config(text, str(folder / DATABASE))
+            stack.pop_all()
+        return cls(folder, config, run, db)
 
     def way_on(self, round: int | None = None) -> str:
         """What to do after a stop or an error, as the end of its message."""
@@ -358,16 +372,6 @@ class Store:
         except sqlite3.Error as error:
             self.rollback()
             raise StoreError(f"{self.folder / DATABASE}: {error}; {self.way_on()}") from error
-
-
-def _connect(folder: Path) -> sqlite3.Connection:
-    try:
-        db = sqlite3.connect(folder / DATABASE, timeout=30)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-    except sqlite3.Error as error:
-        raise StoreError(f"{folder / DATABASE} cannot be opened: {error}") from error
-    return db
 
 
 def _per_exit(values: Mapping[str, float], prefix: str) -> list[float]:

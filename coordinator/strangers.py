@@ -95,6 +95,11 @@ def read_strangers(path: Path) -> list[Stranger]:
         return []
     try:
         found = msgspec.json.decode(path.read_bytes(), type=list[Stranger])
+    except PermissionError as error:
+        raise ConfigError(
+            f"pending keys in {path} cannot be read: {error.strerror}; run this as the user who "
+            "runs the coordinator"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"pending keys in {path} cannot be read: {error}; remove the file, it is made again"

@@ -287,10 +287,12 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
     import numpy as np
 
     from edge_sdk.examples import bad, mapped
+    from edge_sdk.readers.arrays import NPY, check_begin
 
     expected = "an .npy file with inputs (n, *input_shape)"
-    with mapped(path, expected):
-        x = np.load(path, allow_pickle=False)
-        if not isinstance(x, np.ndarray) or not x.ndim:
+    with mapped(path, expected), path.open("rb") as file:
+        check_begin(path, file, NPY, expected)
+        x: npt.NDArray[Any] = np.load(file, allow_pickle=False)
+        if not x.ndim:
             raise bad(path, "no array", expected)
     return x

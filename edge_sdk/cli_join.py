@@ -26,8 +26,10 @@ from edge_sdk.invitation import MAX_CHARACTERS, InvitationLine, decode_line
 from edge_sdk.keys import (
     DEVICE_KEYS,
     SERVER_KEYS,
+    has_keys,
     make_keys,
     read_all_keys,
+    read_keys,
     write_public,
 )
 
@@ -44,7 +46,9 @@ def add_join_command(commands: Any) -> None:
 
 
 def add_keys_command(commands: Any) -> None:
-    parser = commands.add_parser("keys", help="make this device's key pair, print the public key")
+    parser = commands.add_parser(
+        "keys", help="make this device's key pair if there is none, print the public key"
+    )
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="take id and keys from there")
     _add_own_flags(parser)
@@ -139,8 +143,14 @@ def run_keys(args: argparse.Namespace) -> int:
         return _rotate(args)
     settle(args)
     client_id = checked_id(args.id, "--id")
-    keys = make_keys(args.keys, DEVICE_KEYS)
-    print(f"wrote {args.keys / DEVICE_KEYS}.public and .secret; on the coordinator run")
+    files = f"{args.keys / DEVICE_KEYS}.public and .secret"
+    if has_keys(args.keys, DEVICE_KEYS):
+        keys = read_keys(args.keys, DEVICE_KEYS)
+        print(f"edge-sdk: {files} were there and stay as they are", file=sys.stderr)
+        print("on the coordinator run")
+    else:
+        keys = make_keys(args.keys, DEVICE_KEYS)
+        print(f"wrote {files}; on the coordinator run")
     print(f"  edge-coordinator clients add {client_id} '{keys.public.decode()}'")
     print(f"and copy its server.public to {args.keys / SERVER_KEYS}.public")
     return 0

@@ -71,7 +71,8 @@ def save_shard(path: str | os.PathLike[str], examples: Examples) -> None:
     if examples.scaling is not None:
         arrays["scaling"] = np.array(examples.scaling)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with mapped(path, "to write the shard", "check the folder, its rights and its free space"):
+    step = "check the folder, its rights and its free space"
+    with mapped(path, "to write the shard", step, to="write"):
         try:
             with temporary.open("wb") as file:
                 np.savez(file, **arrays)

@@ -97,13 +97,20 @@ def bad(where: str | Path, got: str, expected: str, step: str = "correct the dat
 
 
 @contextmanager
-def mapped(path: str | Path, expected: str, step: str = "copy the file again") -> Iterator[None]:
-    """Maps whatever a foreign reader raises to one DataError. On corrupt files numpy, zipfile
-    and zlib raise a dozen unrelated types, hence `Exception`."""
+def mapped(
+    path: str | Path, expected: str, step: str = "copy the file again", *, to: str = "read"
+) -> Iterator[None]:
+    """Maps whatever a foreign reader raises to one DataError; to: what is done with the path. On
+    corrupt files numpy, zipfile and zlib raise a dozen unrelated types, hence `Exception`."""
     try:
         yield
     except EdgeError:
         raise
+    except PermissionError as error:
+        raise DataError(
+            f"{path}: {error.strerror or error}, this user may not {to} it; give it the "
+            "right to, or run this as another"
+        ) from error
     except Exception as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise bad(path, f"{type(error).__name__} ({reason})", expected, step) from error

@@ -129,9 +129,12 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):  # on a read-only disk this fails too
             draft.unlink()
-        raise StoreError(f"{path} cannot be written: {error}; free space or choose another") from (
-            error
-        )
+        said = f"{error.strerror}; free space, or choose another"
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            said = f"there is no folder {path.parent}; make it, or choose another"
+        elif isinstance(error, PermissionError):
+            said = f"{error.strerror}; give this user the right to, or choose another"
+        raise StoreError(f"{path} cannot be written: {said}") from error
 
 
 def is_there(path: Path) -> bool:

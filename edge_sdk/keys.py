@@ -91,6 +91,11 @@ def own_keys(folder: Path, name: str = DEVICE_KEYS) -> KeyPair:
     return read_keys(folder, name)
 
 
+def has_keys(folder: Path, name: str) -> bool:
+    """Whether both files are there. Raises ConfigError."""
+    return all(_exists(folder / f"{name}.{half}") for half in ("secret", "public"))
+
+
 def next_keys(folder: Path) -> KeyPair:
     """The device's next pair, made unless a rotation was begun with one. Raises ConfigError.
 

@@ -57,7 +57,7 @@ def checked_source(data: object) -> Source:
 def shard_of(source: Source) -> Iterator[str]:
     """The path of the shard, mode 0600 in a folder of mode 0700 under tempfile.gettempdir(); gone
     afterwards. Raises DataError."""
-    with mapped(tempfile.gettempdir(), "a folder to write to", "set TMPDIR to another"):
+    with mapped(tempfile.gettempdir(), "a folder to write to", "set TMPDIR to another", to="write"):
         folder = tempfile.TemporaryDirectory(prefix="edge-sdk-")
     with folder as name:
         path = Path(name) / "shard.npz"
@@ -75,7 +75,8 @@ def _gathered(dataset: Dataset, file: Path) -> Examples:
     """The Dataset's items, their inputs one after another in `file`."""
     labels: Ints = np.empty(len(dataset), np.int64)
     first = _item(dataset, 0, labels)
-    with mapped(file, "to write the data", "free space, or set TMPDIR"), file.open("wb") as stream:
+    advice = "free space, or set TMPDIR"
+    with mapped(file, "to write the data", advice, to="write"), file.open("wb") as stream:
         for index in range(len(labels)):
             x = _item(dataset, index, labels)
             if (x.shape, x.dtype) != (first.shape, first.dtype):

@@ -73,8 +73,8 @@ def assert_same(got: Examples, want: Examples) -> None:
         np.testing.assert_array_equal(got.subject, want.subject)
 
 
-def fails(call: Callable[[], object], *fragments: str, error: type[Exception] = DataError) -> None:
-    """The call raises exactly `error`, in one line that holds every fragment."""
+def fails(call: Callable[[], object], *fragments: str, error: type[Exception] = DataError) -> str:
+    """The call raises exactly `error`, in one line that holds every fragment; that line."""
     with pytest.raises(error) as caught:
         call()
     assert type(caught.value) is error
@@ -82,6 +82,7 @@ def fails(call: Callable[[], object], *fragments: str, error: type[Exception] = 
     assert "\n" not in message
     for fragment in fragments:
         assert fragment in message, message
+    return message
 
 
 FLOATS = np.zeros((3, 1, 2), dtype=np.float32)

@@ -33,8 +33,9 @@ def test_a_list_has_names_keys_comments_and_blank_lines():
         (line("a" * 65, KEY_B), "expected `NAME PUBLIC_KEY`"),
         (line("pi", KEY_B[:-1]), "holds no key: expected 40 characters of Z85, got 39"),
         (line("pi", b'"' * 40), "holds no key"),
-        (line("first", KEY_B), "first or its key is there already"),
-        (line("second", KEY_A), "second or its key is there already"),
+        (line("first", KEY_B), "first is there already, with another key"),
+        (line("second", KEY_A), "the key of second is there already, under the name first"),
+        (line("first", KEY_A), "first is there already, with this key"),
     ],
 )
 def test_errors_name_the_line(bad, message):

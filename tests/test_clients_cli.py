@@ -15,6 +15,7 @@ from coordinator.strangers import Strangers
 from edge_sdk.invitation import decode_line
 from tests.gate import invited, new_key
 from tests.helpers import one_line
+from tests.other_user import closed
 
 
 def test_invite_prints_one_line_and_says_the_rest_beside(gate, capsys):
@@ -115,6 +116,24 @@ def test_clients_are_added_listed_and_removed(gate, capsys):
     assert said.endswith("known: pi-1\n")
 
 
+def test_adding_says_what_of_a_client_is_there_already(gate, capsys):
+    folder = ["--keys", str(gate.clients.parent)]
+    key, other = new_key(), new_key()
+    assert coordinate(["clients", "add", "pi-1", key, *folder]) == 0
+    before = gate.clients.read_text()
+    for name, its_key, said in (
+        ("pi-1", other, "pi-1 is there already, with another key"),
+        ("pi-2", key, "the key of pi-2 is there already, under the name pi-1"),
+        ("pi-1", key, "pi-1 is there already, with this key"),
+    ):
+        assert coordinate(["clients", "add", name, its_key, *folder]) == 1
+        assert one_line(capsys.readouterr().err, "edge-coordinator").endswith(
+            f"client list {gate.clients}: {said}; to replace it, "
+            "`edge-coordinator clients remove pi-1`\n"
+        )
+    assert gate.clients.read_text() == before
+
+
 def test_removing_withdraws_the_invitations_too(gate, capsys, tmp_path):
     folder = ["--keys", str(gate.clients.parent)]
     for flags in (["--name", "pi-1"], ["--name", "pi-1"], ["--name", "pi-2"], []):
@@ -180,6 +199,8 @@ def test_a_list_that_cannot_be_read_is_one_line_with_the_next_step(gate, capsys,
     (["add", "a b", new_key()], "client name 'a b' is not"),
     (["remove", "pi-1"], "no client 'pi-1' in"),
     (["remove", "pi-1", "--keys", "nowhere"], "there is no folder nowhere"),
+    (["pending", "--keys", "nowhere"], "there is no folder nowhere; give --keys or --clients-file"),
+    (["pending", "--keys", "/dev/null"], "there is no folder /dev/null; give --keys"),
     (["list", "--keys", "nowhere"], "client list nowhere/clients cannot be read"),
 ], ids=str)  # fmt: skip
 def test_wrong_words_are_one_clear_line(gate, capsys, words, said):
@@ -188,3 +209,22 @@ def test_wrong_words_are_one_clear_line(gate, capsys, words, said):
     assert said in one_line(capsys.readouterr().err, "edge-coordinator")
     assert gate.clients.read_text() == before
     assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("words", [["pending"], ["remove", "pi-1"], ["list"]], ids=str)
+def test_a_folder_of_keys_that_cannot_be_read_is_one_line(tmp_path, capsys, words):
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    with closed(folder):
+        assert coordinate(["clients", *words, "--keys", str(folder)]) == 1
+    printed = capsys.readouterr()
+    assert "cannot be read: Permission denied" in one_line(printed.err, "edge-coordinator")
+    assert printed.out == ""
+
+
+def test_pending_keys_of_another_user_are_not_said_to_be_broken(gate, capsys):
+    gate.pending.write_text("[]\n")
+    with closed(gate.pending):
+        assert coordinate(["clients", "pending", "--keys", str(gate.clients.parent)]) == 1
+    said = one_line(capsys.readouterr().err, "edge-coordinator")
+    assert said.endswith("Permission denied; run this as the user who runs the coordinator\n")

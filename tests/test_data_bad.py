@@ -29,6 +29,7 @@ from tests.data_files import (
     write_idx,
     write_npz,
 )
+from tests.other_user import closed
 
 
 @pytest.mark.parametrize("source", ["mnist", "", "no/such/file.npz", "\0", "x" * 5000])
@@ -128,7 +129,8 @@ def test_npz_that_is_no_npz(tmp_path):
     fails(lambda: load(str(path)), "no such file")
     for content in (b"", b"PK\x03\x04 cut", b"some text", b"\x80\x04N."):
         path.write_bytes(content)
-        fails(lambda: load(str(path)), str(path), ".npz")
+        said = fails(lambda: load(str(path)), str(path), "expected an .npz file")
+        assert "pickle" not in said, "numpy's advice"
     with path.open("wb") as file:
         np.save(file, FLOATS)
     fails(lambda: load(str(path)), "single .npy array")
@@ -136,6 +138,13 @@ def test_npz_that_is_no_npz(tmp_path):
         archive.writestr("x", b"raw")
         archive.writestr("y", b"raw")
     fails(lambda: load(str(path)), "dtype")
+
+
+def test_a_file_that_may_not_be_read_is_not_said_to_be_broken(tmp_path):
+    path = Path(write_npz(tmp_path / "mine.npz", x=PIXELS, y=LABELS))
+    with closed(path):
+        said = fails(lambda: load(str(path)), str(path), "Permission denied", "may not read it")
+    assert "copy" not in said
 
 
 @pytest.mark.parametrize("write", [early_unimib, later_unimib, "npz", "compressed npz", "idx"])

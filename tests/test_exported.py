@@ -20,7 +20,8 @@ from edge_sdk.exported import (
     read_model,
     write_file,
 )
-from tests.helpers import two_exits
+from tests.helpers import one_line, two_exits
+from tests.other_user import not_allowed_to_write
 
 TOO_LONG = "x" * 300  # of no file system's names: even root cannot look at it
 
@@ -46,6 +47,24 @@ def test_the_current_folder_is_no_file_to_write(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match=r"^\. cannot be written"):
         write_file(Path("."), b"new")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_named(model, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros((1, 2), np.float32))
+    out = tmp_path / "nodir" / "p.csv"
+    command = ["infer", str(model), "--data", str(tmp_path / "x.npy"), "--out", str(out)]
+    assert main(command) == 1
+    assert one_line(capsys.readouterr().err, "edge-sdk").endswith(
+        f"{out} cannot be written: there is no folder {out.parent}; make it, or choose another\n"
+    )
+
+
+def test_a_folder_of_another_user_is_not_said_to_be_full(tmp_path):
+    with (
+        not_allowed_to_write(tmp_path),
+        pytest.raises(StoreError, match="Permission denied; give this user the right to"),
+    ):
+        write_file(tmp_path / "p.csv", b"new")
 
 
 def test_a_read_only_disk_is_one_line(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from edge_sdk.export import export
 from edge_sdk.exported import Calibration, sha256_of, write_struct
 from edge_sdk.infer import NEVER, EarlyExit, confidences
 from edge_sdk.models import build, initial_tensors
-from tests.helpers import cnn, examples, two_exits
+from tests.helpers import cnn, examples, one_line, two_exits
 from tests.processes import ROOT
 
 X = np.array([[1, 0], [2, 0], [0, 1]], np.float32)
@@ -292,6 +292,15 @@ def test_pickled_inputs_are_refused(folder, tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     assert main(["infer", str(folder), "--data", str(tmp_path / "x.npy")]) == 1
     assert "allow_pickle=False" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"some text", b"", b"PK\x03\x04"])
+def test_inputs_that_are_no_npy_file(folder, tmp_path, capsys, content):
+    (tmp_path / "x.npy").write_bytes(content)
+    assert main(["infer", str(folder), "--data", str(tmp_path / "x.npy")]) == 1
+    said = one_line(capsys.readouterr().err, "edge-sdk")
+    assert f"first bytes {content[:6]!r}, expected an .npy file" in said
+    assert "pickle" not in said
 
 
 def test_inference_never_loads_torch(labelled):

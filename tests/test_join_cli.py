@@ -219,6 +219,31 @@ def test_ctrl_d_instead_of_a_line_is_one_line(monkeypatch, capsys):
     assert said.startswith("edge-sdk: ")
 
 
+def test_keys_that_are_there_are_shown_and_stay(tmp_path, capsys):
+    folder = tmp_path / "keys"
+    command = ["keys", "--id", "pi-2", "--keys", str(folder)]
+    assert on_device(command) == 0
+    first = capsys.readouterr()
+    assert first.out.startswith(f"wrote {folder}/device.public and .secret; on the coordinator run")
+    assert first.err == ""
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    assert on_device(command) == 0
+    again = capsys.readouterr()
+    key = read_keys(folder, "device").public.decode()
+    assert f"  edge-coordinator clients add pi-2 '{key}'\n" in again.out
+    assert again.out.splitlines()[1:] == first.out.splitlines()[1:]
+    assert "were there and stay as they are" in one_line(again.err, "edge-sdk")
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_half_a_pair_of_keys_is_not_shown(tmp_path, capsys):
+    make_keys(tmp_path, "device")
+    (tmp_path / "device.public").unlink()
+    assert on_device(["keys", "--id", "pi-2", "--keys", str(tmp_path)]) == 1
+    assert "device.secret exists; a key is never" in one_line(capsys.readouterr().err, "edge-sdk")
+    assert [file.name for file in tmp_path.iterdir()] == ["device.secret"]
+
+
 def test_keys_are_rotated(gate, home, capsys):
     assert on_device(["join", invited(gate, capsys, "--name", "pi-1")]) == 0
     old = read_keys(home, "device")

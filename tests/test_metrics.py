@@ -138,6 +138,19 @@ def test_a_bad_address_is_one_line(text):
         metrics_flag(text)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_the_address_is_logged(caplog, host):
+    caplog.set_level("INFO")
+    try:
+        server = MetricsServer(f"{host}:0")
+    except ConfigError as error:
+        pytest.skip(str(error))  # a machine without IPv6
+    server.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"metrics at http://{host}:{server.port}/metrics"
+    ]
+
+
 def test_good_addresses():
     assert metrics_flag("127.0.0.1:9464") == ("127.0.0.1", 9464)
     assert metrics_flag("[::1]:0") == ("::1", 0)
@@ -326,6 +339,7 @@ def test_serve_is_seen_working_and_dead(tmp_path, capsys):
         flags = ("--rounds", "4", "--epochs", "20", "--metrics", address, "--log-json")
         server = world.serve(*flags)
         server.wait_said("waiting for devices")
+        assert server.said(f"metrics at http://{address}/metrics")
         assert main(["status", "--run-dir", str(world.run_dir), "--json"]) == 0
         seen = json.loads(capsys.readouterr().out)
         assert (seen["health"], seen["status"]["phase"]) == ("running", "waiting for devices")

@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
-import stat
 from pathlib import Path
 
-from coordinator import run_reader, store
 from coordinator.run_reader import last_rounds
 from coordinator.store import Store
+from tests.other_user import not_allowed_to_write
 from tests.told import finished_run
-
-
-@contextlib.contextmanager
-def not_allowed_to_write(*folders: Path):
-    """As another user, who may read all of these; root has to become one for it."""
-    modes = {folder: folder.stat().st_mode for folder in folders}
-    for folder in folders:
-        for file in folder.iterdir():
-            file.chmod(0o644 if file.is_file() else 0o755)
-        folder.chmod(0o555)
-    above = [
-        parent for parent in folders[0].resolve().parents if parent.stat().st_uid == os.getuid()
-    ]
-    opened = {parent: parent.stat().st_mode for parent in above if not parent.stat().st_mode & 0o5}
-    for parent, mode in opened.items():
-        parent.chmod(stat.S_IMODE(mode) | 0o055)
-    is_root = os.geteuid() == 0
-    if is_root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if is_root:
-            os.seteuid(0)
-        for path, mode in (modes | opened).items():
-            path.chmod(stat.S_IMODE(mode))
 
 
 def test_the_last_rounds_of_a_finished_run(tmp_path):
@@ -102,7 +74,3 @@ def writer(folder: Path) -> sqlite3.Connection:
     marks = ", ".join("?" * len(row))
     db.execute(f"INSERT INTO rounds VALUES ({marks})", (77, *row[1:]))
     return db
-
-
-def test_the_database_has_one_name():
-    assert run_reader.DATABASE == store.DATABASE

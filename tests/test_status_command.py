@@ -25,6 +25,8 @@ from coordinator.cli_status import (
 )
 from coordinator.status import FILE, ClientState, utc
 from coordinator.tally import OTHER
+from tests.helpers import one_line
+from tests.other_user import closed
 from tests.processes import ROOT
 from tests.told import COHORT, HOSTILE, finished_run, told
 
@@ -92,6 +94,16 @@ def test_no_run_is_one_line(tmp_path, capsys, prepare, said):
     assert said in captured.err
     assert len(captured.err.splitlines()) == 1
     assert not captured.out
+
+
+def test_a_state_that_may_not_be_read_is_not_said_to_be_of_another_version(tmp_path, capsys):
+    told(tmp_path)
+    with closed(tmp_path / FILE):
+        assert status(tmp_path) == 1
+    said = one_line(capsys.readouterr().err, "edge-coordinator")
+    assert said.endswith(
+        "status.json cannot be read: Permission denied; ask as the user who runs the coordinator\n"
+    )
 
 
 def test_a_run_that_tells_nothing_of_itself_shows_its_rounds(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -110,6 +111,19 @@ def test_in_process_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     db.close()
     assert report.tally.bytes_up_a_round == bytes_up / 2
     assert report.platforms[0].phases[3].board.max_s == longest_s
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=str)
+def test_a_reader_that_has_enough_is_no_error(store: Store, flags: list[str]):
+    script = ROOT / "tools" / "testbed_report.py"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as closed:
+        ended = subprocess.run(
+            [sys.executable, str(script), str(store.folder), *flags],
+            stdout=closed, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT,
+        )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_control_characters_stay_off_the_terminal(capsys: pytest.CaptureFixture[str]):

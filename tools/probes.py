@@ -228,7 +228,7 @@ def population_of(config: RunConfig, args: argparse.Namespace) -> Population:
 
 def opened(folder: Path) -> tuple[RunConfig, int, Tensors]:
     """A run's settings, the round after its last, and its state."""
-    store = Store.resume(folder)
+    store = Store.look(folder)
     try:
         state = store.load_checkpoint()
         config, round = store.config, store.next_round()

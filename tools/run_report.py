@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.config import read_config
-from coordinator.store import DATABASE, VERSION
+from coordinator.database import DATABASE, connect_to_read
+from coordinator.store import VERSION
 from edge_sdk.errors import StoreError
 
 DEVICE_PHASES = ("wait", "download", "load", "train", "upload")
@@ -139,8 +140,7 @@ def read_run(folder: Path) -> Report:
     if not path.exists():
         raise StoreError(f"{folder} holds no {DATABASE}; give the --run-dir of a run")
     try:
-        uri = f"{path.resolve().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as db:
+        with closing(connect_to_read(folder)) as db:
             db.row_factory = sqlite3.Row
             db.execute("BEGIN")  # one snapshot: a round that ends meanwhile is not half in it
             return _read(db, folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -44,10 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (EdgeError, OSError) as error:
         print(f"testbed_report: {error}", file=sys.stderr)
         return 1
-    if args.json:
-        print(msgspec.json.format(msgspec.json.encode(report)).decode())
-    else:
-        print_report(report)
+    try:
+        if args.json:
+            print(msgspec.json.format(msgspec.json.encode(report)).decode())
+        else:
+            print_report(report)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

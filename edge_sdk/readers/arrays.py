@@ -6,7 +6,7 @@ import gzip
 import importlib
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.examples import Examples, Scaling, bad, check_examples, mapped
 from edge_sdk.readers.scaling import PIXELS, image_examples, scaled, scaled_images
 
+NPY = b"\x93NUMPY"  # first bytes of an .npy file
 DIGITS: Scaling = (8.0, 1.0)  # 0..16 to -1..1
 
 
@@ -36,14 +37,22 @@ def read_digits() -> Examples:
 def read_npz(path: Path) -> Examples:
     expected = "an .npz file with numeric arrays x and y"
     with mapped(path, expected), path.open("rb") as file:
+        check_begin(path, file, b"PK", expected)
         archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise bad(path, "a single .npy array", expected)
         if not {"x", "y"} <= set(archive.files):
             raise bad(path, f"arrays {archive.files}", expected)
         names = {"x", "y", "num_classes", "subject", "scaling"}.intersection(archive.files)
         arrays = {name: np.asarray(archive[name]) for name in names}
     return checked_arrays(arrays, str(path))
+
+
+def check_begin(path: Path, file: BinaryIO, begin: bytes, expected: str) -> None:
+    """What begins otherwise numpy takes for something else, a pickle too. Raises DataError."""
+    found = file.read(6)
+    file.seek(0)
+    if not found.startswith(begin):
+        got = "a single .npy array" if found == NPY else f"first bytes {found!r}"
+        raise bad(path, got, f"{expected}, which begins with {begin!r}", "give another file")
 
 
 @np.errstate(all="ignore")  # as for scaled
