@@ -106,6 +106,10 @@ class Cohort(Protocol):
     def num_busy(self) -> int:
         """Clients that still have the job of a round before."""
 
+    @property
+    def needed(self) -> int:
+        """In asynchronous mode: updates that the round needs, of whatever age."""
+
     def train(
         self, work: Mapping[str, Assignment], round: int, deadline_s: float
     ) -> Iterator[ClientUpdate | Absence]: ...
@@ -140,6 +144,7 @@ class InProcessCohort:
             )
 
     num_busy = 0
+    needed = 1
 
     def clients(self) -> Sequence[Client]:
         return self._clients

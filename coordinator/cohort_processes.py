@@ -55,6 +55,7 @@ class ProcessCohort:
         )
 
     num_busy = 0
+    needed = 1
 
     def clients(self) -> Sequence[Client]:
         return self._inner.clients()

@@ -47,6 +47,7 @@ FAREWELL_S = 3.0  # for devices to answer a Bye
 LISTENING_GAP_S = 1.0  # a longer pause between two looks was the caller's
 LOOK_S = 1.0  # between looks after those who are silent
 MOST_REST_S = 15.0  # between two tries of a round
+OF_NO_JOB = ("protocol", "version")  # faults that end whatever a device has in hand
 
 
 class Stopped(Exception):
@@ -107,6 +108,11 @@ class ZmqCohort:
         self._num_heard = 0  # messages since the last look after the silent
 
     # -- Cohort ------------------------------------------------------------------------------
+
+    @property
+    def needed(self) -> int:
+        """Of the round, when its participants were asked; with those who were at work."""
+        return self._needed
 
     @property
     def num_busy(self) -> int:
@@ -256,8 +262,11 @@ class ZmqCohort:
         return max(1, math.ceil(self._terms.quorum * all))
 
     def _check_progress(self, what: str) -> None:
-        limit = self._terms.give_up_after_s
-        if limit and time.monotonic() - self._progress > limit:
+        """Parts that move are progress, and so is whoever is heard at work."""
+        limit, desk, devices = self._terms.give_up_after_s, self.desk, self.devices.all
+        moved = (seat.moved for seat in desk.seats.values())
+        seen = (devices[name].seen for name in desk.awaited & devices.keys())
+        if limit and time.monotonic() - max([self._progress, *moved, *seen]) > limit:
             raise QuorumError(
                 f"{what}, and nothing changed for {limit:.0f} s (--give-up-after); "
                 "nothing is lost: go on with --resume when the devices are back"
@@ -321,7 +330,7 @@ class ZmqCohort:
         self.desk.on_gone(name, "gone", why, may_return=may_return)
 
     def _on_place(self, name: str, hello: Hello) -> None:
-        self.desk.on_return(name, hello.round, hello.job)
+        self.desk.on_return(name, hello.round, hello.job, hello.num_examples)
 
     # -- messages ----------------------------------------------------------------------------
 
@@ -362,7 +371,7 @@ class ZmqCohort:
             log.warning("%s reports %s: %s", name, code, message.detail, extra=extra)
             if name not in self.desk.awaited:  # else it counts as its absence
                 self._tally.fault(name, message.code)
-        if isinstance(message, Fault) and message.code in ("protocol", "version"):
+        if isinstance(message, Fault) and not message.round and message.code in OF_NO_JOB:
             self.desk.on_gone(name, message.code, message.detail, may_return=False)
         else:
             self.desk.on_message(name, message, payload)

@@ -10,6 +10,7 @@ window.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 
 from coordinator.defaults import BUDGET_BYTES
 from edge_sdk.transport import DEAD_MS
@@ -20,6 +21,7 @@ WINDOW = 8  # parts under way per transfer, of a link that is not slow
 SLOW_WINDOW = 2
 SLOW_RATE = PART_BYTES / 1.0  # bytes per second; below it a part takes longer than a second
 UNKNOWN_RATE = 16 * 1024  # what a link is taken for until it was measured
+LEAST_RATE = 8 * 1024  # to which a link may fall at any time without being taken for lost
 PATIENCE = 4.0  # times as long as expected may a part take
 # is_slow, is_new, in the order of their turns: the slow need the whole round, and have a share only
 QUEUES = ((True, False), (True, True), (False, False), (False, True))
@@ -27,8 +29,8 @@ LINK_S = DEAD_MS / 1000  # sooner a lost link does not show itself
 
 
 class Pace:
-    """How fast parts move over one client's link; kept over rounds. rate: bytes per second, 0: not
-    measured."""
+    """How fast parts move over one client's link, one way; kept over rounds. rate: bytes per
+    second, 0: not measured."""
 
     def __init__(self) -> None:
         self.rate = 0.0
@@ -40,8 +42,8 @@ class Pace:
         self.rate = 1 / (0.7 / self.rate + 0.3 * now) if self.rate else 1 / now
 
     def stalled(self) -> None:
-        """It did not keep its own pace: expect half of it."""
-        self.rate = (self.rate or UNKNOWN_RATE) / 2
+        """It did not keep its own pace: expect half of it, and of a quick one nothing."""
+        self.rate = min(UNKNOWN_RATE, (self.rate or UNKNOWN_RATE) / 2)
 
     @property
     def is_slow(self) -> bool:
@@ -53,7 +55,16 @@ class Pace:
 
     def patience_s(self, num_bytes: int) -> float:
         """After how many seconds without any of num_bytes under way something is wrong."""
-        return LINK_S + PATIENCE * num_bytes / (self.rate or UNKNOWN_RATE)
+        expected_s = num_bytes / (self.rate or UNKNOWN_RATE)
+        return LINK_S + max(PATIENCE * expected_s, PART_BYTES / LEAST_RATE)
+
+
+@dataclass(frozen=True)
+class Paces:
+    """Of one client's link, each way: many a link up has a hundredth of what it has down."""
+
+    down: Pace = field(default_factory=Pace)
+    up: Pace = field(default_factory=Pace)
 
 
 class Credit:

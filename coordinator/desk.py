@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
-from coordinator.credit import Credit, Pace
+from coordinator.credit import Credit, Paces
 from coordinator.seats import Seat, Senders, check_update, check_values, counted, make_job
 from coordinator.spool import Arrived, Spool
 from coordinator.tally import Tally
@@ -62,7 +62,7 @@ class Desk:
         self._tally = tally or Tally()
         self._done: dict[str, tuple[str, bool]] = {}  # last job that ended, and whether it counts
         self._unheard: dict[str, Accepted | Fault] = {}  # of the end of a job: it met a full queue
-        self._paces: dict[str, Pace] = {}
+        self._paces: dict[str, Paces] = {}
         self._senders = Senders()
         self._awaited: set[str] = set()
 
@@ -87,7 +87,7 @@ class Desk:
             self._end(self.seats[name], counts=False)
         sender = self._senders.of(assignment)
         job = make_job(self._run, client, assignment, sender, round, deadline_s)
-        seat = Seat(client, job, assignment, sender, self._paces.setdefault(name, Pace()))
+        seat = Seat(client, job, assignment, sender, self._paces.setdefault(name, Paces()))
         self.seats[name] = seat
         self._awaited.add(name)
         self._unheard.pop(name, None)
@@ -134,7 +134,7 @@ class Desk:
     def resume(self, round: int) -> None:
         """The jobs of rounds before this one that outlived a coordinator that was killed: updates
         that had arrived, and of which no committed round knows, are taken, others waited for."""
-        for held, tensors in self._spool.held(round):
+        for held, tensors in self._spool.held(round) if self._takes_late else ():
             client, job = held.client, held.job
             self._tally.of(client.id)
             if self._was_counted(job.id):
@@ -144,8 +144,8 @@ class Desk:
                 self.finished.append(counted(client, *found, tensors))
                 continue
             assignment = Assignment(job.model, job.plan, tensors, held.returns)
-            pace = self._paces.setdefault(client.id, Pace())
-            seat = Seat(client, job, assignment, Sender(tensors), pace)
+            paces = self._paces.setdefault(client.id, Paces())
+            seat = Seat(client, job, assignment, Sender(tensors), paces)
             seat.is_late, seat.outlives = not held.outlives, held.outlives
             self._spool.holds(held, seat.sender)
             self.seats[client.id] = seat
@@ -180,9 +180,10 @@ class Desk:
             self._on_part(seat, message.index, payload or b"")
         self.transfers.pump()
 
-    def on_return(self, name: str, round: int, job: str | None) -> None:
+    def on_return(self, name: str, round: int, job: str | None, num_examples: int = 0) -> None:
         """A device connected again with this job in hand: go on where the link broke."""
-        seat = self.seats.get(name)
+        if seat := self.seats.get(name):
+            seat.has_examples(num_examples)
         if seat and job == seat.job.id:
             self.transfers.break_off(seat)
             self.transfers.pump()
@@ -230,8 +231,7 @@ class Desk:
     def on_gone(self, name: str, code: str, why: str, *, may_return: bool = True) -> None:
         """Nothing is heard of it. Its update is late if it comes back with it."""
         if seat := self.seats.get(name):
-            self.transfers.break_off(seat)
-            self.credit.drop(name)  # it is not there to be asked
+            self.transfers.lost(seat)
             if not (seat.is_late and may_return):
                 self._absent(seat, "failed", code, why, stays=may_return)
             self.transfers.pump()
@@ -353,7 +353,7 @@ class Desk:
                     bytes_down=seat.bytes_down, bytes_up=seat.bytes_up,
                 )
             )  # fmt: skip
-        if stays and self._takes_late:
+        if stays and (self._takes_late or code == "gone"):  # the round may be open still
             seat.is_late, seat.outlives = True, False
             self._hold(seat)
             self._awaited.discard(seat.name)

@@ -186,7 +186,10 @@ class Devices:
         elif now - device.rival_since > max(PROBE_S, self._patience_s(name)):
             device.rival = None
             assert isinstance(rival.message, Hello)
-            self._place(rival, rival.message)
+            if self._hub.is_still(rival):
+                self._place(rival, rival.message)
+            else:
+                self.refuse(rival.route, "admission", NOT_ADMITTED)
 
     def _place(self, received: Received, hello: Hello) -> None:
         name, old = hello.client_id, self.all.get(hello.client_id)

@@ -35,14 +35,15 @@ STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
 
 @dataclass(frozen=True)
 class Received:
-    """A checked message. name: the admitted client, None when the link is insecure. address: where
-    a Hello came from, "" if not known."""
+    """A checked message. name: the admitted client whose key this is, None when the link is
+    insecure. address: where a Hello came from, "" if not known."""
 
     route: bytes
     name: str | None
     message: Message
     payload: Payload | None
     address: str = ""
+    key: bytes = b""
 
 
 class _Credentials:
@@ -143,7 +144,7 @@ class Hub:
             self._refuse(route, "an invitation's key may send join and nothing else")
             return True, None
         address = _address(frames[-1]) if isinstance(message, Hello) else ""
-        return True, Received(route, name, message, payload, address)
+        return True, Received(route, name, message, payload, address, key)
 
     @property
     def num_strangers(self) -> int:
@@ -153,6 +154,11 @@ class Hub:
     def is_admitted(self, name: str) -> bool:
         """Whether this client is in the list now; a look at the file's time, so ask often."""
         return self._admission is None or self._admission.is_admitted(name)
+
+    def is_still(self, received: Received) -> bool:
+        """Whether the key that said this is that client's now."""
+        admission = self._admission
+        return admission is None or admission.name_of(received.key) == received.name
 
     def _is_client(self, key: bytes) -> bool:
         return self._admission is not None and self._admission.name_of(key) is not None

@@ -71,7 +71,7 @@ def run_rounds(
         phase("waiting for devices", round)
         chosen, num_chosen = store.begun(round)  # of a round that was cut short
         cohort.expect(chosen, num_chosen)
-        chosen = chosen or choose(cohort, config, round)  # may wait for devices
+        chosen = chosen or choose_first(cohort, config, round)  # may wait for devices
         num_chosen = num_chosen or len(chosen)
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
         phase("round open", round)
@@ -120,6 +120,17 @@ def choose(
     return sample(clients, seats, seed=config.seed, round=round, failed=failed)
 
 
+def choose_first(cohort: Cohort, config: RunConfig, round: int) -> list[Client]:
+    """Participants for a round, of whom a share will be needed: not of nobody, where all who are
+    there are late with the job of a round before. Asynchronous: those count."""
+    tries = 0
+    while not (chosen := choose(cohort, config, round)):
+        tries += 1
+        if (config.mode == "async" and cohort.num_busy) or not cohort.rest(tries):
+            break
+    return chosen
+
+
 def gather(
     store: Store, method: Method, cohort: Cohort, round: int, chosen: Sequence[Client],
     num_chosen: int,
@@ -128,8 +139,6 @@ def gather(
     others are asked, and those who failed again, until it has enough or waiting is in vain."""
     config, tries = store.config, 0
     needed = max(1, math.ceil(config.quorum * num_chosen), min(config.min_updates, num_chosen))
-    if config.mode == "async":  # the cohort knows who else is at work
-        needed = 1
     counted: set[str] = set()
     failed: set[str] = set()
     while True:
@@ -144,6 +153,8 @@ def gather(
                 counted.add(result.client.id)
             yield result
             del result
+        if config.mode == "async":  # the cohort knows who else was at work
+            needed = cohort.needed
         if len(counted) >= needed:
             return
         tries = 0 if len(counted) > before else tries + 1

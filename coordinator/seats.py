@@ -7,13 +7,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
 import msgspec
 
 from coordinator.cohort import Assignment, Client, ClientUpdate
-from coordinator.credit import Pace
+from coordinator.credit import Pace, Paces
 from coordinator.spool import Arrived
 from edge_sdk.errors import ShapeError
 from edge_sdk.tensors import Receiver, Sender, Tensors, check_finite, check_specs
@@ -31,7 +31,7 @@ class Seat:
     job: Job
     assignment: Assignment
     sender: Sender
-    pace: Pace
+    paces: Paces
     given: float = field(default_factory=time.monotonic)
     times_given: int = 1
     is_late: bool = False
@@ -55,6 +55,11 @@ class Seat:
     @property
     def round(self) -> int:
         return self.job.round
+
+    @property
+    def pace(self) -> Pace:
+        """Of the way that parts go now."""
+        return self.paces.down if self.update is None else self.paces.up
 
     @property
     def phase(self) -> str:
@@ -107,6 +112,11 @@ class Seat:
         """That part."""
         if left := self.wanted.popleft()[1:]:
             self.wanted.appendleft(left)
+
+    def has_examples(self, number: int) -> None:
+        """Its data may have grown with a restart; an update may be of before, or after."""
+        if number > self.client.num_examples:
+            self.client = replace(self.client, num_examples=number)
 
     def reconnected(self) -> None:
         """Nothing is under way any more."""

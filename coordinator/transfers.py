@@ -57,6 +57,13 @@ class Transfers:
         if seat.receiver is not None:
             self.ask(seat)
 
+    def lost(self, seat: Seat) -> None:
+        """Nothing is heard of it; it is not there to be asked."""
+        if self._credit.held(seat.name):
+            seat.pace.stalled()
+        self.break_off(seat)
+        self._credit.drop(seat.name)
+
     def stalled(self) -> Iterator[Seat]:
         """Those whose parts would have come by now at their link's own pace."""
         now = time.monotonic()

@@ -81,6 +81,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(cohort_zmq, "LISTENING_GAP_S", 0.1)
     monkeypatch.setattr(credit, "LINK_S", 0.5)
     monkeypatch.setattr(credit, "PATIENCE", 0.0)
+    monkeypatch.setattr(credit, "LEAST_RATE", float("inf"))
 
 
 @pytest.fixture(scope="module")

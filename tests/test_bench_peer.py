@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tools import bench_peer
-from tools.peer_process import Tree, children_of_all
+from tools.peer_process import TICK_S, Tree, children_of_all
 
 PARENT = """
 import subprocess, sys
@@ -44,7 +44,7 @@ def test_a_tree_counts_what_its_children_hold_and_burn() -> None:
         tree.look(children_of_all())
         assert len(tree.pids) == 2
         assert tree.peak_bytes >= tree.rss_bytes > 80_000_000
-        assert tree.cpu_s() >= 0.3
+        assert tree.cpu_s() >= 0.3 - 2 * TICK_S  # which the kernel rounds to, for each of both
         assert not tree.is_over
         process.communicate(b"end\n")
     assert tree.is_over  # the root, not what it left

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 from coordinator import devices as devices_module
+from coordinator.admission import remove_client
 from coordinator.cohort_zmq import ZmqCohort
 from coordinator.hub import Received
 from coordinator.key_files import replace_text
 from coordinator.spool import Spool
 from coordinator.terms import Terms
-from edge_sdk.keys import make_keys
+from edge_sdk.keys import make_keys, read_keys
 from edge_sdk.wire import (
     PROTOCOL,
     Bye,
@@ -207,6 +208,9 @@ class Lines:
     def is_admitted(self, name: str) -> bool:
         return True
 
+    def is_still(self, received: Received) -> bool:
+        return True
+
 
 def test_pause_of_the_caller_is_no_answer_to_a_probe(tmp_path):
     """Between a probe and its answer the caller aggregates; nothing is heard meanwhile."""
@@ -325,6 +329,35 @@ def test_device_that_cannot_train_gets_no_job(make_coordinator):
     bad.ping()
     good.join()
     assert [client.id for client in clients.result(WAIT_S)] == ["good"]
+
+
+def test_a_key_that_is_replaced_while_it_claims_a_place_does_not_get_it(tmp_path):
+    """Its hello was let in, and waits for who was there first."""
+
+    class Replaced(Lines):
+        def is_still(self, received: Received) -> bool:
+            return False
+
+    lines = Replaced()
+    terms = Terms("a run", cnn(), STAGE_2, 0.0, 600.0, 1.0, 1)
+    cohort = ZmqCohort(lines, terms, Spool(tmp_path))
+    for session in ("1", "2"):
+        said = ScriptedDevice.make_hello(SimpleNamespace(name="a", session=session))
+        cohort.devices.hello(Received(session.encode(), "a", said, None), said)
+    cohort.devices.look(time.monotonic() + devices_module.PROBE_S + 0.1)
+    route, refused = lines.sent[-1]
+    assert (route, refused.code) == (b"2", "admission")
+    assert cohort.devices.all["a"].route == b"1"
+
+
+def test_the_hub_knows_whose_key_a_message_had(gate, member):
+    device = gate.device(read_keys(member, "device"))
+    device.send(Heartbeat())
+    device.expect(Heartbeat)
+    received = Received(b"r", "pi", Heartbeat(), None, key=read_keys(member, "device").public)
+    assert gate.hub.is_still(received)
+    remove_client(gate.clients, "pi")
+    assert not gate.hub.is_still(received)
 
 
 # -- names that are only claimed -------------------------------------------------------------------

@@ -46,7 +46,7 @@ from tests.cohort_work import (
     talk_until_a_result,
     work,
 )
-from tests.helpers import cnn
+from tests.helpers import client, cnn
 from tests.scripted import (
     WAIT_S,
     ScriptedDevice,
@@ -106,6 +106,9 @@ class TalkingHub:
         return True
 
     def is_admitted(self, name: str) -> bool:
+        return True
+
+    def is_still(self, received: Received) -> bool:
         return True
 
 
@@ -348,3 +351,25 @@ def test_round_without_its_quorum_gives_up(make_coordinator):
 def test_needed_updates_of_a_round():
     terms = Terms("r", cnn(), STAGE_2, 0.0, 1.0, quorum=0.5, min_clients=1, min_updates=3)
     assert [terms.needed(chosen) for chosen in (1, 2, 4, 6, 9)] == [1, 2, 3, 3, 5]
+
+
+def test_whoever_is_heard_at_work_is_progress(tmp_path):
+    """A long job, or a long upload, is not "nothing changes"."""
+    cohort = ZmqCohort(
+        TalkingHub(), Terms("r", cnn(), STAGE_2, 0.0, 0.0, 1.0, 1, give_up_after_s=60.0),
+        Spool(tmp_path),
+    )  # fmt: skip
+    hello = ScriptedDevice.make_hello(SimpleNamespace(name="a", session="1"))
+    cohort.devices.hello(Received(b"a", None, hello, None), hello)
+    cohort.desk.give(client("a", 2), assignment(), 1, 0.0)
+    device, seat = cohort.devices.all["a"], cohort.desk.seats["a"]
+    cohort._progress -= 61
+    cohort._check_progress("waits")
+    seat.moved -= 61
+    cohort._check_progress("waits")
+    device.seen -= 61
+    seat.moved += 61
+    cohort._check_progress("waits")
+    seat.moved -= 61
+    with pytest.raises(QuorumError, match="waits, and nothing changed for 60 s"):
+        cohort._check_progress("waits")

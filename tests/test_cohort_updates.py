@@ -307,3 +307,12 @@ def test_update_of_no_bytes(coordinator, devices):
     for result in round.result(WAIT_S):
         assert isinstance(result, ClientUpdate)
         assert result.tensors["stages.1.0.weight"].shape == (0,)
+
+
+@pytest.mark.parametrize("code", ["protocol", "version"])
+def test_a_fault_about_another_round_ends_no_job(coordinator, devices, code):
+    good, bad = devices
+    round = give_jobs(coordinator, good, bad, round=5)
+    bad.send(Fault(code=code, detail="about an old one", round=1))
+    bad.ping(5)
+    end_well(round, good, bad)

@@ -162,8 +162,14 @@ def test_patience_follows_the_pace(monkeypatch):
     assert pace.patience_s(PART_BYTES) == LINK_S + 128.0
     pace.moved(PART_BYTES, 10.0)
     assert pace.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 80.0)
+    pace.stalled()  # 52 KB/s was its pace: it is taken for one that was not measured
+    assert pace.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 256.0)
     pace.stalled()
-    assert pace.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 160.0)
+    assert pace.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 512.0)
+    quick = Pace()
+    quick.moved(PART_BYTES, 0.01)
+    # 2^19 bytes at 2^13 bytes a second, to which it may fall
+    assert quick.patience_s(8 * PART_BYTES) == LINK_S + 64.0
     fresh = Pace()
     fresh.stalled()  # never measured: half of what it was taken for
     assert fresh.rate == credit_module.UNKNOWN_RATE / 2

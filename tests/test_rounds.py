@@ -4,21 +4,22 @@ how such clients are made."""
 from __future__ import annotations
 
 import json
+from collections import deque
 
 import pytest
 import torch
 
-from coordinator.cohort import Assignment, InProcessCohort, train_here
+from coordinator.cohort import Absence, Assignment, ClientUpdate, InProcessCohort, train_here
 from coordinator.emulate import Population, choose_holders, group_exits, split_shards, write_json
 from coordinator.methods import make_method
 from coordinator.methods.base import Metrics
-from coordinator.rounds import RoundReport, run_rounds
+from coordinator.rounds import RoundReport, choose_first, gather, run_rounds
 from coordinator.running import print_round
 from coordinator.sampling import sample
 from coordinator.store import RoundTotals, Store
 from edge_sdk.errors import ConfigError, DataError, TrainerError
 from edge_sdk.wire import Plan, Segment
-from tests.helpers import client, cnn, config, examples
+from tests.helpers import answer, client, cnn, config, examples
 
 
 def cohort():
@@ -195,3 +196,66 @@ def test_round_that_lacks_updates_asks_as_many_others(tmp_path):
     assert {name for name, outcome in rows if outcome == "ok"} == (drawn - broken) | set(second)
     assert store.history()[0]["chosen"] == 5
     store.close()
+
+
+class Turns:
+    """A cohort whose tries go as written: who is idle, then what comes of it."""
+
+    def __init__(self, *turns: tuple[str, str], needed: int = 1, num_busy: int = 0) -> None:
+        self._turns = deque(turns)
+        self.needed, self.num_busy = needed, num_busy
+        self.asked: list[str] = []
+        self.rests: list[int] = []
+
+    def clients(self):
+        return [client(name, 1) for name in self._turns[0][0]]
+
+    def expect(self, clients, num_chosen): ...
+
+    def rest(self, tries):
+        self.rests.append(tries)
+        if not self.asked:  # before the round
+            self._turns.popleft()
+        return True
+
+    def train(self, work, round, deadline_s):
+        self.asked.append("".join(sorted(work)))
+        returned = self._turns.popleft()[1]
+        for name in sorted(work):
+            if name in returned:
+                yield answer(client(name, 1), work[name])
+            else:
+                yield Absence(client(name, 1), (), "failed", "trainer", "died")
+
+
+def gathered(tmp_path, cohort, **settings):
+    """One round: names of those whose updates counted."""
+    store = Store.create(tmp_path, config("owners-mean", **settings), "serve")
+    chosen = choose_first(cohort, store.config, 1)
+    method = make_method(store.config)
+    results = list(gather(store, method, cohort, 1, chosen, len(chosen)))
+    store.close()
+    return [result.client.id for result in results if isinstance(result, ClientUpdate)]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_round_whose_devices_fail_asks_others_in_both_modes(tmp_path, mode):
+    cohort = Turns(("abcd", "a"), ("bcd", ""), ("bcd", "bcd"), needed=2)
+    found = gathered(tmp_path, cohort, mode=mode, quorum=0.5)
+    assert found[0] == "a"
+    assert len(found) == 2
+    assert cohort.asked[0] == "abcd"
+    assert [len(asked) for asked in cohort.asked] == [4, 1, 1]
+
+
+def test_a_round_of_nobody_is_not_begun(tmp_path):
+    """All who are there are late with a job of before: the others are on their way."""
+    cohort = Turns(("", ""), ("", ""), ("abcd", "abcd"))
+    assert gathered(tmp_path, cohort, quorum=1.0) == ["a", "b", "c", "d"]
+    assert (cohort.rests, cohort.asked) == ([1, 2], ["abcd"])
+
+
+def test_an_asynchronous_round_may_be_of_those_at_work(tmp_path):
+    cohort = Turns(("", ""), needed=0, num_busy=3)
+    assert gathered(tmp_path, cohort, mode="async") == []
+    assert (cohort.rests, cohort.asked) == ([], [""])
