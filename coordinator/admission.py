@@ -200,7 +200,8 @@ def is_being_written(path: Path) -> bool:
 
 
 def _replace(path: Path, text: str) -> None:
-    """A link stays one: what it names is the list, of others too maybe."""
+    """A link stays one: what it names is the list, of other folders too maybe, whose changes at the
+    same moment this folder's lock does not keep off."""
     replace_text(path.resolve(), text, None if path.exists() else 0o644)
 
 

@@ -142,6 +142,7 @@ class ZmqCohort:
     def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
         self._expected = {client.id: client for client in clients}
         self._num_chosen = num_chosen
+        self.desk.expire(self._round + 1 - self._terms.oldest)  # before anything more is heard
         self._asked, self._returned, self._needed = set(), set(), 0  # of the round before
         if self._expected:  # they had been there before the restart
             self._assembles_until = min(self._assembles_until, time.monotonic() + SILENCE_S)
@@ -149,10 +150,11 @@ class ZmqCohort:
     def rest(self, tries: int) -> bool:
         """Listen for a while, longer every time. Raises QuorumError."""
         until = time.monotonic() + min(MOST_REST_S, 2**tries)
-        while time.monotonic() < until and not self.desk.finished:
-            self._check_progress(f"too few updates for round {self._round}")
+        while True:
+            self._check_progress(f"too few devices or updates after {tries} tries of a round")
             self._pump()
-        return True
+            if time.monotonic() > until or self.desk.finished:
+                return True
 
     def train(
         self, work: Mapping[str, Assignment], round: int, deadline_s: float
@@ -263,10 +265,12 @@ class ZmqCohort:
 
     def _check_progress(self, what: str) -> None:
         """Parts that move are progress, and so is whoever is heard at work."""
-        limit, desk, devices = self._terms.give_up_after_s, self.desk, self.devices.all
-        moved = (seat.moved for seat in desk.seats.values())
-        seen = (devices[name].seen for name in desk.awaited & devices.keys())
-        if limit and time.monotonic() - max([self._progress, *moved, *seen]) > limit:
+        limit, seats, devices = self._terms.give_up_after_s, self.desk.seats, self.devices.all
+        if not limit or time.monotonic() - self._progress <= limit:
+            return
+        moved = (seat.moved for seat in seats.values())
+        seen = (devices[name].seen for name in seats.keys() & devices.keys())
+        if time.monotonic() - max([self._progress, *moved, *seen]) > limit:
             raise QuorumError(
                 f"{what}, and nothing changed for {limit:.0f} s (--give-up-after); "
                 "nothing is lost: go on with --resume when the devices are back"

@@ -3,8 +3,7 @@
 A seat is one client's job, from when it is given until its update is accepted or nobody waits for
 it any more; a late one stays over the end of its round. Parts move as Credit allows; updates go to
 the spool part by part, and so does, at the end of its round, a job that goes on. What grows: a
-seat's small state per client, and for late seats one model for every round they began in. No
-socket here: `send` takes a client's name.
+seat's small state per client, and for late seats one model for every round they began in.
 """
 
 from __future__ import annotations
@@ -341,8 +340,8 @@ class Desk:
     ) -> None:
         """The participant returns nothing that counts in its round; if it stays, maybe later."""
         kind: Kind = "update_late" if outcome == "straggler" else "update_failed"
-        extra = event(kind, client=seat.name, round=seat.round, code=code)
         about = (seat.round, seat.name, outcome, code, detail)
+        extra = event(kind, client=seat.name, round=seat.round, code=code)
         log.warning("round %d: %s %s: %s: %s", *about, extra=extra)
         if seat.name in self._awaited:
             if code != "gone":  # before the device says anything else, as that it is ready
@@ -355,7 +354,8 @@ class Desk:
             )  # fmt: skip
         if stays and (self._takes_late or code == "gone"):  # the round may be open still
             seat.is_late, seat.outlives = True, False
-            self._hold(seat)
+            if self._takes_late:
+                self._hold(seat)
             self._awaited.discard(seat.name)
         else:
             self._end(seat, counts=False)

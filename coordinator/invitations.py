@@ -43,6 +43,7 @@ class Invitations:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stamp = NOWHERE
+        self._told = NOWHERE  # of one that an error has been logged about
         self._by_key: dict[bytes, Invitation] = {}
         self._lock = threading.Lock()  # as Admission's
 
@@ -58,8 +59,9 @@ class Invitations:
         try:
             self._by_key = {i.public_key.encode(): i for i in read_invitations(self.path)}
         except ConfigError as error:
-            log.error("%s", error)
-            self._by_key = {}
+            if stamp != self._told:
+                log.error("%s", error)
+            self._told, self._by_key = stamp, {}
             if isinstance(error.__cause__, OSError):  # it may be read at the next look
                 return
         self._stamp = stamp
@@ -73,7 +75,7 @@ def read_invitations(path: Path) -> list[Invitation]:
         return msgspec.json.decode(path.read_bytes(), type=list[Invitation])
     except OSError as error:
         raise ConfigError(f"invitations in {path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
         raise ConfigError(
             f"invitations in {path} cannot be read: {error}; remove the file and invite again"
         ) from error

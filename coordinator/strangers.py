@@ -100,7 +100,7 @@ def read_strangers(path: Path) -> list[Stranger]:
             f"pending keys in {path} cannot be read: {error.strerror}; run this as the user who "
             "runs the coordinator"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, msgspec.MsgspecError, RecursionError) as error:
         raise ConfigError(
             f"pending keys in {path} cannot be read: {error}; remove the file, it is made again"
         ) from error

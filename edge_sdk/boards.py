@@ -124,7 +124,7 @@ def board(name_or_path: str) -> Board:
         found = msgspec.convert(_load_toml(path), Board)
     except OSError as error:
         raise ConfigError(f"board file {path}: {error.strerror}") from error
-    except ValueError as error:  # TOML syntax, and msgspec's errors, which name the key as $.key
+    except (ValueError, msgspec.MsgspecError) as error:  # which names the key as $.key
         raise ConfigError(f"board file {path}: {error}; see profiles/generic.toml") from error
     unsourced = [field for field in _figures(found) if not found.source.get(field)]
     if unsourced:

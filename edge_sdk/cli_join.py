@@ -29,6 +29,7 @@ from edge_sdk.keys import (
     has_keys,
     make_keys,
     read_all_keys,
+    read_key,
     read_keys,
     write_public,
 )
@@ -81,13 +82,9 @@ def run_join(args: argparse.Namespace) -> int:
     if settings.insecure:
         values["insecure"] = False
     text = with_values(text, values, str(path))
+    is_other = settings.coordinator not in (None, line.endpoint)
+    has_left = is_other and not _pins(server_file, line.server_key)
     join(line, folder, client_id)
-    if settings.coordinator not in (None, line.endpoint):
-        print(
-            f"edge-sdk: {path} named the coordinator {settings.coordinator}, where this device "
-            "takes part no more; another --config and --keys would have kept both",
-            file=sys.stderr,
-        )
     try:
         write_public(folder, SERVER_KEYS, line.server_key)
         write_config(path, text)
@@ -99,8 +96,22 @@ def run_join(args: argparse.Namespace) -> int:
         ) from error
     print(f"{client_id} is admitted by {line.endpoint}; keys are in {folder}")
     print(f"wrote {path}")
+    if has_left:
+        print(
+            f"edge-sdk: {path} named the coordinator {settings.coordinator}, where this device "
+            "takes part no more; another --config and --keys would have kept both",
+            file=sys.stderr,
+        )
     print(f"next: {_next_step(path, settings)}")
     return 0
+
+
+def _pins(server_file: Path, key: bytes) -> bool:
+    """Whether this device takes part in that coordinator's runs already."""
+    try:
+        return read_key(server_file) == key
+    except ConfigError:
+        return False
 
 
 def _given_line(words: list[str]) -> str:

@@ -3,7 +3,7 @@ does not cost the training. One at a time: the folder grows to the size of one u
 
 A folder is one agent's: its name tells the device and the coordinator (device.kept_folder), and a
 lock on it, which ends with the process, keeps off a second agent that is told the same. Beside it
-stay those of the MOST_OTHERS coordinators that this device last trained for; a board may have no
+stay those of the MOST_OTHERS coordinators that this device last trained for: a board may have no
 clock, so it is their number that is bounded and not their age."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edge_sdk.wire import Job, Struct, Update, layout
 log = logging.getLogger(__name__)
 MOST_OTHERS = 3
 DATA, ABOUT = "update.data", "update.json"
-FOLDER = re.compile(r".+-[0-9a-f]{12}")  # as device.kept_folder names them
+FOLDER = re.compile(r"-[0-9a-f]{12}\Z")  # device.kept_folder's ends, before it the device's name
 
 
 class _Finished(Struct, frozen=True, kw_only=True):
@@ -81,7 +81,7 @@ class Kept:
             return None
         except OSError:
             return None
-        except ValueError:  # msgspec's too: written by another version, or not to its end
+        except (ValueError, msgspec.MsgspecError):  # by another version, or not to its end
             self.forget()
             return None
         if sender.digest() != found.update.digest:
@@ -142,23 +142,31 @@ def _synced(*paths: Path) -> None:
 
 
 def _forget_old_ones(folder: Path) -> None:
-    """But for the newest of other agents' folders, and those in use. Raises OSError."""
-    others = [
-        (other.stat().st_mtime_ns, other)
-        for other in folder.parent.iterdir()
-        if other != folder and FOLDER.fullmatch(other.name) and other.is_dir()
-    ]
+    """But for the newest of this device's other folders, and those in use."""
+    try:
+        others = [
+            (other.stat().st_mtime_ns, other)
+            for other in folder.parent.iterdir()
+            if other != folder and FOLDER.sub("", other.name) == FOLDER.sub("", folder.name)
+        ]
+    except OSError as error:
+        log.debug("%s cannot be looked at: %s", folder.parent, error)
+        return
     for _, other in sorted(others, reverse=True)[MOST_OTHERS:]:
-        handle = os.open(other, os.O_RDONLY)
-        try:
-            _take(handle)
-            for path in _files(other):
-                path.unlink(missing_ok=True)
-            other.rmdir()
-        except OSError as error:
-            log.debug("%s stays: %s", other, error)
-        finally:
-            os.close(handle)
+        with suppress(OSError):  # another user's, or in use
+            _remove(other)
+
+
+def _remove(folder: Path) -> None:
+    """Raises OSError, BlockingIOError while an agent has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _take(handle)
+        for path in _files(folder):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+    finally:
+        os.close(handle)
 
 
 def _read(data: Path, update: Update) -> Sender:

@@ -80,7 +80,10 @@ def own_keys(folder: Path, name: str = DEVICE_KEYS) -> KeyPair:
     except ConfigError as error:
         if isinstance(error.__cause__, OSError) or _exists(folder / f"{name}.public"):
             raise
-        secret_file.unlink(missing_ok=True)
+        try:
+            secret_file.unlink(missing_ok=True)
+        except OSError as again:
+            raise ConfigError(f"{secret_file} cannot be made anew: {again}") from again
         return make_keys(folder, name)
     try:
         read_key(folder / f"{name}.public")

@@ -361,3 +361,22 @@ def test_run_killed_in_its_first_round_needs_a_quorum_for_the_second(make_coordi
     good.ready()
     round.result(WAIT_S)  # the other one is not there any more
     assert [client.id for client in coordinator.clients().result(WAIT_S)] == ["good"]
+
+
+@pytest.mark.parametrize("oldest", [0, 2])
+def test_gone_device_that_is_back_after_its_round(make_coordinator, short_silence, oldest):
+    """Where nothing is taken late its job is over; it is told so, and is ready for the next."""
+    coordinator = make_coordinator(*BOTH, oldest=oldest)
+    good, bad = coordinator.gather()
+    round = give_jobs(coordinator, good, bad)
+    talk_until_a_result(coordinator, good)
+    end(round, good, "failed", "gone")
+    coordinator.ask(lambda cohort: cohort.expect([], 0)).result(WAIT_S)
+    waiting = coordinator.clients()
+    bad.reconnect()
+    if not oldest:
+        assert bad.expect(Fault).code == "round"
+        bad.ready()
+    good.ready()
+    ready = ["good"] if oldest else ["bad", "good"]
+    assert [client.id for client in waiting.result(WAIT_S)] == ready

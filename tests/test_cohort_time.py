@@ -371,5 +371,23 @@ def test_whoever_is_heard_at_work_is_progress(tmp_path):
     seat.moved += 61
     cohort._check_progress("waits")
     seat.moved -= 61
+    device.seen += 61
+    cohort.desk.on_gone("a", "gone", "for a while")  # it is late, and at work
+    cohort._check_progress("waits")
+    device.seen -= 61
     with pytest.raises(QuorumError, match="waits, and nothing changed for 60 s"):
         cohort._check_progress("waits")
+
+
+def test_rest_listens_and_looks_at_the_time_though_a_result_is_there(tmp_path):
+    """Else who waits for the next round would turn in circles, and never give up."""
+    hub = TalkingHub()
+    terms = Terms("r", cnn(), STAGE_2, 0.0, 0.0, 1.0, 1, give_up_after_s=60.0)
+    cohort = ZmqCohort(hub, terms, Spool(tmp_path))
+    cohort.desk.miss(client("a", 2), assignment())
+    assert len(hub.said) == 4
+    assert cohort.rest(1)
+    assert len(hub.said) < 4
+    cohort._progress -= 61
+    with pytest.raises(QuorumError, match="too few devices or updates after 2 tries of a round"):
+        cohort.rest(2)

@@ -191,10 +191,16 @@ def test_leaving_another_coordinator_is_told(gate, home, capsys, tmp_path):
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text('coordinator = "tcp://192.0.2.9:5555"\n')
     line = invited(gate, capsys, "--name", "pi-1")
-    for said in (f"edge-sdk: {config} named the coordinator tcp://192.0.2.9:5555, where", ""):
-        assert on_device(["join", line, "--config", str(config)]) == 0
-        assert capsys.readouterr().err.startswith(said), "once"
+    join = ["join", line, "--config", str(config)]
+    assert on_device(join) == 0
+    said = f"edge-sdk: {config} named the coordinator tcp://192.0.2.9:5555, where this device"
+    assert capsys.readouterr().err.startswith(said)
     assert read_config(config).coordinator == gate.endpoint
+    assert on_device(join) == 0
+    assert capsys.readouterr().err == "", "it is the same one"
+    config.write_text('coordinator = "tcp://192.0.2.9:5555"\n')
+    assert on_device(join) == 0
+    assert capsys.readouterr().err == "", "it has moved, and its key tells"
 
 
 class Terminal(io.StringIO):

@@ -228,9 +228,13 @@ def test_costs_that_cannot_be_counted_do_not_cost_the_update(folder):
 def test_only_the_newest_of_other_coordinators_stay(monkeypatch, tmp_path):
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
     folders = [Path(kept_folder("pi", f"tcp://h:{port}", (None, None))) for port in range(7)]
-    stranger = folders[0].with_name("not-ours")
-    stranger.mkdir(parents=True)
-    (stranger / "update.data").touch()
+    strangers = [
+        folders[0].with_name("not-ours"),
+        Path(kept_folder("pi-2", "tcp://h", (None, None))),
+    ]
+    for stranger in strangers:
+        stranger.mkdir(parents=True)
+        (stranger / "update.data").touch()
     in_use = Kept(folders[0])
     for number, folder in enumerate(folders):
         kept = in_use if number == 0 else Kept(folder)
@@ -240,7 +244,7 @@ def test_only_the_newest_of_other_coordinators_stay(monkeypatch, tmp_path):
     left = {folder for folder in folders if folder.exists()}
     # the one that saved last, the three before it, and the oldest, whose agent lives
     assert left == {folders[0], *folders[3:]}
-    assert stranger.exists()
+    assert all(stranger.exists() for stranger in strangers)
     assert in_use.load() is not None
 
 
@@ -260,3 +264,21 @@ def test_what_is_kept_reaches_the_disk(tmp_path, monkeypatch):
     assert kept._syncing is not None
     kept._syncing.join(30)
     assert synced == ["update.data", "update.json", "pi-1"]
+
+
+def test_an_old_folder_that_cannot_be_removed_costs_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
+    folders = [Path(kept_folder("pi", f"tcp://h:{port}", (None, None))) for port in range(6)]
+    for folder in folders[:5]:
+        folder.mkdir(parents=True)
+    real = os.open
+
+    def denied(path: Any, *rest: Any) -> int:
+        if Path(path) in folders[:5]:
+            raise PermissionError(13, "Permission denied")
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", denied)
+    kept = Kept(folders[5])
+    kept.save(JOB, *finished())
+    assert kept.load() is not None
