@@ -277,8 +277,8 @@ class Agent:
         elif isinstance(message, Progress):
             state.batches = message.batches
         elif isinstance(message, Update):
-            if not state.is_trained:  # else it is announced once more, on a new connection
-                self._tell(events.trained(message))
+            if not state.has_told:  # else it is announced once more, on a new connection
+                self._tell(events.trained(message, is_kept=state.is_trained))
             self._link.send(state.finish(message))
         elif isinstance(message, Part):
             self._link.send(message, payload)

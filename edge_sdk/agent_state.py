@@ -48,7 +48,8 @@ class State:
     batches: int = (
         0  # of the job, trained or run through its frozen stages, that the trainer has told of
     )
-    is_trained: bool = False  # the job: its update is told, and may be kept over a restart
+    is_trained: bool = False  # the job: its update is kept, maybe from before this start
+    has_told: bool = False  # that it is trained
     granted: int = 0  # parts of the job asked for so far
     retries: int = 0
     idle_since: float = field(default_factory=time.monotonic)
@@ -79,12 +80,12 @@ class State:
 
     def begin(self, job: Job) -> None:
         self.job, self.granted, self.retries, self.batches = job, 0, 0, 0
-        self.is_trained = False
+        self.is_trained = self.has_told = False
         self.waited_s = time.monotonic() - self.idle_since
 
     def finish(self, update: Update) -> Update:
         """The trainer's, with what only the agent knows of the job."""
-        self.is_trained = True
+        self.is_trained = self.has_told = True
         waited = {"wait": Phase(wall_s=self.waited_s)}
         return replace(update, phases={**waited, **update.phases}, retries=self.retries)
 

@@ -20,7 +20,7 @@ from edge_sdk.chooser import Chooser
 from edge_sdk.data import save_shard
 from edge_sdk.errors import TrainerError
 from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Resume, Train
-from edge_sdk.wire import Fault, Job, Ready
+from edge_sdk.wire import Fault, Job, Phase, Ready, Update
 from tests.agent_device import MODEL, WHOLE
 from tests.choices import COSTS, choose, segments, welcome
 from tests.helpers import examples
@@ -58,7 +58,7 @@ class Notes:
 class Started:
     """An agent that is welcome; its trainer has read the data and is counting."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, finished: Job | None = None) -> None:
         self.link, self.trainer, self.memory = Notes(), Notes(), 400
         monkeypatch.setattr(AgentOptions, "start_trainer", lambda *_, **__: self.trainer)
         self.agent = Agent(
@@ -67,7 +67,7 @@ class Started:
         )
         read = Inspected(
             num_examples=24, input_shape=(1, 8, 8), num_classes=3, num_labels=3, runtime_bytes=0,
-            gflops=1.0, layer_s=0.0,
+            gflops=1.0, layer_s=0.0, finished=finished,
         )  # fmt: skip
         self.trainer_says(read)
         self.agent._on_welcome(welcome())
@@ -210,3 +210,26 @@ def test_what_is_refused_before_the_choice_stays_refused(started):
     assert not started.trainer.of(Train)
     assert started.link.of(Fault)[-1].code == "capacity"
     assert started.agent._chooser.refusal(segments((1, 3)))
+
+
+# -- what was trained before ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("finished", [None, JOB])
+def test_what_was_trained_is_told_once_by_this_start(monkeypatch, caplog, finished):
+    """The process before it may not have lived to tell it."""
+    started = Started(monkeypatch, finished)
+    if not finished:
+        started.trainer_says(Estimated(model=MODEL, costs=COSTS))
+        started.agent._on_job(JOB)
+    update = Update(
+        job=JOB.id, digest="d" * 32, round=4, num_examples=24, num_steps=3, exits=(),
+        phases={"train": Phase(wall_s=1.0)}, peak_memory_bytes=0, tensors=(),
+    )  # fmt: skip
+    with caplog.at_level("INFO", "edge_sdk.agent"):
+        for _ in range(2):  # again, on a new connection
+            started.trainer_says(update)
+    assert len(started.link.of(Update)) == 2
+    said = [line for line in caplog.messages if "trained" in line]
+    before = " before this start" if finished else ""
+    assert said == [f"round 4: trained{before}, sending the update"]

@@ -23,6 +23,16 @@ def test_good_books():
     assert problems() == []
 
 
+@pytest.mark.parametrize("first", ["trained, sending the update", "a line of nothing"])
+def test_what_a_device_trained_before_its_start_is_one_training(first):
+    """Whether it had told so or was killed before."""
+    after = "12:01 INFO round 1: trained before this start, sending the update\n"
+    logs = LOGS | {"b": f"12:00 INFO round 1: {first}\n{after}{after}"}
+    ledger = judged(logs, (A, B_LATE), 2, (1, 1))
+    assert ledger.problems == []
+    assert ledger.trained == {(1, "a"): 1, (1, "b"): 1}
+
+
 def test_a_late_update_is_named_in_its_round_and_counted_in_another():
     again = Row(1, "b", "ok", "", "bb", "1-1")  # of round 2, staleness 1: its job was round 1's
     assert problems(rows=(A, B_LATE, again), owners=(2, 1)) == []

@@ -29,7 +29,7 @@ from tests.chaos.bed import Bed
 # Weights here are of the order of 1, and means folded in another order differ by a few units in
 # the last place, 2^-23 of them; seen: up to 1.2e-7. Trained with another seed: from 4e-2.
 TOLERANCE = 1e-5
-SAID = re.compile(r"round (\d+): (trained|update accepted)\b")
+SAID = re.compile(r"round (\d+): (trained before|trained|update accepted)\b")
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ def judged(
     ledger = Ledger(last_round=last_round)
     for name, text in logs.items():
         for round, what in SAID.findall(text):
-            book = ledger.trained if what == "trained" else ledger.accepted
-            book[int(round), name] += 1
+            book = ledger.accepted if what == "update accepted" else ledger.trained
+            if what != "trained before" or not book[int(round), name]:  # may have been told then
+                book[int(round), name] += 1
     digests: Counter[str] = Counter()
     stages: Counter[int] = Counter()
     for row in rows:
