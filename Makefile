@@ -1,6 +1,6 @@
 # Two commands do everything: `make testbed` (the main job) and `make test`. Each sets itself up.
 # `make test-edge` is the part of the tests that looks at devices as systems; `make test-chaos`
-# breaks links, processes, clocks and disks (about half an hour, root).
+# breaks links, processes, clocks and disks (about 20 minutes, root).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
