@@ -7,16 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coordinator.cli_arguments import heavy_imports, settle
+from coordinator.cli_arguments import settle
 from coordinator.cli_clients import add_clients_command, add_invite_command, add_keys_command
 from coordinator.cli_emulate import add_emulate_command
 from coordinator.cli_export import add_export_command
 from coordinator.cli_serve import add_serve_command
 from coordinator.cli_status import add_status_command
 from edge_sdk import logs
-from edge_sdk.cli_flags import import_module
 from edge_sdk.errors import EdgeError, QuorumError
 from edge_sdk.interrupts import INTERRUPTED
+from edge_sdk.torch_extra import heavy_imports, import_module
 
 GAVE_UP = 3  # exit status: too few devices for too long; 1 is any other error
 COMMANDS: tuple[Callable[[Any], None], ...] = (

@@ -6,8 +6,7 @@ are read first, and what it needs is imported when it runs, in `heavy_imports`."
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
 import msgspec
@@ -24,18 +23,7 @@ from coordinator.defaults import GENERATE, METHODS, RANK, defaults_of
 from coordinator.presets import PRESETS, find_preset
 from edge_sdk.cli_flags import MAX_THREADS, path_flag, whole_flag
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.interrupts import ends_by_interrupt
 from edge_sdk.wire import ModelSpec
-
-
-@contextmanager
-def heavy_imports() -> Iterator[None]:
-    """Around imports of what runs rounds. Raises ConfigError where the extra is not installed."""
-    try:
-        with ends_by_interrupt():
-            yield
-    except ModuleNotFoundError as error:
-        raise ConfigError(f'{error}; pip install "edge-sdk[coordinator]"') from error
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

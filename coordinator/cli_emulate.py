@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from coordinator.cli_arguments import add_run_arguments, heavy_imports
+from coordinator.cli_arguments import add_run_arguments
 from coordinator.cli_export import add_export_flag
 from coordinator.config import SPLITS
 from edge_sdk.cli_flags import path_flag, whole_flag
+from edge_sdk.torch_extra import heavy_imports
 
 
 def add_emulate_command(commands: Any) -> None:

@@ -21,9 +21,9 @@ from coordinator.cohort import (
     InProcessCohort,
     train_here,
 )
-from edge_sdk.cli_flags import import_module
 from edge_sdk.data import Examples
 from edge_sdk.errors import TrainerError
+from edge_sdk.torch_extra import import_module
 
 _shards: dict[str, Examples] = {}  # of a worker process, set once when it starts
 

@@ -24,6 +24,7 @@ from coordinator.status import CohortState
 from coordinator.tally import Tally
 from coordinator.terms import Terms
 from edge_sdk.errors import QuorumError
+from edge_sdk.helpers.text import one_line
 from edge_sdk.logs import event
 from edge_sdk.transport import Payload
 from edge_sdk.wire import (
@@ -37,7 +38,6 @@ from edge_sdk.wire import (
     Ready,
     Update,
     Welcome,
-    one_line,
 )
 
 log = logging.getLogger(__name__)

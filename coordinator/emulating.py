@@ -25,9 +25,10 @@ from coordinator.exporting import check_export, export_served
 from coordinator.methods import make_method
 from coordinator.presets import missing_data
 from coordinator.rounds import run_rounds
-from coordinator.running import open_store, pick_device, print_round, stop_signals
+from coordinator.running import open_store, pick_device, print_round
 from edge_sdk.data import DataSet, load_dataset
 from edge_sdk.errors import DataError
+from edge_sdk.interrupts import stop_signals
 
 log = logging.getLogger(__name__)
 HOLDOUT = 0.2  # as in the paper

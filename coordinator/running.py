@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,24 +34,6 @@ def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Stor
             "resume with the same flags"
         )
     return store
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that gets an entry when SIGTERM or SIGINT arrives; a second SIGINT interrupts."""
-    stopping: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if stopping and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stopping.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def print_round(report: RoundReport) -> None:

@@ -20,14 +20,15 @@ from coordinator.methods import Method, make_method
 from coordinator.metrics import MetricsServer
 from coordinator.monitor import Monitor
 from coordinator.rounds import RoundReport, run_rounds
-from coordinator.running import open_store, pick_device, print_round, stop_signals
+from coordinator.running import open_store, pick_device, print_round
 from coordinator.spool import Spool
 from coordinator.store import SPOOL, Store
 from coordinator.terms import Terms
 from edge_sdk import logs
-from edge_sdk.cli_flags import checked_endpoint
 from edge_sdk.data import Examples, load
 from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.helpers.text import checked_endpoint
+from edge_sdk.interrupts import stop_signals
 from edge_sdk.keys import read_keys
 
 log = logging.getLogger(__name__)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from edge_sdk.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from edge_sdk.client import Client
     from edge_sdk.events import Event
 
-__all__ = ["Client", "Event", "__version__"]
-__version__ = "0.1.0"
+__all__ = ["Client", "Event"]
 _HOMES = {"Client": "edge_sdk.client", "Event": "edge_sdk.events"}
 
 

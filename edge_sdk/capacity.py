@@ -16,8 +16,8 @@ import msgspec
 from msgspec.structs import replace
 
 from edge_sdk.errors import CapacityError
+from edge_sdk.helpers.text import mebibytes, one_line
 from edge_sdk.profile import DeviceProfile
-from edge_sdk.wire import one_line
 
 # Peak memory of a training step over (saved activations + gradients) where the device was not
 # calibrated (calibration.py), and the error of what is predicted with it. Our measurement: torch
@@ -330,7 +330,3 @@ def in_words(cost: SegmentCost, asked: SegmentCost) -> str:
     parts += [f"{cost.micro_batch} at once"] if cost.micro_batch != asked.micro_batch else []
     parts += ["stages run again"] if cost.recompute and not asked.recompute else []
     return ", ".join(parts)
-
-
-def mebibytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1024**2:.1f} MiB"

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from edge_sdk.capacity import Choice, Row, SegmentCost, choose_exit, mebibytes
+from edge_sdk.capacity import Choice, Row, SegmentCost, choose_exit
 from edge_sdk.conditions import FULL, Allowance
 from edge_sdk.errors import EdgeError
+from edge_sdk.helpers.text import mebibytes
 from edge_sdk.profile import DeviceProfile
 from edge_sdk.wire import Plan, Ready, Segment, Welcome
 

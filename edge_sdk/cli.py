@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from edge_sdk import __version__, conditions, logs
+from edge_sdk import conditions, logs
 from edge_sdk.boards import board, board_names, check_free, save_board, save_path
 from edge_sdk.capacity import (
     TRAINER_ENVIRONMENT,
@@ -26,13 +26,12 @@ from edge_sdk.capacity import (
     choose_exit,
     in_words,
     levers,
-    mebibytes,
     memory_errors,
     peak_bytes,
     pulled,
     seconds,
 )
-from edge_sdk.cli_flags import add_memory_cap, import_module, rate_flag
+from edge_sdk.cli_flags import add_memory_cap, rate_flag
 from edge_sdk.cli_infer import (
     add_calibrate_command,
     add_export_command,
@@ -44,6 +43,7 @@ from edge_sdk.cli_run import add_run_command
 from edge_sdk.cli_service import add_doctor_command, add_service_command
 from edge_sdk.device import calibration_file
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
+from edge_sdk.helpers.text import mebibytes
 from edge_sdk.interrupts import INTERRUPTED
 from edge_sdk.profile import (
     DeviceProfile,
@@ -54,7 +54,8 @@ from edge_sdk.profile import (
     measure_layer_s,
     measured_board,
 )
-from edge_sdk.torch_extra import require_torch
+from edge_sdk.torch_extra import import_module, require_torch
+from edge_sdk.version import __version__
 from edge_sdk.wire import ModelSpec, Plan
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import re
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.text import parse_size
 
-_ENDPOINT = re.compile(r"tcp://[^/\s]+:(\*|[0-9]{1,5})")
 MAX_THREADS = 1024
-UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 
 
 def add_memory_cap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-cap", type=size_flag, metavar="512M", help="most that training may use in all"
     )
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 512M; K, M and G are powers of 1024. Raises ConfigError."""
-    unit = text[-1:].upper() if text[-1:].upper() in UNITS else ""
-    try:
-        num_bytes = round(float(text[: len(text) - len(unit)]) * UNITS[unit])
-    except (ValueError, OverflowError):
-        num_bytes = 0
-    if num_bytes < 1:
-        raise ConfigError(f"size {text!r}, expected one such as 512M or 1.5G")
-    return num_bytes
 
 
 def whole_flag(least: int, most: int) -> Callable[[str], int]:
@@ -81,29 +66,3 @@ def size_flag(text: str) -> int:
         return parse_size(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def checked_endpoint(text: str, flag: str) -> str:
-    """A TCP address. ZeroMQ takes any number for a port: it waits in vain, or listens elsewhere.
-
-    Port 0 or * is any free one, for who listens. Raises ConfigError."""
-    found = _ENDPOINT.fullmatch(text)
-    is_bound = flag == "--listen"
-    if not found or (found[1] == "*" and not is_bound):
-        raise ConfigError(f"{flag} {text!r} is not tcp://HOST:PORT")
-    if found[1] != "*" and not (0 if is_bound else 1) <= int(found[1]) <= 65535:
-        raise ConfigError(f"{flag} {text!r} has a port outside 1 to 65535")
-    return text
-
-
-def import_module(name: str) -> None:
-    """Import a module for what it registers. Raises EdgeError: ConfigError, or the module's own."""
-    try:
-        importlib.import_module(name)
-    except EdgeError:
-        raise
-    except ImportError as error:
-        raise ConfigError(f"--import {name}: {error}; is it on PYTHONPATH?") from error
-    except Exception as error:
-        kind = type(error).__name__
-        raise ConfigError(f"--import {name}: it raises {kind}: {error}; mend the module") from error

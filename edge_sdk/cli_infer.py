@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from edge_sdk.cli_flags import import_module
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.exported import ExportedModel, Measure, read_model, write_file
 from edge_sdk.interrupts import ends_by_interrupt
-from edge_sdk.torch_extra import require_torch
+from edge_sdk.torch_extra import import_module, require_torch
 
 if TYPE_CHECKING:  # numpy, which the agent does without
     import numpy.typing as npt

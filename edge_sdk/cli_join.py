@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.cli_flags import checked_endpoint, path_flag
+from edge_sdk.cli_flags import path_flag
 from edge_sdk.cli_run import settle
 from edge_sdk.config_file import (
     DEFAULT_CONFIG,
@@ -22,6 +22,7 @@ from edge_sdk.config_file import (
 )
 from edge_sdk.device import checked_id, default_keys
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.text import checked_endpoint
 from edge_sdk.invitation import MAX_CHARACTERS, InvitationLine, decode_line
 from edge_sdk.keys import (
     DEVICE_KEYS,

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from edge_sdk import conditions
 from edge_sdk.agent import Agent
 from edge_sdk.agent_options import AgentOptions
-from edge_sdk.cli_flags import parse_size
 from edge_sdk.config_file import check_value
 from edge_sdk.device import (
     calibration_file,
@@ -29,6 +28,7 @@ from edge_sdk.device import (
 )
 from edge_sdk.errors import ConfigError
 from edge_sdk.events import Event
+from edge_sdk.helpers.text import parse_size
 
 if TYPE_CHECKING:
     from edge_sdk.own_data import Dataset, Source

@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from edge_sdk.cli_flags import checked_endpoint, parse_size
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.text import checked_endpoint, parse_size
 from edge_sdk.wire import CLIENT_NAME
 
 DEFAULT_CONFIG = Path("/etc/edge-sdk/config.toml")

@@ -27,9 +27,10 @@ import msgspec
 
 from edge_sdk import conditions
 from edge_sdk.boards import board_name
-from edge_sdk.capacity import TRAINER_ENVIRONMENT, mebibytes
+from edge_sdk.capacity import TRAINER_ENVIRONMENT
 from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config
 from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.helpers.text import mebibytes
 from edge_sdk.jetson import jetson_stats
 from edge_sdk.keys import DEVICE_KEYS, KeyPair, read_all_keys
 from edge_sdk.profile import memory

@@ -37,12 +37,13 @@ from edge_sdk.exported import (
     write_file,
     write_struct,
 )
+from edge_sdk.helpers.text import one_line
 from edge_sdk.infer import NEVER, EarlyExit, open_session
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.plain import plain_model
 from edge_sdk.models.staged import place
 from edge_sdk.tensors import Tensors, check_finite
-from edge_sdk.wire import ModelSpec, one_line
+from edge_sdk.wire import ModelSpec
 
 OPSET = 17
 TOLERANCE = 1e-4  # of the largest logit; float32 sums in another order differ by about 1e-6

@@ -22,7 +22,8 @@ import msgspec
 from msgspec import Meta
 
 from edge_sdk.errors import StoreError
-from edge_sdk.wire import ModelSpec, Struct, one_line
+from edge_sdk.helpers.text import one_line
+from edge_sdk.wire import ModelSpec, Struct
 
 FORMAT: Literal[1] = 1
 MODEL, WHOLE, CALIBRATION = "model.json", "whole.onnx", "calibration.json"

@@ -26,8 +26,8 @@ from edge_sdk.exported import (
     read_file,
     read_model,
 )
+from edge_sdk.helpers.text import one_line
 from edge_sdk.readers.scaling import scaled
-from edge_sdk.wire import one_line
 
 NEVER = 2.0  # a threshold above every confidence
 BATCH = 100

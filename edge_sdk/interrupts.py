@@ -28,3 +28,21 @@ def ends_by_interrupt() -> Iterator[None]:
     finally:
         if is_plain:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that gets an entry when SIGTERM or SIGINT arrives; a second SIGINT interrupts."""
+    stopping: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if stopping and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopping.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

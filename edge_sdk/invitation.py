@@ -13,8 +13,8 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from edge_sdk.cli_flags import checked_endpoint
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.text import checked_endpoint
 from edge_sdk.wire import CLIENT_NAME
 
 VERSION = 1

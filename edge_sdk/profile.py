@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from edge_sdk import __version__
 from edge_sdk.boards import Board, board_name
 from edge_sdk.errors import ConfigError
 from edge_sdk.sysfs import ROOT, meminfo, read_int, read_text, to_int
+from edge_sdk.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -6,9 +6,12 @@ line instead of a traceback. Importing this module imports no torch.
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.interrupts import ends_by_interrupt
 
 OLDEST = (2, 1)  # as the extra in pyproject.toml
@@ -46,3 +49,26 @@ def oldest() -> str:
 def _broken(what: str, error: Exception) -> str:
     said = " ".join(str(error).split())
     return f"{what} needs torch, which does not load: {said}; install it again: {INSTALL}"
+
+
+def import_module(name: str) -> None:
+    """Import a module for what it registers. Raises EdgeError: ConfigError, or the module's own."""
+    try:
+        importlib.import_module(name)
+    except EdgeError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"--import {name}: {error}; is it on PYTHONPATH?") from error
+    except Exception as error:
+        kind = type(error).__name__
+        raise ConfigError(f"--import {name}: it raises {kind}: {error}; mend the module") from error
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Around imports of what runs rounds. Raises ConfigError where the extra is not installed."""
+    try:
+        with ends_by_interrupt():
+            yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'{error}; pip install "edge-sdk[coordinator]"') from error

@@ -19,6 +19,7 @@ from msgspec import Meta
 from msgspec.structs import force_setattr
 
 from edge_sdk.errors import ProtocolError, VersionError
+from edge_sdk.helpers.text import one_line
 from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
 
 PROTOCOL = 4
@@ -345,18 +346,6 @@ def decode(frame: bytes | memoryview) -> Message:
             f"message refused: {one_line(str(error))}; see PROTOCOL.md version {PROTOCOL}"
         ) from error
     return message
-
-
-def one_line(text: str, max_length: int = 200) -> str:
-    """`text` with all that does not print escaped; cut in the middle, as errors end with a place
-    or what to do next."""
-    if not text.isprintable():
-        shown = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        text = "".join(shown)
-    if len(text) <= max_length:
-        return text
-    tail = max_length // 3
-    return f"{text[: max_length - tail - 5]} ... {text[-tail:]}"
 
 
 def _quoted(value: object) -> str:

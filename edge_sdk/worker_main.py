@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 from edge_sdk import logs, resident
-from edge_sdk.cli_flags import import_module
 from edge_sdk.errors import EdgeError
 from edge_sdk.pipe import Pipe
-from edge_sdk.torch_extra import require_torch
+from edge_sdk.torch_extra import import_module, require_torch
 from edge_sdk.wire import Fault
 
 

@@ -1,14 +1,17 @@
 """The measure and plan commands, as a person calls them."""
 
+from __future__ import annotations
+
 import json
 
 import pytest
 import torch
 
-from edge_sdk import __version__, cli, cli_flags, conditions, profile
+from edge_sdk import cli, conditions, profile
 from edge_sdk.boards import board
 from edge_sdk.conditions import Conditions, Zone
 from edge_sdk.errors import ConfigError, TrainerError
+from edge_sdk.version import __version__
 
 MiB = 1024**2
 VERSION = f"by edge-sdk {__version__}"
@@ -225,7 +228,7 @@ def test_wrong_usage_is_status_2(capsys, arguments, message):
     ("text", "num_bytes"), [("1024", 1024), ("2k", 2048), ("512M", 512 * MiB), ("1.5G", 1536 * MiB)]
 )
 def test_sizes(text, num_bytes):
-    assert cli_flags.parse_size(text) == num_bytes
+    assert text.parse_size(text) == num_bytes
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ import pytest
 
 from coordinator.admission import Admission
 from coordinator.hub import Hub
-from edge_sdk import __version__
 from edge_sdk.data import save_shard
 from edge_sdk.export import export
 from edge_sdk.infer import EarlyExit
 from edge_sdk.keys import read_keys
 from edge_sdk.models import initial_tensors
+from edge_sdk.version import __version__
 from edge_sdk.wire import Accepted, Hello, Part
 from tests.processes import ROOT, World
 from tests.scripted import ANY_PORT
