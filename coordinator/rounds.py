@@ -22,7 +22,7 @@ from coordinator.store import RoundTotals, Store
 from edge_sdk.data import Examples
 from edge_sdk.errors import ShapeError, StoreError, TrainerError
 from edge_sdk.models import build
-from edge_sdk.trainer import clock, since
+from edge_sdk.protocol.timing import clock, since
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ from coordinator.methods.base import Metrics
 from coordinator.run_lock import RunLock
 from edge_sdk.errors import StoreError
 from edge_sdk.exported import is_there
+from edge_sdk.protocol.timing import clock, since
 from edge_sdk.tensors import Tensors
-from edge_sdk.trainer import clock, since
 from edge_sdk.wire import ModelSpec, Phase, Segment
 
 log = logging.getLogger(__name__)

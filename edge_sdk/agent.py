@@ -31,12 +31,12 @@ from edge_sdk.pipe import (
     Resume,
     Train,
 )
-from edge_sdk.profile import DeviceProfile
 from edge_sdk.supervisor import Supervisor
 from edge_sdk.transport import Link, Payload
 from edge_sdk.wire import (
     Accepted,
     Bye,
+    DeviceProfile,
     Fault,
     Fetch,
     Heartbeat,

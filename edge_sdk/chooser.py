@@ -11,8 +11,7 @@ from edge_sdk.capacity import Choice, Row, SegmentCost, choose_exit
 from edge_sdk.conditions import FULL, Allowance
 from edge_sdk.errors import EdgeError
 from edge_sdk.helpers.text import mebibytes
-from edge_sdk.profile import DeviceProfile
-from edge_sdk.wire import Plan, Ready, Segment, Welcome
+from edge_sdk.wire import DeviceProfile, Plan, Ready, Segment, Welcome
 
 GROWN = 1.25  # memory must have grown so much before what failed is tried
 # Of the predicted peak that failed, without the runtime, so much is tried next: the next lever, or

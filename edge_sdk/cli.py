@@ -46,7 +46,6 @@ from edge_sdk.errors import ConfigError, EdgeError, TrainerError
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.interrupts import INTERRUPTED
 from edge_sdk.profile import (
-    DeviceProfile,
     emulated,
     least_bound,
     measure,
@@ -56,7 +55,7 @@ from edge_sdk.profile import (
 )
 from edge_sdk.torch_extra import import_module, require_torch
 from edge_sdk.version import __version__
-from edge_sdk.wire import ModelSpec, Plan
+from edge_sdk.wire import DeviceProfile, ModelSpec, Plan
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells

@@ -27,7 +27,8 @@ from edge_sdk.device import (
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import checked_endpoint
 from edge_sdk.keys import has_next_keys
-from edge_sdk.profile import DeviceProfile, emulated
+from edge_sdk.profile import emulated
+from edge_sdk.wire import DeviceProfile
 
 log = logging.getLogger(__name__)
 

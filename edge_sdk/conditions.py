@@ -17,8 +17,8 @@ import msgspec
 from msgspec.structs import replace
 
 from edge_sdk.jetson import jetson_stats
-from edge_sdk.profile import DeviceProfile
 from edge_sdk.sysfs import ROOT, folders, read_int, read_text
+from edge_sdk.wire import DeviceProfile
 
 Work: TypeAlias = Literal["full", "short", "none"]
 

@@ -23,8 +23,9 @@ import torch
 
 from edge_sdk.capacity import memory_errors
 from edge_sdk.errors import CapacityError
+from edge_sdk.protocol.stream import layout
 from edge_sdk.tensors import Sender, views
-from edge_sdk.wire import Job, Struct, Update, layout
+from edge_sdk.wire import Job, Struct, Update
 
 log = logging.getLogger(__name__)
 MOST_OTHERS = 3

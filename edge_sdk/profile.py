@@ -16,15 +16,13 @@ import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import msgspec
-from msgspec import Meta
+from typing import TYPE_CHECKING
 
 from edge_sdk.boards import Board, board_name
 from edge_sdk.errors import ConfigError
 from edge_sdk.sysfs import ROOT, meminfo, read_int, read_text, to_int
 from edge_sdk.version import __version__
+from edge_sdk.wire import Bound, DeviceProfile
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,38 +32,6 @@ NO_LIMIT_V1 = 2**60  # cgroup v1 writes "no limit" as a huge page-aligned number
 # Left free beside a trainer: parts of a job in the agent's hands, the kernel's page tables. Our
 # estimate; predictions are right to a few MB at best.
 SPARE_BYTES = 4 * 1024**2
-# What a message may hold as text: no control characters, no line or paragraph separators.
-PLAIN_TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
-Text = Annotated[str, Meta(max_length=200, pattern=PLAIN_TEXT)]
-Bytes = Annotated[int, Meta(ge=0, le=2**53)]
-Bound = Literal["host", "cgroup", "cap"]
-
-
-class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One device as measured, or as an emulated board's profile file says.
-
-    memory_available_bytes is what a trainer process may use in all (its runtime included): the
-    least of what the host, the cgroup and the user's cap leave; `memory_bound` names which.
-    gflops is sustained float32 forward+backward throughput in 1e9 operations per second on all
-    `cores`; 0: not measured. layer_s is what a layer costs per training step beside its arithmetic,
-    which is most of what a very small model takes. cpu_scale, for an emulated board only, is board
-    seconds per CPU second of this host. The ranges are checked when a profile is decoded, not when
-    it is made here.
-    """
-
-    platform: Text  # "raspberry-pi-4", "jetson-nano", else "generic"
-    board: Text = ""  # model string as the board gives it
-    machine: Text = ""  # "aarch64", "x86_64"
-    memory_total_bytes: Bytes
-    memory_available_bytes: Bytes
-    memory_bound: Bound = "host"
-    cores: Annotated[float, Meta(gt=0, le=4096)]
-    gflops: Annotated[float, Meta(ge=0, le=10**9)]
-    layer_s: Annotated[float, Meta(ge=0, le=10**3)] = 0.0
-    # None: not known, transfers are left out of predictions
-    link_mbit_s: Annotated[float, Meta(gt=0, le=10**6)] | None = None
-    is_emulated: bool = False
-    cpu_scale: Annotated[float, Meta(gt=0, le=10**9)] | None = None
 
 
 def measure(

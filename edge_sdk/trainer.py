@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -32,6 +31,7 @@ from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.staged import check_segments, moved, needed_names, trained_names
 from edge_sdk.optim import Optimizer
+from edge_sdk.protocol.timing import clock, since
 from edge_sdk.recompute import recomputed
 from edge_sdk.tensors import Tensors, check_finite
 from edge_sdk.wire import ExitResult, ModelSpec, Phase, Plan, Segment
@@ -279,12 +279,3 @@ def check_fits(spec: ModelSpec, examples: Examples) -> None:
             f"local labels reach {int(examples.y.max())}, the model has {spec.num_classes} "
             "classes; labels run from 0"
         )
-
-
-def clock() -> tuple[float, float]:
-    return time.monotonic(), time.process_time()
-
-
-def since(start: tuple[float, float], end: tuple[float, float] | None = None) -> Phase:
-    wall, cpu = end or clock()
-    return Phase(wall_s=max(0.0, wall - start[0]), cpu_s=max(0.0, cpu - start[1]))

@@ -16,7 +16,8 @@ from zmq.utils.monitor import parse_monitor_message
 
 from edge_sdk.errors import LinkError, ProtocolError, VersionError
 from edge_sdk.keys import KeyPair
-from edge_sdk.wire import MAX_FRAME_BYTES, Fault, Message, Part, decode, encode
+from edge_sdk.protocol.codec import decode, encode
+from edge_sdk.wire import MAX_FRAME_BYTES, Fault, Message, Part
 
 log = logging.getLogger(__name__)
 PING_MS = 5_000  # ZeroMQ heartbeats, both ends

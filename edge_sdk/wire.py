@@ -9,27 +9,55 @@ by one raw frame. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
-import msgpack
 import msgspec
 from msgspec import Meta
 from msgspec.structs import force_setattr
 
-from edge_sdk.errors import ProtocolError, VersionError
 from edge_sdk.helpers.text import one_line
-from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
+
+# What a message may hold as text: no control characters, no line or paragraph separators.
+PLAIN_TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
+
+Text = Annotated[str, Meta(max_length=200, pattern=PLAIN_TEXT)]
+
+Bytes = Annotated[int, Meta(ge=0, le=2**53)]
+
+Bound = Literal["host", "cgroup", "cap"]
+
+
+class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One device as measured, or as an emulated board's profile file says.
+
+    memory_available_bytes is what a trainer process may use in all (its runtime included): the
+    least of what the host, the cgroup and the user's cap leave; `memory_bound` names which.
+    gflops is sustained float32 forward+backward throughput in 1e9 operations per second on all
+    `cores`; 0: not measured. layer_s is what a layer costs per training step beside its arithmetic,
+    which is most of what a very small model takes. cpu_scale, for an emulated board only, is board
+    seconds per CPU second of this host. The ranges are checked when a profile is decoded, not when
+    it is made here.
+    """
+
+    platform: Text  # "raspberry-pi-4", "jetson-nano", else "generic"
+    board: Text = ""  # model string as the board gives it
+    machine: Text = ""  # "aarch64", "x86_64"
+    memory_total_bytes: Bytes
+    memory_available_bytes: Bytes
+    memory_bound: Bound = "host"
+    cores: Annotated[float, Meta(gt=0, le=4096)]
+    gflops: Annotated[float, Meta(ge=0, le=10**9)]
+    layer_s: Annotated[float, Meta(ge=0, le=10**3)] = 0.0
+    # None: not known, transfers are left out of predictions
+    link_mbit_s: Annotated[float, Meta(gt=0, le=10**6)] | None = None
+    is_emulated: bool = False
+    cpu_scale: Annotated[float, Meta(gt=0, le=10**9)] | None = None
+
 
 PROTOCOL = 4
-PART_BYTES = 512 * 1024  # payload of every part but the last
 MAX_FRAME_BYTES = 1024 * 1024  # any frame as it is on the network; ZMQ_MAXMSGSIZE
-MAX_CONTROL_BYTES = MAX_FRAME_BYTES - 1024  # one control frame; CURVE adds 33 bytes to each
 MAX_TENSORS = 10_000
 MAX_LINE = 2000  # characters
-MAX_TRANSFER_BYTES = 4 * 1024**3
-ALIGNMENT = 8  # every tensor starts at a multiple of this in the stream
 
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**48)]
 Index: TypeAlias = Annotated[int, Meta(ge=1, le=2**31)]
@@ -296,89 +324,3 @@ Message: TypeAlias = (
     Hello | Welcome | Ready | Job | Fetch | Part | Update | Accepted | Fault | Heartbeat | Probe
     | Bye | Join | Joined
 )  # fmt: skip
-_DECODE: Any = Message
-
-
-def encode(message: Message) -> bytes:
-    """One control frame. Raises ProtocolError when it exceeds MAX_CONTROL_BYTES."""
-    frame: bytes = msgpack.packb(msgspec.to_builtins(message))
-    if len(frame) > MAX_CONTROL_BYTES:
-        raise ProtocolError(
-            f"{type(message).__name__} takes {len(frame)} bytes, at most {MAX_CONTROL_BYTES} "
-            "travel; use a model with fewer tensors"
-        )
-    return frame
-
-
-def unpack(frame: bytes | memoryview) -> Any:
-    """msgpack to plain values under hard limits. Raises ProtocolError."""
-    size = len(frame)
-    if size > MAX_CONTROL_BYTES:
-        raise ProtocolError(
-            f"control frame of {size} bytes, at most {MAX_CONTROL_BYTES} are accepted"
-        )
-    try:
-        return msgpack.unpackb(
-            frame,
-            max_str_len=4 * MAX_LINE,  # bytes
-            max_bin_len=0,
-            max_ext_len=0,
-            max_array_len=MAX_TENSORS,
-            max_map_len=1000,
-        )
-    except Exception as error:  # msgpack raises several unrelated types for bad bytes
-        cause = f"{type(error).__name__}: {one_line(str(error))}".rstrip(": ")
-        raise ProtocolError(f"control frame of {size} bytes is not msgpack: {cause}") from error
-
-
-def decode(frame: bytes | memoryview) -> Message:
-    """Inverse of encode. Raises ProtocolError naming the field that is wrong."""
-    plain = unpack(frame)
-    if isinstance(plain, dict) and plain.get("protocol", PROTOCOL) != PROTOCOL:
-        raise VersionError(
-            f"{_quoted(plain.get('type'))} speaks protocol {_quoted(plain['protocol'])}, this "
-            f"side {PROTOCOL}; install the same edge-sdk on both"
-        )
-    try:
-        message: Message = msgspec.convert(plain, type=_DECODE)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise ProtocolError(
-            f"message refused: {one_line(str(error))}; see PROTOCOL.md version {PROTOCOL}"
-        ) from error
-    return message
-
-
-def _quoted(value: object) -> str:
-    """Of what a peer sent only what is short: a repr of nested arrays recurses, and has no end."""
-    is_short = isinstance(value, int) or (isinstance(value, str) and len(value) <= 40)
-    return repr(value) if is_short else type(value).__name__
-
-
-def layout(specs: tuple[TensorSpec, ...]) -> tuple[tuple[int, ...], int]:
-    """Offset of every tensor in the byte stream, and the stream's length in bytes."""
-    offsets, end = [], 0
-    for spec in specs:
-        start = -(-end // ALIGNMENT) * ALIGNMENT
-        offsets.append(start)
-        end = start + spec.num_bytes
-    if end > MAX_TRANSFER_BYTES:
-        raise ProtocolError(f"transfer of {end} bytes, at most {MAX_TRANSFER_BYTES} are accepted")
-    return tuple(offsets), end
-
-
-def digest_of(parts: Iterable[bytes | memoryview]) -> str:
-    """What an update is known by: the first 16 bytes of SHA-256 of its stream, which processors
-    with instructions for it hash quicker than anything else in hashlib."""
-    hashed = hashlib.sha256()
-    for part in parts:
-        hashed.update(part)
-    return hashed.hexdigest()[:32]
-
-
-def num_parts(total_bytes: int) -> int:
-    return -(-total_bytes // PART_BYTES)
-
-
-def part_size(total_bytes: int, index: int) -> int:
-    """Bytes of part `index` of a stream of total_bytes; 0 when there is no such part."""
-    return max(0, min(PART_BYTES, total_bytes - index * PART_BYTES))

@@ -36,8 +36,9 @@ from edge_sdk.pipe import (
     Train,
 )
 from edge_sdk.profile import measure_gflops, measure_layer_s
+from edge_sdk.protocol.timing import clock, since
 from edge_sdk.tensors import Receiver, Sender, specs_of
-from edge_sdk.trainer import TrainResult, clock, since, train, usable_device
+from edge_sdk.trainer import TrainResult, train, usable_device
 from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update
 
 log = logging.getLogger(__name__)

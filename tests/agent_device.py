@@ -20,10 +20,20 @@ from edge_sdk.data import Examples, save_shard
 from edge_sdk.errors import EdgeError
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import needed_names
-from edge_sdk.profile import DeviceProfile
 from edge_sdk.tensors import Tensors
 from edge_sdk.transport import Link
-from edge_sdk.wire import Accepted, Fault, Heartbeat, Hello, ModelSpec, Plan, Ready, Segment, Update
+from edge_sdk.wire import (
+    Accepted,
+    DeviceProfile,
+    Fault,
+    Heartbeat,
+    Hello,
+    ModelSpec,
+    Plan,
+    Ready,
+    Segment,
+    Update,
+)
 from tests.helpers import cnn
 from tests.scripted import PROFILE, WAIT_S
 from tests.scripted_coordinator import ScriptedCoordinator

@@ -26,12 +26,12 @@ from coordinator.spool import Spool
 from coordinator.terms import Terms
 from edge_sdk.keys import KeyPair, make_keys
 from edge_sdk.models.staged import trained_names
-from edge_sdk.profile import DeviceProfile
 from edge_sdk.tensors import Receiver, Sender, Tensors, specs_of
 from edge_sdk.transport import Link, Payload
 from edge_sdk.wire import (
     PROTOCOL,
     Accepted,
+    DeviceProfile,
     ExitResult,
     Fault,
     Fetch,

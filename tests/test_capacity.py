@@ -17,7 +17,7 @@ from edge_sdk.capacity import (
     uncached,
 )
 from edge_sdk.errors import CapacityError
-from edge_sdk.profile import DeviceProfile
+from edge_sdk.wire import DeviceProfile
 
 DEVICE = DeviceProfile(
     platform="generic",

@@ -19,16 +19,8 @@ from coordinator.hub import Received
 from coordinator.spool import Spool
 from coordinator.terms import Terms
 from edge_sdk.errors import QuorumError
-from edge_sdk.wire import (
-    PART_BYTES,
-    Accepted,
-    Fault,
-    Fetch,
-    Heartbeat,
-    Job,
-    Message,
-    Ready,
-)
+from edge_sdk.protocol.stream import PART_BYTES
+from edge_sdk.wire import Accepted, Fault, Fetch, Heartbeat, Job, Message, Ready
 from tests.cohort_work import (
     BOTH,
     FLOATS_PER_PART,

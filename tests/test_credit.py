@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from coordinator import credit as credit_module
 from coordinator.credit import LINK_S, SLOW_WINDOW, WINDOW, Credit, Pace
-from edge_sdk.wire import PART_BYTES
+from edge_sdk.protocol.stream import PART_BYTES
 
 NAMES = "abcdef"
 SLOW = "abc"  # whose links are

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from coordinator import hub
-from edge_sdk.wire import Accepted, Fault, Fetch, Message, Part, encode
+from edge_sdk.protocol.codec import encode
+from edge_sdk.wire import Accepted, Fault, Fetch, Message, Part
 from tests.spoilt import FEW, MORE, mutate_bytes, numbers
 from tools import fuzz
 from tools.fuzz_fakes import SENDERS, Broken, OneLine, Socket, small_world

@@ -37,11 +37,13 @@ from edge_sdk import (
     worker,
 )
 from edge_sdk.errors import EdgeError
-from edge_sdk.profile import PLAIN_TEXT, DeviceProfile
+from edge_sdk.protocol.codec import decode, encode
 from edge_sdk.tensors import DTYPES
 from edge_sdk.wire import (
+    PLAIN_TEXT,
     Accepted,
     Bye,
+    DeviceProfile,
     ExitResult,
     Fault,
     Fetch,
@@ -61,8 +63,6 @@ from edge_sdk.wire import (
     TensorSpec,
     Update,
     Welcome,
-    decode,
-    encode,
 )
 
 GOLDEN = Path(__file__).parent / "golden"

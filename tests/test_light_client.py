@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.codec import decode, encode
+from edge_sdk.protocol.stream import PART_BYTES, digest_of
 from edge_sdk.wire import (
-    PART_BYTES,
     PROTOCOL,
     Accepted,
     Bye,
@@ -28,9 +29,6 @@ from edge_sdk.wire import (
     TensorSpec,
     Update,
     Welcome,
-    decode,
-    digest_of,
-    encode,
 )
 from tests.processes import ROOT
 from tools.light_client import LightClient, update_bytes, value_of

@@ -6,9 +6,9 @@ import msgpack
 import pytest
 
 from edge_sdk.errors import ProtocolError, VersionError
+from edge_sdk.protocol.codec import decode, encode
+from edge_sdk.protocol.stream import MAX_TRANSFER_BYTES, PART_BYTES, layout, num_parts, part_size
 from edge_sdk.wire import (
-    MAX_TRANSFER_BYTES,
-    PART_BYTES,
     PROTOCOL,
     Accepted,
     Bye,
@@ -20,11 +20,6 @@ from edge_sdk.wire import (
     Ready,
     Segment,
     TensorSpec,
-    decode,
-    encode,
-    layout,
-    num_parts,
-    part_size,
 )
 from tests.frames import GOOD, HEX, NAN, frame, refused
 

@@ -8,7 +8,7 @@ import math
 import msgpack
 import pytest
 
-from edge_sdk.wire import decode
+from edge_sdk.protocol.codec import decode
 from tests.frames import GOOD, HEX, INF, MODEL, NAN, PLAN, PROFILE, SPEC, frame, refused
 
 

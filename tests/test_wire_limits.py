@@ -10,8 +10,9 @@ import msgpack
 import pytest
 import zmq
 
+from edge_sdk.protocol.codec import MAX_CONTROL_BYTES, decode, encode
 from edge_sdk.transport import set_common_options
-from edge_sdk.wire import MAX_CONTROL_BYTES, MAX_TENSORS, Accepted, Bye, decode, encode
+from edge_sdk.wire import MAX_TENSORS, Accepted, Bye
 from tests.frames import INF, MODEL, NAN, frame, refused
 
 

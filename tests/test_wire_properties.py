@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.codec import decode, encode
+from edge_sdk.protocol.stream import layout, num_parts, part_size
 from edge_sdk.wire import (
     Bye,
     Fault,
@@ -22,11 +24,6 @@ from edge_sdk.wire import (
     Segment,
     TensorSpec,
     Update,
-    decode,
-    encode,
-    layout,
-    num_parts,
-    part_size,
 )
 from tests.frames import GOOD, checked_line, frame, refused
 

@@ -27,13 +27,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edge_sdk.keys import KeyPair, make_keys, read_key, read_keys
-from edge_sdk.profile import DeviceProfile
+from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
 from edge_sdk.transport import Link
 from edge_sdk.wire import (
-    PART_BYTES,
     PROTOCOL,
     Accepted,
     Bye,
+    DeviceProfile,
     ExitResult,
     Fetch,
     Heartbeat,
@@ -47,10 +47,6 @@ from edge_sdk.wire import (
     Segment,
     Update,
     Welcome,
-    digest_of,
-    layout,
-    num_parts,
-    part_size,
 )
 
 NUM_TENSORS = 20

@@ -17,8 +17,8 @@ import zmq
 from zmq.utils import z85
 
 from coordinator.admission import Admission
-from edge_sdk.profile import PLAIN_TEXT
-from edge_sdk.wire import Message, decode
+from edge_sdk.protocol.codec import decode
+from edge_sdk.wire import PLAIN_TEXT, Message
 
 PART_BYTES = 64  # so that tensors of a few bytes travel in parts
 HONEST = "honest"

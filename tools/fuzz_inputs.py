@@ -14,18 +14,8 @@ from typing import Any, TypeAlias
 
 import msgpack
 
-from edge_sdk.wire import (
-    Bye,
-    Fault,
-    Fetch,
-    Heartbeat,
-    Message,
-    Part,
-    Probe,
-    Ready,
-    TensorSpec,
-    encode,
-)
+from edge_sdk.protocol.codec import encode
+from edge_sdk.wire import Bye, Fault, Fetch, Heartbeat, Message, Part, Probe, Ready, TensorSpec
 from tools.fuzz_fakes import SENDERS
 from tools.fuzz_world import (
     NUM_ROUTES,

@@ -33,12 +33,13 @@ from coordinator.hub import Hub
 from coordinator.seats import make_job
 from coordinator.spool import Spool
 from coordinator.terms import Terms
-from edge_sdk.profile import DeviceProfile
+from edge_sdk.protocol.codec import encode
 from edge_sdk.tensors import Sender, Tensors, specs_of
 from edge_sdk.wire import (
     PROTOCOL,
     Accepted,
     Bye,
+    DeviceProfile,
     ExitResult,
     Fault,
     Fetch,
@@ -55,7 +56,6 @@ from edge_sdk.wire import (
     TensorSpec,
     Update,
     Welcome,
-    encode,
 )
 from tools.fuzz_fakes import CLOCK, HONEST, SENDERS, Broken, Frame, Socket, admitted
 from tools.fuzz_state import Place, changes, is_owned, shown, snapshot_state

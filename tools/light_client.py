@@ -19,14 +19,14 @@ from typing import TypeAlias
 from uuid import uuid4
 
 from edge_sdk.errors import ProtocolError
-from edge_sdk.profile import DeviceProfile
+from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
 from edge_sdk.transport import Payload
 from edge_sdk.wire import (
     ITEM_BYTES,
-    PART_BYTES,
     PROTOCOL,
     Accepted,
     Bye,
+    DeviceProfile,
     ExitResult,
     Fault,
     Fetch,
@@ -41,10 +41,6 @@ from edge_sdk.wire import (
     Specs,
     Update,
     Welcome,
-    digest_of,
-    layout,
-    num_parts,
-    part_size,
 )
 
 WINDOW = 8  # parts under way, as real devices have it

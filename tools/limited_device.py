@@ -25,8 +25,8 @@ from edge_sdk.child import TrainerProcess
 from edge_sdk.chooser import Chooser
 from edge_sdk.pipe import Estimate, Estimated, Inspected, PipeMessage, Train
 from edge_sdk.profile import measure
+from edge_sdk.protocol.stream import PART_BYTES, layout, num_parts
 from edge_sdk.wire import (
-    PART_BYTES,
     PROTOCOL,
     Fault,
     Fetch,
@@ -38,8 +38,6 @@ from edge_sdk.wire import (
     TensorSpec,
     Update,
     Welcome,
-    layout,
-    num_parts,
 )
 
 BATCHES = 1  # in an epoch; memory is at its peak from the second step on

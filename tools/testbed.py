@@ -39,8 +39,8 @@ from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.keys import make_keys
 from edge_sdk.models import build
 from edge_sdk.models.costs import segment_costs
-from edge_sdk.profile import DeviceProfile, emulated, measure_gflops, measure_layer_s
-from edge_sdk.wire import ModelSpec, Plan, Segment
+from edge_sdk.profile import emulated, measure_gflops, measure_layer_s
+from edge_sdk.wire import DeviceProfile, ModelSpec, Plan, Segment
 
 REPORT = Path(__file__).with_name("testbed_report.py")
 DEFAULT_DEVICES = "raspberry-pi-4=4,jetson-nano=4,jetson-tx2=4"

@@ -1,0 +1,72 @@
+"""Control frames: a message as msgpack, and back with every field checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import msgspec
+
+from edge_sdk.errors import ProtocolError, VersionError
+from edge_sdk.helpers.text import one_line
+from edge_sdk.wire import MAX_FRAME_BYTES, MAX_LINE, MAX_TENSORS, PROTOCOL, Message
+
+MAX_CONTROL_BYTES = MAX_FRAME_BYTES - 1024  # one control frame; CURVE adds 33 bytes to each
+
+
+_DECODE: Any = Message
+
+
+def encode(message: Message) -> bytes:
+    """One control frame. Raises ProtocolError when it exceeds MAX_CONTROL_BYTES."""
+    frame: bytes = msgpack.packb(msgspec.to_builtins(message))
+    if len(frame) > MAX_CONTROL_BYTES:
+        raise ProtocolError(
+            f"{type(message).__name__} takes {len(frame)} bytes, at most {MAX_CONTROL_BYTES} "
+            "travel; use a model with fewer tensors"
+        )
+    return frame
+
+
+def unpack(frame: bytes | memoryview) -> Any:
+    """msgpack to plain values under hard limits. Raises ProtocolError."""
+    size = len(frame)
+    if size > MAX_CONTROL_BYTES:
+        raise ProtocolError(
+            f"control frame of {size} bytes, at most {MAX_CONTROL_BYTES} are accepted"
+        )
+    try:
+        return msgpack.unpackb(
+            frame,
+            max_str_len=4 * MAX_LINE,  # bytes
+            max_bin_len=0,
+            max_ext_len=0,
+            max_array_len=MAX_TENSORS,
+            max_map_len=1000,
+        )
+    except Exception as error:  # msgpack raises several unrelated types for bad bytes
+        cause = f"{type(error).__name__}: {one_line(str(error))}".rstrip(": ")
+        raise ProtocolError(f"control frame of {size} bytes is not msgpack: {cause}") from error
+
+
+def decode(frame: bytes | memoryview) -> Message:
+    """Inverse of encode. Raises ProtocolError naming the field that is wrong."""
+    plain = unpack(frame)
+    if isinstance(plain, dict) and plain.get("protocol", PROTOCOL) != PROTOCOL:
+        raise VersionError(
+            f"{_quoted(plain.get('type'))} speaks protocol {_quoted(plain['protocol'])}, this "
+            f"side {PROTOCOL}; install the same edge-sdk on both"
+        )
+    try:
+        message: Message = msgspec.convert(plain, type=_DECODE)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise ProtocolError(
+            f"message refused: {one_line(str(error))}; see PROTOCOL.md version {PROTOCOL}"
+        ) from error
+    return message
+
+
+def _quoted(value: object) -> str:
+    """Of what a peer sent only what is short: a repr of nested arrays recurses, and has no end."""
+    is_short = isinstance(value, int) or (isinstance(value, str) and len(value) <= 40)
+    return repr(value) if is_short else type(value).__name__
