@@ -11,10 +11,10 @@ from typing import Protocol
 
 import torch
 
-from edge_sdk.capacity import memory_errors
 from edge_sdk.data import Examples
 from edge_sdk.errors import EdgeError
 from edge_sdk.protocol.stream import layout
+from edge_sdk.resident import memory_errors
 from edge_sdk.tensors import Tensors, check_finite, check_specs, specs_of
 from edge_sdk.trainer import train
 from edge_sdk.wire import DeviceProfile, ExitResult, ModelSpec, Phase, Plan, Segment, TensorSpec

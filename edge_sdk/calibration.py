@@ -25,10 +25,10 @@ from edge_sdk.capacity import ALLOWANCE, ERROR
 from edge_sdk.data import Examples
 from edge_sdk.errors import StoreError
 from edge_sdk.exported import write_struct
+from edge_sdk.hardware.limits import cores, memory
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.costs import of_whole_step
-from edge_sdk.profile import cores, memory
 from edge_sdk.trainer import train
 from edge_sdk.version import __version__
 from edge_sdk.wire import ModelSpec, Plan, Segment, Struct

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import msgspec
 from msgspec.structs import replace
 
 from edge_sdk.errors import CapacityError
-from edge_sdk.helpers.text import mebibytes, one_line
+from edge_sdk.helpers.text import mebibytes
 from edge_sdk.wire import DeviceProfile
 
 # Peak memory of a training step over (saved activations + gradients) where the device was not
@@ -113,20 +112,6 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     stage_s: tuple[float, ...]
     reason: str
     rows: tuple[Row, ...]
-
-
-@contextmanager
-def memory_errors(during: str) -> Iterator[None]:
-    """What torch's and Python's allocators raise, as CapacityError; other errors pass."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise CapacityError(
-            f"out of memory {during}: {one_line(str(error))}; a smaller model, batch or generator "
-            "needs less"
-        ) from error
 
 
 def uncached(cost: SegmentCost) -> SegmentCost:

@@ -26,7 +26,6 @@ from edge_sdk.capacity import (
     choose_exit,
     in_words,
     levers,
-    memory_errors,
     peak_bytes,
     pulled,
     seconds,
@@ -43,16 +42,12 @@ from edge_sdk.cli_run import add_run_command
 from edge_sdk.cli_service import add_doctor_command, add_service_command
 from edge_sdk.device import calibration_file
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
+from edge_sdk.hardware.limits import least_bound
+from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.interrupts import INTERRUPTED
-from edge_sdk.profile import (
-    emulated,
-    least_bound,
-    measure,
-    measure_gflops,
-    measure_layer_s,
-    measured_board,
-)
+from edge_sdk.profile import emulated, measure, measured_board
+from edge_sdk.resident import memory_errors
 from edge_sdk.torch_extra import import_module, require_torch
 from edge_sdk.version import __version__
 from edge_sdk.wire import DeviceProfile, ModelSpec, Plan

@@ -12,8 +12,12 @@ import contextlib
 import ctypes
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from edge_sdk.errors import CapacityError
+from edge_sdk.helpers.text import one_line
 
 log = logging.getLogger(__name__)
 SELF = Path("/proc/self")
@@ -90,3 +94,17 @@ def _read(name: str) -> str:
         return (SELF / name).read_text(errors="replace")
     except OSError:
         return ""
+
+
+@contextmanager
+def memory_errors(during: str) -> Iterator[None]:
+    """What torch's and Python's allocators raise, as CapacityError; other errors pass."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise CapacityError(
+            f"out of memory {during}: {one_line(str(error))}; a smaller model, batch or generator "
+            "needs less"
+        ) from error

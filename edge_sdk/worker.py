@@ -18,10 +18,10 @@ import torch
 
 from edge_sdk import resident
 from edge_sdk.calibration import Calibration, calibrated, runtime_bytes
-from edge_sdk.capacity import memory_errors
 from edge_sdk.data import Examples, load_shard
 from edge_sdk.errors import EdgeError
 from edge_sdk.examples import check_enough
+from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.kept import Kept
 from edge_sdk.models.costs import segment_costs_apart
 from edge_sdk.pipe import (
@@ -35,8 +35,8 @@ from edge_sdk.pipe import (
     Resume,
     Train,
 )
-from edge_sdk.profile import measure_gflops, measure_layer_s
 from edge_sdk.protocol.timing import clock, since
+from edge_sdk.resident import memory_errors
 from edge_sdk.tensors import Receiver, Sender, specs_of
 from edge_sdk.trainer import TrainResult, train, usable_device
 from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update

@@ -11,12 +11,12 @@ from edge_sdk.capacity import (
     choose_exit,
     error_bytes,
     in_parts,
-    memory_errors,
     peak_bytes,
     seconds,
     uncached,
 )
 from edge_sdk.errors import CapacityError
+from edge_sdk.resident import memory_errors
 from edge_sdk.wire import DeviceProfile
 
 DEVICE = DeviceProfile(

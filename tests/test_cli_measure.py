@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from edge_sdk import cli, conditions, profile
+from edge_sdk import cli, conditions
 from edge_sdk.boards import board
 from edge_sdk.conditions import Conditions, Zone
 from edge_sdk.errors import ConfigError, TrainerError
+from edge_sdk.hardware import speed
 from edge_sdk.version import __version__
 
 MiB = 1024**2
@@ -28,8 +29,8 @@ def fixed_runtime(monkeypatch):
 @pytest.fixture
 def fixed_speed(monkeypatch):
     """Not measured anew by every test; the two below do."""
-    monkeypatch.setattr(profile, "measure_gflops", lambda device: 12.5)
-    monkeypatch.setattr(profile, "measure_layer_s", lambda device: 2.5e-5)
+    monkeypatch.setattr(speed, "measure_gflops", lambda device: 12.5)
+    monkeypatch.setattr(speed, "measure_layer_s", lambda device: 2.5e-5)
 
 
 def test_measure_prints_json(capsys):

@@ -1,5 +1,7 @@
 """Memory and cores from made-up /proc and /sys trees."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 
 from edge_sdk import profile
 from edge_sdk.errors import ConfigError
+from edge_sdk.hardware import limits, speed
 from tests.helpers import lay_out
 
 MiB = 1024**2
@@ -16,7 +19,7 @@ V1 = "sys/fs/cgroup/memory"
 
 
 def test_no_cgroups_means_no_limit(tmp_path):
-    assert profile.cgroup_bytes_left(tmp_path) is None
+    assert limits.cgroup_bytes_left(tmp_path) is None
 
 
 def test_v2_takes_the_tighter_parent_and_counts_file_cache_as_free(tmp_path):
@@ -36,7 +39,7 @@ def test_v2_takes_the_tighter_parent_and_counts_file_cache_as_free(tmp_path):
         },
     )
     # child: 900 - 100 = 800; parent: 500 - (260 - 60) = 300
-    assert profile.cgroup_bytes_left(tmp_path) == 300 * MiB
+    assert limits.cgroup_bytes_left(tmp_path) == 300 * MiB
 
 
 def test_v2_memory_high_bounds_below_memory_max(tmp_path):
@@ -49,12 +52,12 @@ def test_v2_memory_high_bounds_below_memory_max(tmp_path):
             f"{V2}/a/memory.current": 50 * MiB,
         },
     )
-    assert profile.cgroup_bytes_left(tmp_path) == 350 * MiB
+    assert limits.cgroup_bytes_left(tmp_path) == 350 * MiB
 
 
 def test_v2_without_any_limit(tmp_path):
     lay_out(tmp_path, {"proc/self/cgroup": "0::/a", f"{V2}/a/memory.max": "max"})
-    assert profile.cgroup_bytes_left(tmp_path) is None
+    assert limits.cgroup_bytes_left(tmp_path) is None
 
 
 @pytest.mark.parametrize("path", ["/", "/docker/0f3a", "/../../user.slice"])
@@ -67,7 +70,7 @@ def test_in_a_container_the_mount_root_carries_the_limit(tmp_path, path):
             f"{V2}/memory.current": 100 * MiB,
         },
     )
-    assert profile.cgroup_bytes_left(tmp_path) == 200 * MiB
+    assert limits.cgroup_bytes_left(tmp_path) == 200 * MiB
 
 
 def test_usage_above_the_limit_leaves_nothing(tmp_path):
@@ -75,7 +78,7 @@ def test_usage_above_the_limit_leaves_nothing(tmp_path):
         tmp_path,
         {"proc/self/cgroup": "0::/a", f"{V2}/a/memory.max": 10, f"{V2}/a/memory.current": 30},
     )
-    assert profile.cgroup_bytes_left(tmp_path) == 0
+    assert limits.cgroup_bytes_left(tmp_path) == 0
 
 
 def test_v1_limit_and_the_number_that_means_none(tmp_path):
@@ -90,7 +93,7 @@ def test_v1_limit_and_the_number_that_means_none(tmp_path):
             f"{V1}/pi/memory.stat": f"inactive_file 1\ntotal_inactive_file {30 * MiB}",
         },
     )
-    assert profile.cgroup_bytes_left(tmp_path) == 180 * MiB  # 400 - (250 - 30)
+    assert limits.cgroup_bytes_left(tmp_path) == 180 * MiB  # 400 - (250 - 30)
 
 
 def test_hybrid_reads_v1_where_v2_has_no_controllers(tmp_path):
@@ -103,7 +106,7 @@ def test_hybrid_reads_v1_where_v2_has_no_controllers(tmp_path):
             f"{V2}/unified/pi/cgroup.procs": "1",
         },
     )
-    assert profile.cgroup_bytes_left(tmp_path) == 300 * MiB
+    assert limits.cgroup_bytes_left(tmp_path) == 300 * MiB
 
 
 def test_hybrid_falls_through_to_v2_where_v1_has_no_limit(tmp_path):
@@ -116,7 +119,7 @@ def test_hybrid_falls_through_to_v2_where_v1_has_no_limit(tmp_path):
             f"{V2}/unified/pi/memory.current": 50 * MiB,
         },
     )
-    assert profile.cgroup_bytes_left(tmp_path) == 150 * MiB
+    assert limits.cgroup_bytes_left(tmp_path) == 150 * MiB
 
 
 @pytest.mark.parametrize(
@@ -131,14 +134,14 @@ def test_hybrid_falls_through_to_v2_where_v1_has_no_limit(tmp_path):
     ],
 )
 def test_strange_memory_groups_are_no_limit(tmp_path, files):
-    assert profile.cgroup_bytes_left(lay_out(tmp_path, files)) is None
+    assert limits.cgroup_bytes_left(lay_out(tmp_path, files)) is None
 
 
 def test_strange_figures_beside_a_limit_count_as_0(tmp_path):
     group = {"memory.max": 500 * MiB, "memory.current": "busy", "memory.stat": "inactive_file much"}
     files = {f"{V2}/a/{name}": text for name, text in group.items()}
     lay_out(tmp_path, {"proc/self/cgroup": "0::/a", **files})
-    assert profile.cgroup_bytes_left(tmp_path) == 500 * MiB
+    assert limits.cgroup_bytes_left(tmp_path) == 500 * MiB
 
 
 KIB = "MemTotal: 948304 kB\nMemFree: 100000 kB\nBuffers: 20000 kB\nCached: 300000 kB"
@@ -155,20 +158,20 @@ KIB = "MemTotal: 948304 kB\nMemFree: 100000 kB\nBuffers: 20000 kB\nCached: 30000
 )
 def test_host_memory(tmp_path, text, expected):
     lay_out(tmp_path, {"proc/meminfo": text})
-    assert profile.host_memory(tmp_path) == expected
+    assert limits.host_memory(tmp_path) == expected
     total, available = expected
-    assert profile.memory(root=tmp_path) == (total, available - 4 * MiB, "host")
+    assert limits.memory(root=tmp_path) == (total, available - 4 * MiB, "host")
 
 
 def test_a_spare_is_left_of_host_and_group_but_not_of_a_cap(tmp_path):
     group = {f"{V2}/a/memory.max": 50 * MiB, f"{V2}/a/memory.current": 20 * MiB}
     files = {"proc/meminfo": "MemTotal: 100 kB\nMemAvailable: 90 kB", "proc/self/cgroup": "0::/a"}
-    assert profile.memory(root=lay_out(tmp_path / "tiny", files))[1:] == (0, "host")
+    assert limits.memory(root=lay_out(tmp_path / "tiny", files))[1:] == (0, "host")
     files["proc/meminfo"] = "MemTotal: 90000 kB\nMemAvailable: 90000 kB"
     root = lay_out(tmp_path / "board", files | group)
-    assert profile.memory(root=root)[1:] == (26 * MiB, "cgroup")
-    assert profile.memory(own_bytes=MiB, root=root)[1:] == (27 * MiB, "cgroup")
-    assert profile.memory(cap_bytes=25 * MiB, root=root)[1:] == (25 * MiB, "cap")
+    assert limits.memory(root=root)[1:] == (26 * MiB, "cgroup")
+    assert limits.memory(own_bytes=MiB, root=root)[1:] == (27 * MiB, "cgroup")
+    assert limits.memory(cap_bytes=25 * MiB, root=root)[1:] == (25 * MiB, "cap")
 
 
 @pytest.mark.parametrize(
@@ -176,8 +179,8 @@ def test_a_spare_is_left_of_host_and_group_but_not_of_a_cap(tmp_path):
 )
 def test_host_memory_without_meminfo_is_the_c_librarys(tmp_path, text):
     lay_out(tmp_path, {"proc/meminfo": text})
-    total, available = profile.host_memory(tmp_path)
-    assert total == profile.host_memory()[0] or sys.platform != "linux"
+    total, available = limits.host_memory(tmp_path)
+    assert total == limits.host_memory()[0] or sys.platform != "linux"
     assert 0 < available <= total
 
 
@@ -193,7 +196,7 @@ def test_host_memory_without_meminfo_is_the_c_librarys(tmp_path, text):
     ],
 )
 def test_least_bound(host, cgroup, cap, own, expected):
-    assert profile.least_bound(host, cgroup, cap, own) == expected
+    assert limits.least_bound(host, cgroup, cap, own) == expected
 
 
 def test_cores_by_quota(tmp_path):
@@ -207,7 +210,7 @@ def test_cores_by_quota(tmp_path):
             "sys/fs/cgroup/cpu/pi/cpu.cfs_period_us": 100000,
         },
     )
-    assert profile.cores(v1) == 0.5
+    assert limits.cores(v1) == 0.5
     v2 = lay_out(
         tmp_path / "v2",
         {
@@ -216,14 +219,14 @@ def test_cores_by_quota(tmp_path):
             f"{V2}/a/cpu.max": "25000 100000",
         },
     )
-    assert profile.cores(v2) == 0.25
-    assert profile.cores(tmp_path) == int(profile.cores(tmp_path)) >= 1  # affinity alone
+    assert limits.cores(v2) == 0.25
+    assert limits.cores(tmp_path) == int(limits.cores(tmp_path)) >= 1  # affinity alone
 
 
 @pytest.mark.parametrize("text", ["", "max", "50000", "50000 0", "much 100000", "-1 100000", "² 1"])
 def test_strange_quotas_are_none(tmp_path, text):
     lay_out(tmp_path, {"proc/self/cgroup": "0::/a", f"{V2}/a/cpu.max": text})
-    assert profile.cores(tmp_path) == profile.cores(tmp_path / "nothing here")
+    assert limits.cores(tmp_path) == limits.cores(tmp_path / "nothing here")
 
 
 def test_measure_here():
@@ -236,7 +239,7 @@ def test_measure_here():
 
 
 def test_measured_compute_is_a_real_figure():
-    assert 0.01 < profile.measure_gflops(seconds=0.1, threads=1) < 100_000
+    assert 0.01 < speed.measure_gflops(seconds=0.1, threads=1) < 100_000
 
 
 def test_light_modules_import_nothing_heavy():

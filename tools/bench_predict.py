@@ -15,9 +15,9 @@ from msgspec.structs import replace
 
 from edge_sdk.capacity import seconds
 from edge_sdk.examples import Examples
+from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.costs import segment_costs
-from edge_sdk.profile import measure_gflops, measure_layer_s
 from edge_sdk.trainer import train
 from edge_sdk.wire import DeviceProfile, ModelSpec, Plan, Segment
 

@@ -24,8 +24,8 @@ from coordinator.generators import make_generator
 from coordinator.methods.base import Method, Metrics
 from coordinator.methods.depthwise import DepthAveraging
 from coordinator.methods.rotation import Rule, fixed, rotation
-from edge_sdk.capacity import memory_errors
 from edge_sdk.errors import ConfigError
+from edge_sdk.resident import memory_errors
 
 __all__ = ["METHODS", "Method", "Metrics", "make_method"]
 Device: TypeAlias = str | torch.device

@@ -20,20 +20,13 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from edge_sdk import resident
-from edge_sdk.capacity import (
-    ALLOWANCE,
-    ERROR,
-    Moment,
-    SegmentCost,
-    in_parts,
-    memory_errors,
-    recomputing,
-)
+from edge_sdk.capacity import ALLOWANCE, ERROR, Moment, SegmentCost, in_parts, recomputing
 from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.flops import FlopCounter
 from edge_sdk.models.staged import moved, needed_names, trained_names
+from edge_sdk.resident import memory_errors
 from edge_sdk.wire import ModelSpec, Plan, Segment
 
 FEW = 2  # examples of the smaller step; BatchNorm wants two
