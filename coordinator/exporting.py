@@ -10,10 +10,9 @@ from coordinator.cohort import Client
 from coordinator.config import RunConfig
 from coordinator.methods import Method, make_method
 from coordinator.store import Store
-from edge_sdk.cli_infer import described
 from edge_sdk.data import Examples, load_dataset, load_test
 from edge_sdk.errors import ConfigError, DataError, StoreError
-from edge_sdk.export import check_packages, export, prefix
+from edge_sdk.export import check_packages, described, export, prefix
 from edge_sdk.exported import check_target
 from edge_sdk.tensors import Tensors
 from edge_sdk.wire import ModelSpec

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from edge_sdk.capacity import Choice, Row, SegmentCost, choose_exit
+from edge_sdk.capacity import SegmentCost
+from edge_sdk.capacity_.choice import Choice, Row, choose_exit
 from edge_sdk.conditions import FULL, Allowance
 from edge_sdk.errors import EdgeError
 from edge_sdk.helpers.text import mebibytes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import parse_size
@@ -66,3 +68,10 @@ def size_flag(text: str) -> int:
         return parse_size(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))

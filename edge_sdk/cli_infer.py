@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.exported import ExportedModel, Measure, read_model, write_file
+from edge_sdk.export import described
+from edge_sdk.exported import Measure, read_model, write_file
 from edge_sdk.interrupts import ends_by_interrupt
 from edge_sdk.torch_extra import import_module, require_torch
 
@@ -55,16 +56,6 @@ def run_export(args: argparse.Namespace) -> int:
         model = export(spec, tensors, args.out, examples=examples)
     print(described(model, args.out))
     return 0
-
-
-def described(model: ExportedModel, folder: Path) -> str:
-    """What an export has written, in one line."""
-    spec = model.spec
-    return (
-        f"wrote {folder}: {spec.family}, input {'x'.join(map(str, spec.input_shape))}, "
-        f"{spec.num_classes} classes, exits 1 to {spec.exit}; largest difference to torch "
-        f"{model.largest_difference:.1e} of the largest logit, on {model.checked_on}"
-    )
 
 
 def add_infer_command(commands: Any) -> None:

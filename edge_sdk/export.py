@@ -312,3 +312,13 @@ def _package(name: str) -> Any:
         raise ConfigError(
             f'exporting needs {name}, which is not installed; pip install "edge-sdk[export]"'
         ) from error
+
+
+def described(model: ExportedModel, folder: Path) -> str:
+    """What an export has written, in one line."""
+    spec = model.spec
+    return (
+        f"wrote {folder}: {spec.family}, input {'x'.join(map(str, spec.input_shape))}, "
+        f"{spec.num_classes} classes, exits 1 to {spec.exit}; largest difference to torch "
+        f"{model.largest_difference:.1e} of the largest logit, on {model.checked_on}"
+    )

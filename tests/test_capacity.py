@@ -5,16 +5,15 @@ from msgspec.structs import replace
 
 from edge_sdk.capacity import (
     LEAST_ERROR_BYTES,
-    Choice,
     Moment,
     SegmentCost,
-    choose_exit,
     error_bytes,
     in_parts,
     peak_bytes,
     seconds,
     uncached,
 )
+from edge_sdk.capacity_.choice import Choice, choose_exit
 from edge_sdk.errors import CapacityError
 from edge_sdk.resident import memory_errors
 from edge_sdk.wire import DeviceProfile

@@ -9,6 +9,7 @@ import torch
 
 from edge_sdk import cli, conditions
 from edge_sdk.boards import board
+from edge_sdk.cli_ import plan
 from edge_sdk.conditions import Conditions, Zone
 from edge_sdk.errors import ConfigError, TrainerError
 from edge_sdk.hardware import speed
@@ -23,7 +24,7 @@ PLAN = ["plan", "--model", "cnn", "--input", "1x8x8", "--classes", "10"]
 def fixed_runtime(monkeypatch):
     """230 MiB instead of starting a trainer for every test; one test below starts it."""
     trainer = {"runtime_bytes": 230 * MiB, "allowance": 1.1, "error": 0.1}
-    monkeypatch.setattr(cli, "_trial_trainer", lambda: trainer)
+    monkeypatch.setattr(plan, "_trial_trainer", lambda: trainer)
 
 
 @pytest.fixture
@@ -157,13 +158,13 @@ def test_plan_takes_shape_and_classes_from_data(capsys):
 
 
 def test_the_trial_trainer_is_real():
-    assert 100 * MiB < cli._trial_trainer()["runtime_bytes"] < 1024 * MiB
+    assert 100 * MiB < plan._trial_trainer()["runtime_bytes"] < 1024 * MiB
 
 
 def test_a_trial_trainer_that_fails_is_reported(monkeypatch):
-    monkeypatch.setattr(cli, "TRIAL", "raise SystemExit('no torch here')")
+    monkeypatch.setattr(plan, "TRIAL", "raise SystemExit('no torch here')")
     with pytest.raises(TrainerError, match="status 1: no torch here"):
-        cli._trial_trainer()
+        plan._trial_trainer()
 
 
 @pytest.mark.usefixtures("fixed_runtime")
@@ -245,4 +246,4 @@ def test_sizes(text, num_bytes):
     ],
 )
 def test_options(text, value):
-    assert cli.parse_option(text) == (text.split("=")[0], value)
+    assert plan.parse_option(text) == (text.split("=")[0], value)

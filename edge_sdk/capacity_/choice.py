@@ -1,0 +1,144 @@
+"""The deepest exit that fits: a pure function of costs, profile and deadline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import msgspec
+
+from edge_sdk.capacity import SegmentCost, error_bytes, in_model, levers, peak_bytes, seconds
+from edge_sdk.errors import CapacityError
+from edge_sdk.helpers.text import mebibytes
+from edge_sdk.wire import DeviceProfile
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One segment judged, with the first levers that make it fit. seconds is None where the profile
+    has no measured compute. cache_bytes: features of the frozen prefix that are kept; 0 where every
+    step makes its own, as they would not fit beside it. micro_batch, recompute: as in a plan."""
+
+    first: int
+    last: int
+    peak_bytes: int
+    error_bytes: int = 0  # by how much the peak may be off
+    runtime_bytes: int  # of the peak: what no lever changes
+    cache_bytes: int
+    micro_batch: int = 0
+    recompute: bool = False
+    seconds: float | None
+    is_feasible: bool
+    reason: str = ""  # why not: "needs 600.0 MiB, ..."
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """exit: the deepest e whose prefix (1, e) fits, 0 if none does. stages: deeper ones that would
+    each fit alone, with everything before frozen. prefix_s, stage_s: what prefix and stages take;
+    0 where compute was not measured. A job of several takes the sum, and the memory of the largest
+    row: one is trained after the other, in one model, which is as deep as the deepest of `stages`.
+    reason: what limits, one line."""
+
+    exit: int
+    stages: tuple[int, ...]
+    prefix_s: float
+    stage_s: tuple[float, ...]
+    reason: str
+    rows: tuple[Row, ...]
+
+
+def choose_exit(
+    costs: Sequence[SegmentCost],
+    profile: DeviceProfile,
+    *,
+    deadline_s: float | None,
+    num_examples: int,
+    epochs: int,
+) -> Choice:
+    """The deepest exit that fits in memory and, with a deadline (None or 0: none), in time; then
+    the deepest stage alone, and what else, that leaves room for it in one job.
+
+    A shallower exit need not fit: an exit is one classifier on wide features and may cost more than
+    a deeper one. The order of `costs` does not matter. Raises CapacityError for an empty list."""
+    judge = partial(
+        _judge, profile=profile, deadline_s=deadline_s, num_examples=num_examples, epochs=epochs
+    )
+    by_name = {(cost.first, cost.last): cost for cost in costs}
+    rows = {name: judge(cost) for name, cost in by_name.items()}
+    prefixes = sorted((row for row in rows.values() if row.first == 1), key=lambda row: row.last)
+    if not prefixes:
+        raise CapacityError("no exit was costed, so none can be chosen; count segment_costs first")
+    chosen = max((row.last for row in prefixes if row.is_feasible), default=0)
+    deeper = [row for row in prefixes if row.last > chosen]
+    prefix = [(1, chosen)] if chosen else []
+    alone = sorted(
+        n for n, row in rows.items() if n[0] == n[1] > max(chosen, 1) and row.is_feasible
+    )
+    stages: list[int] = []
+    for deepest in reversed(alone):
+        names = [*prefix, *(name for name in alone if name <= deepest)]
+        job = {name: judge(in_model(by_name[name], by_name[deepest])) for name in names}
+        if all(job[name].is_feasible for name in prefix):
+            rows |= job
+            stages = [n[0] for n in names[len(prefix) :] if job[n].is_feasible]
+            break
+    reason = f"exit {chosen} is the deepest of the model"
+    if deeper:
+        reason = f"exit {deeper[0].last} {deeper[0].reason}"
+    return Choice(
+        exit=chosen,
+        stages=tuple(stages),
+        prefix_s=sum(rows[name].seconds or 0.0 for name in prefix),
+        stage_s=tuple(rows[stage, stage].seconds or 0.0 for stage in stages),
+        reason=reason,
+        rows=tuple(rows.values()),
+    )
+
+
+def _judge(
+    cost: SegmentCost,
+    profile: DeviceProfile,
+    deadline_s: float | None,
+    num_examples: int,
+    epochs: int,
+) -> Row:
+    tried = list(levers(cost))
+    fitting = (c for c in tried if peak_bytes(c) <= profile.memory_available_bytes)
+    cost, asked = next(fitting, min(tried, key=peak_bytes)), cost
+    how = "".join(f" ({words})" for words in [in_words(cost, asked)] if words)
+    peak = peak_bytes(cost)
+    needed_s = seconds(cost, profile, num_examples, epochs) if profile.gflops > 0 else None
+    reasons = []
+    if peak > profile.memory_available_bytes:
+        have = f"{mebibytes(profile.memory_available_bytes)} available ({profile.memory_bound})"
+        reasons.append(f"needs {mebibytes(peak)}{how}, {have}")
+    if deadline_s and needed_s is None:
+        reasons.append("cannot be held against the deadline without measured compute")
+    elif deadline_s and needed_s is not None and needed_s > deadline_s:
+        reasons.append(f"takes {needed_s:.1f} s{how}, the deadline is {deadline_s:.1f} s")
+    return Row(
+        first=cost.first,
+        last=cost.last,
+        peak_bytes=peak,
+        error_bytes=error_bytes(cost),
+        runtime_bytes=cost.runtime_bytes,
+        cache_bytes=cost.cache_bytes,
+        micro_batch=cost.micro_batch,
+        recompute=cost.recompute,
+        seconds=needed_s,
+        is_feasible=not reasons,
+        reason=" and ".join(reasons),
+    )
+
+
+def pulled(cost: SegmentCost, row: Row) -> SegmentCost:
+    """The segment with the levers that its row tells."""
+    told = (row.cache_bytes, row.micro_batch, row.recompute)
+    return next(c for c in levers(cost) if (c.cache_bytes, c.micro_batch, c.recompute) == told)
+
+
+def in_words(cost: SegmentCost, asked: SegmentCost) -> str:
+    """What differs from the segment as it was asked for, e.g. "without a cache, 8 at once"."""
+    parts = ["without a cache"] if asked.cache_bytes and not cost.cache_bytes else []
+    parts += [f"{cost.micro_batch} at once"] if cost.micro_batch != asked.micro_batch else []
+    parts += ["stages run again"] if cost.recompute and not asked.recompute else []
+    return ", ".join(parts)

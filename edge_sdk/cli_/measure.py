@@ -1,0 +1,79 @@
+"""`edge-sdk measure`: what this device has."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import msgspec
+
+from edge_sdk import conditions
+from edge_sdk.boards import check_free, save_board, save_path
+from edge_sdk.cli_flags import Subparsers, _print_json, add_memory_cap, rate_flag
+from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.text import mebibytes
+from edge_sdk.profile import measure, measured_board
+from edge_sdk.torch_extra import require_torch
+from edge_sdk.wire import DeviceProfile
+
+
+def add_measure_command(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("measure", help="memory, compute and platform of this device")
+    add_memory_cap(parser)
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu or cuda, whose speed is measured; default %(default)s")
+    add("--save", metavar="NAME|FILE.toml", help="write a board file, for --board and emulations")
+    add("--link-mbit-s", type=rate_flag, metavar="X", help="with --save: the link's rate, if known")
+    add("--force", action="store_true", help="with --save: overwrite")
+    add("--json", action="store_true", help="one JSON object")
+    parser.set_defaults(run=run_measure)
+
+
+def run_measure(args: argparse.Namespace) -> int:
+    lacking = ""
+    try:
+        require_torch("measuring compute")
+    except ConfigError as error:
+        if args.save is not None:
+            raise
+        lacking = str(error)
+    path = save_path(args.save) if args.save is not None else None
+    if path:
+        check_free(path, is_forced=args.force)
+    if args.device != "cpu" and not lacking:
+        from edge_sdk.trainer import usable_device
+
+        usable_device(args.device)
+    now = conditions.read(with_jetson_stats=True)  # before measuring makes it warm
+    profile = measure(cap_bytes=args.memory_cap, compute=not lacking, device=args.device)
+    profile = msgspec.structs.replace(profile, link_mbit_s=args.link_mbit_s)
+    if lacking:
+        print(f"edge-sdk: compute was not measured: {lacking}", file=sys.stderr)
+    if path:
+        save_board(measured_board(profile, args.device), path, is_forced=args.force)
+    if args.json:
+        _print_json(msgspec.to_builtins(profile) | {"conditions": msgspec.to_builtins(now)})
+    else:
+        print(_describe(profile))
+        print(f"state    {conditions.in_words(now)}")
+        if path:
+            print(f"saved    {path}")
+    return 0
+
+
+def _describe(profile: DeviceProfile) -> str:
+    kind = "emulated board" if profile.is_emulated else "this device"
+    link = "not known" if profile.link_mbit_s is None else f"{profile.link_mbit_s:g} Mbit/s"
+    speed = "not measured"
+    if profile.gflops:
+        speed = (
+            f"{profile.gflops:.1f} GFLOPS in training, {1e6 * profile.layer_s:.0f} us per layer "
+        )
+        speed += "and step"
+    return (
+        f"device   {profile.platform} ({kind}) {profile.board or profile.machine}\n"
+        f"memory   {mebibytes(profile.memory_available_bytes)} for training "
+        f"(bound: {profile.memory_bound}) of {mebibytes(profile.memory_total_bytes)}\n"
+        f"compute  {speed}, {profile.cores:g} cores\n"
+        f"link     {link}"
+    )

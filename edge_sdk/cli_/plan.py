@@ -1,0 +1,254 @@
+"""`edge-sdk plan`: every exit of a model, what it costs here, and whether it fits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from edge_sdk.boards import board, board_names
+from edge_sdk.capacity import TRAINER_ENVIRONMENT, SegmentCost, levers, peak_bytes, seconds
+from edge_sdk.capacity_.choice import Choice, choose_exit, in_words, pulled
+from edge_sdk.cli_.measure import _describe
+from edge_sdk.cli_flags import Subparsers, _print_json, add_memory_cap
+from edge_sdk.device import calibration_file
+from edge_sdk.errors import ConfigError, TrainerError
+from edge_sdk.hardware.limits import least_bound
+from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
+from edge_sdk.helpers.text import mebibytes
+from edge_sdk.profile import emulated, measure
+from edge_sdk.resident import memory_errors
+from edge_sdk.torch_extra import import_module, require_torch
+from edge_sdk.wire import DeviceProfile, ModelSpec, Plan
+
+DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells
+
+TRIAL = """
+import pathlib, sys, msgspec
+from edge_sdk.calibration import trial
+print(msgspec.json.encode(trial(pathlib.Path(sys.argv[1]))).decode())
+"""
+
+
+def add_plan_command(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "plan", help="predicted memory and time of every exit of a model, and the choice"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", required=True, help="family, e.g. cnn")
+    model.add_argument("--exits", type=int, default=3, help="exits of the whole model (3)")
+    model.add_argument("--classes", type=int, help="classes; not needed with --data")
+    model.add_argument("--input", type=parse_shape, metavar="1x28x28", help="shape of one example")
+    model.add_argument(
+        "--option", type=parse_option, action="append", default=[], metavar="KEY=VALUE"
+    )
+    model.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    training = parser.add_argument_group("training")
+    training.add_argument("--data", help="data set; gives --input, --classes and --examples")
+    training.add_argument("--examples", type=int, help=f"local examples ({DEFAULT_EXAMPLES})")
+    training.add_argument("--batch-size", type=int, default=32)
+    training.add_argument("--epochs", type=int, default=1)
+    training.add_argument("--optimizer", choices=("sgd", "adam"), default="adam")
+    training.add_argument("--deadline", type=float, metavar="S", help="seconds for a round")
+    add_memory_cap(parser)
+    parser.add_argument("--board", help=f"predict for {', '.join(board_names())}, or a .toml file")
+    parser.add_argument("--explain", action="store_true", help="everything that was tried")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.set_defaults(run=run_plan, usage_error=parser.error)
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    require_torch("edge-sdk plan")
+    for module in args.imports:
+        import_module(module)
+    input_shape, num_classes, num_examples, data_bytes = _local_data(args)
+    spec = checked(
+        ModelSpec,
+        family=args.model,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        exit=args.exits,
+        options=dict(args.option),
+    )
+    plan = checked(
+        Plan,
+        segments=[{"first": 1, "last": args.exits}],
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        optimizer=args.optimizer,
+    )
+    profile = _profile(args.board, args.memory_cap)
+    from edge_sdk.models.costs import segment_costs
+
+    trial = _trial_trainer()
+    runtime_bytes = trial.pop("runtime_bytes") + data_bytes
+    with memory_errors("while counting what the model takes"):
+        costs = segment_costs(spec, plan, num_examples, runtime_bytes, **trial)
+    choice = choose_exit(
+        costs, profile, deadline_s=args.deadline, num_examples=num_examples, epochs=plan.epochs
+    )
+    if args.json:
+        _print_json(msgspec.to_builtins({"profile": profile, "costs": costs, "choice": choice}))
+        return 0
+    print(_describe(profile))
+    print(
+        f"model    {spec.family}, input {'x'.join(map(str, spec.input_shape))}, "
+        f"{spec.num_classes} classes, {spec.exit} exits\n"
+        f"training {plan.epochs} x {num_examples} examples, batch {plan.batch_size}, "
+        f"{plan.optimizer}; predicted:\n"
+    )
+    print(_table(costs, choice, profile, num_examples))
+    if args.explain:
+        print(_explain(costs, profile))
+    stages = ", ".join(map(str, choice.stages)) or "none"
+    print(f"\nexit {choice.exit}; deeper stages that fit alone: {stages}; {choice.reason}")
+    return 0
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """(1, 28, 28) of 1x28x28."""
+    sizes = text.lower().split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected sizes such as 1x28x28")
+    return tuple(map(int, sizes))
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """("channels", (16, 32)) of channels=16,32; also a number, true, false, else text."""
+    key, separator, value = text.partition("=")
+    if not key or not separator:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected KEY=VALUE")
+    if "," in value:
+        parts = [part for part in value.split(",") if part]
+        if not all(part.isdecimal() for part in parts):
+            raise argparse.ArgumentTypeError(f"{text!r}, expected integers between the commas")
+        return key, tuple(map(int, parts))
+    try:
+        plain = json.loads(value)
+    except ValueError:
+        return key, value
+    return key, plain if isinstance(plain, int | float | bool) else value
+
+
+def checked(kind: type[Any], **fields: Any) -> Any:
+    """A wire struct from a person's values. Raises ConfigError naming the field."""
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"{kind.__name__} refused: {error}; correct the flag of that name"
+        ) from error
+
+
+def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, int]:
+    """Input shape, number of classes, number of examples and bytes of the data that will train."""
+    if args.examples is not None and args.examples < 2:
+        args.usage_error(f"--examples {args.examples}: at least 2 are needed")
+    if args.data:
+        from edge_sdk.data import load_shard
+
+        shard = load_shard(args.data)
+        data_bytes = shard.x.nbytes + shard.y.nbytes
+        num_examples = args.examples or len(shard)
+        return (
+            args.input or shard.input_shape,
+            shard.num_classes if args.classes is None else args.classes,
+            num_examples,
+            data_bytes,
+        )
+    if args.input is None or args.classes is None:
+        args.usage_error("give --input and --classes, or --data to take them from")
+    num_examples = args.examples or DEFAULT_EXAMPLES
+    example_bytes = 8  # the label
+    values = 1
+    for size in args.input:
+        values *= size
+    return args.input, args.classes, num_examples, num_examples * (example_bytes + 4 * values)
+
+
+def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:
+    """This device, or the named board; the cap counts for both."""
+    if board_name is None:
+        return measure(cap_bytes=cap_bytes)
+    profile = emulated(board(board_name), measure_gflops(threads=1), measure_layer_s(threads=1))
+    available_bytes, bound = least_bound(profile.memory_available_bytes, None, cap_bytes, 0)
+    return msgspec.structs.replace(
+        profile, memory_available_bytes=available_bytes, memory_bound=bound
+    )
+
+
+def _trial_trainer() -> dict[str, Any]:
+    """The fields of a calibration.Trainer, from a real one on this machine: this process imports
+    more than a trainer does."""
+    result = subprocess.run(
+        [sys.executable, "-c", TRIAL, calibration_file()],
+        env={**os.environ, **TRAINER_ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        last = (result.stderr.strip() or "no message").splitlines()[-1]
+        raise TrainerError(f"a trial trainer ended with status {result.returncode}: {last}")
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def _table(
+    costs: Sequence[SegmentCost], choice: Choice, profile: DeviceProfile, num_examples: int
+) -> str:
+    """One line per exit and deeper single stage, columns aligned."""
+    lines = [("trains", "parameters", "peak memory", "cache", "s/epoch", "s/round", "fits")]
+    for cost, row in zip(costs, choice.rows, strict=True):
+        local = msgspec.structs.replace(profile, link_mbit_s=None)
+        run = pulled(cost, row)
+        how = in_words(run, cost)
+        once_s, twice_s = (seconds(run, local, num_examples, epochs) for epochs in (1, 2))
+        lines.append(
+            (
+                _name(cost),
+                f"{cost.gradient_bytes // 4:,}",
+                f"{mebibytes(row.peak_bytes)} ± {row.error_bytes / 1024**2:.1f}",
+                mebibytes(row.cache_bytes) if row.cache_bytes else "-",
+                f"{twice_s - once_s:.2f}",
+                "-" if row.seconds is None else f"{row.seconds:.2f}",
+                f"yes{', ' * bool(how)}{how}" if row.is_feasible else f"no: {row.reason}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:-1], strict=True)]
+            + [line[-1]]
+        )
+        for line in lines
+    )
+
+
+def _explain(costs: Sequence[SegmentCost], profile: DeviceProfile) -> str:
+    """Per exit and stage what is tried to make it fit, in that order, up to what fits."""
+    available = profile.memory_available_bytes
+    lines = [f"\ntried in this order, {mebibytes(available)} available:"]
+    for cost in costs:
+        lines.append(f"  {_name(cost)}")
+        for tried in levers(cost):
+            peak = peak_bytes(tried)
+            lines.append(
+                f"    {in_words(tried, cost) or 'as planned'}: runtime "
+                f"{mebibytes(tried.runtime_bytes)}, in all {mebibytes(peak)}"
+                f"{': fits' if peak <= available else ''}"
+            )
+            if peak <= available:
+                break
+    return "\n".join(lines)
+
+
+def _name(cost: SegmentCost) -> str:
+    return f"exit {cost.last}" if cost.first == 1 else f"stage {cost.first} alone"
