@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import msgspec
 
@@ -16,14 +16,12 @@ from coordinator.config import (
     DistillOptions,
     GeneratorOptions,
     RotationOptions,
-    RunConfig,
     ServerOptions,
 )
-from coordinator.defaults import GENERATE, METHODS, RANK, defaults_of
+from coordinator.defaults import METHODS, defaults_of
 from coordinator.presets import PRESETS, find_preset
 from edge_sdk.cli_flags import MAX_THREADS, path_flag, whole_flag
-from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.wire import ModelSpec
+from edge_sdk.errors import ConfigError
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,115 +118,3 @@ def settle(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     chosen = defaults_of(args.method, args.paper, args.server_optimizer)
     args.own_parser.set_defaults(**{**chosen, **preset})
     return parser.parse_args(argv)
-
-
-def run_config(
-    args: argparse.Namespace, input_shape: tuple[int, ...], num_classes: int
-) -> RunConfig:
-    """The settings that both commands share; `checked` is for the caller. Raises ConfigError, and
-    DataError for data of one class."""
-    if num_classes < 2:
-        source = getattr(args, "data", None) or getattr(args, "test", None) or "--classes"
-        raise DataError(
-            f"{source}: got {num_classes} class, expected at least 2 to tell apart; give other data"
-        )
-    model = ModelSpec(
-        family=args.model,
-        input_shape=tuple(input_shape),
-        num_classes=num_classes,
-        exit=args.exits,
-        options=model_options(args.option),
-    )
-    server = ServerOptions(
-        optimizer=args.server_optimizer,
-        momentum=args.server_momentum,
-        lr=args.server_lr,
-        damping=args.damping,
-        ema=args.ema,
-        serve=args.serve,
-    )
-    aggregation = AggregationOptions(rule=args.aggregation, trim=args.trim, clip=args.clip)
-    generate: Any = args.generate or GENERATE.get(args.generator, "conv")
-    generator = GeneratorOptions(
-        name=args.generator,
-        generate=generate,
-        gain=args.gain,
-        rank=RANK.get(args.generator, GeneratorOptions().rank) if args.rank is None else args.rank,
-        hidden=args.hidden,
-        epochs=args.fit_epochs,
-        owners_per_step=args.owners_per_step,
-        memory_rows=args.memory_rows,
-    )
-    distill = DistillOptions(
-        direction=args.distill,
-        weight=args.distill_weight,
-        temperature=args.distill_temperature,
-        ramp_rounds=args.distill_ramp,
-    )
-    return RunConfig(
-        method=args.method,
-        model=model,
-        rounds=args.rounds,
-        participants=args.participants,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        optimizer=args.optimizer,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        prox_mu=args.prox_mu,
-        exit_weights=numbers(args.exit_weights, "--exit-weights"),
-        weighting=args.weighting,
-        seed=args.seed,
-        eval_every=args.eval_every,
-        eval_tail=args.eval_tail,
-        server=server,
-        aggregation=aggregation,
-        generator=generator,
-        rotation=RotationOptions(
-            mode=args.rotation, stages=args.rotation_stages, draw=args.rotation_draw
-        ),
-        distill=distill,
-    )
-
-
-def model_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE texts: whole numbers, comma lists of them, numbers, true/false, else text."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not (key and equals and text):
-            raise ConfigError(f"--option {pair!r} is not KEY=VALUE, e.g. channels=32,64,128")
-        options[key] = _value(text)
-    return options
-
-
-def _value(text: str) -> int | float | str | bool | tuple[int, ...]:
-    if text in ("true", "false"):
-        return text == "true"
-    if "," in text:
-        return tuple(whole_numbers(text, "--option"))
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def whole_numbers(text: str, flag: str, separator: str = ",") -> list[int]:
-    """Numbers from "17,17,16". Raises ConfigError naming the flag."""
-    try:
-        return [int(part) for part in text.split(separator)]
-    except ValueError as error:
-        raise ConfigError(
-            f"{flag} {text!r} is not whole numbers, e.g. {separator.join(('4', '4', '2'))}"
-        ) from error
-
-
-def numbers(text: str, flag: str) -> tuple[float, ...]:
-    """Numbers from "1,1,0.5"; none from "". Raises ConfigError naming the flag."""
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError as error:
-        raise ConfigError(f"{flag} {text!r} is not numbers with commas, e.g. 1,1,0.5") from error

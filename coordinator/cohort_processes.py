@@ -13,14 +13,8 @@ from types import TracebackType
 
 import torch
 
-from coordinator.cohort import (
-    Absence,
-    Assignment,
-    Client,
-    ClientUpdate,
-    InProcessCohort,
-    train_here,
-)
+from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohorts.in_process import InProcessCohort, train_here
 from edge_sdk.data import Examples
 from edge_sdk.errors import TrainerError
 from edge_sdk.torch_extra import import_module

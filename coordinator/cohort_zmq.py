@@ -11,18 +11,18 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohort_status import cohort_state, folder_bytes
 from coordinator.credit import Credit
+from coordinator.defaults import BUDGET_BYTES
 from coordinator.desk import Desk
 from coordinator.devices import SILENCE_S, Device, Devices
 from coordinator.hub import Hub, Received
 from coordinator.spool import Spool
 from coordinator.status import CohortState
 from coordinator.tally import Tally
-from coordinator.terms import Terms
 from edge_sdk.errors import QuorumError
 from edge_sdk.helpers.text import one_line
 from edge_sdk.logs import event
@@ -34,7 +34,9 @@ from edge_sdk.wire import (
     Fetch,
     Heartbeat,
     Hello,
+    ModelSpec,
     Part,
+    Plan,
     Ready,
     Update,
     Welcome,
@@ -394,3 +396,27 @@ class ZmqCohort:
             log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason, extra=extra)
         self.desk.on_ready(name, ready)  # first: what fails here was before this ready
         self.devices.says_ready(name, ready)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What every device is told, and when a round may close: see RunConfig. oldest: rounds after
+    which a late update is not taken any more, 0: none is. give_up_after_s: how long nothing may
+    change while there are too few devices, 0: without end."""
+
+    run: str
+    model: ModelSpec
+    plan: Plan
+    deadline_s: float
+    grace_s: float
+    quorum: float
+    min_clients: int
+    min_updates: int = 1
+    is_async: bool = False
+    oldest: int = 0
+    give_up_after_s: float = 0.0
+    budget_bytes: int = BUDGET_BYTES
+
+    def needed(self, chosen: int) -> int:
+        """Updates that a round of so many participants needs."""
+        return max(1, math.ceil(self.quorum * chosen), min(self.min_updates, chosen))

@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.helpers.text import one_line
 from edge_sdk.wire import Index, ModelSpec, Plan, Seconds, Segment
 
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Size: TypeAlias = Annotated[int, Meta(ge=1, le=2**16)]  # of a network or memory
-Checked = TypeVar("Checked")
 SPLITS = ("dirichlet", "iid", "subject")  # of the examples among emulated clients
-FLAGS = {  # of the settings whose flag is not named as their last part is
-    "data": "--data (serve: --test)",
-    "deadline_s": "--deadline",
-    "grace_s": "--grace",
-    "model.family": "--model",
-    "model.exit": "--exits",
-    "model.options": "--option",
-    "model.input_shape": "--input",
-    "model.num_classes": "--classes",
-    "server.optimizer": "--server-optimizer",
-    "server.momentum": "--server-momentum",
-    "server.lr": "--server-lr",
-    "aggregation.rule": "--aggregation",
-    "generator.name": "--generator",
-    "generator.epochs": "--fit-epochs",
-    "rotation.mode": "--rotation",
-    "rotation.stages": "--rotation-stages",
-    "rotation.draw": "--rotation-draw",
-    "distill.direction": "--distill",
-    "distill.weight": "--distill-weight",
-    "distill.temperature": "--distill-temperature",
-    "distill.ramp_rounds": "--distill-ramp",
-    "population.holdout": "--personalise",
-}
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -206,64 +178,3 @@ def read_config(text: str, where: str) -> RunConfig:
         return msgspec.json.decode(text, type=RunConfig)
     except msgspec.MsgspecError as error:
         raise ConfigError(f"{where}: {error}; made by another version of edge-sdk?") from error
-
-
-def checked(config: RunConfig) -> RunConfig:
-    """The same config, its constraints checked, and those of the plan that devices get: a struct
-    made in Python is not by itself. Raises ConfigError naming the flag."""
-    good = _converted(config, RunConfig)
-    if good.exit_weights and len(good.exit_weights) != good.model.exit:
-        raise ConfigError(
-            f"{len(good.exit_weights)} exit weights for {good.model.exit} exits; give one each"
-        )
-    if good.mode == "async" and good.late == "drop":
-        raise ConfigError(
-            "--late drop has no place with --mode async, where most updates come late; leave it out"
-        )
-    if good.exit_weights and not any(good.exit_weights):
-        raise ConfigError("--exit-weights are all 0, so nothing would be trained; give one above 0")
-    _converted(good.plan(good.rounds), Plan)
-    return good
-
-
-def _converted(settings: msgspec.Struct, kind: type[Checked]) -> Checked:
-    value: Any = msgspec.to_builtins(settings)
-    try:
-        return msgspec.convert(value, type=kind)
-    except msgspec.ValidationError as error:
-        expected, _, place = str(error).partition(" - at ")
-        found = re.search(r"\$\.([a-z0-9_.]+)", place)
-        if not found:
-            raise ConfigError(f"setting refused: {error}; see --help") from error
-        for part in found[1].split("."):
-            value = value[part]
-        raise ConfigError(
-            f"{flag_of(found[1])} is {one_line(repr(value))}: {expected}; see --help"
-        ) from error
-
-
-def flag_of(setting: str) -> str:
-    """The flag of a setting such as "generator.epochs"."""
-    return FLAGS.get(setting, "--" + setting.rpartition(".")[2].replace("_", "-"))
-
-
-def differences(old: RunConfig, new: RunConfig) -> str:
-    """The settings that differ, with both values; "" if none do."""
-    before, now = _flat(old), _flat(new)
-    return ", ".join(
-        f"{flag_of(key)} {one_line(repr(before.get(key)))} (now {one_line(repr(now.get(key)))})"
-        for key in dict.fromkeys([*before, *now])
-        if before.get(key) != now.get(key)
-    )
-
-
-def _flat(config: RunConfig) -> dict[str, object]:
-    """Every setting by its path."""
-    whole = msgspec.to_builtins(config)
-    if config.population:
-        whole["population"] = json.loads(config.population)
-    flat: dict[str, object] = {}
-    for key, value in whole.items():
-        inner = value.items() if isinstance(value, dict) else ()
-        flat |= {f"{key}.{name}": item for name, item in inner} if inner else {key: value}
-    return flat

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import numpy as np
 import torch
 from msgspec.structs import replace
 
-from coordinator.cli_arguments import run_config, whole_numbers
-from coordinator.config import checked
-from coordinator.emulate import (
-    Population,
-    check_writable,
-    emulated_clients,
-    emulated_cohort,
-    personalise,
-    write_json,
-)
+from coordinator.cohort_processes import ProcessCohort
+from coordinator.cohorts.in_process import InProcessCohort
+from coordinator.config import RunConfig
+from coordinator.emulate import EmulatedClient, Population, choose_holders, emulated_clients
+from coordinator.evaluate import Personalised, personalised_accuracy
 from coordinator.exporting import check_export, export_served
-from coordinator.methods import make_method
+from coordinator.methods.registry import make_method
 from coordinator.presets import missing_data
-from coordinator.rounds import run_rounds
-from coordinator.running import open_store, pick_device, print_round
+from coordinator.rounds import print_round, run_rounds
+from coordinator.settings import checked, run_config, whole_numbers
+from coordinator.store import Store, open_store
+from edge_sdk.capacity import in_model, peak_bytes
 from edge_sdk.data import DataSet, load_dataset
-from edge_sdk.errors import DataError
+from edge_sdk.errors import ConfigError, DataError, StoreError
+from edge_sdk.examples import MIN_BATCH
 from edge_sdk.interrupts import stop_signals
+from edge_sdk.models.costs import segment_costs
+from edge_sdk.tensors import Tensors
+from edge_sdk.trainer import pick_device
+from edge_sdk.wire import ModelSpec
 
 log = logging.getLogger(__name__)
 HOLDOUT = 0.2  # as in the paper
@@ -103,3 +111,134 @@ def load_for(args: argparse.Namespace) -> DataSet:
     if args.preset and not Path(args.data).expanduser().exists():
         raise DataError(missing_data(args.preset, args.data))
     return load_dataset(args.data, args.seed, args.examples, args.test_examples)
+
+
+@contextmanager
+def emulated_cohort(
+    population: Population,
+    config: RunConfig,
+    clients: Sequence[EmulatedClient],
+    *,
+    device: torch.device,
+    processes: int = 1,
+    imports: Sequence[str] = (),
+) -> Iterator[InProcessCohort | ProcessCohort]:
+    """The clients as a cohort, trained here or in `processes`."""
+    shards = {client.id: client.shard for client in clients}
+    exits = {client.id: client.exit for client in clients}
+    holders = choose_holders(exits, population.holders, config.seed)
+    num_exits = config.model.exit
+    if processes == 1:
+        yield InProcessCohort(shards, exits, num_exits, device, holders)
+        return
+    if device.type != "cpu":
+        raise ConfigError(f"--processes {processes} is for the CPU; leave it out with {device}")
+    with ProcessCohort(
+        shards, exits, num_exits, processes,
+        holders=holders, imports=imports, threads=torch.get_num_threads(),
+    ) as cohort:  # fmt: skip
+        yield cohort
+
+
+def personalise(
+    config: RunConfig,
+    spec: ModelSpec,
+    served: Tensors,
+    clients: Sequence[EmulatedClient],
+    epochs: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Accuracy on the clients' hold-outs, of the served model's part that each can run, before and
+    after `epochs` of fine-tuning (HypeMeFed, section 5.3.2): means over all clients and over those
+    of each exit."""
+    able = [c for c in clients if c.holdout is not None and len(c.shard) >= MIN_BATCH]
+    found = personalised_accuracy(
+        spec,
+        served,
+        [client.shard for client in able],
+        [client.holdout for client in able if client.holdout is not None],
+        replace(config.plan(config.rounds), seed=config.seed),
+        epochs,
+        exits=[min(client.exit, spec.exit) for client in able],
+        device=device,
+    )
+    groups: dict[str, list[Personalised]] = {"all": found}
+    for client, result in zip(able, found, strict=True):
+        groups.setdefault(f"exit {client.exit}", []).append(result)
+    return {
+        "epochs": epochs,
+        "groups": {
+            name: {
+                "clients": len(results),
+                "before": sum(result.before for result in results) / len(results),
+                "after": sum(result.after for result in results) / len(results),
+            }
+            for name, results in groups.items()
+            if results
+        },
+    }
+
+
+def check_writable(path: Path) -> None:
+    """Raise ConfigError now rather than after a long run; leaves nothing but the folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"--out {path} is no file; give the name of one, e.g. rounds.json")
+        draft = _draft(path)
+        draft.touch(exist_ok=False)
+        draft.unlink()
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be written: {error}; give another") from error
+
+
+def _draft(path: Path) -> Path:
+    """A name beside `path` that nobody has."""
+    return path.with_name(f".{os.urandom(8).hex()}.new")
+
+
+def write_json(store: Store, population: Population, path: Path, extra: Mapping[str, Any]) -> None:
+    """The run as one JSON file, from the database, replaced as a whole. extra: more of its keys.
+    Raises StoreError."""
+    config: RunConfig = store.config
+    costs = client_costs(store)
+    content = {
+        "config": msgspec.to_builtins(config) | msgspec.to_builtins(population),
+        "machine": {"torch": torch.__version__, "numpy": np.__version__, "cpus": os.cpu_count()},
+        "rounds": [entry | costs.get(int(str(entry["round"])), {}) for entry in store.history()],
+        **extra,
+    }
+    draft = _draft(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(content, indent=1))
+        os.replace(draft, path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink()
+        raise StoreError(f"{path} cannot be written: {error}; {store.way_on()}") from error
+
+
+def client_costs(store: Store) -> dict[int, dict[str, int]]:
+    """By round: `stages_trained`, the sum over participants of examples x stages x epochs, and
+    `peak_memory_bytes`, the largest that capacity.py predicts for a client of the shallowest exit,
+    its runtime and data left out (one process emulates all: what it takes says nothing)."""
+    config, trained = store.config, store.trained()
+    if not trained:
+        return {}
+    shallowest = min(exit for _, exit, _, _ in trained)
+    examples = max(2, sum(row[3] for row in trained) // len(trained))
+    found = segment_costs(config.model, config.plan(config.rounds), examples, 0)
+    cost_of = {f"{cost.first}-{cost.last}": cost for cost in found}
+    costs: dict[int, dict[str, int]] = {}
+    for round, exit, segments, num_examples in trained:
+        entry = costs.setdefault(round, {"stages_trained": 0, "peak_memory_bytes": 0})
+        deepest = max(map(cost_of.__getitem__, segments.split(",")), key=lambda cost: cost.last)
+        for segment in segments.split(","):
+            first, last = map(int, segment.split("-"))
+            work = num_examples * (last - first + 1) * config.epochs
+            entry["stages_trained"] += work
+            if exit == shallowest:
+                peak = peak_bytes(in_model(cost_of[segment], deepest))
+                entry["peak_memory_bytes"] = max(entry["peak_memory_bytes"], peak)
+    return costs

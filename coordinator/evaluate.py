@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from msgspec.structs import replace
 from torch import Tensor
@@ -16,7 +15,6 @@ from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError
 from edge_sdk.models import build
 from edge_sdk.models.staged import moved, place
-from edge_sdk.partition import stratified_split
 from edge_sdk.tensors import Tensors
 from edge_sdk.trainer import train
 from edge_sdk.wire import ModelSpec, Plan, Segment
@@ -95,25 +93,6 @@ def personalised_accuracy(
         after = accuracy_per_exit(part, tuned, holdout, device=device)[-1]
         results.append(Personalised(before, after))
     return results
-
-
-def split_holdout(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    """Training part and hold-out of one client's examples, drawn from `seed`.
-
-    The hold-out is `fraction` of every class, to one example, while some class has two; of
-    examples that are each alone in their class, it is drawn from all, at least one and never all.
-    Raises DataError with fewer than two examples."""
-    if not 0 < fraction < 1:
-        raise ConfigError(f"hold-out fraction is {fraction}, expected between 0 and 1")
-    if len(examples) < 2:
-        raise DataError(f"{len(examples)} examples cannot be split, expected at least 2")
-    if len(np.unique(examples.y)) < len(examples):
-        kept, held = stratified_split(examples.y, fraction, seed)
-    else:
-        size = min(max(1, round(fraction * len(examples))), len(examples) - 1)
-        order = np.random.default_rng(seed).permutation(len(examples))
-        kept, held = np.sort(order[size:]), np.sort(order[:size])
-    return examples.take(kept), examples.take(held)
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:

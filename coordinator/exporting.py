@@ -8,7 +8,8 @@ from pathlib import Path
 
 from coordinator.cohort import Client
 from coordinator.config import RunConfig
-from coordinator.methods import Method, make_method
+from coordinator.methods.base import Method
+from coordinator.methods.registry import make_method
 from coordinator.store import Store
 from edge_sdk.data import Examples, load_dataset, load_test
 from edge_sdk.errors import ConfigError, DataError, StoreError

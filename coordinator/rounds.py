@@ -167,3 +167,16 @@ def gather(
                 f"{tries} times in a row; see the lines above for why; {store.way_on()}"
             )
         chosen = choose(cohort, config, round, counted, failed, needed - len(counted))
+
+
+def print_round(report: RoundReport) -> None:
+    """One progress line."""
+    totals = report.totals
+    last = " / ".join(f"{100 * share:.1f}" for share in report.accuracy) or "-"
+    served = " / ".join(f"{100 * share:.1f}" for share in report.accuracy_served) or "-"
+    stale = f" and {totals.stale} late" if totals.stale else ""
+    print(
+        f"round {report.round}: {totals.returned} of {totals.chosen}{stale} returned, "
+        f"accuracy per exit {last} %, served {served} %, {totals.wall_s:.1f} s",
+        flush=True,
+    )

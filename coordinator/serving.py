@@ -10,26 +10,25 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.admission import Admission
-from coordinator.cli_arguments import run_config, whole_numbers
-from coordinator.cohort_zmq import ZmqCohort
-from coordinator.config import checked
+from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.credit import LEAST_BUDGET_BYTES
 from coordinator.exporting import check_export, export_served
 from coordinator.hub import Hub, allow_connections
-from coordinator.methods import Method, make_method
+from coordinator.methods.base import Method
+from coordinator.methods.registry import make_method
 from coordinator.metrics import MetricsServer
 from coordinator.monitor import Monitor
-from coordinator.rounds import RoundReport, run_rounds
-from coordinator.running import open_store, pick_device, print_round
+from coordinator.rounds import RoundReport, print_round, run_rounds
+from coordinator.settings import checked, run_config, whole_numbers
 from coordinator.spool import Spool
-from coordinator.store import SPOOL, Store
-from coordinator.terms import Terms
+from coordinator.store import SPOOL, Store, open_store
 from edge_sdk import logs
 from edge_sdk.data import Examples, load
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.helpers.text import checked_endpoint
 from edge_sdk.interrupts import stop_signals
 from edge_sdk.keys import read_keys
+from edge_sdk.trainer import pick_device
 
 log = logging.getLogger(__name__)
 FINISHED = "run finished"

@@ -31,7 +31,8 @@ from coordinator.config import RunConfig, read_config
 from coordinator.database import DATABASE, connect_to_read, connect_to_write
 from coordinator.methods.base import Metrics
 from coordinator.run_lock import RunLock
-from edge_sdk.errors import StoreError
+from coordinator.settings import differences
+from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.exported import is_there
 from edge_sdk.protocol.timing import clock, since
 from edge_sdk.tensors import Tensors
@@ -393,3 +394,20 @@ def _list(numbers: Sequence[float]) -> str:
 
 def _utc() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Store:
+    """A new run, or with `resume` the one there, which must have the same settings."""
+    store = Store.resume(folder) if resume else Store.create(folder, config, kind)
+    try:
+        store.lock()
+    except StoreError:
+        store.close()
+        raise
+    if store.config.to_json() != config.to_json():
+        store.close()
+        raise ConfigError(
+            f"{folder} was started with other settings: {differences(store.config, config)}; "
+            "resume with the same flags"
+        )
+    return store

@@ -17,6 +17,7 @@ from edge_sdk import events
 from edge_sdk.agent_options import AgentOptions, Senses
 from edge_sdk.agent_state import State, hello
 from edge_sdk.capacity import SegmentCost
+from edge_sdk.child import Supervisor
 from edge_sdk.chooser import Chooser, told
 from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError
 from edge_sdk.events import Event, Teller
@@ -31,7 +32,6 @@ from edge_sdk.pipe import (
     Resume,
     Train,
 )
-from edge_sdk.supervisor import Supervisor
 from edge_sdk.transport import Link, Payload
 from edge_sdk.wire import (
     Accepted,

@@ -279,3 +279,9 @@ def check_fits(spec: ModelSpec, examples: Examples) -> None:
             f"local labels reach {int(examples.y.max())}, the model has {spec.num_classes} "
             "classes; labels run from 0"
         )
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return usable_device(name)

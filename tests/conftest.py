@@ -1,12 +1,16 @@
 """One thread for torch: tiny tensors on a busy machine take several times as long with more. And
 what the tests of the coordinator with scripted devices begin with."""
 
+from __future__ import annotations
+
 import signal
 import tempfile
 from typing import Any
 
 import pytest
 import torch
+
+from edge_sdk import child
 
 torch.set_num_threads(1)
 # A shell that runs the tests in the background ignores Ctrl-C for them and all that they start.
@@ -87,12 +91,12 @@ def impatient(monkeypatch):
 @pytest.fixture(scope="module")
 def quick_retries():
     """Pauses that are seconds on a board."""
-    from edge_sdk import agent_state, supervisor
+    from edge_sdk import agent_state
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agent_state, "HELLO_S", 0.1)
         patch.setattr(agent_state, "HELLO_MAX_S", 0.5)
-        patch.setattr(supervisor, "RESTART_S", 0.1)
+        patch.setattr(child, "RESTART_S", 0.1)
         yield
 
 

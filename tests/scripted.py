@@ -20,10 +20,9 @@ import zmq
 
 from coordinator.admission import Admission, add_client
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
-from coordinator.cohort_zmq import ZmqCohort
+from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.hub import Hub
 from coordinator.spool import Spool
-from coordinator.terms import Terms
 from edge_sdk.keys import KeyPair, make_keys
 from edge_sdk.models.staged import trained_names
 from edge_sdk.tensors import Receiver, Sender, Tensors, specs_of

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from coordinator.methods import Metrics, make_method
+from coordinator.methods.base import Metrics
 from coordinator.methods.clipping import MEMORY, NormClip
+from coordinator.methods.registry import make_method
 from tests.helpers import answer, client, config
 
 SENT = {

@@ -11,11 +11,10 @@ import pytest
 
 from coordinator import devices as devices_module
 from coordinator.admission import remove_client
-from coordinator.cohort_zmq import ZmqCohort
+from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.hub import Received
 from coordinator.key_files import replace_text
 from coordinator.spool import Spool
-from coordinator.terms import Terms
 from edge_sdk.keys import make_keys, read_keys
 from edge_sdk.wire import (
     PROTOCOL,

@@ -12,12 +12,11 @@ import pytest
 
 from coordinator import desk as desk_module
 from coordinator.cohort import Absence, Client, ClientUpdate
-from coordinator.cohort_zmq import ZmqCohort
+from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.credit import Credit
 from coordinator.desk import MOST_STALLS, Desk
 from coordinator.hub import Received
 from coordinator.spool import Spool
-from coordinator.terms import Terms
 from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.wire import Accepted, Fault, Fetch, Heartbeat, Job, Message, Ready

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 
 from coordinator.admission import Admission
 from coordinator.cli import main as coordinate
-from coordinator.cohort import Client, InProcessCohort
-from coordinator.cohort_zmq import ZmqCohort
+from coordinator.cohort import Client
+from coordinator.cohort_zmq import Terms, ZmqCohort
+from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import RotationOptions, RunConfig, read_config
 from coordinator.hub import Hub
-from coordinator.methods import make_method
+from coordinator.methods.registry import make_method
 from coordinator.rounds import run_rounds
 from coordinator.spool import Spool
 from coordinator.store import SPOOL, Store
-from coordinator.terms import Terms
 from edge_sdk.keys import read_keys
 from edge_sdk.tensors import Tensors
 from edge_sdk.wire import ModelSpec

@@ -9,12 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.evaluate import (
-    accuracy_per_exit,
-    linear_cka,
-    personalised_accuracy,
-    split_holdout,
-)
+from coordinator.emulate import split_holdout
+from coordinator.evaluate import accuracy_per_exit, linear_cka, personalised_accuracy
 from coordinator.sampling import job_seed
 from edge_sdk.errors import ConfigError, DataError, ShapeError
 from edge_sdk.models import initial_tensors

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from coordinator.config import RotationOptions
-from coordinator.generators import make_generator
+from coordinator.generators.registry import make_generator
 from coordinator.generators.update_regression import SKETCH, _hashes, _sketched
-from coordinator.methods import make_method
+from coordinator.methods.registry import make_method
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place
 from tests.contract.test_generators import (

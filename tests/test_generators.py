@@ -16,10 +16,10 @@ from coordinator.factors import (
     reconstruct,
     refactorise,
 )
-from coordinator.generators import make_generator
 from coordinator.generators.networks import FactorMlps, FlatMlps, SvdCodec
 from coordinator.generators.pairwise import groups_of
-from coordinator.methods import make_method
+from coordinator.generators.registry import make_generator
+from coordinator.methods.registry import make_method
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place

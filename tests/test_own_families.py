@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coordinator.cohort import ClientUpdate, InProcessCohort
+from coordinator.cohort import ClientUpdate
+from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import (
     DistillOptions,
     GeneratorOptions,
@@ -15,8 +16,8 @@ from coordinator.config import (
     ServerOptions,
 )
 from coordinator.evaluate import accuracy_per_exit
-from coordinator.methods import make_method
 from coordinator.methods.depthwise import is_learnable
+from coordinator.methods.registry import make_method
 from coordinator.rounds import run_rounds
 from coordinator.store import Store
 from edge_sdk import models

@@ -7,12 +7,12 @@ import argparse
 import pytest
 import torch
 
-from coordinator.cli_arguments import run_config, whole_numbers
 from coordinator.cli_emulate import add_emulate_command
-from coordinator.config import GeneratorOptions, checked
+from coordinator.config import GeneratorOptions
 from coordinator.defaults import PAPER
 from coordinator.emulate import group_exits
 from coordinator.presets import PRESETS, find_preset, missing_data
+from coordinator.settings import checked, run_config, whole_numbers
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import FAMILIES, build
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.cli import main as coordinate
-from coordinator.running import open_store
-from coordinator.store import Store
+from coordinator.store import Store, open_store
 from edge_sdk.errors import StoreError
 from edge_sdk.exported import read_model
 from tests.helpers import config, one_line

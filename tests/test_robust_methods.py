@@ -10,12 +10,14 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from coordinator.cohort import Absence, ClientUpdate, InProcessCohort
-from coordinator.config import AggregationOptions, GeneratorOptions, checked
+from coordinator.cohort import Absence, ClientUpdate
+from coordinator.cohorts.in_process import InProcessCohort
+from coordinator.config import AggregationOptions, GeneratorOptions
 from coordinator.credit import Credit
 from coordinator.desk import Desk
-from coordinator.methods import make_method
 from coordinator.methods.clipping import MEMORY
+from coordinator.methods.registry import make_method
+from coordinator.settings import checked
 from coordinator.spool import Arrived, Spool
 from edge_sdk.data import load_dataset
 from edge_sdk.errors import ConfigError

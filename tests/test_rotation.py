@@ -9,7 +9,7 @@ import torch
 
 from coordinator.cohort import Client
 from coordinator.config import DistillOptions, RotationOptions, ServerOptions
-from coordinator.methods import make_method
+from coordinator.methods.registry import make_method
 from coordinator.methods.rotation import draw_order, fixed, rotation
 from edge_sdk.errors import ConfigError
 from edge_sdk.models.staged import place

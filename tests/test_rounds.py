@@ -9,12 +9,13 @@ from collections import deque
 import pytest
 import torch
 
-from coordinator.cohort import Absence, Assignment, ClientUpdate, InProcessCohort, train_here
-from coordinator.emulate import Population, choose_holders, group_exits, split_shards, write_json
-from coordinator.methods import make_method
+from coordinator.cohort import Absence, Assignment, ClientUpdate
+from coordinator.cohorts.in_process import InProcessCohort, train_here
+from coordinator.emulate import Population, choose_holders, group_exits, split_shards
+from coordinator.emulating import write_json
 from coordinator.methods.base import Metrics
-from coordinator.rounds import RoundReport, choose_first, gather, run_rounds
-from coordinator.running import print_round
+from coordinator.methods.registry import make_method
+from coordinator.rounds import RoundReport, choose_first, gather, print_round, run_rounds
 from coordinator.sampling import sample
 from coordinator.store import RoundTotals, Store
 from edge_sdk.errors import ConfigError, DataError, TrainerError

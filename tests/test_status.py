@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from coordinator.cohort_zmq import Stopped
-from coordinator.methods import make_method
+from coordinator.methods.registry import make_method
 from coordinator.monitor import TELL_S, Monitor
 from coordinator.rounds import RoundReport, run_rounds
 from coordinator.status import (

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from coordinator.cohort import InProcessCohort
-from coordinator.methods import make_method
+from coordinator.cohorts.in_process import InProcessCohort
+from coordinator.methods.registry import make_method
 from coordinator.rounds import run_rounds
 from coordinator.status import FILE, ClientState, CohortState, Snapshot, StatusFile, identity, utc
 from coordinator.store import Store

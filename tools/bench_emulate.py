@@ -22,12 +22,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from coordinator.cohort import Assignment, ClientUpdate, InProcessCohort
-from coordinator.config import RotationOptions, RunConfig, ServerOptions, checked
-from coordinator.emulate import Population, emulated_clients, emulated_cohort
-from coordinator.methods import make_method
+from coordinator.cohort import Assignment, ClientUpdate
+from coordinator.cohorts.in_process import InProcessCohort
+from coordinator.config import RotationOptions, RunConfig, ServerOptions
+from coordinator.emulate import Population, emulated_clients
+from coordinator.emulating import emulated_cohort
+from coordinator.methods.registry import make_method
 from coordinator.rounds import run_rounds
 from coordinator.sampling import sample
+from coordinator.settings import checked
 from coordinator.store import Store
 from edge_sdk.data import Examples, load_dataset
 from edge_sdk.models import build

@@ -38,8 +38,8 @@ import torch
 
 from coordinator.config import GeneratorOptions
 from coordinator.factors import MIN_SIDE, factorise
-from coordinator.generators import make_generator
 from coordinator.generators.pairwise import PairGenerator
+from coordinator.generators.registry import make_generator
 from edge_sdk import resident
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place

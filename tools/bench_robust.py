@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from coordinator.cohort import Absence, Assignment, Client, ClientUpdate, Cohort, InProcessCohort
+from coordinator.cohort import Absence, Assignment, Client, ClientUpdate, Cohort
+from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import AggregationOptions, RotationOptions, RunConfig, ServerOptions
 from coordinator.emulate import Population, emulated_clients
 from coordinator.evaluate import accuracy_per_exit
-from coordinator.methods import make_method
+from coordinator.methods.registry import make_method
 from edge_sdk.data import DataSet, load_dataset
 from edge_sdk.wire import ModelSpec
 from tools.experiments import git, machine

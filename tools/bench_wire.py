@@ -141,10 +141,9 @@ def serve(
     from coordinator.admission import Admission
     from coordinator.aggregate import OwnersMean
     from coordinator.cohort import Assignment, ClientUpdate
-    from coordinator.cohort_zmq import ZmqCohort
+    from coordinator.cohort_zmq import Terms, ZmqCohort
     from coordinator.hub import Hub
     from coordinator.spool import Spool
-    from coordinator.terms import Terms
     from edge_sdk.tensors import specs_of
 
     torch.set_num_threads(1)

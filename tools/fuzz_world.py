@@ -28,11 +28,10 @@ from typing import Any, TypeAlias
 import torch
 
 from coordinator.cohort import Assignment, Client, ClientUpdate
-from coordinator.cohort_zmq import ZmqCohort
+from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.hub import Hub
 from coordinator.seats import make_job
 from coordinator.spool import Spool
-from coordinator.terms import Terms
 from edge_sdk.protocol.codec import encode
 from edge_sdk.tensors import Sender, Tensors, specs_of
 from edge_sdk.wire import (

@@ -27,14 +27,16 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from coordinator.aggregate import OwnersMean
-from coordinator.cli_arguments import model_options, whole_numbers
 from coordinator.cohort import ClientUpdate, Cohort
 from coordinator.config import SPLITS, RunConfig
-from coordinator.emulate import Population, emulated_clients, emulated_cohort
+from coordinator.emulate import Population, emulated_clients
+from coordinator.emulating import emulated_cohort
 from coordinator.evaluate import linear_cka
-from coordinator.generators import Generator, make_generator
-from coordinator.methods import make_method
+from coordinator.generators.base import Generator
+from coordinator.generators.registry import make_generator
+from coordinator.methods.registry import make_method
 from coordinator.sampling import job_seed, sample
+from coordinator.settings import model_options, whole_numbers
 from coordinator.store import Store
 from edge_sdk.data import DataSet, load_dataset
 from edge_sdk.errors import ConfigError

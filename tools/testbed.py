@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from coordinator.admission import add_client
-from coordinator.cli_arguments import model_options
 from coordinator.emulate import split_shards
-from coordinator.methods import METHODS
+from coordinator.methods.registry import METHODS
+from coordinator.settings import model_options
 from edge_sdk.boards import OWN_NAME, board
 from edge_sdk.capacity import seconds
 from edge_sdk.data import Examples, load, load_dataset, save_shard

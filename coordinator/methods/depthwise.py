@@ -15,7 +15,7 @@ from torch import Tensor
 from coordinator.aggregate import Kernel
 from coordinator.cohort import Assignment, Client, ClientUpdate
 from coordinator.config import RunConfig
-from coordinator.generators import Generator
+from coordinator.generators.base import Generator
 from coordinator.methods.base import Metrics
 from coordinator.methods.clipping import NormClip
 from coordinator.methods.rotation import Rule

@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from coordinator.cohort import Client, ClientUpdate, train_here
+from coordinator.cohort import Client, ClientUpdate
+from coordinator.cohorts.in_process import train_here
 from coordinator.config import RunConfig, read_config
-from coordinator.methods import Method, make_method
+from coordinator.methods.base import Method
+from coordinator.methods.registry import make_method
 from coordinator.staleness import brought_forward
 from edge_sdk.models import build
 from edge_sdk.tensors import Tensors

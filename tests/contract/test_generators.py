@@ -9,8 +9,8 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.config import GeneratorOptions, RotationOptions, ServerOptions
-from coordinator.generators import make_generator
-from coordinator.methods import make_method
+from coordinator.generators.registry import make_generator
+from coordinator.methods.registry import make_method
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place
 from edge_sdk.wire import ModelSpec, Segment

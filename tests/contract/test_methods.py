@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from coordinator import defaults
-from coordinator.cohort import InProcessCohort
+from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import AggregationOptions, GeneratorOptions, ServerOptions
-from coordinator.methods import METHODS, make_method
+from coordinator.methods.registry import METHODS, make_method
 from edge_sdk.errors import ConfigError
 from edge_sdk.models.staged import place
 from edge_sdk.wire import TensorSpec
