@@ -13,10 +13,10 @@ from coordinator.cli_emulate import add_emulate_command
 from coordinator.cli_export import add_export_command
 from coordinator.cli_serve import add_serve_command
 from coordinator.cli_status import add_status_command
-from edge_sdk import logs
 from edge_sdk.errors import EdgeError, QuorumError
-from edge_sdk.interrupts import INTERRUPTED
-from edge_sdk.torch_extra import heavy_imports, import_module
+from edge_sdk.helpers import logs
+from edge_sdk.helpers.imports import heavy_imports, import_module
+from edge_sdk.helpers.interrupts import INTERRUPTED
 
 GAVE_UP = 3  # exit status: too few devices for too long; 1 is any other error
 COMMANDS: tuple[Callable[[Any], None], ...] = (

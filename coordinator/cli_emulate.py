@@ -9,7 +9,7 @@ from coordinator.cli_arguments import add_run_arguments
 from coordinator.cli_export import add_export_flag
 from coordinator.config import SPLITS
 from edge_sdk.cli_flags import path_flag, whole_flag
-from edge_sdk.torch_extra import heavy_imports
+from edge_sdk.helpers.imports import heavy_imports
 
 
 def add_emulate_command(commands: Any) -> None:

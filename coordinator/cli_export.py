@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.torch_extra import heavy_imports
+from edge_sdk.helpers.imports import heavy_imports
 
 
 def add_export_command(commands: Any) -> None:

@@ -10,7 +10,7 @@ from coordinator.cli_arguments import add_run_arguments
 from coordinator.cli_export import add_export_flag
 from coordinator.defaults import BUDGET_BYTES
 from edge_sdk.cli_flags import duration_flag, path_flag, size_flag
-from edge_sdk.torch_extra import heavy_imports
+from edge_sdk.helpers.imports import heavy_imports
 
 
 def add_serve_command(commands: Any) -> None:

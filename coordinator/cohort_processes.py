@@ -17,7 +17,7 @@ from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort, train_here
 from edge_sdk.data import Examples
 from edge_sdk.errors import TrainerError
-from edge_sdk.torch_extra import import_module
+from edge_sdk.helpers.imports import import_module
 
 _shards: dict[str, Examples] = {}  # of a worker process, set once when it starts
 

@@ -24,8 +24,8 @@ from coordinator.spool import Spool
 from coordinator.status import CohortState
 from coordinator.tally import Tally
 from edge_sdk.errors import QuorumError
+from edge_sdk.helpers.logs import event
 from edge_sdk.helpers.text import one_line
-from edge_sdk.logs import event
 from edge_sdk.transport import Payload
 from edge_sdk.wire import (
     PROTOCOL,

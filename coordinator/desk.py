@@ -19,7 +19,7 @@ from coordinator.spool import Arrived, Spool
 from coordinator.tally import Tally
 from coordinator.transfers import Transfers
 from edge_sdk.errors import EdgeError, StoreError
-from edge_sdk.logs import Kind, event
+from edge_sdk.helpers.logs import Kind, event
 from edge_sdk.tensors import Receiver, Sender
 from edge_sdk.transport import Payload
 from edge_sdk.wire import Accepted, Fault, Fetch, Message, Part, Ready, Update

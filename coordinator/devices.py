@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from coordinator.cohort import Client
 from coordinator.hub import NOT_ADMITTED, Hub, Received
 from coordinator.tally import MAX_CLIENTS, Tally
-from edge_sdk.logs import event
+from edge_sdk.helpers.logs import event
 from edge_sdk.transport import Payload
 from edge_sdk.wire import Fault, Hello, Message, Probe, Ready, Welcome
 

@@ -32,7 +32,7 @@ from edge_sdk.capacity import in_model, peak_bytes
 from edge_sdk.data import DataSet, load_dataset
 from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.examples import MIN_BATCH
-from edge_sdk.interrupts import stop_signals
+from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.models.costs import segment_costs
 from edge_sdk.tensors import Tensors
 from edge_sdk.trainer import pick_device

@@ -19,8 +19,8 @@ from zmq.auth.thread import ThreadAuthenticator
 from coordinator import joining
 from coordinator.admission import Admission
 from edge_sdk.errors import ConfigError, ProtocolError
+from edge_sdk.helpers.logs import event
 from edge_sdk.keys import KeyPair
-from edge_sdk.logs import event
 from edge_sdk.transport import Payload, parse_frames, send_frames, set_common_options
 from edge_sdk.wire import Fault, Hello, Join, Message
 

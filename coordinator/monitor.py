@@ -20,7 +20,7 @@ from coordinator.cohort_zmq import Stopped
 from coordinator.rounds import RoundReport
 from coordinator.status import FILE, CohortState, RunPhase, Snapshot, StatusFile, identity, utc
 from edge_sdk.errors import QuorumError
-from edge_sdk.logs import event
+from edge_sdk.helpers.logs import event
 
 log = logging.getLogger(__name__)
 TELL_S = 2.0

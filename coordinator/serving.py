@@ -22,11 +22,11 @@ from coordinator.rounds import RoundReport, print_round, run_rounds
 from coordinator.settings import checked, run_config, whole_numbers
 from coordinator.spool import Spool
 from coordinator.store import SPOOL, Store, open_store
-from edge_sdk import logs
 from edge_sdk.data import Examples, load
 from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.helpers import logs
+from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.helpers.text import checked_endpoint
-from edge_sdk.interrupts import stop_signals
 from edge_sdk.keys import read_keys
 from edge_sdk.trainer import pick_device
 

@@ -19,7 +19,7 @@ import msgspec
 import psutil
 
 from edge_sdk.errors import StoreError
-from edge_sdk.logs import event
+from edge_sdk.helpers.logs import event
 
 log = logging.getLogger(__name__)
 FILE = "status.json"

@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from edge_sdk import logs
 from edge_sdk.cli_.measure import add_measure_command
 from edge_sdk.cli_.plan import add_plan_command
 from edge_sdk.cli_flags import Subparsers
@@ -25,7 +24,8 @@ from edge_sdk.cli_join import add_join_command, add_keys_command
 from edge_sdk.cli_run import add_run_command
 from edge_sdk.cli_service import add_doctor_command, add_service_command
 from edge_sdk.errors import EdgeError
-from edge_sdk.interrupts import INTERRUPTED
+from edge_sdk.helpers import logs
+from edge_sdk.helpers.interrupts import INTERRUPTED
 from edge_sdk.version import __version__
 
 COMMANDS: tuple[Callable[[Subparsers], None], ...] = (

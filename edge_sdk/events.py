@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from edge_sdk import logs
 from edge_sdk.capacity_.choice import Choice
+from edge_sdk.helpers import logs
 from edge_sdk.wire import ExitResult, Job, Segment, Update, Welcome
 
 Kind: TypeAlias = Literal[

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from edge_sdk.interrupts import INTERRUPTED
+from edge_sdk.helpers.interrupts import INTERRUPTED
 
 
 def main() -> int:

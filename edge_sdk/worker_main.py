@@ -8,10 +8,11 @@ import socket
 import sys
 from pathlib import Path
 
-from edge_sdk import logs, resident
+from edge_sdk import resident
 from edge_sdk.errors import EdgeError
+from edge_sdk.helpers import logs
+from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.pipe import Pipe
-from edge_sdk.torch_extra import import_module, require_torch
 from edge_sdk.wire import Fault
 
 

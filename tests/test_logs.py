@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 
-from edge_sdk.logs import JsonFormatter, Kind, event
+from edge_sdk.helpers.logs import JsonFormatter, Kind, event
 from tests.processes import ROOT, environment
 
 HOSTILE = [

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk import torch_extra
 from edge_sdk.data import save_shard
+from edge_sdk.helpers import imports
 from tests.helpers import examples
 from tests.processes import ROOT
 
@@ -109,13 +109,13 @@ def test_the_coordinators_command_without_its_extra(tmp_path):
      ("2.0.1", True), ("1.13.1", True), ("unknown", True)],
 )  # fmt: skip
 def test_versions(version, is_too_old):
-    assert torch_extra.is_too_old(version) is is_too_old
+    assert imports.is_too_old(version) is is_too_old
 
 
 def test_the_oldest_is_the_one_that_pip_takes():
     lines = [
         line for line in (ROOT / "pyproject.toml").read_text().splitlines() if "'torch" in line
     ]
-    oldest = ".".join(map(str, torch_extra.OLDEST))
+    oldest = ".".join(map(str, imports.OLDEST))
     assert len(lines) == 2
     assert all(f"'torch>={oldest}" in line for line in lines)

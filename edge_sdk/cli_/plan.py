@@ -21,10 +21,10 @@ from edge_sdk.device import calibration_file
 from edge_sdk.errors import ConfigError, TrainerError
 from edge_sdk.hardware.limits import least_bound
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
+from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.profile import emulated, measure
 from edge_sdk.resident import memory_errors
-from edge_sdk.torch_extra import import_module, require_torch
 from edge_sdk.wire import DeviceProfile, ModelSpec, Plan
 
 DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from edge_sdk.errors import ConfigError, EdgeError
-from edge_sdk.interrupts import ends_by_interrupt
+from edge_sdk.helpers.interrupts import ends_by_interrupt
 
 OLDEST = (2, 1)  # as the extra in pyproject.toml
 INSTALL = (
