@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from msgspec import Meta
 
-from edge_sdk import resident
-from edge_sdk.boards import board_name
 from edge_sdk.capacity import ALLOWANCE, ERROR
 from edge_sdk.data import Examples
 from edge_sdk.errors import StoreError
 from edge_sdk.exported import write_struct
+from edge_sdk.hardware import process_memory
+from edge_sdk.hardware.boards import board_name
 from edge_sdk.hardware.limits import cores, memory
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.models import build, initial_tensors
@@ -117,8 +117,8 @@ def runtime_bytes() -> tuple[int, int]:
     The first steps load kernels and start threads: 27 MB more than the imports, whatever the model
     (torch 2.13, x86)."""
     _tiny_job()
-    idle = resident.idle_library_bytes(_tiny_job)
-    return resident.resident_bytes() - idle, max(0, resident.library_bytes() - idle)
+    idle = process_memory.idle_library_bytes(_tiny_job)
+    return process_memory.resident_bytes() - idle, max(0, process_memory.library_bytes() - idle)
 
 
 def _tiny_job() -> None:
@@ -152,14 +152,16 @@ def _probe() -> Iterator[tuple[int, int]]:
         tensors = initial_tensors(spec, 0)
         x = np.zeros((2 * batch_size, *shape), dtype=np.float32)
         examples = Examples(x, np.arange(len(x)) % spec.num_classes, spec.num_classes)
-        resident.trim()
+        process_memory.trim()
         received = sum(tensor.nbytes for tensor in tensors.values())  # dropped when training begins
-        libraries = resident.library_bytes()  # the peak includes pages that were read for the job
-        before = resident.resident_bytes() - received
+        libraries = (
+            process_memory.library_bytes()
+        )  # the peak includes pages that were read for the job
+        before = process_memory.resident_bytes() - received
         peak = train(spec, plan, tensors, examples, is_consuming=True).peak_memory_bytes
         if not peak:
             return  # this system does not tell
-        yield counted, peak - before - held - (resident.library_bytes() - libraries)
+        yield counted, peak - before - held - (process_memory.library_bytes() - libraries)
 
 
 def _read(path: Path) -> Calibration | None:

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from edge_sdk.agent_options import AgentOptions
 from edge_sdk.capacity import TRAINER_ENVIRONMENT
 from edge_sdk.errors import TrainerError
+from edge_sdk.hardware.memory_pressure import Usage, is_thrashing, usage
 from edge_sdk.notify import SILENT_S, THRASHING_S
 from edge_sdk.pipe import Cancel, Pipe, PipeMessage
-from edge_sdk.pressure import Usage, is_thrashing, usage
 from edge_sdk.transport import Payload
 from edge_sdk.wire import Fault, Fetch, Part, Update
 

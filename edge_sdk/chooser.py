@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from edge_sdk.capacity import SegmentCost
 from edge_sdk.capacity_.choice import Choice, Row, choose_exit
-from edge_sdk.conditions import FULL, Allowance
 from edge_sdk.errors import EdgeError
+from edge_sdk.hardware.conditions import FULL, Allowance
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.wire import DeviceProfile, Plan, Ready, Segment, Welcome
 

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_sdk import conditions
 from edge_sdk.agent_options import AgentOptions
-from edge_sdk.boards import board
 from edge_sdk.cli_flags import MAX_THREADS, add_memory_cap, path_flag, whole_flag
 from edge_sdk.config_file import read_config
 from edge_sdk.device import (
@@ -25,9 +23,11 @@ from edge_sdk.device import (
     measure_here,
 )
 from edge_sdk.errors import ConfigError
+from edge_sdk.hardware import conditions
+from edge_sdk.hardware.boards import board
+from edge_sdk.hardware.measure import emulated
 from edge_sdk.helpers.text import checked_endpoint
 from edge_sdk.keys import has_next_keys
-from edge_sdk.profile import emulated
 from edge_sdk.wire import DeviceProfile
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk import conditions
 from edge_sdk.agent import Agent
 from edge_sdk.agent_options import AgentOptions
 from edge_sdk.config_file import check_value
@@ -28,6 +27,7 @@ from edge_sdk.device import (
 )
 from edge_sdk.errors import ConfigError
 from edge_sdk.events import Event
+from edge_sdk.hardware import conditions
 from edge_sdk.helpers.text import parse_size
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import TypeAlias
 from edge_sdk.agent import Agent
 from edge_sdk.agent_options import AgentOptions
 from edge_sdk.errors import ConfigError
+from edge_sdk.hardware.measure import measure
 from edge_sdk.keys import KeyPair, read_all_keys
-from edge_sdk.profile import measure
 from edge_sdk.transport import Link
 from edge_sdk.wire import CLIENT_NAME, DeviceProfile
 

@@ -25,18 +25,18 @@ from typing import Literal
 
 import msgspec
 
-from edge_sdk import conditions
-from edge_sdk.boards import board_name
 from edge_sdk.capacity import TRAINER_ENVIRONMENT
 from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config
 from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.hardware import conditions
+from edge_sdk.hardware.boards import board_name
+from edge_sdk.hardware.jetson import jetson_stats
 from edge_sdk.hardware.limits import memory
+from edge_sdk.hardware.procfs import ROOT, read_text
 from edge_sdk.helpers.imports import INSTALL, is_too_old, oldest
 from edge_sdk.helpers.text import mebibytes
-from edge_sdk.jetson import jetson_stats
 from edge_sdk.keys import DEVICE_KEYS, KeyPair, read_all_keys
 from edge_sdk.service import STATE, is_hidden
-from edge_sdk.sysfs import ROOT, read_text
 
 EARLIEST = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)  # this program is younger
 LEAST_MEMORY = 350 * 1024**2  # torch's 250 MB, the agent's 31 and a small model

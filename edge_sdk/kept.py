@@ -22,8 +22,8 @@ import msgspec
 import torch
 
 from edge_sdk.errors import CapacityError
+from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.protocol.stream import layout
-from edge_sdk.resident import memory_errors
 from edge_sdk.tensors import Sender, views
 from edge_sdk.wire import Job, Struct, Update
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config, template
 from edge_sdk.errors import ConfigError
+from edge_sdk.hardware.procfs import read_text
 from edge_sdk.notify import WATCHDOG_S
-from edge_sdk.sysfs import read_text
 
 ROOT = Path("/")
 NAME = "edge-sdk"

@@ -22,10 +22,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from edge_sdk import resident
 from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
 from edge_sdk.examples import MIN_BATCH
+from edge_sdk.hardware import process_memory
 from edge_sdk.helpers.text import one_line
 from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
@@ -76,7 +76,7 @@ def train(
     take more are not kept over the epochs. is_consuming: `tensors` is emptied once the model has
     them, so that they need not lie in memory twice. Raises ShapeError, DataError, Cancelled, and
     TrainerError when a loss is not finite."""
-    resident.reset_peak()
+    process_memory.reset_peak()
     started = clock()
     check_segments(plan.segments, spec.exit)
     check_fits(spec, examples)
@@ -120,7 +120,7 @@ def train(
         num_steps=num_steps,
         exits=tuple(sorted(exits, key=lambda result: result.exit)),
         phases={"load": since(started, loaded), "train": since(loaded, finished)},
-        peak_memory_bytes=resident.peak_bytes(),
+        peak_memory_bytes=process_memory.peak_bytes(),
     )
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from edge_sdk import resident
 from edge_sdk.calibration import Calibration, calibrated, runtime_bytes
 from edge_sdk.data import Examples, load_shard
 from edge_sdk.errors import EdgeError
 from edge_sdk.examples import check_enough
+from edge_sdk.hardware import process_memory
+from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.kept import Kept
 from edge_sdk.models.costs import segment_costs_apart
@@ -36,7 +37,6 @@ from edge_sdk.pipe import (
     Train,
 )
 from edge_sdk.protocol.timing import clock, since
-from edge_sdk.resident import memory_errors
 from edge_sdk.tensors import Receiver, Sender, specs_of
 from edge_sdk.trainer import TrainResult, train, usable_device
 from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update
@@ -165,9 +165,9 @@ class Worker:
             should_stop=self._is_cancelled,
             is_consuming=True,
         )
-        resident.trim()
+        process_memory.trim()
         self._sender = Sender(result.tensors)
-        idle = max(0, resident.library_bytes() - self._library_bytes)
+        idle = max(0, process_memory.library_bytes() - self._library_bytes)
         self._update = make_update(job, result, download, idle, self._sender.digest())
         self._kept.save(job, self._update, self._sender)
         self._pipe.send(self._update)

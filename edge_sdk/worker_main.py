@@ -8,8 +8,8 @@ import socket
 import sys
 from pathlib import Path
 
-from edge_sdk import resident
 from edge_sdk.errors import EdgeError
+from edge_sdk.hardware import process_memory
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.pipe import Pipe
@@ -29,7 +29,7 @@ def main() -> int:
     args = parser.parse_args()
     logs.set_up_trainer()
     pipe = Pipe(socket.socket(fileno=args.fd))
-    resident.be_killed_before_others()  # the agent survives
+    process_memory.be_killed_before_others()  # the agent survives
     try:
         require_torch("training")
         for module in args.imports:

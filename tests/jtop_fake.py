@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from edge_sdk import jetson
+from edge_sdk.hardware import jetson
 
 
 class JtopException(Exception):

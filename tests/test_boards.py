@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from edge_sdk import boards, jetson
-from edge_sdk.boards import board, board_name, board_text, save_board, save_path
 from edge_sdk.errors import ConfigError
-from edge_sdk.profile import emulated
+from edge_sdk.hardware import boards, jetson
+from edge_sdk.hardware.boards import board, board_name, board_text, save_board, save_path
+from edge_sdk.hardware.measure import emulated
 from tests.helpers import lay_out
 from tests.jtop_fake import fake_jtop, orin
 

@@ -6,8 +6,9 @@ import msgspec
 import pytest
 import torch
 
-from edge_sdk import calibration, resident
+from edge_sdk import calibration
 from edge_sdk.calibration import Calibration, calibrated, fit
+from edge_sdk.hardware import process_memory
 from edge_sdk.models import build
 from edge_sdk.models.costs import of_whole_step, segment_costs
 from edge_sdk.wire import ModelSpec, Plan, Segment
@@ -108,7 +109,7 @@ def test_a_trial_trainer_needs_more_than_its_scratch(tmp_path, probes, caplog):
     caplog.set_level(logging.INFO)
     found = calibration.trial(tmp_path / "calibration.json")
     assert found.allowance == pytest.approx(1.2)
-    assert 50 * MB < found.runtime_bytes - 8 * MB <= resident.resident_bytes() + 50 * MB
+    assert 50 * MB < found.runtime_bytes - 8 * MB <= process_memory.resident_bytes() + 50 * MB
     assert "calibrated: memory of a step is 1.20 of what is counted and 7.6 MiB" in caplog.text
 
 
@@ -130,7 +131,7 @@ Anonymous:             0 kB
 
 
 def test_idle_library_bytes_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setattr(resident, "SELF", tmp_path)
+    monkeypatch.setattr(process_memory, "SELF", tmp_path)
     done = []
 
     def work():
@@ -139,28 +140,28 @@ def test_idle_library_bytes_by_hand(tmp_path, monkeypatch):
 
     (tmp_path / "smaps").write_text(SMAPS)
     # of 120 kB of files 10 are private copies and 30 were touched; the heap is no file
-    assert resident.idle_library_bytes(work) == 80 * 1024
+    assert process_memory.idle_library_bytes(work) == 80 * 1024
     assert done
 
 
 def test_zeros_where_the_system_does_not_tell(tmp_path, monkeypatch):
-    monkeypatch.setattr(resident, "SELF", tmp_path / "absent")
-    assert resident.idle_library_bytes(pytest.fail) == 0
-    assert (resident.peak_bytes(), resident.resident_bytes()) == (0, 0)
-    resident.reset_peak()
+    monkeypatch.setattr(process_memory, "SELF", tmp_path / "absent")
+    assert process_memory.idle_library_bytes(pytest.fail) == 0
+    assert (process_memory.peak_bytes(), process_memory.resident_bytes()) == (0, 0)
+    process_memory.reset_peak()
 
 
 def test_peak_of_a_block_that_is_gone():
-    resident.reset_peak()
-    before = resident.peak_bytes()
+    process_memory.reset_peak()
+    before = process_memory.peak_bytes()
     if not before:
         pytest.skip("this kernel does not tell a process's peak memory")
     block = bytearray(64 * MiB)
     block[::4096] = b"x" * len(block[::4096])
     del block
-    assert resident.peak_bytes() - before > 60 * MiB
-    resident.reset_peak()
-    assert resident.peak_bytes() - before < 30 * MiB
+    assert process_memory.peak_bytes() - before > 60 * MiB
+    process_memory.reset_peak()
+    assert process_memory.peak_bytes() - before < 30 * MiB
 
 
 def test_a_probe_is_counted_like_a_job():

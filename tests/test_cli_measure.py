@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from edge_sdk import cli, conditions
-from edge_sdk.boards import board
+from edge_sdk import cli
 from edge_sdk.cli_ import plan
-from edge_sdk.conditions import Conditions, Zone
 from edge_sdk.errors import ConfigError, TrainerError
-from edge_sdk.hardware import speed
+from edge_sdk.hardware import conditions, speed
+from edge_sdk.hardware.boards import board
+from edge_sdk.hardware.conditions import Conditions, Zone
 from edge_sdk.version import __version__
 
 MiB = 1024**2

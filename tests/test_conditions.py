@@ -3,8 +3,17 @@
 import pytest
 from msgspec.structs import replace
 
-from edge_sdk import conditions
-from edge_sdk.conditions import FULL, Allowance, Conditions, Zone, allowed, in_words, read, slowed
+from edge_sdk.hardware import conditions
+from edge_sdk.hardware.conditions import (
+    FULL,
+    Allowance,
+    Conditions,
+    Zone,
+    allowed,
+    in_words,
+    read,
+    slowed,
+)
 from tests.helpers import lay_out
 from tests.jtop_fake import JtopException, fake_jtop, orin, refuses
 from tests.scripted import PROFILE

@@ -4,8 +4,8 @@ import types
 
 import pytest
 
-from edge_sdk import jetson
-from edge_sdk.jetson import JetsonStats, explained, jetson_stats
+from edge_sdk.hardware import jetson
+from edge_sdk.hardware.jetson import JetsonStats, explained, jetson_stats
 from tests.jtop_fake import JtopException, fake_jtop, orin, refuses
 
 

@@ -9,8 +9,9 @@ from uuid import uuid4
 
 import pytest
 
-from edge_sdk import child, notify, pressure
+from edge_sdk import child, notify
 from edge_sdk.agent_state import State
+from edge_sdk.hardware import memory_pressure
 from edge_sdk.notify import Notifier, Pulse
 from edge_sdk.pipe import Inspected
 from edge_sdk.wire import Fault, Hello, Ready
@@ -198,7 +199,7 @@ def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(
             wait_told(told, "STATUS=round 4: ")
             device.trainer().suspend()
             if is_thrashing:
-                monkeypatch.setattr(pressure, "stalled_share", lambda root: 0.5)
+                monkeypatch.setattr(memory_pressure, "stalled_share", lambda root: 0.5)
                 monkeypatch.setattr(child, "THRASHING_S", 1.0)
             else:
                 monkeypatch.setattr(child, "SILENT_S", 1.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk.pressure import Usage, is_thrashing, stalled_share, usage
+from edge_sdk.hardware.memory_pressure import Usage, is_thrashing, stalled_share, usage
 
 STAT = "42 (a name) with) R 1 42 42 0 -1 4194304 100 0 {faults} 0 {user} {system}"
 TICKS = os.sysconf("SC_CLK_TCK")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk import profile
 from edge_sdk.errors import ConfigError
-from edge_sdk.hardware import limits, speed
+from edge_sdk.hardware import limits, measure, speed
 from tests.helpers import lay_out
 
 MiB = 1024**2
@@ -230,12 +229,12 @@ def test_strange_quotas_are_none(tmp_path, text):
 
 
 def test_measure_here():
-    measured = profile.measure(cap_bytes=64 * MiB, compute=False)
+    measured = measure.measure(cap_bytes=64 * MiB, compute=False)
     assert measured.memory_available_bytes == 64 * MiB
     assert measured.memory_bound == "cap"
     assert measured.gflops == 0
     with pytest.raises(ConfigError, match="cap is 0 bytes"):
-        profile.measure(cap_bytes=0, compute=False)
+        measure.measure(cap_bytes=0, compute=False)
 
 
 def test_measured_compute_is_a_real_figure():
@@ -244,8 +243,8 @@ def test_measured_compute_is_a_real_figure():
 
 def test_light_modules_import_nothing_heavy():
     code = (
-        "import sys, edge_sdk.profile as p, edge_sdk.capacity, edge_sdk.wire, edge_sdk.errors;"
-        "import edge_sdk.boards as b;"
+        "import sys, edge_sdk.hardware.measure as p, edge_sdk.capacity, edge_sdk.wire, edge_sdk.errors;"
+        "import edge_sdk.hardware.boards as b;"
         "p.measure(compute=False); b.board('generic');"
         "print(sorted({'torch', 'numpy', 'zmq', 'ray'} & set(sys.modules)))"
     )
@@ -269,7 +268,7 @@ def test_real_memory_group_is_seen(tmp_path):
         (group / limit).write_text(str(200 * MiB))
         code = (
             f"import os; open('{group}/cgroup.procs', 'w').write(str(os.getpid()));"
-            "from edge_sdk.profile import measure; p = measure(compute=False);"
+            "from edge_sdk.hardware.measure import measure; p = measure(compute=False);"
             "print(p.memory_bound, p.memory_available_bytes)"
         )
         run = subprocess.run(

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from coordinator.cli_arguments import settle
 from coordinator.cli_serve import add_serve_command
 from coordinator.defaults import METHODS, MOMENTUM
-from edge_sdk.boards import save_board
-from edge_sdk.profile import measure, measured_board
+from edge_sdk.hardware.boards import save_board
+from edge_sdk.hardware.measure import measure, measured_board
 from tests.processes import Running, kill_marked, marked, read_rows, wait_until
 from tools.testbed import main, make_parser, serve_command
 

@@ -40,7 +40,7 @@ from coordinator.config import GeneratorOptions
 from coordinator.factors import MIN_SIDE, factorise
 from coordinator.generators.pairwise import PairGenerator
 from coordinator.generators.registry import make_generator
-from edge_sdk import resident
+from edge_sdk.hardware import process_memory
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place
 from edge_sdk.tensors import Tensors
@@ -255,14 +255,14 @@ class Meter:
     def measure(self, name: str) -> Iterator[None]:
         self._held()
         if self._device == "cpu":
-            resident.reset_peak()
+            process_memory.reset_peak()
         else:
             torch.cuda.reset_peak_memory_stats()
         start = self._clock()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - start
         on_cpu = self._device == "cpu"
-        peak = resident.peak_bytes() if on_cpu else torch.cuda.max_memory_allocated()
+        peak = process_memory.peak_bytes() if on_cpu else torch.cuda.max_memory_allocated()
         self.peak_bytes = max(self.peak_bytes, peak - self._before)
 
     def _clock(self) -> float:

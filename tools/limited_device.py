@@ -23,8 +23,8 @@ from msgspec.structs import replace
 from edge_sdk.capacity import SegmentCost, levers, peak_bytes
 from edge_sdk.child import TrainerProcess
 from edge_sdk.chooser import Chooser
+from edge_sdk.hardware.measure import measure
 from edge_sdk.pipe import Estimate, Estimated, Inspected, PipeMessage, Train
-from edge_sdk.profile import measure
 from edge_sdk.protocol.stream import PART_BYTES, layout, num_parts
 from edge_sdk.wire import (
     PROTOCOL,

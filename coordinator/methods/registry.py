@@ -25,7 +25,7 @@ from coordinator.methods.base import Method
 from coordinator.methods.depthwise import DepthAveraging
 from coordinator.methods.rotation import Rule, fixed, rotation
 from edge_sdk.errors import ConfigError
-from edge_sdk.resident import memory_errors
+from edge_sdk.hardware.process_memory import memory_errors
 
 Device: TypeAlias = str | torch.device
 

@@ -7,13 +7,13 @@ import sys
 
 import msgspec
 
-from edge_sdk import conditions
-from edge_sdk.boards import check_free, save_board, save_path
 from edge_sdk.cli_flags import Subparsers, _print_json, add_memory_cap, rate_flag
 from edge_sdk.errors import ConfigError
+from edge_sdk.hardware import conditions
+from edge_sdk.hardware.boards import check_free, save_board, save_path
+from edge_sdk.hardware.measure import measure, measured_board
 from edge_sdk.helpers.imports import require_torch
 from edge_sdk.helpers.text import mebibytes
-from edge_sdk.profile import measure, measured_board
 from edge_sdk.wire import DeviceProfile
 
 

@@ -12,19 +12,19 @@ from typing import Any
 
 import msgspec
 
-from edge_sdk.boards import board, board_names
 from edge_sdk.capacity import TRAINER_ENVIRONMENT, SegmentCost, levers, peak_bytes, seconds
 from edge_sdk.capacity_.choice import Choice, choose_exit, in_words, pulled
 from edge_sdk.cli_.measure import _describe
 from edge_sdk.cli_flags import Subparsers, _print_json, add_memory_cap
 from edge_sdk.device import calibration_file
 from edge_sdk.errors import ConfigError, TrainerError
+from edge_sdk.hardware.boards import board, board_names
 from edge_sdk.hardware.limits import least_bound
+from edge_sdk.hardware.measure import emulated, measure
+from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.helpers.text import mebibytes
-from edge_sdk.profile import emulated, measure
-from edge_sdk.resident import memory_errors
 from edge_sdk.wire import DeviceProfile, ModelSpec, Plan
 
 DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells

@@ -19,14 +19,14 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from edge_sdk import resident
 from edge_sdk.capacity import ALLOWANCE, ERROR, Moment, SegmentCost, in_parts, recomputing
 from edge_sdk.errors import CapacityError, ConfigError
+from edge_sdk.hardware import process_memory
+from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.flops import FlopCounter
 from edge_sdk.models.staged import moved, needed_names, trained_names
-from edge_sdk.resident import memory_errors
 from edge_sdk.wire import ModelSpec, Plan, Segment
 
 FEW = 2  # examples of the smaller step; BatchNorm wants two
@@ -114,7 +114,7 @@ def _count_and_exit(writer: int, count: Callable[[], Iterator[SegmentCost]]) -> 
     parent's code, hence os._exit whatever happens."""
     status = 1
     try:
-        resident.be_killed_before_others(1000)  # or the trainer loses what was counted
+        process_memory.be_killed_before_others(1000)  # or the trainer loses what was counted
         torch.set_num_threads(1)
         with os.fdopen(writer, "wb") as pipe:
             try:

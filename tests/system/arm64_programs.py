@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edge_sdk.hardware.measure import measure
 from edge_sdk.keys import read_all_keys
-from edge_sdk.profile import measure
 from edge_sdk.transport import Link
 from edge_sdk.wire import PROTOCOL, Accepted, Hello, ModelSpec, Part, Plan, Segment
 

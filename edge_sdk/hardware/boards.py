@@ -16,8 +16,8 @@ import msgspec
 from msgspec import Meta
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.jetson import jetson_module
-from edge_sdk.sysfs import ROOT, meminfo, read_text
+from edge_sdk.hardware.jetson import jetson_module
+from edge_sdk.hardware.procfs import ROOT, meminfo, read_text
 
 # First match wins; compared with the device tree's model string, lower case, "-" as " ".
 PLATFORMS = (

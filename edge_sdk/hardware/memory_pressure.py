@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_sdk.sysfs import ROOT, read_text
+from edge_sdk.hardware.procfs import ROOT, read_text
 
 STALLED = (
     0.4  # of the last 10 s in which every task of the group, or of the system, waited for memory

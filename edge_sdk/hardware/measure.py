@@ -12,8 +12,8 @@ import platform
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
-from edge_sdk.boards import Board, board_name
 from edge_sdk.errors import ConfigError
+from edge_sdk.hardware.boards import Board, board_name
 from edge_sdk.hardware.limits import cores, memory
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.version import __version__

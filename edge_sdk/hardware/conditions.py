@@ -16,8 +16,8 @@ from typing import Literal, TypeAlias
 import msgspec
 from msgspec.structs import replace
 
-from edge_sdk.jetson import jetson_stats
-from edge_sdk.sysfs import ROOT, folders, read_int, read_text
+from edge_sdk.hardware.jetson import jetson_stats
+from edge_sdk.hardware.procfs import ROOT, folders, read_int, read_text
 from edge_sdk.wire import DeviceProfile
 
 Work: TypeAlias = Literal["full", "short", "none"]
