@@ -22,8 +22,8 @@ from coordinator.invitations import Invitations
 from coordinator.key_files import NOWHERE, Stamp, locked, replace_text, stamp_of
 from coordinator.strangers import Strangers
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import check_key
-from edge_sdk.wire import CLIENT_NAME
+from edge_sdk.protocol.keys import check_key
+from edge_sdk.protocol.messages import CLIENT_NAME
 
 log = logging.getLogger(__name__)
 SETTLED_S = 0.2

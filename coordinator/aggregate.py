@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edge_sdk.errors import ShapeError
-from edge_sdk.tensors import Tensors
+from edge_sdk.protocol.tensors import Tensors
 
 
 class Kernel(Protocol):

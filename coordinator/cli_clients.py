@@ -28,9 +28,9 @@ from coordinator.strangers import forget_stranger, read_strangers
 from edge_sdk.cli_flags import path_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import checked_endpoint
-from edge_sdk.invitation import InvitationLine, encode_line
-from edge_sdk.keys import SERVER_KEYS, check_key, make_keys, read_key
-from edge_sdk.wire import CLIENT_NAME
+from edge_sdk.protocol.invitation import InvitationLine, encode_line
+from edge_sdk.protocol.keys import SERVER_KEYS, check_key, make_keys, read_key
+from edge_sdk.protocol.messages import CLIENT_NAME
 
 PORT = 5555  # of `serve --listen` by default
 MOST_HOURS = 24.0 * 366

@@ -9,8 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from edge_sdk.tensors import Tensors
-from edge_sdk.wire import DeviceProfile, ExitResult, ModelSpec, Phase, Plan, Segment, TensorSpec
+from edge_sdk.protocol.messages import (
+    DeviceProfile,
+    ExitResult,
+    ModelSpec,
+    Phase,
+    Plan,
+    Segment,
+    TensorSpec,
+)
+from edge_sdk.protocol.tensors import Tensors
 
 
 @dataclass(frozen=True)

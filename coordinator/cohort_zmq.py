@@ -26,8 +26,8 @@ from coordinator.tally import Tally
 from edge_sdk.errors import QuorumError
 from edge_sdk.helpers.logs import event
 from edge_sdk.helpers.text import one_line
-from edge_sdk.transport import Payload
-from edge_sdk.wire import (
+from edge_sdk.protocol.link import Payload
+from edge_sdk.protocol.messages import (
     PROTOCOL,
     Bye,
     Fault,

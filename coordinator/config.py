@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.wire import Index, ModelSpec, Plan, Seconds, Segment
+from edge_sdk.protocol.messages import Index, ModelSpec, Plan, Seconds, Segment
 
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Size: TypeAlias = Annotated[int, Meta(ge=1, le=2**16)]  # of a network or memory

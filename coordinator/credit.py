@@ -13,8 +13,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from coordinator.defaults import BUDGET_BYTES
+from edge_sdk.protocol.link import DEAD_MS
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.transport import DEAD_MS
 
 LEAST_BUDGET_BYTES = 2 * PART_BYTES
 WINDOW = 8  # parts under way per transfer, of a link that is not slow

@@ -20,9 +20,9 @@ from coordinator.tally import Tally
 from coordinator.transfers import Transfers
 from edge_sdk.errors import EdgeError, StoreError
 from edge_sdk.helpers.logs import Kind, event
-from edge_sdk.tensors import Receiver, Sender
-from edge_sdk.transport import Payload
-from edge_sdk.wire import Accepted, Fault, Fetch, Message, Part, Ready, Update
+from edge_sdk.protocol.link import Payload
+from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Message, Part, Ready, Update
+from edge_sdk.protocol.tensors import Receiver, Sender
 
 log = logging.getLogger(__name__)
 RESEND_S = 10.0  # a device that says it has another job gets it again

@@ -16,8 +16,8 @@ from coordinator.cohort import Client
 from coordinator.hub import NOT_ADMITTED, Hub, Received
 from coordinator.tally import MAX_CLIENTS, Tally
 from edge_sdk.helpers.logs import event
-from edge_sdk.transport import Payload
-from edge_sdk.wire import Fault, Hello, Message, Probe, Ready, Welcome
+from edge_sdk.protocol.link import Payload
+from edge_sdk.protocol.messages import Fault, Hello, Message, Probe, Ready, Welcome
 
 log = logging.getLogger(__name__)
 SILENCE_S = 45.0  # a device that says nothing for so long is gone, unless a part is on its way

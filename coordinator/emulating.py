@@ -34,9 +34,9 @@ from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.examples import MIN_BATCH
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.models.costs import segment_costs
-from edge_sdk.tensors import Tensors
+from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.trainer import pick_device
-from edge_sdk.wire import ModelSpec
 
 log = logging.getLogger(__name__)
 HOLDOUT = 0.2  # as in the paper

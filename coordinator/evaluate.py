@@ -15,9 +15,9 @@ from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError
 from edge_sdk.models import build
 from edge_sdk.models.staged import moved, place
-from edge_sdk.tensors import Tensors
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.trainer import train
-from edge_sdk.wire import ModelSpec, Plan, Segment
 
 
 @torch.no_grad()

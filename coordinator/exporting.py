@@ -15,8 +15,8 @@ from edge_sdk.data import Examples, load_dataset, load_test
 from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.export import check_packages, described, export, prefix
 from edge_sdk.exported import check_target
-from edge_sdk.tensors import Tensors
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.protocol.tensors import Tensors
 
 log = logging.getLogger(__name__)
 

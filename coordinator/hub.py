@@ -20,9 +20,9 @@ from coordinator import joining
 from coordinator.admission import Admission
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.helpers.logs import event
-from edge_sdk.keys import KeyPair
-from edge_sdk.transport import Payload, parse_frames, send_frames, set_common_options
-from edge_sdk.wire import Fault, Hello, Join, Message
+from edge_sdk.protocol.keys import KeyPair
+from edge_sdk.protocol.link import Payload, parse_frames, send_frames, set_common_options
+from edge_sdk.protocol.messages import Fault, Hello, Join, Message
 
 log = logging.getLogger(__name__)
 OWN_FILES = 64  # that the coordinator opens for itself

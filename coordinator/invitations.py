@@ -16,7 +16,7 @@ import msgspec
 
 from coordinator.key_files import NOWHERE, Stamp, Time, replace_text, stamp_of
 from edge_sdk.errors import ConfigError
-from edge_sdk.wire import ClientId, CurveKey
+from edge_sdk.protocol.messages import ClientId, CurveKey
 
 log = logging.getLogger(__name__)
 KEEP_S = 7 * 24 * 3600.0  # after it has expired

@@ -25,8 +25,8 @@ from coordinator.admission import (
 from coordinator.invitations import Invitation, read_invitations, write_invitation
 from coordinator.key_files import locked
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import check_key
-from edge_sdk.wire import Fault, Join, Joined
+from edge_sdk.protocol.keys import check_key
+from edge_sdk.protocol.messages import Fault, Join, Joined
 
 log = logging.getLogger(__name__)
 NEW_ONE = "ask for a new one, `edge-coordinator invite` makes it"

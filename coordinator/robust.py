@@ -35,7 +35,7 @@ from torch import Tensor
 from coordinator.aggregate import Kernel, OwnersMean, wide
 from coordinator.config import AggregationOptions
 from edge_sdk.errors import ShapeError
-from edge_sdk.tensors import Tensors
+from edge_sdk.protocol.tensors import Tensors
 
 CHUNK_BYTES = 16 * 1024**2  # of coordinates sorted at once, all owners together
 COLUMNS = 2**18  # entries taken to float64 at once

@@ -16,9 +16,9 @@ from coordinator.cohort import Assignment, Client, ClientUpdate
 from coordinator.credit import Pace, Paces
 from coordinator.spool import Arrived
 from edge_sdk.errors import ShapeError
+from edge_sdk.protocol.messages import Job, Phase, Ready, Update
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.tensors import Receiver, Sender, Tensors, check_finite, check_specs
-from edge_sdk.wire import Job, Phase, Ready, Update
+from edge_sdk.protocol.tensors import Receiver, Sender, Tensors, check_finite, check_specs
 
 MOST_WANTED = 16  # ranges of parts that a device may have asked for and not been sent
 

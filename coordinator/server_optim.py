@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from coordinator.config import ServerOptions
-from edge_sdk.tensors import Tensors, check_finite, check_shapes, check_specs, specs_of, under
+from edge_sdk.protocol.tensors import (
+    Tensors,
+    check_finite,
+    check_shapes,
+    check_specs,
+    specs_of,
+    under,
+)
 
 
 class Server:

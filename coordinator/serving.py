@@ -27,7 +27,7 @@ from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.helpers.text import checked_endpoint
-from edge_sdk.keys import read_keys
+from edge_sdk.protocol.keys import read_keys
 from edge_sdk.trainer import pick_device
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from coordinator.config import (
 from coordinator.defaults import GENERATE, RANK
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.helpers.text import one_line
-from edge_sdk.wire import ModelSpec, Plan
+from edge_sdk.protocol.messages import ModelSpec, Plan
 
 
 def run_config(

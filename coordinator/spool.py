@@ -24,9 +24,9 @@ from torch import Tensor
 
 from coordinator.cohort import Client
 from edge_sdk.errors import EdgeError, StoreError
+from edge_sdk.protocol.messages import Job, Segment, Struct, TensorSpec, Update
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout
-from edge_sdk.tensors import Sender, Tensors, views
-from edge_sdk.wire import Job, Segment, Struct, TensorSpec, Update
+from edge_sdk.protocol.tensors import Sender, Tensors, views
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

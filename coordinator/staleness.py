@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coordinator.cohort import ClientUpdate
-from edge_sdk.tensors import Tensors
+from edge_sdk.protocol.tensors import Tensors
 
 
 def brought_forward(

@@ -34,9 +34,9 @@ from coordinator.run_lock import RunLock
 from coordinator.settings import differences
 from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.exported import is_there
+from edge_sdk.protocol.messages import ModelSpec, Phase, Segment
+from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.protocol.timing import clock, since
-from edge_sdk.tensors import Tensors
-from edge_sdk.wire import ModelSpec, Phase, Segment
 
 log = logging.getLogger(__name__)
 VERSION = 4

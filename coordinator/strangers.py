@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from coordinator.key_files import NOWHERE, Time, locked, replace_text, stamp_of
 from edge_sdk.errors import ConfigError
-from edge_sdk.wire import CurveKey
+from edge_sdk.protocol.messages import CurveKey
 
 log = logging.getLogger(__name__)
 MOST = 100

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 from coordinator.credit import Credit
 from coordinator.seats import Seat
+from edge_sdk.protocol.link import Payload
+from edge_sdk.protocol.messages import Fetch, Message, Part
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.transport import Payload
-from edge_sdk.wire import Fetch, Message, Part
 
 
 class Transfers:

@@ -32,8 +32,8 @@ from edge_sdk.pipe import (
     Resume,
     Train,
 )
-from edge_sdk.transport import Link, Payload
-from edge_sdk.wire import (
+from edge_sdk.protocol.link import Link, Payload
+from edge_sdk.protocol.messages import (
     Accepted,
     Bye,
     DeviceProfile,

@@ -11,7 +11,7 @@ from edge_sdk.child import TrainerProcess
 from edge_sdk.events import Event
 from edge_sdk.hardware.conditions import FULL, Allowance, Conditions, allowed, slowed
 from edge_sdk.pipe import Inspected
-from edge_sdk.wire import DeviceProfile
+from edge_sdk.protocol.messages import DeviceProfile
 
 
 @dataclass(frozen=True)

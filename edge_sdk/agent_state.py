@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from edge_sdk.pipe import Inspected
+from edge_sdk.protocol.messages import PROTOCOL, DeviceProfile, Hello, Job, Phase, Update, Welcome
 from edge_sdk.version import __version__
-from edge_sdk.wire import PROTOCOL, DeviceProfile, Hello, Job, Phase, Update, Welcome
 
 HELLO_S = 2.0  # between attempts to be welcomed, grows to HELLO_MAX_S
 REFUSED_S = 10.0  # pause after a refused handshake, doubles to REFUSED_MAX_S

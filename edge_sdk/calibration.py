@@ -29,9 +29,9 @@ from edge_sdk.hardware.limits import cores, memory
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.costs import of_whole_step
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment, Struct
 from edge_sdk.trainer import train
 from edge_sdk.version import __version__
-from edge_sdk.wire import ModelSpec, Plan, Segment, Struct
 
 log = logging.getLogger(__name__)
 # Kernels' own memory: at least what those of shapes never seen before take; 1 to 5 MB on x86 with

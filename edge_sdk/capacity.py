@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from edge_sdk.errors import CapacityError
-from edge_sdk.wire import DeviceProfile
+from edge_sdk.protocol.messages import DeviceProfile
 
 # Peak memory of a training step over (saved activations + gradients) where the device was not
 # calibrated (calibration.py), and the error of what is predicted with it. Our measurement: torch

@@ -18,8 +18,8 @@ from edge_sdk.errors import TrainerError
 from edge_sdk.hardware.memory_pressure import Usage, is_thrashing, usage
 from edge_sdk.notify import SILENT_S, THRASHING_S
 from edge_sdk.pipe import Cancel, Pipe, PipeMessage
-from edge_sdk.transport import Payload
-from edge_sdk.wire import Fault, Fetch, Part, Update
+from edge_sdk.protocol.link import Payload
+from edge_sdk.protocol.messages import Fault, Fetch, Part, Update
 
 
 class TrainerProcess:

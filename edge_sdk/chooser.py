@@ -12,7 +12,7 @@ from edge_sdk.capacity_.choice import Choice, Row, choose_exit
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.conditions import FULL, Allowance
 from edge_sdk.helpers.text import mebibytes
-from edge_sdk.wire import DeviceProfile, Plan, Ready, Segment, Welcome
+from edge_sdk.protocol.messages import DeviceProfile, Plan, Ready, Segment, Welcome
 
 GROWN = 1.25  # memory must have grown so much before what failed is tried
 # Of the predicted peak that failed, without the runtime, so much is tried next: the next lever, or

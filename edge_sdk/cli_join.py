@@ -23,8 +23,8 @@ from edge_sdk.config_file import (
 from edge_sdk.device import checked_id, default_keys
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import checked_endpoint
-from edge_sdk.invitation import MAX_CHARACTERS, InvitationLine, decode_line
-from edge_sdk.keys import (
+from edge_sdk.protocol.invitation import MAX_CHARACTERS, InvitationLine, decode_line
+from edge_sdk.protocol.keys import (
     DEVICE_KEYS,
     SERVER_KEYS,
     has_keys,
@@ -67,7 +67,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_join(args: argparse.Namespace) -> int:
-    from edge_sdk.join import join
+    from edge_sdk.protocol.join import join
 
     line = decode_line(_given_line(args.line))
     path = args.config or default_config(default_keys())
@@ -169,7 +169,7 @@ def run_keys(args: argparse.Namespace) -> int:
 
 
 def _rotate(args: argparse.Namespace) -> int:
-    from edge_sdk.join import rotate
+    from edge_sdk.protocol.join import rotate
 
     usual = default_config(default_keys())
     if args.config is None and usual.exists():

@@ -27,8 +27,8 @@ from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import board
 from edge_sdk.hardware.measure import emulated
 from edge_sdk.helpers.text import checked_endpoint
-from edge_sdk.keys import has_next_keys
-from edge_sdk.wire import DeviceProfile
+from edge_sdk.protocol.keys import has_next_keys
+from edge_sdk.protocol.messages import DeviceProfile
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import checked_endpoint, parse_size
-from edge_sdk.wire import CLIENT_NAME
+from edge_sdk.protocol.messages import CLIENT_NAME
 
 DEFAULT_CONFIG = Path("/etc/edge-sdk/config.toml")
 # What an error says is expected; also every key there is.

@@ -17,9 +17,9 @@ from edge_sdk.agent import Agent
 from edge_sdk.agent_options import AgentOptions
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.measure import measure
-from edge_sdk.keys import KeyPair, read_all_keys
-from edge_sdk.transport import Link
-from edge_sdk.wire import CLIENT_NAME, DeviceProfile
+from edge_sdk.protocol.keys import KeyPair, read_all_keys
+from edge_sdk.protocol.link import Link
+from edge_sdk.protocol.messages import CLIENT_NAME, DeviceProfile
 
 log = logging.getLogger(__name__)
 # This device's pair and the coordinator's public key; None and None: no encryption.

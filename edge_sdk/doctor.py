@@ -35,7 +35,7 @@ from edge_sdk.hardware.limits import memory
 from edge_sdk.hardware.procfs import ROOT, read_text
 from edge_sdk.helpers.imports import INSTALL, is_too_old, oldest
 from edge_sdk.helpers.text import mebibytes
-from edge_sdk.keys import DEVICE_KEYS, KeyPair, read_all_keys
+from edge_sdk.protocol.keys import DEVICE_KEYS, KeyPair, read_all_keys
 from edge_sdk.service import STATE, is_hidden
 
 EARLIEST = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)  # this program is younger
@@ -328,7 +328,7 @@ def handshake(
     """Why the coordinator refuses this device; "" when it does not. Nothing is sent."""
     import zmq
 
-    from edge_sdk.transport import Link
+    from edge_sdk.protocol.link import Link
 
     pair, server_key = keys or (None, None)
     link = Link(endpoint, pair, server_key)

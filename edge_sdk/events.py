@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from edge_sdk.capacity_.choice import Choice
 from edge_sdk.helpers import logs
-from edge_sdk.wire import ExitResult, Job, Segment, Update, Welcome
+from edge_sdk.protocol.messages import ExitResult, Job, Segment, Update, Welcome
 
 Kind: TypeAlias = Literal[
     "connected", "chosen", "job", "trained", "accepted", "failed", "lost", "finished", "ended"

@@ -42,8 +42,8 @@ from edge_sdk.infer import NEVER, EarlyExit, open_session
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.plain import plain_model
 from edge_sdk.models.staged import place
-from edge_sdk.tensors import Tensors, check_finite
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.protocol.tensors import Tensors, check_finite
 
 OPSET = 17
 TOLERANCE = 1e-4  # of the largest logit; float32 sums in another order differ by about 1e-6

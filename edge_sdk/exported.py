@@ -23,7 +23,7 @@ from msgspec import Meta
 
 from edge_sdk.errors import StoreError
 from edge_sdk.helpers.text import one_line
-from edge_sdk.wire import ModelSpec, Struct
+from edge_sdk.protocol.messages import ModelSpec, Struct
 
 FORMAT: Literal[1] = 1
 MODEL, WHOLE, CALIBRATION = "model.json", "whole.onnx", "calibration.json"

@@ -23,9 +23,9 @@ import torch
 
 from edge_sdk.errors import CapacityError
 from edge_sdk.hardware.process_memory import memory_errors
+from edge_sdk.protocol.messages import Job, Struct, Update
 from edge_sdk.protocol.stream import layout
-from edge_sdk.tensors import Sender, views
-from edge_sdk.wire import Job, Struct, Update
+from edge_sdk.protocol.tensors import Sender, views
 
 log = logging.getLogger(__name__)
 MOST_OTHERS = 3

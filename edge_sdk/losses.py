@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edge_sdk.errors import ConfigError, ShapeError
-from edge_sdk.wire import Plan
+from edge_sdk.protocol.messages import Plan
 
 # Whether exit j teaches exit e.
 TEACHES: dict[str, Callable[[int, int], bool]] = {

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edge_sdk.wire import Plan
+from edge_sdk.protocol.messages import Plan
 
 
 class Optimizer:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 from edge_sdk.capacity import SegmentCost
-from edge_sdk.wire import (
+from edge_sdk.protocol.messages import (
     Count,
     Fault,
     Fetch,

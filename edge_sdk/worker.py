@@ -36,10 +36,10 @@ from edge_sdk.pipe import (
     Resume,
     Train,
 )
+from edge_sdk.protocol.messages import Fault, Fetch, Job, Part, Phase, Update
+from edge_sdk.protocol.tensors import Receiver, Sender, specs_of
 from edge_sdk.protocol.timing import clock, since
-from edge_sdk.tensors import Receiver, Sender, specs_of
 from edge_sdk.trainer import TrainResult, train, usable_device
-from edge_sdk.wire import Fault, Fetch, Job, Part, Phase, Update
 
 log = logging.getLogger(__name__)
 WINDOW = 8  # parts asked for ahead: 4 MiB

@@ -13,7 +13,7 @@ from edge_sdk.hardware import process_memory
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.pipe import Pipe
-from edge_sdk.wire import Fault
+from edge_sdk.protocol.messages import Fault
 
 
 def main() -> int:

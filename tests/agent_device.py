@@ -20,9 +20,8 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.conditions import Conditions
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import needed_names
-from edge_sdk.tensors import Tensors
-from edge_sdk.transport import Link
-from edge_sdk.wire import (
+from edge_sdk.protocol.link import Link
+from edge_sdk.protocol.messages import (
     Accepted,
     DeviceProfile,
     Fault,
@@ -34,6 +33,7 @@ from edge_sdk.wire import (
     Segment,
     Update,
 )
+from edge_sdk.protocol.tensors import Tensors
 from tests.helpers import cnn
 from tests.scripted import PROFILE, WAIT_S
 from tests.scripted_coordinator import ScriptedCoordinator

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from edge_sdk.capacity import Moment, SegmentCost
 from edge_sdk.chooser import Chooser
-from edge_sdk.wire import PROTOCOL, DeviceProfile, Segment, Welcome
+from edge_sdk.protocol.messages import PROTOCOL, DeviceProfile, Segment, Welcome
 from tests.agent_device import MODEL, WHOLE
 from tests.scripted import PROFILE
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from coordinator.aggregate import OwnersMean
 from coordinator.cohort import Absence, Assignment, ClientUpdate
+from edge_sdk.protocol.messages import Fault, Heartbeat, Message, Plan, Segment
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.tensors import specs_of
-from edge_sdk.wire import Fault, Heartbeat, Message, Plan, Segment
+from edge_sdk.protocol.tensors import specs_of
 from tests.helpers import cnn
 from tests.scripted import WAIT_S, Coordinator, Result, ScriptedDevice, floats
 

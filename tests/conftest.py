@@ -103,7 +103,7 @@ def quick_retries():
 @pytest.fixture(scope="module")
 def pair(quick_retries, tmp_path_factory):
     """A scripted coordinator and a device that has said hello to it."""
-    from edge_sdk.wire import Hello
+    from edge_sdk.protocol.messages import Hello
     from tests.agent_device import running
     from tests.helpers import examples
     from tests.scripted_coordinator import ScriptedCoordinator
@@ -150,7 +150,7 @@ def gate(tmp_path):
 def member(gate, tmp_path):
     """A device's folder with the keys of the admitted client pi."""
     from coordinator.admission import add_client
-    from edge_sdk.keys import make_keys
+    from edge_sdk.protocol.keys import make_keys
     from tests.gate import new_key
 
     folder = tmp_path / "pi"

@@ -11,9 +11,9 @@ from coordinator.cohort import Assignment, ClientUpdate
 from coordinator.credit import Credit
 from coordinator.desk import Desk
 from coordinator.spool import Spool
+from edge_sdk.protocol.messages import ExitResult, Job, Part, Phase, Plan, Segment, Update
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.tensors import Sender, Tensors, specs_of
-from edge_sdk.wire import ExitResult, Job, Part, Phase, Plan, Segment, Update
+from edge_sdk.protocol.tensors import Sender, Tensors, specs_of
 from tests.helpers import client, cnn
 from tests.scripted import floats
 

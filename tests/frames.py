@@ -10,7 +10,7 @@ import pytest
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.codec import decode
-from edge_sdk.wire import PROTOCOL
+from edge_sdk.protocol.messages import PROTOCOL
 
 MODEL = {"family": "cnn", "input_shape": [1, 8, 8], "num_classes": 10, "exit": 3}
 PLAN = {"segments": [{"first": 1, "last": 3}]}

@@ -13,9 +13,9 @@ from coordinator.admission import Admission
 from coordinator.cli import main as coordinate
 from coordinator.hub import Hub
 from coordinator.invitations import Invitation, read_invitations, write_invitation
-from edge_sdk.invitation import InvitationLine
-from edge_sdk.keys import KeyPair, make_keys, read_keys
-from edge_sdk.wire import Heartbeat
+from edge_sdk.protocol.invitation import InvitationLine
+from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys
+from edge_sdk.protocol.messages import Heartbeat
 from tests.helpers import settle
 from tests.scripted import ANY_PORT, WAIT_S, ScriptedDevice
 

@@ -22,7 +22,7 @@ from coordinator.config import (
     ServerOptions,
 )
 from edge_sdk.data import Examples
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
 
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 # Two public keys in Z85.

@@ -26,8 +26,8 @@ import psutil
 
 from coordinator.admission import add_client
 from edge_sdk.data import Examples, load_dataset, save_shard
-from edge_sdk.keys import make_keys
 from edge_sdk.partition import partition_iid
+from edge_sdk.protocol.keys import make_keys
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from coordinator.cohort import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig
 from coordinator.methods.base import Metrics
 from coordinator.store import Store
-from edge_sdk.wire import DeviceProfile, ExitResult, ModelSpec, Phase, Segment
+from edge_sdk.protocol.messages import DeviceProfile, ExitResult, ModelSpec, Phase, Segment
 
 CONFIG = RunConfig(
     method="stage-rotation",

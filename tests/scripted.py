@@ -23,11 +23,10 @@ from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.hub import Hub
 from coordinator.spool import Spool
-from edge_sdk.keys import KeyPair, make_keys
 from edge_sdk.models.staged import trained_names
-from edge_sdk.tensors import Receiver, Sender, Tensors, specs_of
-from edge_sdk.transport import Link, Payload
-from edge_sdk.wire import (
+from edge_sdk.protocol.keys import KeyPair, make_keys
+from edge_sdk.protocol.link import Link, Payload
+from edge_sdk.protocol.messages import (
     PROTOCOL,
     Accepted,
     DeviceProfile,
@@ -46,6 +45,7 @@ from edge_sdk.wire import (
     Update,
     Welcome,
 )
+from edge_sdk.protocol.tensors import Receiver, Sender, Tensors, specs_of
 from tests.helpers import cnn
 
 WAIT_S = 30.0  # for what must come; the machine may be busy

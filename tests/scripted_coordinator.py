@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from coordinator.hub import Hub, Received
-from edge_sdk.tensors import Receiver, Sender, Tensors
-from edge_sdk.transport import Payload
-from edge_sdk.wire import (
+from edge_sdk.protocol.link import Payload
+from edge_sdk.protocol.messages import (
     PROTOCOL,
     Fetch,
     Heartbeat,
@@ -22,6 +21,7 @@ from edge_sdk.wire import (
     Update,
     Welcome,
 )
+from edge_sdk.protocol.tensors import Receiver, Sender, Tensors
 from tests.scripted import ANY_PORT, WAIT_S, M, asked_for
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from coordinator.spool import Arrived, Spool
 from edge_sdk.errors import StoreError
+from edge_sdk.protocol.messages import ExitResult, Segment, Update
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.tensors import Receiver, Sender, Tensors, specs_of
-from edge_sdk.wire import ExitResult, Segment, Update
+from edge_sdk.protocol.tensors import Receiver, Sender, Tensors, specs_of
 from tests.scripted import floats
 
 JOB, OTHER = "1" * 32, "2" * 32

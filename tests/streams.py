@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from edge_sdk.tensors import Receiver, Sender
+from edge_sdk.protocol.tensors import Receiver, Sender
 
 FLOATS_PER_PART = 131_072  # 524288 / 4
 

@@ -9,7 +9,7 @@ import pytest
 from coordinator.admission import Admission, add_client, parse_clients
 from coordinator.hub import Hub
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import make_keys
+from edge_sdk.protocol.keys import make_keys
 from tests.helpers import KEY_A, KEY_B, mode_of, settle
 
 

@@ -18,9 +18,9 @@ from coordinator.admission import Admission, add_client
 from coordinator.hub import Hub
 from edge_sdk.data import Examples, save_shard
 from edge_sdk.errors import DataError, LinkError
-from edge_sdk.keys import make_keys
-from edge_sdk.transport import Link
-from edge_sdk.wire import (
+from edge_sdk.protocol.keys import make_keys
+from edge_sdk.protocol.link import Link
+from edge_sdk.protocol.messages import (
     PROTOCOL,
     Accepted,
     Bye,

@@ -12,7 +12,7 @@ from edge_sdk.capacity import in_model, peak_bytes
 from edge_sdk.chooser import Chooser
 from edge_sdk.hardware.conditions import FULL, Allowance, Conditions, Zone
 from edge_sdk.pipe import Inspected
-from edge_sdk.wire import Fault, Heartbeat, Hello, Ready
+from edge_sdk.protocol.messages import Fault, Heartbeat, Hello, Ready
 from tests.agent_device import (
     GIB,
     LONG,

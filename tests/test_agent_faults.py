@@ -20,7 +20,7 @@ from edge_sdk.chooser import Chooser
 from edge_sdk.data import save_shard
 from edge_sdk.errors import TrainerError
 from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Resume, Train
-from edge_sdk.wire import Fault, Job, Phase, Ready, Update
+from edge_sdk.protocol.messages import Fault, Job, Phase, Ready, Update
 from tests.agent_device import MODEL, WHOLE
 from tests.choices import COSTS, choose, segments, welcome
 from tests.helpers import examples

@@ -9,8 +9,18 @@ from msgspec.structs import replace
 
 from edge_sdk.capacity import peak_bytes
 from edge_sdk.models.staged import trained_names
-from edge_sdk.tensors import Tensors, specs_of
-from edge_sdk.wire import Accepted, Fault, Fetch, Heartbeat, Hello, Part, Ready, Segment, Update
+from edge_sdk.protocol.messages import (
+    Accepted,
+    Fault,
+    Fetch,
+    Heartbeat,
+    Hello,
+    Part,
+    Ready,
+    Segment,
+    Update,
+)
+from edge_sdk.protocol.tensors import Tensors, specs_of
 from tests.agent_device import GIB, LONG, MODEL, WHOLE, finish, give, job_tensors
 from tests.scripted import floats
 

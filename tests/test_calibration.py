@@ -11,7 +11,7 @@ from edge_sdk.calibration import Calibration, calibrated, fit
 from edge_sdk.hardware import process_memory
 from edge_sdk.models import build
 from edge_sdk.models.costs import of_whole_step, segment_costs
-from edge_sdk.wire import ModelSpec, Plan, Segment
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
 MB = 10**6
 MiB = 1024**2

@@ -16,7 +16,7 @@ from edge_sdk.capacity import (
 from edge_sdk.capacity_.choice import Choice, choose_exit
 from edge_sdk.errors import CapacityError
 from edge_sdk.hardware.process_memory import memory_errors
-from edge_sdk.wire import DeviceProfile
+from edge_sdk.protocol.messages import DeviceProfile
 
 DEVICE = DeviceProfile(
     platform="generic",

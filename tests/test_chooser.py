@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from edge_sdk.capacity import Moment, SegmentCost
 from edge_sdk.chooser import Chooser
-from edge_sdk.wire import Segment
+from edge_sdk.protocol.messages import Segment
 from tests.agent_device import WHOLE
 from tests.choices import COSTS, choose, cost, segments, welcome, with_memory
 

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 from edge_sdk import Event
 from edge_sdk.errors import DataError, EdgeError
-from edge_sdk.wire import Bye, Fault, Hello, Ready
+from edge_sdk.protocol.messages import Bye, Fault, Hello, Ready
 from tests import scripted
 from tests.agent_device import MODEL, WHOLE
 from tests.own_program import client
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("shards_folder")
 FAMILY = """
 from edge_sdk.models import register_family
 from edge_sdk.models.mlp import build_mlp
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
 
 def build(spec: ModelSpec):
     return build_mlp(spec)

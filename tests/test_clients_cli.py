@@ -12,7 +12,7 @@ from coordinator import cli_clients
 from coordinator.cli import main as coordinate
 from coordinator.invitations import read_invitations
 from coordinator.strangers import Strangers
-from edge_sdk.invitation import decode_line
+from edge_sdk.protocol.invitation import decode_line
 from tests.gate import invited, new_key
 from tests.helpers import one_line
 from tests.other_user import closed

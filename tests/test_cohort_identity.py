@@ -15,8 +15,8 @@ from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.hub import Received
 from coordinator.key_files import replace_text
 from coordinator.spool import Spool
-from edge_sdk.keys import make_keys, read_keys
-from edge_sdk.wire import (
+from edge_sdk.protocol.keys import make_keys, read_keys
+from edge_sdk.protocol.messages import (
     PROTOCOL,
     Bye,
     Fault,

@@ -17,14 +17,8 @@ from coordinator.credit import Credit
 from coordinator.desk import Desk
 from coordinator.spool import Spool
 from edge_sdk.errors import QuorumError
-from edge_sdk.tensors import Sender
-from edge_sdk.wire import (
-    Accepted,
-    Fault,
-    Job,
-    Message,
-    Part,
-)
+from edge_sdk.protocol.messages import Accepted, Fault, Job, Message, Part
+from edge_sdk.protocol.tensors import Sender
 from tests.cohort_work import (
     BOTH,
     FLOATS_PER_PART,

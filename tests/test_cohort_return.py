@@ -8,9 +8,9 @@ import pytest
 
 from coordinator import devices as devices_module
 from coordinator.desk import MOST_GIVEN
+from edge_sdk.protocol.messages import Accepted, Bye, Fault, Fetch
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.tensors import Receiver
-from edge_sdk.wire import Accepted, Bye, Fault, Fetch
+from edge_sdk.protocol.tensors import Receiver
 from tests.cohort_work import (
     BOTH,
     FLOATS_PER_PART,

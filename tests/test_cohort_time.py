@@ -18,8 +18,8 @@ from coordinator.desk import MOST_STALLS, Desk
 from coordinator.hub import Received
 from coordinator.spool import Spool
 from edge_sdk.errors import QuorumError
+from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Heartbeat, Job, Message, Ready
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.wire import Accepted, Fault, Fetch, Heartbeat, Job, Message, Ready
 from tests.cohort_work import (
     BOTH,
     FLOATS_PER_PART,

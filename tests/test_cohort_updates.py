@@ -9,9 +9,9 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator.cohort import Assignment, ClientUpdate
+from edge_sdk.protocol.messages import Accepted, ExitResult, Fault, Fetch, Part, Update
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.tensors import Tensors, specs_of
-from edge_sdk.wire import Accepted, ExitResult, Fault, Fetch, Part, Update
+from edge_sdk.protocol.tensors import Tensors, specs_of
 from tests.cohort_work import (
     BOTH,
     FLOATS_PER_PART,

@@ -20,11 +20,11 @@ from coordinator.admission import Admission
 from coordinator.cohort import ClientUpdate
 from coordinator.hub import Hub
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import make_keys
 from edge_sdk.protocol.codec import MAX_CONTROL_BYTES, encode
+from edge_sdk.protocol.keys import make_keys
+from edge_sdk.protocol.messages import MAX_FRAME_BYTES, Accepted, Bye, Fault, Fetch, Heartbeat, Part
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.tensors import Receiver
-from edge_sdk.wire import MAX_FRAME_BYTES, Accepted, Bye, Fault, Fetch, Heartbeat, Part
+from edge_sdk.protocol.tensors import Receiver
 from tests.cohort_work import (
     BOTH,
     FLOATS_PER_PART,

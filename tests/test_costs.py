@@ -15,7 +15,7 @@ from edge_sdk.models import build, costs
 from edge_sdk.models.costs import segment_costs, segment_costs_apart
 from edge_sdk.models.flops import FlopCounter
 from edge_sdk.models.staged import moved
-from edge_sdk.wire import ModelSpec, Plan, Segment
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
 CNN = ModelSpec(
     family="cnn", input_shape=(1, 4, 4), num_classes=2, exit=2, options={"channels": (2, 3)}

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from edge_sdk.capacity import TRAINER_ENVIRONMENT, SegmentCost, peak_bytes, uncached
-from edge_sdk.wire import ModelSpec, Plan, Segment
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
 TRAINER = """
 import json, sys
@@ -21,7 +21,7 @@ from edge_sdk.calibration import calibrated, runtime_bytes
 from edge_sdk.models.costs import segment_costs_apart
 from edge_sdk.models.staged import needed_names
 from edge_sdk.trainer import train
-from edge_sdk.wire import ModelSpec, Plan
+from edge_sdk.protocol.messages import ModelSpec, Plan
 
 spec = msgspec.json.decode(sys.argv[1], type=ModelSpec)
 plan = msgspec.json.decode(sys.argv[2], type=Plan)

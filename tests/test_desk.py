@@ -12,8 +12,8 @@ from coordinator.cohort import Absence
 from coordinator.credit import Credit
 from coordinator.desk import MOST_GIVEN, MOST_STALLS, RESEND_S
 from edge_sdk.errors import StoreError
+from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Job, Part, Ready
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.wire import Accepted, Fault, Fetch, Job, Part, Ready
 from tests.desk_room import PARTS, Room, assert_is_the_update
 from tests.scripted import floats
 

@@ -6,8 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator.credit import SLOW_RATE, SLOW_WINDOW, UNKNOWN_RATE
+from edge_sdk.protocol.messages import Fault, Fetch, Ready
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.wire import Fault, Fetch, Ready
 from tests.desk_room import Room, assert_is_the_update
 
 

@@ -20,8 +20,18 @@ from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.credit import Credit
 from coordinator.desk import RESEND_S, Desk
 from coordinator.spool import Spool
-from edge_sdk.tensors import Sender, specs_of
-from edge_sdk.wire import Accepted, ExitResult, Fault, Job, Part, Plan, Ready, Segment, Update
+from edge_sdk.protocol.messages import (
+    Accepted,
+    ExitResult,
+    Fault,
+    Job,
+    Part,
+    Plan,
+    Ready,
+    Segment,
+    Update,
+)
+from edge_sdk.protocol.tensors import Sender, specs_of
 from tests.helpers import cnn
 
 MODES = ("late", "async", "drop")

@@ -12,13 +12,7 @@ from msgspec.structs import replace
 
 from coordinator import spool as spool_module
 from coordinator.spool import Spool
-from edge_sdk.wire import (
-    Accepted,
-    Fault,
-    Fetch,
-    Job,
-    Part,
-)
+from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Job, Part
 from tests.desk_room import PARTS, PLAN, Room, assert_is_the_update
 from tests.helpers import client
 from tests.scripted import floats

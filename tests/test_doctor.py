@@ -14,7 +14,7 @@ from coordinator.hub import Hub
 from edge_sdk import cli, doctor
 from edge_sdk.doctor import Finding
 from edge_sdk.hardware import jetson
-from edge_sdk.keys import make_keys, read_all_keys
+from edge_sdk.protocol.keys import make_keys, read_all_keys
 from tests.jtop_fake import JtopException, fake_jtop, orin, refuses
 from tests.processes import free_port
 from tests.scripted import ANY_PORT

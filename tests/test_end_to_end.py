@@ -24,9 +24,9 @@ from coordinator.methods.registry import make_method
 from coordinator.rounds import run_rounds
 from coordinator.spool import Spool
 from coordinator.store import SPOOL, Store
-from edge_sdk.keys import read_keys
-from edge_sdk.tensors import Tensors
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.keys import read_keys
+from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.protocol.tensors import Tensors
 from tests.helpers import one_line
 from tests.processes import World, has_ended, mapped_libraries, read_rows, wait_until
 

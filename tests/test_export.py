@@ -20,7 +20,7 @@ from edge_sdk.exported import MODEL, read_model
 from edge_sdk.infer import EarlyExit
 from edge_sdk.models import FAMILIES, StagedModel, initial_tensors
 from edge_sdk.models.plain import bin_weights, fold_batch_norms_
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
 from tests.helpers import cnn, examples, two_exits
 from tests.processes import World
 

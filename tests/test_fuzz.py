@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from coordinator import hub
 from edge_sdk.protocol.codec import encode
-from edge_sdk.wire import Accepted, Fault, Fetch, Message, Part
+from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Message, Part
 from tests.spoilt import FEW, MORE, mutate_bytes, numbers
 from tools import fuzz
 from tools.fuzz_fakes import SENDERS, Broken, OneLine, Socket, small_world

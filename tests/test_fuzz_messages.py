@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edge_sdk import pipe
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.codec import decode, encode
-from edge_sdk.wire import Fetch, Message
+from edge_sdk.protocol.messages import Fetch, Message
 from tests.spoilt import FEW, MORE, mutate_bytes, numbers
 from tools.fuzz_inputs import mutate_frame
 from tools.fuzz_messages import drawn_frames, strategies

@@ -23,7 +23,7 @@ from coordinator.methods.registry import make_method
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
 from tests.helpers import answer, client, cnn, config
 
 SHAPES = [(3, 2), (4, 3, 5), (4, 3, 5, 7)]

@@ -24,22 +24,11 @@ from msgspec.structs import fields
 
 import edge_sdk
 from coordinator import cohort_zmq, credit, desk, devices, hub, joining, seats
-from edge_sdk import (
-    agent,
-    agent_state,
-    chooser,
-    examples,
-    join,
-    supervisor,
-    trainer,
-    transport,
-    wire,
-    worker,
-)
+from edge_sdk import agent, agent_state, chooser, examples, supervisor, trainer, worker
 from edge_sdk.errors import EdgeError
+from edge_sdk.protocol import join, link, messages
 from edge_sdk.protocol.codec import decode, encode
-from edge_sdk.tensors import DTYPES
-from edge_sdk.wire import (
+from edge_sdk.protocol.messages import (
     PLAIN_TEXT,
     Accepted,
     Bye,
@@ -64,6 +53,7 @@ from edge_sdk.wire import (
     Update,
     Welcome,
 )
+from edge_sdk.protocol.tensors import DTYPES
 
 GOLDEN = Path(__file__).parent / "golden"
 TYPES = typing.get_args(Message)
@@ -166,7 +156,7 @@ EXAMPLES: tuple[Message, ...] = (
 )
 # What a peer sees of every module's constants; PROTOCOL.md gives each name and value in a table.
 CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
-    wire: (
+    messages: (
         "PROTOCOL",
         "PART_BYTES",
         "MAX_CONTROL_BYTES",
@@ -176,7 +166,7 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
         "MAX_TRANSFER_BYTES",
         "ALIGNMENT",
     ),
-    transport: ("PING_MS", "PING_TIMEOUT_MS", "DEAD_MS", "HIGH_WATER"),
+    link: ("PING_MS", "PING_TIMEOUT_MS", "DEAD_MS", "HIGH_WATER"),
     agent_state: ("HELLO_S", "HELLO_MAX_S", "REFUSED_S", "REFUSED_MAX_S"),
     supervisor: ("RESTART_S", "RESTART_MAX_S"),
     chooser: ("GROWN",),
@@ -239,7 +229,7 @@ def test_examples_leave_no_field_at_its_default(example):
 
 def test_the_version_is_the_same_wherever_it_stands(text):
     said = re.findall(r"`protocol` (?:is not|\| int \| required \|) (\d+)", text)
-    assert said == [str(wire.PROTOCOL)] * 4
+    assert said == [str(messages.PROTOCOL)] * 4
 
 
 @pytest.fixture(scope="module")
@@ -383,10 +373,10 @@ def test_protocol_names_every_fault_code(text):
 
 
 def test_protocol_gives_every_dtype_and_its_size(text):
-    assert list(wire.ITEM_BYTES) == list(DTYPES)
+    assert list(messages.ITEM_BYTES) == list(DTYPES)
     table = {row[0].strip("`"): row[1] for row in rows(text) if len(row) > 1}
     assert {name: table.get(name) for name in DTYPES} == {
-        name: str(size) for name, size in wire.ITEM_BYTES.items()
+        name: str(size) for name, size in messages.ITEM_BYTES.items()
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.invitation import InvitationLine, decode_line, encode_line
+from edge_sdk.protocol.invitation import InvitationLine, decode_line, encode_line
 from tests.gate import LINE
 
 

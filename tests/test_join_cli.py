@@ -15,8 +15,8 @@ from edge_sdk import cli_join, config_file
 from edge_sdk.cli import main as on_device
 from edge_sdk.config_file import parse_config, read_config, with_values
 from edge_sdk.errors import ConfigError
-from edge_sdk.invitation import decode_line
-from edge_sdk.keys import make_keys, read_keys
+from edge_sdk.protocol.invitation import decode_line
+from edge_sdk.protocol.keys import make_keys, read_keys
 from tests.gate import invited
 from tests.helpers import one_line, settle
 from tests.processes import World, run_cli

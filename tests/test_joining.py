@@ -14,10 +14,10 @@ import zmq
 from coordinator.admission import add_client, remove_client
 from coordinator.hub import Hub
 from coordinator.invitations import Invitation, withdraw
-from edge_sdk.invitation import InvitationLine
-from edge_sdk.join import Refused, join
-from edge_sdk.keys import KeyPair, make_keys, read_keys
-from edge_sdk.wire import Bye, Fault, Heartbeat, Join, Joined, Part, Ready
+from edge_sdk.protocol.invitation import InvitationLine
+from edge_sdk.protocol.join import Refused, join
+from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys
+from edge_sdk.protocol.messages import Bye, Fault, Heartbeat, Join, Joined, Part, Ready
 from tests.gate import LINE, new_key, only_invitation, pair_of
 from tests.helpers import settle
 from tests.scripted import ANY_PORT, WAIT_S, ScriptedDevice

@@ -15,12 +15,12 @@ from coordinator import joining
 from coordinator.admission import add_client
 from coordinator.invitations import Invitations, read_invitations
 from coordinator.key_files import locked
-from edge_sdk import join as join_module
 from edge_sdk.errors import ConfigError, LinkError
-from edge_sdk.invitation import InvitationLine
-from edge_sdk.join import Refused, join
-from edge_sdk.keys import make_keys, read_keys
-from edge_sdk.wire import Heartbeat
+from edge_sdk.protocol import join as join_module
+from edge_sdk.protocol.invitation import InvitationLine
+from edge_sdk.protocol.join import Refused, join
+from edge_sdk.protocol.keys import make_keys, read_keys
+from edge_sdk.protocol.messages import Heartbeat
 from tests.gate import DAY_S, LINE, Gate, only_invitation, pair_of
 from tests.helpers import settle
 from tests.processes import free_port

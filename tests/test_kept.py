@@ -18,9 +18,9 @@ from edge_sdk.calibration import Calibration
 from edge_sdk.device import kept_folder
 from edge_sdk.kept import Kept
 from edge_sdk.pipe import Estimate, Inspected, Pipe, Resume
+from edge_sdk.protocol.messages import ExitResult, Fault, Job, Phase, Plan, Segment, Update
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.tensors import Sender, specs_of
-from edge_sdk.wire import ExitResult, Fault, Job, Phase, Plan, Segment, Update
+from edge_sdk.protocol.tensors import Sender, specs_of
 from edge_sdk.worker import Worker
 from tests.helpers import cnn, examples
 from tests.scripted import floats

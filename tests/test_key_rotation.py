@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from coordinator.admission import remove_client
-from edge_sdk import join as join_module
-from edge_sdk import keys as keys_module
 from edge_sdk.errors import ConfigError
-from edge_sdk.join import Refused, join, rotate
-from edge_sdk.keys import (
+from edge_sdk.protocol import join as join_module
+from edge_sdk.protocol import keys as keys_module
+from edge_sdk.protocol.join import Refused, join, rotate
+from edge_sdk.protocol.keys import (
     KeyPair,
     has_next_keys,
     make_keys,
@@ -22,7 +22,7 @@ from edge_sdk.keys import (
     read_keys,
     swap_keys,
 )
-from edge_sdk.wire import Fault, Heartbeat, Join, Joined
+from edge_sdk.protocol.messages import Fault, Heartbeat, Join, Joined
 from tests.gate import Gate, only_invitation, pair_of
 from tests.helpers import settle
 

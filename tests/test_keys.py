@@ -12,9 +12,9 @@ import pytest
 import zmq
 from zmq.utils import z85
 
-from edge_sdk import keys
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import KeyPair, check_key, make_keys, read_all_keys, read_key, read_keys
+from edge_sdk.protocol import keys
+from edge_sdk.protocol.keys import KeyPair, check_key, make_keys, read_all_keys, read_key, read_keys
 from tests.helpers import KEY_A, KEY_B, mode_of
 
 
@@ -156,7 +156,7 @@ def test_every_character_of_z85_may_be_in_a_key():
 
 
 def test_checking_keys_needs_no_zmq_until_then():
-    code = "import sys, edge_sdk.keys, coordinator.admission; print('zmq' in sys.modules)"
+    code = "import sys, edge_sdk.protocol.keys, coordinator.admission; print('zmq' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
 

@@ -10,8 +10,7 @@ import pytest
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.codec import decode, encode
-from edge_sdk.protocol.stream import PART_BYTES, digest_of
-from edge_sdk.wire import (
+from edge_sdk.protocol.messages import (
     PROTOCOL,
     Accepted,
     Bye,
@@ -30,6 +29,7 @@ from edge_sdk.wire import (
     Update,
     Welcome,
 )
+from edge_sdk.protocol.stream import PART_BYTES, digest_of
 from tests.processes import ROOT
 from tools.light_client import LightClient, update_bytes, value_of
 from tools.light_fleet import read_clients, write_clients
@@ -174,7 +174,7 @@ def test_what_no_coordinator_says_is_an_error(client):
 
 
 def test_keys_are_written_for_their_owner_only_and_read_by_slices(tmp_path):
-    from edge_sdk.keys import KeyPair
+    from edge_sdk.protocol.keys import KeyPair
 
     pairs = [(f"c{number}", KeyPair(b"p%d" % number, b"s%d" % number)) for number in range(3)]
     write_clients(tmp_path / "pairs", pairs)

@@ -31,10 +31,10 @@ from coordinator.status import (
 )
 from coordinator.tally import CODES, OTHER
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import make_keys
+from edge_sdk.protocol.keys import make_keys
+from edge_sdk.protocol.messages import Accepted, Bye, Fault, Fetch, Job, Probe
 from edge_sdk.protocol.stream import PART_BYTES, layout
-from edge_sdk.tensors import Receiver, specs_of
-from edge_sdk.wire import Accepted, Bye, Fault, Fetch, Job, Probe
+from edge_sdk.protocol.tensors import Receiver, specs_of
 from tests.cohort_work import work
 from tests.processes import World, free_port, wait_until
 from tests.scripted import WAIT_S, Coordinator, ScriptedDevice, asked_for

@@ -10,7 +10,7 @@ from torch import nn
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.resnet import BasicBlock
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
 
 FOLDED = ModelSpec(family="vgg", input_shape=(3, 51), num_classes=3, exit=3)
 

@@ -14,7 +14,7 @@ from edge_sdk.agent_state import State
 from edge_sdk.hardware import memory_pressure
 from edge_sdk.notify import Notifier, Pulse
 from edge_sdk.pipe import Inspected
-from edge_sdk.wire import Fault, Hello, Ready
+from edge_sdk.protocol.messages import Fault, Hello, Ready
 from tests.agent_device import LONG, MODEL, WHOLE, give, running
 from tests.helpers import examples
 from tests.processes import wait_until

@@ -23,7 +23,7 @@ from coordinator.store import Store
 from edge_sdk import models
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import StagedModel, build, initial_tensors, register_family
-from edge_sdk.wire import ModelSpec, Segment
+from edge_sdk.protocol.messages import ModelSpec, Segment
 from tests.helpers import client, examples
 
 WIDTH = 6

@@ -15,7 +15,7 @@ from coordinator.hub import Hub
 from coordinator.key_files import locked
 from coordinator.strangers import MOST, Strangers, forget_stranger, read_strangers
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import KeyPair, make_keys, read_keys
+from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys
 from tests.gate import Gate, new_key
 from tests.scripted import ANY_PORT
 

@@ -17,8 +17,8 @@ from coordinator.emulate import Population
 from coordinator.store import Store
 from edge_sdk.data import DataSet
 from edge_sdk.models import build, initial_tensors
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.trainer import train
-from edge_sdk.wire import ModelSpec, Plan, Segment
 from tests.helpers import client, cnn, config, examples
 from tools.experiments import main
 from tools.probes import (

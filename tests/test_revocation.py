@@ -14,8 +14,8 @@ from coordinator import joining
 from coordinator.admission import Admission, add_client, read_list, remove_client, replace_client
 from coordinator.hub import Hub
 from edge_sdk.errors import ConfigError
-from edge_sdk.keys import make_keys, read_keys
-from edge_sdk.wire import Fault, Heartbeat, Join, Joined
+from edge_sdk.protocol.keys import make_keys, read_keys
+from edge_sdk.protocol.messages import Fault, Heartbeat, Join, Joined
 from tests.gate import new_key, pair_of
 from tests.helpers import settle
 from tests.scripted import ANY_PORT

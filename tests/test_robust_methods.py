@@ -21,8 +21,8 @@ from coordinator.settings import checked
 from coordinator.spool import Arrived, Spool
 from edge_sdk.data import load_dataset
 from edge_sdk.errors import ConfigError
-from edge_sdk.tensors import Sender
-from edge_sdk.wire import ExitResult, Update
+from edge_sdk.protocol.messages import ExitResult, Update
+from edge_sdk.protocol.tensors import Sender
 from tests.helpers import ROBUST, answer, client, config, examples, options_of
 from tools.bench_robust import accuracy
 

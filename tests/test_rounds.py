@@ -19,7 +19,7 @@ from coordinator.rounds import RoundReport, choose_first, gather, print_round, r
 from coordinator.sampling import sample
 from coordinator.store import RoundTotals, Store
 from edge_sdk.errors import ConfigError, DataError, TrainerError
-from edge_sdk.wire import Plan, Segment
+from edge_sdk.protocol.messages import Plan, Segment
 from tests.helpers import answer, client, cnn, config, examples
 
 

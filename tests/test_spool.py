@@ -15,7 +15,7 @@ from coordinator import spool as spool_module
 from coordinator.spool import Spool
 from edge_sdk.errors import StoreError
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.tensors import Receiver, Sender, Tensors
+from edge_sdk.protocol.tensors import Receiver, Sender, Tensors
 from tests.scripted import floats
 from tests.spooled import JOB, OTHER, TENSORS, arrived, files, keep, one_line, receive
 

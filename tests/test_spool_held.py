@@ -10,8 +10,8 @@ import torch
 
 from coordinator.spool import Spool
 from edge_sdk.errors import StoreError
-from edge_sdk.tensors import Sender, specs_of
-from edge_sdk.wire import Job, Plan, Segment
+from edge_sdk.protocol.messages import Job, Plan, Segment
+from edge_sdk.protocol.tensors import Sender, specs_of
 from tests.helpers import client, cnn
 from tests.scripted import floats
 from tests.spooled import JOB, TENSORS, files, keep, one_line

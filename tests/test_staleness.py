@@ -11,7 +11,7 @@ import torch
 from coordinator.cohort import ClientUpdate
 from coordinator.config import RunConfig
 from coordinator.staleness import brought_forward
-from edge_sdk.wire import Segment
+from edge_sdk.protocol.messages import Segment
 from tests.helpers import client, config
 
 CURRENT = {

@@ -15,7 +15,7 @@ from coordinator.cohort import Absence, ClientUpdate
 from coordinator.methods.base import Metrics
 from coordinator.store import BEGUN, Store
 from edge_sdk.errors import StoreError
-from edge_sdk.wire import ExitResult, Phase, Segment
+from edge_sdk.protocol.messages import ExitResult, Phase, Segment
 from tests.helpers import client, cnn, config
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import ProtocolError, ShapeError
-from edge_sdk.tensors import DTYPES, Receiver, Sender, check_finite, check_specs, specs_of
-from edge_sdk.wire import TensorSpec
+from edge_sdk.protocol.messages import TensorSpec
+from edge_sdk.protocol.tensors import DTYPES, Receiver, Sender, check_finite, check_specs, specs_of
 from tests.streams import FLOATS_PER_PART, assert_same, parts_of, received, stream_of
 
 # -- stream and parts ----------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.messages import TensorSpec
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.tensors import Receiver, Sender
-from edge_sdk.wire import TensorSpec
+from edge_sdk.protocol.tensors import Receiver, Sender
 from tests.streams import FLOATS_PER_PART, assert_same, parts_of, received
 
 

@@ -13,8 +13,8 @@ from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
 from edge_sdk.losses import distillation
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.optim import Optimizer
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.trainer import Cancelled, _forward, _parts, train
-from edge_sdk.wire import ModelSpec, Plan, Segment
 from tests.helpers import cnn, examples
 
 PREFIX = (Segment(first=1, last=3),)

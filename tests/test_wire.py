@@ -7,8 +7,7 @@ import pytest
 
 from edge_sdk.errors import ProtocolError, VersionError
 from edge_sdk.protocol.codec import decode, encode
-from edge_sdk.protocol.stream import MAX_TRANSFER_BYTES, PART_BYTES, layout, num_parts, part_size
-from edge_sdk.wire import (
+from edge_sdk.protocol.messages import (
     PROTOCOL,
     Accepted,
     Bye,
@@ -21,6 +20,7 @@ from edge_sdk.wire import (
     Segment,
     TensorSpec,
 )
+from edge_sdk.protocol.stream import MAX_TRANSFER_BYTES, PART_BYTES, layout, num_parts, part_size
 from tests.frames import GOOD, HEX, NAN, frame, refused
 
 # -- good --------------------------------------------------------------------------------------

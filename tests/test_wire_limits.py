@@ -11,8 +11,8 @@ import pytest
 import zmq
 
 from edge_sdk.protocol.codec import MAX_CONTROL_BYTES, decode, encode
-from edge_sdk.transport import set_common_options
-from edge_sdk.wire import MAX_TENSORS, Accepted, Bye
+from edge_sdk.protocol.link import set_common_options
+from edge_sdk.protocol.messages import MAX_TENSORS, Accepted, Bye
 from tests.frames import INF, MODEL, NAN, frame, refused
 
 

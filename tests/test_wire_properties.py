@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.codec import decode, encode
-from edge_sdk.protocol.stream import layout, num_parts, part_size
-from edge_sdk.wire import (
+from edge_sdk.protocol.messages import (
     Bye,
     Fault,
     Fetch,
@@ -25,6 +24,7 @@ from edge_sdk.wire import (
     TensorSpec,
     Update,
 )
+from edge_sdk.protocol.stream import layout, num_parts, part_size
 from tests.frames import GOOD, checked_line, frame, refused
 
 

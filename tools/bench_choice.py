@@ -33,7 +33,7 @@ from typing import Any
 
 import msgspec
 
-from edge_sdk.wire import ModelSpec, Plan, Segment
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from tools.limited_device import Task
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -35,7 +35,7 @@ from coordinator.store import Store
 from edge_sdk.data import Examples, load_dataset
 from edge_sdk.models import build
 from edge_sdk.models.staged import moved
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
 from tools.experiments import machine
 
 CPU = torch.device("cpu")

@@ -43,7 +43,7 @@ from coordinator.generators.registry import make_generator
 from edge_sdk.hardware import process_memory
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place
-from edge_sdk.tensors import Tensors
+from edge_sdk.protocol.tensors import Tensors
 from tools.generator_updates import (
     EXITS,
     MODELS,

@@ -38,7 +38,7 @@ from typing import Any
 
 import zmq
 
-from edge_sdk.keys import KeyPair, make_keys
+from edge_sdk.protocol.keys import KeyPair, make_keys
 from tools.light_fleet import write_clients
 
 INPUTS, CLASSES = 1000, 10

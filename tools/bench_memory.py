@@ -39,9 +39,9 @@ import psutil
 from edge_sdk.child import TrainerProcess
 from edge_sdk.data import save_shard
 from edge_sdk.examples import Examples
-from edge_sdk.keys import make_keys
 from edge_sdk.pipe import Estimate, Estimated, Inspected, Progress, Train
-from edge_sdk.wire import Fetch, Job, ModelSpec, Part, Plan, Segment, Update
+from edge_sdk.protocol.keys import make_keys
+from edge_sdk.protocol.messages import Fetch, Job, ModelSpec, Part, Plan, Segment, Update
 from tools.memory_programs import INPUTS, MODEL, SPEC, WEIGHTS, footprint
 
 MODELS = {
@@ -196,7 +196,7 @@ def trainer_job(spec: ModelSpec, plan: Plan, data: Path) -> Figures:
     from edge_sdk.models import build, initial_tensors
     from edge_sdk.models.costs import autograd_bytes
     from edge_sdk.models.staged import moved
-    from edge_sdk.tensors import Sender
+    from edge_sdk.protocol.tensors import Sender
 
     sender = Sender(initial_tensors(spec, 0))
     batch = moved(torch.zeros(plan.batch_size, *spec.input_shape), "cpu")

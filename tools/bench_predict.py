@@ -18,8 +18,8 @@ from edge_sdk.examples import Examples
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.costs import segment_costs
+from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan, Segment
 from edge_sdk.trainer import train
-from edge_sdk.wire import DeviceProfile, ModelSpec, Plan, Segment
 
 EPOCHS = 2
 WIDE = {"channels": (64, 128, 256, 512)}

@@ -26,7 +26,7 @@ from coordinator.emulate import Population, emulated_clients
 from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.registry import make_method
 from edge_sdk.data import DataSet, load_dataset
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
 from tools.experiments import git, machine
 
 POPULATION = Population(clients=10, groups=(4, 3, 3), split="iid", alpha=1.0)

@@ -26,10 +26,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from edge_sdk.keys import KeyPair, make_keys, read_key, read_keys
-from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
-from edge_sdk.transport import Link
-from edge_sdk.wire import (
+from edge_sdk.protocol.keys import KeyPair, make_keys, read_key, read_keys
+from edge_sdk.protocol.link import Link
+from edge_sdk.protocol.messages import (
     PROTOCOL,
     Accepted,
     Bye,
@@ -48,6 +47,7 @@ from edge_sdk.wire import (
     Update,
     Welcome,
 )
+from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
 
 NUM_TENSORS = 20
 RESULT = ExitResult(exit=1, loss=0.0, accuracy=0.0)
@@ -144,7 +144,7 @@ def serve(
     from coordinator.cohort_zmq import Terms, ZmqCohort
     from coordinator.hub import Hub
     from coordinator.spool import Spool
-    from edge_sdk.tensors import specs_of
+    from edge_sdk.protocol.tensors import specs_of
 
     torch.set_num_threads(1)
     pair: KeyPair | None = None

@@ -18,7 +18,7 @@ from zmq.utils import z85
 
 from coordinator.admission import Admission
 from edge_sdk.protocol.codec import decode
-from edge_sdk.wire import PLAIN_TEXT, Message
+from edge_sdk.protocol.messages import PLAIN_TEXT, Message
 
 PART_BYTES = 64  # so that tensors of a few bytes travel in parts
 HONEST = "honest"

@@ -15,7 +15,17 @@ from typing import Any, TypeAlias
 import msgpack
 
 from edge_sdk.protocol.codec import encode
-from edge_sdk.wire import Bye, Fault, Fetch, Heartbeat, Message, Part, Probe, Ready, TensorSpec
+from edge_sdk.protocol.messages import (
+    Bye,
+    Fault,
+    Fetch,
+    Heartbeat,
+    Message,
+    Part,
+    Probe,
+    Ready,
+    TensorSpec,
+)
 from tools.fuzz_fakes import SENDERS
 from tools.fuzz_world import (
     NUM_ROUTES,

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from edge_sdk.protocol.codec import encode
-from edge_sdk.wire import PROTOCOL, Message
+from edge_sdk.protocol.messages import PROTOCOL, Message
 
 Strategy: TypeAlias = st.SearchStrategy[Any]
 CHARACTERS = st.characters(exclude_categories=["Cs"])  # a surrogate is no UTF-8

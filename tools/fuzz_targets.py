@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.codec import decode, encode
-from edge_sdk.transport import parse_frames
-from edge_sdk.wire import Message, Part
+from edge_sdk.protocol.link import parse_frames
+from edge_sdk.protocol.messages import Message, Part
 from tools.fuzz_fakes import Broken, Frame
 from tools.fuzz_inputs import unpack_acts
 from tools.fuzz_world import Seen, World

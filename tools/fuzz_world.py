@@ -33,8 +33,7 @@ from coordinator.hub import Hub
 from coordinator.seats import make_job
 from coordinator.spool import Spool
 from edge_sdk.protocol.codec import encode
-from edge_sdk.tensors import Sender, Tensors, specs_of
-from edge_sdk.wire import (
+from edge_sdk.protocol.messages import (
     PROTOCOL,
     Accepted,
     Bye,
@@ -56,6 +55,7 @@ from edge_sdk.wire import (
     Update,
     Welcome,
 )
+from edge_sdk.protocol.tensors import Sender, Tensors, specs_of
 from tools.fuzz_fakes import CLOCK, HONEST, SENDERS, Broken, Frame, Socket, admitted
 from tools.fuzz_state import Place, changes, is_owned, shown, snapshot_state
 

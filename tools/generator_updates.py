@@ -19,9 +19,9 @@ from coordinator.cohort import Client, ClientUpdate
 from edge_sdk.examples import Examples
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place
-from edge_sdk.tensors import Tensors
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.trainer import train
-from edge_sdk.wire import ModelSpec, Plan, Segment
 
 EXITS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 3)
 WIDE = {"channels": (64, 128, 256, 512)}

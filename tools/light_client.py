@@ -19,9 +19,8 @@ from typing import TypeAlias
 from uuid import uuid4
 
 from edge_sdk.errors import ProtocolError
-from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
-from edge_sdk.transport import Payload
-from edge_sdk.wire import (
+from edge_sdk.protocol.link import Payload
+from edge_sdk.protocol.messages import (
     ITEM_BYTES,
     PROTOCOL,
     Accepted,
@@ -42,6 +41,7 @@ from edge_sdk.wire import (
     Update,
     Welcome,
 )
+from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
 
 WINDOW = 8  # parts under way, as real devices have it
 HELLO_S, HELLO_MAX_S = 2.0, 15.0  # between tries while there is no answer, as real devices have it

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import zmq
 
-from edge_sdk.keys import KeyPair
-from edge_sdk.transport import Payload, parse_frames, send_frames, set_common_options
-from edge_sdk.wire import Message, Part
+from edge_sdk.protocol.keys import KeyPair
+from edge_sdk.protocol.link import Payload, parse_frames, send_frames, set_common_options
+from edge_sdk.protocol.messages import Message, Part
 from tools.light_client import HELLO_MAX_S, LightClient
 
 

@@ -25,8 +25,7 @@ from edge_sdk.child import TrainerProcess
 from edge_sdk.chooser import Chooser
 from edge_sdk.hardware.measure import measure
 from edge_sdk.pipe import Estimate, Estimated, Inspected, PipeMessage, Train
-from edge_sdk.protocol.stream import PART_BYTES, layout, num_parts
-from edge_sdk.wire import (
+from edge_sdk.protocol.messages import (
     PROTOCOL,
     Fault,
     Fetch,
@@ -39,6 +38,7 @@ from edge_sdk.wire import (
     Update,
     Welcome,
 )
+from edge_sdk.protocol.stream import PART_BYTES, layout, num_parts
 
 BATCHES = 1  # in an epoch; memory is at its peak from the second step on
 Segments = list[tuple[int, int]]
@@ -64,7 +64,7 @@ def prepare(task: Task) -> None:
     from edge_sdk.models import initial_tensors
     from edge_sdk.models.costs import segment_costs
     from edge_sdk.models.staged import needed_names
-    from edge_sdk.tensors import Sender
+    from edge_sdk.protocol.tensors import Sender
 
     spec, folder = task.spec, Path(task.folder)
     count = BATCHES * task.plan.batch_size

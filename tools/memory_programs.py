@@ -52,7 +52,7 @@ def optim_loop(spec_json: str, plan_json: str, data: str) -> Figures:
     from torch.nn import functional
 
     from edge_sdk.models import build, initial_tensors
-    from edge_sdk.wire import ModelSpec, Plan
+    from edge_sdk.protocol.messages import ModelSpec, Plan
 
     torch.set_num_threads(1)
     plan = msgspec.json.decode(plan_json, type=Plan)
@@ -101,7 +101,7 @@ def predict_torch(folder: str) -> Figures:
     from safetensors.torch import load_file
 
     from edge_sdk.models import build
-    from edge_sdk.wire import ModelSpec
+    from edge_sdk.protocol.messages import ModelSpec
 
     torch.set_num_threads(1)
     model = build(msgspec.json.decode((Path(folder) / SPEC).read_bytes(), type=ModelSpec))

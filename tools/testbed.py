@@ -38,10 +38,10 @@ from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.hardware.boards import OWN_NAME, board
 from edge_sdk.hardware.measure import emulated
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
-from edge_sdk.keys import make_keys
 from edge_sdk.models import build
 from edge_sdk.models.costs import segment_costs
-from edge_sdk.wire import DeviceProfile, ModelSpec, Plan, Segment
+from edge_sdk.protocol.keys import make_keys
+from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan, Segment
 
 REPORT = Path(__file__).with_name("testbed_report.py")
 DEFAULT_DEVICES = "raspberry-pi-4=4,jetson-nano=4,jetson-tx2=4"

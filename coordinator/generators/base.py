@@ -11,8 +11,8 @@ from torch import Tensor
 from coordinator.cohort import ClientUpdate
 from edge_sdk.models import build
 from edge_sdk.models.staged import place
-from edge_sdk.tensors import Tensors
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.protocol.tensors import Tensors
 
 
 class Generator(Protocol):

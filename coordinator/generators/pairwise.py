@@ -37,7 +37,7 @@ from coordinator.factors import dematricise, matricise, matrix_shape
 from coordinator.generators.networks import Codec, FlatCodec, SvdCodec
 from edge_sdk.errors import ShapeError
 from edge_sdk.models.staged import place
-from edge_sdk.tensors import Tensors, check_shapes
+from edge_sdk.protocol.tensors import Tensors, check_shapes
 
 log = logging.getLogger(__name__)
 GATE_DECAY = 0.8

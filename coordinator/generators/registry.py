@@ -15,7 +15,7 @@ from coordinator.generators.base import Generator, generated_names
 from coordinator.generators.pairwise import PairGenerator
 from coordinator.generators.update_regression import UpdateRegression
 from edge_sdk.models import build
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
 
 
 def make_generator(

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from edge_sdk.tensors import Tensors
+from edge_sdk.protocol.tensors import Tensors
 
 CHUNK = 2**15  # columns taken to float32 at once: what fits a core's cache
 

@@ -37,7 +37,7 @@ from coordinator.cohort import ClientUpdate
 from coordinator.config import GeneratorOptions
 from coordinator.generators.row_memory import RowMemory
 from edge_sdk.models.staged import place
-from edge_sdk.tensors import Tensors, check_shapes, under
+from edge_sdk.protocol.tensors import Tensors, check_shapes, under
 
 SKETCH = 4096  # numbers kept of a stage-1 tensor; larger ones are count-sketched
 MIN_ROWS = 4

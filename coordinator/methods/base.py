@@ -9,8 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from coordinator.cohort import Assignment, Client, ClientUpdate
-from edge_sdk.tensors import Tensors
-from edge_sdk.wire import ModelSpec, Phase
+from edge_sdk.protocol.messages import ModelSpec, Phase
+from edge_sdk.protocol.tensors import Tensors
 
 
 @dataclass

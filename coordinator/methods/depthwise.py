@@ -25,9 +25,9 @@ from coordinator.server_optim import Server
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import needed_names, place, trained_names
+from edge_sdk.protocol.messages import ModelSpec, Phase
+from edge_sdk.protocol.tensors import Tensors, check_shapes, specs_of, under
 from edge_sdk.protocol.timing import clock, since
-from edge_sdk.tensors import Tensors, check_shapes, specs_of, under
-from edge_sdk.wire import ModelSpec, Phase
 
 log = logging.getLogger(__name__)
 SCARCE = 0.5  # of stage 1's owners: with fewer of the deepest stage's its exits are taught

@@ -17,7 +17,7 @@ from typing import TypeAlias
 from coordinator.cohort import Client
 from coordinator.config import RotationOptions
 from coordinator.sampling import job_seed
-from edge_sdk.wire import Segment
+from edge_sdk.protocol.messages import Segment
 
 # (client, round, owners of each stage so far) -> segments
 Rule: TypeAlias = Callable[[Client, int, Sequence[float]], tuple[Segment, ...]]

@@ -10,7 +10,7 @@ import msgspec
 from edge_sdk.capacity import SegmentCost, error_bytes, in_model, levers, peak_bytes, seconds
 from edge_sdk.errors import CapacityError
 from edge_sdk.helpers.text import mebibytes
-from edge_sdk.wire import DeviceProfile
+from edge_sdk.protocol.messages import DeviceProfile
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from edge_sdk.hardware.boards import check_free, save_board, save_path
 from edge_sdk.hardware.measure import measure, measured_board
 from edge_sdk.helpers.imports import require_torch
 from edge_sdk.helpers.text import mebibytes
-from edge_sdk.wire import DeviceProfile
+from edge_sdk.protocol.messages import DeviceProfile
 
 
 def add_measure_command(subparsers: Subparsers) -> None:

@@ -25,7 +25,7 @@ from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.helpers.text import mebibytes
-from edge_sdk.wire import DeviceProfile, ModelSpec, Plan
+from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan
 
 DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells
 

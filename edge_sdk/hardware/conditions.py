@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from edge_sdk.hardware.jetson import jetson_stats
 from edge_sdk.hardware.procfs import ROOT, folders, read_int, read_text
-from edge_sdk.wire import DeviceProfile
+from edge_sdk.protocol.messages import DeviceProfile
 
 Work: TypeAlias = Literal["full", "short", "none"]
 

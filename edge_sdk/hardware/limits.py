@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from edge_sdk.hardware.procfs import ROOT, meminfo, read_int, read_text, to_int
-from edge_sdk.wire import Bound
+from edge_sdk.protocol.messages import Bound
 
 PAGE_COUNTS = ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
 

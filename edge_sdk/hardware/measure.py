@@ -16,8 +16,8 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.boards import Board, board_name
 from edge_sdk.hardware.limits import cores, memory
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
+from edge_sdk.protocol.messages import DeviceProfile
 from edge_sdk.version import __version__
-from edge_sdk.wire import DeviceProfile
 
 if TYPE_CHECKING:
     pass

@@ -23,7 +23,7 @@ from edge_sdk.models.mlp import build_mlp
 from edge_sdk.models.resnet import build_resnet18
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.models.vgg import build_vgg
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
 
 Build: TypeAlias = Callable[[ModelSpec], StagedModel]
 FAMILIES: dict[str, Build] = {

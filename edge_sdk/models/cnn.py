@@ -20,7 +20,7 @@ from edge_sdk.models.layers import (
     widths_option,
 )
 from edge_sdk.models.staged import StagedModel
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
 
 
 def build_cnn(spec: ModelSpec) -> StagedModel:

@@ -27,7 +27,7 @@ from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.flops import FlopCounter
 from edge_sdk.models.staged import moved, needed_names, trained_names
-from edge_sdk.wire import ModelSpec, Plan, Segment
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
 FEW = 2  # examples of the smaller step; BatchNorm wants two
 LAST = 0  # instead of a stage's number: what is saved by a segment's last stage, exits and loss

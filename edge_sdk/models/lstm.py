@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edge_sdk.models.layers import check_options, input_axes, widths_option
 from edge_sdk.models.staged import StagedModel
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
 
 
 class Layer(nn.Module):

@@ -14,7 +14,7 @@ from torch import nn
 
 from edge_sdk.models.layers import batch_norm, check_options, input_axes, widths_option
 from edge_sdk.models.staged import StagedModel
-from edge_sdk.wire import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec
 
 
 def build_mlp(spec: ModelSpec) -> StagedModel:

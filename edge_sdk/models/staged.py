@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_sdk.errors import ConfigError, ShapeError
-from edge_sdk.wire import Segment
+from edge_sdk.protocol.messages import Segment
 
 
 class StagedModel(nn.Module):

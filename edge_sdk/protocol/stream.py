@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 
 from edge_sdk.errors import ProtocolError
-from edge_sdk.wire import TensorSpec
+from edge_sdk.protocol.messages import TensorSpec
 
 PART_BYTES = 512 * 1024  # payload of every part but the last
 

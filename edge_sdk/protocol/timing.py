@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from edge_sdk.wire import Phase
+from edge_sdk.protocol.messages import Phase
 
 
 def clock() -> tuple[float, float]:

@@ -25,7 +25,7 @@ from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
 from coordinator.staleness import brought_forward
 from edge_sdk.models import build
-from edge_sdk.tensors import Tensors
+from edge_sdk.protocol.tensors import Tensors
 from tests.chaos.bed import Bed
 
 # Weights here are of the order of 1, and means folded in another order differ by a few units in

@@ -10,8 +10,8 @@ from edge_sdk.errors import ConfigError, EdgeError, ShapeError
 from edge_sdk.models import FAMILIES, build, initial_tensors
 from edge_sdk.models.costs import segment_costs
 from edge_sdk.models.staged import moved, needed_names, place, trained_names
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.trainer import train
-from edge_sdk.wire import ModelSpec, Plan, Segment
 from tests.helpers import examples
 
 IMAGES = [(1, 28, 28), (3, 32, 32)]

@@ -13,7 +13,7 @@ from coordinator.generators.registry import make_generator
 from coordinator.methods.registry import make_method
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place
-from edge_sdk.wire import ModelSpec, Segment
+from edge_sdk.protocol.messages import ModelSpec, Segment
 from tests.helpers import answer, client, cnn, config
 
 NAMES = ("svd-mlp", "naive-mlp", "svd-mlp-residual", "update-regression")

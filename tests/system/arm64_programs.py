@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk.hardware.measure import measure
-from edge_sdk.keys import read_all_keys
-from edge_sdk.transport import Link
-from edge_sdk.wire import PROTOCOL, Accepted, Hello, ModelSpec, Part, Plan, Segment
+from edge_sdk.protocol.keys import read_all_keys
+from edge_sdk.protocol.link import Link
+from edge_sdk.protocol.messages import PROTOCOL, Accepted, Hello, ModelSpec, Part, Plan, Segment
 
 SPEC = ModelSpec(
     family="cnn", input_shape=(1, 8, 8), num_classes=10, exit=3, options={"channels": (8, 8, 12)}

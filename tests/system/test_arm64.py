@@ -24,10 +24,10 @@ from coordinator.hub import Hub
 from edge_sdk.data import save_shard
 from edge_sdk.export import export
 from edge_sdk.infer import EarlyExit
-from edge_sdk.keys import read_keys
 from edge_sdk.models import initial_tensors
+from edge_sdk.protocol.keys import read_keys
+from edge_sdk.protocol.messages import Accepted, Hello, Part
 from edge_sdk.version import __version__
-from edge_sdk.wire import Accepted, Hello, Part
 from tests.processes import ROOT, World
 from tests.scripted import ANY_PORT
 from tests.system import arm64_programs

@@ -15,9 +15,9 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from edge_sdk.errors import LinkError, ProtocolError, VersionError
-from edge_sdk.keys import KeyPair
 from edge_sdk.protocol.codec import decode, encode
-from edge_sdk.wire import MAX_FRAME_BYTES, Fault, Message, Part
+from edge_sdk.protocol.keys import KeyPair
+from edge_sdk.protocol.messages import MAX_FRAME_BYTES, Fault, Message, Part
 
 log = logging.getLogger(__name__)
 PING_MS = 5_000  # ZeroMQ heartbeats, both ends

@@ -14,8 +14,8 @@ from pathlib import Path
 import zmq
 
 from edge_sdk.errors import LinkError, ProtocolError
-from edge_sdk.invitation import InvitationLine
-from edge_sdk.keys import (
+from edge_sdk.protocol.invitation import InvitationLine
+from edge_sdk.protocol.keys import (
     DEVICE_KEYS,
     KeyPair,
     drop_next_keys,
@@ -25,8 +25,8 @@ from edge_sdk.keys import (
     read_keys,
     swap_keys,
 )
-from edge_sdk.transport import REFUSALS, Link
-from edge_sdk.wire import Fault, Join, Joined, Message
+from edge_sdk.protocol.link import REFUSALS, Link
+from edge_sdk.protocol.messages import Fault, Join, Joined, Message
 
 CONNECT_S = 20.0  # to reach the coordinator
 ANSWER_S = 300.0  # then, as it answers nothing while it aggregates

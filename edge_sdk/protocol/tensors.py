@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from edge_sdk.errors import ProtocolError, ShapeError
+from edge_sdk.protocol.messages import Role, TensorSpec
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
-from edge_sdk.wire import Role, TensorSpec
 
 if sys.byteorder != "little":
     raise ImportError("edge_sdk needs a little-endian machine: tensors travel as raw bytes")
