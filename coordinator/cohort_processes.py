@@ -15,7 +15,7 @@ import torch
 
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort, train_here
-from edge_sdk.data import Examples
+from edge_sdk.data.load import Examples
 from edge_sdk.errors import TrainerError
 from edge_sdk.helpers.imports import import_module
 

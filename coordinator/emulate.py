@@ -14,14 +14,14 @@ import numpy as np
 
 from coordinator.config import SPLITS, RunConfig
 from coordinator.sampling import job_seed
-from edge_sdk.data import Examples
-from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.partition import (
+from edge_sdk.data.load import Examples
+from edge_sdk.data.partition import (
     partition_by_subject,
     partition_dirichlet,
     partition_iid,
     stratified_split,
 )
+from edge_sdk.errors import ConfigError, DataError
 
 
 def split_shards(

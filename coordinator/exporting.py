@@ -11,7 +11,7 @@ from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
 from coordinator.store import Store
-from edge_sdk.data import Examples, load_dataset, load_test
+from edge_sdk.data.load import Examples, load_dataset, load_test
 from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.export import check_packages, described, export, prefix
 from edge_sdk.exported import check_target

@@ -19,7 +19,7 @@ from coordinator.sampling import sample
 from coordinator.staleness import brought_forward
 from coordinator.status import RunPhase
 from coordinator.store import RoundTotals, Store
-from edge_sdk.data import Examples
+from edge_sdk.data.load import Examples
 from edge_sdk.errors import ShapeError, StoreError, TrainerError
 from edge_sdk.models import build
 from edge_sdk.protocol.timing import clock, since

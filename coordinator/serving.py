@@ -22,7 +22,7 @@ from coordinator.rounds import RoundReport, print_round, run_rounds
 from coordinator.settings import checked, run_config, whole_numbers
 from coordinator.spool import Spool
 from coordinator.store import SPOOL, Store, open_store
-from edge_sdk.data import Examples, load
+from edge_sdk.data.load import Examples, load
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.interrupts import stop_signals

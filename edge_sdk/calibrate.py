@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdk.data.examples import Floats, Ints
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.examples import Floats, Ints
 from edge_sdk.exported import (
     CALIBRATION,
     MODEL,

@@ -20,7 +20,7 @@ import torch
 from msgspec import Meta
 
 from edge_sdk.capacity import ALLOWANCE, ERROR
-from edge_sdk.data import Examples
+from edge_sdk.data.load import Examples
 from edge_sdk.errors import StoreError
 from edge_sdk.exported import write_struct
 from edge_sdk.hardware import process_memory

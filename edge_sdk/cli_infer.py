@@ -49,7 +49,7 @@ def run_export(args: argparse.Namespace) -> int:
             raise ConfigError(f"{args.source} is exported already; give --exit to cut it")
         model = cut(args.source, args.exit, args.out)
     else:
-        from edge_sdk.data import load_test
+        from edge_sdk.data.load import load_test
 
         examples = load_test(args.data) if args.data else None
         spec, tensors = prefix(*read_weights(args.source), args.exit)
@@ -258,7 +258,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[npt.NDArray[Any], npt.NDArray
     if str(args.data).endswith(".npy"):
         x = read_npy(Path(args.data))[part]
     else:
-        from edge_sdk.data import load_test
+        from edge_sdk.data.load import load_test
 
         examples, own = load_test(args.data), read_model(args.model).scaling
         if examples.scaling and own and examples.scaling != own:
@@ -276,8 +276,8 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
     """An array of numbers; nothing is ever unpickled. Raises DataError."""
     import numpy as np
 
-    from edge_sdk.examples import bad, mapped
-    from edge_sdk.readers.arrays import NPY, check_begin
+    from edge_sdk.data.examples import bad, mapped
+    from edge_sdk.data.readers.arrays import NPY, check_begin
 
     expected = "an .npy file with inputs (n, *input_shape)"
     with mapped(path, expected), path.open("rb") as file:

@@ -31,7 +31,7 @@ from edge_sdk.hardware import conditions
 from edge_sdk.helpers.text import parse_size
 
 if TYPE_CHECKING:
-    from edge_sdk.own_data import Dataset, Source
+    from edge_sdk.data.in_memory import Dataset, Source
 
 
 class Client:
@@ -138,7 +138,7 @@ class Client:
     def _shard(self) -> AbstractContextManager[str]:
         if isinstance(self._data, str):
             return nullcontext(self._data)
-        from edge_sdk.own_data import shard_of
+        from edge_sdk.data.in_memory import shard_of
 
         return shard_of(self._data)
 
@@ -146,7 +146,7 @@ class Client:
 def _checked_data(data: object) -> str | Source:
     if isinstance(data, str | os.PathLike):
         return os.fspath(data)
-    from edge_sdk.own_data import checked_source
+    from edge_sdk.data.in_memory import checked_source
 
     return checked_source(data)
 

@@ -22,8 +22,8 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
+from edge_sdk.data.examples import Examples, Floats
 from edge_sdk.errors import ConfigError, DataError, EdgeError, StoreError
-from edge_sdk.examples import Examples, Floats
 from edge_sdk.exported import (
     MODEL,
     WHOLE,

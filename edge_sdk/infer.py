@@ -17,8 +17,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdk.data.examples import Floats, Ints
+from edge_sdk.data.readers.scaling import scaled
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
-from edge_sdk.examples import Floats, Ints
 from edge_sdk.exported import (
     ExportedModel,
     Measure,
@@ -27,7 +28,6 @@ from edge_sdk.exported import (
     read_model,
 )
 from edge_sdk.helpers.text import one_line
-from edge_sdk.readers.scaling import scaled
 
 NEVER = 2.0  # a threshold above every confidence
 BATCH = 100

@@ -22,9 +22,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from edge_sdk.data import Examples
+from edge_sdk.data.examples import MIN_BATCH
+from edge_sdk.data.load import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
-from edge_sdk.examples import MIN_BATCH
 from edge_sdk.hardware import process_memory
 from edge_sdk.helpers.text import one_line
 from edge_sdk.losses import exit_weights, local_loss

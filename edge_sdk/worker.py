@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from edge_sdk.calibration import Calibration, calibrated, runtime_bytes
-from edge_sdk.data import Examples, load_shard
+from edge_sdk.data.examples import check_enough
+from edge_sdk.data.load import Examples, load_shard
 from edge_sdk.errors import EdgeError
-from edge_sdk.examples import check_enough
 from edge_sdk.hardware import process_memory
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s

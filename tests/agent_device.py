@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from edge_sdk.agent import Agent
 from edge_sdk.agent_options import AgentOptions
-from edge_sdk.data import Examples, save_shard
+from edge_sdk.data.load import Examples, save_shard
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.conditions import Conditions
 from edge_sdk.models import initial_tensors

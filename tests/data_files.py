@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from edge_sdk.data.examples import Examples
 from edge_sdk.errors import DataError
-from edge_sdk.examples import Examples
 
 # Three images of 1 x 2 pixels: 0 -> -1, 255 -> 1, 51 -> 51 / 127.5 - 1 = -0.6
 PIXELS = np.array([[[0, 255]], [[51, 0]], [[255, 255]]], dtype=np.uint8)

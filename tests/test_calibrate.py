@@ -11,7 +11,7 @@ import pytest
 
 from edge_sdk.calibrate import GRID, Answers, answers_of, calibrate, choose, curve, exit_seconds
 from edge_sdk.cli import main
-from edge_sdk.data import save_shard
+from edge_sdk.data.load import save_shard
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.export import export
 from edge_sdk.infer import NEVER, EarlyExit, confidences

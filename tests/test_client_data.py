@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from edge_sdk import own_data
-from edge_sdk.data import load_shard
+from edge_sdk.data import in_memory
+from edge_sdk.data.in_memory import checked_source, shard_of
+from edge_sdk.data.load import load_shard
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.own_data import checked_source, shard_of
 from tests.own_program import NOWHERE, X, Y, client, one_line
 from tests.processes import PATIENCE_S, ROOT, environment
 
@@ -112,7 +112,7 @@ def test_a_full_disk_is_one_line():
     """Not SIGBUS, as it would be through a map of the file that is written."""
     items = checked_source(Items(*zip(X, Y, strict=True)))
     with pytest.raises(DataError, match=r"No space left on device.*free space, or set TMPDIR"):
-        own_data._gathered(items, Path("/dev/full"))
+        in_memory._gathered(items, Path("/dev/full"))
 
 
 # -- the other arguments --------------------------------------------------------------------------

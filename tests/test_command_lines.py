@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from coordinator.cli import main as coordinate
-from edge_sdk.data import save_shard
+from edge_sdk.data.load import save_shard
 from tests.helpers import one_line
 from tests.processes import World, run_cli
 

@@ -15,7 +15,7 @@ TRAINER = """
 import json, sys
 import msgspec, numpy
 from edge_sdk import resident
-from edge_sdk.data import Examples
+from edge_sdk.data.load import Examples
 from edge_sdk.models import initial_tensors
 from edge_sdk.calibration import calibrated, runtime_bytes
 from edge_sdk.models.costs import segment_costs_apart

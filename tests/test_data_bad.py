@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from edge_sdk.data import load, load_shard
+from edge_sdk.data.examples import check_examples
+from edge_sdk.data.load import load, load_shard
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.examples import check_examples
 from tests.data_files import (
     FLOATS,
     LABELS,

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_sdk.data import load, load_dataset, load_shard
-from edge_sdk.partition import partition_by_subject, partition_dirichlet
+from edge_sdk.data.load import load, load_dataset, load_shard
+from edge_sdk.data.partition import partition_by_subject, partition_dirichlet
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

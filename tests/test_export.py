@@ -13,7 +13,7 @@ from torch import nn
 from coordinator.cli import main as coordinate
 from edge_sdk import export as module
 from edge_sdk.cli import main
-from edge_sdk.data import load_dataset, save_shard
+from edge_sdk.data.load import load_dataset, save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
 from edge_sdk.export import cut, export
 from edge_sdk.exported import MODEL, read_model

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from edge_sdk.cli import main
-from edge_sdk.data import save_shard
+from edge_sdk.data.examples import Examples
+from edge_sdk.data.load import save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
-from edge_sdk.examples import Examples
 from edge_sdk.export import export
 from edge_sdk.exported import Calibration, sha256_of, write_struct
 from edge_sdk.infer import NEVER, EarlyExit, confidences

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_sdk.errors import ConfigError
-from edge_sdk.partition import (
+from edge_sdk.data.partition import (
     partition_by_subject,
     partition_dirichlet,
     partition_iid,
     stratified_split,
 )
+from edge_sdk.errors import ConfigError
 from tests.data_files import fails
 
 

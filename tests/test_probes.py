@@ -15,7 +15,7 @@ from coordinator.cli import main as coordinator
 from coordinator.cohort import ClientUpdate
 from coordinator.emulate import Population
 from coordinator.store import Store
-from edge_sdk.data import DataSet
+from edge_sdk.data.load import DataSet
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.trainer import train

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from edge_sdk.data import load, load_dataset, load_shard
+from edge_sdk.data.load import load, load_dataset, load_shard
+from edge_sdk.data.readers.matlab import read_mat
 from edge_sdk.errors import DataError
-from edge_sdk.readers.matlab import read_mat
 from tests.data_files import broken_copies, fails
 from tests.published import (
     LABELS,

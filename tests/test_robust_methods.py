@@ -19,7 +19,7 @@ from coordinator.methods.clipping import MEMORY
 from coordinator.methods.registry import make_method
 from coordinator.settings import checked
 from coordinator.spool import Arrived, Spool
-from edge_sdk.data import load_dataset
+from edge_sdk.data.load import load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import ExitResult, Update
 from edge_sdk.protocol.tensors import Sender

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk.data import save_shard
+from edge_sdk.data.load import save_shard
 from edge_sdk.helpers import imports
 from tests.helpers import examples
 from tests.processes import ROOT

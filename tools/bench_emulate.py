@@ -32,7 +32,7 @@ from coordinator.rounds import run_rounds
 from coordinator.sampling import sample
 from coordinator.settings import checked
 from coordinator.store import Store
-from edge_sdk.data import Examples, load_dataset
+from edge_sdk.data.load import Examples, load_dataset
 from edge_sdk.models import build
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec

@@ -29,9 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.calibrate import calibrate
-from edge_sdk.data import load_test
+from edge_sdk.data.examples import Examples
+from edge_sdk.data.load import load_test
 from edge_sdk.errors import EdgeError
-from edge_sdk.examples import Examples
 from edge_sdk.export import export, read_weights
 from edge_sdk.exported import read_file, read_model
 from edge_sdk.infer import NEVER, EarlyExit, open_session

@@ -37,8 +37,8 @@ import numpy as np
 import psutil
 
 from edge_sdk.child import TrainerProcess
-from edge_sdk.data import save_shard
-from edge_sdk.examples import Examples
+from edge_sdk.data.examples import Examples
+from edge_sdk.data.load import save_shard
 from edge_sdk.pipe import Estimate, Estimated, Inspected, Progress, Train
 from edge_sdk.protocol.keys import make_keys
 from edge_sdk.protocol.messages import Fetch, Job, ModelSpec, Part, Plan, Segment, Update

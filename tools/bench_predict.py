@@ -14,7 +14,7 @@ import torch
 from msgspec.structs import replace
 
 from edge_sdk.capacity import seconds
-from edge_sdk.examples import Examples
+from edge_sdk.data.examples import Examples
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.costs import segment_costs

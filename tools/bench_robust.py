@@ -25,7 +25,7 @@ from coordinator.config import AggregationOptions, RotationOptions, RunConfig, S
 from coordinator.emulate import Population, emulated_clients
 from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.registry import make_method
-from edge_sdk.data import DataSet, load_dataset
+from edge_sdk.data.load import DataSet, load_dataset
 from edge_sdk.protocol.messages import ModelSpec
 from tools.experiments import git, machine
 

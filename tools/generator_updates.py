@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coordinator.aggregate import OwnersMean
 from coordinator.cohort import Client, ClientUpdate
-from edge_sdk.examples import Examples
+from edge_sdk.data.examples import Examples
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment

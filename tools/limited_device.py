@@ -60,7 +60,7 @@ def prepare(task: Task) -> None:
     """The data, and for all segments that a job may have its tensors' specs and parts."""
     import numpy as np
 
-    from edge_sdk.data import Examples, save_shard
+    from edge_sdk.data.load import Examples, save_shard
     from edge_sdk.models import initial_tensors
     from edge_sdk.models.costs import segment_costs
     from edge_sdk.models.staged import needed_names

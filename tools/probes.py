@@ -38,7 +38,7 @@ from coordinator.methods.registry import make_method
 from coordinator.sampling import job_seed, sample
 from coordinator.settings import model_options, whole_numbers
 from coordinator.store import Store
-from edge_sdk.data import DataSet, load_dataset
+from edge_sdk.data.load import DataSet, load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import moved, place

@@ -33,7 +33,7 @@ from coordinator.emulate import split_shards
 from coordinator.methods.registry import METHODS
 from coordinator.settings import model_options
 from edge_sdk.capacity import seconds
-from edge_sdk.data import Examples, load, load_dataset, save_shard
+from edge_sdk.data.load import Examples, load, load_dataset, save_shard
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.hardware.boards import OWN_NAME, board
 from edge_sdk.hardware.measure import emulated

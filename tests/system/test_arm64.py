@@ -21,7 +21,7 @@ import pytest
 
 from coordinator.admission import Admission
 from coordinator.hub import Hub
-from edge_sdk.data import save_shard
+from edge_sdk.data.load import save_shard
 from edge_sdk.export import export
 from edge_sdk.infer import EarlyExit
 from edge_sdk.models import initial_tensors

@@ -18,9 +18,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.examples import Examples, bad, mapped
-from edge_sdk.readers.binary import CIFAR_PIXELS, CIFAR_SHAPE, joined
-from edge_sdk.readers.scaling import image_examples
+from edge_sdk.data.examples import Examples, bad, mapped
+from edge_sdk.data.readers.binary import CIFAR_PIXELS, CIFAR_SHAPE, joined
+from edge_sdk.data.readers.scaling import image_examples
 
 EXPECTED = "a CIFAR pickle of protocol 2: a dict with one uint8 array, lists, strings and integers"
 STEP = "copy the file again, or use the binary version"

@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdk.data.examples import Examples, Scaling, bad, check_examples, mapped
+from edge_sdk.data.readers.scaling import PIXELS, image_examples, scaled, scaled_images
 from edge_sdk.errors import ConfigError
-from edge_sdk.examples import Examples, Scaling, bad, check_examples, mapped
-from edge_sdk.readers.scaling import PIXELS, image_examples, scaled, scaled_images
 
 NPY = b"\x93NUMPY"  # first bytes of an .npy file
 DIGITS: Scaling = (8.0, 1.0)  # 0..16 to -1..1

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.examples import Examples, Floats, Scaling, check_examples
+from edge_sdk.data.examples import Examples, Floats, Scaling, check_examples
 
 PIXELS: Scaling = (127.5, 1.0)  # 0..255 to -1..1
 

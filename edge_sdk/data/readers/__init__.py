@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
+from edge_sdk.data.examples import Examples, bad
+from edge_sdk.data.readers.arrays import first_file, read_digits, read_idx_pair, read_npz
+from edge_sdk.data.readers.binary import read_cifar_10, read_cifar_100, read_stl_10
+from edge_sdk.data.readers.matlab import UNIMIB_CLASSES, read_svhn, read_unimib
+from edge_sdk.data.readers.pickled import read_cifar_10_python, read_cifar_100_python
 from edge_sdk.errors import DataError
-from edge_sdk.examples import Examples, bad
-from edge_sdk.readers.arrays import first_file, read_digits, read_idx_pair, read_npz
-from edge_sdk.readers.binary import read_cifar_10, read_cifar_100, read_stl_10
-from edge_sdk.readers.matlab import UNIMIB_CLASSES, read_svhn, read_unimib
-from edge_sdk.readers.pickled import read_cifar_10_python, read_cifar_100_python
 
 __all__ = ["FILE_SETS", "KINDS", "FileSet", "Reader", "readers"]
 Reader: TypeAlias = Callable[[], Examples]

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.examples import Examples, Ints, bad, check_examples, mapped
-from edge_sdk.readers.scaling import image_examples, scaled
+from edge_sdk.data.examples import Examples, Ints, bad, check_examples, mapped
+from edge_sdk.data.readers.scaling import image_examples, scaled
 
 TWO_G = 19.6133  # m/s^2, the range of the UniMiB SHAR sensor
 UNIMIB_CLASSES = {"fall": 8, "adl": 9, "acc": 17}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_sdk.data.examples import DataSet, Examples, bad, check_examples, mapped
+from edge_sdk.data.partition import stratified_split, stratified_subset
+from edge_sdk.data.readers import readers
 from edge_sdk.errors import ConfigError
-from edge_sdk.examples import DataSet, Examples, bad, check_examples, mapped
-from edge_sdk.partition import stratified_split, stratified_subset
-from edge_sdk.readers import readers
 
 __all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "load_test", "save_shard"]
 TEST_FRACTION = 0.2

@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
+from edge_sdk.data.examples import Examples, Ints, bad
 from edge_sdk.errors import ConfigError
-from edge_sdk.examples import Examples, Ints, bad
 
 DIRICHLET_DRAWS = 100
 MAX_ALPHA = 1e12  # shares are equal to 1e-6 there; numpy's gamma draws overflow near 1e308

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.examples import Examples, bad, mapped
-from edge_sdk.readers.scaling import image_examples
+from edge_sdk.data.examples import Examples, bad, mapped
+from edge_sdk.data.readers.scaling import image_examples
 
 STL_SHAPE, CIFAR_SHAPE = (3, 96, 96), (3, 32, 32)
 CIFAR_PIXELS = 3 * 32 * 32
