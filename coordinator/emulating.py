@@ -28,12 +28,12 @@ from coordinator.presets import missing_data
 from coordinator.rounds import print_round, run_rounds
 from coordinator.settings import checked, run_config, whole_numbers
 from coordinator.store import Store, open_store
-from edge_sdk.capacity import in_model, peak_bytes
+from edge_sdk.capacity.costs import in_model, peak_bytes
+from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import MIN_BATCH
 from edge_sdk.data.load import DataSet, load_dataset
 from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.helpers.interrupts import stop_signals
-from edge_sdk.models.costs import segment_costs
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.trainer import pick_device

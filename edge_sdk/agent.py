@@ -16,9 +16,9 @@ from msgspec.structs import replace
 from edge_sdk import events
 from edge_sdk.agent_options import AgentOptions, Senses
 from edge_sdk.agent_state import State, hello
-from edge_sdk.capacity import SegmentCost
+from edge_sdk.capacity.chooser import Chooser, told
+from edge_sdk.capacity.costs import SegmentCost
 from edge_sdk.child import Supervisor
-from edge_sdk.chooser import Chooser, told
 from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError
 from edge_sdk.events import Event, Teller
 from edge_sdk.notify import Notifier, Pulse

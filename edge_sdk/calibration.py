@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from msgspec import Meta
 
-from edge_sdk.capacity import ALLOWANCE, ERROR
+from edge_sdk.capacity.costs import ALLOWANCE, ERROR
+from edge_sdk.capacity.counting import of_whole_step
 from edge_sdk.data.load import Examples
 from edge_sdk.errors import StoreError
 from edge_sdk.exported import write_struct
@@ -28,7 +29,6 @@ from edge_sdk.hardware.boards import board_name
 from edge_sdk.hardware.limits import cores, memory
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.models import build, initial_tensors
-from edge_sdk.models.costs import of_whole_step
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment, Struct
 from edge_sdk.trainer import train
 from edge_sdk.version import __version__

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from edge_sdk.agent_options import AgentOptions
-from edge_sdk.capacity import TRAINER_ENVIRONMENT
+from edge_sdk.capacity.costs import TRAINER_ENVIRONMENT
 from edge_sdk.errors import TrainerError
 from edge_sdk.hardware.memory_pressure import Usage, is_thrashing, usage
 from edge_sdk.notify import SILENT_S, THRASHING_S

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from edge_sdk.capacity_.choice import Choice
+from edge_sdk.capacity.choice import Choice
 from edge_sdk.helpers import logs
 from edge_sdk.protocol.messages import ExitResult, Job, Segment, Update, Welcome
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from edge_sdk.capacity import SegmentCost
+from edge_sdk.capacity.costs import SegmentCost
 from edge_sdk.protocol.messages import (
     Count,
     Fault,

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from edge_sdk.calibration import Calibration, calibrated, runtime_bytes
+from edge_sdk.capacity.counting import segment_costs_apart
 from edge_sdk.data.examples import check_enough
 from edge_sdk.data.load import Examples, load_shard
 from edge_sdk.errors import EdgeError
@@ -24,7 +25,6 @@ from edge_sdk.hardware import process_memory
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.kept import Kept
-from edge_sdk.models.costs import segment_costs_apart
 from edge_sdk.pipe import (
     Cancel,
     Estimate,

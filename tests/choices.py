@@ -6,8 +6,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from edge_sdk.capacity import Moment, SegmentCost
-from edge_sdk.chooser import Chooser
+from edge_sdk.capacity.chooser import Chooser
+from edge_sdk.capacity.costs import Moment, SegmentCost
 from edge_sdk.protocol.messages import PROTOCOL, DeviceProfile, Segment, Welcome
 from tests.agent_device import MODEL, WHOLE
 from tests.scripted import PROFILE

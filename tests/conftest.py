@@ -129,7 +129,7 @@ def settled(pair):
 
 @pytest.fixture
 def chooser():
-    from edge_sdk.chooser import Chooser
+    from edge_sdk.capacity.chooser import Chooser
     from tests.choices import COSTS
 
     made = Chooser()

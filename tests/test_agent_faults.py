@@ -15,8 +15,8 @@ from edge_sdk import worker
 from edge_sdk.agent import Agent
 from edge_sdk.agent_options import AgentOptions
 from edge_sdk.calibration import Calibration
+from edge_sdk.capacity.chooser import Chooser
 from edge_sdk.child import TrainerProcess
-from edge_sdk.chooser import Chooser
 from edge_sdk.data.load import save_shard
 from edge_sdk.errors import TrainerError
 from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Resume, Train

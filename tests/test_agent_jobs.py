@@ -7,7 +7,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from edge_sdk.capacity import peak_bytes
+from edge_sdk.capacity.costs import peak_bytes
 from edge_sdk.models.staged import trained_names
 from edge_sdk.protocol.messages import (
     Accepted,

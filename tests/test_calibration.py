@@ -8,9 +8,9 @@ import torch
 
 from edge_sdk import calibration
 from edge_sdk.calibration import Calibration, calibrated, fit
+from edge_sdk.capacity.counting import of_whole_step, segment_costs
 from edge_sdk.hardware import process_memory
 from edge_sdk.models import build
-from edge_sdk.models.costs import of_whole_step, segment_costs
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
 MB = 10**6

@@ -3,7 +3,8 @@
 import pytest
 from msgspec.structs import replace
 
-from edge_sdk.capacity import (
+from edge_sdk.capacity.choice import Choice, choose_exit
+from edge_sdk.capacity.costs import (
     LEAST_ERROR_BYTES,
     Moment,
     SegmentCost,
@@ -13,7 +14,6 @@ from edge_sdk.capacity import (
     seconds,
     uncached,
 )
-from edge_sdk.capacity_.choice import Choice, choose_exit
 from edge_sdk.errors import CapacityError
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.protocol.messages import DeviceProfile

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from edge_sdk.capacity import Moment, SegmentCost
-from edge_sdk.chooser import Chooser
+from edge_sdk.capacity.chooser import Chooser
+from edge_sdk.capacity.costs import Moment, SegmentCost
 from edge_sdk.protocol.messages import Segment
 from tests.agent_device import WHOLE
 from tests.choices import COSTS, choose, cost, segments, welcome, with_memory

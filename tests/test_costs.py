@@ -9,11 +9,12 @@ import torch
 from msgspec.structs import replace
 from torch.utils.flop_counter import FlopCounterMode
 
-from edge_sdk.capacity import Moment, SegmentCost, examples_at_once, in_parts, recomputing
+from edge_sdk.capacity import counting
+from edge_sdk.capacity.costs import Moment, SegmentCost, examples_at_once, in_parts, recomputing
+from edge_sdk.capacity.counting import segment_costs, segment_costs_apart
+from edge_sdk.capacity.flops import FlopCounter
 from edge_sdk.errors import CapacityError, ConfigError
-from edge_sdk.models import build, costs
-from edge_sdk.models.costs import segment_costs, segment_costs_apart
-from edge_sdk.models.flops import FlopCounter
+from edge_sdk.models import build
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
@@ -124,11 +125,11 @@ def test_saved_bytes_equal_those_of_a_step_of_the_whole_batch(family, plan):
     spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=3)
     whole = saved_in_one_step(build(spec).ready("cpu"), spec, plan, batch=8)
     counted = by_segment(spec, replace(plan, batch_size=8), num_examples=100)[1, 3]
-    order = (costs.LAST, 2, 1)  # of the backward pass
-    expected = [costs._whole(whole, number) for number in order]
+    order = (counting.LAST, 2, 1)  # of the backward pass
+    expected = [counting._whole(whole, number) for number in order]
     assert [moment.at(8) for moment in counted.moments[:3]] == expected
     assert saved_bytes(counted) == max(expected)
-    again = [costs._again(whole, number) for number in order]
+    again = [counting._again(whole, number) for number in order]
     if counted.recompute_moments:
         assert [moment.at(8) for moment in counted.recompute_moments[:3]] == again
     else:
@@ -140,7 +141,7 @@ def test_saved_bytes_equal_those_of_a_step_of_the_whole_batch(family, plan):
 def saved_in_one_step(model, spec: ModelSpec, plan: Plan, batch: int) -> Counter[str]:
     x = moved(torch.randn(batch, *spec.input_shape), "cpu")
     named = dict(model.named_parameters())
-    return costs._saved(model.stages, model.exits, named, x, [1.0] * spec.exit, plan)
+    return counting._saved(model.stages, model.exits, named, x, [1.0] * spec.exit, plan)
 
 
 def test_autograd_saves_what_a_layer_needs_by_hand():
@@ -149,7 +150,7 @@ def test_autograd_saves_what_a_layer_needs_by_hand():
     statistics of 5 numbers; 4 labels of 8 bytes, and how many there are."""
     options = {"widths": (5,)}
     spec = ModelSpec(family="mlp", input_shape=(3,), num_classes=2, exit=1, options=options)
-    found = costs.autograd_bytes(build(spec), PLAN, torch.zeros(4, 3))
+    found = counting.autograd_bytes(build(spec), PLAN, torch.zeros(4, 3))
     assert found == 4 * 4 * (3 + 5 + 5 + 2) + 4 * 4 * 5 + 4 * 8 + 4
 
 
@@ -161,7 +162,7 @@ def test_saved_bytes_of_lstm_are_near_those_of_the_whole_batch(shape, hidden):
     )
     whole = saved_in_one_step(build(spec), spec, PLAN, batch=32)
     counted = by_segment(spec, replace(PLAN, batch_size=32), num_examples=100)[1, 2]
-    at_once = max(costs._whole(whole, number) for number in (costs.LAST, 1))
+    at_once = max(counting._whole(whole, number) for number in (counting.LAST, 1))
     assert saved_bytes(counted) == pytest.approx(at_once, rel=0.05)
 
 
@@ -259,7 +260,7 @@ def test_the_coordinators_levers_count(plan):
 def test_what_was_counted_before_memory_ran_out_is_told(monkeypatch):
     """An allocation that fails by exception counts like a process that was killed."""
     whole = segment_costs(CNN, PLAN, 10, 1000)
-    real = costs._cost
+    real = counting._cost
 
     def fail_at(*names):
         def cost(model, spec, segment, *rest):
@@ -267,7 +268,7 @@ def test_what_was_counted_before_memory_ran_out_is_told(monkeypatch):
                 raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
             return real(model, spec, segment, *rest)
 
-        monkeypatch.setattr(costs, "_cost", cost)
+        monkeypatch.setattr(counting, "_cost", cost)
 
     fail_at((2, 2), (1, 2))
     assert segment_costs_apart(CNN, PLAN, 10, 1000) == whole[:1]
@@ -297,7 +298,7 @@ def test_the_counting_child_is_killed_before_its_trainer(monkeypatch):
     def tell(*_):
         raise ConfigError(f"score {score.read_text()}")
 
-    monkeypatch.setattr(costs, "_cost", tell)
+    monkeypatch.setattr(counting, "_cost", tell)
     with pytest.raises(ConfigError, match="score 1000"):
         segment_costs_apart(CNN, PLAN, 10, 1000)
     assert score.read_text() == before
@@ -331,6 +332,6 @@ def test_the_most_at_once_by_hand():
     Where stages run again: 6 + 10 + 4, 3 + 20 + 15, 1 + 50 + 40."""
     sizes = Counter({"stages": 3, "all": 86, "input 1": 1, "input 2": 2, "input 3": 3})
     sizes.update({"1": 50, "2": 20, "0": 10, "widest 1": 40, "widest 2": 15, "widest 0": 4})
-    order = (costs.LAST, 2, 1)
-    assert [costs._whole(sizes, number) for number in order] == [90, 91, 96]
-    assert [costs._again(sizes, number) for number in order] == [20, 38, 91]
+    order = (counting.LAST, 2, 1)
+    assert [counting._whole(sizes, number) for number in order] == [90, 91, 96]
+    assert [counting._again(sizes, number) for number in order] == [20, 38, 91]

@@ -8,7 +8,7 @@ import sys
 import msgspec
 import pytest
 
-from edge_sdk.capacity import TRAINER_ENVIRONMENT, SegmentCost, peak_bytes, uncached
+from edge_sdk.capacity.costs import TRAINER_ENVIRONMENT, SegmentCost, peak_bytes, uncached
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
 TRAINER = """
@@ -18,7 +18,7 @@ from edge_sdk import resident
 from edge_sdk.data.load import Examples
 from edge_sdk.models import initial_tensors
 from edge_sdk.calibration import calibrated, runtime_bytes
-from edge_sdk.models.costs import segment_costs_apart
+from edge_sdk.capacity.counting import segment_costs_apart
 from edge_sdk.models.staged import needed_names
 from edge_sdk.trainer import train
 from edge_sdk.protocol.messages import ModelSpec, Plan

@@ -24,7 +24,8 @@ from msgspec.structs import fields
 
 import edge_sdk
 from coordinator import cohort_zmq, credit, desk, devices, hub, joining, seats
-from edge_sdk import agent, agent_state, chooser, supervisor, trainer, worker
+from edge_sdk import agent, agent_state, supervisor, trainer, worker
+from edge_sdk.capacity import chooser
 from edge_sdk.data import examples
 from edge_sdk.errors import EdgeError
 from edge_sdk.protocol import join, link, messages

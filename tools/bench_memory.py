@@ -193,8 +193,8 @@ def trainer_job(spec: ModelSpec, plan: Plan, data: Path) -> Figures:
     """One job in a fresh training process. needed_mb: what the bound adds to torch's import."""
     import torch
 
+    from edge_sdk.capacity.counting import autograd_bytes
     from edge_sdk.models import build, initial_tensors
-    from edge_sdk.models.costs import autograd_bytes
     from edge_sdk.models.staged import moved
     from edge_sdk.protocol.tensors import Sender
 

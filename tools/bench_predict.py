@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from msgspec.structs import replace
 
-from edge_sdk.capacity import seconds
+from edge_sdk.capacity.costs import seconds
+from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import Examples
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.costs import segment_costs
 from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan, Segment
 from edge_sdk.trainer import train
 

@@ -20,9 +20,9 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from edge_sdk.capacity import SegmentCost, levers, peak_bytes
+from edge_sdk.capacity.chooser import Chooser
+from edge_sdk.capacity.costs import SegmentCost, levers, peak_bytes
 from edge_sdk.child import TrainerProcess
-from edge_sdk.chooser import Chooser
 from edge_sdk.hardware.measure import measure
 from edge_sdk.pipe import Estimate, Estimated, Inspected, PipeMessage, Train
 from edge_sdk.protocol.messages import (
@@ -60,9 +60,9 @@ def prepare(task: Task) -> None:
     """The data, and for all segments that a job may have its tensors' specs and parts."""
     import numpy as np
 
+    from edge_sdk.capacity.counting import segment_costs
     from edge_sdk.data.load import Examples, save_shard
     from edge_sdk.models import initial_tensors
-    from edge_sdk.models.costs import segment_costs
     from edge_sdk.models.staged import needed_names
     from edge_sdk.protocol.tensors import Sender
 

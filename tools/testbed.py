@@ -32,14 +32,14 @@ from coordinator.admission import add_client
 from coordinator.emulate import split_shards
 from coordinator.methods.registry import METHODS
 from coordinator.settings import model_options
-from edge_sdk.capacity import seconds
+from edge_sdk.capacity.costs import seconds
+from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.load import Examples, load, load_dataset, save_shard
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.hardware.boards import OWN_NAME, board
 from edge_sdk.hardware.measure import emulated
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.models import build
-from edge_sdk.models.costs import segment_costs
 from edge_sdk.protocol.keys import make_keys
 from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan, Segment
 

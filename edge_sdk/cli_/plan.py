@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from edge_sdk.capacity import TRAINER_ENVIRONMENT, SegmentCost, levers, peak_bytes, seconds
-from edge_sdk.capacity_.choice import Choice, choose_exit, in_words, pulled
+from edge_sdk.capacity.choice import Choice, choose_exit, in_words, pulled
+from edge_sdk.capacity.costs import TRAINER_ENVIRONMENT, SegmentCost, levers, peak_bytes, seconds
 from edge_sdk.cli_.measure import _describe
 from edge_sdk.cli_flags import Subparsers, _print_json, add_memory_cap
 from edge_sdk.device import calibration_file
@@ -84,7 +84,7 @@ def run_plan(args: argparse.Namespace) -> int:
         optimizer=args.optimizer,
     )
     profile = _profile(args.board, args.memory_cap)
-    from edge_sdk.models.costs import segment_costs
+    from edge_sdk.capacity.counting import segment_costs
 
     trial = _trial_trainer()
     runtime_bytes = trial.pop("runtime_bytes") + data_bytes

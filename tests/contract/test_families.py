@@ -6,9 +6,9 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.errors import ConfigError, EdgeError, ShapeError
 from edge_sdk.models import FAMILIES, build, initial_tensors
-from edge_sdk.models.costs import segment_costs
 from edge_sdk.models.staged import moved, needed_names, place, trained_names
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.trainer import train

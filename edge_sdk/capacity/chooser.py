@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from edge_sdk.capacity import SegmentCost
-from edge_sdk.capacity_.choice import Choice, Row, choose_exit
+from edge_sdk.capacity.choice import Choice, Row, choose_exit
+from edge_sdk.capacity.costs import SegmentCost
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.conditions import FULL, Allowance
 from edge_sdk.helpers.text import mebibytes

@@ -7,7 +7,7 @@ from functools import partial
 
 import msgspec
 
-from edge_sdk.capacity import SegmentCost, error_bytes, in_model, levers, peak_bytes, seconds
+from edge_sdk.capacity.costs import SegmentCost, error_bytes, in_model, levers, peak_bytes, seconds
 from edge_sdk.errors import CapacityError
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.protocol.messages import DeviceProfile

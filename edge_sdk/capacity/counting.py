@@ -19,13 +19,13 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from edge_sdk.capacity import ALLOWANCE, ERROR, Moment, SegmentCost, in_parts, recomputing
+from edge_sdk.capacity.costs import ALLOWANCE, ERROR, Moment, SegmentCost, in_parts, recomputing
+from edge_sdk.capacity.flops import FlopCounter
 from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.hardware import process_memory
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
-from edge_sdk.models.flops import FlopCounter
 from edge_sdk.models.staged import moved, needed_names, trained_names
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
