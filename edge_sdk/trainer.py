@@ -27,8 +27,8 @@ from edge_sdk.data.load import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
 from edge_sdk.hardware import process_memory
 from edge_sdk.helpers.text import one_line
-from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
+from edge_sdk.models.losses import exit_weights, local_loss
 from edge_sdk.models.staged import check_segments, moved, needed_names, trained_names
 from edge_sdk.optim import Optimizer
 from edge_sdk.protocol.messages import ExitResult, ModelSpec, Phase, Plan, Segment

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edge_sdk.errors import ConfigError, ShapeError
-from edge_sdk.losses import distillation, exit_weights, joint_exit_loss, proximal_term
+from edge_sdk.models.losses import distillation, exit_weights, joint_exit_loss, proximal_term
 from edge_sdk.protocol.messages import Plan, Segment
 
 LN3 = math.log(3.0)

@@ -24,8 +24,8 @@ from edge_sdk.capacity.flops import FlopCounter
 from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.hardware import process_memory
 from edge_sdk.hardware.process_memory import memory_errors
-from edge_sdk.losses import exit_weights, local_loss
 from edge_sdk.models import StagedModel, build
+from edge_sdk.models.losses import exit_weights, local_loss
 from edge_sdk.models.staged import moved, needed_names, trained_names
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
