@@ -17,7 +17,7 @@ from edge_sdk.models import build
 from edge_sdk.models.staged import moved, place
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensors import Tensors
-from edge_sdk.trainer import train
+from edge_sdk.training.trainer import train
 
 
 @torch.no_grad()

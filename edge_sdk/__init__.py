@@ -1,6 +1,6 @@
 """edge-sdk: the device side of federated learning on unequal edge devices.
 
-Importing this package loads nothing heavy; torch comes with `edge_sdk.trainer` and
+Importing this package loads nothing heavy; torch comes with `edge_sdk.training.trainer` and
 `edge_sdk.models` only.
 """
 

@@ -23,7 +23,7 @@ from edge_sdk.protocol.messages import Fault, Fetch, Part, Update
 
 
 class TrainerProcess:
-    """A running `edge_sdk.worker_main`. Sending never blocks: what the process does not take yet
+    """A running `edge_sdk.training`. Sending never blocks: what the process does not take yet
     waits here, so that the agent can always read what it says. Raises TrainerError where the system
     starts no process."""
 
@@ -41,7 +41,7 @@ class TrainerProcess:
     ) -> None:
         ours, theirs = socket.socketpair()
         command = [
-            sys.executable, "-m", "edge_sdk.worker_main", "--fd", str(theirs.fileno()),
+            sys.executable, "-m", "edge_sdk.training", "--fd", str(theirs.fileno()),
             "--data", data, "--threads", str(threads), "--device", device,
         ]  # fmt: skip
         command += ["--calibration", calibration] if calibration else []

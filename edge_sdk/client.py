@@ -170,7 +170,7 @@ def _check_modules(names: Iterable[str]) -> None:
 def _refuse_inside_trainer() -> None:
     """A program named in its own `imports` would start itself again and again."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if spec is not None and spec.name == "edge_sdk.worker_main":
+    if spec is not None and spec.name == "edge_sdk.training":
         raise ConfigError(
             "a module of `imports` makes a Client when it is imported; put that under "
             'if __name__ == "__main__", or the model family into a module of its own'

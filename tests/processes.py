@@ -94,7 +94,7 @@ class Running:
         found = [
             child
             for child in psutil.Process(self.process.pid).children()
-            if "edge_sdk.worker_main" in child.cmdline()
+            if "edge_sdk.training" in child.cmdline()
         ]
         assert len(found) == 1, f"{self.name} has {len(found)} trainers"
         return found[0]

@@ -11,16 +11,16 @@ import pytest
 from msgspec.structs import replace
 
 from edge_sdk import agent as agent_module
-from edge_sdk import worker
 from edge_sdk.agent import Agent
 from edge_sdk.agent_options import AgentOptions
-from edge_sdk.calibration import Calibration
 from edge_sdk.capacity.chooser import Chooser
 from edge_sdk.child import TrainerProcess
 from edge_sdk.data.load import save_shard
 from edge_sdk.errors import TrainerError
 from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Resume, Train
 from edge_sdk.protocol.messages import Fault, Job, Phase, Ready, Update
+from edge_sdk.training import worker
+from edge_sdk.training.calibration import Calibration
 from tests.agent_device import MODEL, WHOLE
 from tests.choices import COSTS, choose, segments, welcome
 from tests.helpers import examples

@@ -6,12 +6,12 @@ import msgspec
 import pytest
 import torch
 
-from edge_sdk import calibration
-from edge_sdk.calibration import Calibration, calibrated, fit
 from edge_sdk.capacity.counting import of_whole_step, segment_costs
 from edge_sdk.hardware import process_memory
 from edge_sdk.models import build
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from edge_sdk.training import calibration
+from edge_sdk.training.calibration import Calibration, calibrated, fit
 
 MB = 10**6
 MiB = 1024**2

@@ -17,10 +17,10 @@ import msgspec, numpy
 from edge_sdk import resident
 from edge_sdk.data.load import Examples
 from edge_sdk.models import initial_tensors
-from edge_sdk.calibration import calibrated, runtime_bytes
+from edge_sdk.training.calibration import calibrated, runtime_bytes
 from edge_sdk.capacity.counting import segment_costs_apart
 from edge_sdk.models.staged import needed_names
-from edge_sdk.trainer import train
+from edge_sdk.training.trainer import train
 from edge_sdk.protocol.messages import ModelSpec, Plan
 
 spec = msgspec.json.decode(sys.argv[1], type=ModelSpec)

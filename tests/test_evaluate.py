@@ -15,7 +15,7 @@ from coordinator.sampling import job_seed
 from edge_sdk.errors import ConfigError, DataError, ShapeError
 from edge_sdk.models import initial_tensors
 from edge_sdk.protocol.messages import Plan, Segment
-from edge_sdk.trainer import train
+from edge_sdk.training.trainer import train
 from tests.helpers import cnn, examples
 
 PLAN = Plan(segments=(Segment(first=1, last=3),), batch_size=4, lr=0.01, seed=5)

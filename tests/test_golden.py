@@ -24,7 +24,7 @@ from msgspec.structs import fields
 
 import edge_sdk
 from coordinator import cohort_zmq, credit, desk, devices, hub, joining, seats
-from edge_sdk import agent, agent_state, supervisor, trainer, worker
+from edge_sdk import agent, agent_state, supervisor
 from edge_sdk.capacity import chooser
 from edge_sdk.data import examples
 from edge_sdk.errors import EdgeError
@@ -56,6 +56,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.tensors import DTYPES
+from edge_sdk.training import trainer, worker
 
 GOLDEN = Path(__file__).parent / "golden"
 TYPES = typing.get_args(Message)

@@ -14,14 +14,14 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from edge_sdk.calibration import Calibration
 from edge_sdk.device import kept_folder
-from edge_sdk.kept import Kept
 from edge_sdk.pipe import Estimate, Inspected, Pipe, Resume
 from edge_sdk.protocol.messages import ExitResult, Fault, Job, Phase, Plan, Segment, Update
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import Sender, specs_of
-from edge_sdk.worker import Worker
+from edge_sdk.training.calibration import Calibration
+from edge_sdk.training.saved_update import Kept
+from edge_sdk.training.worker import Worker
 from tests.helpers import cnn, examples
 from tests.scripted import floats
 
@@ -111,7 +111,7 @@ def test_a_second_agent_with_the_same_folder_goes_without(folder, caplog):
 FORKS = """
 import os, sys
 from pathlib import Path
-from edge_sdk.kept import Kept
+from edge_sdk.training.saved_update import Kept
 kept = Kept(Path(sys.argv[1]))
 assert kept.load() is not None
 if os.fork():

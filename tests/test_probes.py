@@ -18,7 +18,7 @@ from coordinator.store import Store
 from edge_sdk.data.load import DataSet
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
-from edge_sdk.trainer import train
+from edge_sdk.training.trainer import train
 from tests.helpers import client, cnn, config, examples
 from tools.experiments import main
 from tools.probes import (

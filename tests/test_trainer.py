@@ -12,9 +12,9 @@ from msgspec.structs import replace
 from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.losses import distillation
-from edge_sdk.optim import Optimizer
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
-from edge_sdk.trainer import Cancelled, _forward, _parts, train
+from edge_sdk.training.optim import Optimizer
+from edge_sdk.training.trainer import Cancelled, _forward, _parts, train
 from tests.helpers import cnn, examples
 
 PREFIX = (Segment(first=1, last=3),)

@@ -146,7 +146,7 @@ def trainer_of(pid: int) -> int:
     """The training process that a process has started; for a moment it has no command line."""
     for _ in range(100):
         for child in psutil.Process(pid).children():
-            if "edge_sdk.worker_main" in child.cmdline():
+            if "edge_sdk.training" in child.cmdline():
                 return int(child.pid)
         time.sleep(0.05)
     raise SystemExit(f"process {pid} has no training process")

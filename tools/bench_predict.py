@@ -19,7 +19,7 @@ from edge_sdk.data.examples import Examples
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.models import initial_tensors
 from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan, Segment
-from edge_sdk.trainer import train
+from edge_sdk.training.trainer import train
 
 EPOCHS = 2
 WIDE = {"channels": (64, 128, 256, 512)}

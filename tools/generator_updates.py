@@ -21,7 +21,7 @@ from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensors import Tensors
-from edge_sdk.trainer import train
+from edge_sdk.training.trainer import train
 
 EXITS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 3)
 WIDE = {"channels": (64, 128, 256, 512)}

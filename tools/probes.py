@@ -44,7 +44,7 @@ from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import moved, place
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensors import Tensors, under
-from edge_sdk.trainer import train
+from edge_sdk.training.trainer import train
 from tools.figures import COLOURS, pyplot
 from tools.tables import deviation, write_csv
 

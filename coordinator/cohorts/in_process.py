@@ -12,7 +12,7 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.protocol.stream import layout
 from edge_sdk.protocol.tensors import check_finite, check_specs, specs_of
-from edge_sdk.trainer import train
+from edge_sdk.training.trainer import train
 
 MOST_TRIES = 3  # of a round without updates, where nothing changes by waiting
 

@@ -31,7 +31,7 @@ DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples 
 
 TRIAL = """
 import pathlib, sys, msgspec
-from edge_sdk.calibration import trial
+from edge_sdk.training.calibration import trial
 print(msgspec.json.encode(trial(pathlib.Path(sys.argv[1]))).decode())
 """
 

@@ -11,7 +11,7 @@ from edge_sdk.errors import ConfigError, EdgeError, ShapeError
 from edge_sdk.models import FAMILIES, build, initial_tensors
 from edge_sdk.models.staged import moved, needed_names, place, trained_names
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
-from edge_sdk.trainer import train
+from edge_sdk.training.trainer import train
 from tests.helpers import examples
 
 IMAGES = [(1, 28, 28), (3, 32, 32)]

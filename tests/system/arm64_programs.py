@@ -30,7 +30,7 @@ def train_step(folder: Path) -> dict[str, Any]:
     import torch
 
     from edge_sdk.data.load import load_shard
-    from edge_sdk.trainer import train
+    from edge_sdk.training.trainer import train
 
     torch.set_num_threads(1)
     with np.load(folder / "start.npz") as start:
@@ -49,8 +49,8 @@ def train_step(folder: Path) -> dict[str, Any]:
 def train_and_calibrate(folder: Path) -> dict[str, Any]:
     """The same, then the calibration that an agent of one thread finds where it keeps its own. Two
     of the five models: the others take a minute of an emulated core."""
-    from edge_sdk import calibration
     from edge_sdk.device import calibration_file
+    from edge_sdk.training import calibration
 
     found = train_step(folder)
     calibration.PROBES = calibration.PROBES[:2]

@@ -121,7 +121,7 @@ class Service:
             raise AssertionError(f"{error}\n{self.journal()}") from error
 
     def trainers(self) -> list[int]:
-        return [process.pid for process in self.machine.processes("edge_sdk.worker_main --fd")]
+        return [process.pid for process in self.machine.processes("edge_sdk.training --fd")]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_the_keys_belong_to_the_services_own_user(service):
 
 def test_the_agent_survives_the_kill_of_its_trainer(service):
     agent, before = service.shown("MainPID"), service.restarts()
-    (trainer,) = service.machine.processes("edge_sdk.worker_main --fd")
+    (trainer,) = service.machine.processes("edge_sdk.training --fd")
     trainer.kill()
     wait_until(
         lambda: service.trainers() not in ([], [trainer.pid]), "another trainer starts", START_S
@@ -212,7 +212,7 @@ def test_a_trainer_that_is_stuck_in_a_job_starves_the_watchdog(service):
         doctor = machine.edge_sdk("doctor", check=False)
         assert doctor.returncode == 0, doctor.stdout
         assert f"ok    coordinator    {world.endpoint} takes this device's" in doctor.stdout
-        (trainer,) = machine.processes("edge_sdk.worker_main --fd")
+        (trainer,) = machine.processes("edge_sdk.training --fd")
         assert service.restarts() == before
         trainer.suspend()
         service.wait_restarted(before)

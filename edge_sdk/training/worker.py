@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from edge_sdk.calibration import Calibration, calibrated, runtime_bytes
 from edge_sdk.capacity.counting import segment_costs_apart
 from edge_sdk.data.examples import check_enough
 from edge_sdk.data.load import Examples, load_shard
@@ -24,7 +23,6 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.hardware import process_memory
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
-from edge_sdk.kept import Kept
 from edge_sdk.pipe import (
     Cancel,
     Estimate,
@@ -39,7 +37,9 @@ from edge_sdk.pipe import (
 from edge_sdk.protocol.messages import Fault, Fetch, Job, Part, Phase, Update
 from edge_sdk.protocol.tensors import Receiver, Sender, specs_of
 from edge_sdk.protocol.timing import clock, since
-from edge_sdk.trainer import TrainResult, train, usable_device
+from edge_sdk.training.calibration import Calibration, calibrated, runtime_bytes
+from edge_sdk.training.saved_update import Kept
+from edge_sdk.training.trainer import TrainResult, train, usable_device
 
 log = logging.getLogger(__name__)
 WINDOW = 8  # parts asked for ahead: 4 MiB

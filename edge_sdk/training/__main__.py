@@ -1,4 +1,4 @@
-"""Start of the training process, `python -m edge_sdk.worker_main --fd N ...`: what is wrong before
+"""Start of the training process, `python -m edge_sdk.training --fd N ...`: what is wrong before
 training, a missing torch too, reaches the agent as one line."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edge_sdk.protocol.messages import Fault
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="edge_sdk.worker_main")
+    parser = argparse.ArgumentParser(prog="edge_sdk.training")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--threads", type=int, default=0)
@@ -34,7 +34,7 @@ def main() -> int:
         require_torch("training")
         for module in args.imports:
             import_module(module)
-        from edge_sdk.worker import prepare
+        from edge_sdk.training.worker import prepare
 
         serve = prepare(
             pipe, args.data, args.threads, args.device, args.calibration, args.measure_compute,

@@ -30,11 +30,11 @@ from edge_sdk.helpers.text import one_line
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.losses import exit_weights, local_loss
 from edge_sdk.models.staged import check_segments, moved, needed_names, trained_names
-from edge_sdk.optim import Optimizer
 from edge_sdk.protocol.messages import ExitResult, ModelSpec, Phase, Plan, Segment
 from edge_sdk.protocol.tensors import Tensors, check_finite
 from edge_sdk.protocol.timing import clock, since
-from edge_sdk.recompute import recomputed
+from edge_sdk.training.checkpointing import recomputed
+from edge_sdk.training.optim import Optimizer
 
 log = logging.getLogger(__name__)
 CACHE_BYTES = 256 * 1024**2  # of a segment's frozen features, where nobody knows a better bound

@@ -1,0 +1,1 @@
+"""The training process: one job on local data."""
