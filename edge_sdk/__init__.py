@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from edge_sdk.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from edge_sdk.agent.events import Event
     from edge_sdk.client import Client
-    from edge_sdk.events import Event
 
 __all__ = ["Client", "Event"]
-_HOMES = {"Client": "edge_sdk.client", "Event": "edge_sdk.events"}
+_HOMES = {"Client": "edge_sdk.client", "Event": "edge_sdk.agent.events"}
 
 
 def __getattr__(name: str) -> Any:

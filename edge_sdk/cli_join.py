@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.cli_flags import path_flag
-from edge_sdk.cli_run import settle
-from edge_sdk.config_file import (
+from edge_sdk.agent.settings import (
     DEFAULT_CONFIG,
     Settings,
     default_config,
@@ -20,7 +18,9 @@ from edge_sdk.config_file import (
     with_values,
     write_config,
 )
-from edge_sdk.device import checked_id, default_keys
+from edge_sdk.agent.setup import checked_id, default_keys
+from edge_sdk.cli_flags import path_flag
+from edge_sdk.cli_run import settle
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import checked_endpoint
 from edge_sdk.protocol.invitation import MAX_CHARACTERS, InvitationLine, decode_line

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.agent_options import AgentOptions
-from edge_sdk.cli_flags import MAX_THREADS, add_memory_cap, path_flag, whole_flag
-from edge_sdk.config_file import read_config
-from edge_sdk.device import (
+from edge_sdk.agent.options import AgentOptions
+from edge_sdk.agent.settings import read_config
+from edge_sdk.agent.setup import (
     calibration_file,
     checked_id,
     default_keys,
@@ -22,6 +21,7 @@ from edge_sdk.device import (
     make_agent,
     measure_here,
 )
+from edge_sdk.cli_flags import MAX_THREADS, add_memory_cap, path_flag, whole_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import board

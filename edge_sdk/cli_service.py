@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from edge_sdk import doctor, service
-from edge_sdk.config_file import DEFAULT_CONFIG, default_config, parse_config
-from edge_sdk.device import default_keys
+from edge_sdk.agent.settings import DEFAULT_CONFIG, default_config, parse_config
+from edge_sdk.agent.setup import default_keys
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.service import ROOT

@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.agent import Agent
-from edge_sdk.agent_options import AgentOptions
-from edge_sdk.config_file import check_value
-from edge_sdk.device import (
+from edge_sdk.agent.agent import Agent
+from edge_sdk.agent.events import Event
+from edge_sdk.agent.options import AgentOptions
+from edge_sdk.agent.settings import check_value
+from edge_sdk.agent.setup import (
     calibration_file,
     checked_id,
     default_keys,
@@ -26,7 +27,6 @@ from edge_sdk.device import (
     measure_here,
 )
 from edge_sdk.errors import ConfigError
-from edge_sdk.events import Event
 from edge_sdk.hardware import conditions
 from edge_sdk.helpers.text import parse_size
 

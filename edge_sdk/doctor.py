@@ -25,8 +25,8 @@ from typing import Literal
 
 import msgspec
 
+from edge_sdk.agent.settings import DEFAULT_CONFIG, Settings, read_config
 from edge_sdk.capacity.costs import TRAINER_ENVIRONMENT
-from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import board_name

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config, template
+from edge_sdk.agent.settings import DEFAULT_CONFIG, Settings, read_config, template
+from edge_sdk.agent.watchdog import WATCHDOG_S
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.procfs import read_text
-from edge_sdk.notify import WATCHDOG_S
 
 ROOT = Path("/")
 NAME = "edge-sdk"

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 from msgspec.structs import replace
 
-from edge_sdk.agent import Agent
-from edge_sdk.agent_options import AgentOptions
+from edge_sdk.agent.agent import Agent
+from edge_sdk.agent.options import AgentOptions
 from edge_sdk.data.load import Examples, save_shard
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.conditions import Conditions
@@ -121,7 +121,7 @@ class Lines(logging.Handler):
 @contextmanager
 def listening(text: str) -> Iterator[Lines]:
     lines = Lines(text)
-    logger = logging.getLogger("edge_sdk.agent")
+    logger = logging.getLogger("edge_sdk.agent.agent")
     logger.addHandler(lines)
     try:
         yield lines

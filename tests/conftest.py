@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from edge_sdk import child
+from edge_sdk.agent import trainer_process
 
 torch.set_num_threads(1)
 # A shell that runs the tests in the background ignores Ctrl-C for them and all that they start.
@@ -91,12 +91,12 @@ def impatient(monkeypatch):
 @pytest.fixture(scope="module")
 def quick_retries():
     """Pauses that are seconds on a board."""
-    from edge_sdk import agent_state
+    from edge_sdk.agent import state
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agent_state, "HELLO_S", 0.1)
-        patch.setattr(agent_state, "HELLO_MAX_S", 0.5)
-        patch.setattr(child, "RESTART_S", 0.1)
+        patch.setattr(state, "HELLO_S", 0.1)
+        patch.setattr(state, "HELLO_MAX_S", 0.5)
+        patch.setattr(trainer_process, "RESTART_S", 0.1)
         yield
 
 

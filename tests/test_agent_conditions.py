@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import pytest
 
-from edge_sdk import events
-from edge_sdk.agent_options import AgentOptions, Senses
-from edge_sdk.agent_state import State
+from edge_sdk.agent import events
+from edge_sdk.agent.options import AgentOptions, Senses
+from edge_sdk.agent.pipe import Inspected
+from edge_sdk.agent.state import State
 from edge_sdk.capacity.chooser import Chooser
 from edge_sdk.capacity.costs import in_model, peak_bytes
 from edge_sdk.hardware.conditions import FULL, Allowance, Conditions, Zone
-from edge_sdk.pipe import Inspected
 from edge_sdk.protocol.messages import Fault, Heartbeat, Hello, Ready
 from tests.agent_device import (
     GIB,

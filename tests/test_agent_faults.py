@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from edge_sdk import agent as agent_module
-from edge_sdk.agent import Agent
-from edge_sdk.agent_options import AgentOptions
+from edge_sdk.agent import agent as agent_module
+from edge_sdk.agent.agent import Agent
+from edge_sdk.agent.options import AgentOptions
+from edge_sdk.agent.pipe import Cancel, Estimate, Estimated, Inspected, Resume, Train
+from edge_sdk.agent.trainer_process import TrainerProcess
 from edge_sdk.capacity.chooser import Chooser
-from edge_sdk.child import TrainerProcess
 from edge_sdk.data.load import save_shard
 from edge_sdk.errors import TrainerError
-from edge_sdk.pipe import Cancel, Estimate, Estimated, Inspected, Resume, Train
 from edge_sdk.protocol.messages import Fault, Job, Phase, Ready, Update
 from edge_sdk.training import worker
 from edge_sdk.training.calibration import Calibration
@@ -226,7 +226,7 @@ def test_what_was_trained_is_told_once_by_this_start(monkeypatch, caplog, finish
         job=JOB.id, digest="d" * 32, round=4, num_examples=24, num_steps=3, exits=(),
         phases={"train": Phase(wall_s=1.0)}, peak_memory_bytes=0, tensors=(),
     )  # fmt: skip
-    with caplog.at_level("INFO", "edge_sdk.agent"):
+    with caplog.at_level("INFO", "edge_sdk.agent.agent"):
         for _ in range(2):  # again, on a new connection
             started.trainer_says(update)
     assert len(started.link.of(Update)) == 2

@@ -188,7 +188,7 @@ def test_faults_and_a_lost_coordinator_are_told(monkeypatch):
 def when_waiting(caplog):
     """Calls `then` in another thread when the agent waits for its coordinator."""
     caplog.set_level(logging.INFO, "edge_sdk")
-    log = logging.getLogger("edge_sdk.agent")
+    log = logging.getLogger("edge_sdk.agent.agent")
 
     def call(then) -> None:
         def see(record: logging.LogRecord) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_sdk import cli, cli_run
-from edge_sdk.config_file import EXPECTED, Settings, parse_config, read_config
+from edge_sdk.agent.settings import EXPECTED, Settings, parse_config, read_config
 from edge_sdk.errors import ConfigError
 
 FULL = """

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_sdk import pipe
+from edge_sdk.agent import pipe
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.codec import decode, encode
 from edge_sdk.protocol.messages import Fetch, Message

@@ -24,7 +24,8 @@ from msgspec.structs import fields
 
 import edge_sdk
 from coordinator import cohort_zmq, credit, desk, devices, hub, joining, seats
-from edge_sdk import agent, agent_state, supervisor
+from edge_sdk import supervisor
+from edge_sdk.agent import agent, state
 from edge_sdk.capacity import chooser
 from edge_sdk.data import examples
 from edge_sdk.errors import EdgeError
@@ -170,7 +171,7 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
         "ALIGNMENT",
     ),
     link: ("PING_MS", "PING_TIMEOUT_MS", "DEAD_MS", "HIGH_WATER"),
-    agent_state: ("HELLO_S", "HELLO_MAX_S", "REFUSED_S", "REFUSED_MAX_S"),
+    state: ("HELLO_S", "HELLO_MAX_S", "REFUSED_S", "REFUSED_MAX_S"),
     supervisor: ("RESTART_S", "RESTART_MAX_S"),
     chooser: ("GROWN",),
     worker: ("WINDOW",),

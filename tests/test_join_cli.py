@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from coordinator.cli import main as coordinate
-from edge_sdk import cli_join, config_file
+from edge_sdk import cli_join
+from edge_sdk.agent import settings as config_file
+from edge_sdk.agent.settings import parse_config, read_config, with_values
 from edge_sdk.cli import main as on_device
-from edge_sdk.config_file import parse_config, read_config, with_values
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.invitation import decode_line
 from edge_sdk.protocol.keys import make_keys, read_keys

@@ -14,8 +14,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from edge_sdk.device import kept_folder
-from edge_sdk.pipe import Estimate, Inspected, Pipe, Resume
+from edge_sdk.agent.pipe import Estimate, Inspected, Pipe, Resume
+from edge_sdk.agent.setup import kept_folder
 from edge_sdk.protocol.messages import ExitResult, Fault, Job, Phase, Plan, Segment, Update
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import Sender, specs_of

@@ -9,11 +9,11 @@ from uuid import uuid4
 
 import pytest
 
-from edge_sdk import child, notify
-from edge_sdk.agent_state import State
+from edge_sdk.agent import trainer_process, watchdog
+from edge_sdk.agent.pipe import Inspected
+from edge_sdk.agent.state import State
+from edge_sdk.agent.watchdog import Notifier, Pulse
 from edge_sdk.hardware import memory_pressure
-from edge_sdk.notify import Notifier, Pulse
-from edge_sdk.pipe import Inspected
 from edge_sdk.protocol.messages import Fault, Hello, Ready
 from tests.agent_device import LONG, MODEL, WHOLE, give, running
 from tests.helpers import examples
@@ -155,7 +155,7 @@ def test_with_a_job_only_the_trainers_messages_feed_it(manager):
 
 
 def test_the_watchdog_leaves_the_agent_time_to_end_a_silent_trainer():
-    assert 2 * notify.SILENT_S <= notify.WATCHDOG_S
+    assert 2 * watchdog.SILENT_S <= watchdog.WATCHDOG_S
 
 
 def test_the_status_line_says_what_the_device_does():
@@ -200,9 +200,9 @@ def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(
             device.trainer().suspend()
             if is_thrashing:
                 monkeypatch.setattr(memory_pressure, "stalled_share", lambda root: 0.5)
-                monkeypatch.setattr(child, "THRASHING_S", 1.0)
+                monkeypatch.setattr(trainer_process, "THRASHING_S", 1.0)
             else:
-                monkeypatch.setattr(child, "SILENT_S", 1.0)
+                monkeypatch.setattr(trainer_process, "SILENT_S", 1.0)
             fault = coordinator.wait_for(Fault)
             monkeypatch.undo()
             assert (fault.round, fault.code) == (4, "trainer")

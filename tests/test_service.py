@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edge_sdk import cli, cli_service, service
-from edge_sdk.config_file import EXPECTED, Settings, parse_config
+from edge_sdk.agent.settings import EXPECTED, Settings, parse_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.service import unit_text
 

@@ -6,9 +6,9 @@ from collections import deque
 
 import pytest
 
-from edge_sdk.agent_options import AgentOptions
-from edge_sdk.child import Supervisor
-from edge_sdk.pipe import Cancel, Estimated, PipeMessage, Progress
+from edge_sdk.agent.options import AgentOptions
+from edge_sdk.agent.pipe import Cancel, Estimated, PipeMessage, Progress
+from edge_sdk.agent.trainer_process import Supervisor
 from edge_sdk.protocol.messages import Fault, Fetch, Part
 from tests.agent_device import MODEL
 from tests.scripted import PROFILE

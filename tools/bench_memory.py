@@ -36,10 +36,10 @@ import msgspec
 import numpy as np
 import psutil
 
-from edge_sdk.child import TrainerProcess
+from edge_sdk.agent.pipe import Estimate, Estimated, Inspected, Progress, Train
+from edge_sdk.agent.trainer_process import TrainerProcess
 from edge_sdk.data.examples import Examples
 from edge_sdk.data.load import save_shard
-from edge_sdk.pipe import Estimate, Estimated, Inspected, Progress, Train
 from edge_sdk.protocol.keys import make_keys
 from edge_sdk.protocol.messages import Fetch, Job, ModelSpec, Part, Plan, Segment, Update
 from tools.memory_programs import INPUTS, MODEL, SPEC, WEIGHTS, footprint

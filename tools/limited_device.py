@@ -20,11 +20,11 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from edge_sdk.agent.pipe import Estimate, Estimated, Inspected, PipeMessage, Train
+from edge_sdk.agent.trainer_process import TrainerProcess
 from edge_sdk.capacity.chooser import Chooser
 from edge_sdk.capacity.costs import SegmentCost, levers, peak_bytes
-from edge_sdk.child import TrainerProcess
 from edge_sdk.hardware.measure import measure
-from edge_sdk.pipe import Estimate, Estimated, Inspected, PipeMessage, Train
 from edge_sdk.protocol.messages import (
     PROTOCOL,
     Fault,

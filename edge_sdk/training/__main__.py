@@ -8,11 +8,11 @@ import socket
 import sys
 from pathlib import Path
 
+from edge_sdk.agent.pipe import Pipe
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware import process_memory
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.imports import import_module, require_torch
-from edge_sdk.pipe import Pipe
 from edge_sdk.protocol.messages import Fault
 
 

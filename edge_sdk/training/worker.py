@@ -16,14 +16,7 @@ from pathlib import Path
 
 import torch
 
-from edge_sdk.capacity.counting import segment_costs_apart
-from edge_sdk.data.examples import check_enough
-from edge_sdk.data.load import Examples, load_shard
-from edge_sdk.errors import EdgeError
-from edge_sdk.hardware import process_memory
-from edge_sdk.hardware.process_memory import memory_errors
-from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
-from edge_sdk.pipe import (
+from edge_sdk.agent.pipe import (
     Cancel,
     Estimate,
     Estimated,
@@ -34,6 +27,13 @@ from edge_sdk.pipe import (
     Resume,
     Train,
 )
+from edge_sdk.capacity.counting import segment_costs_apart
+from edge_sdk.data.examples import check_enough
+from edge_sdk.data.load import Examples, load_shard
+from edge_sdk.errors import EdgeError
+from edge_sdk.hardware import process_memory
+from edge_sdk.hardware.process_memory import memory_errors
+from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.protocol.messages import Fault, Fetch, Job, Part, Phase, Update
 from edge_sdk.protocol.tensors import Receiver, Sender, specs_of
 from edge_sdk.protocol.timing import clock, since

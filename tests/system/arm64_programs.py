@@ -49,7 +49,7 @@ def train_step(folder: Path) -> dict[str, Any]:
 def train_and_calibrate(folder: Path) -> dict[str, Any]:
     """The same, then the calibration that an agent of one thread finds where it keeps its own. Two
     of the five models: the others take a minute of an emulated core."""
-    from edge_sdk.device import calibration_file
+    from edge_sdk.agent.setup import calibration_file
     from edge_sdk.training import calibration
 
     found = train_step(folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from edge_sdk.pipe import Inspected
+from edge_sdk.agent.pipe import Inspected
 from edge_sdk.protocol.messages import PROTOCOL, DeviceProfile, Hello, Job, Phase, Update, Welcome
 from edge_sdk.version import __version__
 

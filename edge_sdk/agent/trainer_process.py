@@ -12,12 +12,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from edge_sdk.agent_options import AgentOptions
+from edge_sdk.agent.options import AgentOptions
+from edge_sdk.agent.pipe import Cancel, Pipe, PipeMessage
+from edge_sdk.agent.watchdog import SILENT_S, THRASHING_S
 from edge_sdk.capacity.costs import TRAINER_ENVIRONMENT
 from edge_sdk.errors import TrainerError
 from edge_sdk.hardware.memory_pressure import Usage, is_thrashing, usage
-from edge_sdk.notify import SILENT_S, THRASHING_S
-from edge_sdk.pipe import Cancel, Pipe, PipeMessage
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Fault, Fetch, Part, Update
 

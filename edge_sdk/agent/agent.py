@@ -13,16 +13,10 @@ from secrets import token_hex
 
 from msgspec.structs import replace
 
-from edge_sdk import events
-from edge_sdk.agent_options import AgentOptions, Senses
-from edge_sdk.agent_state import State, hello
-from edge_sdk.capacity.chooser import Chooser, told
-from edge_sdk.capacity.costs import SegmentCost
-from edge_sdk.child import Supervisor
-from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError
-from edge_sdk.events import Event, Teller
-from edge_sdk.notify import Notifier, Pulse
-from edge_sdk.pipe import (
+from edge_sdk.agent import events
+from edge_sdk.agent.events import Event, Teller
+from edge_sdk.agent.options import AgentOptions, Senses
+from edge_sdk.agent.pipe import (
     Cancel,
     Estimate,
     Estimated,
@@ -32,6 +26,12 @@ from edge_sdk.pipe import (
     Resume,
     Train,
 )
+from edge_sdk.agent.state import State, hello
+from edge_sdk.agent.trainer_process import Supervisor
+from edge_sdk.agent.watchdog import Notifier, Pulse
+from edge_sdk.capacity.chooser import Chooser, told
+from edge_sdk.capacity.costs import SegmentCost
+from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError
 from edge_sdk.protocol.link import Link, Payload
 from edge_sdk.protocol.messages import (
     Accepted,

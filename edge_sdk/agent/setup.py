@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from edge_sdk.agent import Agent
-from edge_sdk.agent_options import AgentOptions
+from edge_sdk.agent.agent import Agent
+from edge_sdk.agent.options import AgentOptions
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.measure import measure
 from edge_sdk.protocol.keys import KeyPair, read_all_keys

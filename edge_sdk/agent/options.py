@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from edge_sdk.child import TrainerProcess
-from edge_sdk.events import Event
+from edge_sdk.agent.events import Event
+from edge_sdk.agent.pipe import Inspected
+from edge_sdk.agent.trainer_process import TrainerProcess
 from edge_sdk.hardware.conditions import FULL, Allowance, Conditions, allowed, slowed
-from edge_sdk.pipe import Inspected
 from edge_sdk.protocol.messages import DeviceProfile
 
 
