@@ -13,8 +13,8 @@ from coordinator.methods.registry import make_method
 from coordinator.store import Store
 from edge_sdk.data.load import Examples, load_dataset, load_test
 from edge_sdk.errors import ConfigError, DataError, StoreError
-from edge_sdk.export import check_packages, described, export, prefix
-from edge_sdk.exported import check_target
+from edge_sdk.infer.export import check_packages, described, export, prefix
+from edge_sdk.infer.model_folder import check_target
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensors import Tensors
 

@@ -33,7 +33,7 @@ from coordinator.methods.base import Metrics
 from coordinator.run_lock import RunLock
 from coordinator.settings import differences
 from edge_sdk.errors import ConfigError, StoreError
-from edge_sdk.exported import is_there
+from edge_sdk.infer.model_folder import is_there
 from edge_sdk.protocol.messages import ModelSpec, Phase, Segment
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.protocol.timing import clock, since

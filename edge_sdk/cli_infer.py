@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.export import described
-from edge_sdk.exported import Measure, read_model, write_file
 from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.helpers.interrupts import ends_by_interrupt
+from edge_sdk.infer.export import described
+from edge_sdk.infer.model_folder import Measure, read_model, write_file
 
 if TYPE_CHECKING:  # numpy, which the agent does without
     import numpy.typing as npt
 
-    from edge_sdk.infer import EarlyExit, Prediction
+    from edge_sdk.infer.early_exit import EarlyExit, Prediction
 
 
 def add_export_command(commands: Any) -> None:
@@ -42,7 +42,7 @@ def run_export(args: argparse.Namespace) -> int:
     require_torch("edge-sdk export")
     for module in args.imports:
         import_module(module)
-    from edge_sdk.export import cut, export, prefix, read_weights
+    from edge_sdk.infer.export import cut, export, prefix, read_weights
 
     if os.path.isdir(args.source):  # Path.is_dir raises on what cannot be looked at
         if args.exit is None:
@@ -107,7 +107,7 @@ def add_threshold_arguments(parser: argparse.ArgumentParser) -> None:
 def import_runtime() -> None:
     """Before all else, as it is what takes long. Raises ConfigError."""
     with ends_by_interrupt():
-        from edge_sdk.infer import onnx_runtime
+        from edge_sdk.infer.early_exit import onnx_runtime
 
         onnx_runtime()
 
@@ -115,8 +115,8 @@ def import_runtime() -> None:
 def run_infer(args: argparse.Namespace) -> int:
     """One example at a time, as a device meets them, so the latencies are real ones."""
     import_runtime()
-    from edge_sdk.calibrate import checked_labels
-    from edge_sdk.infer import EarlyExit
+    from edge_sdk.infer.early_exit import EarlyExit
+    from edge_sdk.infer.thresholds import checked_labels
 
     x, y = read_inputs(args)
     engine = EarlyExit.load(
@@ -139,7 +139,7 @@ def predict_each(engine: EarlyExit, x: npt.NDArray[Any]) -> tuple[Prediction, li
     """Predictions at batch 1 and the seconds that each took; the first one runs before, untimed."""
     import numpy as np
 
-    from edge_sdk.infer import Prediction
+    from edge_sdk.infer.early_exit import Prediction
 
     engine.predict(x[:1])
     found, times_s = [], []
@@ -173,7 +173,7 @@ def summary(
 
 def told(engine: EarlyExit, result: dict[str, Any]) -> str:
     """The same for people."""
-    from edge_sdk.infer import NEVER
+    from edge_sdk.infer.early_exit import NEVER
 
     spec = engine.model.spec
     thresholds = ", ".join(f"{value:g}" for value in engine.thresholds)
@@ -207,7 +207,7 @@ def write_predictions(found: Prediction, path: Path) -> None:
 
 def run_calibrate(args: argparse.Namespace) -> int:
     import_runtime()
-    from edge_sdk.calibrate import calibrate
+    from edge_sdk.infer.thresholds import calibrate
 
     x, y = read_labelled(args)
     found = calibrate(
@@ -231,8 +231,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
 def run_infer_report(args: argparse.Namespace) -> int:
     import_runtime()
-    from edge_sdk.infer import NEVER, EarlyExit
-    from edge_sdk.infer_report import write_report
+    from edge_sdk.infer.early_exit import NEVER, EarlyExit
+    from edge_sdk.infer.report import write_report
 
     x, y = read_labelled(args)
     engine = EarlyExit.load(args.model, threads=args.threads, threshold=NEVER)

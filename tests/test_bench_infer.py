@@ -10,7 +10,7 @@ import torch
 
 from coordinator.cli import main as coordinator
 from edge_sdk.data.load import load_dataset, save_shard
-from edge_sdk.export import read_weights
+from edge_sdk.infer.export import read_weights
 from edge_sdk.models import build
 from tools.bench_infer import LAST, THRESHOLDS, main
 

@@ -9,13 +9,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_sdk.calibrate import GRID, Answers, answers_of, calibrate, choose, curve, exit_seconds
 from edge_sdk.cli import main
 from edge_sdk.data.load import save_shard
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.export import export
-from edge_sdk.infer import NEVER, EarlyExit, confidences
-from edge_sdk.infer_report import write_report
+from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
+from edge_sdk.infer.export import export
+from edge_sdk.infer.report import write_report
+from edge_sdk.infer.thresholds import (
+    GRID,
+    Answers,
+    answers_of,
+    calibrate,
+    choose,
+    curve,
+    exit_seconds,
+)
 from edge_sdk.models import initial_tensors
 from tests.helpers import cnn, examples, two_exits
 

@@ -11,15 +11,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from coordinator.cli import main as coordinate
-from edge_sdk import export as module
 from edge_sdk.cli import main
 from edge_sdk.data.load import load_dataset, save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
-from edge_sdk.export import cut, export
-from edge_sdk.exported import MODEL, read_model
-from edge_sdk.infer import EarlyExit
+from edge_sdk.infer import export as module
+from edge_sdk.infer.early_exit import EarlyExit
+from edge_sdk.infer.export import cut, export
+from edge_sdk.infer.model_folder import MODEL, read_model
+from edge_sdk.infer.onnx_layers import bin_weights, fold_batch_norms_
 from edge_sdk.models import FAMILIES, StagedModel, initial_tensors
-from edge_sdk.models.plain import bin_weights, fold_batch_norms_
 from edge_sdk.protocol.messages import ModelSpec
 from tests.helpers import cnn, examples, two_exits
 from tests.processes import World

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_sdk import exported
 from edge_sdk.cli import main
 from edge_sdk.errors import StoreError
-from edge_sdk.export import export
-from edge_sdk.exported import (
+from edge_sdk.infer import model_folder
+from edge_sdk.infer.export import export
+from edge_sdk.infer.model_folder import (
     check_target,
     new_folder,
     read_calibration,
@@ -147,7 +147,7 @@ def test_interrupted_between_the_renames_it_changes_nothing(model, tmp_path, mon
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exported.os, "rename", interrupted)
+    monkeypatch.setattr(model_folder.os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt), new_folder(model):
         pass
     assert contents(model) == before
@@ -162,7 +162,7 @@ def test_a_model_that_cannot_be_brought_back_is_not_deleted(model, tmp_path, mon
             raise OSError(errno.EIO, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(exported.os, "rename", broken)
+    monkeypatch.setattr(model_folder.os, "rename", broken)
     with pytest.raises(StoreError, match="Input/output error"), new_folder(model):
         pass
     assert contents(tmp_path / f".model.{os.getpid()}.old") == before

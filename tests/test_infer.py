@@ -20,9 +20,9 @@ from edge_sdk.cli import main
 from edge_sdk.data.examples import Examples
 from edge_sdk.data.load import save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
-from edge_sdk.export import export
-from edge_sdk.exported import Calibration, sha256_of, write_struct
-from edge_sdk.infer import NEVER, EarlyExit, confidences
+from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
+from edge_sdk.infer.export import export
+from edge_sdk.infer.model_folder import Calibration, sha256_of, write_struct
 from edge_sdk.models import build, initial_tensors
 from tests.helpers import cnn, examples, one_line, two_exits
 from tests.processes import ROOT

@@ -12,7 +12,7 @@ import pytest
 from coordinator.cli import main as coordinate
 from coordinator.store import Store, open_store
 from edge_sdk.errors import StoreError
-from edge_sdk.exported import read_model
+from edge_sdk.infer.model_folder import read_model
 from tests.helpers import config, one_line
 from tests.other_user import not_allowed_to_write
 from tests.processes import ROOT

@@ -5,7 +5,7 @@
 
 Several models: --weights and --data again, in the same order. The model is exported, and calibrated
 on one half of the data's test part to lose at most 1 % against the last exit; the other half is
-predicted one by one by edge_sdk.infer in every way: up to each exit, at each threshold, as
+predicted one by one by edge_sdk.infer.early_exit in every way: up to each exit, at each threshold, as
 calibrated, and all exits in one graph. All ways take turns on every example, in random order, so
 that what else the machine does falls on all alike. cpu_ms is the thread's own CPU time, the median
 of the repeats of each prediction; wall_ms the clock's, the fastest of them, as the slower ones
@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.calibrate import calibrate
 from edge_sdk.data.examples import Examples
 from edge_sdk.data.load import load_test
 from edge_sdk.errors import EdgeError
-from edge_sdk.export import export, read_weights
-from edge_sdk.exported import read_file, read_model
-from edge_sdk.infer import NEVER, EarlyExit, open_session
+from edge_sdk.infer.early_exit import NEVER, EarlyExit, open_session
+from edge_sdk.infer.export import export, read_weights
+from edge_sdk.infer.model_folder import read_file, read_model
+from edge_sdk.infer.thresholds import calibrate
 
 LOSS = 0.01
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)

@@ -5,7 +5,7 @@
 In one run, by turns, each in fresh processes, one thread: `edge-sdk run` waiting for an absent
 coordinator; real jobs in the product's training process, asked for as the agent does; a plain
 torch.optim loop over the same model, batches and loss (its losses are compared); the model run by
-edge_sdk.infer and by torch. A figure is the median of the runs, memory in MB of 1e6 bytes.
+edge_sdk.infer.early_exit and by torch. A figure is the median of the runs, memory in MB of 1e6 bytes.
 
 bound_mb, of a training process: resident memory after `import torch` alone, and what the job cannot
 do without: parameters, gradients, Adam's two moments, the activations that autograd saves. Nothing
@@ -266,10 +266,10 @@ def examples(spec: ModelSpec, count: int) -> Examples:
 
 
 def inference(spec: ModelSpec, folder: Path, runs: int) -> list[Figures]:
-    """One model, untrained, by edge_sdk.infer and by torch, all stages. Labels are compared."""
+    """One model, untrained, by edge_sdk.infer.early_exit and by torch, all stages. Labels are compared."""
     from safetensors.torch import save_file
 
-    from edge_sdk.export import export
+    from edge_sdk.infer.export import export
     from edge_sdk.models import initial_tensors
 
     folder.mkdir()
@@ -278,7 +278,7 @@ def inference(spec: ModelSpec, folder: Path, runs: int) -> list[Figures]:
     save_file(tensors, folder / WEIGHTS)
     (folder / SPEC).write_bytes(msgspec.json.encode(spec))
     np.save(folder / INPUTS, examples(spec, PREDICTIONS).x)
-    kinds = ("numpy only", "edge_sdk.infer, onnxruntime", "torch")
+    kinds = ("numpy only", "edge_sdk.infer.early_exit, onnxruntime", "torch")
     found: dict[str, list[Figures]] = {kind: [] for kind in kinds}
     for _ in range(runs):
         for kind in kinds:

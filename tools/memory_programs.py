@@ -84,10 +84,10 @@ def read_inputs(folder: str) -> Figures:
 
 
 def predict_onnx(folder: str) -> Figures:
-    """edge_sdk.infer, every example through all stages."""
+    """edge_sdk.infer.early_exit, every example through all stages."""
     import numpy as np
 
-    from edge_sdk.infer import NEVER, EarlyExit
+    from edge_sdk.infer.early_exit import NEVER, EarlyExit
 
     engine = EarlyExit.load(Path(folder) / MODEL, threads=1, threshold=NEVER)
     return _each(np.load(Path(folder) / INPUTS), lambda x: engine.predict(x).label)
@@ -133,7 +133,7 @@ PROGRAMS: dict[str, Callable[..., Figures]] = {
     "import torch": import_torch,
     "torch.optim loop": optim_loop,
     "numpy only": read_inputs,
-    "edge_sdk.infer, onnxruntime": predict_onnx,
+    "edge_sdk.infer.early_exit, onnxruntime": predict_onnx,
     "torch": predict_torch,
 }
 

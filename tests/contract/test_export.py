@@ -7,11 +7,11 @@ import onnx
 import pytest
 import torch
 
-from edge_sdk.export import cut, export
-from edge_sdk.exported import read_model
-from edge_sdk.infer import EarlyExit, open_session
+from edge_sdk.infer.early_exit import EarlyExit, open_session
+from edge_sdk.infer.export import cut, export
+from edge_sdk.infer.model_folder import read_model
+from edge_sdk.infer.onnx_layers import NORMS, plain_model
 from edge_sdk.models import build, initial_tensors
-from edge_sdk.models.plain import NORMS, plain_model
 from tests.contract.test_families import FOLDED, SPECS
 from tests.helpers import examples
 

@@ -22,8 +22,8 @@ import pytest
 from coordinator.admission import Admission
 from coordinator.hub import Hub
 from edge_sdk.data.load import save_shard
-from edge_sdk.export import export
-from edge_sdk.infer import EarlyExit
+from edge_sdk.infer.early_exit import EarlyExit
+from edge_sdk.infer.export import export
 from edge_sdk.models import initial_tensors
 from edge_sdk.protocol.keys import read_keys
 from edge_sdk.protocol.messages import Accepted, Hello, Part

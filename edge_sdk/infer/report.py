@@ -12,10 +12,10 @@ from typing import Any, get_args
 
 import numpy.typing as npt
 
-from edge_sdk.calibrate import Point, answers_of, curve, exit_seconds
 from edge_sdk.errors import ConfigError, StoreError
-from edge_sdk.exported import Measure, write_file
-from edge_sdk.infer import NEVER, EarlyExit
+from edge_sdk.infer.early_exit import NEVER, EarlyExit
+from edge_sdk.infer.model_folder import Measure, write_file
+from edge_sdk.infer.thresholds import Point, answers_of, curve, exit_seconds
 
 log = logging.getLogger(__name__)
 MEASURES: tuple[Measure, ...] = get_args(Measure)

@@ -20,14 +20,14 @@ import numpy.typing as npt
 from edge_sdk.data.examples import Floats, Ints
 from edge_sdk.data.readers.scaling import scaled
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
-from edge_sdk.exported import (
+from edge_sdk.helpers.text import one_line
+from edge_sdk.infer.model_folder import (
     ExportedModel,
     Measure,
     read_calibration,
     read_file,
     read_model,
 )
-from edge_sdk.helpers.text import one_line
 
 NEVER = 2.0  # a threshold above every confidence
 BATCH = 100

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from edge_sdk.data.examples import Examples, Floats
 from edge_sdk.errors import ConfigError, DataError, EdgeError, StoreError
-from edge_sdk.exported import (
+from edge_sdk.helpers.text import one_line
+from edge_sdk.infer.early_exit import NEVER, EarlyExit, open_session
+from edge_sdk.infer.model_folder import (
     MODEL,
     WHOLE,
     ExportedModel,
@@ -37,10 +39,8 @@ from edge_sdk.exported import (
     write_file,
     write_struct,
 )
-from edge_sdk.helpers.text import one_line
-from edge_sdk.infer import NEVER, EarlyExit, open_session
+from edge_sdk.infer.onnx_layers import plain_model
 from edge_sdk.models import StagedModel, build
-from edge_sdk.models.plain import plain_model
 from edge_sdk.models.staged import place
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensors import Tensors, check_finite

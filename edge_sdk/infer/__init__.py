@@ -1,0 +1,22 @@
+"""Use what was trained: export, early exit by onnxruntime, thresholds."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_sdk.infer.early_exit import NEVER, EarlyExit, Prediction
+
+__all__ = ["EarlyExit", "NEVER", "Prediction"]
+_HOMES = {
+    "EarlyExit": "edge_sdk.infer.early_exit.early_exit",
+    "NEVER": "edge_sdk.infer.early_exit.early_exit",
+    "Prediction": "edge_sdk.infer.early_exit.early_exit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
