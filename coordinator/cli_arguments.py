@@ -20,7 +20,7 @@ from coordinator.config import (
 )
 from coordinator.defaults import METHODS, defaults_of
 from coordinator.presets import PRESETS, find_preset
-from edge_sdk.cli_flags import MAX_THREADS, path_flag, whole_flag
+from edge_sdk.cli.flags import MAX_THREADS, path_flag, whole_flag
 from edge_sdk.errors import ConfigError
 
 

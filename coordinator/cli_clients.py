@@ -25,7 +25,7 @@ from coordinator.invitations import Invitation, withdraw, write_invitation
 from coordinator.joining import in_words
 from coordinator.key_files import locked
 from coordinator.strangers import forget_stranger, read_strangers
-from edge_sdk.cli_flags import path_flag
+from edge_sdk.cli.flags import path_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import checked_endpoint
 from edge_sdk.protocol.invitation import InvitationLine, encode_line

@@ -29,7 +29,7 @@ from coordinator.status import (
     read_status,
     seconds_since,
 )
-from edge_sdk.cli_flags import path_flag, whole_flag
+from edge_sdk.cli.flags import path_flag, whole_flag
 from edge_sdk.errors import StoreError
 
 STATUS: dict[Health, int] = {"running": 0, "finished": 0, "dead": 3, "unknown": 4}

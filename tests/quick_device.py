@@ -5,7 +5,7 @@ import sys
 from functools import partial
 
 from edge_sdk.agent import agent, state
-from edge_sdk.cli import main
+from edge_sdk.cli.main import main
 from edge_sdk.protocol import link
 
 PAUSE_S = 0.5

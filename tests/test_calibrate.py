@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_sdk.cli import main
+from edge_sdk.cli.main import main
 from edge_sdk.data.load import save_shard
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences

@@ -7,8 +7,7 @@ import json
 import pytest
 import torch
 
-from edge_sdk import cli
-from edge_sdk.cli_ import plan
+from edge_sdk.cli import main, plan
 from edge_sdk.errors import ConfigError, TrainerError
 from edge_sdk.hardware import conditions, speed
 from edge_sdk.hardware.boards import board
@@ -35,7 +34,7 @@ def fixed_speed(monkeypatch):
 
 
 def test_measure_prints_json(capsys):
-    assert cli.main(["measure", "--memory-cap", "64M", "--json"]) == 0
+    assert main.main(["measure", "--memory-cap", "64M", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["memory_available_bytes"] == 64 * MiB
     assert found["memory_bound"] == "cap"
@@ -43,7 +42,7 @@ def test_measure_prints_json(capsys):
 
 
 def test_measure_prints_lines(capsys):
-    assert cli.main(["measure", "--memory-cap", "64M"]) == 0
+    assert main.main(["measure", "--memory-cap", "64M"]) == 0
     assert "memory   64.0 MiB for training (bound: cap)" in capsys.readouterr().out
 
 
@@ -51,12 +50,12 @@ def test_measure_prints_lines(capsys):
 def test_measure_tells_the_conditions(capsys, monkeypatch):
     hot = Conditions(zones=(Zone("cpu-thermal", 78.2, 80.0, 110.0),), is_throttled=False)
     monkeypatch.setattr(conditions, "read", lambda **_: hot)
-    assert cli.main(["measure"]) == 0
+    assert main.main(["measure"]) == 0
     assert capsys.readouterr().out.endswith(
         "\nstate    cpu-thermal 78 °C, not throttled: short work, as cpu-thermal is at 78 °C, it "
         "is slowed at 80 °C\n"
     )
-    assert cli.main(["measure", "--json"]) == 0
+    assert main.main(["measure", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["conditions"]
     assert found["zones"] == [
         {"name": "cpu-thermal", "celsius": 78.2, "throttle_c": 80.0, "critical_c": 110.0}
@@ -69,7 +68,7 @@ def test_measure_tells_the_conditions(capsys, monkeypatch):
 def test_measure_saves_a_board_that_plan_takes(capsys, tmp_path):
     file = tmp_path / "boards" / "mine.toml"
     arguments = ["measure", "--memory-cap", "64M", "--save", str(file)]
-    assert cli.main([*arguments, "--link-mbit-s", "94", "--json"]) == 0
+    assert main.main([*arguments, "--link-mbit-s", "94", "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
     saved = board(str(file))
     assert (saved.memory_available_bytes, saved.link_mbit_s) == (64 * MiB, 94.0)
@@ -87,10 +86,10 @@ def test_measure_saves_a_board_that_plan_takes(capsys, tmp_path):
     assert f"with torch {torch.__version__} on cpu" in saved.source["gflops"]
     assert "(bound: cap)" in saved.source["memory_available_bytes"]
 
-    assert cli.main(arguments) == 1  # before anything is measured
+    assert main.main(arguments) == 1  # before anything is measured
     assert capsys.readouterr().err.endswith("exists; choose another name, or give --force\n")
     assert board(str(file)) == saved
-    assert cli.main([*arguments, "--force"]) == 0
+    assert main.main([*arguments, "--force"]) == 0
     assert board(str(file)).link_mbit_s is None
     assert f"saved    {file}\n" in capsys.readouterr().out
 
@@ -104,7 +103,7 @@ def test_measure_saves_a_board_that_plan_takes(capsys, tmp_path):
     ],
 )
 def test_measure_refuses_in_one_line(capsys, arguments, message):
-    assert cli.main(["measure", *arguments]) == 1
+    assert main.main(["measure", *arguments]) == 1
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
@@ -113,7 +112,7 @@ def test_measure_refuses_in_one_line(capsys, arguments, message):
 @pytest.mark.usefixtures("fixed_runtime")
 def test_plan_for_a_board(capsys):
     arguments = ["--board", "raspberry-pi-4", "--examples", "300", "--epochs", "2"]
-    assert cli.main([*PLAN, *arguments, "--option", "channels=4,8,8"]) == 0
+    assert main.main([*PLAN, *arguments, "--option", "channels=4,8,8"]) == 0
     out = capsys.readouterr().out
     assert "raspberry-pi-4 (emulated board)" in out
     assert "2 x 300 examples" in out
@@ -139,7 +138,7 @@ def test_plan_for_a_board(capsys):
 @pytest.mark.usefixtures("fixed_runtime")
 def test_plan_under_a_cap_says_why_nothing_fits(capsys):
     arguments = ["--board", "raspberry-pi-4", "--memory-cap", "200M", "--json"]
-    assert cli.main([*PLAN, *arguments]) == 0
+    assert main.main([*PLAN, *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["choice"]["exit"] == 0
     assert found["choice"]["reason"].endswith("200.0 MiB available (cap)")
@@ -151,7 +150,7 @@ def test_plan_under_a_cap_says_why_nothing_fits(capsys):
 @pytest.mark.usefixtures("fixed_runtime")
 def test_plan_takes_shape_and_classes_from_data(capsys):
     arguments = ["plan", "--model", "cnn", "--data", "digits", "--board", "generic"]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     out = capsys.readouterr().out
     assert "input 1x8x8, 10 classes" in out
     assert "1 x 1797 examples" in out
@@ -180,7 +179,7 @@ def test_a_trial_trainer_that_fails_is_reported(monkeypatch):
     ],
 )
 def test_a_wrong_value_is_one_line_and_status_1(capsys, arguments, message):
-    assert cli.main(arguments) == 1
+    assert main.main(arguments) == 1
     err = capsys.readouterr().err
     assert err.startswith("edge-sdk: ")
     assert err.count("\n") == 1
@@ -190,7 +189,7 @@ def test_a_wrong_value_is_one_line_and_status_1(capsys, arguments, message):
 def test_a_module_that_raises_is_named(monkeypatch, tmp_path, capsys):
     (tmp_path / "raising_of_this_test.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
-    assert cli.main([*PLAN, "--import", "raising_of_this_test"]) == 1
+    assert main.main([*PLAN, "--import", "raising_of_this_test"]) == 1
     assert capsys.readouterr().err == (
         "edge-sdk: --import raising_of_this_test: it raises ZeroDivisionError: division by zero; "
         "mend the module\n"
@@ -202,7 +201,7 @@ def test_debug_shows_the_traceback(at):
     arguments = [*PLAN, "--board", "pi"]
     arguments.insert(at, "--debug")
     with pytest.raises(ConfigError):
-        cli.main(arguments)
+        main.main(arguments)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,7 @@ def test_debug_shows_the_traceback(at):
 )
 def test_wrong_usage_is_status_2(capsys, arguments, message):
     with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
+        main.main(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 

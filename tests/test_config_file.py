@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk import cli, cli_run
 from edge_sdk.agent.settings import EXPECTED, Settings, parse_config, read_config
+from edge_sdk.cli import main, run
 from edge_sdk.errors import ConfigError
 
 FULL = """
@@ -95,9 +95,9 @@ def test_files_that_cannot_be_read(tmp_path):
 def settled(*flags: str) -> argparse.Namespace:
     """What `edge-sdk run` would run with."""
     parser = argparse.ArgumentParser()
-    cli_run.add_run_command(parser.add_subparsers())
+    run.add_run_command(parser.add_subparsers())
     args = parser.parse_args(["run", *flags])
-    cli_run.settle(args)
+    run.settle(args)
     return args
 
 
@@ -120,16 +120,16 @@ def test_without_a_file_there_are_the_defaults(monkeypatch):
 
 def test_coordinator_and_data_must_come_from_somewhere(tmp_path, capsys):
     (tmp_path / "c.toml").write_text('data = "digits"')
-    assert cli.main(["run", "--config", str(tmp_path / "c.toml")]) == 1
+    assert main.main(["run", "--config", str(tmp_path / "c.toml")]) == 1
     assert capsys.readouterr().err.endswith("c.toml does not set coordinator; add it there\n")
     with pytest.raises(SystemExit) as usage:
-        cli.main(["run", "--data", "digits"])
+        main.main(["run", "--data", "digits"])
     assert usage.value.code == 2
     assert "give --coordinator, or a --config FILE that sets coordinator" in capsys.readouterr().err
 
 
 def test_keys_go_where_the_file_says(tmp_path, capsys):
     (tmp_path / "c.toml").write_text(f'id = "pi-7"\nkeys = "{tmp_path}/keys"')
-    assert cli.main(["keys", "--config", str(tmp_path / "c.toml")]) == 0
+    assert main.main(["keys", "--config", str(tmp_path / "c.toml")]) == 0
     assert "edge-coordinator clients add pi-7 '" in capsys.readouterr().out
     assert (tmp_path / "keys" / "device.secret").stat().st_mode & 0o777 == 0o600

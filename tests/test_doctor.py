@@ -11,8 +11,8 @@ import pytest
 
 from coordinator.admission import Admission, add_client
 from coordinator.hub import Hub
-from edge_sdk import cli, doctor
-from edge_sdk.doctor import Finding
+from edge_sdk.cli import doctor, main
+from edge_sdk.cli.doctor import Finding
 from edge_sdk.hardware import jetson
 from edge_sdk.protocol.keys import make_keys, read_all_keys
 from tests.jtop_fake import JtopException, fake_jtop, orin, refuses
@@ -273,13 +273,13 @@ def test_the_command_prints_all_and_fails_if_one_does(tmp_path, capsys, quick_to
     )
     config = tmp_path / "c.toml"
     config.write_text(f'data = "digits"\nkeys = "{tmp_path}/keys"\n')
-    assert cli.main(["doctor", "--config", str(config)]) == 0
+    assert main.main(["doctor", "--config", str(config)]) == 0
     out = capsys.readouterr().out
     assert f"ok    config         {config}\n" in out
     assert "warn  coordinator    not set\n                     set coordinator in " in out
 
     config.write_text("threads = -1\n")
-    assert cli.main(["doctor", "--config", str(config), "--json"]) == 1
+    assert main.main(["doctor", "--config", str(config), "--json"]) == 1
     findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert "line 1, key threads: got -1" in findings["config"]["found"]
     assert list(findings) == [

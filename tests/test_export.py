@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from coordinator.cli import main as coordinate
-from edge_sdk.cli import main
+from edge_sdk.cli.main import main
 from edge_sdk.data.load import load_dataset, save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
 from edge_sdk.infer import export as module

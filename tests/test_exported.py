@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_sdk.cli import main
+from edge_sdk.cli.main import main
 from edge_sdk.errors import StoreError
 from edge_sdk.infer import model_folder
 from edge_sdk.infer.export import export

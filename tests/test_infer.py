@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from edge_sdk.cli import main
+from edge_sdk.cli.main import main
 from edge_sdk.data.examples import Examples
 from edge_sdk.data.load import save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
@@ -309,7 +309,7 @@ def test_inference_never_loads_torch(labelled):
     moved = folder.with_name("carried")
     shutil.copytree(folder, moved)
     code = (
-        "import sys; from edge_sdk.cli import main; "
+        "import sys; from edge_sdk.cli.main import main; "
         f"main(['calibrate', {str(moved)!r}, '--data', {str(path)!r}, '--accuracy', '0']); "
         f"main(['infer', {str(moved)!r}, '--data', {str(path)!r}]); "
         "print('torch' in sys.modules, 'onnxruntime' in sys.modules)"

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from coordinator.cli import main as coordinate
-from edge_sdk import cli_join
 from edge_sdk.agent import settings as config_file
 from edge_sdk.agent.settings import parse_config, read_config, with_values
-from edge_sdk.cli import main as on_device
+from edge_sdk.cli import join as cli_join
+from edge_sdk.cli.main import main as on_device
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.invitation import decode_line
 from edge_sdk.protocol.keys import make_keys, read_keys
@@ -338,7 +338,7 @@ def test_a_device_that_joined_takes_part(tmp_path):
         a = world.device("a", "--once")
         server.wait_said("listening on")
         config = world.folder / "b" / "config.toml"
-        joined = run_cli("edge_sdk.cli", "join", printed.stdout, "--config", str(config),
+        joined = run_cli("edge_sdk.cli.main", "join", printed.stdout, "--config", str(config),
                          "--keys", str(world.folder / "b"))  # fmt: skip
         assert joined.returncode == 0, joined.stderr
         flags = world.device_flags("b", "--once", "--config", str(config))

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk import cli, cli_service, service
 from edge_sdk.agent.settings import EXPECTED, Settings, parse_config
+from edge_sdk.cli import main, systemd_unit
+from edge_sdk.cli import systemd_unit as cli_service
+from edge_sdk.cli.systemd_unit import unit_text
 from edge_sdk.errors import ConfigError
-from edge_sdk.service import unit_text
 
 CONFIG = Path("/etc/edge-sdk/config.toml")
 COMMAND = ("/opt/edge-sdk/bin/edge-sdk",)
@@ -48,8 +49,8 @@ def test_what_exceeds_the_limit_is_not_swapped():
 def test_groups_are_those_of_the_system_that_is_installed_into(tmp_path):
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/group").write_text("root:x:0:\nvideo:x:44:pi\nvideos:x:45:\n")
-    assert service.existing_groups(tmp_path) == ["video"]
-    assert service.existing_groups(tmp_path / "nothing") == []
+    assert systemd_unit.existing_groups(tmp_path) == ["video"]
+    assert systemd_unit.existing_groups(tmp_path / "nothing") == []
 
 
 def test_pauses_grow_where_systemd_can():
@@ -84,7 +85,7 @@ def test_devices_and_groups_only_where_they_are_needed():
     ],
 )
 def test_words_of_the_command_are_taken_literally(word, written):
-    assert service.quoted(word) == written
+    assert systemd_unit.quoted(word) == written
 
 
 @needs_analyze
@@ -106,7 +107,7 @@ def test_systemd_finds_nothing_wrong_and_little_exposed(tmp_path, settings):
 
 
 def installed(root: Path, *flags: str) -> int:
-    return cli.main(["service", "install", "--root", str(root), *flags])
+    return main.main(["service", "install", "--root", str(root), *flags])
 
 
 def test_a_new_installation_in_a_folder(tmp_path, capsys):
@@ -150,8 +151,8 @@ def test_the_program_is_named_as_seen_from_the_root(tmp_path, monkeypatch):
     script.parent.mkdir(parents=True)
     script.touch(0o755)
     monkeypatch.setattr(sys, "argv", [str(script)])
-    assert service.own_command(tmp_path) == ["/opt/edge-sdk/bin/edge-sdk"]
-    assert service.own_command() == [str(script)]
+    assert systemd_unit.own_command(tmp_path) == ["/opt/edge-sdk/bin/edge-sdk"]
+    assert systemd_unit.own_command() == [str(script)]
 
 
 @pytest.mark.parametrize(
@@ -185,31 +186,31 @@ def test_removing_keeps_config_and_keys_unless_told(tmp_path):
     keys.mkdir(parents=True)
     (tmp_path / "var/lib/edge-sdk").symlink_to("private/edge-sdk")
     remove = ["service", "remove", "--root", str(tmp_path)]
-    assert cli.main(remove) == 0
+    assert main.main(remove) == 0
     assert not list((tmp_path / "etc/systemd").rglob("edge-sdk.service"))
     assert (tmp_path / "etc/edge-sdk/config.toml").exists()
     assert keys.exists()
-    assert cli.main([*remove, "--purge"]) == 0
+    assert main.main([*remove, "--purge"]) == 0
     assert not (tmp_path / "etc/edge-sdk/config.toml").exists()
     assert not (tmp_path / "var/lib/edge-sdk").is_symlink()
     assert not keys.parent.exists()
 
 
 def test_programs_that_a_service_cannot_see(monkeypatch):
-    assert service.is_hidden("/home/pi/.venv/bin/edge-sdk")
-    assert service.is_hidden("/root")
-    assert not service.is_hidden("/homes/edge-sdk")
+    assert systemd_unit.is_hidden("/home/pi/.venv/bin/edge-sdk")
+    assert systemd_unit.is_hidden("/root")
+    assert not systemd_unit.is_hidden("/homes/edge-sdk")
     monkeypatch.setattr(sys, "argv", ["/nowhere"])
     monkeypatch.setattr(sys, "executable", "/home/pi/.venv/bin/python")
-    assert "a service does not see /home" in service.hidden_program()
+    assert "a service does not see /home" in systemd_unit.hidden_program()
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
-    assert service.hidden_program() == ""
+    assert systemd_unit.hidden_program() == ""
 
 
 @pytest.mark.skipif(Path("/run/systemd/system").is_dir(), reason="systemd runs this machine")
 @pytest.mark.parametrize("action", ["install", "remove", "status", "logs"])
 def test_without_systemd_there_is_one_clear_line(capsys, action):
-    assert cli.main(["service", action]) == 1
+    assert main.main(["service", action]) == 1
     assert capsys.readouterr().err.startswith("edge-sdk: this machine is not run by systemd; use ")
 
 
@@ -238,5 +239,5 @@ def test_the_status_screen():
 
 def test_a_config_that_the_service_does_not_see_is_refused():
     with pytest.raises(ConfigError, match="does not see /home/pi/c.toml, as it is under /home"):
-        service.check_visible(Settings(), Path("/home/pi/c.toml"))
-    service.check_visible(Settings(), CONFIG)
+        systemd_unit.check_visible(Settings(), Path("/home/pi/c.toml"))
+    systemd_unit.check_visible(Settings(), CONFIG)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk import service
+from edge_sdk.cli import systemd_unit
 from tests.processes import ROOT
 
 SWALLOWED = """
@@ -24,7 +24,7 @@ INTERRUPTED = "import signal; signal.raise_signal(signal.SIGINT)"
 
 
 def start(
-    folder: Path, library: str, text: str, *arguments: str, module: str = "edge_sdk.start"
+    folder: Path, library: str, text: str, *arguments: str, module: str = "edge_sdk.cli"
 ) -> subprocess.CompletedProcess[str]:
     """`module` with a library that is not the real one."""
     (folder / f"{library}.py").write_text(text)
@@ -55,7 +55,7 @@ def test_a_coordinator_without_a_library_is_one_line(tmp_path):
     assert line.startswith("edge-coordinator: gone; this installation is not whole; ")
 
 
-@pytest.mark.parametrize("module", ["edge_sdk.start", "coordinator.start"])
+@pytest.mark.parametrize("module", ["edge_sdk.cli", "coordinator.start"])
 def test_ctrl_c_during_the_imports_ends_as_a_shell_expects(tmp_path, module):
     done = start(tmp_path, "msgspec", INTERRUPTED, module=module)
     assert (done.returncode, done.stderr) == (130, "")
@@ -99,7 +99,7 @@ def test_help_comes_through(tmp_path):
 
 def test_the_command_and_the_service_begin_there(monkeypatch, tmp_path):
     project = (ROOT / "pyproject.toml").read_text()
-    assert 'edge-sdk = "edge_sdk.start:main"\n' in project
+    assert 'edge-sdk = "edge_sdk.cli:main"\n' in project
     monkeypatch.setattr(sys, "argv", ["program"])
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # no edge-sdk beside it
-    assert service.own_command()[1:] == ["-m", "edge_sdk.start"]
+    assert systemd_unit.own_command()[1:] == ["-m", "edge_sdk.cli"]

@@ -39,7 +39,7 @@ COMMANDS = {
 
 
 def run(
-    folder: Path, state: str, *arguments: str, module: str = "edge_sdk.cli"
+    folder: Path, state: str, *arguments: str, module: str = "edge_sdk.cli.main"
 ) -> subprocess.CompletedProcess[str]:
     """A command with a torch in that state; its current folder is `folder`."""
     file, text, _ = STATES[state]

@@ -119,7 +119,7 @@ def agent_rows(folder: Path, runs: int) -> list[Figures]:
 def idle_agent(folder: Path) -> tuple[Figures, Figures]:
     """`edge-sdk run` once it waits for a coordinator that is not there, and its trainer."""
     command = [
-        sys.executable, "-m", "edge_sdk.cli", "run", "--id", "bench", "--keys", str(folder),
+        sys.executable, "-m", "edge_sdk.cli.main", "run", "--id", "bench", "--keys", str(folder),
         "--coordinator", f"tcp://127.0.0.1:{free_port()}", "--data", str(folder / "idle.npz"),
         "--threads", "1",
     ]  # fmt: skip

@@ -35,7 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script, the folder of this file would stand there
 
-from edge_sdk.cli_flags import whole_flag  # noqa: E402
+from edge_sdk.cli.flags import whole_flag
 from edge_sdk.errors import ConfigError, EdgeError  # noqa: E402
 from tools import figures, probes, tables  # noqa: E402
 from tools.grids import GRIDS, Grid, Setting  # noqa: E402

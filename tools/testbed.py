@@ -264,7 +264,7 @@ def device_process(device: Device, endpoint: str, host: Host) -> Iterator[subpro
         "--host-gflops", str(host.gflops), "--host-layer-us", str(1e6 * host.layer_s),
         "--threads", "1", "--once",
     ]  # fmt: skip
-    with process("edge_sdk.cli", command, device.folder / "device.log") as child:
+    with process("edge_sdk.cli.main", command, device.folder / "device.log") as child:
         yield child
 
 

@@ -109,7 +109,7 @@ class Bed(World):
         cache = self.folder / name / f"cache{suffix}"
         own = {"CACHE_DIRECTORY": str(cache)}
         inside = self.net.hosts[link].inside(*_texts(own | environment))
-        command = ["edge_sdk.cli", *self.device_flags(name)]
+        command = ["edge_sdk.cli.main", *self.device_flags(name)]
         return self.start(name + suffix, command, [*inside, *prefix, sys.executable, "-m"])
 
     def device_flags(self, name: str, *flags: str) -> list[str]:

@@ -21,7 +21,7 @@ from edge_sdk.agent.setup import (
     make_agent,
     measure_here,
 )
-from edge_sdk.cli_flags import MAX_THREADS, add_memory_cap, path_flag, whole_flag
+from edge_sdk.cli.flags import MAX_THREADS, add_memory_cap, path_flag, whole_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import board

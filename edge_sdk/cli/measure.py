@@ -7,7 +7,7 @@ import sys
 
 import msgspec
 
-from edge_sdk.cli_flags import Subparsers, _print_json, add_memory_cap, rate_flag
+from edge_sdk.cli.flags import Subparsers, _print_json, add_memory_cap, rate_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import check_free, save_board, save_path

@@ -15,8 +15,8 @@ import msgspec
 from edge_sdk.agent.setup import calibration_file
 from edge_sdk.capacity.choice import Choice, choose_exit, in_words, pulled
 from edge_sdk.capacity.costs import TRAINER_ENVIRONMENT, SegmentCost, levers, peak_bytes, seconds
-from edge_sdk.cli_.measure import _describe
-from edge_sdk.cli_flags import Subparsers, _print_json, add_memory_cap
+from edge_sdk.cli.flags import Subparsers, _print_json, add_memory_cap
+from edge_sdk.cli.measure import _describe
 from edge_sdk.errors import ConfigError, TrainerError
 from edge_sdk.hardware.boards import board, board_names
 from edge_sdk.hardware.limits import least_bound

@@ -19,8 +19,8 @@ from edge_sdk.agent.settings import (
     write_config,
 )
 from edge_sdk.agent.setup import checked_id, default_keys
-from edge_sdk.cli_flags import path_flag
-from edge_sdk.cli_run import settle
+from edge_sdk.cli.flags import path_flag
+from edge_sdk.cli.run import settle
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import checked_endpoint
 from edge_sdk.protocol.invitation import MAX_CHARACTERS, InvitationLine, decode_line

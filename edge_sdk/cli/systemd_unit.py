@@ -77,7 +77,7 @@ def own_command(root: Path = ROOT) -> list[str]:
     called = Path(shutil.which(sys.argv[0]) or sys.argv[0])
     if called.name == NAME and called.is_file():
         script = called.absolute()
-    command = [str(script)] if script.is_file() else [sys.executable, "-m", "edge_sdk.start"]
+    command = [str(script)] if script.is_file() else [sys.executable, "-m", "edge_sdk.cli"]
     inside = f"{root}/" if root != ROOT else "/"
     return [
         f"/{word.removeprefix(inside)}" if word.startswith(inside) else word for word in command

@@ -27,6 +27,7 @@ import msgspec
 
 from edge_sdk.agent.settings import DEFAULT_CONFIG, Settings, read_config
 from edge_sdk.capacity.costs import TRAINER_ENVIRONMENT
+from edge_sdk.cli.systemd_unit import STATE, is_hidden
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import board_name
@@ -36,7 +37,6 @@ from edge_sdk.hardware.procfs import ROOT, read_text
 from edge_sdk.helpers.imports import INSTALL, is_too_old, oldest
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.protocol.keys import DEVICE_KEYS, KeyPair, read_all_keys
-from edge_sdk.service import STATE, is_hidden
 
 EARLIEST = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)  # this program is younger
 LEAST_MEMORY = 350 * 1024**2  # torch's 250 MB, the agent's 31 and a small model

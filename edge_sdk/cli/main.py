@@ -11,18 +11,18 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from edge_sdk.cli_.measure import add_measure_command
-from edge_sdk.cli_.plan import add_plan_command
-from edge_sdk.cli_flags import Subparsers
-from edge_sdk.cli_infer import (
+from edge_sdk.cli.flags import Subparsers
+from edge_sdk.cli.infer import (
     add_calibrate_command,
     add_export_command,
     add_infer_command,
     add_infer_report_command,
 )
-from edge_sdk.cli_join import add_join_command, add_keys_command
-from edge_sdk.cli_run import add_run_command
-from edge_sdk.cli_service import add_doctor_command, add_service_command
+from edge_sdk.cli.join import add_join_command, add_keys_command
+from edge_sdk.cli.measure import add_measure_command
+from edge_sdk.cli.plan import add_plan_command
+from edge_sdk.cli.run import add_run_command
+from edge_sdk.cli.service import add_doctor_command, add_service_command
 from edge_sdk.errors import EdgeError
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.interrupts import INTERRUPTED

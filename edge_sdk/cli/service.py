@@ -11,12 +11,12 @@ from typing import Any
 
 import msgspec
 
-from edge_sdk import doctor, service
 from edge_sdk.agent.settings import DEFAULT_CONFIG, default_config, parse_config
 from edge_sdk.agent.setup import default_keys
+from edge_sdk.cli import doctor, systemd_unit
+from edge_sdk.cli.systemd_unit import ROOT
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import mebibytes
-from edge_sdk.service import ROOT
 
 log = logging.getLogger(__name__)
 STATUS = (
@@ -71,22 +71,22 @@ def run_doctor(args: argparse.Namespace) -> int:
 def run_install(args: argparse.Namespace) -> int:
     root, config = args.root.absolute(), args.config.absolute()
     _check_can_install(args, is_here=root == ROOT)
-    if args.dry_run and not service.under(root, config).exists():
+    if args.dry_run and not systemd_unit.under(root, config).exists():
         settings, is_new = parse_config("", str(config)), False
     else:
-        settings, is_new = service.ensure_config(root, config)
-    service.check_visible(settings, config)
-    unit = service.unit_text(
+        settings, is_new = systemd_unit.ensure_config(root, config)
+    systemd_unit.check_visible(settings, config)
+    unit = systemd_unit.unit_text(
         settings,
-        service.own_command(root),
+        systemd_unit.own_command(root),
         config,
-        systemd_version=service.systemd_version() if root == ROOT else 0,
-        groups=service.existing_groups(root),
+        systemd_version=systemd_unit.systemd_version() if root == ROOT else 0,
+        groups=systemd_unit.existing_groups(root),
     )
     if args.dry_run:
         print(unit, end="")
         return 0
-    service.install(root, unit)
+    systemd_unit.install(root, unit)
     print(f"wrote {service.under(root, service.UNIT)}")
     if is_new:
         print(f"wrote {service.under(root, config)}")
@@ -106,9 +106,9 @@ def _check_can_install(args: argparse.Namespace, *, is_here: bool) -> None:
         raise ConfigError("--start is for this system, not for --root")
     is_real = is_here and not args.dry_run
     if is_real:
-        service.check_running_systemd()
+        systemd_unit.check_running_systemd()
         check_root("service install")
-    if hidden := service.hidden_program():
+    if hidden := systemd_unit.hidden_program():
         if is_real:
             raise ConfigError(hidden)
         log.warning("%s", hidden)
@@ -117,7 +117,7 @@ def _check_can_install(args: argparse.Namespace, *, is_here: bool) -> None:
 def _start() -> None:
     """Returns once the device is ready, having read its data."""
     try:
-        service.systemctl("restart", service.NAME)
+        systemd_unit.systemctl("restart", systemd_unit.NAME)
     except ConfigError as error:
         raise ConfigError("the service did not start; see edge-sdk service logs") from error
     print("started")
@@ -126,17 +126,17 @@ def _start() -> None:
 def run_remove(args: argparse.Namespace) -> int:
     root = args.root.absolute()
     if root == ROOT:
-        service.check_running_systemd()
+        systemd_unit.check_running_systemd()
         check_root("service remove")
-    for path in service.remove(root, with_state=args.purge):
+    for path in systemd_unit.remove(root, with_state=args.purge):
         print(f"removed {path}")
     return 0
 
 
 def run_status(args: argparse.Namespace) -> int:
     """Exit status 0 while the service is active, else 1."""
-    service.check_running_systemd()
-    found = service.shown(STATUS)
+    systemd_unit.check_running_systemd()
+    found = systemd_unit.shown(STATUS)
     if found.get("LoadState") == "not-found":
         raise ConfigError("the service is not installed; run sudo edge-sdk service install")
     print(describe(found))
@@ -166,8 +166,8 @@ def _size(number: str) -> str:
 
 def run_logs(args: argparse.Namespace) -> int:
     """Becomes journalctl."""
-    service.check_running_systemd()
-    command = ["journalctl", "--unit", service.NAME, "--lines", str(args.lines)]
+    systemd_unit.check_running_systemd()
+    command = ["journalctl", "--unit", systemd_unit.NAME, "--lines", str(args.lines)]
     command += ["--follow"] if args.follow else ["--no-pager"]
     try:
         os.execvp(command[0], command)
@@ -177,5 +177,5 @@ def run_logs(args: argparse.Namespace) -> int:
 
 def check_root(action: str) -> None:
     if os.geteuid() != 0:
-        command = " ".join(service.own_command())  # sudo has a PATH of its own
+        command = " ".join(systemd_unit.own_command())  # sudo has a PATH of its own
         raise ConfigError(f"{action} needs root; run sudo {command} {action}")

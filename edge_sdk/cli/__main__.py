@@ -1,4 +1,4 @@
-"""`edge-sdk`, also as `python -m edge_sdk.start`: no traceback where a library that it needs is not
+"""`edge-sdk`, also as `python -m edge_sdk.cli`: no traceback where a library that it needs is not
 installed, or for Ctrl-C while it is imported, which takes a second on a board."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from edge_sdk.helpers.interrupts import INTERRUPTED
 def main() -> int:
     try:
         try:
-            from edge_sdk.cli import main as run
+            from edge_sdk.cli.main import main as run
         except ImportError as error:
             reason = " ".join(str(error).split())
             again = f"install edge-sdk again for {sys.executable}, from where it came"

@@ -1,0 +1,1 @@
+"""`edge-sdk`: one file a command."""
