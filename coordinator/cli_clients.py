@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coordinator.admission import (
+from coordinator.admission.client_list import (
     Admission,
     add_client,
     ensure_list,
@@ -21,10 +21,10 @@ from coordinator.admission import (
     read_list,
     remove_client,
 )
-from coordinator.invitations import Invitation, withdraw, write_invitation
-from coordinator.joining import in_words
+from coordinator.admission.invitations import Invitation, withdraw, write_invitation
+from coordinator.admission.join import in_words
+from coordinator.admission.pending import forget_stranger, read_strangers
 from coordinator.key_files import locked
-from coordinator.strangers import forget_stranger, read_strangers
 from edge_sdk.cli.flags import path_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import checked_endpoint

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from coordinator import joining
-from coordinator.admission import Admission
+from coordinator.admission import join as joining
+from coordinator.admission.client_list import Admission
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.helpers.logs import event
 from edge_sdk.protocol.keys import KeyPair

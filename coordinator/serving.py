@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 import torch
 from msgspec.structs import replace
 
-from coordinator.admission import Admission
+from coordinator.admission.client_list import Admission
 from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.credit import LEAST_BUDGET_BYTES
 from coordinator.exporting import check_export, export_served

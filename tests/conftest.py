@@ -149,7 +149,7 @@ def gate(tmp_path):
 @pytest.fixture
 def member(gate, tmp_path):
     """A device's folder with the keys of the admitted client pi."""
-    from coordinator.admission import add_client
+    from coordinator.admission.client_list import add_client
     from edge_sdk.protocol.keys import make_keys
     from tests.gate import new_key
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import zmq
 
-from coordinator.admission import Admission, add_client
+from coordinator.admission.client_list import Admission, add_client
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.hub import Hub

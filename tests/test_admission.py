@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from coordinator.admission import Admission, add_client, parse_clients
+from coordinator.admission.client_list import Admission, add_client, parse_clients
 from coordinator.hub import Hub
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import make_keys

@@ -14,7 +14,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from coordinator.admission import Admission, add_client
+from coordinator.admission.client_list import Admission, add_client
 from coordinator.hub import Hub
 from edge_sdk.data.load import Examples, save_shard
 from edge_sdk.errors import DataError, LinkError

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from coordinator import cli_clients
+from coordinator.admission.invitations import read_invitations
+from coordinator.admission.pending import Strangers
 from coordinator.cli import main as coordinate
-from coordinator.invitations import read_invitations
-from coordinator.strangers import Strangers
 from edge_sdk.protocol.invitation import decode_line
 from tests.gate import invited, new_key
 from tests.helpers import one_line

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from coordinator import devices as devices_module
-from coordinator.admission import remove_client
+from coordinator.admission.client_list import remove_client
 from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.hub import Received
 from coordinator.key_files import replace_text

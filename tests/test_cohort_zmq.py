@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from coordinator import cohort_zmq
-from coordinator.admission import Admission
+from coordinator.admission.client_list import Admission
 from coordinator.cohort import ClientUpdate
 from coordinator.hub import Hub
 from edge_sdk.errors import ConfigError

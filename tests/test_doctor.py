@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.admission import Admission, add_client
+from coordinator.admission.client_list import Admission, add_client
 from coordinator.hub import Hub
 from edge_sdk.cli import doctor, main
 from edge_sdk.cli.doctor import Finding

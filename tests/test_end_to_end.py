@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coordinator.admission import Admission
+from coordinator.admission.client_list import Admission
 from coordinator.cli import main as coordinate
 from coordinator.cohort import Client
 from coordinator.cohort_zmq import Terms, ZmqCohort

@@ -23,7 +23,8 @@ from msgspec import inspect
 from msgspec.structs import fields
 
 import edge_sdk
-from coordinator import cohort_zmq, credit, desk, devices, hub, joining, seats
+from coordinator import cohort_zmq, credit, desk, devices, hub, seats
+from coordinator.admission import join as joining
 from edge_sdk import supervisor
 from edge_sdk.agent import agent, state
 from edge_sdk.capacity import chooser

@@ -11,9 +11,9 @@ import msgpack
 import pytest
 import zmq
 
-from coordinator.admission import add_client, remove_client
+from coordinator.admission.client_list import add_client, remove_client
+from coordinator.admission.invitations import Invitation, withdraw
 from coordinator.hub import Hub
-from coordinator.invitations import Invitation, withdraw
 from edge_sdk.protocol.invitation import InvitationLine
 from edge_sdk.protocol.join import Refused, join
 from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import admission as admission_module
-from coordinator import invitations as invitations_module
-from coordinator import joining
-from coordinator.admission import add_client
-from coordinator.invitations import Invitations, read_invitations
+from coordinator.admission import client_list as admission_module
+from coordinator.admission import invitations as invitations_module
+from coordinator.admission import join as joining
+from coordinator.admission.client_list import add_client
+from coordinator.admission.invitations import Invitations, read_invitations
 from coordinator.key_files import locked
 from edge_sdk.errors import ConfigError, LinkError
 from edge_sdk.protocol import join as join_module

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.admission import remove_client
+from coordinator.admission.client_list import remove_client
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol import join as join_module
 from edge_sdk.protocol import keys as keys_module

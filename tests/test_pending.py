@@ -9,11 +9,11 @@ import time
 import pytest
 import zmq
 
-from coordinator import strangers
-from coordinator.admission import Admission
+from coordinator.admission import pending
+from coordinator.admission.client_list import Admission
+from coordinator.admission.pending import MOST, Strangers, forget_stranger, read_strangers
 from coordinator.hub import Hub
 from coordinator.key_files import locked
-from coordinator.strangers import MOST, Strangers, forget_stranger, read_strangers
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys
 from tests.gate import Gate, new_key
@@ -94,7 +94,7 @@ def test_the_newest_are_kept(tmp_path, clock):
 
 def test_it_is_written_once_a_second_at_most(tmp_path, clock, monkeypatch):
     writes = []
-    monkeypatch.setattr(strangers, "replace_text", lambda *args: writes.append(clock.now))
+    monkeypatch.setattr(pending, "replace_text", lambda *args: writes.append(clock.now))
     known = Strangers(tmp_path / "pending", clock, clock)
     known.write_if_due(nobody)
     assert writes == [], "nothing is new"
@@ -149,7 +149,7 @@ def test_while_another_changes_the_files_it_waits(tmp_path, clock, caplog):
     with locked(tmp_path):
         known.write_if_due(nobody)
     assert not (tmp_path / "pending").exists()
-    clock.now += strangers.WRITE_S
+    clock.now += pending.WRITE_S
     known.write_if_due(nobody)
     assert len(read_strangers(tmp_path / "pending")) == 1
     assert not caplog.records
@@ -161,11 +161,11 @@ def test_a_full_disk_is_said_once_and_tried_again(tmp_path, clock, caplog, monke
 
     known = Strangers(tmp_path / "pending", clock, clock)
     with monkeypatch.context() as patch:
-        patch.setattr(strangers, "replace_text", full)
+        patch.setattr(pending, "replace_text", full)
         for _ in range(3):
             known.note(new_key().encode())
             known.write_if_due(nobody)
-            clock.now += strangers.RETRY_S
+            clock.now += pending.RETRY_S
     assert len(caplog.records) == 1
     assert "No space left" in caplog.text
     known.write_if_due(nobody)

@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import admission as admission_module
-from coordinator import joining
-from coordinator.admission import Admission, add_client, read_list, remove_client, replace_client
+from coordinator.admission import client_list as admission_module
+from coordinator.admission import join as joining
+from coordinator.admission.client_list import (
+    Admission,
+    add_client,
+    read_list,
+    remove_client,
+    replace_client,
+)
 from coordinator.hub import Hub
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import make_keys, read_keys

@@ -138,7 +138,7 @@ def serve(
     before the model is made, "begin" and "end" of each round."""
     import torch
 
-    from coordinator.admission import Admission
+    from coordinator.admission.client_list import Admission
     from coordinator.aggregate import OwnersMean
     from coordinator.cohort import Assignment, ClientUpdate
     from coordinator.cohort_zmq import Terms, ZmqCohort

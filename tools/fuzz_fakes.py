@@ -16,7 +16,7 @@ from typing import Any
 import zmq
 from zmq.utils import z85
 
-from coordinator.admission import Admission
+from coordinator.admission.client_list import Admission
 from edge_sdk.protocol.codec import decode
 from edge_sdk.protocol.messages import PLAIN_TEXT, Message
 

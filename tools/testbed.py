@@ -28,7 +28,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from coordinator.admission import add_client
+from coordinator.admission.client_list import add_client
 from coordinator.emulate import split_shards
 from coordinator.methods.registry import METHODS
 from coordinator.settings import model_options

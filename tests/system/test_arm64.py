@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from coordinator.admission import Admission
+from coordinator.admission.client_list import Admission
 from coordinator.hub import Hub
 from edge_sdk.data.load import save_shard
 from edge_sdk.infer.early_exit import EarlyExit

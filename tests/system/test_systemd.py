@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from coordinator.admission import add_client
+from coordinator.admission.client_list import add_client
 from tests.processes import World, environment, wait_until
 from tests.system.machine import PREFIX, Machine, lacks
 

@@ -18,9 +18,9 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from coordinator.invitations import Invitations
+from coordinator.admission.invitations import Invitations
+from coordinator.admission.pending import Strangers
 from coordinator.key_files import NOWHERE, Stamp, locked, replace_text, stamp_of
-from coordinator.strangers import Strangers
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import check_key
 from edge_sdk.protocol.messages import CLIENT_NAME

@@ -14,7 +14,7 @@ import time
 
 from msgspec.structs import replace
 
-from coordinator.admission import (
+from coordinator.admission.client_list import (
     Admission,
     is_being_written,
     parse_clients,
@@ -22,7 +22,7 @@ from coordinator.admission import (
     read_list,
     replace_client,
 )
-from coordinator.invitations import Invitation, read_invitations, write_invitation
+from coordinator.admission.invitations import Invitation, read_invitations, write_invitation
 from coordinator.key_files import locked
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import check_key

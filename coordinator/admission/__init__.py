@@ -1,0 +1,1 @@
+"""Who may join: the list of clients, invitations, keys that wait."""
