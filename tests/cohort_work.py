@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from coordinator.aggregate import OwnersMean
+from coordinator.aggregation.mean import OwnersMean
 from coordinator.cohort import Absence, Assignment, ClientUpdate
 from edge_sdk.protocol.messages import Fault, Heartbeat, Message, Plan, Segment
 from edge_sdk.protocol.stream import PART_BYTES

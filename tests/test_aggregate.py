@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from coordinator.aggregate import OwnersMean
+from coordinator.aggregation.mean import OwnersMean
+from coordinator.aggregation.server_optimizer import Server
 from coordinator.config import ServerOptions
 from coordinator.sampling import job_seed, sample
-from coordinator.server_optim import Server
 from edge_sdk.errors import ShapeError
 from tests.helpers import client
 

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator import robust
+from coordinator.aggregation import robust
+from coordinator.aggregation.robust import make_kernel
 from coordinator.config import AggregationOptions
-from coordinator.robust import make_kernel
 from edge_sdk.errors import ShapeError
 from tests.helpers import ROBUST, options_of
 

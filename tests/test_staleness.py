@@ -8,9 +8,9 @@ import weakref
 import pytest
 import torch
 
+from coordinator.aggregation.staleness import brought_forward
 from coordinator.cohort import ClientUpdate
 from coordinator.config import RunConfig
-from coordinator.staleness import brought_forward
 from edge_sdk.protocol.messages import Segment
 from tests.helpers import client, config
 

@@ -139,7 +139,7 @@ def serve(
     import torch
 
     from coordinator.admission.client_list import Admission
-    from coordinator.aggregate import OwnersMean
+    from coordinator.aggregation.mean import OwnersMean
     from coordinator.cohort import Assignment, ClientUpdate
     from coordinator.cohort_zmq import Terms, ZmqCohort
     from coordinator.hub import Hub

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from coordinator.aggregate import OwnersMean
+from coordinator.aggregation.mean import OwnersMean
 from coordinator.cohort import Client, ClientUpdate
 from edge_sdk.data.examples import Examples
 from edge_sdk.models import initial_tensors

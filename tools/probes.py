@@ -26,7 +26,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from coordinator.aggregate import OwnersMean
+from coordinator.aggregation.mean import OwnersMean
 from coordinator.cohort import ClientUpdate, Cohort
 from coordinator.config import SPLITS, RunConfig
 from coordinator.emulate import Population, emulated_clients

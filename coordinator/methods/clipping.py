@@ -28,9 +28,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from coordinator.aggregation.robust import lower_median, shortened, squared_distance
 from coordinator.cohort import ClientUpdate
 from coordinator.methods.base import Metrics
-from coordinator.robust import lower_median, shortened, squared_distance
 from coordinator.sampling import job_seed
 from edge_sdk.models.staged import place
 

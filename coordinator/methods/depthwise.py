@@ -12,16 +12,16 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from coordinator.aggregate import Kernel
+from coordinator.aggregation.mean import Kernel
+from coordinator.aggregation.robust import make_kernel
+from coordinator.aggregation.server_optimizer import Server
 from coordinator.cohort import Assignment, Client, ClientUpdate
 from coordinator.config import RunConfig
 from coordinator.generators.base import Generator
 from coordinator.methods.base import Metrics
 from coordinator.methods.clipping import NormClip
 from coordinator.methods.rotation import Rule
-from coordinator.robust import make_kernel
 from coordinator.sampling import job_seed
-from coordinator.server_optim import Server
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import needed_names, place, trained_names

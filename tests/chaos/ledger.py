@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from coordinator.aggregation.staleness import brought_forward
 from coordinator.cohort import Client, ClientUpdate
 from coordinator.cohorts.in_process import train_here
 from coordinator.config import RunConfig, read_config
 from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
-from coordinator.staleness import brought_forward
 from edge_sdk.models import build
 from edge_sdk.protocol.tensors import Tensors
 from tests.chaos.bed import Bed

@@ -32,7 +32,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from coordinator.aggregate import Kernel, OwnersMean, wide
+from coordinator.aggregation.mean import Kernel, OwnersMean, wide
 from coordinator.config import AggregationOptions
 from edge_sdk.errors import ShapeError
 from edge_sdk.protocol.tensors import Tensors
