@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from coordinator.checkpoints import sync_folder
-from coordinator.cohort import Client
+from coordinator.cohorts.base import Client
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohort_status import cohort_state, folder_bytes
+from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
 from coordinator.credit import Credit
 from coordinator.defaults import BUDGET_BYTES
 from coordinator.desk import Desk

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
 from coordinator.credit import Credit, Paces
 from coordinator.seats import Seat, Senders, check_update, check_values, counted, make_job
 from coordinator.spool import Arrived, Spool

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coordinator.cohort import Client
+from coordinator.cohorts.base import Client
 from coordinator.hub import NOT_ADMITTED, Hub, Received
 from coordinator.tally import MAX_CLIENTS, Tally
 from edge_sdk.helpers.logs import event

@@ -17,10 +17,15 @@ import numpy as np
 import torch
 from msgspec.structs import replace
 
-from coordinator.cohort_processes import ProcessCohort
 from coordinator.cohorts.in_process import InProcessCohort
+from coordinator.cohorts.population import (
+    EmulatedClient,
+    Population,
+    choose_holders,
+    emulated_clients,
+)
+from coordinator.cohorts.processes import ProcessCohort
 from coordinator.config import RunConfig
-from coordinator.emulate import EmulatedClient, Population, choose_holders, emulated_clients
 from coordinator.evaluate import Personalised, personalised_accuracy
 from coordinator.exporting import check_export, export_served
 from coordinator.methods.registry import make_method

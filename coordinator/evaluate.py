@@ -10,7 +10,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from coordinator.sampling import job_seed
+from coordinator.cohorts.sampling import job_seed
 from edge_sdk.data.load import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError
 from edge_sdk.models import build

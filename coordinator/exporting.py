@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from coordinator.cohort import Client
+from coordinator.cohorts.base import Client
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method

@@ -12,11 +12,11 @@ from datetime import datetime, timezone
 import torch
 
 from coordinator.aggregation.staleness import brought_forward
-from coordinator.cohort import Absence, Client, ClientUpdate, Cohort
+from coordinator.cohorts.base import Absence, Client, ClientUpdate, Cohort
+from coordinator.cohorts.sampling import sample
 from coordinator.config import RunConfig
 from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.base import Method, Metrics
-from coordinator.sampling import sample
 from coordinator.status import RunPhase
 from coordinator.store import RoundTotals, Store
 from edge_sdk.data.load import Examples

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from coordinator.cohort import Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Assignment, Client, ClientUpdate
 from coordinator.credit import Pace, Paces
 from coordinator.spool import Arrived
 from edge_sdk.errors import ShapeError

@@ -22,7 +22,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from coordinator.cohort import Client
+from coordinator.cohorts.base import Client
 from edge_sdk.errors import EdgeError, StoreError
 from edge_sdk.protocol.messages import Job, Segment, Struct, TensorSpec, Update
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from coordinator.begun import Begun
 from coordinator.checkpoints import checkpoint_name, sync_folder, write_checkpoint
-from coordinator.cohort import Absence, Client, ClientUpdate
+from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig, read_config
 from coordinator.database import DATABASE, connect_to_read, connect_to_write
 from coordinator.methods.base import Metrics

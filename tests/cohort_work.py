@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from coordinator.aggregation.mean import OwnersMean
-from coordinator.cohort import Absence, Assignment, ClientUpdate
+from coordinator.cohorts.base import Absence, Assignment, ClientUpdate
 from edge_sdk.protocol.messages import Fault, Heartbeat, Message, Plan, Segment
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import specs_of

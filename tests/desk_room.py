@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from coordinator.cohort import Assignment, ClientUpdate
+from coordinator.cohorts.base import Assignment, ClientUpdate
 from coordinator.credit import Credit
 from coordinator.desk import Desk
 from coordinator.spool import Spool

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.cohort import Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Assignment, Client, ClientUpdate
 from coordinator.config import (
     AggregationOptions,
     GeneratorOptions,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from coordinator.cohort import Absence, Client, ClientUpdate
+from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig
 from coordinator.methods.base import Metrics
 from coordinator.store import Store

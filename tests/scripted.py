@@ -19,8 +19,8 @@ import torch
 import zmq
 
 from coordinator.admission.client_list import Admission, add_client
-from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohort_zmq import Terms, ZmqCohort
+from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
 from coordinator.hub import Hub
 from coordinator.spool import Spool
 from edge_sdk.models.staged import trained_names

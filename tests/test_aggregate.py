@@ -9,8 +9,8 @@ import torch
 
 from coordinator.aggregation.mean import OwnersMean
 from coordinator.aggregation.server_optimizer import Server
+from coordinator.cohorts.sampling import job_seed, sample
 from coordinator.config import ServerOptions
-from coordinator.sampling import job_seed, sample
 from edge_sdk.errors import ShapeError
 from tests.helpers import client
 

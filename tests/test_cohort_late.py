@@ -11,8 +11,8 @@ import torch
 
 from coordinator import cohort_zmq
 from coordinator import devices as devices_module
-from coordinator.cohort import Client, ClientUpdate
 from coordinator.cohort_zmq import ZmqCohort
+from coordinator.cohorts.base import Client, ClientUpdate
 from coordinator.credit import Credit
 from coordinator.desk import Desk
 from coordinator.spool import Spool

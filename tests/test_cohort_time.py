@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from coordinator import desk as desk_module
-from coordinator.cohort import Absence, Client, ClientUpdate
 from coordinator.cohort_zmq import Terms, ZmqCohort
+from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.credit import Credit
 from coordinator.desk import MOST_STALLS, Desk
 from coordinator.hub import Received

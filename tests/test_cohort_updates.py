@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from coordinator.cohort import Assignment, ClientUpdate
+from coordinator.cohorts.base import Assignment, ClientUpdate
 from edge_sdk.protocol.messages import Accepted, ExitResult, Fault, Fetch, Part, Update
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import Tensors, specs_of

@@ -17,7 +17,7 @@ import torch
 
 from coordinator import cohort_zmq
 from coordinator.admission.client_list import Admission
-from coordinator.cohort import ClientUpdate
+from coordinator.cohorts.base import ClientUpdate
 from coordinator.hub import Hub
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.codec import MAX_CONTROL_BYTES, encode

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.cohort import Absence
+from coordinator.cohorts.base import Absence
 from coordinator.credit import Credit
 from coordinator.desk import MOST_GIVEN, MOST_STALLS, RESEND_S
 from edge_sdk.errors import StoreError

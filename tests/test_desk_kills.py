@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
 from coordinator.credit import Credit
 from coordinator.desk import RESEND_S, Desk
 from coordinator.spool import Spool

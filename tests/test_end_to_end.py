@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from coordinator.admission.client_list import Admission
 from coordinator.cli import main as coordinate
-from coordinator.cohort import Client
 from coordinator.cohort_zmq import Terms, ZmqCohort
+from coordinator.cohorts.base import Client
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import RotationOptions, RunConfig, read_config
 from coordinator.hub import Hub

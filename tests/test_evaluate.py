@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.emulate import split_holdout
+from coordinator.cohorts.population import split_holdout
+from coordinator.cohorts.sampling import job_seed
 from coordinator.evaluate import accuracy_per_exit, linear_cka, personalised_accuracy
-from coordinator.sampling import job_seed
 from edge_sdk.errors import ConfigError, DataError, ShapeError
 from edge_sdk.models import initial_tensors
 from edge_sdk.protocol.messages import Plan, Segment

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coordinator.cohort import ClientUpdate
+from coordinator.cohorts.base import ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import (
     DistillOptions,

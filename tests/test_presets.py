@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from coordinator.cli_emulate import add_emulate_command
+from coordinator.cohorts.population import group_exits
 from coordinator.config import GeneratorOptions
 from coordinator.defaults import PAPER
-from coordinator.emulate import group_exits
 from coordinator.presets import PRESETS, find_preset, missing_data
 from coordinator.settings import checked, run_config, whole_numbers
 from edge_sdk.errors import ConfigError

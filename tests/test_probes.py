@@ -12,8 +12,8 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.cli import main as coordinator
-from coordinator.cohort import ClientUpdate
-from coordinator.emulate import Population
+from coordinator.cohorts.base import ClientUpdate
+from coordinator.cohorts.population import Population
 from coordinator.store import Store
 from edge_sdk.data.load import DataSet
 from edge_sdk.models import build, initial_tensors

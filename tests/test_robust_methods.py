@@ -10,7 +10,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from coordinator.cohort import Absence, ClientUpdate
+from coordinator.cohorts.base import Absence, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import AggregationOptions, GeneratorOptions
 from coordinator.credit import Credit

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from coordinator.cohort import Client
+from coordinator.cohorts.base import Client
 from coordinator.config import DistillOptions, RotationOptions, ServerOptions
 from coordinator.methods.registry import make_method
 from coordinator.methods.rotation import draw_order, fixed, rotation

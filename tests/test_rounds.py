@@ -9,14 +9,14 @@ from collections import deque
 import pytest
 import torch
 
-from coordinator.cohort import Absence, Assignment, ClientUpdate
+from coordinator.cohorts.base import Absence, Assignment, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort, train_here
-from coordinator.emulate import Population, choose_holders, group_exits, split_shards
+from coordinator.cohorts.population import Population, choose_holders, group_exits, split_shards
+from coordinator.cohorts.sampling import sample
 from coordinator.emulating import write_json
 from coordinator.methods.base import Metrics
 from coordinator.methods.registry import make_method
 from coordinator.rounds import RoundReport, choose_first, gather, print_round, run_rounds
-from coordinator.sampling import sample
 from coordinator.store import RoundTotals, Store
 from edge_sdk.errors import ConfigError, DataError, TrainerError
 from edge_sdk.protocol.messages import Plan, Segment

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coordinator.cohort import Client
+from coordinator.cohorts.base import Client
 from coordinator.methods.base import Metrics
 from coordinator.store import Store
 from edge_sdk.protocol.messages import DeviceProfile

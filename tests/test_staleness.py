@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coordinator.aggregation.staleness import brought_forward
-from coordinator.cohort import ClientUpdate
+from coordinator.cohorts.base import ClientUpdate
 from coordinator.config import RunConfig
 from edge_sdk.protocol.messages import Segment
 from tests.helpers import client, config

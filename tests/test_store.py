@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from coordinator import checkpoints
-from coordinator.cohort import Absence, ClientUpdate
+from coordinator.cohorts.base import Absence, ClientUpdate
 from coordinator.methods.base import Metrics
 from coordinator.store import BEGUN, Store
 from edge_sdk.errors import StoreError

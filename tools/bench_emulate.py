@@ -22,14 +22,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from coordinator.cohort import Assignment, ClientUpdate
+from coordinator.cohorts.base import Assignment, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort
+from coordinator.cohorts.population import Population, emulated_clients
+from coordinator.cohorts.sampling import sample
 from coordinator.config import RotationOptions, RunConfig, ServerOptions
-from coordinator.emulate import Population, emulated_clients
 from coordinator.emulating import emulated_cohort
 from coordinator.methods.registry import make_method
 from coordinator.rounds import run_rounds
-from coordinator.sampling import sample
 from coordinator.settings import checked
 from coordinator.store import Store
 from edge_sdk.data.load import Examples, load_dataset

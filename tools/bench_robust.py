@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from coordinator.cohort import Absence, Assignment, Client, ClientUpdate, Cohort
+from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate, Cohort
 from coordinator.cohorts.in_process import InProcessCohort
+from coordinator.cohorts.population import Population, emulated_clients
 from coordinator.config import AggregationOptions, RotationOptions, RunConfig, ServerOptions
-from coordinator.emulate import Population, emulated_clients
 from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.registry import make_method
 from edge_sdk.data.load import DataSet, load_dataset

@@ -140,8 +140,8 @@ def serve(
 
     from coordinator.admission.client_list import Admission
     from coordinator.aggregation.mean import OwnersMean
-    from coordinator.cohort import Assignment, ClientUpdate
     from coordinator.cohort_zmq import Terms, ZmqCohort
+    from coordinator.cohorts.base import Assignment, ClientUpdate
     from coordinator.hub import Hub
     from coordinator.spool import Spool
     from edge_sdk.protocol.tensors import specs_of

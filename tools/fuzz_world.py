@@ -27,8 +27,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from coordinator.cohort import Assignment, Client, ClientUpdate
 from coordinator.cohort_zmq import Terms, ZmqCohort
+from coordinator.cohorts.base import Assignment, Client, ClientUpdate
 from coordinator.hub import Hub
 from coordinator.seats import make_job
 from coordinator.spool import Spool

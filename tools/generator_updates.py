@@ -15,7 +15,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from coordinator.aggregation.mean import OwnersMean
-from coordinator.cohort import Client, ClientUpdate
+from coordinator.cohorts.base import Client, ClientUpdate
 from edge_sdk.data.examples import Examples
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place

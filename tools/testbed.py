@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from coordinator.admission.client_list import add_client
-from coordinator.emulate import split_shards
+from coordinator.cohorts.population import split_shards
 from coordinator.methods.registry import METHODS
 from coordinator.settings import model_options
 from edge_sdk.capacity.costs import seconds

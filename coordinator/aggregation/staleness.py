@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from coordinator.cohort import ClientUpdate
+from coordinator.cohorts.base import ClientUpdate
 from edge_sdk.protocol.tensors import Tensors
 
 

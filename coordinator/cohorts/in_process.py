@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
 from edge_sdk.data.load import Examples
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.process_memory import memory_errors

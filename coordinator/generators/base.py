@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coordinator.cohort import ClientUpdate
+from coordinator.cohorts.base import ClientUpdate
 from edge_sdk.models import build
 from edge_sdk.models.staged import place
 from edge_sdk.protocol.messages import ModelSpec

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coordinator.cohort import ClientUpdate
+from coordinator.cohorts.base import ClientUpdate
 from coordinator.config import GeneratorOptions
 from coordinator.factors import dematricise, matricise, matrix_shape
 from coordinator.generators.networks import Codec, FlatCodec, SvdCodec

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coordinator.cohort import ClientUpdate
+from coordinator.cohorts.base import ClientUpdate
 from coordinator.config import GeneratorOptions
 from coordinator.generators.row_memory import RowMemory
 from edge_sdk.models.staged import place

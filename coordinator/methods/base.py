@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from coordinator.cohort import Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Assignment, Client, ClientUpdate
 from edge_sdk.protocol.messages import ModelSpec, Phase
 from edge_sdk.protocol.tensors import Tensors
 

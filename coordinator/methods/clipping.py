@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from coordinator.aggregation.robust import lower_median, shortened, squared_distance
-from coordinator.cohort import ClientUpdate
+from coordinator.cohorts.base import ClientUpdate
+from coordinator.cohorts.sampling import job_seed
 from coordinator.methods.base import Metrics
-from coordinator.sampling import job_seed
 from edge_sdk.models.staged import place
 
 log = logging.getLogger(__name__)

@@ -15,13 +15,13 @@ from torch import Tensor
 from coordinator.aggregation.mean import Kernel
 from coordinator.aggregation.robust import make_kernel
 from coordinator.aggregation.server_optimizer import Server
-from coordinator.cohort import Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Assignment, Client, ClientUpdate
+from coordinator.cohorts.sampling import job_seed
 from coordinator.config import RunConfig
 from coordinator.generators.base import Generator
 from coordinator.methods.base import Metrics
 from coordinator.methods.clipping import NormClip
 from coordinator.methods.rotation import Rule
-from coordinator.sampling import job_seed
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import needed_names, place, trained_names

@@ -14,9 +14,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from coordinator.cohort import Client
+from coordinator.cohorts.base import Client
+from coordinator.cohorts.sampling import job_seed
 from coordinator.config import RotationOptions
-from coordinator.sampling import job_seed
 from edge_sdk.protocol.messages import Segment
 
 # (client, round, owners of each stage so far) -> segments

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coordinator.aggregation.staleness import brought_forward
-from coordinator.cohort import Client, ClientUpdate
+from coordinator.cohorts.base import Client, ClientUpdate
 from coordinator.cohorts.in_process import train_here
 from coordinator.config import RunConfig, read_config
 from coordinator.methods.base import Method

@@ -13,7 +13,7 @@ from types import TracebackType
 
 import torch
 
-from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort, train_here
 from edge_sdk.data.load import Examples
 from edge_sdk.errors import TrainerError

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 
-from coordinator.cohort import Client
+from coordinator.cohorts.base import Client
 
 
 def job_seed(seed: int, round: int, client_id: str) -> int:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from coordinator.cohorts.sampling import job_seed
 from coordinator.config import SPLITS, RunConfig
-from coordinator.sampling import job_seed
 from edge_sdk.data.load import Examples
 from edge_sdk.data.partition import (
     partition_by_subject,
