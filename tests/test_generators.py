@@ -7,7 +7,7 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.config import GeneratorOptions, ServerOptions
-from coordinator.factors import (
+from coordinator.generators.factors import (
     Factors,
     dematricise,
     factorise,

@@ -37,7 +37,7 @@ import psutil
 import torch
 
 from coordinator.config import GeneratorOptions
-from coordinator.factors import MIN_SIDE, factorise
+from coordinator.generators.factors import MIN_SIDE, factorise
 from coordinator.generators.pairwise import PairGenerator
 from coordinator.generators.registry import make_generator
 from edge_sdk.hardware import process_memory

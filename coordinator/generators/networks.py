@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from coordinator.factors import Factors, factorise, reconstruct, refactorise
+from coordinator.generators.factors import Factors, factorise, reconstruct, refactorise
 
 Shape = tuple[int, int]
 Code = TypeVar("Code")

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.config import GeneratorOptions
-from coordinator.factors import dematricise, matricise, matrix_shape
+from coordinator.generators.factors import dematricise, matricise, matrix_shape
 from coordinator.generators.networks import Codec, FlatCodec, SvdCodec
 from edge_sdk.errors import ShapeError
 from edge_sdk.models.staged import place
