@@ -18,9 +18,9 @@ from typing import Any
 
 import msgspec
 
-from coordinator.database import DATABASE
-from coordinator.run_reader import RoundRow, last_rounds
-from coordinator.status import (
+from coordinator.store.database import DATABASE
+from coordinator.store.reader import RoundRow, last_rounds
+from coordinator.store.status import (
     ClientState,
     Health,
     Snapshot,

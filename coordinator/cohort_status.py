@@ -10,7 +10,7 @@ from pathlib import Path
 from coordinator.desk import Desk
 from coordinator.devices import Device
 from coordinator.seats import Seat
-from coordinator.status import ClientPhase, ClientState, CohortState
+from coordinator.store.status import ClientPhase, ClientState, CohortState
 from coordinator.tally import Counts, Tally
 
 

@@ -21,7 +21,7 @@ from coordinator.desk import Desk
 from coordinator.devices import SILENCE_S, Device, Devices
 from coordinator.hub import Hub, Received
 from coordinator.spool import Spool
-from coordinator.status import CohortState
+from coordinator.store.status import CohortState
 from coordinator.tally import Tally
 from edge_sdk.errors import QuorumError
 from edge_sdk.helpers.logs import event

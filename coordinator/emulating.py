@@ -32,7 +32,7 @@ from coordinator.methods.registry import make_method
 from coordinator.presets import missing_data
 from coordinator.rounds import print_round, run_rounds
 from coordinator.settings import checked, run_config, whole_numbers
-from coordinator.store import Store, open_store
+from coordinator.store.store import Store, open_store
 from edge_sdk.capacity.costs import in_model, peak_bytes
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import MIN_BATCH

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
-from coordinator.status import ClientPhase, RunPhase, Snapshot
+from coordinator.store.status import ClientPhase, RunPhase, Snapshot
 from coordinator.tally import CODES, OTHER
 from edge_sdk.errors import ConfigError
 

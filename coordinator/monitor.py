@@ -18,7 +18,15 @@ from msgspec.structs import replace
 
 from coordinator.cohort_zmq import Stopped
 from coordinator.rounds import RoundReport
-from coordinator.status import FILE, CohortState, RunPhase, Snapshot, StatusFile, identity, utc
+from coordinator.store.status import (
+    FILE,
+    CohortState,
+    RunPhase,
+    Snapshot,
+    StatusFile,
+    identity,
+    utc,
+)
 from edge_sdk.errors import QuorumError
 from edge_sdk.helpers.logs import event
 

@@ -17,8 +17,8 @@ from coordinator.cohorts.sampling import sample
 from coordinator.config import RunConfig
 from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.base import Method, Metrics
-from coordinator.status import RunPhase
-from coordinator.store import RoundTotals, Store
+from coordinator.store.status import RunPhase
+from coordinator.store.store import RoundTotals, Store
 from edge_sdk.data.load import Examples
 from edge_sdk.errors import ShapeError, StoreError, TrainerError
 from edge_sdk.models import build

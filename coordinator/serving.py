@@ -21,7 +21,7 @@ from coordinator.monitor import Monitor
 from coordinator.rounds import RoundReport, print_round, run_rounds
 from coordinator.settings import checked, run_config, whole_numbers
 from coordinator.spool import Spool
-from coordinator.store import SPOOL, Store, open_store
+from coordinator.store.store import SPOOL, Store, open_store
 from edge_sdk.data.load import Examples, load
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.helpers import logs

@@ -10,7 +10,7 @@ import torch
 from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig
 from coordinator.methods.base import Metrics
-from coordinator.store import Store
+from coordinator.store.store import Store
 from edge_sdk.protocol.messages import DeviceProfile, ExitResult, ModelSpec, Phase, Segment
 
 CONFIG = RunConfig(

@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from coordinator.cli import main
-from coordinator.run_lock import RunLock
+from coordinator.store.lock import RunLock
 
 EMULATE = [
     "emulate", "--data", "digits", "--clients", "6", "--groups", "2,2,2", "--rounds", "2",

@@ -23,7 +23,7 @@ from coordinator.hub import Hub
 from coordinator.methods.registry import make_method
 from coordinator.rounds import run_rounds
 from coordinator.spool import Spool
-from coordinator.store import SPOOL, Store
+from coordinator.store.store import SPOOL, Store
 from edge_sdk.protocol.keys import read_keys
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensors import Tensors

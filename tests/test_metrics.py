@@ -21,7 +21,7 @@ from coordinator import cohort_zmq
 from coordinator.cli import main
 from coordinator.cohort_zmq import ZmqCohort
 from coordinator.metrics import MetricsServer, metrics_flag
-from coordinator.status import (
+from coordinator.store.status import (
     ClientPhase,
     ClientState,
     CohortState,

@@ -19,7 +19,7 @@ from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.depthwise import is_learnable
 from coordinator.methods.registry import make_method
 from coordinator.rounds import run_rounds
-from coordinator.store import Store
+from coordinator.store.store import Store
 from edge_sdk import models
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import StagedModel, build, initial_tensors, register_family

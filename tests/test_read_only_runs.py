@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.cli import main as coordinate
-from coordinator.store import Store, open_store
+from coordinator.store.store import Store, open_store
 from edge_sdk.errors import StoreError
 from edge_sdk.infer.model_folder import read_model
 from tests.helpers import config, one_line

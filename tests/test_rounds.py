@@ -17,7 +17,7 @@ from coordinator.emulating import write_json
 from coordinator.methods.base import Metrics
 from coordinator.methods.registry import make_method
 from coordinator.rounds import RoundReport, choose_first, gather, print_round, run_rounds
-from coordinator.store import RoundTotals, Store
+from coordinator.store.store import RoundTotals, Store
 from edge_sdk.errors import ConfigError, DataError, TrainerError
 from edge_sdk.protocol.messages import Plan, Segment
 from tests.helpers import answer, client, cnn, config, examples

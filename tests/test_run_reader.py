@@ -6,8 +6,8 @@ import contextlib
 import sqlite3
 from pathlib import Path
 
-from coordinator.run_reader import last_rounds
-from coordinator.store import Store
+from coordinator.store.reader import last_rounds
+from coordinator.store.store import Store
 from tests.other_user import not_allowed_to_write
 from tests.told import finished_run
 

@@ -10,7 +10,7 @@ import torch
 
 from coordinator.cohorts.base import Client
 from coordinator.methods.base import Metrics
-from coordinator.store import Store
+from coordinator.store.store import Store
 from edge_sdk.protocol.messages import DeviceProfile
 from tests.recorded_run import CONFIG, commit, record_run, update
 from tools.run_report import (

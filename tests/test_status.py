@@ -19,7 +19,7 @@ from coordinator.cohort_zmq import Stopped
 from coordinator.methods.registry import make_method
 from coordinator.monitor import TELL_S, Monitor
 from coordinator.rounds import RoundReport, run_rounds
-from coordinator.status import (
+from coordinator.store.status import (
     FILE,
     CohortState,
     StatusFile,
@@ -29,7 +29,7 @@ from coordinator.status import (
     read_status,
     utc,
 )
-from coordinator.store import RoundTotals, Store
+from coordinator.store.store import RoundTotals, Store
 from coordinator.tally import CODES, MAX_CLIENTS, OTHER, Tally
 from edge_sdk.errors import EdgeError, QuorumError, StoreError
 from tests.helpers import config, examples

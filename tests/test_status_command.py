@@ -23,7 +23,7 @@ from coordinator.cli_status import (
     seconds_flag,
     size,
 )
-from coordinator.status import FILE, ClientState, utc
+from coordinator.store.status import FILE, ClientState, utc
 from coordinator.tally import OTHER
 from tests.helpers import one_line
 from tests.other_user import closed

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from coordinator import checkpoints
 from coordinator.cohorts.base import Absence, ClientUpdate
 from coordinator.methods.base import Metrics
-from coordinator.store import BEGUN, Store
+from coordinator.store import checkpoints
+from coordinator.store.store import BEGUN, Store
 from edge_sdk.errors import StoreError
 from edge_sdk.protocol.messages import ExitResult, Phase, Segment
 from tests.helpers import client, cnn, config

@@ -9,8 +9,16 @@ from typing import Any
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.methods.registry import make_method
 from coordinator.rounds import run_rounds
-from coordinator.status import FILE, ClientState, CohortState, Snapshot, StatusFile, identity, utc
-from coordinator.store import Store
+from coordinator.store.status import (
+    FILE,
+    ClientState,
+    CohortState,
+    Snapshot,
+    StatusFile,
+    identity,
+    utc,
+)
+from coordinator.store.store import Store
 from coordinator.tally import OTHER
 from tests.helpers import config, examples
 

@@ -31,7 +31,7 @@ from coordinator.emulating import emulated_cohort
 from coordinator.methods.registry import make_method
 from coordinator.rounds import run_rounds
 from coordinator.settings import checked
-from coordinator.store import Store
+from coordinator.store.store import Store
 from edge_sdk.data.load import Examples, load_dataset
 from edge_sdk.models import build
 from edge_sdk.models.staged import moved

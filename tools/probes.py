@@ -37,7 +37,7 @@ from coordinator.generators.base import Generator
 from coordinator.generators.registry import make_generator
 from coordinator.methods.registry import make_method
 from coordinator.settings import model_options, whole_numbers
-from coordinator.store import Store
+from coordinator.store.store import Store
 from edge_sdk.data.load import DataSet, load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, initial_tensors

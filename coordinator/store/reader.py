@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from coordinator.database import DATABASE, connect_to_read
+from coordinator.store.database import DATABASE, connect_to_read
 from edge_sdk.errors import StoreError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from coordinator.checkpoints import sync_folder
 from coordinator.cohorts.base import Client
+from coordinator.store.checkpoints import sync_folder
 
 log = logging.getLogger(__name__)
 

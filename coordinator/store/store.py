@@ -24,14 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from coordinator.begun import Begun
-from coordinator.checkpoints import checkpoint_name, sync_folder, write_checkpoint
 from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig, read_config
-from coordinator.database import DATABASE, connect_to_read, connect_to_write
 from coordinator.methods.base import Metrics
-from coordinator.run_lock import RunLock
 from coordinator.settings import differences
+from coordinator.store.checkpoints import checkpoint_name, sync_folder, write_checkpoint
+from coordinator.store.database import DATABASE, connect_to_read, connect_to_write
+from coordinator.store.lock import RunLock
+from coordinator.store.round_journal import Begun
 from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.infer.model_folder import is_there
 from edge_sdk.protocol.messages import ModelSpec, Phase, Segment

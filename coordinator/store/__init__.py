@@ -1,0 +1,1 @@
+"""A run's folder: database, checkpoints, journal, lock, status."""
