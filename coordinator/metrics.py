@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
+from coordinator.fleet.counters import CODES, OTHER
 from coordinator.store.status import ClientPhase, RunPhase, Snapshot
-from coordinator.tally import CODES, OTHER
 from edge_sdk.errors import ConfigError
 
 log = logging.getLogger(__name__)

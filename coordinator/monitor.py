@@ -16,7 +16,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from coordinator.cohort_zmq import Stopped
+from coordinator.fleet.cohort import Stopped
 from coordinator.rounds import RoundReport
 from coordinator.store.status import (
     FILE,

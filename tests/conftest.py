@@ -40,11 +40,11 @@ def shards_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def make_coordinator(tmp_path, monkeypatch):
     """Coordinators with CURVE, unless is_insecure; closed in the end."""
-    from coordinator import cohort_zmq
+    from coordinator.fleet import cohort
     from tests.scripted import Coordinator
 
-    monkeypatch.setattr(cohort_zmq, "FAREWELL_S", 0.0)  # the devices here do not answer a bye
-    monkeypatch.setattr(cohort_zmq, "LOOK_S", 0.1)  # what is due is not put off
+    monkeypatch.setattr(cohort, "FAREWELL_S", 0.0)  # the devices here do not answer a bye
+    monkeypatch.setattr(cohort, "LOOK_S", 0.1)  # what is due is not put off
     made: list[Coordinator] = []
 
     def make(*names: str, is_insecure: bool = False, **terms: Any) -> Coordinator:
@@ -64,7 +64,7 @@ def coordinator(make_coordinator):
 
 
 @pytest.fixture
-def devices(coordinator):
+def sessions(coordinator):
     """Good and bad, joined and ready."""
     return coordinator.gather()
 
@@ -72,20 +72,20 @@ def devices(coordinator):
 @pytest.fixture
 def quick_links(monkeypatch):
     """No link is slow: eight parts under way, also before it was measured."""
-    from coordinator import credit
+    from coordinator.fleet import flow_control
 
-    monkeypatch.setattr(credit, "SLOW_RATE", 0.0)
+    monkeypatch.setattr(flow_control, "SLOW_RATE", 0.0)
 
 
 @pytest.fixture
 def impatient(monkeypatch):
     """A link without a sign of life for half a second is dead, whatever its pace."""
-    from coordinator import cohort_zmq, credit
+    from coordinator.fleet import cohort, flow_control
 
-    monkeypatch.setattr(cohort_zmq, "LISTENING_GAP_S", 0.1)
-    monkeypatch.setattr(credit, "LINK_S", 0.5)
-    monkeypatch.setattr(credit, "PATIENCE", 0.0)
-    monkeypatch.setattr(credit, "LEAST_RATE", float("inf"))
+    monkeypatch.setattr(cohort, "LISTENING_GAP_S", 0.1)
+    monkeypatch.setattr(flow_control, "LINK_S", 0.5)
+    monkeypatch.setattr(flow_control, "PATIENCE", 0.0)
+    monkeypatch.setattr(flow_control, "LEAST_RATE", float("inf"))
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +162,8 @@ def member(gate, tmp_path):
 @pytest.fixture
 def short_silence(monkeypatch):
     """A device that says nothing for half a second is gone."""
-    from coordinator import cohort_zmq, devices
+    from coordinator.fleet import cohort, sessions
 
-    monkeypatch.setattr(cohort_zmq, "LISTENING_GAP_S", 0.1)
-    for module in (cohort_zmq, devices):
+    monkeypatch.setattr(cohort, "LISTENING_GAP_S", 0.1)
+    for module in (cohort, sessions):
         monkeypatch.setattr(module, "SILENCE_S", 0.5)

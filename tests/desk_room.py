@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from coordinator.cohorts.base import Assignment, ClientUpdate
-from coordinator.credit import Credit
-from coordinator.desk import Desk
-from coordinator.spool import Spool
+from coordinator.fleet.flow_control import Credit
+from coordinator.fleet.jobs import Desk
+from coordinator.fleet.spool import Spool
 from edge_sdk.protocol.messages import ExitResult, Job, Part, Phase, Plan, Segment, Update
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import Sender, Tensors, specs_of

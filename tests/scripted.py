@@ -19,10 +19,10 @@ import torch
 import zmq
 
 from coordinator.admission.client_list import Admission, add_client
-from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
-from coordinator.hub import Hub
-from coordinator.spool import Spool
+from coordinator.fleet.cohort import Terms, ZmqCohort
+from coordinator.fleet.router import Hub
+from coordinator.fleet.spool import Spool
 from edge_sdk.models.staged import trained_names
 from edge_sdk.protocol.keys import KeyPair, make_keys
 from edge_sdk.protocol.link import Link, Payload

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from coordinator.hub import Hub, Received
+from coordinator.fleet.router import Hub, Received
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import (
     PROTOCOL,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.spool import Arrived, Spool
+from coordinator.fleet.spool import Arrived, Spool
 from edge_sdk.errors import StoreError
 from edge_sdk.protocol.messages import ExitResult, Segment, Update
 from edge_sdk.protocol.stream import PART_BYTES

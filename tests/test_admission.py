@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from coordinator.admission.client_list import Admission, add_client, parse_clients
-from coordinator.hub import Hub
+from coordinator.fleet.router import Hub
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import make_keys
 from tests.helpers import KEY_A, KEY_B, mode_of, settle

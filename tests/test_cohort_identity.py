@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from coordinator import devices as devices_module
 from coordinator.admission.client_list import remove_client
-from coordinator.cohort_zmq import Terms, ZmqCohort
-from coordinator.hub import Received
+from coordinator.fleet import sessions as devices_module
+from coordinator.fleet.cohort import Terms, ZmqCohort
+from coordinator.fleet.router import Received
+from coordinator.fleet.spool import Spool
 from coordinator.key_files import replace_text
-from coordinator.spool import Spool
 from edge_sdk.protocol.keys import make_keys, read_keys
 from edge_sdk.protocol.messages import (
     PROTOCOL,

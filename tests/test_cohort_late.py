@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from coordinator import cohort_zmq
-from coordinator import devices as devices_module
-from coordinator.cohort_zmq import ZmqCohort
 from coordinator.cohorts.base import Client, ClientUpdate
-from coordinator.credit import Credit
-from coordinator.desk import Desk
-from coordinator.spool import Spool
+from coordinator.fleet import cohort as cohort_zmq
+from coordinator.fleet import sessions as devices_module
+from coordinator.fleet.cohort import ZmqCohort
+from coordinator.fleet.flow_control import Credit
+from coordinator.fleet.jobs import Desk
+from coordinator.fleet.spool import Spool
 from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.messages import Accepted, Fault, Job, Message, Part
 from edge_sdk.protocol.tensors import Sender

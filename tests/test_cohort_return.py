@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from coordinator import devices as devices_module
-from coordinator.desk import MOST_GIVEN
+from coordinator.fleet import sessions as devices_module
+from coordinator.fleet.jobs import MOST_GIVEN
 from edge_sdk.protocol.messages import Accepted, Bye, Fault, Fetch
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import Receiver

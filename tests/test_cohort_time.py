@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from coordinator import desk as desk_module
-from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.cohorts.base import Absence, Client, ClientUpdate
-from coordinator.credit import Credit
-from coordinator.desk import MOST_STALLS, Desk
-from coordinator.hub import Received
-from coordinator.spool import Spool
+from coordinator.fleet import jobs as desk_module
+from coordinator.fleet.cohort import Terms, ZmqCohort
+from coordinator.fleet.flow_control import Credit
+from coordinator.fleet.jobs import MOST_STALLS, Desk
+from coordinator.fleet.router import Received
+from coordinator.fleet.spool import Spool
 from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Heartbeat, Job, Message, Ready
 from edge_sdk.protocol.stream import PART_BYTES

@@ -15,10 +15,10 @@ import msgpack
 import pytest
 import torch
 
-from coordinator import cohort_zmq
 from coordinator.admission.client_list import Admission
 from coordinator.cohorts.base import ClientUpdate
-from coordinator.hub import Hub
+from coordinator.fleet import cohort as cohort_zmq
+from coordinator.fleet.router import Hub
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.codec import MAX_CONTROL_BYTES, encode
 from edge_sdk.protocol.keys import make_keys

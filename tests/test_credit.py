@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator import credit as credit_module
-from coordinator.credit import LINK_S, SLOW_WINDOW, WINDOW, Credit, Pace
+from coordinator.fleet import flow_control as credit_module
+from coordinator.fleet.flow_control import LINK_S, SLOW_WINDOW, WINDOW, Credit, Pace
 from edge_sdk.protocol.stream import PART_BYTES
 
 NAMES = "abcdef"

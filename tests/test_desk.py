@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from coordinator.cohorts.base import Absence
-from coordinator.credit import Credit
-from coordinator.desk import MOST_GIVEN, MOST_STALLS, RESEND_S
+from coordinator.fleet.flow_control import Credit
+from coordinator.fleet.jobs import MOST_GIVEN, MOST_STALLS, RESEND_S
 from edge_sdk.errors import StoreError
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Job, Part, Ready
 from edge_sdk.protocol.stream import PART_BYTES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from coordinator.credit import SLOW_RATE, SLOW_WINDOW, UNKNOWN_RATE
+from coordinator.fleet.flow_control import SLOW_RATE, SLOW_WINDOW, UNKNOWN_RATE
 from edge_sdk.protocol.messages import Fault, Fetch, Ready
 from edge_sdk.protocol.stream import PART_BYTES
 from tests.desk_room import Room, assert_is_the_update

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
-from coordinator.credit import Credit
-from coordinator.desk import RESEND_S, Desk
-from coordinator.spool import Spool
+from coordinator.fleet.flow_control import Credit
+from coordinator.fleet.jobs import RESEND_S, Desk
+from coordinator.fleet.spool import Spool
 from edge_sdk.protocol.messages import (
     Accepted,
     ExitResult,

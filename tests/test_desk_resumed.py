@@ -10,8 +10,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from coordinator import spool as spool_module
-from coordinator.spool import Spool
+from coordinator.fleet import spool as spool_module
+from coordinator.fleet.spool import Spool
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Job, Part
 from tests.desk_room import PARTS, PLAN, Room, assert_is_the_update
 from tests.helpers import client

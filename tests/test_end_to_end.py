@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 from coordinator.admission.client_list import Admission
 from coordinator.cli import main as coordinate
-from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.cohorts.base import Client
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import RotationOptions, RunConfig, read_config
-from coordinator.hub import Hub
+from coordinator.fleet.cohort import Terms, ZmqCohort
+from coordinator.fleet.router import Hub
+from coordinator.fleet.spool import Spool
 from coordinator.methods.registry import make_method
 from coordinator.rounds import run_rounds
-from coordinator.spool import Spool
 from coordinator.store.store import SPOOL, Store
 from edge_sdk.protocol.keys import read_keys
 from edge_sdk.protocol.messages import ModelSpec

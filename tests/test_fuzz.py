@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from coordinator import hub
+from coordinator.fleet import router
 from edge_sdk.protocol.codec import encode
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Message, Part
 from tests.spoilt import FEW, MORE, mutate_bytes, numbers
@@ -218,9 +218,9 @@ def test_what_a_coordinator_lets_out_is_noticed(monkeypatch):
         raise KeyError("a field that nobody looked for")
 
     acts = [(0, [b"x"])]
-    parse = hub.parse_frames
+    parse = router.parse_frames
     monkeypatch.setattr(
-        hub, "parse_frames", lambda frames: (fails if frames[0].bytes == b"x" else parse)(frames)
+        router, "parse_frames", lambda frames: (fails if frames[0].bytes == b"x" else parse)(frames)
     )
     with pytest.raises(KeyError):
         World().play(acts)

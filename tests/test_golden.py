@@ -23,8 +23,8 @@ from msgspec import inspect
 from msgspec.structs import fields
 
 import edge_sdk
-from coordinator import cohort_zmq, credit, desk, devices, hub, seats
 from coordinator.admission import join as joining
+from coordinator.fleet import cohort, flow_control, jobs, open_job, router, sessions
 from edge_sdk import supervisor
 from edge_sdk.agent import agent, state
 from edge_sdk.capacity import chooser
@@ -178,11 +178,11 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
     worker: ("WINDOW",),
     examples: ("MIN_BATCH",),
     join: ("CONNECT_S", "ANSWER_S", "AGAIN_S"),
-    cohort_zmq: ("HEARTBEAT_S", "FAREWELL_S"),
-    devices: ("SILENCE_S", "PROBE_S"),
-    desk: ("RESEND_S", "MOST_GIVEN", "MOST_STALLS"),
-    seats: ("MOST_WANTED",),
-    credit: (
+    cohort: ("HEARTBEAT_S", "FAREWELL_S"),
+    sessions: ("SILENCE_S", "PROBE_S"),
+    jobs: ("RESEND_S", "MOST_GIVEN", "MOST_STALLS"),
+    open_job: ("MOST_WANTED",),
+    flow_control: (
         "BUDGET_BYTES",
         "WINDOW",
         "SLOW_WINDOW",
@@ -367,7 +367,7 @@ def test_protocol_names_every_fault_code(text):
     codes |= {"version", trainer.Cancelled.code, *agent.FATAL}
     sent = set()
     # Fault(code="..."), _fault(name, "..."), _answer(name, "...")
-    for module in (cohort_zmq, desk, devices, hub, joining, agent):
+    for module in (cohort, jobs, sessions, router, joining, agent):
         source = Path(str(module.__file__)).read_text(encoding="utf-8")
         call = r'(?:Fault\(code=|(?:_fault|_answer|_fail_job|\.refuse)\(\s*(?:[\w.]+, )?)"(\w+)"'
         sent |= set(re.findall(call, source))

@@ -90,10 +90,10 @@ FORBIDDEN = [
     ("edge_sdk", ("coordinator", "tools", "tests", "ray")),
     ("coordinator", ("tools", "tests", "ray", "edge_sdk.agent.agent", "edge_sdk.training.worker",
                      "edge_sdk.training")),
-    ("coordinator/methods", ("coordinator.rounds", "coordinator.store.store", "coordinator.cohort_zmq",
-                             "coordinator.hub", "coordinator.seats", "zmq", "sqlite3")),
+    ("coordinator/methods", ("coordinator.rounds", "coordinator.store.store", "coordinator.fleet.cohort",
+                             "coordinator.fleet.router", "coordinator.fleet.open_job", "zmq", "sqlite3")),
     ("coordinator/generators", ("coordinator.rounds", "coordinator.store.store",
-                                "coordinator.cohort_zmq", "coordinator.methods.depthwise")),
+                                "coordinator.fleet.cohort", "coordinator.methods.depthwise")),
 ]  # fmt: skip
 
 

@@ -17,9 +17,10 @@ from typing import Any, get_args
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from coordinator import cohort_zmq
 from coordinator.cli import main
-from coordinator.cohort_zmq import ZmqCohort
+from coordinator.fleet import cohort as cohort_zmq
+from coordinator.fleet.cohort import ZmqCohort
+from coordinator.fleet.counters import CODES, OTHER
 from coordinator.metrics import MetricsServer, metrics_flag
 from coordinator.store.status import (
     ClientPhase,
@@ -29,7 +30,6 @@ from coordinator.store.status import (
     Snapshot,
     read_status,
 )
-from coordinator.tally import CODES, OTHER
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import make_keys
 from edge_sdk.protocol.messages import Accepted, Bye, Fault, Fetch, Job, Probe

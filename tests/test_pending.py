@@ -12,7 +12,7 @@ import zmq
 from coordinator.admission import pending
 from coordinator.admission.client_list import Admission
 from coordinator.admission.pending import MOST, Strangers, forget_stranger, read_strangers
-from coordinator.hub import Hub
+from coordinator.fleet.router import Hub
 from coordinator.key_files import locked
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys

@@ -13,12 +13,12 @@ from msgspec.structs import replace
 from coordinator.cohorts.base import Absence, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import AggregationOptions, GeneratorOptions
-from coordinator.credit import Credit
-from coordinator.desk import Desk
+from coordinator.fleet.flow_control import Credit
+from coordinator.fleet.jobs import Desk
+from coordinator.fleet.spool import Arrived, Spool
 from coordinator.methods.clipping import MEMORY
 from coordinator.methods.registry import make_method
 from coordinator.settings import checked
-from coordinator.spool import Arrived, Spool
 from edge_sdk.data.load import load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import ExitResult, Update

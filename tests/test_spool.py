@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from coordinator import spool as spool_module
-from coordinator.spool import Spool
+from coordinator.fleet import spool as spool_module
+from coordinator.fleet.spool import Spool
 from edge_sdk.errors import StoreError
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import Receiver, Sender, Tensors
@@ -234,7 +234,7 @@ def test_full_disk_for_the_json_is_one_line(tmp_path, monkeypatch):
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from coordinator.spool import Spool
+from coordinator.fleet.spool import Spool
 from edge_sdk.errors import StoreError
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

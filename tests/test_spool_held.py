@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from coordinator.spool import Spool
+from coordinator.fleet.spool import Spool
 from edge_sdk.errors import StoreError
 from edge_sdk.protocol.messages import Job, Plan, Segment
 from edge_sdk.protocol.tensors import Sender, specs_of

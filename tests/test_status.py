@@ -15,7 +15,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coordinator.cohort_zmq import Stopped
+from coordinator.fleet.cohort import Stopped
+from coordinator.fleet.counters import CODES, MAX_CLIENTS, OTHER, Tally
 from coordinator.methods.registry import make_method
 from coordinator.monitor import TELL_S, Monitor
 from coordinator.rounds import RoundReport, run_rounds
@@ -30,7 +31,6 @@ from coordinator.store.status import (
     utc,
 )
 from coordinator.store.store import RoundTotals, Store
-from coordinator.tally import CODES, MAX_CLIENTS, OTHER, Tally
 from edge_sdk.errors import EdgeError, QuorumError, StoreError
 from tests.helpers import config, examples
 from tests.processes import ROOT

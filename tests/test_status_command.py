@@ -23,8 +23,8 @@ from coordinator.cli_status import (
     seconds_flag,
     size,
 )
+from coordinator.fleet.counters import OTHER
 from coordinator.store.status import FILE, ClientState, utc
-from coordinator.tally import OTHER
 from tests.helpers import one_line
 from tests.other_user import closed
 from tests.processes import ROOT

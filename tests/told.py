@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.cohorts.in_process import InProcessCohort
+from coordinator.fleet.counters import OTHER
 from coordinator.methods.registry import make_method
 from coordinator.rounds import run_rounds
 from coordinator.store.status import (
@@ -19,7 +20,6 @@ from coordinator.store.status import (
     utc,
 )
 from coordinator.store.store import Store
-from coordinator.tally import OTHER
 from tests.helpers import config, examples
 
 HOSTILE = 'a" b\\ \n c \x1b[2J {x="1"} \u2028'

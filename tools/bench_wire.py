@@ -140,10 +140,10 @@ def serve(
 
     from coordinator.admission.client_list import Admission
     from coordinator.aggregation.mean import OwnersMean
-    from coordinator.cohort_zmq import Terms, ZmqCohort
     from coordinator.cohorts.base import Assignment, ClientUpdate
-    from coordinator.hub import Hub
-    from coordinator.spool import Spool
+    from coordinator.fleet.cohort import Terms, ZmqCohort
+    from coordinator.fleet.router import Hub
+    from coordinator.fleet.spool import Spool
     from edge_sdk.protocol.tensors import specs_of
 
     torch.set_num_threads(1)

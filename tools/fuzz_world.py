@@ -27,11 +27,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from coordinator.cohort_zmq import Terms, ZmqCohort
 from coordinator.cohorts.base import Assignment, Client, ClientUpdate
-from coordinator.hub import Hub
-from coordinator.seats import make_job
-from coordinator.spool import Spool
+from coordinator.fleet.cohort import Terms, ZmqCohort
+from coordinator.fleet.open_job import make_job
+from coordinator.fleet.router import Hub
+from coordinator.fleet.spool import Spool
 from edge_sdk.protocol.codec import encode
 from edge_sdk.protocol.messages import (
     PROTOCOL,

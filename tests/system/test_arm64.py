@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from coordinator.admission.client_list import Admission
-from coordinator.hub import Hub
+from coordinator.fleet.router import Hub
 from edge_sdk.data.load import save_shard
 from edge_sdk.infer.early_exit import EarlyExit
 from edge_sdk.infer.export import export

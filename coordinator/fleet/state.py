@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from coordinator.desk import Desk
-from coordinator.devices import Device
-from coordinator.seats import Seat
+from coordinator.fleet.counters import Counts, Tally
+from coordinator.fleet.jobs import Desk
+from coordinator.fleet.open_job import Seat
+from coordinator.fleet.sessions import Device
 from coordinator.store.status import ClientPhase, ClientState, CohortState
-from coordinator.tally import Counts, Tally
 
 
 def cohort_state(

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
-from coordinator.credit import Credit, Paces
-from coordinator.seats import Seat, Senders, check_update, check_values, counted, make_job
-from coordinator.spool import Arrived, Spool
-from coordinator.tally import Tally
-from coordinator.transfers import Transfers
+from coordinator.fleet.counters import Tally
+from coordinator.fleet.flow_control import Credit, Paces
+from coordinator.fleet.open_job import Seat, Senders, check_update, check_values, counted, make_job
+from coordinator.fleet.spool import Arrived, Spool
+from coordinator.fleet.transfers import Transfers
 from edge_sdk.errors import EdgeError, StoreError
 from edge_sdk.helpers.logs import Kind, event
 from edge_sdk.protocol.link import Payload

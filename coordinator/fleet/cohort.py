@@ -13,16 +13,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from coordinator.cohort_status import cohort_state, folder_bytes
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
-from coordinator.credit import Credit
 from coordinator.defaults import BUDGET_BYTES
-from coordinator.desk import Desk
-from coordinator.devices import SILENCE_S, Device, Devices
-from coordinator.hub import Hub, Received
-from coordinator.spool import Spool
+from coordinator.fleet.counters import Tally
+from coordinator.fleet.flow_control import Credit
+from coordinator.fleet.jobs import Desk
+from coordinator.fleet.router import Hub, Received
+from coordinator.fleet.sessions import SILENCE_S, Device, Devices
+from coordinator.fleet.spool import Spool
+from coordinator.fleet.state import cohort_state, folder_bytes
 from coordinator.store.status import CohortState
-from coordinator.tally import Tally
 from edge_sdk.errors import QuorumError
 from edge_sdk.helpers.logs import event
 from edge_sdk.helpers.text import one_line

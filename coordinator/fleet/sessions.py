@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.cohorts.base import Client
-from coordinator.hub import NOT_ADMITTED, Hub, Received
-from coordinator.tally import MAX_CLIENTS, Tally
+from coordinator.fleet.counters import MAX_CLIENTS, Tally
+from coordinator.fleet.router import NOT_ADMITTED, Hub, Received
 from edge_sdk.helpers.logs import event
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Fault, Hello, Message, Probe, Ready, Welcome

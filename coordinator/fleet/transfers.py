@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from coordinator.credit import Credit
-from coordinator.seats import Seat
+from coordinator.fleet.flow_control import Credit
+from coordinator.fleet.open_job import Seat
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Fetch, Message, Part
 from edge_sdk.protocol.stream import PART_BYTES

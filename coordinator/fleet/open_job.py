@@ -13,8 +13,8 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from coordinator.cohorts.base import Assignment, Client, ClientUpdate
-from coordinator.credit import Pace, Paces
-from coordinator.spool import Arrived
+from coordinator.fleet.flow_control import Pace, Paces
+from coordinator.fleet.spool import Arrived
 from edge_sdk.errors import ShapeError
 from edge_sdk.protocol.messages import Job, Phase, Ready, Update
 from edge_sdk.protocol.stream import PART_BYTES

@@ -1,0 +1,1 @@
+"""Real devices: sessions, jobs, transfers, the spool."""
