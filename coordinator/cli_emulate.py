@@ -38,5 +38,5 @@ def add_emulate_command(commands: Any) -> None:
 
 def run_emulate(args: argparse.Namespace) -> int:
     with heavy_imports():
-        from coordinator.emulating import emulate
+        from coordinator.runs.emulating import emulate
     return emulate(args)

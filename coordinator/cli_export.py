@@ -32,5 +32,5 @@ def add_export_flag(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     with heavy_imports():
-        from coordinator.exporting import export_run
+        from coordinator.runs.exporting import export_run
     return export_run(args)

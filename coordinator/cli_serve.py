@@ -48,5 +48,5 @@ def add_serve_command(commands: Any) -> None:
 
 def run_serve(args: argparse.Namespace) -> int:
     with heavy_imports():
-        from coordinator.serving import serve
+        from coordinator.runs.serving import serve
     return serve(args)

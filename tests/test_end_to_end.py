@@ -22,7 +22,7 @@ from coordinator.fleet.cohort import Terms, ZmqCohort
 from coordinator.fleet.router import Hub
 from coordinator.fleet.spool import Spool
 from coordinator.methods.registry import make_method
-from coordinator.rounds import run_rounds
+from coordinator.runs.rounds import run_rounds
 from coordinator.store.store import SPOOL, Store
 from edge_sdk.protocol.keys import read_keys
 from edge_sdk.protocol.messages import ModelSpec

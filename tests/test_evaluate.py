@@ -11,7 +11,7 @@ import torch
 
 from coordinator.cohorts.population import split_holdout
 from coordinator.cohorts.sampling import job_seed
-from coordinator.evaluate import accuracy_per_exit, linear_cka, personalised_accuracy
+from coordinator.runs.evaluate import accuracy_per_exit, linear_cka, personalised_accuracy
 from edge_sdk.errors import ConfigError, DataError, ShapeError
 from edge_sdk.models import initial_tensors
 from edge_sdk.protocol.messages import Plan, Segment

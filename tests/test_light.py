@@ -90,9 +90,9 @@ FORBIDDEN = [
     ("edge_sdk", ("coordinator", "tools", "tests", "ray")),
     ("coordinator", ("tools", "tests", "ray", "edge_sdk.agent.agent", "edge_sdk.training.worker",
                      "edge_sdk.training")),
-    ("coordinator/methods", ("coordinator.rounds", "coordinator.store.store", "coordinator.fleet.cohort",
+    ("coordinator/methods", ("coordinator.runs.rounds", "coordinator.store.store", "coordinator.fleet.cohort",
                              "coordinator.fleet.router", "coordinator.fleet.open_job", "zmq", "sqlite3")),
-    ("coordinator/generators", ("coordinator.rounds", "coordinator.store.store",
+    ("coordinator/generators", ("coordinator.runs.rounds", "coordinator.store.store",
                                 "coordinator.fleet.cohort", "coordinator.methods.depthwise")),
 ]  # fmt: skip
 

@@ -21,7 +21,7 @@ from coordinator.cli import main
 from coordinator.fleet import cohort as cohort_zmq
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.counters import CODES, OTHER
-from coordinator.metrics import MetricsServer, metrics_flag
+from coordinator.runs.prometheus import MetricsServer, metrics_flag
 from coordinator.store.status import (
     ClientPhase,
     ClientState,

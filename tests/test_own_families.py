@@ -15,10 +15,10 @@ from coordinator.config import (
     RunConfig,
     ServerOptions,
 )
-from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.depthwise import is_learnable
 from coordinator.methods.registry import make_method
-from coordinator.rounds import run_rounds
+from coordinator.runs.evaluate import accuracy_per_exit
+from coordinator.runs.rounds import run_rounds
 from coordinator.store.store import Store
 from edge_sdk import models
 from edge_sdk.errors import ConfigError

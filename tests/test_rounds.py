@@ -13,10 +13,10 @@ from coordinator.cohorts.base import Absence, Assignment, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort, train_here
 from coordinator.cohorts.population import Population, choose_holders, group_exits, split_shards
 from coordinator.cohorts.sampling import sample
-from coordinator.emulating import write_json
 from coordinator.methods.base import Metrics
 from coordinator.methods.registry import make_method
-from coordinator.rounds import RoundReport, choose_first, gather, print_round, run_rounds
+from coordinator.runs.emulating import write_json
+from coordinator.runs.rounds import RoundReport, choose_first, gather, print_round, run_rounds
 from coordinator.store.store import RoundTotals, Store
 from edge_sdk.errors import ConfigError, DataError, TrainerError
 from edge_sdk.protocol.messages import Plan, Segment

@@ -18,8 +18,8 @@ import pytest
 from coordinator.fleet.cohort import Stopped
 from coordinator.fleet.counters import CODES, MAX_CLIENTS, OTHER, Tally
 from coordinator.methods.registry import make_method
-from coordinator.monitor import TELL_S, Monitor
-from coordinator.rounds import RoundReport, run_rounds
+from coordinator.runs.monitor import TELL_S, Monitor
+from coordinator.runs.rounds import RoundReport, run_rounds
 from coordinator.store.status import (
     FILE,
     CohortState,

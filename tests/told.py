@@ -9,7 +9,7 @@ from typing import Any
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.fleet.counters import OTHER
 from coordinator.methods.registry import make_method
-from coordinator.rounds import run_rounds
+from coordinator.runs.rounds import run_rounds
 from coordinator.store.status import (
     FILE,
     ClientState,

@@ -27,9 +27,9 @@ from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.cohorts.population import Population, emulated_clients
 from coordinator.cohorts.sampling import sample
 from coordinator.config import RotationOptions, RunConfig, ServerOptions
-from coordinator.emulating import emulated_cohort
 from coordinator.methods.registry import make_method
-from coordinator.rounds import run_rounds
+from coordinator.runs.emulating import emulated_cohort
+from coordinator.runs.rounds import run_rounds
 from coordinator.settings import checked
 from coordinator.store.store import Store
 from edge_sdk.data.load import Examples, load_dataset

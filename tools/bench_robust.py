@@ -23,8 +23,8 @@ from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate, 
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.cohorts.population import Population, emulated_clients
 from coordinator.config import AggregationOptions, RotationOptions, RunConfig, ServerOptions
-from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.registry import make_method
+from coordinator.runs.evaluate import accuracy_per_exit
 from edge_sdk.data.load import DataSet, load_dataset
 from edge_sdk.protocol.messages import ModelSpec
 from tools.experiments import git, machine

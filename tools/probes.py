@@ -31,11 +31,11 @@ from coordinator.cohorts.base import ClientUpdate, Cohort
 from coordinator.cohorts.population import Population, emulated_clients
 from coordinator.cohorts.sampling import job_seed, sample
 from coordinator.config import SPLITS, RunConfig
-from coordinator.emulating import emulated_cohort
-from coordinator.evaluate import linear_cka
 from coordinator.generators.base import Generator
 from coordinator.generators.registry import make_generator
 from coordinator.methods.registry import make_method
+from coordinator.runs.emulating import emulated_cohort
+from coordinator.runs.evaluate import linear_cka
 from coordinator.settings import model_options, whole_numbers
 from coordinator.store.store import Store
 from edge_sdk.data.load import DataSet, load_dataset

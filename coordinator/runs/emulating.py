@@ -26,11 +26,11 @@ from coordinator.cohorts.population import (
 )
 from coordinator.cohorts.processes import ProcessCohort
 from coordinator.config import RunConfig
-from coordinator.evaluate import Personalised, personalised_accuracy
-from coordinator.exporting import check_export, export_served
 from coordinator.methods.registry import make_method
 from coordinator.presets import missing_data
-from coordinator.rounds import print_round, run_rounds
+from coordinator.runs.evaluate import Personalised, personalised_accuracy
+from coordinator.runs.exporting import check_export, export_served
+from coordinator.runs.rounds import print_round, run_rounds
 from coordinator.settings import checked, run_config, whole_numbers
 from coordinator.store.store import Store, open_store
 from edge_sdk.capacity.costs import in_model, peak_bytes

@@ -17,7 +17,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from coordinator.fleet.cohort import Stopped
-from coordinator.rounds import RoundReport
+from coordinator.runs.rounds import RoundReport
 from coordinator.store.status import (
     FILE,
     CohortState,

@@ -10,16 +10,16 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.admission.client_list import Admission
-from coordinator.exporting import check_export, export_served
 from coordinator.fleet.cohort import Terms, ZmqCohort
 from coordinator.fleet.flow_control import LEAST_BUDGET_BYTES
 from coordinator.fleet.router import Hub, allow_connections
 from coordinator.fleet.spool import Spool
 from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
-from coordinator.metrics import MetricsServer
-from coordinator.monitor import Monitor
-from coordinator.rounds import RoundReport, print_round, run_rounds
+from coordinator.runs.exporting import check_export, export_served
+from coordinator.runs.monitor import Monitor
+from coordinator.runs.prometheus import MetricsServer
+from coordinator.runs.rounds import RoundReport, print_round, run_rounds
 from coordinator.settings import checked, run_config, whole_numbers
 from coordinator.store.store import SPOOL, Store, open_store
 from edge_sdk.data.load import Examples, load

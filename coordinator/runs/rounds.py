@@ -15,8 +15,8 @@ from coordinator.aggregation.staleness import brought_forward
 from coordinator.cohorts.base import Absence, Client, ClientUpdate, Cohort
 from coordinator.cohorts.sampling import sample
 from coordinator.config import RunConfig
-from coordinator.evaluate import accuracy_per_exit
 from coordinator.methods.base import Method, Metrics
+from coordinator.runs.evaluate import accuracy_per_exit
 from coordinator.store.status import RunPhase
 from coordinator.store.store import RoundTotals, Store
 from edge_sdk.data.load import Examples
