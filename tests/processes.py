@@ -165,7 +165,7 @@ class World:
         ]  # fmt: skip
 
     def serve(self, *flags: str) -> Running:
-        command = ["coordinator.cli", *self.serve_flags(*flags)]
+        command = ["coordinator.cli.main", *self.serve_flags(*flags)]
         return self.start("coordinator", command)
 
     def device_flags(self, name: str, *flags: str) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.cli import main as coordinator
+from coordinator.cli.main import main as coordinator
 from edge_sdk.data.load import load_dataset, save_shard
 from edge_sdk.infer.export import read_weights
 from edge_sdk.models import build

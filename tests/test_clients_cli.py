@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import cli_clients
 from coordinator.admission.invitations import read_invitations
 from coordinator.admission.pending import Strangers
-from coordinator.cli import main as coordinate
+from coordinator.cli import clients
+from coordinator.cli.main import main as coordinate
 from edge_sdk.protocol.invitation import decode_line
 from tests.gate import invited, new_key
 from tests.helpers import one_line
@@ -39,7 +39,7 @@ def test_invite_prints_one_line_and_says_the_rest_beside(gate, capsys):
 
 
 def test_invite_takes_this_hosts_address_and_a_day(gate, capsys, monkeypatch):
-    monkeypatch.setattr(cli_clients, "own_address", lambda: "192.0.2.7")
+    monkeypatch.setattr(clients, "own_address", lambda: "192.0.2.7")
     assert coordinate(["invite", "--keys", str(gate.clients.parent)]) == 0
     printed = capsys.readouterr()
     assert decode_line(printed.out).endpoint == "tcp://192.0.2.7:5555"

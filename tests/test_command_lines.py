@@ -10,7 +10,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from coordinator.cli import main as coordinate
+from coordinator.cli.main import main as coordinate
 from edge_sdk.data.load import save_shard
 from tests.helpers import one_line
 from tests.processes import World, run_cli

@@ -16,7 +16,7 @@ from tests.test_start import SWALLOWED
 def start(folder: Path, *arguments: str, **settings) -> subprocess.CompletedProcess[str]:
     path = f"{folder / 'path'}{os.pathsep}{ROOT}"
     return subprocess.run(
-        [sys.executable, "-m", "coordinator.start", *arguments],
+        [sys.executable, "-m", "coordinator.cli", *arguments],
         stderr=subprocess.PIPE, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": path},
         timeout=120, **settings,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from coordinator.admission.client_list import Admission
-from coordinator.cli import main as coordinate
+from coordinator.cli.main import main as coordinate
 from coordinator.cohorts.base import Client
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import RotationOptions, RunConfig, read_config

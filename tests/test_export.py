@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from coordinator.cli import main as coordinate
+from coordinator.cli.main import main as coordinate
 from edge_sdk.cli.main import main
 from edge_sdk.data.load import load_dataset, save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.cli import main as coordinate
+from coordinator.cli.main import main as coordinate
 from edge_sdk.agent import settings as config_file
 from edge_sdk.agent.settings import parse_config, read_config, with_values
 from edge_sdk.cli import join as cli_join
@@ -333,7 +333,7 @@ def test_a_device_that_joined_takes_part(tmp_path):
         for file in (world.folder / "b").glob("*.*[tc]"):  # its keys
             file.unlink()
         invite = ["invite", "--keys", str(world.keys), "--endpoint", world.endpoint]
-        printed = run_cli("coordinator.cli", *invite, "--name", "b")
+        printed = run_cli("coordinator.cli.main", *invite, "--name", "b")
         server = world.serve("--rounds", "2")
         a = world.device("a", "--once")
         server.wait_said("listening on")

@@ -58,7 +58,7 @@ def test_commands_of_one_answer_import_nothing_heavy_in_the_coordinator(tmp_path
         (["serve", "--help"], 0), (["emulate", "--method", "no"], 2), (["export", "--help"], 0),
     ]  # fmt: skip
     code = (
-        "import sys\nfrom coordinator.cli import main\nfound = []\n"
+        "import sys\nfrom coordinator.cli.main import main\nfound = []\n"
         f"for argv in {[argv for argv, _ in asked]!r}:\n"
         "    try:\n        found.append(main(argv))\n"
         "    except SystemExit as stop:\n        found.append(stop.code)\n"

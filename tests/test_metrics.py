@@ -17,7 +17,7 @@ from typing import Any, get_args
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from coordinator.cli import main
+from coordinator.cli.main import main
 from coordinator.fleet import cohort as cohort_zmq
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.counters import CODES, OTHER

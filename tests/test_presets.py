@@ -7,7 +7,7 @@ import argparse
 import pytest
 import torch
 
-from coordinator.cli_emulate import add_emulate_command
+from coordinator.cli.emulate import add_emulate_command
 from coordinator.cohorts.population import group_exits
 from coordinator.config import GeneratorOptions
 from coordinator.defaults import PAPER

@@ -11,7 +11,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from coordinator.cli import main as coordinator
+from coordinator.cli.main import main as coordinator
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.cohorts.population import Population
 from coordinator.store.store import Store

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.cli import main as coordinate
+from coordinator.cli.main import main as coordinate
 from coordinator.store.store import Store, open_store
 from edge_sdk.errors import StoreError
 from edge_sdk.infer.model_folder import read_model
@@ -100,7 +100,7 @@ def test_a_read_only_file_system(folder, tmp_path):
 
     ended = run("-m", "tools.testbed_report", str(folder))
     assert ended.returncode == 0, ended.stderr
-    coordinator = ("-m", "coordinator.cli")
+    coordinator = ("-m", "coordinator.cli.main")
     ended = run(*coordinator, "export", "--run", str(folder), "--out", str(tmp_path / "m"))
     assert ended.returncode == 0, ended.stderr
     source = ("--data", "digits", "--clients", "2", "--groups", "2", "--rounds", "3")

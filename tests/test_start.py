@@ -49,13 +49,13 @@ def test_a_library_that_is_not_there_is_one_line(tmp_path, library, text):
 
 
 def test_a_coordinator_without_a_library_is_one_line(tmp_path):
-    done = start(tmp_path, "msgspec", "raise ImportError('gone')", module="coordinator.start")
+    done = start(tmp_path, "msgspec", "raise ImportError('gone')", module="coordinator.cli")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("edge-coordinator: gone; this installation is not whole; ")
 
 
-@pytest.mark.parametrize("module", ["edge_sdk.cli", "coordinator.start"])
+@pytest.mark.parametrize("module", ["edge_sdk.cli", "coordinator.cli"])
 def test_ctrl_c_during_the_imports_ends_as_a_shell_expects(tmp_path, module):
     done = start(tmp_path, "msgspec", INTERRUPTED, module=module)
     assert (done.returncode, done.stderr) == (130, "")

@@ -10,8 +10,8 @@ import signal
 import pytest
 from msgspec.structs import replace
 
-from coordinator.cli_arguments import settle
-from coordinator.cli_serve import add_serve_command
+from coordinator.cli.arguments import settle
+from coordinator.cli.serve import add_serve_command
 from coordinator.defaults import METHODS, MOMENTUM
 from edge_sdk.hardware.boards import save_board
 from edge_sdk.hardware.measure import measure, measured_board

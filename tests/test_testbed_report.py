@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.cli import main as coordinator
+from coordinator.cli.main import main as coordinator
 from coordinator.store.store import Store
 from tests.recorded_run import CONFIG, PI_4, record_run
 from tools.run_report import Trained, read_run

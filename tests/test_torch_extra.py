@@ -97,7 +97,7 @@ def test_the_doctor_says_it_too(tmp_path, state, found):
 
 
 def test_the_coordinators_command_without_its_extra(tmp_path):
-    done = run(tmp_path, "missing", "emulate", module="coordinator.start")
+    done = run(tmp_path, "missing", "emulate", module="coordinator.cli")
     assert done.returncode == 1
     said = "edge-coordinator: No module named 'torch'; pip install \"edge-sdk[coordinator]\"\n"
     assert done.stderr == said

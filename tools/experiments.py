@@ -231,7 +231,7 @@ def start(cell: Cell, folder: Path) -> Job:
     result, log = folder / f"{cell.name}.json", folder / f"{cell.name}.log"
     record = folder / f"{cell.name}.record.json"
     record.write_text(json.dumps(cell.record(), indent=1) + "\n")
-    command = [sys.executable, "-m", "coordinator.cli", "emulate", *cell.flags]
+    command = [sys.executable, "-m", "coordinator.cli.main", "emulate", *cell.flags]
     say(f"run {cell.name}")
     with log.open("wb") as file:
         process = subprocess.Popen(

@@ -252,7 +252,7 @@ def coordinator(
     args: argparse.Namespace, folder: Path, num_devices: int, deadline_s: float
 ) -> Iterator[subprocess.Popen[bytes]]:
     command = serve_command(args, folder, num_devices, deadline_s)
-    with process("coordinator.cli", command, folder / "coordinator.log") as child:
+    with process("coordinator.cli.main", command, folder / "coordinator.log") as child:
         yield child
 
 

@@ -76,7 +76,7 @@ class Bed(World):
     def serve(self, prefix: Sequence[str] = (), **environment: str) -> Running:
         """Start the coordinator, or start it again on what there is. prefix: of its command."""
         resume = ["--resume"] if self._has_run else []
-        command = ["coordinator.cli", *self.serve_flags(*self.flags, *resume)]
+        command = ["coordinator.cli.main", *self.serve_flags(*self.flags, *resume)]
         inside = self.net.hosts[0].inside(*_texts(environment), mount=True)
         program = [*inside, *prefix, sys.executable, "-m"]
         self.server = self.start("coordinator", command, program)

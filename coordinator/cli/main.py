@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coordinator.cli_arguments import settle
-from coordinator.cli_clients import add_clients_command, add_invite_command, add_keys_command
-from coordinator.cli_emulate import add_emulate_command
-from coordinator.cli_export import add_export_command
-from coordinator.cli_serve import add_serve_command
-from coordinator.cli_status import add_status_command
+from coordinator.cli.arguments import settle
+from coordinator.cli.clients import add_clients_command, add_invite_command, add_keys_command
+from coordinator.cli.emulate import add_emulate_command
+from coordinator.cli.export import add_export_command
+from coordinator.cli.serve import add_serve_command
+from coordinator.cli.status import add_status_command
 from edge_sdk.errors import EdgeError, QuorumError
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.imports import heavy_imports, import_module

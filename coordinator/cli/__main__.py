@@ -11,7 +11,7 @@ from edge_sdk.helpers.interrupts import INTERRUPTED
 def main() -> int:
     try:
         try:
-            from coordinator.cli import main as run
+            from coordinator.cli.main import main as run
         except ImportError as error:
             reason = " ".join(str(error).split())
             again = f"install edge-sdk[coordinator] again for {sys.executable}, from where it came"

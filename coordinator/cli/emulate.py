@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from coordinator.cli_arguments import add_run_arguments
-from coordinator.cli_export import add_export_flag
+from coordinator.cli.arguments import add_run_arguments
+from coordinator.cli.export import add_export_flag
 from coordinator.config import SPLITS
 from edge_sdk.cli.flags import path_flag, whole_flag
 from edge_sdk.helpers.imports import heavy_imports

@@ -1,0 +1,1 @@
+"""`edge-coordinator`: one file a command, flags only."""
