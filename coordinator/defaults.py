@@ -41,8 +41,6 @@ RANK: Mapping[str, int] = {"update-regression": 12}
 # their step is about lr per weight, whatever the aggregate's; 1 ruins a model in a round
 ADAPTIVE: Mapping[str, Any] = {"server_momentum": 0.9, "server_lr": 0.01}
 
-BUDGET_BYTES = 64 * 1024**2  # of parts that are on their way at once
-
 
 def defaults_of(method: str, is_paper: bool, optimizer: str) -> Mapping[str, Any]:
     found = PAPER if is_paper else METHODS[method]

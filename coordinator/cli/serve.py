@@ -8,7 +8,7 @@ from typing import Any
 
 from coordinator.cli.arguments import add_run_arguments
 from coordinator.cli.export import add_export_flag
-from coordinator.defaults import BUDGET_BYTES
+from coordinator.fleet.flow_control import BUDGET_BYTES
 from edge_sdk.cli.flags import duration_flag, path_flag, size_flag
 from edge_sdk.helpers.imports import heavy_imports
 

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
-from coordinator.defaults import BUDGET_BYTES
 from coordinator.fleet.counters import Tally
-from coordinator.fleet.flow_control import Credit
+from coordinator.fleet.flow_control import BUDGET_BYTES, Credit
 from coordinator.fleet.jobs import Desk
 from coordinator.fleet.router import Hub, Received
 from coordinator.fleet.sessions import SILENCE_S, Device, Devices

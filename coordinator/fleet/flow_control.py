@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from coordinator.defaults import BUDGET_BYTES
 from edge_sdk.protocol.link import DEAD_MS
 from edge_sdk.protocol.stream import PART_BYTES
 
@@ -134,3 +133,6 @@ class Credit:
             for queue in self._queues.values():
                 if name in queue:
                     queue.remove(name)
+
+
+BUDGET_BYTES = 64 * 1024**2  # of parts that are on their way at once
