@@ -1,4 +1,4 @@
-"""tools/bench_generators.py on a tiny model: rows are measured, or computed where large."""
+"""tools/bench/generators.py on a tiny model: rows are measured, or computed where large."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from coordinator.config import GeneratorOptions
-from tools import bench_generators as bench
-from tools.generator_updates import MODELS, Round, make_updates
+from tools.bench import generators as bench
+from tools.bench.generator_updates import MODELS, Round, make_updates
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_rows_are_measured_and_written(updates, tmp_path, capsys):
         ]
     )  # fmt: skip
     head, *lines = target.read_text().splitlines()
-    assert head.startswith("# python -m tools.bench_generators --rounds 2; commit ")
+    assert head.startswith("# python -m tools.bench.generators --rounds 2; commit ")
     naive, linear = csv.DictReader(lines)
     assert naive["how"] == linear["how"] == "run"
     assert int(naive["parameters"]) > 0 == int(linear["parameters"])

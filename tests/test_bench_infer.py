@@ -1,4 +1,4 @@
-"""tools/bench_infer.py on a tiny model that a real run has trained."""
+"""tools/bench/infer.py on a tiny model that a real run has trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coordinator.cli.main import main as coordinator
 from edge_sdk.data.load import load_dataset, save_shard
 from edge_sdk.infer.export import read_weights
 from edge_sdk.models import build
-from tools.bench_infer import LAST, THRESHOLDS, main
+from tools.bench.infer import LAST, THRESHOLDS, main
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_every_way_is_measured_on_the_same_examples(run, tmp_path, capsys):
     flags = ["--weights", str(weights), "--data", str(data), "--repeats", "1"]
     assert main([*flags, "--csv", str(target)]) == 0
     head, *lines = target.read_text().splitlines()
-    assert head.startswith("# python -m tools.bench_infer --repeats 1; commit ")
+    assert head.startswith("# python -m tools.bench.infer --repeats 1; commit ")
     assert "20 examples to calibrate, 20 predictions" in head
     rows = list(csv.DictReader(lines))
     by_way = {row["way"]: row for row in rows}

@@ -1,4 +1,4 @@
-"""tools/bench_load.py: a real coordinator with three clients, and its arithmetic by hand."""
+"""tools/bench/load.py: a real coordinator with three clients, and its arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from tools import bench_load as bench
-from tools.bench_load import Sample, Watch, check_counts, fast_s, model_width
+from tools.bench import load as bench
+from tools.bench.load import Sample, Watch, check_counts, fast_s, model_width
 
 
 @pytest.mark.parametrize("link", ["curve", "plain"])
@@ -18,7 +18,7 @@ def test_every_update_of_every_client_counts_once(tmp_path, capsys, link):
     flags = ["--clients", "3", "--megabytes", "1.2", "--rounds", "2", "--link", link]
     assert bench.main([*flags, "--csv", str(target), "--folder", str(tmp_path)]) == 0
     head, *lines = target.read_text().splitlines()
-    assert head.startswith("# python -m tools.bench_load --clients 3 --megabytes 1.2 ")
+    assert head.startswith("# python -m tools.bench.load --clients 3 --megabytes 1.2 ")
     (row,) = csv.DictReader(lines)
     assert (row["clients"], row["link"], row["rounds"]) == ("3", link, "2")
     assert float(row["cpu_ms_per_update"]) >= 0 < float(row["round_s"])

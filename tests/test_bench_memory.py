@@ -1,4 +1,4 @@
-"""tools/bench_memory.py on a tiny model: real processes, and a bound added up by hand."""
+"""tools/bench/memory.py on a tiny model: real processes, and a bound added up by hand."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from tools import bench_memory as bench
-from tools.memory_programs import footprint
+from tools.bench import memory as bench
+from tools.bench.memory_programs import footprint
 
 
 @pytest.mark.slow
@@ -17,7 +17,7 @@ def test_every_process_is_measured(tmp_path, capsys):
     flags = ["--models", "tiny", "--batches", "4", "--exits", "2", "--runs", "1"]
     assert bench.main([*flags, "--csv", str(target)]) == 0
     head, *lines = target.read_text().splitlines()
-    assert head.startswith("# python -m tools.bench_memory --models tiny --batches 4 ")
+    assert head.startswith("# python -m tools.bench.memory --models tiny --batches 4 ")
     rows = list(csv.DictReader(lines))
     by_process = {row["process"]: row for row in rows}
     assert len(rows) == len(by_process) == 8

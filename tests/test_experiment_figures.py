@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.grid_results import evaluated, served_at, write
-from tools.experiments import main
-from tools.figures import MAX_LINES, Point, alpha_order, even_chunks, panels_of
+from tools.experiments.__main__ import main
+from tools.experiments.figures import MAX_LINES, Point, alpha_order, even_chunks, panels_of
 
 
 def test_plots_and_the_numbers_behind_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

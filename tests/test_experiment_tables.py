@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from tests.grid_results import evaluated, served_at, write
-from tools.experiments import main
-from tools.tables import STUDENT_T, all_rows, interval, read_rows, table_lines
+from tools.experiments.__main__ import main
+from tools.experiments.tables import STUDENT_T, all_rows, interval, read_rows, table_lines
 
 
 def test_rows_by_hand(tmp_path: Path):

@@ -15,9 +15,9 @@ from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.codec import decode, encode
 from edge_sdk.protocol.messages import Fetch, Message
 from tests.spoilt import FEW, MORE, mutate_bytes, numbers
-from tools.fuzz_inputs import mutate_frame
-from tools.fuzz_messages import drawn_frames, strategies
-from tools.fuzz_targets import decode_one
+from tools.fuzz.inputs import mutate_frame
+from tools.fuzz.messages import drawn_frames, strategies
+from tools.fuzz.targets import decode_one
 
 
 @pytest.mark.parametrize("name", strategies())

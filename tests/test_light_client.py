@@ -31,8 +31,8 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.stream import PART_BYTES, digest_of
 from tests.processes import ROOT
+from tools.bench.light_fleet import read_clients, write_clients
 from tools.light_client import LightClient, update_bytes, value_of
-from tools.light_fleet import read_clients, write_clients
 
 SPEC = ModelSpec(family="mlp", input_shape=(10,), num_classes=2, exit=2)
 PLAN = Plan(segments=(Segment(first=1, last=2),))
@@ -183,7 +183,7 @@ def test_keys_are_written_for_their_owner_only_and_read_by_slices(tmp_path):
 
 
 def test_it_imports_no_torch():
-    code = "import sys, tools.light_fleet; print(*{'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, tools.bench.light_fleet; print(*{'torch', 'numpy'} & set(sys.modules))"
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )

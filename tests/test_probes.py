@@ -1,4 +1,4 @@
-"""tools/probes.py: likeness of features and distributions of weights, from tiny models."""
+"""tools/experiments/probes.py: likeness of features and distributions of weights, from tiny models."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from edge_sdk.models import build, initial_tensors
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training.trainer import train
 from tests.helpers import client, cnn, config, examples
-from tools.experiments import main
-from tools.probes import (
+from tools.experiments.__main__ import main
+from tools.experiments.probes import (
     BINS,
     cka_rows,
     deepest_convolution,

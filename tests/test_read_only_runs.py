@@ -19,7 +19,7 @@ from tests.processes import ROOT
 from tests.recorded_run import record_run
 from tests.test_run_reader import writer
 from tests.told import finished_run
-from tools.testbed_report import main as report
+from tools.testbed.report import main as report
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_a_read_only_file_system(folder, tmp_path):
         return subprocess.run([*bound, sys.executable, *command], capture_output=True, text=True,
                               check=False, cwd=ROOT)  # fmt: skip
 
-    ended = run("-m", "tools.testbed_report", str(folder))
+    ended = run("-m", "tools.testbed.report", str(folder))
     assert ended.returncode == 0, ended.stderr
     coordinator = ("-m", "coordinator.cli.main")
     ended = run(*coordinator, "export", "--run", str(folder), "--out", str(tmp_path / "m"))

@@ -24,7 +24,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import ExitResult, Update
 from edge_sdk.protocol.tensors import Sender
 from tests.helpers import ROBUST, answer, client, config, examples, options_of
-from tools.bench_robust import accuracy
+from tools.bench.robust import accuracy
 
 
 def test_training_that_diverges_in_this_process_is_an_absence():

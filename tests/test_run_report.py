@@ -13,7 +13,7 @@ from coordinator.methods.base import Metrics
 from coordinator.store.store import Store
 from edge_sdk.protocol.messages import DeviceProfile
 from tests.recorded_run import CONFIG, commit, record_run, update
-from tools.run_report import (
+from tools.testbed.run_report import (
     Accuracy,
     Levers,
     PhaseTime,

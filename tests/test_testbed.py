@@ -16,7 +16,7 @@ from coordinator.defaults import METHODS, MOMENTUM
 from edge_sdk.hardware.boards import save_board
 from edge_sdk.hardware.measure import measure, measured_board
 from tests.processes import Running, kill_marked, marked, read_rows, wait_until
-from tools.testbed import main, make_parser, serve_command
+from tools.testbed.__main__ import main, make_parser, serve_command
 
 FLAGS = ["--devices", "jetson-nano=1,raspberry-pi-4=2", "--examples", "240", "--epochs", "1"]
 NAMES = {"jetson-nano-1", "raspberry-pi-4-1", "raspberry-pi-4-2"}

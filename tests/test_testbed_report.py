@@ -16,8 +16,8 @@ import pytest
 from coordinator.cli.main import main as coordinator
 from coordinator.store.store import Store
 from tests.recorded_run import CONFIG, PI_4, record_run
-from tools.run_report import Trained, read_run
-from tools.testbed_report import main, print_table
+from tools.testbed.report import main, print_table
+from tools.testbed.run_report import Trained, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -165,7 +165,7 @@ def seconds(
 ) -> float:
     """Predicted duration of a job: arithmetic, what its layers cost per step beside that, and its
     transfers where the link is known. For cnn and vgg on an idle x86 machine 0.7 to 1.9 of the
-    measured time; arithmetic alone is 0.1 for a cnn on 8 x 8 images (tools/bench_predict.py).
+    measured time; arithmetic alone is 0.1 for a cnn on 8 x 8 images (tools/bench/predict.py).
 
     Raises CapacityError if the profile has no measured compute."""
     flops = plan_epochs * cost.flops_per_example + cost.frozen_flops_per_example

@@ -6,8 +6,8 @@ import sysconfig
 import pytest
 from msgspec.structs import replace
 
-from tools import bench_choice
-from tools.bench_choice import GROUPS, Bench
+from tools.bench import choice
+from tools.bench.choice import GROUPS, Bench
 
 pytestmark = pytest.mark.root
 
@@ -17,7 +17,7 @@ def bench(tmp_path_factory):
     if os.geteuid() != 0 or not (GROUPS / "memory.limit_in_bytes").exists():
         pytest.skip("needs root and the memory controller of cgroup version 1")
     folder = tmp_path_factory.mktemp("choice")
-    (folder / "site").symlink_to(sysconfig.get_path("purelib"))  # tools/bench_choice.py copies it
+    (folder / "site").symlink_to(sysconfig.get_path("purelib"))  # tools/bench/choice.py copies it
     return Bench(folder, patience_s=300.0)
 
 
@@ -36,7 +36,7 @@ def test_a_device_with_room_trains_the_whole_model(bench, task):
 def test_what_is_chosen_under_a_limit_trains(bench, task, limit_mb):
     found = bench.run(task, limit_mb)
     assert "died" not in found
-    assert found["available_bytes"] < limit_mb * bench_choice.MB
+    assert found["available_bytes"] < limit_mb * choice.MB
     assert found["predicted_bytes"] <= found["available_bytes"]
     assert [1, 3] not in found["trained"]  # the whole does not fit
     assert not next(row for row in found["rows"] if row["last"] == 3)["is_feasible"]

@@ -1,0 +1,1 @@
+"""Grids of emulated runs: resumable, with tables and figures."""

@@ -1,0 +1,1 @@
+"""The same exchange on another system, side by side."""

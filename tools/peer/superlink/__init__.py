@@ -1,0 +1,1 @@
+"""The app that the other system's server runs."""

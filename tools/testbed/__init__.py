@@ -1,0 +1,1 @@
+"""A whole testbed of emulated boards on one machine."""

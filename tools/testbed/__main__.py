@@ -1,0 +1,399 @@
+"""A whole testbed on one machine: a coordinator and emulated boards as real processes.
+
+    python tools/testbed.py --rounds 20 --devices raspberry-pi-4=4,jetson-nano=4,jetson-tx2=4
+
+Real: the processes, the sockets on loopback, CURVE, the data (each device holds its own shard and
+nobody else's), the training, every byte. Emulated: the boards. A board's memory, speed and link
+come from profiles/*.toml; its seconds are its trainer's CPU seconds here times the ratio of the
+speeds, its link's seconds are bytes over the profile's rate. Wall clock on one crowded machine
+means little and is shown beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from coordinator.admission.client_list import add_client
+from coordinator.cohorts.population import split_shards
+from coordinator.methods.registry import METHODS
+from coordinator.settings import model_options
+from edge_sdk.capacity.costs import seconds
+from edge_sdk.capacity.counting import segment_costs
+from edge_sdk.data.load import Examples, load, load_dataset, save_shard
+from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.hardware.boards import OWN_NAME, board
+from edge_sdk.hardware.measure import emulated
+from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
+from edge_sdk.models import build
+from edge_sdk.protocol.keys import make_keys
+from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan, Segment
+
+REPORT = Path(__file__).with_name("testbed_report.py")
+DEFAULT_DEVICES = "raspberry-pi-4=4,jetson-nano=4,jetson-tx2=4"
+START_S = 60.0  # for the coordinator to listen
+FAREWELL_S = 20.0  # for devices to end after the run
+
+
+@dataclass(frozen=True)
+class Host:
+    """This machine, one thread: training GFLOP/s, and seconds of a layer beside its arithmetic."""
+
+    gflops: float
+    layer_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class Device:
+    """One emulated board: its name, the board's name or file, its own folder and data."""
+
+    name: str
+    board: str
+    profile: DeviceProfile
+    folder: Path
+    examples: Examples
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    console = Console()
+    try:
+        return run(args, console)
+    except EdgeError as error:
+        print(f"testbed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("testbed: interrupted", file=sys.stderr)
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train on a testbed of emulated boards.")
+    add = parser.add_argument
+    add("--rounds", type=int, default=20)
+    add("--devices", default=DEFAULT_DEVICES, help="BOARD|FILE.toml=COUNT,..., default %(default)s")
+    add("--data", default="digits", help="digits, or a folder or file; see README.md")
+    add("--examples", type=int, help="use a stratified subset of the training data")
+    add("--method", default="hypemefed", choices=sorted(METHODS))
+    add("--seed", type=int, default=0)
+    add("--run-dir", type=Path, help="default runs/testbed-TIME")
+    add("--alpha", type=float, default=0.5, help="Dirichlet label skew between devices")
+    add("--participants", type=int, help="devices per round, default all")
+    add("--model", default="cnn")
+    add("--exits", type=int, default=3)
+    add("--option", action="append", default=[], metavar="KEY=VALUE", help="model option")
+    add("--epochs", type=int, default=2)
+    add("--batch-size", type=int, default=16)
+    add("--lr", type=float, default=2e-3)
+    add("serve", nargs="*", help="after --: flags of edge-coordinator serve, e.g. -- --mode async")
+    add("--deadline", default="auto",
+        help="board seconds that a job may take; auto: the least with which every device can train "
+        "exit 1; 0: none")  # fmt: skip
+    return parser
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    started = time.monotonic()
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = (args.run_dir or Path("runs") / f"testbed-{stamp}").resolve()
+    if (folder / "run.sqlite").exists():
+        raise ConfigError(f"{folder} holds a run already; choose another --run-dir")
+    check_model(args)
+    host = Host(measure_gflops(threads=1), measure_layer_s(threads=1))
+    devices = prepare(args, folder, host)
+    deadline_s = choose_deadline(args, devices)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(terminating())
+        server = stack.enter_context(coordinator(args, folder, len(devices), deadline_s))
+        endpoint = wait_for_endpoint(folder, server)
+        boards = [stack.enter_context(device_process(d, endpoint, host)) for d in devices]
+        announce(console, args, devices, deadline_s, endpoint)
+        prepared = time.monotonic()
+        follow(console, folder, server, dict(zip(devices, boards, strict=True)), args.rounds)
+        trained = time.monotonic()
+        deadline = trained + FAREWELL_S
+        for process in boards:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.1, deadline - time.monotonic()))
+    if server.returncode:
+        tail = (folder / "coordinator.log").read_text().splitlines()[-5:]
+        raise ConfigError(f"coordinator ended with {server.returncode}: " + " | ".join(tail))
+    console.print()
+    subprocess.run([sys.executable, str(REPORT), str(folder)], check=True)
+    console.print(
+        f"\nwhole time {time.monotonic() - started:.0f} s, of it rounds {trained - prepared:.0f} s "
+        f"(one {os.cpu_count()}-core machine plays {len(devices)} boards and the coordinator)\n"
+        f"run: {folder}\nmodel: {folder / 'model.safetensors'}\n"
+        f"logs: {folder / 'coordinator.log'}, {folder / 'devices'}/*/device.log\n"
+        f"again: python tools/testbed/report.py {folder}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Refuse a model that cannot be built before anything is written. Raises ConfigError."""
+    _, train, _ = load(args.data)
+    spec = ModelSpec(
+        family=args.model,
+        input_shape=train.input_shape,
+        num_classes=train.num_classes,
+        exit=args.exits,
+        options=model_options(args.option),
+    )
+    build(spec)
+
+
+def prepare(args: argparse.Namespace, folder: Path, host: Host) -> list[Device]:
+    """Shards, keys and folders: what somebody would carry to each board."""
+    data = load_dataset(args.data, args.seed, args.examples)
+    platforms = parse_devices(args.devices)
+    boards = {f"{short(b)}-{i}": b for b, count in platforms for i in range(1, count + 1)}
+    profiles = {b: emulated(board(b), host.gflops, host.layer_s) for b, _ in platforms}
+    shards = split_shards(
+        data.train, len(boards), split="dirichlet", alpha=args.alpha, seed=args.seed
+    )
+    keys = folder / "keys"
+    make_keys(keys, "server")
+    save_shard(folder / "test.npz", data.test)
+    devices = []
+    for (name, file), shard in zip(boards.items(), shards, strict=True):
+        device = Device(name, file, profiles[file], folder / "devices" / name, shard)
+        pair = make_keys(device.folder, "device")
+        shutil.copy(keys / "server.public", device.folder)
+        add_client(keys / "clients", name, pair.public)
+        save_shard(device.folder / "data.npz", shard)
+        devices.append(device)
+    return devices
+
+
+def parse_devices(text: str) -> list[tuple[str, int]]:
+    """[(board, count)] from "raspberry-pi-4=4,my.toml=4". Raises ConfigError."""
+    found = []
+    for part in text.split(","):
+        name, equals, count = part.strip().rpartition("=")
+        if not equals or not count.isdecimal() or int(count) < 1:
+            raise ConfigError(f"--devices {part!r} is not BOARD=COUNT, e.g. {DEFAULT_DEVICES}")
+        if name.endswith(".toml") and not OWN_NAME.fullmatch(short(name)):
+            raise ConfigError(f"--devices {name}: rename it, letters, digits, dots, - and _ only")
+        found.append((name.strip(), int(count)))
+    if len({short(name) for name, _ in found}) < len(found):
+        raise ConfigError(f"--devices {text!r} names a board twice")
+    return found
+
+
+def short(name_or_path: str) -> str:
+    """A board's name, also of a file's path: my-pi of boards/my-pi.toml."""
+    return Path(name_or_path).name.removesuffix(".toml")
+
+
+def choose_deadline(args: argparse.Namespace, devices: Sequence[Device]) -> float:
+    """Board seconds. auto: the least that leaves no device out, with 5 % to spare, so that fast
+    boards, and slow ones with little data, train deeper exits."""
+    if args.deadline != "auto":
+        try:
+            return max(0.0, float(args.deadline))
+        except ValueError as error:
+            raise ConfigError(f"--deadline {args.deadline!r} is not seconds or auto") from error
+    if args.method == "fedavg-l":
+        return 0.0  # everyone trains the whole model, however long it takes
+    shape = devices[0].examples.input_shape
+    spec = ModelSpec(
+        family=args.model,
+        input_shape=tuple(shape),
+        num_classes=devices[0].examples.num_classes,
+        exit=1,
+        options=model_options(args.option),
+    )
+    plan = Plan(segments=(Segment(first=1, last=1),), batch_size=args.batch_size)
+    slowest = 0.0
+    for device in devices:
+        cost = segment_costs(spec, plan, len(device.examples), 0)[0]
+        slowest = max(slowest, seconds(cost, device.profile, len(device.examples), args.epochs))
+    return 1.05 * slowest
+
+
+def serve_command(
+    args: argparse.Namespace, folder: Path, num_devices: int, deadline_s: float
+) -> list[str]:
+    """Without what was not given: a flag beats the method's own value (defaults.py)."""
+    command = [
+        "serve", "--method", args.method, "--test", str(folder / "test.npz"),
+        "--rounds", str(args.rounds), "--seed", str(args.seed), "--model", args.model,
+        "--exits", str(args.exits), "--epochs", str(args.epochs),
+        "--batch-size", str(args.batch_size), "--lr", str(args.lr),
+        "--listen", "tcp://127.0.0.1:*", "--keys", str(folder / "keys"),
+        "--min-clients", str(num_devices), "--deadline", str(deadline_s),
+        "--run-dir", str(folder),
+    ]  # fmt: skip
+    command += [part for option in args.option for part in ("--option", option)]
+    if args.participants is not None:
+        command += ["--participants", str(args.participants)]
+    return command + args.serve
+
+
+@contextlib.contextmanager
+def coordinator(
+    args: argparse.Namespace, folder: Path, num_devices: int, deadline_s: float
+) -> Iterator[subprocess.Popen[bytes]]:
+    command = serve_command(args, folder, num_devices, deadline_s)
+    with process("coordinator.cli.main", command, folder / "coordinator.log") as child:
+        yield child
+
+
+@contextlib.contextmanager
+def device_process(device: Device, endpoint: str, host: Host) -> Iterator[subprocess.Popen[bytes]]:
+    command = [
+        "run", "--coordinator", endpoint, "--data", str(device.folder / "data.npz"),
+        "--id", device.name, "--keys", str(device.folder), "--board", device.board,
+        "--host-gflops", str(host.gflops), "--host-layer-us", str(1e6 * host.layer_s),
+        "--threads", "1", "--once",
+    ]  # fmt: skip
+    with process("edge_sdk.cli.main", command, device.folder / "device.log") as child:
+        yield child
+
+
+@contextlib.contextmanager
+def process(module: str, command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python process that is ended on the way out if it still runs."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("wb") as file:
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, *command],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+@contextlib.contextmanager
+def terminating() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that no child is left behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def wait_for_endpoint(folder: Path, server: subprocess.Popen[bytes]) -> str:
+    """Where the coordinator listens, once it says so."""
+    file = folder / "endpoint"
+    give_up = time.monotonic() + START_S
+    while time.monotonic() < give_up and server.poll() is None:
+        if file.exists() and (text := file.read_text().strip()):
+            return text
+        time.sleep(0.1)
+    tail = (folder / "coordinator.log").read_text().splitlines()[-3:]
+    raise ConfigError("the coordinator did not start: " + " | ".join(tail))
+
+
+def announce(
+    console: Console,
+    args: argparse.Namespace,
+    devices: Sequence[Device],
+    deadline_s: float,
+    endpoint: str,
+) -> None:
+    sizes = sorted(len(device.examples) for device in devices)
+    limit = f"{deadline_s:.3g} board seconds as predicted" if deadline_s else "none"
+    console.print(
+        f"{len(devices)} emulated boards ({args.devices}) with {sizes[0]} to {sizes[-1]} examples "
+        f"of {args.data}\nmethod {args.method}, {args.rounds} rounds, deadline of a job {limit}, "
+        f"CURVE on {endpoint}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def follow(
+    console: Console,
+    folder: Path,
+    server: subprocess.Popen[bytes],
+    boards: dict[Device, subprocess.Popen[bytes]],
+    num_rounds: int,
+) -> None:
+    """Show rounds as they are committed, until the coordinator ends. Raises ConfigError when a
+    board ends early, or cannot take part and so keeps the first round from beginning."""
+    columns = [
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("{task.fields[accuracy]}"),
+    ]  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("rounds", total=num_rounds, accuracy="devices are starting")
+        seen = 0
+        while True:
+            has_ended = server.poll() is not None
+            finished, accuracy = latest_round(folder)
+            if finished > seen:
+                seen = finished
+                progress.update(task, completed=finished, accuracy=accuracy)
+                if not console.is_terminal:
+                    console.print(f"round {finished}: {accuracy}", highlight=False)
+            if has_ended:
+                return
+            for device, process in boards.items():
+                trouble = last_error(device)
+                if process.poll() not in (None, 0) or (seen == 0 and trouble):
+                    raise ConfigError(f"{device.name}: {trouble or 'ended early, see its log'}")
+            time.sleep(0.3)
+
+
+def last_error(device: Device) -> str:
+    """The last error line of a device's log, without its time; "" if there is none."""
+    lines = (device.folder / "device.log").read_text(errors="replace").splitlines()
+    errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
+    errors += [line for line in lines if line.startswith("edge-sdk: ")]
+    return errors[-1] if errors else ""
+
+
+def latest_round(folder: Path) -> tuple[int, str]:
+    """The last committed round and its served accuracy per exit as text."""
+    try:
+        with contextlib.closing(
+            sqlite3.connect((folder / "run.sqlite").as_uri() + "?mode=ro", uri=True)
+        ) as db:
+            (finished,) = db.execute("SELECT COALESCE(MAX(round), 0) FROM rounds").fetchone()
+            rows = db.execute(
+                "SELECT value FROM metrics WHERE round = ? AND name LIKE 'accuracy_served_exit_%'"
+                " ORDER BY name",
+                (finished,),
+            ).fetchall()
+    except sqlite3.Error:
+        return 0, ""
+    shares = " / ".join(f"{100 * value:.1f}" for (value,) in rows)
+    return finished, f"served accuracy per exit {shares} %" if shares else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
