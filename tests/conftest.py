@@ -41,7 +41,7 @@ def shards_folder(tmp_path, monkeypatch):
 def make_coordinator(tmp_path, monkeypatch):
     """Coordinators with CURVE, unless is_insecure; closed in the end."""
     from coordinator.fleet import cohort
-    from tests.scripted import Coordinator
+    from tests.support.devices import Coordinator
 
     monkeypatch.setattr(cohort, "FAREWELL_S", 0.0)  # the devices here do not answer a bye
     monkeypatch.setattr(cohort, "LOOK_S", 0.1)  # what is due is not put off
@@ -104,9 +104,9 @@ def quick_retries():
 def pair(quick_retries, tmp_path_factory):
     """A scripted coordinator and a device that has said hello to it."""
     from edge_sdk.protocol.messages import Hello
-    from tests.agent_device import running
-    from tests.helpers import examples
-    from tests.scripted_coordinator import ScriptedCoordinator
+    from tests.support.agent import running
+    from tests.support.coordinator import ScriptedCoordinator
+    from tests.support.examples import examples
 
     coordinator = ScriptedCoordinator()
     data = tmp_path_factory.mktemp("shard") / "shard.npz"
@@ -121,7 +121,7 @@ def pair(quick_retries, tmp_path_factory):
 @pytest.fixture
 def settled(pair):
     """The same, welcome and ready without a job; whatever a test before has left is gone."""
-    from tests.agent_device import settle
+    from tests.support.agent import settle
 
     settle(*pair)
     return pair
@@ -130,7 +130,7 @@ def settled(pair):
 @pytest.fixture
 def chooser():
     from edge_sdk.capacity.chooser import Chooser
-    from tests.choices import COSTS
+    from tests.support.costs import COSTS
 
     made = Chooser()
     made.costs = COSTS
@@ -139,7 +139,7 @@ def chooser():
 
 @pytest.fixture
 def gate(tmp_path):
-    from tests.gate import Gate
+    from tests.support.admission import Gate
 
     gate = Gate(tmp_path / "keys")
     yield gate
@@ -151,7 +151,7 @@ def member(gate, tmp_path):
     """A device's folder with the keys of the admitted client pi."""
     from coordinator.admission.client_list import add_client
     from edge_sdk.protocol.keys import make_keys
-    from tests.gate import new_key
+    from tests.support.admission import new_key
 
     folder = tmp_path / "pi"
     add_client(gate.clients, "first", new_key().encode())

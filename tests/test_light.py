@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, World, mapped_libraries
+from tests.support.processes import ROOT, World, mapped_libraries
 
 LIGHT = ("", ".wire", ".errors", ".profile", ".capacity", ".keys", ".cli", ".cli_run", ".cli_infer",
          ".exported", ".agent", ".supervisor", ".doctor", ".service", ".config_file", ".notify",

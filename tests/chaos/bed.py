@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.net import CONGESTION, Net, network
-from tests.processes import Running, World, kill_marked, read_rows, wait_until
+from tests.support.processes import Running, World, kill_marked, read_rows, wait_until
 
 BUSY_S = 0.2  # CPU seconds of a training process, far more than it needs to receive a model
 FAULT_PATIENCE_S = 180.0  # a device that is back may be waiting out its longest pause

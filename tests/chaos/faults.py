@@ -12,7 +12,7 @@ from typing import TypeAlias
 import psutil
 
 from tests.chaos.bed import Bed
-from tests.processes import Running
+from tests.support.processes import Running
 
 DEVICES = ("a", "b", "c")
 SPARE = len(DEVICES) + 1  # the link of a second device with another's key

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.processes import read_rows
+from tests.support.processes import read_rows
 
 if __name__ == "__main__":
     for line in sys.stdin:

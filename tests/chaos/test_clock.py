@@ -14,7 +14,7 @@ import pytest
 
 from tests.chaos.bed import Bed, bed_of
 from tests.chaos.conftest import Scenario
-from tests.processes import wait_until
+from tests.support.processes import wait_until
 
 LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 DAY_S, FREEZE_S = 86_400, 50.0

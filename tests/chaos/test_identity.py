@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.chaos.bed import FAULT_PATIENCE_S, bed_of
 from tests.chaos.conftest import Scenario
-from tests.processes import run_cli
+from tests.support.processes import run_cli
 
 ROUNDS = 3
 

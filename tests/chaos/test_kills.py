@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.bed import FAULT_PATIENCE_S, PHASES, Bed, bed_of
 from tests.chaos.conftest import Scenario
-from tests.processes import wait_until
+from tests.support.processes import wait_until
 
 VICTIMS = ("agent", "trainer", "coordinator")
 ROUNDS: list[int] = []  # of the present bed, that something happened in

@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.bed import PHASES, Bed, bed_of
 from tests.chaos.conftest import Scenario
-from tests.processes import wait_until
+from tests.support.processes import wait_until
 
 CUT_S = 30.0
 

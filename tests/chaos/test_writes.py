@@ -16,7 +16,7 @@ import pytest
 from tests.chaos.bed import SMALL, Bed, bed_of
 from tests.chaos.conftest import Scenario
 from tests.chaos.ledger import TOLERANCE, undisturbed
-from tests.processes import wait_until
+from tests.support.processes import wait_until
 
 CALLS = "write,pwrite64,fsync,fdatasync,ftruncate,rename,unlink"
 KILLS, SEED = 20, 1

@@ -13,7 +13,7 @@ from edge_sdk.infer.model_folder import read_model
 from edge_sdk.infer.onnx_layers import NORMS, plain_model
 from edge_sdk.models import build, initial_tensors
 from tests.contract.test_families import FOLDED, SPECS
-from tests.helpers import examples
+from tests.support.examples import examples
 
 
 @pytest.fixture(params=[*SPECS, FOLDED], ids=lambda s: f"{s.family}-{s.input_shape}")

@@ -12,7 +12,7 @@ from edge_sdk.models import FAMILIES, build, initial_tensors
 from edge_sdk.models.staged import moved, needed_names, place, trained_names
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training.trainer import train
-from tests.helpers import examples
+from tests.support.examples import examples
 
 IMAGES = [(1, 28, 28), (3, 32, 32)]
 SERIES = [(3, 51), (3, 151)]

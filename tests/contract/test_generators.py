@@ -14,7 +14,7 @@ from coordinator.methods.registry import make_method
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import place
 from edge_sdk.protocol.messages import ModelSpec, Segment
-from tests.helpers import answer, client, cnn, config
+from tests.support.examples import answer, client, cnn, config
 
 NAMES = ("svd-mlp", "naive-mlp", "svd-mlp-residual", "update-regression")
 SMALL = {"rank": 4, "hidden": 8, "epochs": 2}

@@ -14,7 +14,7 @@ from coordinator.methods.registry import METHODS, make_method
 from edge_sdk.errors import ConfigError
 from edge_sdk.models.staged import place
 from edge_sdk.protocol.messages import TensorSpec
-from tests.helpers import answer, client, config, examples
+from tests.support.examples import answer, client, config, examples
 
 COHORT = [client("a", 1), client("b", 1), client("c", 2), client("d", 3)]
 PLAIN = ServerOptions(momentum=0.0, lr=1.0)

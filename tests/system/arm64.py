@@ -19,7 +19,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.processes import ROOT
+from tests.support.processes import ROOT
 
 CPU = "cortex-a72"  # of a Raspberry Pi 4: ARMv8.0, no LSE atomics, no SVE
 SUITE, PYTHON = "bookworm", "3.11"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.processes import ROOT, wait_until
+from tests.support.processes import ROOT, wait_until
 
 CGROUPS = Path("/sys/fs/cgroup")
 CONTROLLERS = {"memory", "cpu", "cpuacct", "pids", "devices", "freezer", "blkio"}

@@ -28,8 +28,8 @@ from edge_sdk.models import initial_tensors
 from edge_sdk.protocol.keys import read_keys
 from edge_sdk.protocol.messages import Accepted, Hello, Part
 from edge_sdk.version import __version__
-from tests.processes import ROOT, World
-from tests.scripted import ANY_PORT
+from tests.support.devices import ANY_PORT
+from tests.support.processes import ROOT, World
 from tests.system import arm64_programs
 from tests.system.arm64 import TORCH, VENV, Arm, CannotBuild, lacks
 

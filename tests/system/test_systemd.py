@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from coordinator.admission.client_list import add_client
-from tests.processes import World, environment, wait_until
+from tests.support.processes import World, environment, wait_until
 from tests.system.machine import PREFIX, Machine, lacks
 
 LACKS = lacks()

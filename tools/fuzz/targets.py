@@ -1,7 +1,7 @@
 """What is done with one input, and what is checked: `decode` and `handler`.
 
 Both return what they saw or raise; an input that makes one raise anything becomes a file of
-tests/fuzz/regressions, which tests/test_fuzz.py runs again through here.
+tests/fuzz/regressions, which tests/tools/test_fuzz.py runs again through here.
 """
 
 from __future__ import annotations

@@ -1,0 +1,105 @@
+"""Figures about a global model, each worked out by hand or in numpy beside the assertion."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from coordinator.cohorts.population import split_holdout
+from coordinator.cohorts.sampling import job_seed
+from coordinator.runs.evaluate import accuracy_per_exit, linear_cka, personalised_accuracy
+from edge_sdk.errors import ConfigError, DataError, ShapeError
+from edge_sdk.models import initial_tensors
+from edge_sdk.protocol.messages import Plan, Segment
+from edge_sdk.training.trainer import train
+from tests.support.examples import cnn, examples
+
+PLAN = Plan(segments=(Segment(first=1, last=3),), batch_size=4, lr=0.01, seed=5)
+
+
+def test_cka_by_hand():
+    # centred x: (-1, 0, 1); centred y: (-1, -1, 2); |y'x|^2 = 3^2, |x'x| = 2, |y'y| = 6
+    x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[0.0], [0.0], [3.0]])
+    assert linear_cka(x, y) == pytest.approx(9 / 12)
+
+
+def test_cka_is_the_feature_form_and_ignores_scale_turn_and_shift():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 6)), rng.normal(size=(20, 4))
+    cx, cy = x - x.mean(0), y - y.mean(0)
+    by_features = np.linalg.norm(cy.T @ cx) ** 2 / (
+        np.linalg.norm(cx.T @ cx) * np.linalg.norm(cy.T @ cy)
+    )
+    turn = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    assert linear_cka(torch.tensor(x), torch.tensor(y)) == pytest.approx(by_features)
+    assert linear_cka(torch.tensor(x), torch.tensor(3 * x @ turn + 7)) == pytest.approx(1.0)
+
+
+def test_cka_takes_feature_maps_and_refuses_other_examples():
+    maps = torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert linear_cka(maps, maps.flatten(1)) == pytest.approx(1.0)
+    assert math.isnan(linear_cka(maps, torch.ones(5, 1)))
+    with pytest.raises(ShapeError, match="of 5 and of 4 examples"):
+        linear_cka(maps, maps[:4])
+
+
+def test_split_holdout_is_stratified_and_drawn_from_the_seed():
+    data = examples(30)  # ten of each of three classes
+    kept, held = split_holdout(data, 0.2, seed=1)
+    assert (kept.label_counts().tolist(), held.label_counts().tolist()) == ([8] * 3, [2] * 3)
+    assert np.array_equal(split_holdout(data, 0.2, seed=1)[1].x, held.x)
+    assert not np.array_equal(split_holdout(data, 0.2, seed=2)[1].x, held.x)
+
+
+def test_split_holdout_where_no_class_can_be_shared():
+    kept, held = split_holdout(examples(3), 0.2, seed=0)  # one of each class
+    assert (len(kept), len(held)) == (2, 1)
+    lonely = replace(examples(4), y=np.zeros(4, dtype=np.int64))  # one class only
+    assert [len(part) for part in split_holdout(lonely, 0.25, seed=0)] == [3, 1]
+    with pytest.raises(DataError, match="1 examples cannot be split"):
+        split_holdout(examples(1), 0.2, seed=0)
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        split_holdout(examples(9), 1.0, seed=0)
+
+
+def test_personalised_accuracy_is_that_of_the_tuned_subnetwork():
+    """Client 2 holds exit 1 only: the same as training and measuring that prefix by hand."""
+    spec, tensors = cnn(), initial_tensors(cnn(), 0)
+    given = {name: tensor.clone() for name, tensor in tensors.items()}
+    shards, holdouts = [examples(12, 1), examples(12, 2)], [examples(9, 3), examples(9, 4)]
+    got = personalised_accuracy(spec, tensors, shards, holdouts, PLAN, epochs=3, exits=[3, 1])
+    small = cnn(exit=1)
+    prefix = {name: tensors[name] for name in initial_tensors(small, 0)}
+    plan = Plan(
+        segments=(Segment(first=1, last=1),),
+        epochs=3,
+        batch_size=4,
+        lr=0.01,
+        seed=job_seed(5, 0, "personalise/2"),
+    )
+    tuned = train(small, plan, prefix, shards[1]).tensors
+    assert got[1].before == accuracy_per_exit(small, prefix, holdouts[1])[0]
+    assert got[1].after == accuracy_per_exit(small, tuned, holdouts[1])[0]
+    assert got[0].before == accuracy_per_exit(spec, tensors, holdouts[0])[2]
+    assert all(torch.equal(tensors[name], given[name]) for name in given)
+
+
+def test_personalising_helps_a_client_of_one_class():
+    """Every example is of class 2, which this start never predicts and a few epochs learn."""
+    single = replace(examples(12), y=np.full(12, 2, dtype=np.int64))
+    tensors = initial_tensors(cnn(), 0)
+    (got,) = personalised_accuracy(cnn(), tensors, [single], [single], PLAN, epochs=20)
+    assert (got.before, got.after) == (0.0, 1.0)
+
+
+def test_personalised_accuracy_refuses_what_does_not_fit():
+    tensors, shard = initial_tensors(cnn(), 0), examples(9)
+    with pytest.raises(ConfigError, match="1 training parts, 2 hold-outs and 1 exits"):
+        personalised_accuracy(cnn(), tensors, [shard], [shard, shard], PLAN, 1)
+    none = shard.take(np.array([], dtype=np.int64))
+    with pytest.raises(DataError, match="client 1 has no hold-out"):
+        personalised_accuracy(cnn(), tensors, [shard], [none], PLAN, 1)

@@ -1,0 +1,138 @@
+"""tools/testbed.py as somebody runs it: real processes, a report, and nothing left behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+
+import pytest
+from msgspec.structs import replace
+
+from coordinator.cli.arguments import settle
+from coordinator.cli.serve import add_serve_command
+from coordinator.defaults import METHODS, MOMENTUM
+from edge_sdk.hardware.boards import save_board
+from edge_sdk.hardware.measure import measure, measured_board
+from tests.support.processes import Running, kill_marked, marked, read_rows, wait_until
+from tools.testbed.__main__ import main, make_parser, serve_command
+
+FLAGS = ["--devices", "jetson-nano=1,raspberry-pi-4=2", "--examples", "240", "--epochs", "1"]
+NAMES = {"jetson-nano-1", "raspberry-pi-4-1", "raspberry-pi-4-2"}
+
+
+@pytest.fixture
+def testbed(tmp_path):
+    """start(*flags): the tool in a process group of its own, its run in tmp_path / "run"."""
+    started = []
+
+    def start(*flags: str) -> Running:
+        command = ["tools.testbed", *FLAGS, "--run-dir", str(tmp_path / "run"), *flags]
+        running = Running("testbed", command, tmp_path / "testbed.log", tmp_path.name)
+        started.append(running)
+        return running
+
+    yield start
+    kill_marked(tmp_path.name)
+    for running in started:
+        running.process.wait(10)
+
+
+def test_two_rounds_on_three_boards(testbed, tmp_path):
+    running = testbed("--rounds", "2")
+    assert running.end(120) == 0, running.text()
+    assert marked(tmp_path.name) == [], "a process was left behind"
+    run_dir = tmp_path / "run"
+    taken = read_rows(run_dir, "SELECT round, client_id, outcome FROM participations")
+    assert sorted(taken) == sorted((round, name, "ok") for round in (1, 2) for name in NAMES)
+    boards = read_rows(run_dir, "SELECT client_id, platform, is_emulated FROM clients")
+    assert {(name, platform) for name, platform, _ in boards} == {
+        (name, name.rsplit("-", 1)[0]) for name in NAMES
+    }
+    assert all(is_emulated for _, _, is_emulated in boards)
+    assert (run_dir / "model.safetensors").exists()
+    text = running.text()
+    for said in (
+        "3 emulated boards",
+        "round 2: served accuracy per exit",
+        "2 of 2 rounds finished",
+    ):
+        assert said in text, text
+    for name in NAMES:
+        assert "run finished" in (run_dir / "devices" / name / "device.log").read_text()
+
+
+def test_a_measured_board_takes_part(testbed, tmp_path):
+    """Its file as `edge-sdk measure --save` writes it: with its own layer_s, without a link."""
+    file = tmp_path / "my-device.toml"
+    here = measure(cap_bytes=900 * 1024**2, compute=False)
+    saved = measured_board(replace(here, gflops=12.5, layer_s=2.5e-5), "cpu")
+    save_board(saved, file)
+    running = testbed("--rounds", "1", "--devices", f"{file}=2,generic=1", "--deadline", "0")
+    assert running.end(120) == 0, running.text()
+    run_dir = tmp_path / "run"
+    query = "SELECT client_id, link_mbit_s, profile FROM clients ORDER BY client_id"
+    (generic, _, _), *mine = read_rows(run_dir, query)
+    assert [generic, *(name for name, *_ in mine)] == ["generic-1", "my-device-1", "my-device-2"]
+    for _, link_mbit_s, text in mine:
+        profile = json.loads(text)
+        assert link_mbit_s is None
+        assert profile["is_emulated"]
+        assert profile["layer_s"] == saved.layer_s
+        assert profile["gflops"] == saved.gflops
+        assert profile["memory_available_bytes"] == 900 * 1024**2
+
+
+def test_interrupted_it_leaves_no_process_behind(testbed, tmp_path):
+    running = testbed("--rounds", "1000", "--devices", "jetson-nano=1")
+    running.wait_said(": served accuracy per exit")
+    assert len(marked(tmp_path.name)) == 4, "tool, coordinator, agent, trainer"
+    os.killpg(running.process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
+    assert running.end(30) == 130
+    wait_until(lambda: not marked(tmp_path.name), "every process ends", 5)
+    assert "Traceback" not in running.text()
+    coordinator = (tmp_path / "run" / "coordinator.log").read_text()
+    assert "go on with --resume" in coordinator
+    assert "Traceback" not in coordinator
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--devices", "raspberry-pi-4"], "'raspberry-pi-4' is not BOARD=COUNT"),
+    (["--devices", "raspberry-pi-4=0"], "'raspberry-pi-4=0' is not BOARD=COUNT"),
+    (["--devices", "raspberry-pi-4=1,raspberry-pi-4=1"], "names a board twice"),
+    (["--devices", "abacus=2"], "unknown board 'abacus'; known: "),
+    (["--devices", "abacus.toml=2"], "board file abacus.toml: No such file"),
+    (["--devices", "a board.toml=2"], "--devices a board.toml: rename it"),
+    (["--devices", "generic=1,my/generic.toml=1"], "names a board twice"),
+    (["--data", "nowhere"], "nowhere"),
+], ids=lambda value: value[1] if isinstance(value, list) else "")  # fmt: skip
+def test_bad_flags_are_one_line(tmp_path, capsys, flags, said):
+    assert main([*FLAGS, "--run-dir", str(tmp_path / "run"), *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("testbed: ")
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_coordinator_runs_a_method_with_its_own_settings(tmp_path, method):
+    def served(*flags):
+        given = make_parser().parse_args(["--method", method, *flags])
+        parser = argparse.ArgumentParser()
+        add_serve_command(parser.add_subparsers())
+        return vars(settle(parser, serve_command(given, tmp_path, 3, 0.0)))
+
+    assert METHODS["hypemefed"].items() >= MOMENTUM.items(), "or this shows nothing"
+    own = served()
+    assert {name: own[name] for name in METHODS[method]} == METHODS[method]
+    plain = served("--", "--server-momentum", "0", "--server-lr", "1", "--mode", "async")
+    assert (plain["server_momentum"], plain["server_lr"]) == (0.0, 1.0)
+
+
+def test_a_run_dir_in_use_is_refused(tmp_path, capsys):
+    (tmp_path / "run.sqlite").touch()
+    assert main([*FLAGS, "--run-dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error == f"testbed: {tmp_path} holds a run already; choose another --run-dir\n"
