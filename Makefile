@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml tests/constraints.txt
 	touch $@
 
 testbed: $(STAMP)
-	$(BIN)/python tools/testbed.py $(ARGS)
+	$(BIN)/python -m tools.testbed $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)

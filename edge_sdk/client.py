@@ -13,9 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from edge_sdk.agent.agent import Agent
 from edge_sdk.agent.events import Event
 from edge_sdk.agent.options import AgentOptions
+from edge_sdk.agent.pipe import TrainerOptions
 from edge_sdk.agent.settings import check_value
 from edge_sdk.agent.setup import (
     calibration_file,
@@ -92,14 +95,16 @@ class Client:
         self._data = _checked_data(data)
         self._options = AgentOptions(
             client_id=checked_id(id, "id"),
-            data="",
+            trainer=TrainerOptions(
+                data="",
+                threads=threads,
+                device=device,
+                calibration=calibration_file(),
+                saved_updates=kept_folder(checked_id(id, "id"), coordinator, self._secrets),
+                imports=tuple(modules),
+            ),
             measure=measure_here(None if cap is None else parse_size(cap)),
             conditions=None if ignore_conditions else conditions.read,
-            threads=threads,
-            device=device,
-            calibration=calibration_file(),
-            kept=kept_folder(checked_id(id, "id"), coordinator, self._secrets),
-            imports=tuple(modules),
             on_event=on_event,
             search_path=tuple(sys.path),
         )
@@ -119,7 +124,8 @@ class Client:
             with suppress(KeyboardInterrupt), self._shard() as data:
                 if self._stopped.is_set():
                     return
-                options = replace(self._options, data=data, is_once=once)
+                trainer = msgspec.structs.replace(self._options.trainer, data=data)
+                options = replace(self._options, trainer=trainer, is_once=once)
                 self._agent = make_agent(self._endpoint, self._secrets, options)
                 if self._stopped.is_set():  # meanwhile
                     self._agent.stop()

@@ -25,8 +25,7 @@ from msgspec.structs import fields
 import edge_sdk
 from coordinator.admission import join as joining
 from coordinator.fleet import cohort, flow_control, jobs, open_job, router, sessions
-from edge_sdk import supervisor
-from edge_sdk.agent import agent, state
+from edge_sdk.agent import agent, state, trainer_process
 from edge_sdk.capacity import chooser
 from edge_sdk.data import examples
 from edge_sdk.errors import EdgeError
@@ -173,7 +172,7 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
     ),
     link: ("PING_MS", "PING_TIMEOUT_MS", "DEAD_MS", "HIGH_WATER"),
     state: ("HELLO_S", "HELLO_MAX_S", "REFUSED_S", "REFUSED_MAX_S"),
-    supervisor: ("RESTART_S", "RESTART_MAX_S"),
+    trainer_process: ("RESTART_S", "RESTART_MAX_S"),
     chooser: ("GROWN",),
     worker: ("WINDOW",),
     examples: ("MIN_BATCH",),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from edge_sdk.protocol.link import DEAD_MS
 from edge_sdk.protocol.stream import PART_BYTES
 
+BUDGET_BYTES = 64 * 1024**2  # of parts that are on their way at once
 LEAST_BUDGET_BYTES = 2 * PART_BYTES
 WINDOW = 8  # parts under way per transfer, of a link that is not slow
 SLOW_WINDOW = 2
@@ -133,6 +134,3 @@ class Credit:
             for queue in self._queues.values():
                 if name in queue:
                     queue.remove(name)
-
-
-BUDGET_BYTES = 64 * 1024**2  # of parts that are on their way at once

@@ -60,7 +60,7 @@ class Agent:
         self._options = options
         self._session = token_hex(8)
         self._pulse = Pulse(Notifier(options.notify_socket), time.monotonic())
-        self._trainer = Supervisor(options)
+        self._trainer = Supervisor(options.trainer, options.search_path)
         self._chooser = Chooser()
         self._senses = Senses(options)
         self._state = State()

@@ -1,4 +1,4 @@
-"""What an agent was told, and what it makes of it: a training process, a look at the device."""
+"""What an agent was told, and how it looks at its device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from edge_sdk.agent.events import Event
-from edge_sdk.agent.pipe import Inspected
-from edge_sdk.agent.trainer_process import TrainerProcess
+from edge_sdk.agent.pipe import Inspected, TrainerOptions
 from edge_sdk.hardware.conditions import FULL, Allowance, Conditions, allowed, slowed
 from edge_sdk.protocol.messages import DeviceProfile
 
@@ -21,33 +20,13 @@ class AgentOptions:
     are not looked at. Both are called every heartbeat and must be cheap."""
 
     client_id: str
-    data: str
+    trainer: TrainerOptions
     measure: Callable[[int], DeviceProfile]
     conditions: Callable[[], Conditions] | None = None
-    threads: int = 0  # 0: torch's default
-    device: str = "cpu"
-    measure_compute: bool = True
-    calibration: str = ""  # file where the trainer keeps its calibration; "": it does not
-    kept: str = (
-        ""  # folder where it keeps a finished update until that is accepted; "": it does not
-    )
-    imports: tuple[str, ...] = ()
     is_once: bool = False  # end when the coordinator's run ends
     notify_socket: str = ""  # systemd's NOTIFY_SOCKET
     on_event: Callable[[Event], object] | None = None  # called in run()'s thread
     search_path: tuple[str, ...] = ()  # of the trainer's modules; (): as it is started
-
-    def start_trainer(self, measure_compute: bool) -> TrainerProcess:
-        return TrainerProcess(
-            self.data,
-            threads=self.threads,
-            device=self.device,
-            measure_compute=measure_compute,
-            calibration=self.calibration,
-            kept=self.kept,
-            imports=self.imports,
-            search_path=self.search_path,
-        )
 
 
 class Senses:
@@ -70,6 +49,6 @@ class Senses:
             return profile, FULL
         now = self._options.conditions()
         self._allowance = allowed(now, self._allowance.work)
-        if self._options.device == "cpu":
+        if self._options.trainer.device == "cpu":
             profile = slowed(profile, now)
         return profile, self._allowance

@@ -29,6 +29,21 @@ from edge_sdk.protocol.messages import (
 _LENGTHS = struct.Struct("<II")
 
 
+class TrainerOptions(Struct, frozen=True, kw_only=True, tag="start"):
+    """Agent, first of all: how to train, and on what. threads 0: torch's default. measure_compute:
+    measure this machine's speed first. calibration: the file that keeps this device's memory
+    calibration, saved_updates: the folder that keeps a finished update until it is accepted; "":
+    neither is kept. imports: modules of the user's that register model families."""
+
+    data: str
+    threads: Count = 0
+    device: str = "cpu"
+    measure_compute: bool = True
+    calibration: str = ""
+    saved_updates: str = ""
+    imports: tuple[str, ...] = ()
+
+
 class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
     """Trainer: my data and myself. gflops, layer_s 0: not measured; runtime: resident after
     the imports and a first step. finished: a job whose update was not accepted before a restart."""
@@ -80,7 +95,8 @@ class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
 
 
 PipeMessage: TypeAlias = (
-    Inspected
+    TrainerOptions
+    | Inspected
     | Estimate
     | Estimated
     | Train

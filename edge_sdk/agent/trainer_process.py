@@ -12,8 +12,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from edge_sdk.agent.options import AgentOptions
-from edge_sdk.agent.pipe import Cancel, Pipe, PipeMessage
+from msgspec.structs import replace
+
+from edge_sdk.agent.pipe import Cancel, Pipe, PipeMessage, TrainerOptions
 from edge_sdk.agent.watchdog import SILENT_S, THRASHING_S
 from edge_sdk.capacity.costs import TRAINER_ENVIRONMENT
 from edge_sdk.errors import TrainerError
@@ -21,33 +22,18 @@ from edge_sdk.hardware.memory_pressure import Usage, is_thrashing, usage
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Fault, Fetch, Part, Update
 
+RESTART_S = 1.0  # pause before another trainer, doubles to RESTART_MAX_S
+RESTART_MAX_S = 60.0
+
 
 class TrainerProcess:
     """A running `edge_sdk.training`. Sending never blocks: what the process does not take yet
     waits here, so that the agent can always read what it says. Raises TrainerError where the system
     starts no process."""
 
-    def __init__(
-        self,
-        data: str,
-        *,
-        threads: int = 0,
-        device: str = "cpu",
-        measure_compute: bool = False,
-        calibration: str = "",
-        kept: str = "",
-        imports: Sequence[str] = (),
-        search_path: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, options: TrainerOptions, search_path: Sequence[str] = ()) -> None:
         ours, theirs = socket.socketpair()
-        command = [
-            sys.executable, "-m", "edge_sdk.training", "--fd", str(theirs.fileno()),
-            "--data", data, "--threads", str(threads), "--device", device,
-        ]  # fmt: skip
-        command += ["--calibration", calibration] if calibration else []
-        command += ["--kept", kept] if kept else []
-        command += ["--measure-compute"] if measure_compute else []
-        command += [part for module in imports for part in ("--import", module)]
+        command = [sys.executable, "-m", "edge_sdk.training", "--fd", str(theirs.fileno())]
         environment = os.environ | TRAINER_ENVIRONMENT
         if search_path:
             environment["PYTHONPATH"] = os.pathsep.join(search_path)
@@ -69,9 +55,14 @@ class TrainerProcess:
         self._outbox: deque[memoryview] = deque()
         self._verdict = ""
         self._used: Usage | None = None  # up to its last message
+        self.send(options)
 
     def fileno(self) -> int:
         return self._pipe.fileno()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def has_unsent(self) -> bool:
@@ -151,19 +142,15 @@ class TrainerProcess:
         return f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
-RESTART_S = 1.0  # pause before another trainer, doubles to RESTART_MAX_S
-
-RESTART_MAX_S = 60.0
-
-
 class Supervisor:
     """Starts the first process at once; only that one measures. process None: none runs now.
 
     Raises TrainerError where the system starts no process."""
 
-    def __init__(self, options: AgentOptions) -> None:
+    def __init__(self, options: TrainerOptions, search_path: Sequence[str] = ()) -> None:
         self._options = options
-        self.process: TrainerProcess | None = options.start_trainer(options.measure_compute)
+        self._search_path = search_path
+        self.process: TrainerProcess | None = TrainerProcess(options, search_path)
         self.restart_at: float | None = None
         self._pause_s = RESTART_S
         self._num_cancels = 0  # said, and not answered
@@ -210,7 +197,8 @@ class Supervisor:
         """Raises TrainerError if that fails; `restart_at` is then the time of the next try."""
         self.restart_at = None
         try:
-            self.process = self._options.start_trainer(measure_compute=False)
+            options = replace(self._options, measure_compute=False)
+            self.process = TrainerProcess(options, self._search_path)
         except TrainerError as error:
             raise TrainerError(f"{error}; again in {self._put_off():.0f} s") from error
 

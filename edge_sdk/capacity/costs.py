@@ -21,7 +21,7 @@ from edge_sdk.protocol.messages import DeviceProfile
 # 2.13 on x86, VGGs, CNN and ResNet18, batches 8 to 64: 0.96 to 1.09 beside a runtime that knows the
 # kernels' scratch. It holds for a trainer started with TRAINER_ENVIRONMENT; without, the same jobs
 # took up to 75 MB more: glibc raises its mmap threshold as blocks are freed, and then keeps large
-# blocks in a fragmented heap. tests/edge_sdk/capacity/test_counting_peak.py repeats the measurement.
+# blocks in a fragmented heap. test_counting_peak.py repeats the measurement.
 ALLOWANCE, ERROR = 1.15, 0.15
 LEAST_ERROR_BYTES = (
     2 * 1024**2

@@ -1,7 +1,7 @@
 """Costs of every segment of a model, counted on a few real steps of very small batches.
 
 What autograd saves for a step and how that grows with the batch is read off steps of 2 and of 4
-examples; the bytes of any other batch follow (tests/edge_sdk/capacity/test_counting.py compares them). A segment is
+examples; the bytes of any other batch follow (test_counting.py compares them). A segment is
 counted on the model as its job has it, so counting takes less memory than training it.
 """
 

@@ -1,7 +1,7 @@
 """Operations of a training step, counted in the forward pass: 2 per multiply-add.
 
 The products of convolutions, linear and recurrent layers count, and nothing else: that is all but a
-few percent. torch's own FlopCounterMode counts the same (tests/edge_sdk/capacity/test_counting.py), but imports
+few percent. torch's own FlopCounterMode counts the same (test_counting.py), but imports
 torch._dynamo for it: 75 MB and 2 s.
 """
 

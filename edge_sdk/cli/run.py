@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk.agent.options import AgentOptions
+from edge_sdk.agent.pipe import TrainerOptions
 from edge_sdk.agent.settings import read_config
 from edge_sdk.agent.setup import (
     calibration_file,
@@ -86,15 +87,17 @@ def run_device(args: argparse.Namespace) -> int:
         log.warning("a change of this device's key was cut short: run edge-sdk keys --rotate again")
     options = AgentOptions(
         client_id=client_id,
-        data=str(args.data),
+        trainer=TrainerOptions(
+            data=str(args.data),
+            threads=args.threads,
+            device=args.device,
+            measure_compute=args.board is None,
+            calibration="" if args.board else calibration_file(),
+            saved_updates="" if args.board else kept_folder(client_id, endpoint, secrets),
+            imports=tuple(args.imports),
+        ),
         measure=make_measure(args),
         conditions=None if args.board or args.ignore_conditions else conditions.read,
-        threads=args.threads,
-        device=args.device,
-        measure_compute=args.board is None,
-        calibration="" if args.board else calibration_file(),
-        kept="" if args.board else kept_folder(client_id, endpoint, secrets),
-        imports=tuple(args.imports),
         is_once=args.once,
         notify_socket=os.environ.pop("NOTIFY_SOCKET", ""),  # the trainer has nothing to say there
     )

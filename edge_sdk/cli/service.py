@@ -87,9 +87,9 @@ def run_install(args: argparse.Namespace) -> int:
         print(unit, end="")
         return 0
     systemd_unit.install(root, unit)
-    print(f"wrote {service.under(root, service.UNIT)}")
+    print(f"wrote {systemd_unit.under(root, systemd_unit.UNIT)}")
     if is_new:
-        print(f"wrote {service.under(root, config)}")
+        print(f"wrote {systemd_unit.under(root, config)}")
     lacking = [key for key in ("coordinator", "data") if getattr(settings, key) is None]
     if lacking and args.start:
         raise ConfigError(f"{config} does not set {' and '.join(lacking)}; nothing was started")

@@ -88,8 +88,9 @@ def memory_gib(root: Path = ROOT) -> int:
 
 def board_folder() -> Path:
     """profiles/ inside the installed package, else the source tree's."""
-    packaged = Path(__file__).parent / "profiles"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "profiles"
+    package = Path(__file__).parents[1]
+    packaged = package / "profiles"
+    return packaged if packaged.is_dir() else package.parent / "profiles"
 
 
 def own_folder() -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edge_sdk.infer.early_exit import NEVER, EarlyExit, Prediction
 
-__all__ = ["EarlyExit", "NEVER", "Prediction"]
+__all__ = ["NEVER", "EarlyExit", "Prediction"]
 _HOMES = {
     "EarlyExit": "edge_sdk.infer.early_exit.early_exit",
     "NEVER": "edge_sdk.infer.early_exit.early_exit",

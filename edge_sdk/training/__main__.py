@@ -6,9 +6,8 @@ from __future__ import annotations
 import argparse
 import socket
 import sys
-from pathlib import Path
 
-from edge_sdk.agent.pipe import Pipe
+from edge_sdk.agent.pipe import Pipe, TrainerOptions
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware import process_memory
 from edge_sdk.helpers import logs
@@ -19,27 +18,20 @@ from edge_sdk.protocol.messages import Fault
 def main() -> int:
     parser = argparse.ArgumentParser(prog="edge_sdk.training")
     parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--kept", type=Path)
-    parser.add_argument("--measure-compute", action="store_true")
-    parser.add_argument("--import", dest="imports", action="append", default=[])
-    args = parser.parse_args()
+    pipe = Pipe(socket.socket(fileno=parser.parse_args().fd))
     logs.set_up_trainer()
-    pipe = Pipe(socket.socket(fileno=args.fd))
     process_memory.be_killed_before_others()  # the agent survives
     try:
+        options, _ = pipe.receive()
+        assert isinstance(options, TrainerOptions)
         require_torch("training")
-        for module in args.imports:
+        for module in options.imports:
             import_module(module)
         from edge_sdk.training.worker import prepare
 
-        serve = prepare(
-            pipe, args.data, args.threads, args.device, args.calibration, args.measure_compute,
-            args.kept,
-        )  # fmt: skip
+        serve = prepare(pipe, options)
+    except (EOFError, ConnectionResetError):
+        return 0  # the agent is gone
     except Exception as error:  # a torch of another CUDA or numpy, a module of the user's
         is_known = isinstance(error, EdgeError | ImportError)
         detail = str(error) if is_known else f"{type(error).__name__}: {error}"

@@ -26,6 +26,7 @@ from edge_sdk.agent.pipe import (
     Progress,
     Resume,
     Train,
+    TrainerOptions,
 )
 from edge_sdk.capacity.counting import segment_costs_apart
 from edge_sdk.data.examples import check_enough
@@ -202,28 +203,22 @@ class Worker:
         self._job = self._receiver = self._update = self._sender = None
 
 
-def prepare(
-    pipe: Pipe,
-    data: str,
-    threads: int,
-    device: str,
-    calibration: Path | None,
-    may_measure: bool,
-    kept: Path | None = None,
-) -> Callable[[], None]:
+def prepare(pipe: Pipe, options: TrainerOptions) -> Callable[[], None]:
     """Reads the data and trains a tiny job; what it returns serves the pipe until the agent is gone
-    (EOFError). Raises EdgeError for data or a device that cannot be used. threads 0: torch's own.
-    """
-    if threads:
-        torch.set_num_threads(threads)
-    examples = check_enough(load_shard(data), data)
+    (EOFError). Raises EdgeError for data or a device that cannot be used."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    examples = check_enough(load_shard(options.data), options.data)
+    device, may_measure = options.device, options.measure_compute
     usable_device(device)
-    found = calibrated(calibration, device, may_measure)
+    calibration_file = Path(options.calibration) if options.calibration else None
+    calibration = calibrated(calibration_file, device, may_measure)
     # At every start: speed depends on what else runs.
-    at_work = torch.get_num_threads()
-    gflops = measure_gflops(threads=at_work, device=device) if may_measure else 0.0
-    layer_s = measure_layer_s(threads=at_work, device=device) if may_measure else 0.0
-    return partial(Worker(pipe, examples, device, found, Kept(kept)).serve, gflops, layer_s)
+    threads = torch.get_num_threads()
+    gflops = measure_gflops(threads=threads, device=device) if may_measure else 0.0
+    layer_s = measure_layer_s(threads=threads, device=device) if may_measure else 0.0
+    kept = Kept(Path(options.saved_updates) if options.saved_updates else None)
+    return partial(Worker(pipe, examples, device, calibration, kept).serve, gflops, layer_s)
 
 
 def make_update(

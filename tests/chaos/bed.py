@@ -76,7 +76,7 @@ class Bed(World):
     def serve(self, prefix: Sequence[str] = (), **environment: str) -> Running:
         """Start the coordinator, or start it again on what there is. prefix: of its command."""
         resume = ["--resume"] if self._has_run else []
-        command = ["coordinator.cli.main", *self.serve_flags(*self.flags, *resume)]
+        command = ["coordinator.cli", *self.serve_flags(*self.flags, *resume)]
         inside = self.net.hosts[0].inside(*_texts(environment), mount=True)
         program = [*inside, *prefix, sys.executable, "-m"]
         self.server = self.start("coordinator", command, program)
@@ -109,7 +109,7 @@ class Bed(World):
         cache = self.folder / name / f"cache{suffix}"
         own = {"CACHE_DIRECTORY": str(cache)}
         inside = self.net.hosts[link].inside(*_texts(own | environment))
-        command = ["edge_sdk.cli.main", *self.device_flags(name)]
+        command = ["edge_sdk.cli", *self.device_flags(name)]
         return self.start(name + suffix, command, [*inside, *prefix, sys.executable, "-m"])
 
     def device_flags(self, name: str, *flags: str) -> list[str]:

@@ -21,7 +21,7 @@ def test_duplicate_identity(tmp_path: Path, scenario: Scenario) -> None:
         second.wait_said("another device with the key of 'a'", FAULT_PATIENCE_S)
         begin = bed.last_round()
         bed.wait_rounds(ROUNDS)
-        shown = run_cli("coordinator.cli.main", "status", "--run-dir", str(bed.run_dir), "--json")
+        shown = run_cli("coordinator.cli", "status", "--run-dir", str(bed.run_dir), "--json")
         state = json.loads(shown.stdout)["status"]["cohort"]["clients"]
         clients = {client["name"]: client for client in state}
         assert clients["a"]["duplicates"] > 0, clients

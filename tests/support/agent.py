@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from edge_sdk.agent.agent import Agent
 from edge_sdk.agent.options import AgentOptions
+from edge_sdk.agent.pipe import TrainerOptions
 from edge_sdk.data.load import Examples, save_shard
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.conditions import Conditions
@@ -58,11 +59,9 @@ class Device:
             link,
             AgentOptions(
                 client_id="device",
-                data=str(data),
+                trainer=TrainerOptions(data=str(data), threads=1, measure_compute=False),
                 measure=self.measure,
                 conditions=lambda: self.conditions,
-                threads=1,
-                measure_compute=False,
                 is_once=is_once,
                 notify_socket=notify_socket,
             ),
@@ -77,9 +76,9 @@ class Device:
 
     def trainer(self) -> psutil.Process:
         """Its training process."""
-        children = psutil.Process().children()
-        (found,) = [child for child in children if str(self.data) in child.cmdline()]
-        return found
+        process = self.agent._trainer.process
+        assert process is not None
+        return psutil.Process(process.pid)
 
     def ends(self) -> EdgeError | None:
         """Wait for the end of run(); what it raised."""

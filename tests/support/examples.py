@@ -24,7 +24,7 @@ from coordinator.config import (
 from edge_sdk.data.load import Examples
 from edge_sdk.protocol.messages import ModelSpec
 
-SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 # Two public keys in Z85.
 KEY_A, KEY_B = (
     b"Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID",

@@ -1,4 +1,4 @@
-"""Made-up results of grids, as tools/experiments.py leaves them."""
+"""Made-up results of grids, as tools/experiments leaves them."""
 
 from __future__ import annotations
 

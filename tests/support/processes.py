@@ -30,7 +30,7 @@ from edge_sdk.data.partition import partition_iid
 from edge_sdk.protocol.keys import make_keys
 
 T = TypeVar("T")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MARK = "EDGE_TEST_MARK"
 SHARD = 60  # examples of a device: the deadlines in the tests count on it
 HOST_GFLOPS = "30"  # named, so that no device spends time on a benchmark
@@ -165,7 +165,7 @@ class World:
         ]  # fmt: skip
 
     def serve(self, *flags: str) -> Running:
-        command = ["coordinator.cli.main", *self.serve_flags(*flags)]
+        command = ["coordinator.cli", *self.serve_flags(*flags)]
         return self.start("coordinator", command)
 
     def device_flags(self, name: str, *flags: str) -> list[str]:

@@ -203,7 +203,7 @@ def test_a_trainer_that_is_stuck_in_a_job_starves_the_watchdog(service):
     log = world.folder / "serve.log"
     with log.open("wb") as output:
         coordinator = subprocess.Popen(
-            machine.in_its_network(sys.executable, "-m", "coordinator.cli.main", *flags),
+            machine.in_its_network(sys.executable, "-m", "coordinator.cli", *flags),
             stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment(world.mark),
         )  # fmt: skip
     try:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tools.peer import __main__
+from tools.peer import __main__ as peer
 from tools.peer.processes import TICK_S, Tree, children_of_all
 
 PARENT = """
@@ -58,18 +58,18 @@ def test_a_tree_counts_what_its_children_hold_and_burn() -> None:
 def test_the_aim_is_judged_by_the_absolute_peak(
     round_s: float, peak: int, said: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    __main__.judge([row("curve", round_s, peak, 60), row("flower-grpc", 20.0, 6000, 5900)])
+    peer.judge([row("curve", round_s, peak, 60), row("flower-grpc", 20.0, 6000, 5900)])
     printed = capsys.readouterr().out
     assert all(text in printed for text in said), printed
     assert "1.0% of its growth" in printed
 
 
 def test_without_both_systems_nothing_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
-    __main__.judge([row("curve", 2.0, 250, 60)])
+    peer.judge([row("curve", 2.0, 250, 60)])
     assert capsys.readouterr().out == ""
 
 
 def test_a_cell_that_does_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(__main__, "available_bytes", lambda: 8 * 10**9)
-    with pytest.raises(__main__.CellError, match=r"8\.0 GB are free, about 20 GB are needed"):
-        __main__.run_cell("flower-grpc", 50, 16, 3)
+    monkeypatch.setattr(peer, "available_bytes", lambda: 8 * 10**9)
+    with pytest.raises(peer.CellError, match=r"8\.0 GB are free, about 20 GB are needed"):
+        peer.run_cell("flower-grpc", 50, 16, 3)

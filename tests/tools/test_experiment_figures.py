@@ -1,4 +1,4 @@
-"""tools/experiments.py: plots of made-up results and the numbers behind them."""
+"""tools/experiments: plots of made-up results and the numbers behind them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/experiments.py: rows and tables of made-up results, by hand."""
+"""tools/experiments: rows and tables of made-up results, by hand."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_table_from_rows_is_that_from_results(tmp_path: Path):
     assert table_lines(read_rows(rows)) == table_lines(all_rows(tmp_path))
     assert main(["table", "--csv", str(rows)]) == 0
     lines = (rows.parent / "table.csv").read_text().splitlines()
-    assert lines[0] == "# python tools/experiments.py table; commit 0123456789+, x86_64"
+    assert lines[0] == "# python -m tools.experiments table; commit 0123456789+, x86_64"
     assert lines[1].startswith("data,regime,alpha,label,seeds,served,")
     assert len(lines) == 4
 

@@ -1,4 +1,4 @@
-"""tools/experiments.py: grids, what they run, resuming, refusing, a tiny one."""
+"""tools/experiments: grids, what they run, resuming, refusing, a tiny one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tools.experiments import __main__
+from tools.experiments import __main__ as experiments
 from tools.experiments.__main__ import Cell, main
 from tools.experiments.grids import GRIDS, Setting
 from tools.experiments.tables import all_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ["run", "--grid", "digits", "--regimes", "even", "--only", "owners-mean"]
 TINY = ["--rounds", "1", "--extra", "--examples 500 --test-examples 50 --epochs 1"]
 
@@ -88,7 +88,7 @@ def test_results_are_kept_and_other_flags_refused(tmp_path: Path, capsys, monkey
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 def test_every_cell_names_the_commit_that_it_starts_from(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(__main__, "ROOT", tmp_path)
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
     cell = Cell("digits", "default", Setting("digits", "even", "0.5", ""), 0, ())
 
     def git(*words: str) -> str:

@@ -19,7 +19,7 @@ from coordinator.fleet import router
 from edge_sdk.protocol.codec import encode
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Message, Part
 from tests.support.mutations import FEW, MORE, mutate_bytes, numbers
-from tools.fuzz import __main__
+from tools.fuzz import __main__ as fuzz
 from tools.fuzz.fakes import SENDERS, Broken, OneLine, Socket, small_world
 from tools.fuzz.inputs import (
     frames_of,
@@ -35,7 +35,7 @@ from tools.fuzz.state import changes, is_owned, snapshot_state
 from tools.fuzz.targets import decode_one, handler_one
 from tools.fuzz.world import ROUND, Act, Seen, World, job_of, make_hello, make_update
 
-REGRESSIONS = Path(__file__).parent / "fuzz" / "regressions"
+REGRESSIONS = Path(__file__).parents[1] / "fuzz" / "regressions"
 
 
 # -- the coordinator ---------------------------------------------------------------------------
@@ -312,6 +312,6 @@ def test_sequences_are_read_as_they_were_written():
 
 def test_growth_is_told_apart_from_noise():
     told = {"rss_mb_10k": 200.0, "rss_mb_110k": 203.9, "objects_10k": 10, "objects_110k": 210}
-    assert __main__.growth(told) == []
-    assert "rss_mb from 200.0 to 204.1" in __main__.growth(told | {"rss_mb_110k": 204.1})[0]
-    assert "objects from 10 to 211" in __main__.growth(told | {"objects_110k": 211})[0]
+    assert fuzz.growth(told) == []
+    assert "rss_mb from 200.0 to 204.1" in fuzz.growth(told | {"rss_mb_110k": 204.1})[0]
+    assert "objects from 10 to 211" in fuzz.growth(told | {"objects_110k": 211})[0]

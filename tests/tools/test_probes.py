@@ -1,4 +1,4 @@
-"""tools/experiments/probes.py: likeness of features and distributions of weights, from tiny models."""
+"""Probes: likeness of features and distributions of weights, from tiny models."""
 
 from __future__ import annotations
 

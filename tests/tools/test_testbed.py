@@ -1,4 +1,4 @@
-"""tools/testbed.py as somebody runs it: real processes, a report, and nothing left behind."""
+"""tools/testbed as somebody runs it: real processes, a report, and nothing left behind."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tests.support.recorded_run import CONFIG, PI_4, record_run
 from tools.testbed.report import main, print_table
 from tools.testbed.run_report import Trained, read_run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

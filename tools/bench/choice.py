@@ -36,7 +36,7 @@ import msgspec
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from tools.bench.limited_device import Task
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GROUPS = Path("/sys/fs/cgroup/memory")
 MODELS = {
     "vgg": ModelSpec(

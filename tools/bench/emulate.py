@@ -1,6 +1,6 @@
 """How fast `edge-coordinator emulate` runs, against the bare training steps of the same jobs.
 
-    python tools/bench/emulate.py --data path/to/fashion-mnist [--rounds 4] [--csv FILE]
+    python -m tools.bench.emulate --data path/to/fashion-mnist [--rounds 4] [--csv FILE]
 
 The main table's setting: 50 clients, 17/17/16, 10 a round, 12,000 examples, 2 epochs, batch 32. The
 bare loop takes the rounds' own jobs: the same model, segments and batches, with torch.optim.Adam
@@ -77,7 +77,7 @@ def main() -> int:
         print("  ".join(f"{key} {value}" for key, value in cells.items()))
     if args.csv:
         with args.csv.open("w", newline="") as file:
-            file.write(f"# python tools/bench/emulate.py; {machine()}\n")
+            file.write(f"# python -m tools.bench.emulate; {machine()}\n")
             writer = csv.DictWriter(file, list(rows[-1]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -56,7 +56,7 @@ from tools.bench.generator_updates import (
     shown,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GENERATORS = {
     "naive-mlp": GeneratorOptions(name="naive-mlp"),
     "svd-mlp": GeneratorOptions(name="svd-mlp"),

@@ -5,7 +5,7 @@
 
 Several models: --weights and --data again, in the same order. The model is exported, and calibrated
 on one half of the data's test part to lose at most 1 % against the last exit; the other half is
-predicted one by one by edge_sdk.infer.early_exit in every way: up to each exit, at each threshold, as
+predicted one by one by edge_sdk.infer in every way: up to each exit, at each threshold, as
 calibrated, and all exits in one graph. All ways take turns on every example, in random order, so
 that what else the machine does falls on all alike. cpu_ms is the thread's own CPU time, the median
 of the repeats of each prediction; wall_ms the clock's, the fastest of them, as the slower ones

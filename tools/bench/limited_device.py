@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from edge_sdk.agent.pipe import Estimate, Estimated, Inspected, PipeMessage, Train
+from edge_sdk.agent.pipe import Estimate, Estimated, Inspected, PipeMessage, Train, TrainerOptions
 from edge_sdk.agent.trainer_process import TrainerProcess
 from edge_sdk.capacity.chooser import Chooser
 from edge_sdk.capacity.costs import SegmentCost, levers, peak_bytes
@@ -99,9 +99,13 @@ class Device:
         self._task = task
         self._deadline = time.monotonic() + task.patience_s
         self._trainer = TrainerProcess(
-            f"{task.folder}/data.npz", threads=1, calibration=task.calibration,
-            measure_compute=not Path(task.calibration).exists(),
-        )  # fmt: skip
+            TrainerOptions(
+                data=f"{task.folder}/data.npz",
+                threads=1,
+                calibration=task.calibration,
+                measure_compute=not Path(task.calibration).exists(),
+            )
+        )
 
     def run(self) -> dict[str, Any]:
         try:

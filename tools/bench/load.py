@@ -108,7 +108,7 @@ def coordinator(
     width = model_width(args.megabytes)
     link = ["--insecure"] if args.link == "plain" else ["--keys", str(folder)]
     command = [
-        sys.executable, "-m", "coordinator.cli.main", "serve", "--method", "fedavg-l",
+        sys.executable, "-m", "coordinator.cli", "serve", "--method", "fedavg-l",
         "--model", "mlp", "--exits", "2", "--option", f"widths={width},{width}",
         "--input", str(INPUTS), "--classes", str(CLASSES), "--rounds", str(args.rounds),
         "--min-clients", str(clients), "--quorum", "1", "--device", "cpu",

@@ -5,7 +5,7 @@
 In one run, by turns, each in fresh processes, one thread: `edge-sdk run` waiting for an absent
 coordinator; real jobs in the product's training process, asked for as the agent does; a plain
 torch.optim loop over the same model, batches and loss (its losses are compared); the model run by
-edge_sdk.infer.early_exit and by torch. A figure is the median of the runs, memory in MB of 1e6 bytes.
+edge_sdk.infer and by torch. A figure is the median of the runs, memory in MB of 1e6 bytes.
 
 bound_mb, of a training process: resident memory after `import torch` alone, and what the job cannot
 do without: parameters, gradients, Adam's two moments, the activations that autograd saves. Nothing
@@ -36,7 +36,7 @@ import msgspec
 import numpy as np
 import psutil
 
-from edge_sdk.agent.pipe import Estimate, Estimated, Inspected, Progress, Train
+from edge_sdk.agent.pipe import Estimate, Estimated, Inspected, Progress, Train, TrainerOptions
 from edge_sdk.agent.trainer_process import TrainerProcess
 from edge_sdk.data.examples import Examples
 from edge_sdk.data.load import save_shard
@@ -119,7 +119,7 @@ def agent_rows(folder: Path, runs: int) -> list[Figures]:
 def idle_agent(folder: Path) -> tuple[Figures, Figures]:
     """`edge-sdk run` once it waits for a coordinator that is not there, and its trainer."""
     command = [
-        sys.executable, "-m", "edge_sdk.cli.main", "run", "--id", "bench", "--keys", str(folder),
+        sys.executable, "-m", "edge_sdk.cli", "run", "--id", "bench", "--keys", str(folder),
         "--coordinator", f"tcp://127.0.0.1:{free_port()}", "--data", str(folder / "idle.npz"),
         "--threads", "1",
     ]  # fmt: skip
@@ -230,7 +230,7 @@ def trainer_job(spec: ModelSpec, plan: Plan, data: Path) -> Figures:
 
 @contextlib.contextmanager
 def trainer_process(data: Path) -> Iterator[tuple[TrainerProcess, int]]:
-    trainer = TrainerProcess(str(data), threads=1)
+    trainer = TrainerProcess(TrainerOptions(data=str(data), threads=1, measure_compute=False))
     try:
         yield trainer, trainer_of(psutil.Process().pid)
     finally:
@@ -266,7 +266,7 @@ def examples(spec: ModelSpec, count: int) -> Examples:
 
 
 def inference(spec: ModelSpec, folder: Path, runs: int) -> list[Figures]:
-    """One model, untrained, by edge_sdk.infer.early_exit and by torch, all stages. Labels are compared."""
+    """One model, untrained, by edge_sdk.infer and by torch, all stages. Labels are compared."""
     from safetensors.torch import save_file
 
     from edge_sdk.infer.export import export
@@ -278,7 +278,7 @@ def inference(spec: ModelSpec, folder: Path, runs: int) -> list[Figures]:
     save_file(tensors, folder / WEIGHTS)
     (folder / SPEC).write_bytes(msgspec.json.encode(spec))
     np.save(folder / INPUTS, examples(spec, PREDICTIONS).x)
-    kinds = ("numpy only", "edge_sdk.infer.early_exit, onnxruntime", "torch")
+    kinds = ("numpy only", "edge_sdk.infer, onnxruntime", "torch")
     found: dict[str, list[Figures]] = {kind: [] for kind in kinds}
     for _ in range(runs):
         for kind in kinds:

@@ -1,6 +1,6 @@
 """Predicted against measured training time: CPU seconds of real jobs on one thread.
 
-    python tools/bench/predict.py
+    python -m tools.bench.predict
 
 Each job trains a prefix for two epochs with the product's trainer, the least of three runs.
 """

@@ -1,6 +1,6 @@
 """What the wire costs: seconds per round and the coordinator's memory, beside one raw TCP stream.
 
-    python tools/bench/wire.py [--megabytes 1,10,50] [--clients 1,4,16] [--rounds 3] [--csv FILE]
+    python -m tools.bench.wire [--megabytes 1,10,50] [--clients 1,4,16] [--rounds 3] [--csv FILE]
 
 A round is the real one without training: every client is told a job of 20 float32 tensors, fetches
 them, announces an update of the same size, and the coordinator fetches, checks and averages it. The
@@ -306,7 +306,7 @@ def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.write(
-            f"# python tools/bench/wire.py; commit {commit}; {platform.machine()}, "
+            f"# python -m tools.bench.wire; commit {commit}; {platform.machine()}, "
             f"{os.cpu_count()} cores, shared\n"
         )
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")

@@ -1,12 +1,12 @@
 """Compare methods over a grid of `edge-coordinator emulate` runs; tables, figures and probes.
 
-    python tools/experiments.py run --grid digits --out build/digits --jobs 2
-    python tools/experiments.py run --grid main --data fashion=DIR --out build/main --only default
-    python tools/experiments.py rows --out build/digits --csv build/digits/rows.csv
-    python tools/experiments.py table --out build/digits --markdown
-    python tools/experiments.py plot --out build/digits --figures build/digits/figures
-    python tools/experiments.py probe cka --data DIR --out build/probes
-    python tools/experiments.py probe weights --run-dir RUN --out build/probes
+    python -m tools.experiments run --grid digits --out build/digits --jobs 2
+    python -m tools.experiments run --grid main --data fashion=DIR --out build/main --only default
+    python -m tools.experiments rows --out build/digits --csv build/digits/rows.csv
+    python -m tools.experiments table --out build/digits --markdown
+    python -m tools.experiments plot --out build/digits --figures build/digits/figures
+    python -m tools.experiments probe cka --data DIR --out build/probes
+    python -m tools.experiments probe weights --run-dir RUN --out build/probes
 
 A cell is one row of the grid in one setting with one seed: NAME.json, beside it NAME.record.json
 with the flags, the commit and the machine that made it, and NAME.log while it runs or if it failed.
@@ -32,14 +32,12 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # as a script, the folder of this file would stand there
-
 from edge_sdk.cli.flags import whole_flag
-from edge_sdk.errors import ConfigError, EdgeError  # noqa: E402
+from edge_sdk.errors import ConfigError, EdgeError
 from tools.experiments import figures, probes, tables
 from tools.experiments.grids import GRIDS, Grid, Setting
 
+ROOT = Path(__file__).resolve().parents[2]
 KNOWN_SOURCES = {"digits": "digits"}  # data that needs no --data
 GRACE_S = 20.0  # for a stopped run to end its round and delete its scratch folder
 POLL_S = 0.2
@@ -231,7 +229,7 @@ def start(cell: Cell, folder: Path) -> Job:
     result, log = folder / f"{cell.name}.json", folder / f"{cell.name}.log"
     record = folder / f"{cell.name}.record.json"
     record.write_text(json.dumps(cell.record(), indent=1) + "\n")
-    command = [sys.executable, "-m", "coordinator.cli.main", "emulate", *cell.flags]
+    command = [sys.executable, "-m", "coordinator.cli", "emulate", *cell.flags]
     say(f"run {cell.name}")
     with log.open("wb") as file:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Figures of tools/experiments.py: one PNG and the CSV behind it each.
+"""Figures of tools/experiments: one PNG and the CSV behind it each.
 
     accuracy-*    accuracy of the served model's deepest exit over the rounds
     alpha-*       the same after training, against label skew

@@ -1,4 +1,4 @@
-"""The named grids of tools/experiments.py, as data: rows (what is compared) x settings (on what).
+"""The named grids of tools/experiments, as data: rows (what is compared) x settings (on what).
 
 A row is a label and the flags of `edge-coordinator emulate` that make it; a setting is a data set,
 a regime (how many clients reach which exit), a label split and the flags that all rows share. Rows

@@ -1,4 +1,4 @@
-"""Probes of tools/experiments.py: what HypeMeFed's Figure 3 shows, measured here.
+"""Probes of tools/experiments: what HypeMeFed's Figure 3 shows, measured here.
 
 cka      are the features of the first stage alike, whatever depth is trained above it? Networks cut
          at every exit are trained on the same data, with the exits' joint loss and with the deepest

@@ -1,4 +1,4 @@
-"""Rows and tables of tools/experiments.py: one row per run, one line per rule and setting.
+"""Rows and tables of tools/experiments: one row per run, one line per rule and setting.
 
 A run's accuracy is the mean over its evaluated rounds among the last TAIL_ROUNDS, in %. "final" is
 the deepest exit that a run trains, exit 1 for fedavg-s. A figure that a run lacks is an empty cell.
@@ -79,7 +79,7 @@ def run_table(args: argparse.Namespace) -> int:
     rows = read_rows(args.csv) if args.csv else all_rows(args.out)
     lines = table_lines(rows)
     origins = sorted({f"commit {row['commit']}, {row['machine']}" for row in rows})
-    note = f"python tools/experiments.py table; {'; '.join(origins)}"
+    note = f"python -m tools.experiments table; {'; '.join(origins)}"
     folder = args.to or args.out or args.csv.parent
     for made in (folder / "table.csv", folder / "table.md"):
         if args.csv and made.exists() and made.samefile(args.csv):

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tools.experiments.__main__ import git, machine
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 ATHERIS = "atheris==3.0.0"
 CSV = ROOT / "tools" / "results" / "fuzz.csv"

@@ -50,7 +50,7 @@ from tools.peer.processes import (
 )
 from tools.peer.table import ROOT, VENV, judge, markdown, print_row, read_rows, write_rows
 
-APP = ROOT / "tools" / "peer_superlink"
+APP = ROOT / "tools" / "peer" / "superlink"
 FLWR = "1.42.0"
 SYSTEMS = ("curve", "plain", "flower-grpc", "flower-superlink")
 LOOK_S = 0.25

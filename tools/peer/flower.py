@@ -1,4 +1,4 @@
-"""Flower's legacy gRPC server and client as tools/peer.py measures them.
+"""Flower's legacy gRPC server and client as tools/peer measures them.
 
 Runs with the Python of the peer's virtual environment: Flower and numpy only.
 

@@ -1,4 +1,4 @@
-"""Rows of tools/peer.py: to the terminal, as Markdown, to a file and back; the verdict."""
+"""Rows of tools/peer: to the terminal, as Markdown, to a file and back; the verdict."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / "build" / "peer-venv"  # Flower's
 
 

@@ -1,6 +1,6 @@
 """A whole testbed on one machine: a coordinator and emulated boards as real processes.
 
-    python tools/testbed.py --rounds 20 --devices raspberry-pi-4=4,jetson-nano=4,jetson-tx2=4
+    python -m tools.testbed --rounds 20 --devices raspberry-pi-4=4,jetson-nano=4,jetson-tx2=4
 
 Real: the processes, the sockets on loopback, CURVE, the data (each device holds its own shard and
 nobody else's), the training, every byte. Emulated: the boards. A board's memory, speed and link
@@ -43,7 +43,6 @@ from edge_sdk.models import build
 from edge_sdk.protocol.keys import make_keys
 from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan, Segment
 
-REPORT = Path(__file__).with_name("testbed_report.py")
 DEFAULT_DEVICES = "raspberry-pi-4=4,jetson-nano=4,jetson-tx2=4"
 START_S = 60.0  # for the coordinator to listen
 FAREWELL_S = 20.0  # for devices to end after the run
@@ -133,13 +132,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
         tail = (folder / "coordinator.log").read_text().splitlines()[-5:]
         raise ConfigError(f"coordinator ended with {server.returncode}: " + " | ".join(tail))
     console.print()
-    subprocess.run([sys.executable, str(REPORT), str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "tools.testbed.report", str(folder)], check=True)
     console.print(
         f"\nwhole time {time.monotonic() - started:.0f} s, of it rounds {trained - prepared:.0f} s "
         f"(one {os.cpu_count()}-core machine plays {len(devices)} boards and the coordinator)\n"
         f"run: {folder}\nmodel: {folder / 'model.safetensors'}\n"
         f"logs: {folder / 'coordinator.log'}, {folder / 'devices'}/*/device.log\n"
-        f"again: python tools/testbed/report.py {folder}",
+        f"again: python -m tools.testbed.report {folder}",
         soft_wrap=True,
         highlight=False,
     )
@@ -252,7 +251,7 @@ def coordinator(
     args: argparse.Namespace, folder: Path, num_devices: int, deadline_s: float
 ) -> Iterator[subprocess.Popen[bytes]]:
     command = serve_command(args, folder, num_devices, deadline_s)
-    with process("coordinator.cli.main", command, folder / "coordinator.log") as child:
+    with process("coordinator.cli", command, folder / "coordinator.log") as child:
         yield child
 
 
@@ -264,7 +263,7 @@ def device_process(device: Device, endpoint: str, host: Host) -> Iterator[subpro
         "--host-gflops", str(host.gflops), "--host-layer-us", str(1e6 * host.layer_s),
         "--threads", "1", "--once",
     ]  # fmt: skip
-    with process("edge_sdk.cli.main", command, device.folder / "device.log") as child:
+    with process("edge_sdk.cli", command, device.folder / "device.log") as child:
         yield child
 
 

@@ -1,6 +1,6 @@
 """Print a run's report: seconds by platform and phase, bytes, faults, saved memory, accuracy.
 
-    python tools/testbed/report.py RUN_DIR [--json] [--csv FILE]
+    python -m tools.testbed.report RUN_DIR [--json] [--csv FILE]
 
 What the figures are: run_report.py.
 """
@@ -18,10 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, this folder alone is searched
-
-from edge_sdk.errors import EdgeError  # noqa: E402
+from edge_sdk.errors import EdgeError
 from tools.testbed.run_report import PhaseTime, Report, read_run
 
 MISSING = "not measured"

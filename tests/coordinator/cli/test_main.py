@@ -262,7 +262,7 @@ def test_ctrl_c_ends_a_run_of_several_processes_after_the_round(tmp_path):
     """A terminal sends it to the whole process group."""
     flags = ["--rounds", "500", "--run-dir", str(tmp_path / "run"), "--processes", "2"]
     running = subprocess.Popen(
-        [sys.executable, "-m", "coordinator.cli.main", *EMULATE, *flags],
+        [sys.executable, "-m", "coordinator.cli", *EMULATE, *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     with running:

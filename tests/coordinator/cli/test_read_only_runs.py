@@ -100,7 +100,7 @@ def test_a_read_only_file_system(folder, tmp_path):
 
     ended = run("-m", "tools.testbed.report", str(folder))
     assert ended.returncode == 0, ended.stderr
-    coordinator = ("-m", "coordinator.cli.main")
+    coordinator = ("-m", "coordinator.cli")
     ended = run(*coordinator, "export", "--run", str(folder), "--out", str(tmp_path / "m"))
     assert ended.returncode == 0, ended.stderr
     source = ("--data", "digits", "--clients", "2", "--groups", "2", "--rounds", "3")

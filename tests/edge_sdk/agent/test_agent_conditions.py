@@ -7,7 +7,7 @@ import pytest
 
 from edge_sdk.agent import events
 from edge_sdk.agent.options import AgentOptions, Senses
-from edge_sdk.agent.pipe import Inspected
+from edge_sdk.agent.pipe import Inspected, TrainerOptions
 from edge_sdk.agent.state import State
 from edge_sdk.capacity.chooser import Chooser
 from edge_sdk.capacity.costs import in_model, peak_bytes
@@ -189,8 +189,10 @@ INSPECTED = Inspected(
 
 
 def senses(**options: object) -> Senses:
-    fields = {"client_id": "a", "data": "", "measure": lambda own_bytes: PROFILE}
-    return Senses(AgentOptions(**(fields | options)))
+    trainer = TrainerOptions(data="", device=options.pop("device", "cpu"))
+    return Senses(
+        AgentOptions(client_id="a", trainer=trainer, measure=lambda own_bytes: PROFILE, **options)
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,18 @@ import pytest
 from msgspec.structs import replace
 
 from edge_sdk.agent import agent as agent_module
+from edge_sdk.agent import trainer_process
 from edge_sdk.agent.agent import Agent
 from edge_sdk.agent.options import AgentOptions
-from edge_sdk.agent.pipe import Cancel, Estimate, Estimated, Inspected, Resume, Train
+from edge_sdk.agent.pipe import (
+    Cancel,
+    Estimate,
+    Estimated,
+    Inspected,
+    Resume,
+    Train,
+    TrainerOptions,
+)
 from edge_sdk.agent.trainer_process import TrainerProcess
 from edge_sdk.capacity.chooser import Chooser
 from edge_sdk.data.load import save_shard
@@ -60,10 +69,14 @@ class Started:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, finished: Job | None = None) -> None:
         self.link, self.trainer, self.memory = Notes(), Notes(), 400
-        monkeypatch.setattr(AgentOptions, "start_trainer", lambda *_, **__: self.trainer)
+        monkeypatch.setattr(trainer_process, "TrainerProcess", lambda *_: self.trainer)
         self.agent = Agent(
             self.link,  # type: ignore[arg-type]
-            AgentOptions(client_id="device", data="d", measure=lambda own_bytes: self.profile()),
+            AgentOptions(
+                client_id="device",
+                trainer=TrainerOptions(data="d"),
+                measure=lambda own_bytes: self.profile(),
+            ),
         )
         read = Inspected(
             num_examples=24, input_shape=(1, 8, 8), num_classes=3, num_labels=3, runtime_bytes=0,
@@ -167,7 +180,7 @@ def test_a_trainer_that_cannot_be_started_leaves_nothing_open(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", no_process)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(TrainerError, match="cannot be started: .*temporarily unavailable"):
-        TrainerProcess("data.npz")
+        TrainerProcess(TrainerOptions(data="data.npz"))
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -178,7 +191,7 @@ def test_a_trainer_that_cannot_be_restarted_is_tried_again(started, monkeypatch)
     started.agent._on_trainer_death()
     assert trainer.restart_at == 1.0
     with monkeypatch.context() as patch:
-        patch.setattr(AgentOptions, "start_trainer", lambda *_, **__: TrainerProcess("data.npz"))
+        patch.setattr(trainer_process, "TrainerProcess", TrainerProcess)
         patch.setattr(subprocess, "Popen", no_process)
         now = 1.0
         started.agent._on_time(now)
@@ -199,7 +212,7 @@ def test_speed_is_measured_on_the_threads_of_training(monkeypatch, tmp_path):
     save_shard(tmp_path / "d.npz", examples(8))
     before = worker.torch.get_num_threads()
     try:
-        worker.prepare(None, str(tmp_path / "d.npz"), 1, "cpu", None, True)  # type: ignore[arg-type]
+        worker.prepare(None, TrainerOptions(data=str(tmp_path / "d.npz"), threads=1))  # type: ignore[arg-type]
     finally:
         worker.torch.set_num_threads(before)
     assert found == [1, 1]

@@ -6,12 +6,11 @@ from collections import deque
 
 import pytest
 
-from edge_sdk.agent.options import AgentOptions
-from edge_sdk.agent.pipe import Cancel, Estimated, PipeMessage, Progress
+from edge_sdk.agent import trainer_process
+from edge_sdk.agent.pipe import Cancel, Estimated, PipeMessage, Progress, TrainerOptions
 from edge_sdk.agent.trainer_process import Supervisor
 from edge_sdk.protocol.messages import Fault, Fetch, Part
 from tests.support.agent import MODEL
-from tests.support.devices import PROFILE
 
 FETCH = Fetch(round=4, have=0, first=0, count=8)
 
@@ -45,8 +44,8 @@ def trainer() -> Trainer:
 
 @pytest.fixture
 def supervisor(trainer, monkeypatch) -> Supervisor:
-    monkeypatch.setattr(AgentOptions, "start_trainer", lambda *_, **__: trainer)
-    return Supervisor(AgentOptions(client_id="pi", data="unused", measure=lambda _: PROFILE))
+    monkeypatch.setattr(trainer_process, "TrainerProcess", lambda *_: trainer)
+    return Supervisor(TrainerOptions(data="unused"))
 
 
 def heard(supervisor: Supervisor, trainer: Trainer, *says: PipeMessage) -> list[PipeMessage]:

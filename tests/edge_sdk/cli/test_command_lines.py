@@ -32,7 +32,7 @@ def lone(tmp_path):
 ], ids=["no secret", "no public", "no server", "readable by others", "not a key"])  # fmt: skip
 def test_device_keys_are_checked(lone, spoil, said):
     spoil(lone.folder / "a")
-    ended = run_cli("edge_sdk.cli.main", *lone.device_flags("a"))
+    ended = run_cli("edge_sdk.cli", *lone.device_flags("a"))
     assert ended.returncode == 1
     assert said in one_line(ended.stderr, "edge-sdk")
 
@@ -53,7 +53,7 @@ def test_device_keys_are_checked(lone, spoil, said):
     (["--keys", ""], 2, "expected a path"),
 ], ids=lambda value: value[1] if isinstance(value, list) else "")  # fmt: skip
 def test_device_flags_are_checked(lone, flags, status, said):
-    ended = run_cli("edge_sdk.cli.main", *lone.device_flags("a", *flags))
+    ended = run_cli("edge_sdk.cli", *lone.device_flags("a", *flags))
     assert ended.returncode == status, ended.stderr
     assert said in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -63,7 +63,7 @@ def test_device_flags_are_checked(lone, flags, status, said):
 
 def test_a_tiny_shard_is_refused_by_its_own_device(lone):
     save_shard(lone.folder / "a" / "data.npz", lone.shards["a"].take(np.arange(2)))
-    ended = run_cli("edge_sdk.cli.main", *lone.device_flags("a"))
+    ended = run_cli("edge_sdk.cli", *lone.device_flags("a"))
     assert ended.returncode == 1
     assert "2 examples, at least 3" in one_line(ended.stderr, "edge-sdk")
 

@@ -333,12 +333,12 @@ def test_a_device_that_joined_takes_part(tmp_path):
         for file in (world.folder / "b").glob("*.*[tc]"):  # its keys
             file.unlink()
         invite = ["invite", "--keys", str(world.keys), "--endpoint", world.endpoint]
-        printed = run_cli("coordinator.cli.main", *invite, "--name", "b")
+        printed = run_cli("coordinator.cli", *invite, "--name", "b")
         server = world.serve("--rounds", "2")
         a = world.device("a", "--once")
         server.wait_said("listening on")
         config = world.folder / "b" / "config.toml"
-        joined = run_cli("edge_sdk.cli.main", "join", printed.stdout, "--config", str(config),
+        joined = run_cli("edge_sdk.cli", "join", printed.stdout, "--config", str(config),
                          "--keys", str(world.folder / "b"))  # fmt: skip
         assert joined.returncode == 0, joined.stderr
         flags = world.device_flags("b", "--once", "--config", str(config))

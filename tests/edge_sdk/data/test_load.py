@@ -32,7 +32,7 @@ from tests.support.data_files import (
 
 
 def test_importing_data_loads_no_heavy_package():
-    code = "import sys, edge_sdk.data.load; print(sorted({'torch','scipy','sklearn'} & {*sys.modules}))"
+    code = "import sys, edge_sdk.data; print(sorted({'torch','scipy','sklearn'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -10,7 +10,7 @@ import pytest
 from edge_sdk.data.load import load, load_dataset, load_shard
 from edge_sdk.data.partition import partition_by_subject, partition_dirichlet
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
 def shared(*parts: str) -> str:

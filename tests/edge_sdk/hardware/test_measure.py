@@ -243,7 +243,7 @@ def test_measured_compute_is_a_real_figure():
 
 def test_light_modules_import_nothing_heavy():
     code = (
-        "import sys, edge_sdk.hardware.measure as p, edge_sdk.capacity.costs, edge_sdk.protocol.messages, edge_sdk.errors;"
+        "import sys, edge_sdk.hardware.measure as p, edge_sdk.capacity.costs;"
         "import edge_sdk.hardware.boards as b;"
         "p.measure(compute=False); b.board('generic');"
         "print(sorted({'torch', 'numpy', 'zmq', 'ray'} & set(sys.modules)))"

@@ -39,7 +39,7 @@ COMMANDS = {
 
 
 def run(
-    folder: Path, state: str, *arguments: str, module: str = "edge_sdk.cli.main"
+    folder: Path, state: str, *arguments: str, module: str = "edge_sdk.cli"
 ) -> subprocess.CompletedProcess[str]:
     """A command with a torch in that state; its current folder is `folder`."""
     file, text, _ = STATES[state]
@@ -93,7 +93,7 @@ def test_the_doctor_says_it_too(tmp_path, state, found):
     lines = run(tmp_path, state, "doctor").stdout.splitlines()
     (at,) = (n for n, line in enumerate(lines) if line.startswith("fail  torch"))
     assert found in lines[at]
-    assert lines[at + 1].strip() == f"{torch_extra.INSTALL}; edge-sdk infer works without"
+    assert lines[at + 1].strip() == f"{imports.INSTALL}; edge-sdk infer works without"
 
 
 def test_the_coordinators_command_without_its_extra(tmp_path):

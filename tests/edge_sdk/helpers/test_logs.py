@@ -174,7 +174,7 @@ def test_every_event_that_is_logged_is_a_known_one():
 def test_a_device_logs_json_to_its_last_line(tmp_path):
     ended = subprocess.run(
         [
-            sys.executable, "-m", "edge_sdk.cli.main", "run", "--log-json", "--insecure", "--id", "pi-1",
+            sys.executable, "-m", "edge_sdk.cli", "run", "--log-json", "--insecure", "--id", "pi-1",
             "--coordinator", "tcp://127.0.0.1:1", "--data", str(tmp_path / "no\nwhere.npz"),
         ],
         capture_output=True, text=True, cwd=ROOT, env=environment("logs"), check=False,

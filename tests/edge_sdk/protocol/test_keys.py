@@ -156,7 +156,10 @@ def test_every_character_of_z85_may_be_in_a_key():
 
 
 def test_checking_keys_needs_no_zmq_until_then():
-    code = "import sys, edge_sdk.protocol.keys, coordinator.admission.client_list; print('zmq' in sys.modules)"
+    code = (
+        "import sys, edge_sdk.protocol.keys, coordinator.admission.client_list;"
+        "print('zmq' in sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
 

@@ -1,4 +1,4 @@
-"""Flower's current path (SuperLink, SuperNodes, `flwr run`) as tools/peer.py measures it.
+"""Flower's current path (SuperLink, SuperNodes, `flwr run`) as tools/peer measures it.
 
 A client sends back what it got, with its own number in the first element of each tensor: the
 SuperLink stores objects by their content, and equal updates would be one. marks: see
