@@ -5,7 +5,7 @@ removed is refused at its next message. An editor empties a file before it write
 changed by hand is read when nobody has written to it for SETTLED_S; a command's change, at once. A
 list that became empty revokes nobody: a full disk leaves such. A line that begins with # is a
 comment. Nobody else changes it meanwhile. Beside it lie `invitations` (invitations.py) and
-`pending` (strangers.py).
+`pending` (pending.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from coordinator.admission.invitations import Invitations
-from coordinator.admission.pending import Strangers
+from coordinator.admission.pending import PendingKeys
 from coordinator.key_files import NOWHERE, Stamp, locked, replace_text, stamp_of
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import check_key
@@ -36,7 +36,7 @@ class Admission:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.invitations = Invitations(path.with_name("invitations"))
-        self.strangers = Strangers(path.with_name("pending"))
+        self.pending = PendingKeys(path.with_name("pending"))
         self._stamp = NOWHERE  # of the file that is in force
         self._refused: Stamp | None = None  # of one that is malformed: not worth reading again
         self._told: Stamp | None = None  # of one that an error has been logged about
@@ -62,7 +62,7 @@ class Admission:
             self._by_key, self._by_name, self._stamp = by_key, by_name, stamp
 
     def name_of(self, public_key: bytes) -> str | None:
-        """The client with this key, None for a stranger. Sees changes of the file."""
+        """The client with this key, None: not in the list. Sees changes of the file."""
         self._look()
         with self._lock:
             return self._by_key.get(public_key)

@@ -26,7 +26,7 @@ WRITE_S = 1.0
 RETRY_S = 60.0  # after a write that failed
 
 
-class Stranger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PendingKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """first and last: when it was seen, seconds of UTC since 1970."""
 
     public_key: CurveKey
@@ -35,7 +35,7 @@ class Stranger(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     tries: Annotated[int, Meta(ge=1)] = 1
 
 
-class Strangers:
+class PendingKeys:
     """Used by the authenticator's thread and the coordinator's."""
 
     def __init__(
@@ -51,11 +51,11 @@ class Strangers:
         self._has_failed = False
         self._lock = threading.Lock()
         try:
-            found = read_strangers(path)
+            found = read_pending(path)
         except ConfigError as error:
             log.warning("%s", error)
             found = []
-        self._known = {stranger.public_key: stranger for stranger in found}
+        self._known = {pending_key.public_key: pending_key for pending_key in found}
 
     def note(self, public_key: bytes) -> None:
         """One of them has tried to connect."""
@@ -63,7 +63,7 @@ class Strangers:
         with self._lock:
             old = self._known.pop(key, None)  # the newest stands last
             first, tries = (old.first, old.tries + 1) if old else (now, 1)
-            self._known[key] = Stranger(public_key=key, first=first, last=now, tries=tries)
+            self._known[key] = PendingKey(public_key=key, first=first, last=now, tries=tries)
             while len(self._known) > MOST:
                 del self._known[next(iter(self._known))]
             if self._due is None:
@@ -89,12 +89,12 @@ class Strangers:
                 self._due = self._timer() + RETRY_S
 
 
-def read_strangers(path: Path) -> list[Stranger]:
+def read_pending(path: Path) -> list[PendingKey]:
     """The one seen last at the end; [] when there is no file. Raises ConfigError."""
     if stamp_of(path) == NOWHERE:
         return []
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=list[Stranger])
+        found = msgspec.json.decode(path.read_bytes(), type=list[PendingKey])
     except PermissionError as error:
         raise ConfigError(
             f"pending keys in {path} cannot be read: {error.strerror}; run this as the user who "
@@ -104,21 +104,25 @@ def read_strangers(path: Path) -> list[Stranger]:
         raise ConfigError(
             f"pending keys in {path} cannot be read: {error}; remove the file, it is made again"
         ) from error
-    return sorted(found, key=lambda stranger: stranger.last)[-MOST:]
+    return sorted(found, key=lambda pending_key: pending_key.last)[-MOST:]
 
 
-def forget_stranger(path: Path, public_key: bytes) -> None:
+def forget_pending(path: Path, public_key: bytes) -> None:
     """Its key was admitted. A coordinator that serves leaves it out by itself."""
     try:
         with locked(path.parent):
-            known = read_strangers(path)
-            left = [stranger for stranger in known if stranger.public_key != public_key.decode()]
+            known = read_pending(path)
+            left = [
+                pending_key
+                for pending_key in known
+                if pending_key.public_key != public_key.decode()
+            ]
             if left != known:
                 _write(path, left)
     except (OSError, ConfigError) as error:
         log.warning("not taken off the pending keys: %s", error)
 
 
-def _write(path: Path, strangers: list[Stranger]) -> None:
-    text = ",\n".join(msgspec.json.encode(stranger).decode() for stranger in strangers)
+def _write(path: Path, pending: list[PendingKey]) -> None:
+    text = ",\n".join(msgspec.json.encode(pending_key).decode() for pending_key in pending)
     replace_text(path, f"[{text}]\n", 0o600)

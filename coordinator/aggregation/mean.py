@@ -54,7 +54,7 @@ class OwnersMean:
             total = self._weights.get(name, 0.0) + weight
             self._weights[name] = total
             if mean is None:
-                self._means[name] = wide(tensor).clone()
+                self._means[name] = as_float32(tensor).clone()
             elif mean.shape != tensor.shape:
                 raise ShapeError(f"{name} is {tuple(tensor.shape)}, expected {tuple(mean.shape)}")
             elif mean.is_floating_point():
@@ -75,6 +75,6 @@ class OwnersMean:
         }
 
 
-def wide(tensor: Tensor) -> Tensor:
+def as_float32(tensor: Tensor) -> Tensor:
     """Itself, half precision as float32: for sums."""
     return tensor.float() if tensor.dtype == torch.float16 else tensor

@@ -32,7 +32,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from coordinator.aggregation.mean import Kernel, OwnersMean, wide
+from coordinator.aggregation.mean import Kernel, OwnersMean, as_float32
 from coordinator.config import AggregationOptions
 from edge_sdk.errors import ShapeError
 from edge_sdk.protocol.tensors import Tensors
@@ -108,11 +108,11 @@ def _middle_mean(owners: Sequence[Tensor], cut: int) -> Tensor:
     """Mean of each coordinate's values but the `cut` smallest and largest. Sums in float64, so that
     equal values give themselves and nothing leaves the range of those kept."""
     flats = [tensor.reshape(-1) for tensor in owners]  # each (P,)
-    made = torch.empty(flats[0].shape, dtype=wide(flats[0]).dtype)
+    made = torch.empty(flats[0].shape, dtype=as_float32(flats[0]).dtype)
     columns = max(1, CHUNK_BYTES // (len(flats) * made.element_size()))
     for start in range(0, len(made), columns):
         end = start + columns
-        rows = torch.stack([wide(flat[start:end]) for flat in flats]).numpy()  # (n, columns)
+        rows = torch.stack([as_float32(flat[start:end]) for flat in flats]).numpy()  # (n, columns)
         rows.sort(axis=0)  # numpy takes a tenth of torch's time, which sorts indices too
         kept = rows[cut : len(rows) - cut]
         found = kept.mean(axis=0, dtype="float64").clip(kept[0], kept[-1])

@@ -14,7 +14,7 @@ from edge_sdk.protocol.tensors import (
     check_shapes,
     check_specs,
     specs_of,
-    under,
+    with_prefix,
 )
 
 
@@ -91,17 +91,17 @@ class Server:
         checkpoint file has its own, and the wire's tensor lists follow the model's."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.globals.items()}
         for part in ("first/", "second/", "average/"):
-            held = under(state, part)
+            held = with_prefix(state, part)
             check_shapes(
                 held, {n: s for n, s in shapes.items() if n in held}, f"checkpoint, {part}"
             )
         rest = {name: tensor for name, tensor in state.items() if "/" not in name}
         check_shapes(rest, {"average_weight": ()}, "checkpoint, server")
-        loaded = under(state, "globals/")
+        loaded = with_prefix(state, "globals/")
         check_specs(specs_of(loaded), specs_of(self.globals), "checkpoint", is_ordered=False)
         order = list(self.globals)
         self.globals = {name: loaded[name] for name in order}
-        self._first, self._second = under(state, "first/"), under(state, "second/")
-        average = under(state, "average/")
+        self._first, self._second = with_prefix(state, "first/"), with_prefix(state, "second/")
+        average = with_prefix(state, "average/")
         self._average = {name: average[name] for name in order if name in average}
         self._average_weight = float(state["average_weight"])

@@ -18,7 +18,7 @@ from coordinator.cohorts.base import ClientUpdate
 from edge_sdk.protocol.tensors import Tensors
 
 
-def brought_forward(
+def rebase_late_updates(
     updates: Iterable[ClientUpdate], current: Mapping[str, Tensor], parameters: set[str],
     half_life: float,
 ) -> Iterator[ClientUpdate]:  # fmt: skip

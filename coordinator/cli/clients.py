@@ -23,7 +23,7 @@ from coordinator.admission.client_list import (
 )
 from coordinator.admission.invitations import Invitation, withdraw, write_invitation
 from coordinator.admission.join import in_words
-from coordinator.admission.pending import forget_stranger, read_strangers
+from coordinator.admission.pending import forget_pending, read_pending
 from coordinator.key_files import locked
 from edge_sdk.cli.flags import path_flag
 from edge_sdk.errors import ConfigError
@@ -76,7 +76,7 @@ def run_clients(args: argparse.Namespace) -> int:
     if args.action == "add":
         key = check_key(args.public_key, "PUBLIC_KEY")
         add_client(path, args.name, key)
-        forget_stranger(path.with_name("pending"), key)
+        forget_pending(path.with_name("pending"), key)
     elif args.action == "remove":
         _remove(path, args.name)
     elif args.action == "list":
@@ -130,15 +130,15 @@ def _print_pending(path: Path) -> None:
     """Standard output gets KEY FIRST LAST TRIES, times in UTC, for `clients add NAME KEY`."""
     _check_folder(path.parent)
     known = parse_clients(read_list(path), str(path))
-    strangers = [
-        stranger
-        for stranger in read_strangers(path.with_name("pending"))
-        if stranger.public_key.encode() not in known
+    pending = [
+        pending_key
+        for pending_key in read_pending(path.with_name("pending"))
+        if pending_key.public_key.encode() not in known
     ]
-    for stranger in strangers:
-        first, last = (in_words(when) for when in (stranger.first, stranger.last))
-        print(f"{stranger.public_key}  first {first}, last {last}, tries {stranger.tries}")
-    if not strangers:
+    for pending_key in pending:
+        first, last = (in_words(when) for when in (pending_key.first, pending_key.last))
+        print(f"{pending_key.public_key}  first {first}, last {last}, tries {pending_key.tries}")
+    if not pending:
         _say("no keys are pending; a device's shows here once `serve` has turned it away")
 
 

@@ -25,17 +25,17 @@ def sample(
 ) -> list[Client]:
     """`count` clients, spread over the groups (deepest exit) in proportion to their sizes.
 
-    Systematic sampling: groups lie end to end on a line of `count` seats, and a draw shifts where
-    the seats fall, so a group's expected seats are its exact share, however small. Within a group
-    the seats go to the smallest draws of (seed, round, client): an absent client changes its own
-    seat only. None or a count of at least all clients: everybody. `failed`: who returned nothing
-    when this round was tried before; they get the seats that the others leave. Sorted by id;
+    Systematic sampling: groups lie end to end on a line of `count` places, and a draw shifts where
+    the places fall, so a group's expected places are its exact share, however small. Within a group
+    the places go to the smallest draws of (seed, round, client): an absent client changes its own
+    place only. None or a count of at least all clients: everybody. `failed`: who returned nothing
+    when this round was tried before; they get the places that the others leave. Sorted by id;
     independent of the order of `clients`."""
-    seats = len(clients) if count is None else count
+    places = len(clients) if count is None else count
     others = [client for client in clients if client.id not in failed]
     again = [client for client in clients if client.id in failed]
-    chosen = _spread(others, seats, seed, round)
-    chosen += _spread(again, seats - len(chosen), seed, round)
+    chosen = _spread(others, places, seed, round)
+    chosen += _spread(again, places - len(chosen), seed, round)
     return sorted(chosen, key=lambda client: client.id)
 
 
@@ -50,9 +50,9 @@ def _spread(clients: Sequence[Client], count: int, seed: int, round: int) -> lis
     seen = 0
     for _, group in sorted(groups.items()):
         before, seen = seen, seen + len(group)
-        seats = int(count * seen / len(clients) + shift) - int(
+        places = int(count * seen / len(clients) + shift) - int(
             count * before / len(clients) + shift
         )
         drawn = sorted(group, key=lambda client: job_seed(seed, round, f"sample/{client.id}"))
-        chosen += drawn[:seats]
+        chosen += drawn[:places]
     return chosen

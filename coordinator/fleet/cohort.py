@@ -1,6 +1,6 @@
 """Real devices as a cohort: who is there, what they can train, deadlines and quorum.
 
-One thread, one socket; who is connected is in devices.py, a job's way there and back in desk.py.
+One thread, one socket; who is connected is in sessions.py, a job's way there and back in jobs.py.
 Whatever a device does, the others and the round go on. While the caller aggregates, messages wait
 in ZeroMQ's queues, and no device is taken for silent for it.
 """
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
-from coordinator.fleet.counters import Tally
-from coordinator.fleet.flow_control import BUDGET_BYTES, Credit
-from coordinator.fleet.jobs import Desk
-from coordinator.fleet.router import Hub, Received
-from coordinator.fleet.sessions import SILENCE_S, Device, Devices
+from coordinator.fleet.counters import Counters
+from coordinator.fleet.flow_control import BUDGET_BYTES, Budget
+from coordinator.fleet.jobs import Jobs
+from coordinator.fleet.router import Received, Router
+from coordinator.fleet.sessions import SILENCE_S, Session, Sessions
 from coordinator.fleet.spool import Spool
 from coordinator.fleet.state import cohort_state, folder_bytes
 from coordinator.store.status import CohortState
@@ -56,23 +56,23 @@ class Stopped(Exception):
 
 
 class ZmqCohort:
-    """Clients over a Hub. should_stop is asked about twice a second; then Stopped is raised.
+    """Clients over a Router. should_stop is asked about twice a second; then Stopped is raised.
     was_counted(job): whether a committed round holds its update. next_round: the first to come; of
     those before, what was under way goes on."""
 
     def __init__(
         self,
-        hub: Hub,
-        terms: Terms,
+        router: Router,
+        terms: ServeOptions,
         spool: Spool,
         should_stop: Callable[[], bool] = lambda: False,
         was_counted: Callable[[str], bool] = lambda job: False,
         next_round: int = 1,
     ) -> None:
-        self._hub = hub
+        self._router = router
         self._terms = terms
         self._spool = spool
-        self._tally = tally = Tally()
+        self._counters = counters = Counters()
         self._should_stop = should_stop
         welcome = Welcome(
             protocol=PROTOCOL,
@@ -82,21 +82,21 @@ class ZmqCohort:
             deadline_s=terms.deadline_s,
             heartbeat_s=HEARTBEAT_S,
         )
-        self.desk = Desk(
+        self.jobs = Jobs(
             terms.run,
             spool,
-            Credit(terms.budget_bytes),
-            lambda name, message, payload: self.devices.send(name, message, payload),
+            Budget(terms.budget_bytes),
+            lambda name, message, payload: self.sessions.send(name, message, payload),
             takes_late=terms.oldest > 0,
             was_counted=was_counted,
-            on_absent=lambda name: self.devices.says_ready(name, None),
-            tally=tally,
+            on_absent=lambda name: self.sessions.says_ready(name, None),
+            counters=counters,
         )
-        self.devices = Devices(
-            hub, welcome, self._on_place, self._on_gone, self.desk.transfers.patience_s, tally
+        self.sessions = Sessions(
+            router, welcome, self._on_place, self._on_gone, self.jobs.transfers.patience_s, counters
         )
-        hub.on_outcast = self.devices.outcast
-        self.desk.resume(next_round)
+        router.on_outcast = self.sessions.outcast
+        self.jobs.resume(next_round)
         self._expected: dict[str, Client] = {}
         self._num_chosen = 0  # of a resumed round
         self._is_assembled = False
@@ -118,8 +118,11 @@ class ZmqCohort:
     @property
     def num_busy(self) -> int:
         """Who is gone, and was waited for long enough, keeps nobody from getting a job."""
-        seats = self.desk.seats
-        return sum(not seat.is_late or name in self.devices.all for name, seat in seats.items())
+        open_jobs = self.jobs.open
+        return sum(
+            not open_job.is_late or name in self.sessions.all
+            for name, open_job in open_jobs.items()
+        )
 
     def clients(self) -> Sequence[Client]:
         """Devices ready for a job. Waits for min_clients before the first round (after a restart no
@@ -143,7 +146,7 @@ class ZmqCohort:
     def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
         self._expected = {client.id: client for client in clients}
         self._num_chosen = num_chosen
-        self.desk.expire(self._round + 1 - self._terms.oldest)  # before anything more is heard
+        self.jobs.expire(self._round + 1 - self._terms.oldest)  # before anything more is heard
         self._asked, self._returned, self._needed = set(), set(), 0  # of the round before
         if self._expected:  # they had been there before the restart
             self._assembles_until = min(self._assembles_until, time.monotonic() + SILENCE_S)
@@ -154,7 +157,7 @@ class ZmqCohort:
         while True:
             self._check_progress(f"too few devices or updates after {tries} tries of a round")
             self._pump()
-            if time.monotonic() > until or self.desk.finished:
+            if time.monotonic() > until or self.jobs.finished:
                 return True
 
     def train(
@@ -164,32 +167,32 @@ class ZmqCohort:
         round closes when nobody is left to wait for, or at deadline + grace once a quorum has
         returned or no longer can. Asynchronous: as soon as a quorum has returned, others go on.
         Raises QuorumError."""
-        desk, terms = self.desk, self._terms
+        jobs, terms = self.jobs, self._terms
         if round != self._round:
             self._round, self._progress = round, time.monotonic()
             self._asked, self._returned, self._needed = set(), set(), 0
-            desk.expire(round - terms.oldest)
-            desk.clear_spool(round)
-        here = desk.returned(round)  # came between two tries of the round: nobody is asked twice
+            jobs.expire(round - terms.oldest)
+            jobs.clear_spool(round)
+        here = jobs.returned(round)  # came between two tries of the round: nobody is asked twice
         work = {name: job for name, job in work.items() if name not in here}
         at_work = self.num_busy if terms.is_async else 0
         known = self._expected | {client.id: client for client in self._idle_clients()}
         for name, assignment in work.items():
             if name in known:
-                desk.give(known[name], assignment, round, deadline_s)
+                jobs.give(known[name], assignment, round, deadline_s)
             else:
-                desk.miss(Client(id=name, exit=assignment.model.exit), assignment)
+                jobs.miss(Client(id=name, exit=assignment.model.exit), assignment)
         chosen = min(len(work), self._num_chosen or len(work))
         self._expected, self._num_chosen = {}, 0
         told, returned = (started := time.monotonic()), 0
         needed = terms.needed(chosen + at_work)
-        self._asked |= work.keys() | (desk.seats.keys() if terms.is_async else set())
+        self._asked |= work.keys() | (jobs.open.keys() if terms.is_async else set())
         self._needed = max(self._needed, needed)
         extra = event("round_opened", round=round, chosen=len(work), needed=needed)
         log.info("round %d: %d asked, %d needed", round, len(work), needed, extra=extra)
         while True:
-            while desk.finished:
-                result = desk.finished.pop(0)
+            while jobs.finished:
+                result = jobs.finished.pop(0)
                 self._note(result, round)
                 if isinstance(result, ClientUpdate):
                     self._progress = time.monotonic()
@@ -198,15 +201,15 @@ class ZmqCohort:
                 yield result
                 del result  # no reference stays here
                 self._num_heard = 0  # messages waited for the caller
-            if not desk.num_open or (terms.is_async and returned >= needed):
-                desk.leave_open()
+            if not jobs.num_open or (terms.is_async and returned >= needed):
+                jobs.leave_open()
                 return
             overdue_s = time.monotonic() - started - deadline_s - terms.grace_s
-            is_hopeless = returned + desk.num_open < needed  # too many have failed
+            is_hopeless = returned + jobs.num_open < needed  # too many have failed
             if overdue_s > 0 and (returned >= needed or is_hopeless):
                 self._drain()  # what came while the caller aggregated is not late
-                if not desk.finished:
-                    desk.close(round)
+                if not jobs.finished:
+                    jobs.close(round)
                 continue
             if overdue_s > 0:
                 self._check_progress(f"{returned} of {needed} needed returned in round {round}")
@@ -218,31 +221,31 @@ class ZmqCohort:
     def snapshot(self) -> CohortState:
         """What everybody does now; for the thread that uses the cohort."""
         return cohort_state(
-            self._tally,
-            self.devices.all,
-            self.desk,
+            self._counters,
+            self.sessions.all,
+            self.jobs,
             chosen=len(self._asked),
             needed=self._needed,
             returned=len(self._returned),
             budget_bytes=self._terms.budget_bytes,
             spool_bytes=folder_bytes(self._spool.folder),
-            strangers=self._hub.num_strangers,
+            pending=self._router.num_pending,
             now=time.monotonic(),
         )
 
     def close(self, reason: str, *, is_final: bool) -> None:
         """Tell every device and wait for its answer, not long, then close the socket: ZeroMQ drops
         what a device has not read yet when the connection ends."""
-        for name in self.devices.all:
-            self.devices.send(name, Bye(reason=reason, is_final=is_final))
+        for name in self.sessions.all:
+            self.sessions.send(name, Bye(reason=reason, is_final=is_final))
         give_up = time.monotonic() + FAREWELL_S
-        while self.devices.all and time.monotonic() < give_up:
-            _, received = self._hub.receive(100)
+        while self.sessions.all and time.monotonic() < give_up:
+            _, received = self._router.receive(100)
             if received is None or not isinstance(received.message, Bye):
                 continue
-            if found := self.devices.on_route(received.route):
-                self.devices.all.pop(found[0])
-        self._hub.close()
+            if found := self.sessions.on_route(received.route):
+                self.sessions.all.pop(found[0])
+        self._router.close()
         if is_final:
             self._spool.clear()
 
@@ -250,12 +253,12 @@ class ZmqCohort:
 
     def _idle_clients(self) -> list[Client]:
         """Who could be given a job now."""
-        return [c for c in self.devices.ready_clients() if c.id not in self.desk.seats]
+        return [c for c in self.sessions.ready_clients() if c.id not in self.jobs.open]
 
     def _num_here(self) -> int:
         """Ready, or connected and at work."""
-        at_work = self.desk.seats.keys() & self.devices.all.keys()
-        return len(self.devices.ready | at_work)
+        at_work = self.jobs.open.keys() & self.sessions.all.keys()
+        return len(self.sessions.ready | at_work)
 
     def _least(self) -> int:
         """Devices that the next round begins with at least."""
@@ -266,11 +269,11 @@ class ZmqCohort:
 
     def _check_progress(self, what: str) -> None:
         """Parts that move are progress, and so is whoever is heard at work."""
-        limit, seats, devices = self._terms.give_up_after_s, self.desk.seats, self.devices.all
+        limit, open_jobs, sessions = self._terms.give_up_after_s, self.jobs.open, self.sessions.all
         if not limit or time.monotonic() - self._progress <= limit:
             return
-        moved = (seat.moved for seat in seats.values())
-        seen = (devices[name].seen for name in seats.keys() & devices.keys())
+        moved = (open_job.moved for open_job in open_jobs.values())
+        seen = (sessions[name].seen for name in open_jobs.keys() & sessions.keys())
         if time.monotonic() - max([self._progress, *moved, *seen]) > limit:
             raise QuorumError(
                 f"{what}, and nothing changed for {limit:.0f} s (--give-up-after); "
@@ -281,24 +284,24 @@ class ZmqCohort:
         name = result.client.id
         if isinstance(result, ClientUpdate):
             is_stale = result.round != round
-            self._tally.result(name, "stale" if is_stale else "accepted")
+            self._counters.result(name, "stale" if is_stale else "accepted")
             if not is_stale or self._terms.is_async:
                 self._returned.add(name)
             return
-        self._tally.fault(name, result.code)
-        self._tally.result(name, "late" if result.outcome == "straggler" else "failed")
+        self._counters.fault(name, result.code)
+        self._counters.result(name, "late" if result.outcome == "straggler" else "failed")
 
     def _drain(self) -> None:
         """Handle what came while nobody listened, a bounded number of messages, up to a result: the
         caller takes it before what its device says next, as a ready, is handled."""
         for _ in range(self._many):
-            if not self._pump(0) or self.desk.finished:
+            if not self._pump(0) or self.jobs.finished:
                 return
 
     @property
     def _many(self) -> int:
         """So many messages and everybody has been heard: ZeroMQ takes them from all by turns."""
-        return 100 * (len(self.devices.all) + 10)
+        return 100 * (len(self.sessions.all) + 10)
 
     def _pump(self, timeout_ms: int = 500) -> bool:
         """Handle one message if there is one; look after those who are silent, also while one
@@ -308,9 +311,9 @@ class ZmqCohort:
         now = time.monotonic()
         if (gap := now - self._listened) > LISTENING_GAP_S:
             self._progress += gap
-            self.devices.paused(gap)
-            self.desk.paused(gap)
-        has_message, received = self._hub.receive(0)
+            self.sessions.paused(gap)
+            self.jobs.paused(gap)
+        has_message, received = self._router.receive(0)
         self._num_heard += 1
         if not has_message or self._num_heard > self._many:  # all that came has been heard
             self._num_heard = 0
@@ -318,52 +321,52 @@ class ZmqCohort:
                 self._looked = now
                 self._look(now)
         if not has_message:
-            has_message, received = self._hub.receive(timeout_ms)
+            has_message, received = self._router.receive(timeout_ms)
         self._listened = time.monotonic()
         if received is not None:
             self._handle(received)
         return has_message
 
     def _look(self, now: float) -> None:
-        self.devices.look(now)
-        for name in self.desk.awaited - self.devices.all.keys():
-            if now - self.desk.seats[name].given > SILENCE_S:
-                self.desk.on_gone(name, "gone", "is not connected")
-        self.desk.check_stalls()
+        self.sessions.look(now)
+        for name in self.jobs.awaited - self.sessions.all.keys():
+            if now - self.jobs.open[name].given > SILENCE_S:
+                self.jobs.on_gone(name, "gone", "is not connected")
+        self.jobs.check_stalls()
 
     def _on_gone(self, name: str, why: str, may_return: bool) -> None:
-        self.desk.on_gone(name, "gone", why, may_return=may_return)
+        self.jobs.on_gone(name, "gone", why, may_return=may_return)
 
     def _on_place(self, name: str, hello: Hello) -> None:
-        self.desk.on_return(name, hello.round, hello.job, hello.num_examples)
+        self.jobs.on_return(name, hello.round, hello.job, hello.num_examples)
 
     # -- messages ----------------------------------------------------------------------------
 
     def _handle(self, received: Received) -> None:
         route, message = received.route, received.message
         if isinstance(message, Hello):
-            self.devices.hello(received, message)
+            self.sessions.hello(received, message)
             return
-        found = self.devices.on_route(route)
+        found = self.sessions.on_route(route)
         if found is None:
-            self.devices.refuse(route, "hello", "this connection has not said hello")
+            self.sessions.refuse(route, "hello", "this connection has not said hello")
             return
-        name, device = found
+        name, session = found
         if received.name not in (None, name):
-            self.devices.refuse(route, "admission", f"this key no longer belongs to {name!r}")
+            self.sessions.refuse(route, "admission", f"this key no longer belongs to {name!r}")
             return
-        device.seen = time.monotonic()
+        session.seen = time.monotonic()
         if isinstance(message, Heartbeat):
-            self.devices.send(name, Heartbeat(round=message.round))
-            self.desk.on_heartbeat(name, message.round)
+            self.sessions.send(name, Heartbeat(round=message.round))
+            self.jobs.on_heartbeat(name, message.round)
         elif isinstance(message, Ready):
-            self._on_ready(name, device, message)
+            self._on_ready(name, session, message)
         elif isinstance(message, Bye):
-            self.devices.leave(name, "said bye")
+            self.sessions.leave(name, "said bye")
         elif isinstance(message, Fetch | Part | Update | Fault):
             self._on_round_message(name, message, received.payload)
         else:
-            self.devices.refuse(
+            self.sessions.refuse(
                 route, "protocol", f"{type(message).__name__} is not for coordinators"
             )
 
@@ -374,31 +377,31 @@ class ZmqCohort:
             extra = event("fault", client=name, code=message.code, round=message.round)
             code = one_line(message.code)
             log.warning("%s reports %s: %s", name, code, message.detail, extra=extra)
-            if name not in self.desk.awaited:  # else it counts as its absence
-                self._tally.fault(name, message.code)
+            if name not in self.jobs.awaited:  # else it counts as its absence
+                self._counters.fault(name, message.code)
         if isinstance(message, Fault) and not message.round and message.code in OF_NO_JOB:
-            self.desk.on_gone(name, message.code, message.detail, may_return=False)
+            self.jobs.on_gone(name, message.code, message.detail, may_return=False)
         else:
-            self.desk.on_message(name, message, payload)
+            self.jobs.on_message(name, message, payload)
 
-    def _on_ready(self, name: str, device: Device, ready: Ready) -> None:
+    def _on_ready(self, name: str, session: Session, ready: Ready) -> None:
         deepest = self._terms.model.exit
         if ready.exit > deepest or any(stage > deepest for stage in ready.stages):
-            self.devices.refuse(device.route, "protocol", f"the model has {deepest} exits")
+            self.sessions.refuse(session.route, "protocol", f"the model has {deepest} exits")
             return
         if ready.stage_s and len(ready.stage_s) != len(ready.stages):
             detail = f"{len(ready.stage_s)} stage_s for {len(ready.stages)} stages"
-            self.devices.refuse(device.route, "protocol", detail)
+            self.sessions.refuse(session.route, "protocol", detail)
             return
-        if device.ready is None or device.ready.exit != ready.exit:
+        if session.ready is None or session.ready.exit != ready.exit:
             extra = event("ready", client=name, exit=ready.exit)
             log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason, extra=extra)
-        self.desk.on_ready(name, ready)  # first: what fails here was before this ready
-        self.devices.says_ready(name, ready)
+        self.jobs.on_ready(name, ready)  # first: what fails here was before this ready
+        self.sessions.says_ready(name, ready)
 
 
 @dataclass(frozen=True)
-class Terms:
+class ServeOptions:
     """What every device is told, and when a round may close: see RunConfig. oldest: rounds after
     which a late update is not taken any more, 0: none is. give_up_after_s: how long nothing may
     change while there are too few devices, 0: without end."""

@@ -28,7 +28,7 @@ def known_code(code: str) -> str:
 
 
 @dataclass
-class Counts:
+class ClientCounts:
     """One client's, and what was last known of it. seen: as time.monotonic() says."""
 
     address: str = ""
@@ -42,21 +42,21 @@ class Counts:
     faults: Counter[str] = field(default_factory=Counter)
 
 
-class Tally:
+class Counters:
     """Used by the cohort's thread only."""
 
     def __init__(self) -> None:
-        self.clients: dict[str, Counts] = {}
+        self.clients: dict[str, ClientCounts] = {}
         self.faults: Counter[str] = Counter()
         self.updates: Counter[Outcome] = Counter()
         self.bytes_down = 0
         self.bytes_up = 0
 
-    def of(self, name: str) -> Counts:
+    def of(self, name: str) -> ClientCounts:
         """This client's counts; beyond MAX_CLIENTS they are kept nowhere."""
         if name not in self.clients and len(self.clients) >= MAX_CLIENTS:
-            return Counts()
-        return self.clients.setdefault(name, Counts())
+            return ClientCounts()
+        return self.clients.setdefault(name, ClientCounts())
 
     def fault(self, name: str | None, code: str) -> None:
         """name: None for one who has not said hello."""

@@ -28,7 +28,7 @@ QUEUES = ((True, False), (True, True), (False, False), (False, True))
 LINK_S = DEAD_MS / 1000  # sooner a lost link does not show itself
 
 
-class Pace:
+class LinkRate:
     """How fast parts move over one client's link, one way; kept over rounds. rate: bytes per
     second, 0: not measured."""
 
@@ -60,14 +60,14 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Paces:
+class LinkRates:
     """Of one client's link, each way: many a link up has a hundredth of what it has down."""
 
-    down: Pace = field(default_factory=Pace)
-    up: Pace = field(default_factory=Pace)
+    down: LinkRate = field(default_factory=LinkRate)
+    up: LinkRate = field(default_factory=LinkRate)
 
 
-class Credit:
+class Budget:
     """Who may have how many parts under way. One transfer a client at a time, so a client's name
     stands for it. Every operation but drop() takes constant time."""
 

@@ -13,8 +13,8 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from coordinator.cohorts.base import Assignment, Client, ClientUpdate
-from coordinator.fleet.flow_control import Pace, Paces
-from coordinator.fleet.spool import Arrived
+from coordinator.fleet.flow_control import LinkRate, LinkRates
+from coordinator.fleet.spool import ArrivedUpdate
 from edge_sdk.errors import ShapeError
 from edge_sdk.protocol.messages import Job, Phase, Ready, Update
 from edge_sdk.protocol.stream import PART_BYTES
@@ -24,7 +24,7 @@ MOST_WANTED = 16  # ranges of parts that a device may have asked for and not bee
 
 
 @dataclass
-class Seat:
+class OpenJob:
     """is_late: not waited for any more, and its update still taken. outlives: waited for beyond its
     round, in asynchronous mode. Times are of time.monotonic()."""
 
@@ -32,7 +32,7 @@ class Seat:
     job: Job
     assignment: Assignment
     sender: Sender
-    paces: Paces
+    link_rates: LinkRates
     given: float = field(default_factory=time.monotonic)
     times_given: int = 1
     is_late: bool = False
@@ -40,7 +40,7 @@ class Seat:
     awaits_ready: bool = False  # it has not got its job, or lost it with its program
     mismatched_since: float | None = None
     moved: float = field(default_factory=time.monotonic)  # when parts last did
-    wanted: deque[range] = field(default_factory=deque)  # asked for, not sent
+    requested: deque[range] = field(default_factory=deque)  # asked for, not sent
     have: int | None = None  # parts that the device said it has, on this connection
     update: Update | None = None
     announced: float = 0.0
@@ -58,9 +58,9 @@ class Seat:
         return self.job.round
 
     @property
-    def pace(self) -> Pace:
+    def link_rate(self) -> LinkRate:
         """Of the way that parts go now."""
-        return self.paces.down if self.update is None else self.paces.up
+        return self.link_rates.down if self.update is None else self.link_rates.up
 
     @property
     def phase(self) -> str:
@@ -72,49 +72,49 @@ class Seat:
     @property
     def has_to_move(self) -> bool:
         if self.receiver is None:
-            return bool(self.wanted)
-        return self.receiver.num_under_way <= self.pace.window // 2
+            return bool(self.requested)
+        return self.receiver.num_under_way <= self.link_rate.window // 2
 
     def patience_s(self, parts: int) -> float:
         """After how long without any of so many parts under way something is wrong."""
-        return self.pace.patience_s(parts * PART_BYTES)
+        return self.link_rate.patience_s(parts * PART_BYTES)
 
-    def took(self, num_bytes: int) -> None:
+    def note_moved(self, num_bytes: int) -> None:
         now = time.monotonic()
-        self.pace.moved(num_bytes, now - self.moved)
+        self.link_rate.moved(num_bytes, now - self.moved)
         self.moved = now
 
-    def has_arrived(self, have: int) -> int:
+    def confirm(self, have: int) -> int:
         """Parts that have arrived since the device last said so, at most those there are."""
         have = min(have, self.sender.num_parts)
         arrived = 0 if self.have is None else max(0, have - self.have)
         if arrived:
-            self.took(arrived * PART_BYTES)
+            self.note_moved(arrived * PART_BYTES)
         self.have = have
         return arrived
 
-    def want(self, first: int, count: int) -> bool:
+    def request(self, first: int, count: int) -> bool:
         """Parts to send; False when the device has asked in too many pieces."""
         asked = range(first, min(first + count, self.sender.num_parts))
-        if self.wanted and asked and self.wanted[-1].stop == first:
-            self.wanted[-1] = range(self.wanted[-1].start, asked.stop)
+        if self.requested and asked and self.requested[-1].stop == first:
+            self.requested[-1] = range(self.requested[-1].start, asked.stop)
         elif asked:
-            self.wanted.append(asked)
-        if len(self.wanted) <= MOST_WANTED:
+            self.requested.append(asked)
+        if len(self.requested) <= MOST_WANTED:
             return True
-        self.wanted.pop()
+        self.requested.pop()
         return False
 
-    def next_wanted(self) -> int | None:
+    def next_requested(self) -> int | None:
         """Index of the part to send now, if there is one."""
-        return self.wanted[0].start if self.wanted else None
+        return self.requested[0].start if self.requested else None
 
-    def has_sent(self) -> None:
+    def mark_sent(self) -> None:
         """That part."""
-        if left := self.wanted.popleft()[1:]:
-            self.wanted.appendleft(left)
+        if left := self.requested.popleft()[1:]:
+            self.requested.appendleft(left)
 
-    def has_examples(self, number: int) -> None:
+    def grow_examples(self, number: int) -> None:
         """Its data may have grown with a restart; an update may be of before, or after."""
         if number > self.client.num_examples:
             self.client = replace(self.client, num_examples=number)
@@ -122,7 +122,7 @@ class Seat:
     def reconnected(self) -> None:
         """Nothing is under way any more."""
         self.have = None
-        self.wanted.clear()
+        self.requested.clear()
         self.mismatched_since, self.awaits_ready, self.stalls = None, False, 0
         if self.receiver is not None:
             self.receiver.restart()
@@ -173,7 +173,9 @@ def make_job(
     )
 
 
-def counted(client: Client, arrived: Arrived, tensors: Tensors, sent: Tensors) -> ClientUpdate:
+def counted(
+    client: Client, arrived: ArrivedUpdate, tensors: Tensors, sent: Tensors
+) -> ClientUpdate:
     """A checked update as the method gets it. sent: what its job began from."""
     update = arrived.update
     return ClientUpdate(
@@ -197,20 +199,20 @@ def counted(client: Client, arrived: Arrived, tensors: Tensors, sent: Tensors) -
     )
 
 
-def check_values(tensors: Tensors, seat: Seat) -> None:
+def check_values(tensors: Tensors, open_job: OpenJob) -> None:
     """Raise ShapeError for NaN or infinite values."""
-    check_finite(tensors, f"update from {seat.name}, round {seat.round}")
+    check_finite(tensors, f"update from {open_job.name}, round {open_job.round}")
 
 
-def check_update(update: Update, seat: Seat) -> None:
+def check_update(update: Update, open_job: OpenJob) -> None:
     """Raise ShapeError unless the announced update is what the job asked for."""
-    where = f"update from {seat.name}, round {update.round}"
-    check_specs(update.tensors, seat.assignment.returns, where)
-    if update.num_examples > seat.client.num_examples:
+    where = f"update from {open_job.name}, round {update.round}"
+    check_specs(update.tensors, open_job.assignment.returns, where)
+    if update.num_examples > open_job.client.num_examples:
         raise ShapeError(
-            f"{where}: {update.num_examples} examples, hello said {seat.client.num_examples}"
+            f"{where}: {update.num_examples} examples, hello said {open_job.client.num_examples}"
         )
-    segments = seat.job.plan.segments
+    segments = open_job.job.plan.segments
     trained = {exit for g in segments for exit in range(g.first, g.last + 1)}
     told = [result.exit for result in update.exits]
     if sorted(told) != sorted(trained):

@@ -62,11 +62,11 @@ class _Credentials:
         log.warning(
             "refused a device with unknown public key %s", key, extra=event("stranger", key=key)
         )
-        self._admission.strangers.note(public_key)
+        self._admission.pending.note(public_key)
         return False
 
 
-class Hub:
+class Router:
     """endpoint: "tcp://HOST:PORT", port 0 or * for any free one. Without keys nothing is encrypted
     and nobody is checked."""
 
@@ -114,7 +114,7 @@ class Hub:
         bad one, or one of a device that is no longer admitted, is answered with a Fault."""
         admission = self._admission
         if admission is not None:
-            admission.strangers.write_if_due(self._is_client)
+            admission.pending.write_if_due(self._is_client)
         if timeout_ms and not self.socket.poll(timeout_ms):
             return False, None
         try:
@@ -147,7 +147,7 @@ class Hub:
         return True, Received(route, name, message, payload, address, key)
 
     @property
-    def num_strangers(self) -> int:
+    def num_pending(self) -> int:
         """Connections refused for their key, since the start."""
         return self._credentials.num_refused if self._credentials else 0
 
@@ -175,7 +175,7 @@ class Hub:
     def close(self) -> None:
         self.socket.close()
         if self._admission is not None:
-            self._admission.strangers.write_if_due(self._is_client, is_last=True)
+            self._admission.pending.write_if_due(self._is_client, is_last=True)
         if self._authenticator is None or _stopped(self._authenticator):
             self._context.term()
         else:  # it would wait for the sockets of that thread, which ends with the process

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.cohorts.base import Client
-from coordinator.fleet.counters import MAX_CLIENTS, Tally
-from coordinator.fleet.router import NOT_ADMITTED, Hub, Received
+from coordinator.fleet.counters import MAX_CLIENTS, Counters
+from coordinator.fleet.router import NOT_ADMITTED, Received, Router
 from edge_sdk.helpers.logs import event
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Fault, Hello, Message, Probe, Ready, Welcome
@@ -25,7 +25,7 @@ PROBE_S = 3.0  # in which the device that was there first must answer
 
 
 @dataclass
-class Device:
+class Session:
     """One client's live link. ready: what it can train; None while it must say so anew. rival: the
     hello of another program with its name, since when. Times are of time.monotonic()."""
 
@@ -39,65 +39,65 @@ class Device:
     num_rivals: int = 0
 
 
-class Devices:
+class Sessions:
     """on_hello(name, hello): called when a device has its place. patience_s(name): how long it may
     say nothing, because a part takes so long over its link."""
 
     def __init__(
         self,
-        hub: Hub,
+        router: Router,
         welcome: Welcome,
         on_hello: Callable[[str, Hello], None],
         on_gone: Callable[[str, str, bool], None],
         patience_s: Callable[[str], float],
-        tally: Tally,
+        counters: Counters,
     ) -> None:
-        self._hub = hub
+        self._router = router
         self._welcome = welcome
         self._on_hello = on_hello
         self._on_gone = on_gone
         self._patience_s = patience_s
-        self._tally = tally
+        self._counters = counters
         self._names: dict[bytes, str] = {}
-        self.all: dict[str, Device] = {}
+        self.all: dict[str, Session] = {}
         self.ready: set[str] = set()  # who could train something
 
-    def on_route(self, route: bytes) -> tuple[str, Device] | None:
+    def on_route(self, route: bytes) -> tuple[str, Session] | None:
         """Whose live link this is."""
         name = self._names.get(route)
-        device = self.all.get(name) if name else None
-        return (name, device) if name and device and device.route == route else None
+        session = self.all.get(name) if name else None
+        return (name, session) if name and session and session.route == route else None
 
     def send(self, name: str, message: Message, payload: Payload | None = None) -> bool:
-        device = self.all.get(name)
-        return device is not None and self._hub.send(device.route, message, payload)
+        session = self.all.get(name)
+        return session is not None and self._router.send(session.route, message, payload)
 
     def refuse(self, route: bytes, code: str, detail: str) -> None:
         """A Fault that is not about a round."""
-        self._tally.fault(self._names.get(route), code)
+        self._counters.fault(self._names.get(route), code)
         log.debug("fault to a device: %s: %s", code, detail, extra=event("refused", code=code))
-        self._hub.send(route, Fault(code=code, detail=detail))
+        self._router.send(route, Fault(code=code, detail=detail))
 
     def ready_clients(self) -> list[Client]:
         """Who has said what it can train, if it can train anything; sorted by name."""
         return [
             Client(
                 id=name,
-                exit=device.ready.exit,
-                stages=device.ready.stages,
-                prefix_s=device.ready.prefix_s,
-                stage_s=device.ready.stage_s,
-                num_examples=device.hello.num_examples,
-                profile=device.hello.profile,
+                exit=session.ready.exit,
+                stages=session.ready.stages,
+                prefix_s=session.ready.prefix_s,
+                stage_s=session.ready.stage_s,
+                num_examples=session.hello.num_examples,
+                profile=session.hello.profile,
             )
             for name in sorted(self.ready)
-            if (device := self.all[name]).ready is not None
+            if (session := self.all[name]).ready is not None
         ]
 
     def says_ready(self, name: str, ready: Ready | None) -> None:
         """What it can train now; None: it must say so anew."""
-        if device := self.all.get(name):
-            device.ready = ready
+        if session := self.all.get(name):
+            session.ready = ready
             if ready is not None and ready.exit > 0:
                 self.ready.add(name)
             else:
@@ -118,7 +118,7 @@ class Devices:
             )
             self.refuse(route, "data", detail)
             return
-        counted = self._tally.clients
+        counted = self._counters.clients
         if received.name is None and name not in counted and len(counted) >= MAX_CLIENTS:
             detail = f"{MAX_CLIENTS} names have joined without keys, and no more may"
             self.refuse(route, "admission", detail)
@@ -131,62 +131,62 @@ class Devices:
             if old.rival is not None:  # which hears of it when it is known who is there
                 old.rival = received
                 return
-            if self._hub.send(old.route, Probe()):  # may be a link that is dead without a sign
+            if self._router.send(old.route, Probe()):  # may be a link that is dead without a sign
                 old.rival, old.rival_since = received, time.monotonic()
                 return
         self._place(received, hello)
 
     def paused(self, seconds: float) -> None:
         """Nobody listened for so long, which is nobody's silence."""
-        for device in self.all.values():
-            device.seen += seconds
-            device.rival_since += seconds
+        for session in self.all.values():
+            session.seen += seconds
+            session.rival_since += seconds
 
     def look(self, now: float) -> None:
         """After those who are silent, whose key was revoked, or whose place another one claims."""
-        for name, device in list(self.all.items()):
-            if not self._hub.is_admitted(name):
-                self.refuse(device.route, "admission", NOT_ADMITTED)
+        for name, session in list(self.all.items()):
+            if not self._router.is_admitted(name):
+                self.refuse(session.route, "admission", NOT_ADMITTED)
                 self.leave(name, "its key is not admitted any more", may_return=False)
-            elif device.rival is not None:
-                self._settle(name, device, now)
-            elif now - device.seen > max(SILENCE_S, self._patience_s(name)):
-                self.leave(name, f"said nothing for {now - device.seen:.0f} s")
+            elif session.rival is not None:
+                self._settle(name, session, now)
+            elif now - session.seen > max(SILENCE_S, self._patience_s(name)):
+                self.leave(name, f"said nothing for {now - session.seen:.0f} s")
 
     def outcast(self, route: bytes) -> None:
         """What came there has a key that is not admitted any more."""
         if found := self.on_route(route):
-            self._tally.fault(found[0], "admission")
+            self._counters.fault(found[0], "admission")
             self.leave(found[0], "its key is not admitted any more")
 
     def leave(self, name: str, why: str, *, may_return: bool = True) -> None:
-        device = self.all.pop(name)
+        session = self.all.pop(name)
         self.ready.discard(name)
-        self._names.pop(device.route, None)
-        self._tally.of(name).seen = device.seen
+        self._names.pop(session.route, None)
+        self._counters.of(name).seen = session.seen
         log.info("%s is gone: %s", name, why, extra=event("gone", client=name))
         self._on_gone(name, why, may_return)
 
-    def _settle(self, name: str, device: Device, now: float) -> None:
+    def _settle(self, name: str, session: Session, now: float) -> None:
         """Who was there first has answered, or was given time to."""
-        rival = device.rival
+        rival = session.rival
         assert rival is not None
-        if device.seen > device.rival_since:
+        if session.seen > session.rival_since:
             detail = (
-                f"another device with the key of {name!r} is connected from {device.address or '?'}"
-                "; every device needs a key of its own"
+                f"another device with the key of {name!r} is connected from "
+                f"{session.address or '?'}; every device needs a key of its own"
             )
             where = rival.address or "?"
             extra = event("duplicate", client=name, address=where)
             log.warning("%s, asked from %s", detail, where, extra=extra)
-            device.rival = None
-            device.num_rivals += 1
-            self._tally.of(name).duplicates += 1
+            session.rival = None
+            session.num_rivals += 1
+            self._counters.of(name).duplicates += 1
             self.refuse(rival.route, "duplicate", detail)
-        elif now - device.rival_since > max(PROBE_S, self._patience_s(name)):
-            device.rival = None
+        elif now - session.rival_since > max(PROBE_S, self._patience_s(name)):
+            session.rival = None
             assert isinstance(rival.message, Hello)
-            if self._hub.is_still(rival):
+            if self._router.is_still(rival):
                 self._place(rival, rival.message)
             else:
                 self.refuse(rival.route, "admission", NOT_ADMITTED)
@@ -198,7 +198,7 @@ class Devices:
         is_same = old is not None and old.hello.session == hello.session
         ready = old.ready if old is not None and is_same else None
         self._names[received.route] = name
-        self.all[name] = Device(
+        self.all[name] = Session(
             received.route,
             hello,
             time.monotonic(),
@@ -206,7 +206,7 @@ class Devices:
             num_rivals=old.num_rivals if old else 0,
         )
         self.says_ready(name, ready)
-        platform, counts = hello.profile.platform, self._tally.of(name)
+        platform, counts = hello.profile.platform, self._counters.of(name)
         counts.address, counts.platform = received.address, platform
         extra = event("back" if is_same else "joined", client=name, address=received.address)
         said = "%s is back from %s" if is_same else "%s joined from %s"

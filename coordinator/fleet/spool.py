@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Arrived(Struct, frozen=True, kw_only=True):
+class ArrivedUpdate(Struct, frozen=True, kw_only=True):
     """What is kept beside the tensors of a whole update."""
 
     update: Update
@@ -42,9 +42,9 @@ class Arrived(Struct, frozen=True, kw_only=True):
     bytes_up: int
 
 
-class Held(Struct, frozen=True, kw_only=True):
+class SavedJob(Struct, frozen=True, kw_only=True):
     """A job whose round is over, and whose update still counts: nobody gives it again. base: digest
-    of what it began from. outlives: see Seat."""
+    of what it began from. outlives: see OpenJob."""
 
     client: Client
     job: Job
@@ -98,11 +98,11 @@ class Spool:
 
         return make
 
-    def keep(self, round: int, client: str, arrived: Arrived) -> None:
+    def save_update(self, round: int, client: str, arrived: ArrivedUpdate) -> None:
         """The stream is whole and good: it need not be sent again."""
         _put(self._path(round, client, "json"), arrived)
 
-    def hold(
+    def save_job(
         self, client: Client, job: Job, returns: tuple[TensorSpec, ...], sender: Sender,
         *, outlives: bool,
     ) -> None:  # fmt: skip
@@ -127,20 +127,22 @@ class Spool:
             self._bases[sender] = base
 
         _checked(base, put)
-        held = Held(client=client, job=job, returns=returns, base=digest, outlives=outlives)
+        held = SavedJob(client=client, job=job, returns=returns, base=digest, outlives=outlives)
         _put(base.with_suffix(".seat"), held)
 
-    def holds(self, held: Held, sender: Sender) -> None:
+    def adopt_job(self, held: SavedJob, sender: Sender) -> None:
         """Already, as one found by `held`. sender: of what it began from."""
         self._digests[sender] = held.base
         self._bases[sender] = self._path(held.job.round, held.client.id, "base")
 
-    def take(self, round: int, client: str, job: str) -> tuple[Arrived, Tensors] | None:
+    def take_update(
+        self, round: int, client: str, job: str
+    ) -> tuple[ArrivedUpdate, Tensors] | None:
         """A whole update of this very job from before the coordinator was killed."""
         found = self._read(self._path(round, client, "json"))
         return found if found and found[0].update.job == job else None
 
-    def held(self, round: int) -> Iterator[tuple[Held, Tensors]]:
+    def saved_jobs(self, round: int) -> Iterator[tuple[SavedJob, Tensors]]:
         """Jobs of rounds before this one that are still in hand or whose updates are here, oldest
         first, and what each began from."""
         checked: set[tuple[int, str]] = set()  # inode and digest of those that are shared
@@ -149,7 +151,7 @@ class Spool:
                 continue
             base = path.with_suffix(".base")
             try:
-                held = msgspec.json.decode(path.read_bytes(), type=Held)
+                held = msgspec.json.decode(path.read_bytes(), type=SavedJob)
                 key = base.stat().st_ino, held.base
                 tensors = _stream(base, held.job.tensors, "" if key in checked else held.base)
                 checked.add(key)
@@ -157,9 +159,9 @@ class Spool:
             except (OSError, RuntimeError, EdgeError, msgspec.MsgspecError) as error:
                 log.warning("%s is left out, and its update: %s", path, error)
 
-    def _read(self, path: Path) -> tuple[Arrived, Tensors] | None:
+    def _read(self, path: Path) -> tuple[ArrivedUpdate, Tensors] | None:
         try:
-            arrived = msgspec.json.decode(path.read_bytes(), type=Arrived)
+            arrived = msgspec.json.decode(path.read_bytes(), type=ArrivedUpdate)
             data = path.with_suffix(".data")
             return arrived, _stream(data, arrived.update.tensors, arrived.update.digest)
         except FileNotFoundError:
@@ -168,13 +170,13 @@ class Spool:
             log.warning("%s is left out: %s", path, error)
             return None
 
-    def forget(self, round: int, client: str) -> None:
+    def delete(self, round: int, client: str) -> None:
         """Nobody needs this one any more."""
         for ending in ("json", "new", "seat", "base", "data"):  # in this order: it counts no more
             with suppress(OSError):
                 self._path(round, client, ending).unlink()
 
-    def forget_before(self, round: int, wanted: set[tuple[int, str]]) -> None:
+    def delete_before(self, round: int, wanted: set[tuple[int, str]]) -> None:
         """Free every update of rounds before this one, but for these, by round and client. Their
         files are written over by the next: that is several times quicker than new ones."""
         names = {self._path(*key, "data").stem for key in wanted}

@@ -1,4 +1,4 @@
-"""The state of a cohort of real devices, read off its links, its desk and its tally."""
+"""The state of a cohort of real devices, read off its links, its open jobs and its counters."""
 
 from __future__ import annotations
 
@@ -7,67 +7,70 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from coordinator.fleet.counters import Counts, Tally
-from coordinator.fleet.jobs import Desk
-from coordinator.fleet.open_job import Seat
-from coordinator.fleet.sessions import Device
+from coordinator.fleet.counters import ClientCounts, Counters
+from coordinator.fleet.jobs import Jobs
+from coordinator.fleet.open_job import OpenJob
+from coordinator.fleet.sessions import Session
 from coordinator.store.status import ClientPhase, ClientState, CohortState
 
 
 def cohort_state(
-    tally: Tally,
-    devices: Mapping[str, Device],
-    desk: Desk,
+    counters: Counters,
+    sessions: Mapping[str, Session],
+    jobs: Jobs,
     *,
     chosen: int,
     needed: int,
     returned: int,
     budget_bytes: int,
     spool_bytes: int,
-    strangers: int,
+    pending: int,
     now: float,
 ) -> CohortState:
     """devices: that are connected. chosen, needed, returned: of the round, see CohortState."""
-    seats = desk.seats
+    open_jobs = jobs.open
     clients = []
-    for name, counts in sorted(tally.clients.items()):
-        device, seat = devices.get(name), seats.get(name)
-        phase = client_phase(device, seat, desk.credit.held(name))
-        clients.append(_client_state(name, phase, counts, device, seat, now))
+    for name, counts in sorted(counters.clients.items()):
+        session, open_job = sessions.get(name), open_jobs.get(name)
+        phase = client_phase(session, open_job, jobs.budget.held(name))
+        clients.append(_client_state(name, phase, counts, session, open_job, now))
     return CohortState(
         clients=tuple(clients),
         chosen=chosen,
         needed=needed,
         returned=returned,
-        bytes_in_flight=desk.credit.bytes_under_way,
+        bytes_in_flight=jobs.budget.bytes_under_way,
         budget_bytes=budget_bytes,
         spool_bytes=spool_bytes,
-        bytes_down=tally.bytes_down + sum(seat.bytes_down for seat in seats.values()),
-        bytes_up=tally.bytes_up + sum(seat.bytes_up for seat in seats.values()),
-        updates_accepted=tally.updates["accepted"],
-        updates_late=tally.updates["late"],
-        updates_stale=tally.updates["stale"],
-        updates_failed=tally.updates["failed"],
-        faults=dict(tally.faults),
-        strangers=strangers,
+        bytes_down=counters.bytes_down
+        + sum(open_job.bytes_down for open_job in open_jobs.values()),
+        bytes_up=counters.bytes_up + sum(open_job.bytes_up for open_job in open_jobs.values()),
+        updates_accepted=counters.updates["accepted"],
+        updates_late=counters.updates["late"],
+        updates_stale=counters.updates["stale"],
+        updates_failed=counters.updates["failed"],
+        faults=dict(counters.faults),
+        strangers=pending,
     )
 
 
-def client_phase(device: Device | None, seat: Seat | None, parts_under_way: int) -> ClientPhase:
-    """device: None for one that is away. seat: of the job that it has in hand, if it has one."""
-    if device is None:
+def client_phase(
+    session: Session | None, open_job: OpenJob | None, parts_under_way: int
+) -> ClientPhase:
+    """session: None for one that is away. open_job: what it has in hand, if anything."""
+    if session is None:
         return "away"
-    if device.rival is not None:
+    if session.rival is not None:
         return "duplicate"
-    if seat is not None:
-        if seat.is_late:
+    if open_job is not None:
+        if open_job.is_late:
             return "late"
-        if seat.update is not None:
+        if open_job.update is not None:
             return "upload" if parts_under_way else "queued"
-        return "train" if seat.phase == "train" else "download"
-    if device.ready is None:
+        return "train" if open_job.phase == "train" else "download"
+    if session.ready is None:
         return "connected"
-    return "ready" if device.ready.exit else "resting"
+    return "ready" if session.ready.exit else "resting"
 
 
 def folder_bytes(folder: Path) -> int:
@@ -83,22 +86,22 @@ def folder_bytes(folder: Path) -> int:
 def _client_state(
     name: str,
     phase: ClientPhase,
-    counts: Counts,
-    device: Device | None,
-    seat: Seat | None,
+    counts: ClientCounts,
+    session: Session | None,
+    open_job: OpenJob | None,
     now: float,
 ) -> ClientState:
-    ready = device.ready if device else None
+    ready = session.ready if session else None
     return ClientState(
         name=name,
         phase=phase,
         address=counts.address,
         platform=counts.platform,
         exit=ready.exit if ready else 0,
-        round=seat.round if seat else 0,
-        bytes_down=counts.bytes_down + (seat.bytes_down if seat else 0),
-        bytes_up=counts.bytes_up + (seat.bytes_up if seat else 0),
-        last_seen_s=max(0.0, now - (device.seen if device else counts.seen)),
+        round=open_job.round if open_job else 0,
+        bytes_down=counts.bytes_down + (open_job.bytes_down if open_job else 0),
+        bytes_up=counts.bytes_up + (open_job.bytes_up if open_job else 0),
+        last_seen_s=max(0.0, now - (session.seen if session else counts.seen)),
         updates=counts.updates,
         faults=dict(counts.faults),
         duplicates=counts.duplicates,

@@ -1,113 +1,115 @@
-"""Parts between the coordinator and everybody who has a job, as Credit lets them go."""
+"""Parts between the coordinator and everybody who has a job, as the budget lets them go."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from coordinator.fleet.flow_control import Credit
-from coordinator.fleet.open_job import Seat
+from coordinator.fleet.flow_control import Budget
+from coordinator.fleet.open_job import OpenJob
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Fetch, Message, Part
 from edge_sdk.protocol.stream import PART_BYTES
 
 
 class Transfers:
-    """seats: who has a job, by name; send as Desk's."""
+    """open_jobs: by client; send as that of Jobs."""
 
     def __init__(
         self,
-        seats: Mapping[str, Seat],
-        credit: Credit,
+        open_jobs: Mapping[str, OpenJob],
+        budget: Budget,
         send: Callable[[str, Message, Payload | None], bool],
     ) -> None:
-        self._seats = seats
-        self._credit = credit
+        self._open_jobs = open_jobs
+        self._budget = budget
         self._send = send
 
     def pump(self) -> None:
         """Let those whose turn it is move as much as the budget allows."""
-        while turn := self._credit.next():
-            if seat := self._seats.get(turn[0]):
-                self._move(seat, turn[1])
+        while turn := self._budget.next():
+            if open_job := self._open_jobs.get(turn[0]):
+                self._move(open_job, turn[1])
 
-    def ask(self, seat: Seat) -> None:
+    def ask(self, open_job: OpenJob) -> None:
         """Its turn comes, if it has anything to move."""
-        if seat.has_to_move:
-            self._credit.ask(seat.name, seat.pace.is_slow)
+        if open_job.has_to_move:
+            self._budget.ask(open_job.name, open_job.link_rate.is_slow)
 
-    def on_fetch(self, seat: Seat, fetch: Fetch) -> bool:
+    def on_fetch(self, open_job: OpenJob, fetch: Fetch) -> bool:
         """The device says what it has, and wants more. False: it has asked in too many pieces."""
-        if not seat.want(fetch.first, fetch.count):
+        if not open_job.request(fetch.first, fetch.count):
             return False
-        if arrived := seat.has_arrived(fetch.have):
-            self._credit.arrived(seat.name, arrived)
-        self.ask(seat)
+        if arrived := open_job.confirm(fetch.have):
+            self._budget.arrived(open_job.name, arrived)
+        self.ask(open_job)
         return True
 
-    def arrived(self, seat: Seat) -> None:
+    def arrived(self, open_job: OpenJob) -> None:
         """A new part of its update is here."""
-        self._credit.arrived(seat.name, 1)
-        seat.stalls = 0
-        seat.took(PART_BYTES)
+        self._budget.arrived(open_job.name, 1)
+        open_job.stalls = 0
+        open_job.note_moved(PART_BYTES)
 
-    def break_off(self, seat: Seat) -> None:
+    def break_off(self, open_job: OpenJob) -> None:
         """The connection is another one, or none: nothing is under way."""
-        self._credit.drop(seat.name)
-        seat.reconnected()
-        if seat.receiver is not None:
-            self.ask(seat)
+        self._budget.drop(open_job.name)
+        open_job.reconnected()
+        if open_job.receiver is not None:
+            self.ask(open_job)
 
-    def lost(self, seat: Seat) -> None:
+    def lost(self, open_job: OpenJob) -> None:
         """Nothing is heard of it; it is not there to be asked."""
-        if self._credit.held(seat.name):
-            seat.pace.stalled()
-        self.break_off(seat)
-        self._credit.drop(seat.name)
+        if self._budget.held(open_job.name):
+            open_job.link_rate.stalled()
+        self.break_off(open_job)
+        self._budget.drop(open_job.name)
 
-    def stalled(self) -> Iterator[Seat]:
+    def stalled(self) -> Iterator[OpenJob]:
         """Those whose parts would have come by now at their link's own pace."""
         now = time.monotonic()
-        for name in self._credit.holders():
-            seat = self._seats.get(name)
-            if seat is None or now - seat.moved <= seat.patience_s(self._credit.held(name)):
+        for name in self._budget.holders():
+            open_job = self._open_jobs.get(name)
+            if open_job is None or now - open_job.moved <= open_job.patience_s(
+                self._budget.held(name)
+            ):
                 continue
-            self._credit.drop(name)
-            seat.pace.stalled()
-            seat.moved = now
-            yield seat
+            self._budget.drop(name)
+            open_job.link_rate.stalled()
+            open_job.moved = now
+            yield open_job
 
     def patience_s(self, name: str) -> float:
         """How long a device may say nothing because a part is on its way; 0 if none is."""
-        seat, held = self._seats.get(name), self._credit.held(name)
-        return seat.patience_s(held) if seat and held else 0.0
+        open_job, held = self._open_jobs.get(name), self._budget.held(name)
+        return open_job.patience_s(held) if open_job and held else 0.0
 
-    def _move(self, seat: Seat, parts: int) -> None:
+    def _move(self, open_job: OpenJob, parts: int) -> None:
         """Ask for, or send, up to so many parts. What cannot be sent waits until the device says
         something: its connection is lost, or the queue of a slow one is full."""
-        if not self._credit.held(seat.name):
-            seat.moved = time.monotonic()
-        if seat.receiver is not None:
-            under_way = seat.receiver.num_under_way
-            request = seat.receiver.request(min(parts, seat.pace.window - under_way))
+        if not self._budget.held(open_job.name):
+            open_job.moved = time.monotonic()
+        if open_job.receiver is not None:
+            under_way = open_job.receiver.num_under_way
+            request = open_job.receiver.request(min(parts, open_job.link_rate.window - under_way))
             if request is None:
                 return
             first, count = request
-            have = seat.receiver.num_received
-            fetch = Fetch(round=seat.round, have=have, first=first, count=count)
-            if self._send(seat.name, fetch, None):
-                self._credit.take(seat.name, count, seat.pace.is_slow)
-                self.ask(seat)
+            have = open_job.receiver.num_received
+            fetch = Fetch(round=open_job.round, have=have, first=first, count=count)
+            if self._send(open_job.name, fetch, None):
+                self._budget.take(open_job.name, count, open_job.link_rate.is_slow)
+                self.ask(open_job)
             else:
-                seat.receiver.restart()
+                open_job.receiver.restart()
             return
         for _ in range(parts):
-            if (index := seat.next_wanted()) is None:
+            if (index := open_job.next_requested()) is None:
                 return
-            payload = seat.sender.part(index)
-            if not self._send(seat.name, Part(round=seat.round, index=index), payload):
+            payload = open_job.sender.part(index)
+            if not self._send(open_job.name, Part(round=open_job.round, index=index), payload):
                 return
-            seat.has_sent()
-            self._credit.take(seat.name, 1, seat.pace.is_slow)
-            seat.bytes_down += len(payload)
-        self.ask(seat)
+            open_job.mark_sent()
+            self._budget.take(open_job.name, 1, open_job.link_rate.is_slow)
+            open_job.bytes_down += len(payload)
+        self.ask(open_job)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coordinator.cohorts.base import ClientUpdate
 from edge_sdk.models import build
-from edge_sdk.models.staged import place
+from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensors import Tensors
 
@@ -53,4 +53,4 @@ def generated_names(spec: ModelSpec, generate: str) -> list[str]:
     if generate == "conv":
         return list(model.main_weights)
     names = [name for name, _ in model.named_parameters()]
-    return [name for name in names if generate == "all" or place(name)[0] == "stages"]
+    return [name for name in names if generate == "all" or stage_of(name)[0] == "stages"]

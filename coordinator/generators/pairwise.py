@@ -36,7 +36,7 @@ from coordinator.config import GeneratorOptions
 from coordinator.generators.factors import dematricise, matricise, matrix_shape
 from coordinator.generators.networks import Codec, FlatCodec, SvdCodec
 from edge_sdk.errors import ShapeError
-from edge_sdk.models.staged import place
+from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.tensors import Tensors, check_shapes
 
 log = logging.getLogger(__name__)
@@ -296,7 +296,7 @@ def groups_of(shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
     in which a chain can be followed."""
     kinds: dict[tuple[int, str, bool], list[str]] = {}
     for name, shape in shapes.items():
-        kind, stage = place(name)
+        kind, stage = stage_of(name)
         kinds.setdefault((stage, kind, len(shape) > 1), []).append(name)
     groups: dict[tuple[object, ...], list[tuple[str, str]]] = {}
     for (stage, kind, is_matrix), targets in sorted(kinds.items()):

@@ -36,8 +36,8 @@ from torch import Tensor
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.config import GeneratorOptions
 from coordinator.generators.row_memory import RowMemory
-from edge_sdk.models.staged import place
-from edge_sdk.protocol.tensors import Tensors, check_shapes, under
+from edge_sdk.models.staged import stage_of
+from edge_sdk.protocol.tensors import Tensors, check_shapes, with_prefix
 
 SKETCH = 4096  # numbers kept of a stage-1 tensor; larger ones are count-sketched
 MIN_ROWS = 4
@@ -91,11 +91,11 @@ class UpdateRegression:
         self.options = options
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._device = device
-        self._features = [name for name in shapes if place(name)[1] == 1]
+        self._features = [name for name in shapes if stage_of(name)[1] == 1]
         self._hashes = {name: _hashes(name, shapes[name], seed) for name in self._features}
         self._stages: dict[int, _Stage] = {}
-        for number in sorted({place(name)[1] for name in generated} - {1}):
-            names = [name for name in generated if place(name)[1] == number]
+        for number in sorted({stage_of(name)[1] for name in generated} - {1}):
+            names = [name for name in generated if stage_of(name)[1] == number]
             width = sum(torch.Size(shapes[name]).numel() for name in names)
             empty = torch.zeros(0, 0, dtype=torch.float64)
             basis = RowMemory(width, options.rank, device)
@@ -174,14 +174,14 @@ class UpdateRegression:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for number, stage in self._stages.items():
-            held = under(state, f"{number}/")
+            held = with_prefix(state, f"{number}/")
             shapes: dict[str, tuple[int | None, ...]] = {
                 "rows": (None, None), "mean": (1, None), "z": (None, None), "gain": (2,),
             }  # fmt: skip
             if "memory/basis" in held:  # none before the first update
                 shapes["memory/basis"] = (None, stage.basis.width)
             check_shapes(held, shapes, f"checkpoint, update-regression of stage {number}")
-            stage.basis.load_state_dict(under(held, "memory/"))
+            stage.basis.load_state_dict(with_prefix(held, "memory/"))
             stage.rows, stage.mean, stage.z = (held[k].clone() for k in ("rows", "mean", "z"))
             stage.gain, stage.has_mean = float(held["gain"][0]), bool(held["gain"][1])
 

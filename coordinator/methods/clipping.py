@@ -32,7 +32,7 @@ from coordinator.aggregation.robust import lower_median, shortened, squared_dist
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.cohorts.sampling import job_seed
 from coordinator.methods.base import Metrics
-from edge_sdk.models.staged import place
+from edge_sdk.models.staged import stage_of
 
 log = logging.getLogger(__name__)
 MEMORY = 64  # updates
@@ -96,7 +96,7 @@ class NormClip:
         """None: a counter."""
         if not tensor.is_floating_point():
             return None
-        return place(name)[1] - 1, 0 if name in self._parameters else 1
+        return stage_of(name)[1] - 1, 0 if name in self._parameters else 1
 
     def _shortened(
         self, round: int, update: ClientUpdate, norms: Mapping[Group, float],

@@ -24,9 +24,9 @@ from coordinator.methods.clipping import NormClip
 from coordinator.methods.rotation import Rule
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import build, initial_tensors
-from edge_sdk.models.staged import needed_names, place, trained_names
+from edge_sdk.models.staged import needed_names, stage_of, trained_names
 from edge_sdk.protocol.messages import ModelSpec, Phase
-from edge_sdk.protocol.tensors import Tensors, check_shapes, specs_of, under
+from edge_sdk.protocol.tensors import Tensors, check_shapes, specs_of, with_prefix
 from edge_sdk.protocol.timing import clock, since
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class DepthAveraging:
 
     def deployed(self, client: Client) -> tuple[ModelSpec, Tensors]:
         exit = max(1, min(client.exit, self.spec.exit))
-        part = {name: t for name, t in self.served().items() if place(name)[1] <= exit}
+        part = {name: t for name, t in self.served().items() if stage_of(name)[1] <= exit}
         return replace(self.spec, exit=exit), part
 
     def state_dict(self) -> Tensors:
@@ -153,12 +153,12 @@ class DepthAveraging:
         if self._clip:
             shapes["clip"] = tuple(self._clip.norms.shape)
         check_shapes(rest, shapes, "checkpoint")
-        self.server.load_state_dict(under(state, "server/"))
+        self.server.load_state_dict(with_prefix(state, "server/"))
         self._owners = state["owners"].clone()
         if self._clip:
             self._clip.norms = state["clip"].clone()
         if self._generator:
-            self._generator.load_state_dict(under(state, "generator/"))
+            self._generator.load_state_dict(with_prefix(state, "generator/"))
 
 
 def is_learnable(update: ClientUpdate) -> bool:

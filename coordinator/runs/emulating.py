@@ -1,4 +1,4 @@
-"""`edge-coordinator emulate`, from its flags to the end: what it runs is in emulate.py."""
+"""`edge-coordinator emulate`, from settings to the end; cohorts/population.py makes its clients."""
 
 from __future__ import annotations
 

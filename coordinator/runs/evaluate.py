@@ -14,7 +14,7 @@ from coordinator.cohorts.sampling import job_seed
 from edge_sdk.data.load import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError
 from edge_sdk.models import build
-from edge_sdk.models.staged import moved, place
+from edge_sdk.models.staged import moved, stage_of
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.training.trainer import train
@@ -87,7 +87,7 @@ def personalised_accuracy(
             epochs=epochs,
             seed=job_seed(plan.seed, 0, f"personalise/{number}"),
         )
-        held = {name: tensor for name, tensor in tensors.items() if place(name)[1] <= exit}
+        held = {name: tensor for name, tensor in tensors.items() if stage_of(name)[1] <= exit}
         before = accuracy_per_exit(part, held, holdout, device=device)[-1]
         tuned = train(part, job, held, shard, device=device).tensors
         after = accuracy_per_exit(part, tuned, holdout, device=device)[-1]

@@ -13,8 +13,8 @@ from coordinator.methods.registry import make_method
 from coordinator.store.store import Store
 from edge_sdk.data.load import Examples, load_dataset, load_test
 from edge_sdk.errors import ConfigError, DataError, StoreError
-from edge_sdk.infer.export import check_packages, described, export, prefix
-from edge_sdk.infer.model_folder import check_target
+from edge_sdk.infer.export import check_packages, export, prefix
+from edge_sdk.infer.model_folder import check_target, described
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensors import Tensors
 
@@ -37,7 +37,7 @@ def export_served(method: Method, examples: Examples | None, folder: Path | None
 
 def export_run(args: argparse.Namespace) -> int:
     check_export(args.out)
-    store = Store.look(args.run_dir)
+    store = Store.open_readonly(args.run_dir)
     try:
         state = store.load_checkpoint()
         if state is None:

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 
 import torch
 
-from coordinator.aggregation.staleness import brought_forward
+from coordinator.aggregation.staleness import rebase_late_updates
 from coordinator.cohorts.base import Absence, Client, ClientUpdate, Cohort
 from coordinator.cohorts.sampling import sample
 from coordinator.config import RunConfig
@@ -69,15 +69,17 @@ def run_rounds(
     parameters = {name for name, _ in build(method.spec).named_parameters()}
     while (round := store.next_round()) <= config.rounds and not should_stop():
         phase("waiting for devices", round)
-        chosen, num_chosen = store.begun(round)  # of a round that was cut short
+        chosen, num_chosen = store.participants_of(round)  # of a round that was cut short
         cohort.expect(chosen, num_chosen)
         chosen = chosen or choose_first(cohort, config, round)  # may wait for devices
         num_chosen = num_chosen or len(chosen)
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
         phase("round open", round)
         arriving = _closing(gather(store, method, cohort, round, chosen, num_chosen), round, phase)
-        results = store.recording(round, arriving)
-        updates = brought_forward(results, method.current(), parameters, config.staleness_half_life)
+        results = store.record_results(round, arriving)
+        updates = rebase_late_updates(
+            results, method.current(), parameters, config.staleness_half_life
+        )
         metrics = method.aggregate(round, updates)
         accuracy: list[float] = []
         served: list[float] = []
@@ -113,11 +115,11 @@ def choose(
 ) -> list[Client]:  # fmt: skip
     """Participants for a round, or more of them for one that lacks updates: first who have not
     failed in it. Nobody who has a job, or has returned one, is asked again."""
-    seats = config.participants if most is None else most
-    if seats is not None and config.mode == "async":
-        seats = max(0, seats - cohort.num_busy)
+    places = config.participants if most is None else most
+    if places is not None and config.mode == "async":
+        places = max(0, places - cohort.num_busy)
     clients = [client for client in cohort.clients() if client.id not in counted]
-    return sample(clients, seats, seed=config.seed, round=round, failed=failed)
+    return sample(clients, places, seed=config.seed, round=round, failed=failed)
 
 
 def choose_first(cohort: Cohort, config: RunConfig, round: int) -> list[Client]:

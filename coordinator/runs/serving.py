@@ -10,9 +10,9 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.admission.client_list import Admission
-from coordinator.fleet.cohort import Terms, ZmqCohort
+from coordinator.fleet.cohort import ServeOptions, ZmqCohort
 from coordinator.fleet.flow_control import LEAST_BUDGET_BYTES
-from coordinator.fleet.router import Hub, allow_connections
+from coordinator.fleet.router import Router, allow_connections
 from coordinator.fleet.spool import Spool
 from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
@@ -84,27 +84,27 @@ def serve(args: argparse.Namespace) -> int:
             if args.metrics is not None
             else None
         )
-        hub = Hub(checked_endpoint(args.listen, "--listen"), keys, admission)
+        router = Router(checked_endpoint(args.listen, "--listen"), keys, admission)
         try:
             store = open_store(args.run_dir, config, "serve", args.resume)
         except BaseException:
-            hub.close()
+            router.close()
             raise
-        return serve_rounds(args, hub, store, method, test, device, metrics)
+        return serve_rounds(args, router, store, method, test, device, metrics)
 
 
 def serve_rounds(
     args: argparse.Namespace,
-    hub: Hub,
+    router: Router,
     store: Store,
     method: Method,
     test: Examples | None,
     device: torch.device,
     metrics: MetricsServer | None,
 ) -> int:
-    """Rounds over the hub until all are done or a signal arrives; closes hub and store."""
+    """Rounds over the router until all are done or a signal arrives; closes router and store."""
     config = store.config
-    terms = Terms(
+    terms = ServeOptions(
         run=store.run,
         model=method.spec,
         plan=config.plan(config.rounds),
@@ -118,7 +118,7 @@ def serve_rounds(
         give_up_after_s=args.give_up_after,
         budget_bytes=args.memory_budget,
     )
-    where = (store.run, store.folder, hub.endpoint)
+    where = (store.run, store.folder, router.endpoint)
     if store.is_finished:
         log.info("run %s has all its %d rounds already", store.run, config.rounds)
     log.info("run %s in %s, listening on %s", *where, extra=logs.event("started", run=store.run))
@@ -136,18 +136,18 @@ def serve_rounds(
         try:
             spool = Spool(store.folder / SPOOL)
             cohort = ZmqCohort(
-                hub, terms, spool, is_stopping, store.was_counted, store.next_round()
+                router, terms, spool, is_stopping, store.was_counted, store.next_round()
             )
         except EdgeError:
             store.close()
-            hub.close()
+            router.close()
             raise
         monitor = Monitor(store.folder, store.run, config.rounds, cohort.snapshot)
         if metrics:
             metrics.latest = lambda: monitor.latest
         try:
             with monitor.until_end(lambda: store.is_finished):
-                store.write_endpoint(hub.endpoint)
+                store.write_endpoint(router.endpoint)
                 run_rounds(
                     store, method, cohort, test, device=device,
                     should_stop=lambda: bool(stopping), report=report, phase=monitor.phase,

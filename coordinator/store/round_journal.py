@@ -16,7 +16,7 @@ from coordinator.store.checkpoints import sync_folder
 log = logging.getLogger(__name__)
 
 
-class Begun:
+class RoundJournal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._round = 0

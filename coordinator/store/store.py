@@ -31,7 +31,7 @@ from coordinator.settings import differences
 from coordinator.store.checkpoints import checkpoint_name, sync_folder, write_checkpoint
 from coordinator.store.database import DATABASE, connect_to_read, connect_to_write
 from coordinator.store.lock import RunLock
-from coordinator.store.round_journal import Begun
+from coordinator.store.round_journal import RoundJournal
 from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.infer.model_folder import is_there
 from edge_sdk.protocol.messages import ModelSpec, Phase, Segment
@@ -86,7 +86,7 @@ class Store:
         self.config = config
         self.run = run
         self.is_temporary = False  # deleted when the program ends
-        self._begun = Begun(folder / BEGUN)
+        self._journal = RoundJournal(folder / BEGUN)
         self._lock: RunLock | None = None
         self._db = db
 
@@ -124,7 +124,7 @@ class Store:
         return cls._open(folder, connect_to_write, "start one without --resume")
 
     @classmethod
-    def look(cls, folder: Path) -> Store:
+    def open_readonly(cls, folder: Path) -> Store:
         """Only to read, also where nothing may be written. Raises StoreError."""
         return cls._open(folder, connect_to_read, "give the --run-dir of a run")
 
@@ -215,16 +215,16 @@ class Store:
     def begin(self, round: int, chosen: Iterable[Client]) -> None:
         """These take part in the round, beside who does already. Raises StoreError."""
         try:
-            self._begun.add(round, chosen)
+            self._journal.add(round, chosen)
         except OSError as error:
             raise StoreError(
-                f"{self._begun.path} cannot be written: {error}; free space; {self.way_on(round)}"
+                f"{self._journal.path} cannot be written: {error}; free space; {self.way_on(round)}"
             ) from error
 
-    def begun(self, round: int) -> tuple[list[Client], int]:
+    def participants_of(self, round: int) -> tuple[list[Client], int]:
         """Who takes part in a round that was not finished, and how many were chosen for it at
         first; nobody if it was not begun."""
-        return self._begun.read(round)
+        return self._journal.read(round)
 
     def was_counted(self, job: str) -> bool:
         """Whether the update of this job is part of a committed round."""
@@ -246,7 +246,7 @@ class Store:
                 msgspec.json.encode(p).decode() if p else None,
             )  # fmt: skip
 
-    def recording(
+    def record_results(
         self, round: int, results: Iterable[ClientUpdate | Absence]
     ) -> Iterator[ClientUpdate]:
         """Pass the updates on, having recorded every result for the next commit."""
@@ -330,7 +330,7 @@ class Store:
             " TOTAL(outcome = 'ok' AND staleness) FROM participations WHERE round = ?",
             round,
         )
-        return RoundTotals(wall_s, self._begun.count(round), *(int(value) for value in row))
+        return RoundTotals(wall_s, self._journal.count(round), *(int(value) for value in row))
 
     def _record_update(self, round: int, update: ClientUpdate) -> None:
         self._write(  # it was given another job in this round, which it returned

@@ -28,8 +28,8 @@ from edge_sdk.agent.pipe import (
 )
 from edge_sdk.agent.state import State, hello
 from edge_sdk.agent.trainer_process import Supervisor
-from edge_sdk.agent.watchdog import Notifier, Pulse
-from edge_sdk.capacity.chooser import Chooser, told
+from edge_sdk.agent.watchdog import Notifier, Watchdog
+from edge_sdk.capacity.chooser import Chooser, ready_message
 from edge_sdk.capacity.costs import SegmentCost
 from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError
 from edge_sdk.protocol.link import Link, Payload
@@ -59,7 +59,7 @@ class Agent:
         self._link = link
         self._options = options
         self._session = token_hex(8)
-        self._pulse = Pulse(Notifier(options.notify_socket), time.monotonic())
+        self._watchdog = Watchdog(Notifier(options.notify_socket), time.monotonic())
         self._trainer = Supervisor(options.trainer, options.search_path)
         self._chooser = Chooser()
         self._senses = Senses(options)
@@ -83,10 +83,10 @@ class Agent:
                     self._tell_systemd(time.monotonic())
             if self._state.welcome:
                 self._link.send(Bye(reason="device stopped"))
-            self._pulse.stopping()
+            self._watchdog.stopping()
             self._tell(Event("ended", self._last_words))
         finally:
-            self._pulse.close()
+            self._watchdog.close()
             self._trainer.end()
             self._link.close(is_final=True)
 
@@ -99,7 +99,7 @@ class Agent:
             self._on_trainer_death()
             return
         if received:
-            self._pulse.heard(time.monotonic())
+            self._watchdog.heard(time.monotonic())
             self._from_trainer(*received)
 
     def _read_link(self) -> None:
@@ -116,7 +116,7 @@ class Agent:
     def _on_time(self, now: float) -> None:
         """Hello until welcomed, then heartbeats; what was put off; a trainer that is stuck."""
         state = self._state
-        if self._trainer.end_if_stuck(self._pulse.silent_s(now)):
+        if self._trainer.end_if_stuck(self._watchdog.silent_s(now)):
             self._on_trainer_death()
         if self._trainer.restart_at is not None and now >= self._trainer.restart_at:
             self._restart_trainer(now)
@@ -138,7 +138,7 @@ class Agent:
 
     def _tell_systemd(self, now: float) -> None:
         state = self._state
-        self._pulse.turn(
+        self._watchdog.turn(
             now,
             is_ready=state.inspected is not None,
             has_job=state.job is not None,
@@ -307,7 +307,7 @@ class Agent:
 
     def _on_counted(self, costs: tuple[SegmentCost, ...], exits: int, excuse: str = "") -> None:
         available = self._profile().memory_available_bytes
-        self._chooser.counted(costs, exits, available, excuse)
+        self._chooser.set_costs(costs, exits, available, excuse)
         self._tell_choice(is_repeated=True)
 
     def _on_trainer_fault(self, fault: Fault) -> None:
@@ -336,7 +336,7 @@ class Agent:
         self._tell_choice()
 
     def _restart_trainer(self, now: float) -> None:
-        self._pulse.heard(now)
+        self._watchdog.heard(now)
         try:
             self._trainer.restart()
         except TrainerError as error:
@@ -348,7 +348,7 @@ class Agent:
         self._link.send(Fault(code=code, detail=detail, round=job.round))
         if is_memory:
             available = self._profile().memory_available_bytes
-            log.warning("%s", self._chooser.failed(job.plan.segments, available))
+            log.warning("%s", self._chooser.note_failure(job.plan.segments, available))
         self._end_job()
 
     # -- choice ------------------------------------------------------------------------------
@@ -373,4 +373,4 @@ class Agent:
         if is_new and (choice.exit or chooser.costs):
             self._tell(events.chosen(choice, is_resting=state.is_resting))
         if is_new or is_repeated:
-            self._link.send(told(choice))
+            self._link.send(ready_message(choice))

@@ -48,7 +48,7 @@ class Notifier:
             self._socket = None
 
 
-class Pulse:
+class Watchdog:
     """The agent tells it what happens; it tells systemd. Times are of time.monotonic()."""
 
     def __init__(self, notifier: Notifier, now: float) -> None:

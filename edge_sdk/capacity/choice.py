@@ -7,7 +7,14 @@ from functools import partial
 
 import msgspec
 
-from edge_sdk.capacity.costs import SegmentCost, error_bytes, in_model, levers, peak_bytes, seconds
+from edge_sdk.capacity.costs import (
+    SegmentCost,
+    error_bytes,
+    in_model,
+    memory_savings,
+    peak_bytes,
+    seconds,
+)
 from edge_sdk.errors import CapacityError
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.protocol.messages import DeviceProfile
@@ -101,7 +108,7 @@ def _judge(
     num_examples: int,
     epochs: int,
 ) -> Row:
-    tried = list(levers(cost))
+    tried = list(memory_savings(cost))
     fitting = (c for c in tried if peak_bytes(c) <= profile.memory_available_bytes)
     cost, asked = next(fitting, min(tried, key=peak_bytes)), cost
     how = "".join(f" ({words})" for words in [in_words(cost, asked)] if words)
@@ -130,10 +137,12 @@ def _judge(
     )
 
 
-def pulled(cost: SegmentCost, row: Row) -> SegmentCost:
+def as_chosen(cost: SegmentCost, row: Row) -> SegmentCost:
     """The segment with the levers that its row tells."""
     told = (row.cache_bytes, row.micro_batch, row.recompute)
-    return next(c for c in levers(cost) if (c.cache_bytes, c.micro_batch, c.recompute) == told)
+    return next(
+        c for c in memory_savings(cost) if (c.cache_bytes, c.micro_batch, c.recompute) == told
+    )
 
 
 def in_words(cost: SegmentCost, asked: SegmentCost) -> str:

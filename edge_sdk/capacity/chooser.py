@@ -33,7 +33,7 @@ class Chooser:
         self._bound_bytes: int | None = None
         self._failed_bytes = 0  # memory that was available then
 
-    def counted(
+    def set_costs(
         self, costs: tuple[SegmentCost, ...], exits: int, available_bytes: int, excuse: str = ""
     ) -> None:
         """Costs of a model of so many exits; fewer where memory did not do for counting them."""
@@ -87,7 +87,7 @@ class Chooser:
             return replace(choice, reason=choice.reason + failed)
         return choice
 
-    def failed(self, segments: Sequence[Segment], available_bytes: int) -> str:
+    def note_failure(self, segments: Sequence[Segment], available_bytes: int) -> str:
         """A job ended for memory: what is not tried again until memory grew, as one line."""
         wanted = [row for row in self._rows() if _segment(row) in segments]
         peak = max((row.peak_bytes for row in wanted), default=available_bytes)
@@ -150,7 +150,7 @@ def _within(choice: Choice, allowance: Allowance) -> Choice:
     return choice
 
 
-def told(choice: Choice) -> Ready:
+def ready_message(choice: Choice) -> Ready:
     """What the coordinator hears of it."""
     return Ready(
         exit=choice.exit,
@@ -163,7 +163,7 @@ def told(choice: Choice) -> Ready:
 
 def _facts(choice: Choice) -> Ready:
     """Without the reason: it names the memory available, which changes all the time."""
-    return replace(told(choice), reason="")
+    return replace(ready_message(choice), reason="")
 
 
 def _segment(row: Row) -> Segment:

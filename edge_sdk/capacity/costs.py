@@ -117,7 +117,7 @@ def recomputing(cost: SegmentCost) -> SegmentCost:
     )
 
 
-def levers(cost: SegmentCost) -> Iterator[SegmentCost]:
+def memory_savings(cost: SegmentCost) -> Iterator[SegmentCost]:
     """The segment as it is, then with ever less memory, in the order in which it is tried: without
     kept features; in parts of half the batch, a quarter, ... MIN_MICRO_BATCH; with stages run
     again, and then in parts too."""

@@ -13,8 +13,14 @@ from typing import Any
 import msgspec
 
 from edge_sdk.agent.setup import calibration_file
-from edge_sdk.capacity.choice import Choice, choose_exit, in_words, pulled
-from edge_sdk.capacity.costs import TRAINER_ENVIRONMENT, SegmentCost, levers, peak_bytes, seconds
+from edge_sdk.capacity.choice import Choice, as_chosen, choose_exit, in_words
+from edge_sdk.capacity.costs import (
+    TRAINER_ENVIRONMENT,
+    SegmentCost,
+    memory_savings,
+    peak_bytes,
+    seconds,
+)
 from edge_sdk.cli.flags import Subparsers, _print_json, add_memory_cap
 from edge_sdk.cli.measure import _describe
 from edge_sdk.errors import ConfigError, TrainerError
@@ -207,7 +213,7 @@ def _table(
     lines = [("trains", "parameters", "peak memory", "cache", "s/epoch", "s/round", "fits")]
     for cost, row in zip(costs, choice.rows, strict=True):
         local = msgspec.structs.replace(profile, link_mbit_s=None)
-        run = pulled(cost, row)
+        run = as_chosen(cost, row)
         how = in_words(run, cost)
         once_s, twice_s = (seconds(run, local, num_examples, epochs) for epochs in (1, 2))
         lines.append(
@@ -238,7 +244,7 @@ def _explain(costs: Sequence[SegmentCost], profile: DeviceProfile) -> str:
     lines = [f"\ntried in this order, {mebibytes(available)} available:"]
     for cost in costs:
         lines.append(f"  {_name(cost)}")
-        for tried in levers(cost):
+        for tried in memory_savings(cost):
             peak = peak_bytes(tried)
             lines.append(
                 f"    {in_words(tried, cost) or 'as planned'}: runtime "

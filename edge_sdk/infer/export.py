@@ -41,7 +41,7 @@ from edge_sdk.infer.model_folder import (
 )
 from edge_sdk.infer.onnx_layers import plain_model
 from edge_sdk.models import StagedModel, build
-from edge_sdk.models.staged import place
+from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensors import Tensors, check_finite
 
@@ -127,7 +127,7 @@ def prefix(
     exit = spec.exit if exit is None else exit
     if not 1 <= exit <= spec.exit:
         raise ConfigError(f"exit {exit} of a model of {spec.exit} exits; take one of them")
-    part = {name: tensor for name, tensor in tensors.items() if place(name)[1] <= exit}
+    part = {name: tensor for name, tensor in tensors.items() if stage_of(name)[1] <= exit}
     return replace(spec, exit=exit), part
 
 
@@ -312,13 +312,3 @@ def _package(name: str) -> Any:
         raise ConfigError(
             f'exporting needs {name}, which is not installed; pip install "edge-sdk[export]"'
         ) from error
-
-
-def described(model: ExportedModel, folder: Path) -> str:
-    """What an export has written, in one line."""
-    spec = model.spec
-    return (
-        f"wrote {folder}: {spec.family}, input {'x'.join(map(str, spec.input_shape))}, "
-        f"{spec.num_classes} classes, exits 1 to {spec.exit}; largest difference to torch "
-        f"{model.largest_difference:.1e} of the largest logit, on {model.checked_on}"
-    )

@@ -60,7 +60,7 @@ class ExportedModel(Struct, frozen=True, kw_only=True):
             raise ValueError(f"{len(self.stages)} stages for {self.spec.exit} exits")
 
 
-class Calibration(Struct, frozen=True, kw_only=True):
+class ExitThresholds(Struct, frozen=True, kw_only=True):
     """calibration.json: an example stops at the first exit whose confidence by `measure` reaches
     that exit's threshold; the last exit has none. Accuracies, latency at batch 1 and `exit_shares`
     (where examples stop) are those on the held-out examples."""
@@ -88,13 +88,13 @@ def read_model(folder: Path) -> ExportedModel:
     return _read(folder / MODEL, ExportedModel, "export the model again")
 
 
-def read_calibration(folder: Path, model: ExportedModel) -> Calibration | None:
+def read_calibration(folder: Path, model: ExportedModel) -> ExitThresholds | None:
     """None if the model was never calibrated here. Raises StoreError: corrupt, of another version
     or of another model."""
     path, step = folder / CALIBRATION, "run edge-sdk calibrate again"
     if not is_there(path):
         return None
-    found = _read(path, Calibration, step)
+    found = _read(path, ExitThresholds, step)
     wanted = sha256_of(_bytes(folder / MODEL, step))
     if found.model_sha256 != wanted or len(found.thresholds) != model.spec.exit - 1:
         raise StoreError(f"{path} belongs to another model than the {MODEL} beside it; {step}")
@@ -232,3 +232,13 @@ def _read(path: Path, kind: type[T], step: str) -> T:
         return msgspec.convert(plain, kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise StoreError(f"{path} refused: {one_line(str(error))}; {step}") from error
+
+
+def described(model: ExportedModel, folder: Path) -> str:
+    """What an export has written, in one line."""
+    spec = model.spec
+    return (
+        f"wrote {folder}: {spec.family}, input {'x'.join(map(str, spec.input_shape))}, "
+        f"{spec.num_classes} classes, exits 1 to {spec.exit}; largest difference to torch "
+        f"{model.largest_difference:.1e} of the largest logit, on {model.checked_on}"
+    )

@@ -23,7 +23,7 @@ from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
 from edge_sdk.infer.model_folder import (
     CALIBRATION,
     MODEL,
-    Calibration,
+    ExitThresholds,
     ExportedModel,
     Measure,
     sha256_of,
@@ -72,7 +72,7 @@ def calibrate(
     latency_s: float | None = None,
     measure: Measure = "softmax",
     threads: int = 1,
-) -> Calibration:
+) -> ExitThresholds:
     """Write calibration.json beside the model: the fastest threshold that reaches `accuracy` (a
     share), or that loses at most `accuracy_loss` against the deepest exit; or the most accurate
     one within a mean latency of `latency_s`. Give one of the three.
@@ -86,7 +86,7 @@ def calibrate(
     points = curve(answers, exit_seconds(engine, x))
     deepest = answers.accuracies()[-1]
     point, wanted = choose(points, deepest, accuracy, accuracy_loss, latency_s)
-    found = Calibration(
+    found = ExitThresholds(
         model_sha256=sha256_of((folder / MODEL).read_bytes()),
         measure=measure,
         thresholds=(point.threshold,) * len(engine.thresholds),

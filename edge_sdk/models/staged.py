@@ -94,7 +94,7 @@ def moved(x: Tensor, device: str | torch.device) -> Tensor:
     return x.to(device)
 
 
-def place(name: str) -> tuple[str, int]:
+def stage_of(name: str) -> tuple[str, int]:
     """Where a tensor belongs: ("stages" or "exits", number from 1)."""
     kind, _, rest = name.partition(".")
     number = rest.partition(".")[0]
@@ -119,7 +119,7 @@ def check_segments(segments: Sequence[Segment], num_exits: int) -> None:
 def trained_names(names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
     """Names of the tensors that training `segments` changes: their stages and exits."""
     stages = {s for g in segments for s in range(g.first, g.last + 1)}
-    return [name for name in names if place(name)[1] in stages]
+    return [name for name in names if stage_of(name)[1] in stages]
 
 
 def needed_names(names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
@@ -130,5 +130,5 @@ def needed_names(names: Iterable[str], segments: Sequence[Segment]) -> list[str]
     return [
         name
         for name in names
-        if name in trained or (place(name)[0] == "stages" and place(name)[1] <= deepest)
+        if name in trained or (stage_of(name)[0] == "stages" and stage_of(name)[1] <= deepest)
     ]

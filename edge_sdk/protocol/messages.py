@@ -169,7 +169,7 @@ class ExitResult(Struct, frozen=True, kw_only=True):
     """Loss (nats) and accuracy of one exit on the local training data, last epoch.
 
     A loss that is not finite says that training diverged: it gets through here, so that the
-    coordinator can refuse the update by name (cohort_zmq.check_update)."""
+    coordinator can refuse the update by name (coordinator: fleet/open_job.check_update)."""
 
     exit: Index
     loss: float

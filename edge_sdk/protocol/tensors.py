@@ -244,7 +244,7 @@ def views(specs: Sequence[TensorSpec], stream: Tensor) -> Tensors:
     return found
 
 
-def under(state: Mapping[str, Tensor], prefix: str) -> Tensors:
+def with_prefix(state: Mapping[str, Tensor], prefix: str) -> Tensors:
     """The entries whose name begins with `prefix`, without it."""
     return {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
 

@@ -47,7 +47,7 @@ _VGG = ModelSpec(
 PROBES = ((_CNN, 16), (_VGG, 16), (_CNN, 64), (_VGG, 64), (_CNN, 160))
 
 
-class Calibration(Struct, frozen=True, kw_only=True):
+class MemoryCalibration(Struct, frozen=True, kw_only=True):
     """made_with: what it holds for, in words. allowance: peak over counted bytes of a step.
     scratch_bytes: beside that, whatever the model. error: of the probes' predictions, the
     largest, as a share of the largest prediction without runtime."""
@@ -58,7 +58,7 @@ class Calibration(Struct, frozen=True, kw_only=True):
     error: Annotated[float, Meta(ge=0, le=1)] = ERROR
 
 
-def calibrated(cache: Path | None, device: str, may_measure: bool) -> Calibration:
+def calibrated(cache: Path | None, device: str, may_measure: bool) -> MemoryCalibration:
     """The one in `cache` if it holds here, else a new one, which is kept there. Without
     `may_measure`, memory for it, or on another device than the CPU: what was measured elsewhere. A
     file that cannot be used is replaced."""
@@ -67,9 +67,9 @@ def calibrated(cache: Path | None, device: str, may_measure: bool) -> Calibratio
         return found
     probes = list(_probe()) if may_measure and device == "cpu" else []
     if not probes:
-        return Calibration(made_with=here)
+        return MemoryCalibration(made_with=here)
     allowance, scratch_bytes, error = fit(probes)
-    made = Calibration(
+    made = MemoryCalibration(
         made_with=here, allowance=allowance, scratch_bytes=scratch_bytes, error=error
     )
     log.info(
@@ -92,7 +92,7 @@ def made_with(device: str) -> str:
     return ", ".join([*parts, device])
 
 
-class Trainer(msgspec.Struct, frozen=True, kw_only=True):
+class TrainerBaseline(msgspec.Struct, frozen=True, kw_only=True):
     """What one needs before it has a model, here; allowance and error: as in a Calibration."""
 
     runtime_bytes: int
@@ -100,10 +100,10 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True):
     error: float
 
 
-def trial(cache: Path) -> Trainer:
+def trial(cache: Path) -> TrainerBaseline:
     """This process as a trainer; for `edge-sdk plan`, in a process of its own."""
     found = calibrated(cache, "cpu", may_measure=True)
-    return Trainer(
+    return TrainerBaseline(
         runtime_bytes=runtime_bytes()[0] + found.scratch_bytes,
         allowance=found.allowance,
         error=found.error,
@@ -164,9 +164,9 @@ def _probe() -> Iterator[tuple[int, int]]:
         yield counted, peak - before - held - (process_memory.library_bytes() - libraries)
 
 
-def _read(path: Path) -> Calibration | None:
+def _read(path: Path) -> MemoryCalibration | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+        return msgspec.json.decode(path.read_bytes(), type=MemoryCalibration)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -38,7 +38,7 @@ class _Finished(Struct, frozen=True, kw_only=True):
     update: Update
 
 
-class Kept:
+class SavedUpdate:
     """folder: this agent's own, made when needed; None: nothing is kept. What cannot be written or
     read is as if it were not there: the device then trains again."""
 

@@ -1,5 +1,5 @@
 """The training process: the only part of a device that imports torch. Started by the agent through
-worker_main.py, it ends when the agent's end of the pipe closes.
+__main__.py, it ends when the agent's end of the pipe closes.
 
 It may be killed for memory at any time; the agent survives, reports and starts another.
 """
@@ -38,8 +38,8 @@ from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.protocol.messages import Fault, Fetch, Job, Part, Phase, Update
 from edge_sdk.protocol.tensors import Receiver, Sender, specs_of
 from edge_sdk.protocol.timing import clock, since
-from edge_sdk.training.calibration import Calibration, calibrated, runtime_bytes
-from edge_sdk.training.saved_update import Kept
+from edge_sdk.training.calibration import MemoryCalibration, calibrated, runtime_bytes
+from edge_sdk.training.saved_update import SavedUpdate
 from edge_sdk.training.trainer import TrainResult, train, usable_device
 
 log = logging.getLogger(__name__)
@@ -52,13 +52,18 @@ class Worker:
     """Serves one pipe: inspects its data once, then estimates and trains as asked."""
 
     def __init__(
-        self, pipe: Pipe, examples: Examples, device: str, calibration: Calibration, kept: Kept
+        self,
+        pipe: Pipe,
+        examples: Examples,
+        device: str,
+        calibration: MemoryCalibration,
+        saved: SavedUpdate,
     ) -> None:
         self._pipe = pipe
         self._examples = examples
         self._device = device
         self._calibration = calibration
-        self._kept = kept
+        self._saved = saved
         needed, self._library_bytes = runtime_bytes()
         self._runtime_bytes = needed + calibration.scratch_bytes
         self._inbox: deque[tuple[PipeMessage, memoryview]] = deque()
@@ -73,7 +78,7 @@ class Worker:
 
     def serve(self, gflops: float, layer_s: float) -> None:
         """Handle messages until the agent is gone (EOFError)."""
-        if finished := self._kept.load():
+        if finished := self._saved.load():
             self._job, self._update, self._sender = finished
         self._pipe.send(
             Inspected(
@@ -170,7 +175,7 @@ class Worker:
         self._sender = Sender(result.tensors)
         idle = max(0, process_memory.library_bytes() - self._library_bytes)
         self._update = make_update(job, result, download, idle, self._sender.digest())
-        self._kept.save(job, self._update, self._sender)
+        self._saved.save(job, self._update, self._sender)
         self._pipe.send(self._update)
 
     def _send_parts(self, fetch: Fetch) -> None:
@@ -199,7 +204,7 @@ class Worker:
 
     def _forget(self) -> None:
         if self._update:
-            self._kept.forget()
+            self._saved.forget()
         self._job = self._receiver = self._update = self._sender = None
 
 
@@ -217,8 +222,8 @@ def prepare(pipe: Pipe, options: TrainerOptions) -> Callable[[], None]:
     threads = torch.get_num_threads()
     gflops = measure_gflops(threads=threads, device=device) if may_measure else 0.0
     layer_s = measure_layer_s(threads=threads, device=device) if may_measure else 0.0
-    kept = Kept(Path(options.saved_updates) if options.saved_updates else None)
-    return partial(Worker(pipe, examples, device, calibration, kept).serve, gflops, layer_s)
+    saved = SavedUpdate(Path(options.saved_updates) if options.saved_updates else None)
+    return partial(Worker(pipe, examples, device, calibration, saved).serve, gflops, layer_s)
 
 
 def make_update(

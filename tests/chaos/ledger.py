@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from coordinator.aggregation.staleness import brought_forward
+from coordinator.aggregation.staleness import rebase_late_updates
 from coordinator.cohorts.base import Client, ClientUpdate
 from coordinator.cohorts.in_process import train_here
 from coordinator.config import RunConfig, read_config
@@ -201,7 +201,7 @@ def _do_again(bed: Bed, config: RunConfig, method: Method, round: int, seed_shif
         updates.append(dataclasses.replace(update, staleness=staleness, sent=job.tensors))
     parameters = {name for name, _ in build(method.spec).named_parameters()}
     half_life = config.staleness_half_life
-    method.aggregate(round, brought_forward(updates, method.current(), parameters, half_life))
+    method.aggregate(round, rebase_late_updates(updates, method.current(), parameters, half_life))
 
 
 def largest_difference(ours: Tensors, theirs: Mapping[str, Tensor]) -> float:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.errors import ConfigError, EdgeError, ShapeError
 from edge_sdk.models import FAMILIES, build, initial_tensors
-from edge_sdk.models.staged import moved, needed_names, place, trained_names
+from edge_sdk.models.staged import moved, needed_names, stage_of, trained_names
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training.trainer import train
 from tests.support.examples import examples
@@ -57,7 +57,7 @@ def test_prefix_is_a_real_cut(spec):
     full.load(whole)
     for exit in (1, 2):
         cut = build(replace(spec, exit=exit)).eval()
-        part = {name: t for name, t in whole.items() if place(name)[1] <= exit}
+        part = {name: t for name, t in whole.items() if stage_of(name)[1] <= exit}
         assert set(part) == set(cut.tensors())
         cut.load(part)
         assert cut.main_weights == tuple(name for name in full.main_weights if name in part)
@@ -105,7 +105,7 @@ def test_main_weights_are_matrices_of_the_stages(spec):
     assert model.main_weights
     stages = set()
     for name in model.main_weights:
-        kind, number = place(name)
+        kind, number = stage_of(name)
         assert kind == "stages"
         assert model.get_parameter(name).ndim >= 2
         stages.add(number)

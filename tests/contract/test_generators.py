@@ -12,7 +12,7 @@ from coordinator.config import GeneratorOptions, RotationOptions, ServerOptions
 from coordinator.generators.registry import make_generator
 from coordinator.methods.registry import make_method
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.staged import place
+from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import ModelSpec, Segment
 from tests.support.examples import answer, client, cnn, config
 
@@ -117,7 +117,7 @@ def test_it_generates_for_every_family(name, family):
     cohort = [client("a", 1, spec.exit), *(client(f"z{i}", spec.exit, spec.exit) for i in range(3))]
     method = hypemefed(name, spec)
     changed = changed_by_generation(method, cohort)
-    assert {place(key)[1] for key in changed} == set(range(2, spec.exit + 1))
+    assert {stage_of(key)[1] for key in changed} == set(range(2, spec.exit + 1))
 
 
 @pytest.mark.parametrize("generate", ["conv", "conv+bn", "all"])
@@ -125,7 +125,7 @@ def test_what_is_generated(name, generate):
     method = hypemefed(name, generate=generate)
     before = method.current()
     changed = changed_by_generation(method)
-    deep = [key for key in before if place(key)[1] > 1 and "running" not in key]
+    deep = [key for key in before if stage_of(key)[1] > 1 and "running" not in key]
     expected = {
         "conv": {key for key in deep if before[key].ndim == 4},
         "conv+bn": {key for key in deep if key.startswith("stages")},
@@ -174,7 +174,7 @@ def test_stage_without_owner_is_bit_identical(name):
     before = dict(method.current())
     play(method, 1, [client("a", 1), client("c", 2)], first=7)
     for key, tensor in method.current().items():
-        assert torch.equal(tensor, before[key]) == (place(key)[1] == 3), key
+        assert torch.equal(tensor, before[key]) == (stage_of(key)[1] == 3), key
 
 
 def test_order_of_clients_does_not_matter(name):
@@ -229,7 +229,7 @@ def test_only_what_a_client_did_not_train_is_generated(name):
     def spied(current, mean):
         for weight, tensors in real(current, mean):
             for key in tensors:
-                seen[place(key)[1]] = weight
+                seen[stage_of(key)[1]] = weight
             yield weight, tensors
 
     method._generator.generate = spied
@@ -292,7 +292,7 @@ def test_regression_finds_a_planted_relation():
 
 
 def _without_deep(update):
-    kept = {k: t for k, t in update.tensors.items() if place(k)[1] == 1}
+    kept = {k: t for k, t in update.tensors.items() if stage_of(k)[1] == 1}
     return dataclasses.replace(update, tensors=kept, segments=(Segment(first=1, last=1),))
 
 
@@ -325,7 +325,7 @@ def test_the_weight_of_generated_tensors_by_hand(name):
 
     def spied(current, mean):
         for weight, tensors in real(current, mean):
-            seen.update({place(key)[1]: weight for key in tensors})
+            seen.update({stage_of(key)[1]: weight for key in tensors})
             yield weight, tensors
 
     method._generator.generate = spied

@@ -12,7 +12,7 @@ from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import AggregationOptions, GeneratorOptions, ServerOptions
 from coordinator.methods.registry import METHODS, make_method
 from edge_sdk.errors import ConfigError
-from edge_sdk.models.staged import place
+from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import TensorSpec
 from tests.support.examples import answer, client, config, examples
 
@@ -220,7 +220,7 @@ def test_assignments_are_what_the_client_can_hold(name):
         down = set(job.tensors)
         assert {spec.name for spec in job.returns} <= down
         deepest = max(segment.last for segment in job.plan.segments)
-        assert {place(key)[1] for key in down} <= set(range(1, deepest + 1))
+        assert {stage_of(key)[1] for key in down} <= set(range(1, deepest + 1))
 
 
 def test_deployed_part_is_a_model_of_its_own(name):
@@ -229,7 +229,7 @@ def test_deployed_part_is_a_model_of_its_own(name):
     for who in COHORT:
         spec, tensors = method.deployed(who)
         assert spec.exit <= who.exit
-        assert set(tensors) == {n for n in method.served() if place(n)[1] <= spec.exit}
+        assert set(tensors) == {n for n in method.served() if stage_of(n)[1] <= spec.exit}
 
 
 def test_real_training_repeats_bit_by_bit(name):

@@ -12,7 +12,7 @@ import zmq
 from coordinator.admission.client_list import Admission
 from coordinator.admission.invitations import Invitation, read_invitations, write_invitation
 from coordinator.cli.main import main as coordinate
-from coordinator.fleet.router import Hub
+from coordinator.fleet.router import Router
 from edge_sdk.protocol.invitation import InvitationLine
 from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys
 from edge_sdk.protocol.messages import Heartbeat
@@ -37,8 +37,8 @@ class Gate:
             self.clients.write_text("# those who may\n")
             settle(self.clients)
         self.keys = read_keys(folder, "server")
-        self.hub = Hub(endpoint, self.keys, Admission(self.clients))
-        self.endpoint = self.hub.endpoint
+        self.router = Router(endpoint, self.keys, Admission(self.clients))
+        self.endpoint = self.router.endpoint
         self.passed: list[str] = []  # types of the messages that a cohort would see
         self._is_open = True
         self._devices: list[ScriptedDevice] = []
@@ -47,10 +47,10 @@ class Gate:
 
     def _listen(self) -> None:
         while self._is_open:
-            _, received = self.hub.receive(20)
+            _, received = self.router.receive(20)
             if received is not None:
                 self.passed.append(f"{received.name} {type(received.message).__name__}")
-                self.hub.send(received.route, Heartbeat())
+                self.router.send(received.route, Heartbeat())
 
     def invite(self, name: str | None = None, *, valid_s: float = DAY_S) -> InvitationLine:
         public, secret = zmq.curve_keypair()
@@ -76,7 +76,7 @@ class Gate:
             device.close()
         self._is_open = False
         self._thread.join(WAIT_S)
-        self.hub.close()
+        self.router.close()
 
 
 def pair_of(line: InvitationLine) -> KeyPair:

@@ -146,7 +146,7 @@ def settle(coordinator: ScriptedCoordinator, device: Device) -> None:
     device.memory_bytes = 64 * GIB
     coordinator.drain()
     # says hello anyway if its link was lost
-    coordinator.hub.send(coordinator.route, Fault(code="hello", detail="say it again"))
+    coordinator.router.send(coordinator.route, Fault(code="hello", detail="say it again"))
     coordinator.wait_for(Hello)
     coordinator.run += 1
     coordinator.welcome(MODEL, WHOLE)  # of another run: a job in hand is dropped

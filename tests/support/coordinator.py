@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from coordinator.fleet.router import Hub, Received
+from coordinator.fleet.router import Received, Router
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import (
     PROTOCOL,
@@ -29,8 +29,8 @@ class ScriptedCoordinator:
     """The other end of one agent, without encryption."""
 
     def __init__(self) -> None:
-        self.hub = Hub(ANY_PORT, None, None)
-        self.endpoint = self.hub.endpoint
+        self.router = Router(ANY_PORT, None, None)
+        self.endpoint = self.router.endpoint
         self.run = 0  # number of runs that were begun
         self.num_given = 0
         self.job: Job | None = None  # the last one
@@ -38,13 +38,13 @@ class ScriptedCoordinator:
         self._is_open = True
 
     def send(self, message: Message, payload: Payload | None = None) -> None:
-        assert self.hub.send(self.route, message, payload), f"{message} was not sent"
+        assert self.router.send(self.route, message, payload), f"{message} was not sent"
 
     def receive(self) -> Received:
         """The next message; answers go where it came from."""
         until = time.monotonic() + WAIT_S
         while (left_s := until - time.monotonic()) > 0:
-            _, received = self.hub.receive(int(1000 * left_s))
+            _, received = self.router.receive(int(1000 * left_s))
             if received is not None:
                 self.route = received.route
                 return received
@@ -52,7 +52,7 @@ class ScriptedCoordinator:
 
     def drain(self) -> None:
         """Pass over what has come: heartbeats of a long pause fill a link, and it is made anew."""
-        while (received := self.hub.receive(0)[1]) is not None:
+        while (received := self.router.receive(0)[1]) is not None:
             self.route = received.route
 
     def expect(self, kind: type[M]) -> M:
@@ -122,11 +122,11 @@ class ScriptedCoordinator:
 
     def hang_up(self) -> None:
         """The coordinator's program is gone."""
-        self.hub.close()
+        self.router.close()
         self._is_open = False
 
     def listen_again(self) -> None:
-        self.hub = Hub(self.endpoint, None, None)
+        self.router = Router(self.endpoint, None, None)
         self._is_open = True
 
     def close(self) -> None:

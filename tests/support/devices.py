@@ -20,8 +20,8 @@ import zmq
 
 from coordinator.admission.client_list import Admission, add_client
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
-from coordinator.fleet.cohort import Terms, ZmqCohort
-from coordinator.fleet.router import Hub
+from coordinator.fleet.cohort import ServeOptions, ZmqCohort
+from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
 from edge_sdk.models.staged import trained_names
 from edge_sdk.protocol.keys import KeyPair, make_keys
@@ -278,7 +278,7 @@ def asked_for(fetch: Fetch) -> range:
 
 
 class Coordinator:
-    """The real Hub and ZmqCohort. The cohort is used by one thread only, as it must be; what is
+    """The real Router and ZmqCohort. The cohort is used by one thread only, as it must be; what is
     asked of it comes back as a Future.
 
     folder: of keys and the client list; None: insecure. spool: of a coordinator that was there
@@ -297,7 +297,7 @@ class Coordinator:
             for name in names:
                 add_client(folder / "clients", name, self.keys[name].public)
         admission = Admission(self.clients_file) if self.clients_file else None
-        self.hub = Hub(ANY_PORT, self.keys.get("server"), admission)
+        self.router = Router(ANY_PORT, self.keys.get("server"), admission)
         fields: dict[str, Any] = {
             "run": "a run",
             "model": cnn(),
@@ -307,14 +307,14 @@ class Coordinator:
             "quorum": 1.0,
             "min_clients": len(names),
         }
-        self.terms = Terms(**(fields | terms))
+        self.terms = ServeOptions(**(fields | terms))
         self.arrived: queue.Queue[Result] = queue.Queue()  # results, as the cohort yields them
         self._stopping = threading.Event()
         self._closing: Future[None] | None = None
         self._folder = TemporaryDirectory()
         self.spool = spool or Path(self._folder.name)
         self._cohort = ZmqCohort(
-            self.hub, self.terms, Spool(self.spool), self._stopping.is_set, next_round=next_round
+            self.router, self.terms, Spool(self.spool), self._stopping.is_set, next_round=next_round
         )
         self._thread = ThreadPoolExecutor(1)
         self._devices: list[ScriptedDevice] = []
@@ -324,7 +324,7 @@ class Coordinator:
         own = {"keys": self.keys.get(name)}
         if server := self.keys.get("server"):
             own["server_key"] = server.public  # type: ignore[assignment]
-        device = ScriptedDevice(self.hub.endpoint, name, **(own | link))
+        device = ScriptedDevice(self.router.endpoint, name, **(own | link))
         self._devices.append(device)
         return device
 

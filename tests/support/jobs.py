@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from coordinator.cohorts.base import Assignment, ClientUpdate
-from coordinator.fleet.flow_control import Credit
-from coordinator.fleet.jobs import Desk
+from coordinator.fleet.flow_control import Budget
+from coordinator.fleet.jobs import Jobs
 from coordinator.fleet.spool import Spool
 from edge_sdk.protocol.messages import ExitResult, Job, Part, Phase, Plan, Segment, Update
 from edge_sdk.protocol.stream import PART_BYTES
@@ -27,8 +27,8 @@ class Room:
     def __init__(self, folder: Any, **options: Any) -> None:
         self.said: list[tuple[str, Any]] = []
         self.unreachable: set[str] = set()
-        credit = options.pop("credit", None) or Credit()
-        self.desk = Desk("a run", Spool(folder), credit, self._send, **options)
+        budget = options.pop("credit", None) or Budget()
+        self.jobs = Jobs("a run", Spool(folder), budget, self._send, **options)
         self.trained = {"stages.1.0.weight": floats(PARTS * PART_BYTES // 4 - 2, start=1.0)}
 
     def _send(self, name: str, message: Any, payload: Any) -> bool:
@@ -44,7 +44,7 @@ class Room:
 
     def give(self, name: str = "a", round: int = 1, plan: Plan = PLAN) -> None:
         known = dataclasses.replace(client(name, 3), num_examples=10)
-        self.desk.give(known, self.assignment(plan), round, 0.0)
+        self.jobs.give(known, self.assignment(plan), round, 0.0)
 
     def to(self, name: str, kind: type) -> list[Any]:
         return [m for who, m in self.said if who == name and isinstance(m, kind)]
@@ -68,12 +68,12 @@ class Room:
 
     def parts(self, indices: Any, name: str = "a", tensors: Tensors | None = None) -> None:
         sender = Sender(self.trained if tensors is None else tensors)
-        round = self.desk.seats[name].round
+        round = self.jobs.open[name].round
         for index in indices:
-            self.desk.on_message(name, Part(round=round, index=index), sender.part(index))
+            self.jobs.on_message(name, Part(round=round, index=index), sender.part(index))
 
     def announce(self, name: str = "a", tensors: Tensors | None = None) -> None:
-        self.desk.on_message(name, self.update(self.job(name), tensors), None)
+        self.jobs.on_message(name, self.update(self.job(name), tensors), None)
 
     def finish(self, name: str = "a") -> None:
         self.announce(name)

@@ -123,7 +123,7 @@ def record_run(folder: Path) -> Store:
     for round, results in enumerate(ROUNDS, 1):
         store.begin(round, [PI, NANO, REAL])
         store.record_clients([PI, NANO, REAL])
-        list(store.recording(round, results))
+        list(store.record_results(round, results))
         commit(store, round)
-    list(store.recording(4, ROUNDS[0]))
+    list(store.record_results(4, ROUNDS[0]))
     return store

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.fleet.spool import Arrived, Spool
+from coordinator.fleet.spool import ArrivedUpdate, Spool
 from edge_sdk.errors import StoreError
 from edge_sdk.protocol.messages import ExitResult, Segment, Update
 from edge_sdk.protocol.stream import PART_BYTES
@@ -13,7 +13,7 @@ JOB, OTHER = "1" * 32, "2" * 32
 TENSORS = {"stages.0.w": floats(PART_BYTES // 4), "exits.0.b": floats(3, start=7.0)}  # two parts
 
 
-def arrived(tensors: Tensors, job: str = JOB) -> Arrived:
+def arrived(tensors: Tensors, job: str = JOB) -> ArrivedUpdate:
     update = Update(
         job=job,
         digest=Sender(tensors).digest(),
@@ -26,7 +26,9 @@ def arrived(tensors: Tensors, job: str = JOB) -> Arrived:
         tensors=specs_of(tensors),
     )
     segments = (Segment(first=1, last=1),)
-    return Arrived(update=update, segments=segments, upload_s=1.5, bytes_down=100, bytes_up=40)
+    return ArrivedUpdate(
+        update=update, segments=segments, upload_s=1.5, bytes_down=100, bytes_up=40
+    )
 
 
 def receive(
@@ -42,7 +44,7 @@ def receive(
 
 def keep(spool: Spool, client: str = "a", tensors: Tensors = TENSORS, job: str = JOB) -> None:
     receive(spool, client, tensors)
-    spool.keep(3, client, arrived(tensors, job))
+    spool.save_update(3, client, arrived(tensors, job))
 
 
 def files(spool: Spool) -> list[str]:

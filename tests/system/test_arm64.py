@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from coordinator.admission.client_list import Admission
-from coordinator.fleet.router import Hub
+from coordinator.fleet.router import Router
 from edge_sdk.data.load import save_shard
 from edge_sdk.infer.early_exit import EarlyExit
 from edge_sdk.infer.export import export
@@ -107,12 +107,12 @@ def test_measure_without_torch(arm):
 
 
 def test_parts_there_and_back_encrypted(arm, world):
-    """2 MB in parts between the device's Link here as ARM64 code and the coordinator's Hub."""
+    """2 MB in parts between the device's Link here as ARM64 code and the coordinator's Router."""
     rng = np.random.default_rng(0)
     parts = [rng.bytes(512 * 1024) for _ in range(4)]
     returned: dict[int, bytes] = {}
     hellos: list[Hello] = []
-    hub = Hub(ANY_PORT, read_keys(world.keys, "server"), Admission(world.keys / "clients"))
+    hub = Router(ANY_PORT, read_keys(world.keys, "server"), Admission(world.keys / "clients"))
     is_done = threading.Event()
 
     def serve() -> None:

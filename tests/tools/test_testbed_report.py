@@ -109,7 +109,7 @@ def test_in_process_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (bytes_up,) = db.execute("SELECT SUM(bytes_up) FROM rounds").fetchone()
         (longest_s,) = db.execute("SELECT MAX(wall_s) FROM phases WHERE phase = 'train'").fetchone()
     db.close()
-    assert report.tally.bytes_up_a_round == bytes_up / 2
+    assert report.counters.bytes_up_a_round == bytes_up / 2
     assert report.platforms[0].phases[3].board.max_s == longest_s
 
 

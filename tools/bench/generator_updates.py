@@ -18,7 +18,7 @@ from coordinator.aggregation.mean import OwnersMean
 from coordinator.cohorts.base import Client, ClientUpdate
 from edge_sdk.data.examples import Examples
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.staged import place
+from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.training.trainer import train
@@ -92,7 +92,7 @@ def examples(case: Case, seed: int) -> Examples:
 
 
 def prefix(tensors: Mapping[str, Tensor], exit: int) -> Tensors:
-    return {name: tensor for name, tensor in tensors.items() if place(name)[1] <= exit}
+    return {name: tensor for name, tensor in tensors.items() if stage_of(name)[1] <= exit}
 
 
 def read(path: Path) -> Tensors:

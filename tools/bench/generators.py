@@ -42,7 +42,7 @@ from coordinator.generators.pairwise import PairGenerator
 from coordinator.generators.registry import make_generator
 from edge_sdk.hardware import process_memory
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.staged import place
+from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.tensors import Tensors
 from tools.bench.generator_updates import (
     EXITS,
@@ -195,7 +195,7 @@ class Errors:
         for name, generated in tensors.items():
             if name not in main_weights(round_):
                 continue
-            stage = place(name)[1]
+            stage = stage_of(name)[1]
             owners = sum(exit >= stage for exit in EXITS)
             lacking = len(EXITS) - owners
             total = (owners * round_.mean[name] + weight * generated) / (owners + weight)
@@ -207,7 +207,7 @@ class Errors:
     def row(self, round_: Round, stages: Sequence[int] = (2, 3)) -> Row:
         found: Row = {}
         for stage in stages:
-            names = [name for name in main_weights(round_) if place(name)[1] == stage]
+            names = [name for name in main_weights(round_) if stage_of(name)[1] == stage]
 
             def squared(a: Tensors, b: Tensors | None = None, names: list[str] = names) -> float:
                 return sum(float((a[n] - (b[n] if b else 0)).square().sum()) for n in names)
@@ -223,7 +223,7 @@ class Errors:
 
 def main_weights(round_: Round) -> list[str]:
     """Convolutions of the stages that may lack: what every generator generates."""
-    return [n for n, t in round_.sent.items() if t.ndim > 2 and place(n) > ("stages", 1)]
+    return [n for n, t in round_.sent.items() if t.ndim > 2 and stage_of(n) > ("stages", 1)]
 
 
 def warm_up(options: GeneratorOptions, device: str) -> None:

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from edge_sdk.agent.pipe import Estimate, Estimated, Inspected, PipeMessage, Train, TrainerOptions
 from edge_sdk.agent.trainer_process import TrainerProcess
 from edge_sdk.capacity.chooser import Chooser
-from edge_sdk.capacity.costs import SegmentCost, levers, peak_bytes
+from edge_sdk.capacity.costs import SegmentCost, memory_savings, peak_bytes
 from edge_sdk.hardware.measure import measure
 from edge_sdk.protocol.messages import (
     PROTOCOL,
@@ -123,7 +123,7 @@ class Device:
         content = Path(self._task.folder, "costs.json").read_bytes()
         costs = msgspec.json.decode(content, type=list[SegmentCost])
         cost = next(c for c in costs if [(c.first, c.last)] == self._task.forced)
-        least = min(levers(cost), key=peak_bytes)
+        least = min(memory_savings(cost), key=peak_bytes)
         plan = replace(self._task.plan, micro_batch=least.micro_batch, recompute=least.recompute)
         return {"peak_bytes": self._train(self._task.forced, plan, least.cache_bytes)}
 

@@ -134,15 +134,15 @@ def serve(
     keys: str,
     mark: Callable[[str], None] = lambda what: None,
 ) -> int:
-    """The coordinator's process: the product's Hub, ZmqCohort and OwnersMean. mark: is told "base"
+    """The coordinator's process: the product's Router, ZmqCohort, OwnersMean. mark: is told "base"
     before the model is made, "begin" and "end" of each round."""
     import torch
 
     from coordinator.admission.client_list import Admission
     from coordinator.aggregation.mean import OwnersMean
     from coordinator.cohorts.base import Assignment, ClientUpdate
-    from coordinator.fleet.cohort import Terms, ZmqCohort
-    from coordinator.fleet.router import Hub
+    from coordinator.fleet.cohort import ServeOptions, ZmqCohort
+    from coordinator.fleet.router import Router
     from coordinator.fleet.spool import Spool
     from edge_sdk.protocol.tensors import specs_of
 
@@ -151,14 +151,14 @@ def serve(
     admission = None
     if keys != "-":
         pair, admission = read_keys(Path(keys), "server"), Admission(Path(keys) / "clients")
-    hub = Hub("tcp://127.0.0.1:*", pair, admission)
-    print(hub.endpoint, flush=True)
-    terms = Terms(
+    router = Router("tcp://127.0.0.1:*", pair, admission)
+    print(router.endpoint, flush=True)
+    terms = ServeOptions(
         run="bench", model=SPEC, plan=PLAN, deadline_s=0, grace_s=600, quorum=1.0,
         min_clients=clients,
     )  # fmt: skip
     spool = tempfile.TemporaryDirectory()
-    cohort = ZmqCohort(hub, terms, Spool(Path(spool.name)))
+    cohort = ZmqCohort(router, terms, Spool(Path(spool.name)))
     ready = cohort.clients()
     base = resident_mb("VmRSS")
     mark("base")

@@ -41,9 +41,9 @@ from coordinator.store.store import Store
 from edge_sdk.data.load import DataSet, load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, initial_tensors
-from edge_sdk.models.staged import moved, place
+from edge_sdk.models.staged import moved, stage_of
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
-from edge_sdk.protocol.tensors import Tensors, under
+from edge_sdk.protocol.tensors import Tensors, with_prefix
 from edge_sdk.training.trainer import train
 from tools.experiments.figures import COLOURS, pyplot
 from tools.experiments.tables import deviation, write_csv
@@ -142,7 +142,7 @@ def first_features(
     """Stage-1 features (n, channels, ...) of the test data, after training the prefix to `exit`."""
     part = replace(spec, exit=exit)
     start = initial_tensors(spec, plan.seed if is_same_start else plan.seed + 1000 * exit)
-    begun = {name: tensor for name, tensor in start.items() if place(name)[1] <= exit}
+    begun = {name: tensor for name, tensor in start.items() if stage_of(name)[1] <= exit}
     job = replace(
         plan,
         segments=(Segment(first=1, last=exit),),
@@ -230,7 +230,7 @@ def population_of(config: RunConfig, args: argparse.Namespace) -> Population:
 
 def opened(folder: Path) -> tuple[RunConfig, int, Tensors]:
     """A run's settings, the round after its last, and its state."""
-    store = Store.look(folder)
+    store = Store.open_readonly(folder)
     try:
         state = store.load_checkpoint()
         config, round = store.config, store.next_round()
@@ -256,7 +256,7 @@ def compared(
     name = tensor or deepest_convolution(method.current())
     if name not in method.current():
         raise ConfigError(f"--tensor {name} is none of the model's: {', '.join(method.current())}")
-    generator = generator_of(config, under(state, "generator/"))
+    generator = generator_of(config, with_prefix(state, "generator/"))
     for at in range(round, round + num_rounds):
         chosen = sample(cohort.clients(), config.participants, seed=config.seed, round=at)
         work = {client.id: method.assign(client, at) for client in chosen}
@@ -310,10 +310,10 @@ def generated(
 
 def deepest_convolution(tensors: Mapping[str, Tensor]) -> str:
     """The last one of the deepest stage. Raises ConfigError if there is none."""
-    convolutions = [n for n, t in tensors.items() if place(n)[0] == "stages" and t.ndim >= 3]
+    convolutions = [n for n, t in tensors.items() if stage_of(n)[0] == "stages" and t.ndim >= 3]
     if not convolutions:
         raise ConfigError("the model has no convolution; choose one of its tensors by --tensor")
-    return max(enumerate(convolutions), key=lambda item: (place(item[1])[1], item[0]))[1]
+    return max(enumerate(convolutions), key=lambda item: (stage_of(item[1])[1], item[0]))[1]
 
 
 def histogram(weights: Mapping[str, Tensor]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -1,7 +1,7 @@
 """Fuzz what comes from the network, guided by coverage: `python -m tools.fuzz decode|handler`.
 
 decode: one control frame through wire.decode and transport.parse_frames. handler: sequences of
-frame lists through the real Hub, ZmqCohort and all behind them, in the middle of a round; see
+frame lists through the real Router, ZmqCohort and all behind them, in the middle of a round; see
 fuzz_world for what must hold after each.
 
 Needs atheris (libFuzzer for Python), which gets its own environment under build/; everything else

@@ -1,8 +1,8 @@
 """A real coordinator in the middle of a round, its socket replaced, and what must hold there.
 
-Hub, ZmqCohort and all behind them are the real ones. Six devices are in six states of a round; then
-come the inputs, frames as any of them (or a stranger) could send them; then one more device, which
-did nothing but wait, finishes its job. After every input:
+Router, ZmqCohort and all behind them are the real ones. Six devices are in six states of a round;
+then come the inputs, frames as any of them (or a stranger) could send them; then one more
+device, which did nothing but wait, finishes its job. After every input:
 
 - nothing was raised, and every line logged is one line;
 - what is not the sender's is as it was, and only the sender was answered;
@@ -28,9 +28,9 @@ from typing import Any, TypeAlias
 import torch
 
 from coordinator.cohorts.base import Assignment, Client, ClientUpdate
-from coordinator.fleet.cohort import Terms, ZmqCohort
+from coordinator.fleet.cohort import ServeOptions, ZmqCohort
 from coordinator.fleet.open_job import make_job
-from coordinator.fleet.router import Hub
+from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
 from edge_sdk.protocol.codec import encode
 from edge_sdk.protocol.messages import (
@@ -166,22 +166,22 @@ def make_update(name: str, **changes: Any) -> Update:
 class World:
     """One coordinator. play() is one round; it may be played again. Only inside small_world()."""
 
-    _hub: Hub | None = None  # the context and port of a real one are not needed twice
+    _router: Router | None = None  # the context and port of a real one are not needed twice
 
     def __init__(self, *, is_judged: bool = True, seen: Seen | None = None) -> None:
         folder = Path(mkdtemp(dir=MEMORY if Path(MEMORY).is_dir() else None))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        if World._hub is None:
-            World._hub = Hub("tcp://127.0.0.1:*", None, None)
-            World._hub.socket.close()
-        World._hub.socket = self.socket = Socket(self._listen)  # type: ignore[assignment]
-        World._hub._admission = admitted(folder)
-        terms = Terms(
+        if World._router is None:
+            World._router = Router("tcp://127.0.0.1:*", None, None)
+            World._router.socket.close()
+        World._router.socket = self.socket = Socket(self._listen)  # type: ignore[assignment]
+        World._router._admission = admitted(folder)
+        terms = ServeOptions(
             run=RUN, model=MODEL, plan=PLAN, deadline_s=0.0, grace_s=1e6, quorum=1.0,
             min_clients=len(JOINED), oldest=2,
         )  # fmt: skip
         self._spool = Spool(folder / "spool")
-        self.cohort = ZmqCohort(World._hub, terms, self._spool)
+        self.cohort = ZmqCohort(World._router, terms, self._spool)
         self.seen = seen or Seen()
         self.results: list[Any] = []
         self._is_judged = is_judged
@@ -192,7 +192,7 @@ class World:
 
     def play(self, acts: Iterable[Act]) -> None:
         """Raises Broken, or whatever the coordinator let out."""
-        self._spool.forget_before(2**31, set())
+        self._spool.delete_before(2**31, set())
         self.results = []
         self._script = self._round(acts)
         self.cohort.clients()

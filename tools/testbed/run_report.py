@@ -24,7 +24,7 @@ SERVER_PHASES = ("fit", "generate", "aggregate", "evaluate", "checkpoint")
 WALL, CPU, LINK = "wall clock", "CPU x scale", "bytes / link"
 EMULATED = {"load": CPU, "train": CPU, "download": LINK, "upload": LINK}  # others: wall clock
 LAST, SERVED = "accuracy_exit_", "accuracy_served_exit_"
-SEATS = """SELECT p.*, COALESCE(platform, 'unknown') AS platform, cpu_scale, link_mbit_s,
+PARTICIPATIONS = """SELECT p.*, COALESCE(platform, 'unknown') AS platform, cpu_scale, link_mbit_s,
     COALESCE(is_emulated, 0) AS is_emulated
     FROM participations AS p LEFT JOIN clients USING (client_id) ORDER BY p.round, client_id"""
 
@@ -50,7 +50,7 @@ class PhaseTime:
 
 
 @dataclass(frozen=True)
-class Tally:
+class Totals:
     """Over all finished rounds. each: mean over participations; a_round: mean over rounds."""
 
     participations: int
@@ -96,7 +96,7 @@ class Platform:
     is_emulated: bool
     clients: int
     phases: list[PhaseTime]
-    tally: Tally
+    tally: Totals
     trained: list[Trained]
     levers: list[Levers]  # of every device that returned an update
 
@@ -125,7 +125,7 @@ class Report:
     rounds_planned: int
     platforms: list[Platform]
     server: list[PhaseTime]
-    tally: Tally
+    tally: Totals
     accuracy: list[Accuracy]
     figures: dict[str, float | None]
 
@@ -162,10 +162,12 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
     config = read_config(run["config"], str(folder / DATABASE))
     phases = db.execute("SELECT round, client_id, phase, wall_s, cpu_s FROM phases").fetchall()
     metrics = db.execute("SELECT round, name, value FROM metrics ORDER BY round, name").fetchall()
-    seats = db.execute(SEATS).fetchall()
+    participations = db.execute(PARTICIPATIONS).fetchall()
     groups: dict[tuple[str, int], list[sqlite3.Row]] = {}
-    for seat in seats:
-        groups.setdefault((seat["platform"], seat["is_emulated"]), []).append(seat)
+    for participation in participations:
+        groups.setdefault((participation["platform"], participation["is_emulated"]), []).append(
+            participation
+        )
     server = [(name, wall_s, wall_s) for _, client, name, wall_s, _ in phases if client is None]
     return Report(
         run=run["run"],
@@ -176,7 +178,7 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
         rounds_planned=config.rounds,
         platforms=[_platform(groups[key], phases, rounds) for key in sorted(groups)],
         server=_phase_times(SERVER_PHASES, server, {}),
-        tally=_tally(seats, rounds),
+        tally=_tally(participations, rounds),
         accuracy=_accuracies(metrics),
         figures={
             name: value
@@ -186,40 +188,45 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
     )
 
 
-def _platform(seats: list[sqlite3.Row], phases: list[sqlite3.Row], rounds: int) -> Platform:
-    by_key = {(seat["round"], seat["client_id"]): seat for seat in seats}
+def _platform(
+    participations: list[sqlite3.Row], phases: list[sqlite3.Row], rounds: int
+) -> Platform:
+    by_key = {
+        (participation["round"], participation["client_id"]): participation
+        for participation in participations
+    }
     times = [
         (phase, board_seconds(by_key[round, client], phase, wall_s, cpu_s), wall_s)
         for round, client, phase, wall_s, cpu_s in phases
         if (round, client) in by_key
     ]
     users: dict[tuple[bool, int], list[str]] = {}
-    for seat in seats:
-        if seat["outcome"] != "ok":
+    for participation in participations:
+        if participation["outcome"] != "ok":
             continue
-        prefix, alone = split_segments(seat["segments"])
+        prefix, alone = split_segments(participation["segments"])
         for key in [(False, prefix)] * (prefix > 0) + [(True, stage) for stage in alone]:
-            users.setdefault(key, []).append(seat["client_id"])
-    is_emulated = bool(seats[0]["is_emulated"])
+            users.setdefault(key, []).append(participation["client_id"])
+    is_emulated = bool(participations[0]["is_emulated"])
     return Platform(
-        platform=seats[0]["platform"],
+        platform=participations[0]["platform"],
         is_emulated=is_emulated,
-        clients=len({seat["client_id"] for seat in seats}),
+        clients=len({participation["client_id"] for participation in participations}),
         phases=_phase_times(DEVICE_PHASES, times, EMULATED if is_emulated else {}),
-        tally=_tally(seats, rounds),
+        tally=_tally(participations, rounds),
         trained=[
             Trained(stage, is_alone, len(set(names)), len(names))
             for (is_alone, stage), names in sorted(users.items())
         ],
-        levers=_levers(seats),
+        levers=_levers(participations),
     )
 
 
-def _levers(seats: Sequence[sqlite3.Row]) -> list[Levers]:
+def _levers(participations: Sequence[sqlite3.Row]) -> list[Levers]:
     returned: dict[str, list[sqlite3.Row]] = {}
-    for seat in seats:
-        if seat["outcome"] == "ok":
-            returned.setdefault(seat["client_id"], []).append(seat)
+    for participation in participations:
+        if participation["outcome"] == "ok":
+            returned.setdefault(participation["client_id"], []).append(participation)
     found = []
     for client_id, updates in sorted(returned.items()):
         parts = [update["micro_batch"] for update in updates if update["micro_batch"]]
@@ -229,18 +236,26 @@ def _levers(seats: Sequence[sqlite3.Row]) -> list[Levers]:
 
 
 def board_seconds(
-    seat: sqlite3.Row, phase: str, wall_s: float, cpu_s: float | None
+    participation: sqlite3.Row, phase: str, wall_s: float, cpu_s: float | None
 ) -> float | None:
     """Seconds of a phase on the board: wall clock of a real one, and of every `wait`.
 
     Emulated: load and train are CPU seconds here x cpu_scale, transfers are the participation's
     bytes x 8 / (link_mbit_s x 1e6). None where profile or run lack what that takes."""
-    source = EMULATED.get(phase, WALL) if seat["is_emulated"] else WALL
+    source = EMULATED.get(phase, WALL) if participation["is_emulated"] else WALL
     if source == CPU:
-        return cpu_s * seat["cpu_scale"] if cpu_s is not None and seat["cpu_scale"] else None
+        return (
+            cpu_s * participation["cpu_scale"]
+            if cpu_s is not None and participation["cpu_scale"]
+            else None
+        )
     if source == LINK:
-        num_bits = 8 * seat["bytes_down" if phase == "download" else "bytes_up"]
-        return num_bits / (seat["link_mbit_s"] * 1e6) if seat["link_mbit_s"] else None
+        num_bits = 8 * participation["bytes_down" if phase == "download" else "bytes_up"]
+        return (
+            num_bits / (participation["link_mbit_s"] * 1e6)
+            if participation["link_mbit_s"]
+            else None
+        )
     return wall_s
 
 
@@ -282,21 +297,31 @@ def _phase_times(
     return found
 
 
-def _tally(seats: Sequence[sqlite3.Row], rounds: int) -> Tally:
-    down, up = (sum(seat[name] for seat in seats) for name in ("bytes_down", "bytes_up"))
-    outcomes = Counter(seat["outcome"] for seat in seats)
-    failures = Counter(seat["code"] for seat in seats if seat["outcome"] == "failed")
-    return Tally(
-        participations=len(seats),
+def _tally(participations: Sequence[sqlite3.Row], rounds: int) -> Totals:
+    down, up = (
+        sum(participation[name] for participation in participations)
+        for name in ("bytes_down", "bytes_up")
+    )
+    outcomes = Counter(participation["outcome"] for participation in participations)
+    failures = Counter(
+        participation["code"]
+        for participation in participations
+        if participation["outcome"] == "failed"
+    )
+    return Totals(
+        participations=len(participations),
         returned=outcomes["ok"],
         stragglers=outcomes["straggler"],
         failures=dict(sorted(failures.items())),
-        retries=sum(seat["retries"] for seat in seats),
-        bytes_down_each=down / max(1, len(seats)),
-        bytes_up_each=up / max(1, len(seats)),
+        retries=sum(participation["retries"] for participation in participations),
+        bytes_down_each=down / max(1, len(participations)),
+        bytes_up_each=up / max(1, len(participations)),
         bytes_down_a_round=down / rounds,
         bytes_up_a_round=up / rounds,
-        peak_memory_bytes=max((seat["peak_memory_bytes"] for seat in seats), default=0) or None,
+        peak_memory_bytes=max(
+            (participation["peak_memory_bytes"] for participation in participations), default=0
+        )
+        or None,
     )
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from coordinator.admission.client_list import Admission, add_client, parse_clients
-from coordinator.fleet.router import Hub
+from coordinator.fleet.router import Router
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import make_keys
 from tests.support.examples import KEY_A, KEY_B, mode_of, settle
@@ -191,11 +191,13 @@ def test_clients_that_cannot_be_added_leave_the_list_alone(tmp_path, name, key):
 def test_a_hub_closes_though_the_thread_that_checks_keys_has_died(tmp_path):
     """pyzmq's own stop() would block: it sends to a thread that is not there any more."""
     (tmp_path / "clients").write_text("")
-    hub = Hub("tcp://127.0.0.1:0", make_keys(tmp_path, "server"), Admission(tmp_path / "clients"))
-    hub._authenticator.pipe.send(b"TERMINATE")
-    hub._authenticator.thread.join(10)
-    assert not hub._authenticator.is_alive()
-    closing = threading.Thread(target=hub.close, daemon=True)
+    router = Router(
+        "tcp://127.0.0.1:0", make_keys(tmp_path, "server"), Admission(tmp_path / "clients")
+    )
+    router._authenticator.pipe.send(b"TERMINATE")
+    router._authenticator.thread.join(10)
+    assert not router._authenticator.is_alive()
+    closing = threading.Thread(target=router.close, daemon=True)
     closing.start()
     closing.join(10)
     assert not closing.is_alive()

@@ -13,7 +13,7 @@ import zmq
 
 from coordinator.admission.client_list import add_client, remove_client
 from coordinator.admission.invitations import Invitation, withdraw
-from coordinator.fleet.router import Hub
+from coordinator.fleet.router import Router
 from edge_sdk.protocol.invitation import InvitationLine
 from edge_sdk.protocol.join import Refused, join
 from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys
@@ -33,7 +33,7 @@ def test_an_invited_device_is_admitted_under_its_own_key(gate, tmp_path):
     device = gate.device(keys)
     device.send(Heartbeat())
     device.expect(Heartbeat)
-    assert gate.passed == ["pi-1 Heartbeat"], "join itself does not pass the hub"
+    assert gate.passed == ["pi-1 Heartbeat"], "join itself does not pass the router"
 
 
 def test_the_coordinator_keeps_no_secret_of_an_invitation(gate, tmp_path, caplog):
@@ -218,18 +218,18 @@ def test_a_malformed_join_is_refused_by_its_field(gate, field, value):
 
 
 def test_strangers_do_not_get_so_far(gate):
-    stranger = gate.device(KeyPair(*zmq.curve_keypair()))
-    assert "does not know this device's key" in stranger.refusal()
+    pending_key = gate.device(KeyPair(*zmq.curve_keypair()))
+    assert "does not know this device's key" in pending_key.refusal()
 
 
 def test_a_coordinator_without_encryption_has_no_list_to_join():
-    hub = Hub(ANY_PORT, None, None)
-    device = ScriptedDevice(hub.endpoint, "pi")
+    router = Router(ANY_PORT, None, None)
+    device = ScriptedDevice(router.endpoint, "pi")
     device.send(Join(client_id="pi", public_key=new_key()))
-    assert hub.receive(int(1000 * WAIT_S)) == (True, None)
+    assert router.receive(int(1000 * WAIT_S)) == (True, None)
     assert "--insecure and has no list" in device.expect(Fault).detail
     device.close()
-    hub.close()
+    router.close()
 
 
 def test_a_device_in_the_list_may_use_its_invitation_again(gate, tmp_path):

@@ -140,7 +140,7 @@ def test_a_coordinator_that_goes_and_comes_back(tmp_path, monkeypatch):
     first._thread.join(WAIT_S)
     with ThreadPoolExecutor(1) as pool:
         joined = pool.submit(join, line, tmp_path / "pi", "pi")
-        assert first.hub.socket.poll(int(1000 * WAIT_S)), "the question is there, and is lost"
+        assert first.router.socket.poll(int(1000 * WAIT_S)), "the question is there, and is lost"
         first.close()
         second = Gate(tmp_path / "keys", first.endpoint)
         try:

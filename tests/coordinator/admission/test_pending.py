@@ -11,8 +11,8 @@ import zmq
 
 from coordinator.admission import pending
 from coordinator.admission.client_list import Admission
-from coordinator.admission.pending import MOST, Strangers, forget_stranger, read_strangers
-from coordinator.fleet.router import Hub
+from coordinator.admission.pending import MOST, PendingKeys, forget_pending, read_pending
+from coordinator.fleet.router import Router
 from coordinator.key_files import locked
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys
@@ -43,10 +43,10 @@ def test_a_device_that_was_turned_away_is_pending(tmp_path):
     for _ in range(2):
         assert gate.device(keys).refusal()
     gate.close()
-    (stranger,) = read_strangers(gate.pending)
-    assert stranger.public_key == keys.public.decode()
-    assert stranger.tries >= 2
-    assert before <= stranger.first <= stranger.last <= time.time()
+    (pending_key,) = read_pending(gate.pending)
+    assert pending_key.public_key == keys.public.decode()
+    assert pending_key.tries >= 2
+    assert before <= pending_key.first <= pending_key.last <= time.time()
     assert stat.S_IMODE(gate.pending.stat().st_mode) == 0o600
 
 
@@ -54,31 +54,31 @@ def test_the_end_does_not_wait_for_the_second_to_pass(tmp_path, clock):
     make_keys(tmp_path, "server")
     (tmp_path / "clients").write_text("")
     admission = Admission(tmp_path / "clients")
-    admission.strangers = Strangers(tmp_path / "pending", clock, clock)
-    hub = Hub(ANY_PORT, read_keys(tmp_path, "server"), admission)
+    admission.pending = PendingKeys(tmp_path / "pending", clock, clock)
+    router = Router(ANY_PORT, read_keys(tmp_path, "server"), admission)
     for _ in range(2):
-        admission.strangers.note(new_key().encode())
-        hub.receive(0)
-    assert len(read_strangers(tmp_path / "pending")) == 1
-    hub.close()
-    assert len(read_strangers(tmp_path / "pending")) == 2
+        admission.pending.note(new_key().encode())
+        router.receive(0)
+    assert len(read_pending(tmp_path / "pending")) == 1
+    router.close()
+    assert len(read_pending(tmp_path / "pending")) == 2
 
 
 def test_pending_keys_survive_a_restart(tmp_path, clock):
     keys = [new_key().encode() for _ in range(2)]
     for tries in (1, 2):
-        known = Strangers(tmp_path / "pending", clock, clock)
+        known = PendingKeys(tmp_path / "pending", clock, clock)
         clock.now += 100
         for key in keys:
             known.note(key)
         known.write_if_due(nobody)
-        found = read_strangers(tmp_path / "pending")
-        assert [stranger.public_key.encode() for stranger in found] == keys
+        found = read_pending(tmp_path / "pending")
+        assert [pending_key.public_key.encode() for pending_key in found] == keys
         assert {(s.first, s.last, s.tries) for s in found} == {(1100.0, clock.now, tries)}
 
 
 def test_the_newest_are_kept(tmp_path, clock):
-    known = Strangers(tmp_path / "pending", clock, clock)
+    known = PendingKeys(tmp_path / "pending", clock, clock)
     keys = [new_key().encode() for _ in range(MOST + 5)]
     for key in keys:
         clock.now += 1
@@ -86,7 +86,7 @@ def test_the_newest_are_kept(tmp_path, clock):
     known.note(keys[6])  # once more: it is new again
     known.note(new_key().encode())
     known.write_if_due(nobody)
-    found = [stranger.public_key.encode() for stranger in read_strangers(tmp_path / "pending")]
+    found = [pending_key.public_key.encode() for pending_key in read_pending(tmp_path / "pending")]
     assert len(found) == MOST
     assert found[:-2] == keys[7:]
     assert found[-2] == keys[6]
@@ -95,7 +95,7 @@ def test_the_newest_are_kept(tmp_path, clock):
 def test_it_is_written_once_a_second_at_most(tmp_path, clock, monkeypatch):
     writes = []
     monkeypatch.setattr(pending, "replace_text", lambda *args: writes.append(clock.now))
-    known = Strangers(tmp_path / "pending", clock, clock)
+    known = PendingKeys(tmp_path / "pending", clock, clock)
     known.write_if_due(nobody)
     assert writes == [], "nothing is new"
     for _ in range(40):  # 10 s
@@ -112,18 +112,18 @@ def test_it_is_written_once_a_second_at_most(tmp_path, clock, monkeypatch):
 
 
 def test_who_was_admitted_is_not_pending(tmp_path, clock):
-    known = Strangers(tmp_path / "pending", clock, clock)
+    known = PendingKeys(tmp_path / "pending", clock, clock)
     keys = [new_key().encode() for _ in range(3)]
     for key in keys:
         known.note(key)
     known.write_if_due(nobody)
-    forget_stranger(tmp_path / "pending", keys[0])
-    found = [stranger.public_key.encode() for stranger in read_strangers(tmp_path / "pending")]
+    forget_pending(tmp_path / "pending", keys[0])
+    found = [pending_key.public_key.encode() for pending_key in read_pending(tmp_path / "pending")]
     assert found == keys[1:]
     clock.now += 5
     known.note(keys[2])
     known.write_if_due(lambda key: key in keys[:2])  # the coordinator's own memory agrees
-    found = [stranger.public_key.encode() for stranger in read_strangers(tmp_path / "pending")]
+    found = [pending_key.public_key.encode() for pending_key in read_pending(tmp_path / "pending")]
     assert found == keys[2:]
 
 
@@ -132,26 +132,26 @@ def test_a_corrupt_file_is_said_once_and_made_anew(tmp_path, clock, caplog, cont
     path = tmp_path / "pending"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="remove the file, it is made again"):
-        read_strangers(path)
-    forget_stranger(path, new_key().encode())
+        read_pending(path)
+    forget_pending(path, new_key().encode())
     assert path.read_bytes() == content
     caplog.clear()
-    known = Strangers(path, clock, clock)
+    known = PendingKeys(path, clock, clock)
     assert len(caplog.records) == 1
     known.note(new_key().encode())
     known.write_if_due(nobody)
-    assert len(read_strangers(path)) == 1
+    assert len(read_pending(path)) == 1
 
 
 def test_while_another_changes_the_files_it_waits(tmp_path, clock, caplog):
-    known = Strangers(tmp_path / "pending", clock, clock)
+    known = PendingKeys(tmp_path / "pending", clock, clock)
     known.note(new_key().encode())
     with locked(tmp_path):
         known.write_if_due(nobody)
     assert not (tmp_path / "pending").exists()
     clock.now += pending.WRITE_S
     known.write_if_due(nobody)
-    assert len(read_strangers(tmp_path / "pending")) == 1
+    assert len(read_pending(tmp_path / "pending")) == 1
     assert not caplog.records
 
 
@@ -159,7 +159,7 @@ def test_a_full_disk_is_said_once_and_tried_again(tmp_path, clock, caplog, monke
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    known = Strangers(tmp_path / "pending", clock, clock)
+    known = PendingKeys(tmp_path / "pending", clock, clock)
     with monkeypatch.context() as patch:
         patch.setattr(pending, "replace_text", full)
         for _ in range(3):
@@ -169,4 +169,4 @@ def test_a_full_disk_is_said_once_and_tried_again(tmp_path, clock, caplog, monke
     assert len(caplog.records) == 1
     assert "No space left" in caplog.text
     known.write_if_due(nobody)
-    assert len(read_strangers(tmp_path / "pending")) == 3
+    assert len(read_pending(tmp_path / "pending")) == 3

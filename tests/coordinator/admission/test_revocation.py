@@ -18,7 +18,7 @@ from coordinator.admission.client_list import (
     remove_client,
     replace_client,
 )
-from coordinator.fleet.router import Hub
+from coordinator.fleet.router import Router
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import make_keys, read_keys
 from edge_sdk.protocol.messages import Fault, Heartbeat, Join, Joined
@@ -29,24 +29,24 @@ from tests.support.examples import settle
 
 def test_who_is_admitted_now(gate):
     key = new_key().encode()
-    assert not gate.hub.is_admitted("pi")
+    assert not gate.router.is_admitted("pi")
     add_client(gate.clients, "pi", key)
-    assert gate.hub.is_admitted("pi")
+    assert gate.router.is_admitted("pi")
     assert remove_client(gate.clients, "pi")
-    assert not gate.hub.is_admitted("pi")
+    assert not gate.router.is_admitted("pi")
     assert not remove_client(gate.clients, "pi")
 
 
 @pytest.mark.parametrize("text", ["", " \n\n", "pi", "# nobody\n"])
 def test_a_list_that_an_editor_empties_before_it_writes_revokes_nobody(gate, caplog, text):
     add_client(gate.clients, "pi", new_key().encode())
-    assert gate.hub.is_admitted("pi")
+    assert gate.router.is_admitted("pi")
     gate.clients.write_text(text)
-    assert gate.hub.is_admitted("pi")
+    assert gate.router.is_admitted("pi")
     assert not caplog.records
     settle(gate.clients)
     stays = not text.startswith("#")  # empty is as malformed: a full disk leaves that
-    assert gate.hub.is_admitted("pi") == stays
+    assert gate.router.is_admitted("pi") == stays
     assert ("not reloaded" in caplog.text) == stays
 
 
@@ -160,11 +160,11 @@ def test_others_may_not_write_whatever_the_umask(tmp_path):
 def test_a_list_of_the_future_is_read(gate):
     """As after a clock that was set back."""
     add_client(gate.clients, "pi", new_key().encode())
-    assert gate.hub.is_admitted("pi")
+    assert gate.router.is_admitted("pi")
     gate.clients.write_text("# nobody\n")
     later = time.time() + 3600
     os.utime(gate.clients, (later, later))
-    assert not gate.hub.is_admitted("pi")
+    assert not gate.router.is_admitted("pi")
 
 
 def test_the_last_client_is_revoked_by_a_command(tmp_path):
@@ -179,9 +179,9 @@ def test_the_last_client_is_revoked_by_a_command(tmp_path):
 
 
 def test_without_encryption_everybody_is_admitted():
-    hub = Hub(ANY_PORT, None, None)
-    assert hub.is_admitted("anybody")
-    hub.close()
+    router = Router(ANY_PORT, None, None)
+    assert router.is_admitted("anybody")
+    router.close()
 
 
 def test_a_removed_device_is_refused_on_its_live_link(gate, member):

@@ -168,8 +168,8 @@ def test_sample_spreads_over_groups():
 def test_small_groups_get_their_share():
     # 1 of 12 clients has exit 3; of 3 seats it gets 3 / 12 on average, not none for ever
     clients = [client(f"c{i:02d}", 1 + (i >= 9) + (i >= 11)) for i in range(12)]
-    seats = sum(c.exit == 3 for r in range(400) for c in sample(clients, 3, seed=1, round=r))
-    assert seats / 400 == pytest.approx(0.25, abs=0.06)
+    open_jobs = sum(c.exit == 3 for r in range(400) for c in sample(clients, 3, seed=1, round=r))
+    assert open_jobs / 400 == pytest.approx(0.25, abs=0.06)
 
 
 def test_an_absent_client_changes_its_own_seat_only():

@@ -13,9 +13,9 @@ from msgspec.structs import replace
 from coordinator.cohorts.base import Absence, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import AggregationOptions, GeneratorOptions
-from coordinator.fleet.flow_control import Credit
-from coordinator.fleet.jobs import Desk
-from coordinator.fleet.spool import Arrived, Spool
+from coordinator.fleet.flow_control import Budget
+from coordinator.fleet.jobs import Jobs
+from coordinator.fleet.spool import ArrivedUpdate, Spool
 from coordinator.methods.clipping import MEMORY
 from coordinator.methods.registry import make_method
 from coordinator.settings import checked
@@ -49,12 +49,12 @@ def test_update_that_is_not_finite_does_not_come_back_from_the_spool(tmp_path, v
     who = dataclasses.replace(client("a", 1), num_examples=10)
     job = method.assign(who, 1)
 
-    def desk():
-        return Desk(
-            "run", spool, Credit(2**20), lambda name, message, _: bool(sent.append(message))
+    def jobs():
+        return Jobs(
+            "run", spool, Budget(2**20), lambda name, message, _: bool(sent.append(message))
         )
 
-    desk().give(who, job, 1, 0.0)
+    jobs().give(who, job, 1, 0.0)
     trained = {spec.name: job.tensors[spec.name] for spec in job.returns}
     name = "exits.0.2.bias"
     stream = Sender(trained | {name: torch.full_like(trained[name], value)})
@@ -64,11 +64,11 @@ def test_update_that_is_not_finite_does_not_come_back_from_the_spool(tmp_path, v
         tensors=stream.specs,
     )  # fmt: skip
     spool.storage(1, "a")(stream.total_bytes).write(0, stream.part(0))
-    arrived = Arrived(
+    arrived = ArrivedUpdate(
         update=update, segments=job.plan.segments, upload_s=0.0, bytes_down=0, bytes_up=0
     )
     spool.keep(1, "a", arrived)
-    resumed = desk()
+    resumed = jobs()
     resumed.give(who, job, 1, 0.0)
     assert [type(found) for found in resumed.finished] == [ClientUpdate] * counts
     assert (sent[-1] == sent[0]) != counts  # the job once more, or Accepted

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from coordinator.aggregation.staleness import brought_forward
+from coordinator.aggregation.staleness import rebase_late_updates
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.config import RunConfig
 from edge_sdk.protocol.messages import Segment
@@ -41,13 +41,13 @@ def update(staleness: int) -> ClientUpdate:
 
 
 def forward(staleness: int, half_life: float) -> ClientUpdate:
-    (found,) = brought_forward([update(staleness)], CURRENT, PARAMETERS, half_life)
+    (found,) = rebase_late_updates([update(staleness)], CURRENT, PARAMETERS, half_life)
     return found
 
 
 def test_update_of_the_round_at_hand_stays_as_it_is():
     before = update(0)
-    (found,) = brought_forward([before], CURRENT, PARAMETERS, 2.0)
+    (found,) = rebase_late_updates([before], CURRENT, PARAMETERS, 2.0)
     assert found is before
 
 
@@ -86,7 +86,7 @@ def test_only_one_update_is_alive_at_a_time():
             yield late
             del late
 
-    for found in brought_forward(source(), CURRENT, PARAMETERS, 2.0):
+    for found in rebase_late_updates(source(), CURRENT, PARAMETERS, 2.0):
         assert found.tensors["w"].shape == (2,)
         del found
 

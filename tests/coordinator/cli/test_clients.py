@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.admission.invitations import read_invitations
-from coordinator.admission.pending import Strangers
+from coordinator.admission.pending import PendingKeys
 from coordinator.cli import clients
 from coordinator.cli.main import main as coordinate
 from edge_sdk.protocol.invitation import decode_line
@@ -105,12 +105,12 @@ def test_clients_are_added_listed_and_removed(gate, capsys):
         assert coordinate(["clients", "add", name, key, *folder]) == 0
     assert coordinate(["clients", "list", *folder]) == 0
     assert capsys.readouterr().out == "".join(f"{name} {key}\n" for name, key in keys.items())
-    assert gate.hub.is_admitted("nano")
+    assert gate.router.is_admitted("nano")
     assert coordinate(["clients", "remove", "nano", *folder]) == 0
     assert capsys.readouterr().out == (
         "removed nano; a running coordinator takes nothing from it any more\n"
     )
-    assert not gate.hub.is_admitted("nano")
+    assert not gate.router.is_admitted("nano")
     assert coordinate(["clients", "remove", "nano", *folder]) == 1
     assert "no client 'nano' in" in (said := capsys.readouterr().err)
     assert said.endswith("known: pi-1\n")
@@ -151,7 +151,7 @@ def test_pending_keys_are_shown_until_they_are_added(gate, capsys):
     said = "no keys are pending; a device's shows here once `serve` has turned it away\n"
     assert one_line(printed.err, "edge-coordinator").endswith(said)
     keys = [new_key(), new_key()]
-    known = Strangers(gate.pending, clock=lambda: 1_800_000_000.0)
+    known = PendingKeys(gate.pending, clock=lambda: 1_800_000_000.0)
     for key in (*keys, keys[1]):
         known.note(key.encode())
     known.write_if_due(lambda key: False)

@@ -1,4 +1,4 @@
-"""The real Hub and ZmqCohort against devices that behave and devices that do not.
+"""The real Router and ZmqCohort against devices that behave and devices that do not.
 
 Most tests have a good device in the round with the bad one: it must not notice, and only what it
 sent may count. Who is who: test_cohort_identity.py; clocks: test_cohort_time.py; what is returned:
@@ -18,7 +18,7 @@ import torch
 from coordinator.admission.client_list import Admission
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.fleet import cohort as cohort_zmq
-from coordinator.fleet.router import Hub
+from coordinator.fleet.router import Router
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.codec import MAX_CONTROL_BYTES, encode
 from edge_sdk.protocol.keys import make_keys
@@ -95,13 +95,13 @@ def test_stop_in_mid_round(coordinator, devices):
 
 def test_port_in_use(coordinator):
     with pytest.raises(ConfigError, match="cannot listen on .* in use .*; is another coordinator"):
-        Hub(coordinator.hub.endpoint, None, None)
+        Router(coordinator.router.endpoint, None, None)
 
 
 def test_port_in_use_with_keys(coordinator, tmp_path):
     keys, admission = make_keys(tmp_path / "other", "server"), Admission(coordinator.clients_file)
     with pytest.raises(ConfigError, match="choose another --listen"):
-        Hub(coordinator.hub.endpoint, keys, admission)
+        Router(coordinator.router.endpoint, keys, admission)
 
 
 def test_no_memory_of_results_is_kept(coordinator, devices):

@@ -1,4 +1,4 @@
-"""Who is connected: keys, two with one key, hello and ready. The real Hub and ZmqCohort against
+"""Who is connected: keys, two with one key, hello and ready. The real Router and ZmqCohort against
 scripted devices, one of them good."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 
 from coordinator.admission.client_list import remove_client
 from coordinator.fleet import sessions as devices_module
-from coordinator.fleet.cohort import Terms, ZmqCohort
+from coordinator.fleet.cohort import ServeOptions, ZmqCohort
 from coordinator.fleet.router import Received
 from coordinator.fleet.spool import Spool
 from coordinator.key_files import replace_text
@@ -47,11 +47,11 @@ from tests.support.jobs_and_results import (
 
 def test_unknown_client_key(coordinator, devices, tmp_path, caplog):
     good, bad = devices
-    stranger = make_keys(tmp_path / "stranger", "stranger")
+    pending_key = make_keys(tmp_path / "stranger", "stranger")
     round = give_jobs(coordinator, good, bad)
-    refused = coordinator.device("stranger", keys=stranger)
+    refused = coordinator.device("stranger", keys=pending_key)
     assert "does not know this device's key" in refused.refusal()
-    assert f"unknown public key {stranger.public.decode()}" in caplog.text
+    assert f"unknown public key {pending_key.public.decode()}" in caplog.text
     end_well(round, good, bad)
 
 
@@ -188,7 +188,7 @@ def test_program_that_does_not_answer_loses_its_place(coordinator, devices, monk
 
 
 class Lines:
-    """In the place of a Hub: every link stands."""
+    """In the place of a Router: every link stands."""
 
     def __init__(self) -> None:
         self.said: list[Received] = []
@@ -211,7 +211,7 @@ class Lines:
 def test_pause_of_the_caller_is_no_answer_to_a_probe(tmp_path):
     """Between a probe and its answer the caller aggregates; nothing is heard meanwhile."""
     lines = Lines()
-    terms = Terms("a run", cnn(), STAGE_2, 0.0, 600.0, 1.0, 1)
+    terms = ServeOptions("a run", cnn(), STAGE_2, 0.0, 600.0, 1.0, 1)
     cohort = ZmqCohort(lines, terms, Spool(tmp_path))
     for session in ("1", "2"):
         said = ScriptedDevice.make_hello(SimpleNamespace(name="a", session=session))
@@ -335,7 +335,7 @@ def test_a_key_that_is_replaced_while_it_claims_a_place_does_not_get_it(tmp_path
             return False
 
     lines = Replaced()
-    terms = Terms("a run", cnn(), STAGE_2, 0.0, 600.0, 1.0, 1)
+    terms = ServeOptions("a run", cnn(), STAGE_2, 0.0, 600.0, 1.0, 1)
     cohort = ZmqCohort(lines, terms, Spool(tmp_path))
     for session in ("1", "2"):
         said = ScriptedDevice.make_hello(SimpleNamespace(name="a", session=session))
@@ -351,9 +351,9 @@ def test_the_hub_knows_whose_key_a_message_had(gate, member):
     device.send(Heartbeat())
     device.expect(Heartbeat)
     received = Received(b"r", "pi", Heartbeat(), None, key=read_keys(member, "device").public)
-    assert gate.hub.is_still(received)
+    assert gate.router.is_still(received)
     remove_client(gate.clients, "pi")
-    assert not gate.hub.is_still(received)
+    assert not gate.router.is_still(received)
 
 
 # -- names that are only claimed -------------------------------------------------------------------

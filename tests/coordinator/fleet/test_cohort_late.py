@@ -13,8 +13,8 @@ from coordinator.cohorts.base import Client, ClientUpdate
 from coordinator.fleet import cohort as cohort_zmq
 from coordinator.fleet import sessions as devices_module
 from coordinator.fleet.cohort import ZmqCohort
-from coordinator.fleet.flow_control import Credit
-from coordinator.fleet.jobs import Desk
+from coordinator.fleet.flow_control import Budget
+from coordinator.fleet.jobs import Jobs
 from coordinator.fleet.spool import Spool
 from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.messages import Accepted, Fault, Job, Message, Part
@@ -186,31 +186,31 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
     """The coordinator is killed when one update is there and half of another."""
     job, names = assignment(FLOATS_PER_PART), ("whole", "half")
 
-    def open_desk() -> tuple[Desk, list[tuple[str, Message]]]:
+    def open_desk() -> tuple[Jobs, list[tuple[str, Message]]]:
         sent: list[tuple[str, Message]] = []
         note = lambda name, message, _: sent.append((name, message)) or True  # noqa: E731
-        desk = Desk("a run", Spool(tmp_path), Credit(), note)
+        jobs = Jobs("a run", Spool(tmp_path), Budget(), note)
         for name in names:
-            desk.give(Client(id=name, exit=3, num_examples=10), job, 1, 0.0)
-        return desk, sent
+            jobs.give(Client(id=name, exit=3, num_examples=10), job, 1, 0.0)
+        return jobs, sent
 
-    desk, sent = open_desk()
+    jobs, sent = open_desk()
     jobs = dict(sent)
     trained = {spec.name: job.tensors[spec.name] + 1 for spec in job.returns}
     sender = Sender(trained)
     for name, parts in (("whole", 2), ("half", 1)):
         device = SimpleNamespace(name=name, job=jobs[name], trained=trained)
-        desk.on_message(name, ScriptedDevice.make_update(device), None)
+        jobs.on_message(name, ScriptedDevice.make_update(device), None)
         for index in range(parts):
-            desk.on_message(name, Part(round=1, index=index), sender.part(index))
-    (before,) = desk.finished
-    desk, sent = open_desk()  # the same state makes the same jobs
+            jobs.on_message(name, Part(round=1, index=index), sender.part(index))
+    (before,) = jobs.finished
+    jobs, sent = open_desk()  # the same state makes the same jobs
     assert [(name, type(message)) for name, message in sent] == [
         ("whole", Accepted),
         ("half", Job),
     ]
     assert sent[1][1] == jobs["half"]
-    (again,) = desk.finished
+    (again,) = jobs.finished
     assert again.client.id == "whole"
     assert again.digest == before.digest
     assert all(torch.equal(again.tensors[name], trained[name]) for name in trained)

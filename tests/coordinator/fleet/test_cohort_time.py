@@ -12,9 +12,9 @@ import pytest
 
 from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.fleet import jobs as desk_module
-from coordinator.fleet.cohort import Terms, ZmqCohort
-from coordinator.fleet.flow_control import Credit
-from coordinator.fleet.jobs import MOST_STALLS, Desk
+from coordinator.fleet.cohort import ServeOptions, ZmqCohort
+from coordinator.fleet.flow_control import Budget
+from coordinator.fleet.jobs import MOST_STALLS, Jobs
 from coordinator.fleet.router import Received
 from coordinator.fleet.spool import Spool
 from edge_sdk.errors import QuorumError
@@ -102,7 +102,7 @@ class TalkingHub:
 
 def test_silent_device_is_dropped_though_messages_never_end(short_silence, tmp_path):
     until = time.monotonic() + WAIT_S
-    terms = Terms("a run", cnn(), STAGE_2, 0.0, 600.0, 1.0, 2)
+    terms = ServeOptions("a run", cnn(), STAGE_2, 0.0, 600.0, 1.0, 2)
     cohort = ZmqCohort(TalkingHub(), terms, Spool(tmp_path), lambda: time.monotonic() > until)
     assert [client.id for client in cohort.clients()] == ["bad", "good"]
     results = list(cohort.train(work("good"), 1, 0.0))
@@ -174,8 +174,8 @@ def test_quarter_of_an_hour_with_the_caller_is_nobodys_silence(coordinator, devi
         cohort, away_s = coordinator._cohort, 900.0
         for device in cohort.devices.all.values():
             device.seen -= away_s
-        for seat in cohort.desk.seats.values():
-            seat.moved -= away_s
+        for open_job in cohort.jobs.open.values():
+            open_job.moved -= away_s
         cohort._listened -= away_s
         cohort._looked -= away_s
 
@@ -221,22 +221,22 @@ def test_straggler_with_quorum_not_met(make_coordinator):
 
 def test_nobody_begins_to_upload_when_the_round_closes(tmp_path, quick_links):
     sent: list[tuple[str, Message]] = []
-    spool, credit = Spool(tmp_path), Credit(2 * PART_BYTES)
+    spool, budget = Spool(tmp_path), Budget(2 * PART_BYTES)
     note = lambda name, message, _: sent.append((name, message)) or True  # noqa: E731
-    desk = Desk("a run", spool, credit, note, takes_late=False)
+    jobs = Jobs("a run", spool, budget, note, takes_late=False)
     job = assignment(FLOATS_PER_PART)  # two parts
     for name in BOTH:
         device = SimpleNamespace(name=name)
-        desk.give(Client(id=name, exit=3, num_examples=10), job, 1, 0.0)
+        jobs.give(Client(id=name, exit=3, num_examples=10), job, 1, 0.0)
         device.job = sent[-1][1]
         device.trained = {spec.name: job.tensors[spec.name] for spec in job.returns}
-        desk.on_message(name, ScriptedDevice.make_update(device), None)
+        jobs.on_message(name, ScriptedDevice.make_update(device), None)
     assert [type(message) for _, message in sent] == [Job, Fetch, Job]
     sent.clear()
-    desk.close(1)
+    jobs.close(1)
     assert [(name, type(message)) for name, message in sent] == [("bad", Fault), ("good", Fault)]
-    assert [type(result) for result in desk.finished] == [Absence, Absence]
-    assert (desk.num_open, desk.seats, credit.bytes_under_way) == (0, {}, 0)
+    assert [type(result) for result in jobs.finished] == [Absence, Absence]
+    assert (jobs.num_open, jobs.open, budget.bytes_under_way) == (0, {}, 0)
     assert not list(tmp_path.iterdir())  # nothing is left of what will not count
 
 
@@ -337,30 +337,30 @@ def test_round_without_its_quorum_gives_up(make_coordinator):
 
 
 def test_needed_updates_of_a_round():
-    terms = Terms("r", cnn(), STAGE_2, 0.0, 1.0, quorum=0.5, min_clients=1, min_updates=3)
+    terms = ServeOptions("r", cnn(), STAGE_2, 0.0, 1.0, quorum=0.5, min_clients=1, min_updates=3)
     assert [terms.needed(chosen) for chosen in (1, 2, 4, 6, 9)] == [1, 2, 3, 3, 5]
 
 
 def test_whoever_is_heard_at_work_is_progress(tmp_path):
     """A long job, or a long upload, is not "nothing changes"."""
     cohort = ZmqCohort(
-        TalkingHub(), Terms("r", cnn(), STAGE_2, 0.0, 0.0, 1.0, 1, give_up_after_s=60.0),
+        TalkingHub(), ServeOptions("r", cnn(), STAGE_2, 0.0, 0.0, 1.0, 1, give_up_after_s=60.0),
         Spool(tmp_path),
     )  # fmt: skip
     hello = ScriptedDevice.make_hello(SimpleNamespace(name="a", session="1"))
     cohort.devices.hello(Received(b"a", None, hello, None), hello)
-    cohort.desk.give(client("a", 2), assignment(), 1, 0.0)
-    device, seat = cohort.devices.all["a"], cohort.desk.seats["a"]
+    cohort.jobs.give(client("a", 2), assignment(), 1, 0.0)
+    device, open_job = cohort.devices.all["a"], cohort.jobs.open["a"]
     cohort._progress -= 61
     cohort._check_progress("waits")
-    seat.moved -= 61
+    open_job.moved -= 61
     cohort._check_progress("waits")
     device.seen -= 61
-    seat.moved += 61
+    open_job.moved += 61
     cohort._check_progress("waits")
-    seat.moved -= 61
+    open_job.moved -= 61
     device.seen += 61
-    cohort.desk.on_gone("a", "gone", "for a while")  # it is late, and at work
+    cohort.jobs.on_gone("a", "gone", "for a while")  # it is late, and at work
     cohort._check_progress("waits")
     device.seen -= 61
     with pytest.raises(QuorumError, match="waits, and nothing changed for 60 s"):
@@ -369,13 +369,13 @@ def test_whoever_is_heard_at_work_is_progress(tmp_path):
 
 def test_rest_listens_and_looks_at_the_time_though_a_result_is_there(tmp_path):
     """Else who waits for the next round would turn in circles, and never give up."""
-    hub = TalkingHub()
-    terms = Terms("r", cnn(), STAGE_2, 0.0, 0.0, 1.0, 1, give_up_after_s=60.0)
-    cohort = ZmqCohort(hub, terms, Spool(tmp_path))
-    cohort.desk.miss(client("a", 2), assignment())
-    assert len(hub.said) == 4
+    router = TalkingHub()
+    terms = ServeOptions("r", cnn(), STAGE_2, 0.0, 0.0, 1.0, 1, give_up_after_s=60.0)
+    cohort = ZmqCohort(router, terms, Spool(tmp_path))
+    cohort.jobs.miss(client("a", 2), assignment())
+    assert len(router.said) == 4
     assert cohort.rest(1)
-    assert len(hub.said) < 4
+    assert len(router.said) < 4
     cohort._progress -= 61
     with pytest.raises(QuorumError, match="too few devices or updates after 2 tries of a round"):
         cohort.rest(2)

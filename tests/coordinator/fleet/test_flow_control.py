@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.fleet import flow_control as credit_module
-from coordinator.fleet.flow_control import LINK_S, SLOW_WINDOW, WINDOW, Credit, Pace
+from coordinator.fleet.flow_control import LINK_S, SLOW_WINDOW, WINDOW, Budget, LinkRate
 from edge_sdk.protocol.stream import PART_BYTES
 
 NAMES = "abcdef"
@@ -22,154 +22,154 @@ EVENTS = st.one_of(
 
 @given(st.integers(0, 20), st.lists(EVENTS, max_size=60))
 def test_budget_holds_whatever_happens(budget_parts, events):
-    credit = Credit(budget_parts * PART_BYTES)
+    budget = Budget(budget_parts * PART_BYTES)
     most = max(2, budget_parts)
     held: dict[str, int] = {}
     waiting: set[str] = set()
     for event, name, count in events:
         if event == "ask":
-            credit.ask(name, name in SLOW)
+            budget.ask(name, name in SLOW)
             waiting.add(name)
         elif event == "drop":
-            credit.drop(name)
+            budget.drop(name)
             held.pop(name, None)
             waiting.discard(name)
         elif event == "arrived":
-            credit.arrived(name, count)
+            budget.arrived(name, count)
             held[name] = max(0, held.get(name, 0) - count)
-        elif turn := credit.next():
+        elif turn := budget.next():
             who, may = turn
             waiting.remove(who)  # nobody gets a turn who has not asked, or twice
             taken = min(may, count)
             assert taken >= 1
-            credit.take(who, taken, who in SLOW)
+            budget.take(who, taken, who in SLOW)
             held[who] = held.get(who, 0) + taken
         else:  # nobody waits, or nothing is left for those who do
             slow_only = waiting <= set(SLOW)
             assert not waiting or sum(held.values()) == most or slow_only
         used = sum(held.values())
-        assert credit.bytes_under_way == used * PART_BYTES
+        assert budget.bytes_under_way == used * PART_BYTES
         assert used <= most
         assert sum(held.get(name, 0) for name in SLOW) <= most // 2
-        assert {name: credit.held(name) for name in NAMES} == {n: held.get(n, 0) for n in NAMES}
-        assert sorted(credit.holders()) == sorted(name for name in held if held[name])
+        assert {name: budget.held(name) for name in NAMES} == {n: held.get(n, 0) for n in NAMES}
+        assert sorted(budget.holders()) == sorted(name for name in held if held[name])
 
 
 def test_what_arrived_is_free_and_the_rest_is_not():
-    credit = Credit(8 * PART_BYTES)
-    credit.take("a", 5, False)
-    credit.arrived("a", 2)
-    assert (credit.held("a"), credit.bytes_under_way) == (3, 3 * PART_BYTES)
-    credit.arrived("a", 9)  # more than it had
-    assert (credit.held("a"), credit.bytes_under_way) == (0, 0)
-    assert credit.holders() == []
+    budget = Budget(8 * PART_BYTES)
+    budget.take("a", 5, False)
+    budget.arrived("a", 2)
+    assert (budget.held("a"), budget.bytes_under_way) == (3, 3 * PART_BYTES)
+    budget.arrived("a", 9)  # more than it had
+    assert (budget.held("a"), budget.bytes_under_way) == (0, 0)
+    assert budget.holders() == []
 
 
-def turns(credit: Credit) -> list[tuple[str, int]]:
+def turns(budget: Budget) -> list[tuple[str, int]]:
     found = []
-    while turn := credit.next():
+    while turn := budget.next():
         found.append(turn)
     return found
 
 
 def test_transfers_that_have_begun_go_first():
-    credit = Credit(8 * PART_BYTES)
-    credit.take("late", 1, False)
-    credit.ask("new", False)
-    credit.ask("late", False)
-    assert credit.next() == ("late", 7)
-    assert credit.next() == ("new", 7)
-    credit.drop("late")  # its transfer is over, the next one is new
-    credit.ask("other", False)
-    credit.ask("late", False)
-    assert turns(credit) == [("other", 8), ("late", 8)]
+    budget = Budget(8 * PART_BYTES)
+    budget.take("late", 1, False)
+    budget.ask("new", False)
+    budget.ask("late", False)
+    assert budget.next() == ("late", 7)
+    assert budget.next() == ("new", 7)
+    budget.drop("late")  # its transfer is over, the next one is new
+    budget.ask("other", False)
+    budget.ask("late", False)
+    assert turns(budget) == [("other", 8), ("late", 8)]
 
 
 def test_turns_come_in_the_order_of_asking():
-    credit = Credit(8 * PART_BYTES)
+    budget = Budget(8 * PART_BYTES)
     for name in ("c", "a", "b", "a", "c"):  # asking twice changes nothing
-        credit.ask(name, False)
-    assert turns(credit) == [("c", 8), ("a", 8), ("b", 8)]
+        budget.ask(name, False)
+    assert turns(budget) == [("c", 8), ("a", 8), ("b", 8)]
 
 
 def test_slow_links_get_half_and_leave_the_rest_to_others():
-    credit = Credit(8 * PART_BYTES)
+    budget = Budget(8 * PART_BYTES)
     for name in ("slow", "slower"):
-        credit.ask(name, True)
-    credit.ask("quick", False)
-    assert credit.next() == ("slow", 4)
-    credit.take("slow", 3, True)
-    assert credit.next() == ("slower", 1)
-    credit.take("slower", 1, True)
-    credit.ask("slow", True)  # waits, though half the budget is free
-    assert credit.next() == ("quick", 4)
-    credit.take("quick", 4, False)
-    assert credit.next() is None
-    credit.arrived("slower", 1)
-    assert credit.next() == ("slow", 1)
+        budget.ask(name, True)
+    budget.ask("quick", False)
+    assert budget.next() == ("slow", 4)
+    budget.take("slow", 3, True)
+    assert budget.next() == ("slower", 1)
+    budget.take("slower", 1, True)
+    budget.ask("slow", True)  # waits, though half the budget is free
+    assert budget.next() == ("quick", 4)
+    budget.take("quick", 4, False)
+    assert budget.next() is None
+    budget.arrived("slower", 1)
+    assert budget.next() == ("slow", 1)
 
 
 def test_what_is_dropped_is_free_and_waits_no_more():
-    credit = Credit(2 * PART_BYTES)
-    credit.ask("a", False)
-    assert credit.next() == ("a", 2)
-    credit.take("a", 2, False)
-    credit.ask("a", False)
-    credit.ask("b", False)
-    assert credit.next() is None
-    credit.drop("a")
-    assert credit.bytes_under_way == 0
-    assert turns(credit) == [("b", 2)]
-    credit.drop("nobody")
+    budget = Budget(2 * PART_BYTES)
+    budget.ask("a", False)
+    assert budget.next() == ("a", 2)
+    budget.take("a", 2, False)
+    budget.ask("a", False)
+    budget.ask("b", False)
+    assert budget.next() is None
+    budget.drop("a")
+    assert budget.bytes_under_way == 0
+    assert turns(budget) == [("b", 2)]
+    budget.drop("nobody")
 
 
 def test_all_of_a_clients_parts_are_on_one_side():
     """A link that turns out to be slow moves what it holds to that side."""
-    credit = Credit(8 * PART_BYTES)
-    credit.take("a", 2, False)
-    credit.take("a", 1, True)
-    credit.ask("b", True)
-    assert credit.next() == ("b", 1)  # 4 of 8 for slow ones, 3 are a's
-    assert credit.held("a") == 3
+    budget = Budget(8 * PART_BYTES)
+    budget.take("a", 2, False)
+    budget.take("a", 1, True)
+    budget.ask("b", True)
+    assert budget.next() == ("b", 1)  # 4 of 8 for slow ones, 3 are a's
+    assert budget.held("a") == 3
 
 
 # -- pace --------------------------------------------------------------------------------------
 
 
 def test_pace_is_the_mean_of_times():
-    pace = Pace()
-    pace.moved(1000, 1.0)
-    assert pace.rate == pytest.approx(1000.0)
-    pace.moved(1000, 4.0)  # 0.7 * 1 ms + 0.3 * 4 ms = 1.9 ms a byte
-    assert pace.rate == pytest.approx(1000 / 1.9)
-    pace.moved(1000, 0.0)  # in a burst: 0.7 * 1.9 ms
-    assert pace.rate == pytest.approx(1000 / 1.33, rel=1e-3)
+    link_rate = LinkRate()
+    link_rate.moved(1000, 1.0)
+    assert link_rate.rate == pytest.approx(1000.0)
+    link_rate.moved(1000, 4.0)  # 0.7 * 1 ms + 0.3 * 4 ms = 1.9 ms a byte
+    assert link_rate.rate == pytest.approx(1000 / 1.9)
+    link_rate.moved(1000, 0.0)  # in a burst: 0.7 * 1.9 ms
+    assert link_rate.rate == pytest.approx(1000 / 1.33, rel=1e-3)
 
 
 def test_window_follows_the_pace():
-    pace = Pace()
-    assert (pace.is_slow, pace.window) == (False, SLOW_WINDOW)  # not known yet
-    pace.moved(PART_BYTES, 0.5)
-    assert (pace.is_slow, pace.window) == (False, WINDOW)
-    slow = Pace()
+    link_rate = LinkRate()
+    assert (link_rate.is_slow, link_rate.window) == (False, SLOW_WINDOW)  # not known yet
+    link_rate.moved(PART_BYTES, 0.5)
+    assert (link_rate.is_slow, link_rate.window) == (False, WINDOW)
+    slow = LinkRate()
     slow.moved(PART_BYTES, 2.0)
     assert (slow.is_slow, slow.window) == (True, SLOW_WINDOW)
 
 
 def test_patience_follows_the_pace(monkeypatch):
-    pace = Pace()
+    link_rate = LinkRate()
     # LINK_S + 4 * 2^19 bytes / 2^14 bytes a second = 128 s more
-    assert pace.patience_s(PART_BYTES) == LINK_S + 128.0
-    pace.moved(PART_BYTES, 10.0)
-    assert pace.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 80.0)
-    pace.stalled()  # 52 KB/s was its pace: it is taken for one that was not measured
-    assert pace.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 256.0)
-    pace.stalled()
-    assert pace.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 512.0)
-    quick = Pace()
+    assert link_rate.patience_s(PART_BYTES) == LINK_S + 128.0
+    link_rate.moved(PART_BYTES, 10.0)
+    assert link_rate.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 80.0)
+    link_rate.stalled()  # 52 KB/s was its pace: it is taken for one that was not measured
+    assert link_rate.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 256.0)
+    link_rate.stalled()
+    assert link_rate.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 512.0)
+    quick = LinkRate()
     quick.moved(PART_BYTES, 0.01)
     # 2^19 bytes at 2^13 bytes a second, to which it may fall
     assert quick.patience_s(8 * PART_BYTES) == LINK_S + 64.0
-    fresh = Pace()
+    fresh = LinkRate()
     fresh.stalled()  # never measured: half of what it was taken for
     assert fresh.rate == credit_module.UNKNOWN_RATE / 2

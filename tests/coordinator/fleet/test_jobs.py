@@ -1,4 +1,4 @@
-"""What the desk says to devices, and what it takes from them."""
+"""What the coordinator says to devices, and what it takes from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coordinator.cohorts.base import Absence
-from coordinator.fleet.flow_control import Credit
+from coordinator.fleet.flow_control import Budget
 from coordinator.fleet.jobs import MOST_GIVEN, MOST_STALLS, RESEND_S
 from edge_sdk.errors import StoreError
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Job, Part, Ready
@@ -29,11 +29,11 @@ def test_update_counts_once_however_often_it_is_told(room):
     room.parts([0, 2])
     room.announce()  # again, as after a reconnect
     room.parts([1])
-    room.desk.on_message("a", room.update(room.job()), None)  # accepted was lost
+    room.jobs.on_message("a", room.update(room.job()), None)  # accepted was lost
     assert len(room.to("a", Accepted)) == 2
-    (result,) = room.desk.finished
+    (result,) = room.jobs.finished
     assert_is_the_update(room, result)
-    assert room.desk.credit.bytes_under_way == 0
+    assert room.jobs.budget.bytes_under_way == 0
 
 
 def test_parts_of_two_trainings_are_not_mixed(room):
@@ -44,46 +44,46 @@ def test_parts_of_two_trainings_are_not_mixed(room):
     room.parts([0, 1], tensors=other)
     room.announce()
     room.parts([2])
-    assert not room.desk.finished
+    assert not room.jobs.finished
     room.parts([0, 1])
-    assert_is_the_update(room, room.desk.finished[0])
+    assert_is_the_update(room, room.jobs.finished[0])
 
 
 def test_late_update_is_taken_after_its_round(room):
     room.give()
     room.announce()
     room.parts([0])
-    room.desk.close(1)
-    (absence,) = room.desk.finished
+    room.jobs.close(1)
+    (absence,) = room.jobs.finished
     assert isinstance(absence, Absence)
     assert (absence.outcome, absence.code) == ("straggler", "late")
     assert not room.to("a", Fault)
-    assert room.desk.num_open == 0
-    room.desk.clear_spool(2)
+    assert room.jobs.num_open == 0
+    room.jobs.clear_spool(2)
     room.parts([1, 2])
-    assert_is_the_update(room, room.desk.finished[1])
-    assert room.desk.finished[1].sent.keys() == room.assignment().tensors.keys()
+    assert_is_the_update(room, room.jobs.finished[1])
+    assert room.jobs.finished[1].sent.keys() == room.assignment().tensors.keys()
 
 
 def test_late_update_is_dropped_where_that_is_wanted(tmp_path):
     room = Room(tmp_path, takes_late=False)
     room.give()
     room.announce()
-    room.desk.close(1)
+    room.jobs.close(1)
     assert [fault.code for fault in room.to("a", Fault)] == ["late"]
-    assert not room.desk.seats
+    assert not room.jobs.open
     assert not list(tmp_path.iterdir())
 
 
 def test_late_update_expires(room):
     room.give(round=1)
-    room.desk.close(1)
-    room.desk.expire(1)
-    assert "a" in room.desk.seats
-    room.desk.expire(2)
-    assert "a" not in room.desk.seats
-    assert len(room.desk.finished) == 1  # its absence was told before
-    room.desk.on_message("a", room.update(room.job()), None)
+    room.jobs.close(1)
+    room.jobs.expire(1)
+    assert "a" in room.jobs.open
+    room.jobs.expire(2)
+    assert "a" not in room.jobs.open
+    assert len(room.jobs.finished) == 1  # its absence was told before
+    room.jobs.on_message("a", room.update(room.job()), None)
     assert [fault.code for fault in room.to("a", Fault)] == ["late", "round"]
 
 
@@ -92,9 +92,9 @@ def test_spool_is_cleared_of_what_counts_no_more(room, tmp_path):
     room.give("b")
     room.finish("a")
     room.announce("b")
-    room.desk.close(1)
-    room.desk.finished.clear()
-    room.desk.clear_spool(2)
+    room.jobs.close(1)
+    room.jobs.finished.clear()
+    room.jobs.clear_spool(2)
     assert {path.name for path in tmp_path.iterdir()} == {
         "0000000001-b.base",
         "0000000001-b.data",
@@ -106,48 +106,48 @@ def test_spool_is_cleared_of_what_counts_no_more(room, tmp_path):
 def test_freed_files_are_used_again(room, tmp_path):
     room.give("a", round=1)
     room.finish("a")
-    room.desk.finished.clear()
-    room.desk.clear_spool(2)
+    room.jobs.finished.clear()
+    room.jobs.clear_spool(2)
     room.trained = {"stages.1.0.weight": floats(3, start=7.0)}
     room.give("a", round=2)
     room.announce("a")
     assert [path.name for path in tmp_path.iterdir()] == ["0000000002-a.data"]
     room.parts([0])
-    assert_is_the_update(room, room.desk.finished[0], 2)
+    assert_is_the_update(room, room.jobs.finished[0], 2)
 
 
 def test_device_that_is_gone_may_come_back_with_its_update(room):
     room.give()
     room.announce()
     room.parts([1])
-    room.desk.on_gone("a", "gone", "said nothing for 45 s")
-    assert room.desk.credit.bytes_under_way == 0
-    assert [r.outcome for r in room.desk.finished] == ["failed"]
-    room.desk.on_return("a", 1, room.job().id)
+    room.jobs.on_gone("a", "gone", "said nothing for 45 s")
+    assert room.jobs.budget.bytes_under_way == 0
+    assert [r.outcome for r in room.jobs.finished] == ["failed"]
+    room.jobs.on_return("a", 1, room.job().id)
     asked = [(f.have, f.first, f.count) for f in room.to("a", Fetch)[-2:]]
     assert asked == [(1, 0, 1), (1, 2, 1)]
     room.parts([0, 2])
-    assert_is_the_update(room, room.desk.finished[1])
+    assert_is_the_update(room, room.jobs.finished[1])
 
 
 def test_device_that_restarted_gets_its_job_again_when_it_is_ready(room):
     room.give()
     for times in range(2, MOST_GIVEN + 1):
-        room.desk.on_return("a", 0, None)
+        room.jobs.on_return("a", 0, None)
         assert len(room.to("a", Job)) == times - 1
-        room.desk.on_ready("a", Ready(exit=1, stages=(2,)))
+        room.jobs.on_ready("a", Ready(exit=1, stages=(2,)))
         assert len(room.to("a", Job)) == times
-    room.desk.on_return("a", 0, None)
-    room.desk.on_ready("a", Ready(exit=1, stages=(2,)))
-    (absence,) = room.desk.finished
+    room.jobs.on_return("a", 0, None)
+    room.jobs.on_ready("a", Ready(exit=1, stages=(2,)))
+    (absence,) = room.jobs.finished
     assert absence.code == "restarted"
 
 
 def test_device_that_came_back_smaller_fails(room):
     room.give()
-    room.desk.on_return("a", 0, None)
-    room.desk.on_ready("a", Ready(exit=1))  # cannot hold stage 2 any more
-    (absence,) = room.desk.finished
+    room.jobs.on_return("a", 0, None)
+    room.jobs.on_ready("a", Ready(exit=1))  # cannot hold stage 2 any more
+    (absence,) = room.jobs.finished
     assert absence.code == "capacity"
 
 
@@ -156,8 +156,8 @@ def test_job_goes_out_when_the_device_can_be_reached(room):
     room.give()
     room.unreachable.clear()
     assert not room.to("a", Job)
-    room.desk.on_return("a", 0, None)  # on its new connection
-    room.desk.on_ready("a", Ready(exit=3))
+    room.jobs.on_return("a", 0, None)  # on its new connection
+    room.jobs.on_ready("a", Ready(exit=3))
     assert room.to("a", Job)
 
 
@@ -165,12 +165,12 @@ def test_stalled_upload_is_asked_for_again_then_given_up(room, monkeypatch):
     room.give()
     room.announce()
     room.parts([1])
-    seat = room.desk.seats["a"]
+    open_job = room.jobs.open["a"]
     for _ in range(MOST_STALLS):
-        assert "a" in room.desk.seats
-        seat.moved -= seat.patience_s(room.desk.credit.held("a")) + 1
-        room.desk.check_stalls()
-    (absence,) = room.desk.finished
+        assert "a" in room.jobs.open
+        open_job.moved -= open_job.patience_s(room.jobs.budget.held("a")) + 1
+        room.jobs.check_stalls()
+    (absence,) = room.jobs.finished
     assert (absence.outcome, absence.code) == ("failed", "stalled")
     again = [(0, 1), (2, 1)]  # what is missing
     assert [(f.first, f.count) for f in room.to("a", Fetch)] == [(0, 2), (2, 1), *again, *again]
@@ -180,9 +180,9 @@ def test_repeated_part_is_no_progress(room):
     room.give()
     room.announce()
     room.parts([0])
-    moved = room.desk.seats["a"].moved
+    moved = room.jobs.open["a"].moved
     room.parts([0])
-    assert room.desk.seats["a"].moved == moved
+    assert room.jobs.open["a"].moved == moved
 
 
 def test_full_disk_ends_the_run_and_keeps_what_is_whole(room, monkeypatch, tmp_path):
@@ -200,43 +200,43 @@ def test_full_disk_ends_the_run_and_keeps_what_is_whole(room, monkeypatch, tmp_p
     monkeypatch.undo()
     after = Room(tmp_path)
     after.give("a")
-    assert_is_the_update(after, after.desk.finished[0])
+    assert_is_the_update(after, after.jobs.finished[0])
 
 
 def test_budget_bounds_what_is_under_way(tmp_path):
-    room = Room(tmp_path, credit=Credit(2 * PART_BYTES))
+    room = Room(tmp_path, budget=Budget(2 * PART_BYTES))
     for name in "abc":
         room.give(name)
         room.announce(name)
-    assert room.desk.credit.bytes_under_way == 2 * PART_BYTES
+    assert room.jobs.budget.bytes_under_way == 2 * PART_BYTES
     assert [who for who, m in room.said if isinstance(m, Fetch)] == ["a"]
-    room.desk.on_gone("a", "gone", "gone")  # frees it
+    room.jobs.on_gone("a", "gone", "gone")  # frees it
     assert [who for who, m in room.said if isinstance(m, Fetch)] == ["a", "b"]
-    assert room.desk.credit.bytes_under_way == 2 * PART_BYTES
+    assert room.jobs.budget.bytes_under_way == 2 * PART_BYTES
 
 
 def test_time_in_which_nobody_listens_is_nobodys(room):
     room.give()
     room.announce()
-    seat = room.desk.seats["a"]
-    seat.given -= 100.0
-    seat.moved -= 100.0
-    moved = seat.moved
-    room.desk.paused(60.0)
-    assert seat.moved == moved + 60.0
-    room.desk.paused(60.0)  # a job given at the end of the pause was not given after now
-    assert max(seat.given, seat.moved) <= time.monotonic()
+    open_job = room.jobs.open["a"]
+    open_job.given -= 100.0
+    open_job.moved -= 100.0
+    moved = open_job.moved
+    room.jobs.paused(60.0)
+    assert open_job.moved == moved + 60.0
+    room.jobs.paused(60.0)  # a job given at the end of the pause was not given after now
+    assert max(open_job.given, open_job.moved) <= time.monotonic()
 
 
 def test_part_that_meets_a_full_queue_is_sent_later(room):
     """As on a slow link, whose queue also holds answers to heartbeats."""
     room.give()
     room.unreachable.add("a")  # with its connection as it is
-    room.desk.on_message("a", Fetch(round=1, have=0, first=0, count=PARTS + 1), None)
+    room.jobs.on_message("a", Fetch(round=1, have=0, first=0, count=PARTS + 1), None)
     assert not room.to("a", Part)
-    assert room.desk.credit.bytes_under_way == 0
+    assert room.jobs.budget.bytes_under_way == 0
     room.unreachable.clear()
-    room.desk.on_heartbeat("a", 1)
+    room.jobs.on_heartbeat("a", 1)
     assert [part.index for part in room.to("a", Part)] == list(range(PARTS + 1))
 
 
@@ -246,10 +246,10 @@ def test_fetch_that_meets_a_full_queue_is_sent_later(room):
     room.announce()
     assert not room.to("a", Fetch)
     room.unreachable.clear()
-    room.desk.on_heartbeat("a", 1)
+    room.jobs.on_heartbeat("a", 1)
     assert room.to("a", Fetch)
     room.parts(range(PARTS))
-    assert_is_the_update(room, room.desk.finished[0])
+    assert_is_the_update(room, room.jobs.finished[0])
 
 
 def test_job_that_meets_a_full_queue_is_given_again(room):
@@ -257,23 +257,23 @@ def test_job_that_meets_a_full_queue_is_given_again(room):
     room.unreachable.add("a")
     room.give()
     room.unreachable.clear()
-    room.desk.on_heartbeat("a", 0)
+    room.jobs.on_heartbeat("a", 0)
     assert not room.to("a", Job)
-    room.desk.seats["a"].mismatched_since -= RESEND_S + 1
-    room.desk.on_heartbeat("a", 0)
+    room.jobs.open["a"].mismatched_since -= RESEND_S + 1
+    room.jobs.on_heartbeat("a", 0)
     assert len(room.to("a", Job)) == 1
     room.finish()
-    assert_is_the_update(room, room.desk.finished[0])
+    assert_is_the_update(room, room.jobs.finished[0])
 
 
 def test_device_that_never_keeps_its_job_is_not_given_it_for_ever(room):
     room.give()
     for _ in range(3 * MOST_GIVEN):
-        room.desk.on_heartbeat("a", 0)
-        if (seat := room.desk.seats.get("a")) and seat.mismatched_since:
-            seat.mismatched_since -= RESEND_S + 1
+        room.jobs.on_heartbeat("a", 0)
+        if (open_job := room.jobs.open.get("a")) and open_job.mismatched_since:
+            open_job.mismatched_since -= RESEND_S + 1
     assert len(room.to("a", Job)) == MOST_GIVEN
-    (absence,) = room.desk.finished
+    (absence,) = room.jobs.finished
     assert (absence.outcome, absence.code) == ("failed", "restarted")
     assert [fault.round for fault in room.to("a", Fault)] == [1], "it says it is ready then"
 
@@ -283,12 +283,12 @@ def test_late_device_that_never_got_its_job_is_free(room):
     room.unreachable.add("a")
     room.give()
     room.unreachable.clear()
-    room.desk.close(1)
-    room.desk.on_heartbeat("a", 0)
-    assert "a" in room.desk.seats
-    room.desk.seats["a"].mismatched_since -= RESEND_S + 1
-    room.desk.on_heartbeat("a", 0)
-    assert "a" not in room.desk.seats
+    room.jobs.close(1)
+    room.jobs.on_heartbeat("a", 0)
+    assert "a" in room.jobs.open
+    room.jobs.open["a"].mismatched_since -= RESEND_S + 1
+    room.jobs.on_heartbeat("a", 0)
+    assert "a" not in room.jobs.open
     assert [(fault.code, fault.round) for fault in room.to("a", Fault)] == [("late", 1)]
     assert not room.to("a", Job)
 
@@ -304,7 +304,7 @@ def test_end_of_a_job_that_met_a_full_queue_is_said_again(room, counts):
     room.unreachable.clear()
     assert not room.to("a", Accepted) + room.to("a", Fault)
     for _ in range(3):
-        room.desk.on_heartbeat("a", 1)
+        room.jobs.on_heartbeat("a", 1)
     assert len(room.to("a", Accepted)) == counts
     assert len(room.to("a", Fault)) == (not counts), "once, as it was heard"
 
@@ -317,7 +317,7 @@ def test_end_of_a_job_is_not_told_to_who_has_another(room):
     room.parts([2])
     room.unreachable.clear()
     room.give(round=2)
-    room.desk.on_heartbeat("a", 1)
+    room.jobs.on_heartbeat("a", 1)
     assert not room.to("a", Accepted)
 
 
@@ -326,9 +326,9 @@ def test_device_whose_job_and_its_end_met_a_full_queue_hears_of_it(tmp_path):
     room = Room(tmp_path, takes_late=False)
     room.unreachable.add("a")
     room.give()
-    room.desk.close(1)
+    room.jobs.close(1)
     room.unreachable.clear()
-    room.desk.on_heartbeat("a", 0)
+    room.jobs.on_heartbeat("a", 0)
     assert [(fault.code, fault.round) for fault in room.to("a", Fault)] == [("late", 1)]
 
 
@@ -338,7 +338,7 @@ def test_answer_that_meets_a_full_queue_is_not_kept(room):
     job = room.job()
     room.give(round=2)
     room.unreachable.add("a")
-    room.desk.on_message("a", room.update(job), None)  # of round 1
+    room.jobs.on_message("a", room.update(job), None)  # of round 1
     room.unreachable.clear()
-    room.desk.on_heartbeat("a", 2)
+    room.jobs.on_heartbeat("a", 2)
     assert not room.to("a", Fault)

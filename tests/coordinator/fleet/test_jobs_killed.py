@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
-from coordinator.fleet.flow_control import Credit
-from coordinator.fleet.jobs import RESEND_S, Desk
+from coordinator.fleet.flow_control import Budget
+from coordinator.fleet.jobs import RESEND_S, Jobs
 from coordinator.fleet.spool import Spool
 from edge_sdk.protocol.messages import (
     Accepted,
@@ -113,7 +113,7 @@ class Run:
         self.dice = random.Random(f"{mode} {seed}")
         self.devices = {name: Device(name) for name in "abcdef"[:DEVICES]}
         self.next = 1
-        self.begun: dict[str, Client] = {}  # of the next round
+        self.participants_of: dict[str, Client] = {}  # of the next round
         self.counted: Counter[str] = Counter()  # jobs of committed rounds
         self.kills = 0
         self.boot()
@@ -121,12 +121,12 @@ class Run:
     def boot(self) -> None:
         for device in self.devices.values():
             device.is_linked = False
-        self.desk = Desk(
-            "run", Spool(self.folder), Credit(),
+        self.jobs = Jobs(
+            "run", Spool(self.folder), Budget(),
             lambda name, message, _: self.devices[name].hear(message),
             takes_late=self.mode != "drop", was_counted=lambda job: self.counted[job] > 0,
         )  # fmt: skip
-        self.desk.resume(self.next)
+        self.jobs.resume(self.next)
         self.model: dict[str, torch.Tensor] = {}
 
     def until(self, last: int) -> None:
@@ -147,43 +147,43 @@ class Run:
     # -- a round ---------------------------------------------------------------------------------
 
     def round(self) -> None:
-        chosen = list(self.begun.values()) or self.choose()
-        self.desk.expire(self.next - (0 if self.mode == "drop" else OLDEST))
-        self.desk.clear_spool(self.next)
+        chosen = list(self.participants_of.values()) or self.choose()
+        self.jobs.expire(self.next - (0 if self.mode == "drop" else OLDEST))
+        self.jobs.clear_spool(self.next)
         self.model = {
             f"stages.{stage}.0.weight": torch.full((size,), float(self.next))
             for stage, size in enumerate(SIZES)
         }
         results: list[ClientUpdate | Absence] = []
         while not (counted := self.own(results)):
-            self.begun |= {client.id: client for client in chosen}
-            here = self.desk.returned(self.next)
+            self.participants_of |= {client.id: client for client in chosen}
+            here = self.jobs.returned(self.next)
             for client in chosen:
                 if client.id not in here:
-                    self.desk.give(client, self.assignment(client.exit), self.next, 0.0)
+                    self.jobs.give(client, self.assignment(client.exit), self.next, 0.0)
             self.gather(results)
             chosen = [] if self.own(results) else self.choose()
         assert counted
         self.fuse.burn()  # the checkpoint
         self.counted.update(r.job for r in results if isinstance(r, ClientUpdate))
-        self.next, self.begun = self.next + 1, {}
+        self.next, self.participants_of = self.next + 1, {}
         self.fuse.burn()
 
     def gather(self, results: list[ClientUpdate | Absence]) -> None:
         for step in range(10_000):
             self.take(results)
-            if not self.desk.num_open or (self.mode == "async" and self.own(results)):
-                self.desk.leave_open()
+            if not self.jobs.num_open or (self.mode == "async" and self.own(results)):
+                self.jobs.leave_open()
                 return
-            if step > 30 and not self.desk.finished and self.dice.random() < 0.2:
-                self.desk.close(self.next)
+            if step > 30 and not self.jobs.finished and self.dice.random() < 0.2:
+                self.jobs.close(self.next)
             else:
                 self.happen()
         raise AssertionError("the round never ends")
 
     def take(self, results: list[ClientUpdate | Absence]) -> None:
-        while self.desk.finished:
-            result = self.desk.finished.pop(0)
+        while self.jobs.finished:
+            result = self.jobs.finished.pop(0)
             if isinstance(result, ClientUpdate):
                 begin = float(result.round)
                 assert all(bool((t == begin).all()) for t in result.sent.values()), "another base"
@@ -204,7 +204,7 @@ class Run:
             idle = [
                 Client(id=name, exit=device.exit, num_examples=10)
                 for name, device in self.devices.items()
-                if device.is_linked and device.job is None and name not in self.desk.seats
+                if device.is_linked and device.job is None and name not in self.jobs.open
             ]
             if idle and self.dice.random() < 0.3:
                 return idle[: self.dice.randrange(1, 5)]
@@ -218,13 +218,13 @@ class Run:
 
     def happen(self) -> None:
         device, chance = self.dice.choice(list(self.devices.values())), self.dice.random()
-        name, job, desk = device.name, device.job, self.desk
+        name, job, jobs = device.name, device.job, self.jobs
         if not device.is_linked:
             if chance < 0.5:
                 device.is_linked = True
-                desk.on_return(name, job.round if job else 0, job.id if job else None)
+                jobs.on_return(name, job.round if job else 0, job.id if job else None)
             elif chance < 0.6:
-                desk.on_gone(name, "gone", "said nothing")
+                jobs.on_gone(name, "gone", "said nothing")
         elif chance < 0.08:
             device.is_linked = False
         elif chance < 0.12:  # another program, which may have kept what was finished
@@ -232,12 +232,12 @@ class Run:
             if device.update is None or self.dice.random() < 0.5:
                 device.job = device.update = None
         elif chance < 0.17:
-            desk.on_heartbeat(name, job.round if job else 0)
-            if (seat := desk.seats.get(name)) and seat.mismatched_since:
-                seat.mismatched_since -= 2 * RESEND_S
+            jobs.on_heartbeat(name, job.round if job else 0)
+            if (open_job := jobs.open.get(name)) and open_job.mismatched_since:
+                open_job.mismatched_since -= 2 * RESEND_S
         elif job and device.update is None and chance < 0.2:
             device.job = None
-            desk.on_message(name, Fault(code="trainer", detail="", round=job.round), None)
+            jobs.on_message(name, Fault(code="trainer", detail="", round=job.round), None)
         elif job and device.update is None and chance < 0.6:
             device.update = {
                 spec.name: torch.full(spec.shape, job.round + 0.5) for spec in job.tensors
@@ -245,7 +245,7 @@ class Run:
         elif job and device.update:
             self.upload(device, job, device.update)
         if device.is_linked and device.job is None:
-            desk.on_ready(name, Ready(exit=device.exit))
+            jobs.on_ready(name, Ready(exit=device.exit))
 
     def upload(self, device: Device, job: Job, trained: dict[str, torch.Tensor]) -> None:
         sender = Sender(trained)
@@ -254,10 +254,10 @@ class Run:
             exits=tuple(ExitResult(exit=e, loss=0.5, accuracy=0.5) for e in (1, 2)[: len(trained)]),
             phases={}, peak_memory_bytes=0, tensors=sender.specs,
         )  # fmt: skip
-        self.desk.on_message(device.name, update, None)
+        self.jobs.on_message(device.name, update, None)
         if device.job is job and self.dice.random() < 0.8:
             part = Part(round=job.round, index=0)
-            self.desk.on_message(device.name, part, sender.part(0))
+            self.jobs.on_message(device.name, part, sender.part(0))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -271,11 +271,11 @@ def test_what_was_accepted_counts_once(tmp_path, monkeypatch, mode, seed):
     fuse.left = None
     run.until(ROUNDS + OLDEST)  # undisturbed
     accepted = [job for device in run.devices.values() for job in device.accepted]
-    pending = {u.job for u in run.desk.finished if isinstance(u, ClientUpdate)}
+    pending = {u.job for u in run.jobs.finished if isinstance(u, ClientUpdate)}
     assert len(accepted) == len(set(accepted)) > ROUNDS
     assert [job for job in accepted if run.counted[job] != (job not in pending)] == []
-    run.desk.clear_spool(run.next)
-    needed = {f"{seat.round:010d}-{name}" for name, seat in run.desk.seats.items()}
-    needed |= {f"{u.round:010d}-{u.client.id}" for u in run.desk.finished if u.client.id}
+    run.jobs.clear_spool(run.next)
+    needed = {f"{open_job.round:010d}-{name}" for name, open_job in run.jobs.open.items()}
+    needed |= {f"{u.round:010d}-{u.client.id}" for u in run.jobs.finished if u.client.id}
     left = {path.stem for path in tmp_path.iterdir() if not path.name.startswith("free-")}
     assert left <= needed

@@ -19,34 +19,34 @@ def room(tmp_path):
 def test_an_upload_begins_at_the_pace_of_its_own_way(room):
     """What comes down in a blink may go up in minutes."""
     room.give()
-    room.desk.seats["a"].pace.moved(PART_BYTES, 0.001)
+    room.jobs.open["a"].link_rate.moved(PART_BYTES, 0.001)
     room.announce()
-    seat = room.desk.seats["a"]
-    assert seat.pace.rate == 0.0
+    open_job = room.jobs.open["a"]
+    assert open_job.link_rate.rate == 0.0
     assert room.to("a", Fetch)[-1].count == SLOW_WINDOW
-    seat.pace.moved(PART_BYTES, 60.0)
-    assert seat.paces.down.rate > SLOW_RATE > seat.paces.up.rate
+    open_job.link_rate.moved(PART_BYTES, 60.0)
+    assert open_job.link_rates.down.rate > SLOW_RATE > open_job.link_rates.up.rate
 
 
 def test_who_is_gone_with_parts_on_their_way_was_slower_than_expected(room):
     room.give()
     room.announce()
-    seat = room.desk.seats["a"]
-    seat.pace.rate = 10 * SLOW_RATE
-    room.desk.on_gone("a", "gone", "said nothing for 94 s")
-    assert seat.pace.rate == UNKNOWN_RATE
-    room.desk.on_gone("a", "gone", "with nothing on its way")
-    assert seat.pace.rate == UNKNOWN_RATE
+    open_job = room.jobs.open["a"]
+    open_job.link_rate.rate = 10 * SLOW_RATE
+    room.jobs.on_gone("a", "gone", "said nothing for 94 s")
+    assert open_job.link_rate.rate == UNKNOWN_RATE
+    room.jobs.on_gone("a", "gone", "with nothing on its way")
+    assert open_job.link_rate.rate == UNKNOWN_RATE
 
 
 @pytest.mark.parametrize("num_examples", [11, 10, 0])
 def test_device_that_restarted_with_more_data(tmp_path, num_examples):
     room = Room(tmp_path)
     room.give()
-    room.desk.on_return("a", 0, None, num_examples)
-    room.desk.on_ready("a", Ready(exit=3))
+    room.jobs.on_return("a", 0, None, num_examples)
+    room.jobs.on_ready("a", Ready(exit=3))
     told = replace(room.update(room.job()), num_examples=11)
-    room.desk.on_message("a", told, None)
+    room.jobs.on_message("a", told, None)
     faults = [fault.detail for fault in room.to("a", Fault)]
     said = [] if num_examples == 11 else ["update from a, round 1: 11 examples, hello said 10"]
     assert faults == said
@@ -55,23 +55,23 @@ def test_device_that_restarted_with_more_data(tmp_path, num_examples):
 def test_gone_device_that_is_back_in_the_same_round_counts_where_none_is_taken_late(tmp_path):
     room = Room(tmp_path, takes_late=False)
     room.give()
-    room.desk.on_gone("a", "gone", "said nothing for 45 s")
-    room.desk.on_return("a", 1, room.job().id)
+    room.jobs.on_gone("a", "gone", "said nothing for 45 s")
+    room.jobs.on_return("a", 1, room.job().id)
     assert not room.to("a", Fault)
     room.finish()
-    assert_is_the_update(room, room.desk.finished[1])
+    assert_is_the_update(room, room.jobs.finished[1])
 
 
 def test_gone_device_that_is_back_after_its_round_does_not_count_there(tmp_path):
     room = Room(tmp_path, takes_late=False)
     room.give()
-    room.desk.on_gone("a", "gone", "said nothing for 45 s")
-    room.desk.close(1)
-    room.desk.expire(2)  # as at the beginning of the next round
-    room.desk.on_return("a", 1, room.job().id)
+    room.jobs.on_gone("a", "gone", "said nothing for 45 s")
+    room.jobs.close(1)
+    room.jobs.expire(2)  # as at the beginning of the next round
+    room.jobs.on_return("a", 1, room.job().id)
     room.announce()
     assert {fault.code for fault in room.to("a", Fault)} == {"late", "round"}
-    assert len(room.desk.finished) == 1
+    assert len(room.jobs.finished) == 1
     after = Room(tmp_path, takes_late=False)  # a coordinator that was killed before it cleared up
-    after.desk.resume(2)
-    assert not after.desk.seats
+    after.jobs.resume(2)
+    assert not after.jobs.open

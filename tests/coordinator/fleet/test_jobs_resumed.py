@@ -1,4 +1,4 @@
-"""What a desk finds of jobs and updates after the coordinator was killed."""
+"""What a restarted coordinator finds of jobs and updates after the coordinator was killed."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def test_whole_upload_outlives_the_coordinator(tmp_path):
     after = Room(tmp_path)  # nothing was closed: it was killed
     after.give("a")
     after.give("b")
-    (result,) = after.desk.finished
+    (result,) = after.jobs.finished
     assert result.client.id == "a"
     assert_is_the_update(after, result)
     assert not after.to("a", Job)
-    after.desk.on_return("a", 1, before.job("a").id)  # which never heard that it counts
+    after.jobs.on_return("a", 1, before.job("a").id)  # which never heard that it counts
     assert after.to("a", Accepted)
     # b goes on with the job that it has in hand
-    after.desk.on_return("b", 1, before.job("b").id)
+    after.jobs.on_return("b", 1, before.job("b").id)
     assert after.job("b") == before.job("b")
     after.finish("b")
-    assert [r.client.id for r in after.desk.finished] == ["a", "b"]
+    assert [r.client.id for r in after.jobs.finished] == ["a", "b"]
 
 
 def test_upload_of_another_job_is_not_taken_from_the_spool(tmp_path):
@@ -47,34 +47,34 @@ def test_upload_of_another_job_is_not_taken_from_the_spool(tmp_path):
     before.finish()
     after = Room(tmp_path)
     after.give(plan=replace(PLAN, seed=1))
-    assert not after.desk.finished
+    assert not after.jobs.finished
     assert after.to("a", Job)
 
 
 def test_late_update_outlives_the_coordinator_too(tmp_path):
     before = Room(tmp_path)
     before.give("a")
-    before.desk.close(1)
+    before.jobs.close(1)
     before.finish("a")
     after = Room(tmp_path)
-    after.desk.resume(2)
-    (result,) = after.desk.finished
+    after.jobs.resume(2)
+    (result,) = after.jobs.finished
     assert_is_the_update(after, result)
     began = before.assignment().tensors
     assert torch.equal(result.sent["stages.1.0.weight"], began["stages.1.0.weight"])
-    after.desk.clear_spool(2)  # it is still wanted
+    after.jobs.clear_spool(2)  # it is still wanted
     assert torch.equal(result.tensors["stages.1.0.weight"], after.trained["stages.1.0.weight"])
 
 
 def test_late_update_of_a_committed_round_is_not_counted_again(tmp_path):
     before = Room(tmp_path)
     before.give("a")
-    before.desk.close(1)
+    before.jobs.close(1)
     before.finish("a")
     after = Room(tmp_path, was_counted=lambda job: job == before.job("a").id)
-    after.desk.resume(3)
-    assert not after.desk.finished
-    after.desk.on_return("a", 1, before.job("a").id)
+    after.jobs.resume(3)
+    assert not after.jobs.finished
+    after.jobs.on_return("a", 1, before.job("a").id)
     assert after.to("a", Accepted)
 
 
@@ -82,12 +82,12 @@ def test_update_that_outlives_its_round_outlives_the_coordinator_too(tmp_path):
     """Asynchronous: nobody has closed its round, and nobody gives its job again."""
     before = Room(tmp_path)
     before.give("a", round=1)
-    before.desk.leave_open()
+    before.jobs.leave_open()
     before.finish("a")
     assert before.to("a", Accepted)
     after = Room(tmp_path)
-    after.desk.resume(2)
-    (result,) = after.desk.finished
+    after.jobs.resume(2)
+    (result,) = after.jobs.finished
     assert_is_the_update(after, result)
     assert not result.sent["stages.1.0.weight"].any()
 
@@ -98,20 +98,20 @@ def test_job_in_hand_outlives_the_coordinator(tmp_path, is_late):
     coordinator was killed: it counts."""
     before = Room(tmp_path)
     before.give("a")
-    before.desk.close(1) if is_late else before.desk.leave_open()
+    before.jobs.close(1) if is_late else before.jobs.leave_open()
     before.announce("a")
     before.parts([0], "a")  # the rest is lost
     job = before.job("a")
     after = Room(tmp_path)
-    after.desk.resume(2)
-    after.desk.expire(1)
-    after.desk.clear_spool(2)
-    assert after.desk.num_open == (not is_late)
-    after.desk.on_return("a", 1, job.id)
+    after.jobs.resume(2)
+    after.jobs.expire(1)
+    after.jobs.clear_spool(2)
+    assert after.jobs.num_open == (not is_late)
+    after.jobs.on_return("a", 1, job.id)
     assert not after.to("a", Fault)
-    after.desk.on_message("a", after.update(job), None)
+    after.jobs.on_message("a", after.update(job), None)
     after.parts(range(PARTS))
-    (result,) = after.desk.finished
+    (result,) = after.jobs.finished
     assert_is_the_update(after, result)
     assert torch.equal(result.sent["stages.0.0.weight"], floats(4))
     assert after.to("a", Accepted)
@@ -120,39 +120,39 @@ def test_job_in_hand_outlives_the_coordinator(tmp_path, is_late):
 def test_late_job_whose_download_was_cut_goes_on_after_a_restart(tmp_path):
     before = Room(tmp_path)
     before.give("a")
-    before.desk.close(1)
+    before.jobs.close(1)
     after = Room(tmp_path)
-    after.desk.resume(2)
-    after.desk.on_return("a", 1, before.job("a").id)
-    after.desk.on_message("a", Fetch(round=1, have=1, first=1, count=PARTS), None)
+    after.jobs.resume(2)
+    after.jobs.on_return("a", 1, before.job("a").id)
+    after.jobs.on_message("a", Fetch(round=1, have=1, first=1, count=PARTS), None)
     assert [part.index for part in after.to("a", Part)] == list(range(1, PARTS + 1))
 
 
 def test_late_job_that_is_too_old_after_a_restart_is_given_up(tmp_path):
     before = Room(tmp_path)
     before.give("a")
-    before.desk.close(1)
+    before.jobs.close(1)
     after = Room(tmp_path)
-    after.desk.resume(4)
-    after.desk.expire(2)
+    after.jobs.resume(4)
+    after.jobs.expire(2)
     assert [fault.code for fault in after.to("a", Fault)] == ["late"]
-    assert not after.desk.seats
+    assert not after.jobs.open
     assert not list(tmp_path.iterdir())
 
 
 def test_asynchronous_job_whose_device_has_gone_is_late_after_a_restart_too(tmp_path):
     before = Room(tmp_path)
     before.give("a")
-    before.desk.leave_open()
-    before.desk.on_gone("a", "gone", "its link broke")
+    before.jobs.leave_open()
+    before.jobs.on_gone("a", "gone", "its link broke")
     job = before.job("a")
     after = Room(tmp_path)
-    after.desk.resume(2)
-    assert after.desk.num_open == 0, "nobody waits for it twice"
-    after.desk.on_return("a", 1, job.id)
-    after.desk.on_message("a", after.update(job), None)
+    after.jobs.resume(2)
+    assert after.jobs.num_open == 0, "nobody waits for it twice"
+    after.jobs.on_return("a", 1, job.id)
+    after.jobs.on_message("a", after.update(job), None)
     after.parts(range(PARTS))
-    assert_is_the_update(after, after.desk.finished[0])
+    assert_is_the_update(after, after.jobs.finished[0])
 
 
 def test_jobs_that_began_from_the_same_share_it_after_a_restart_too(tmp_path, monkeypatch):
@@ -160,24 +160,24 @@ def test_jobs_that_began_from_the_same_share_it_after_a_restart_too(tmp_path, mo
     before = Room(tmp_path)
     job, names = before.assignment(), [f"d{number}" for number in range(9)]
     for name in names:
-        before.desk.give(dataclasses.replace(client(name, 3), num_examples=10), job, 1, 0.0)
-    before.desk.leave_open()
+        before.jobs.give(dataclasses.replace(client(name, 3), num_examples=10), job, 1, 0.0)
+    before.jobs.leave_open()
     read: list[int] = []
     real = spool_module.digest_of
     monkeypatch.setattr(spool_module, "digest_of", lambda parts: (read.append(1), real(parts))[1])
     after = Room(tmp_path)
-    after.desk.resume(2)
+    after.jobs.resume(2)
     assert len(read) == 1, "read once"
     for name in names:
-        after.desk.on_gone(name, "gone", "is not connected")
+        after.jobs.on_gone(name, "gone", "is not connected")
     assert len({path.stat().st_ino for path in tmp_path.glob("*.base")}) == 1
-    assert after.desk.num_open == 0
+    assert after.jobs.num_open == 0
 
 
 def test_time_to_come_back_begins_when_all_was_read(tmp_path, monkeypatch):
     before = Room(tmp_path)
     before.give("a")
-    before.desk.leave_open()
+    before.jobs.leave_open()
     real, now = Spool.held, time.monotonic()
 
     def slow(spool: Spool, round: int) -> Any:
@@ -186,5 +186,5 @@ def test_time_to_come_back_begins_when_all_was_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Spool, "held", slow)
     after = Room(tmp_path)
-    after.desk.resume(2)
-    assert after.desk.seats["a"].given == now + 50.0
+    after.jobs.resume(2)
+    assert after.jobs.open["a"].given == now + 50.0

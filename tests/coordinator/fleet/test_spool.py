@@ -21,7 +21,7 @@ from tests.support.spooled import JOB, OTHER, TENSORS, arrived, files, keep, one
 
 
 def assert_is_there(spool: Spool, client: str = "a", tensors: Tensors = TENSORS) -> None:
-    found = spool.take(3, client, JOB)
+    found = spool.take_update(3, client, JOB)
     assert found is not None
     assert found[0] == arrived(tensors)
     assert list(found[1]) == list(tensors)
@@ -33,10 +33,10 @@ def test_whole_update_is_taken_by_who_comes_after(tmp_path):
     receiver = receive(spool)
     got = receiver.tensors()
     assert all(torch.equal(got[name], TENSORS[name]) for name in TENSORS)
-    spool.keep(3, "a", arrived(TENSORS))
+    spool.save_update(3, "a", arrived(TENSORS))
     assert_is_there(Spool(tmp_path / "spool"))
-    assert spool.take(3, "b", JOB) is None
-    assert spool.take(4, "a", JOB) is None
+    assert spool.take_update(3, "b", JOB) is None
+    assert spool.take_update(4, "a", JOB) is None
 
 
 def test_update_of_no_bytes(tmp_path):
@@ -50,7 +50,7 @@ def test_stream_that_was_not_kept_counts_as_nothing(tmp_path, parts):
     """Killed before all was there, or between the last part and the json."""
     spool = Spool(tmp_path)
     receive(spool, parts=parts)
-    assert spool.take(3, "a", JOB) is None
+    assert spool.take_update(3, "a", JOB) is None
 
 
 def test_kill_while_the_json_is_written_counts_as_nothing(tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_kill_while_the_json_is_written_counts_as_nothing(tmp_path, monkeypatch)
 
     monkeypatch.setattr(spool_module.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        spool.keep(3, "a", arrived(TENSORS))
+        spool.save_update(3, "a", arrived(TENSORS))
     monkeypatch.undo()
     assert Spool(tmp_path).take(3, "a", JOB) is None
     keep(spool)  # asked for again
@@ -92,7 +92,7 @@ def test_damaged_update_is_not_taken(tmp_path, damage):
         data.write_bytes(whole[:-1] if damage == "short" else whole + b"\0")
     else:
         json.write_bytes(json.read_bytes()[:-5] if damage == "json" else b"")
-    assert spool.take(3, "a", JOB) is None
+    assert spool.take_update(3, "a", JOB) is None
     keep(spool)
     assert_is_there(spool)
 
@@ -100,8 +100,8 @@ def test_damaged_update_is_not_taken(tmp_path, damage):
 def test_update_of_another_job_is_not_taken(tmp_path):
     spool = Spool(tmp_path)
     keep(spool, job=OTHER)
-    assert spool.take(3, "a", JOB) is None
-    assert spool.take(3, "a", OTHER) is not None
+    assert spool.take_update(3, "a", JOB) is None
+    assert spool.take_update(3, "a", OTHER) is not None
 
 
 NAMES = ("a", "a.b", "a.data", "a.json", "a.new", "a-b", "3-a")
@@ -112,8 +112,8 @@ def test_names_with_dots_are_apart(tmp_path):
     for number, name in enumerate(NAMES):
         keep(spool, name, {"w": floats(4, start=float(number))})
     for name in NAMES[1:]:
-        spool.forget(3, name)
-        assert spool.take(3, name, JOB) is None
+        spool.delete(3, name)
+        assert spool.take_update(3, name, JOB) is None
         assert_is_there(spool, "a", {"w": floats(4)})
     assert files(spool) == ["0000000003-a.data", "0000000003-a.json"]
 
@@ -126,8 +126,8 @@ def test_rounds_before_are_forgotten_but_for_what_is_wanted(tmp_path):
             sender = Sender(TENSORS)
             receiver = Receiver(sender.specs, spool.storage(round, name))
             receiver.add(1, sender.part(1))
-            spool.keep(round, name, arrived(TENSORS))
-    spool.forget_before(3, {(1, "a.b"), (2, "a")})
+            spool.save_update(round, name, arrived(TENSORS))
+    spool.delete_before(3, {(1, "a.b"), (2, "a")})
     kept = [name for name in files(spool) if name.startswith(("0000000001", "0000000002"))]
     assert kept == [
         "0000000001-a.b.data",
@@ -152,7 +152,7 @@ def test_files_of_rounds_before_are_used_again(tmp_path, is_resumed):
         receiver = Receiver(sender.specs, spool.storage(1, name))
         for index in range(sender.num_parts):
             receiver.add(index, sender.part(index))
-    spool.forget_before(3, set())
+    spool.delete_before(3, set())
     assert files(spool) == ["free-0000000001-a.data", "free-0000000001-b.data"]
     spool = Spool(tmp_path) if is_resumed else spool
     for name in ("a", "b", "c"):
@@ -165,9 +165,9 @@ def test_what_is_kept_counts_although_others_are_freed(tmp_path):
     spool = Spool(tmp_path)
     keep(spool)
     receive(spool, "half", parts=1)
-    spool.forget_before(3, set())
+    spool.delete_before(3, set())
     assert_is_there(spool)
-    spool.forget_before(4, {(3, "a")})
+    spool.delete_before(4, {(3, "a")})
     keep(spool, "b", {"w": floats(7)})  # in the file that half had
     assert_is_there(spool)
 
@@ -175,9 +175,9 @@ def test_what_is_kept_counts_although_others_are_freed(tmp_path):
 def test_mapped_tensors_outlive_their_file(tmp_path):
     spool = Spool(tmp_path)
     keep(spool)
-    found = spool.take(3, "a", JOB)
+    found = spool.take_update(3, "a", JOB)
     assert found is not None
-    spool.forget(3, "a")
+    spool.delete(3, "a")
     assert files(spool) == []
     assert torch.equal(found[1]["exits.0.b"], TENSORS["exits.0.b"])
 
@@ -225,10 +225,10 @@ def test_full_disk_for_the_json_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StoreError, match=r"a\.json cannot be written: .*No space left") as caught:
-        spool.keep(3, "a", arrived(TENSORS))
+        spool.save_update(3, "a", arrived(TENSORS))
     one_line(caught.value)
     monkeypatch.undo()
-    assert spool.take(3, "a", JOB) is None
+    assert spool.take_update(3, "a", JOB) is None
 
 
 LIMITED = """

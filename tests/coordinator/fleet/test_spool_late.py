@@ -23,11 +23,11 @@ def hold(spool: Spool, client_id: str = "a", sender: Sender | None = None) -> No
     sender = sender or Sender(START)
     plan = Plan(segments=(Segment(first=1, last=1),))
     job = Job(id=JOB, round=3, model=cnn(2), plan=plan, tensors=sender.specs, deadline_s=0.0)
-    spool.hold(client(client_id, 2), job, specs_of(TENSORS), sender, outlives=False)
+    spool.save_job(client(client_id, 2), job, specs_of(TENSORS), sender, outlives=False)
 
 
 def held_by(spool: Spool, round: int = 4) -> list[str]:
-    return [held.client.id for held, _ in spool.held(round)]
+    return [held.client.id for held, _ in spool.saved_jobs(round)]
 
 
 def test_job_that_outlives_its_round_comes_with_what_it_began_from(tmp_path):
@@ -58,14 +58,14 @@ def test_who_began_from_the_same_shares_a_file(tmp_path):
     hold(spool, "b", sender)
     hold(spool, "c", other)
     assert inode("a") == inode("b") != inode("c")
-    spool.forget(3, "a")  # the first one
+    spool.delete(3, "a")  # the first one
     hold(spool, "d", sender)
     hold(spool, "e", sender)
     assert inode("d") == inode("e"), "a copy for everybody"
     hold(spool, "d", sender)  # once more
     assert inode("d") == inode("e")
     assert held_by(spool) == ["b", "c", "d", "e"]
-    assert all(torch.equal(t[n], START[n]) for _, t in spool.held(4) for n in START)
+    assert all(torch.equal(t[n], START[n]) for _, t in spool.saved_jobs(4) for n in START)
 
 
 def test_job_given_anew_takes_nothing_from_those_who_began_elsewhere(tmp_path):
@@ -76,7 +76,7 @@ def test_job_given_anew_takes_nothing_from_those_who_began_elsewhere(tmp_path):
     hold(spool, "b", sender)
     hold(spool, "a", Sender({name: tensor + 9 for name, tensor in START.items()}))
     hold(spool, "c", sender)
-    starts = {held.client.id: tensors["stages.9.w"] for held, tensors in spool.held(4)}
+    starts = {held.client.id: tensors["stages.9.w"] for held, tensors in spool.saved_jobs(4)}
     assert torch.equal(starts["a"], START["stages.9.w"] + 9)
     for name in "bc":
         assert torch.equal(starts[name], START["stages.9.w"])
@@ -98,13 +98,13 @@ def test_damaged_job_is_left_out(tmp_path, damage, caplog):
     spool = Spool(tmp_path)
     hold(spool, "a")
     hold(spool, "b")
-    base, seat = tmp_path / "0000000003-a.base", tmp_path / "0000000003-a.seat"
+    base, open_job = tmp_path / "0000000003-a.base", tmp_path / "0000000003-a.seat"
     if damage == "base gone":
         base.unlink()
     elif damage == "seat":
-        seat.write_bytes(seat.read_bytes()[:-9])
+        open_job.write_bytes(open_job.read_bytes()[:-9])
     elif damage == "huge":
-        seat.write_bytes(seat.read_bytes().replace(b"[2]", b"[2000000000]"))
+        open_job.write_bytes(open_job.read_bytes().replace(b"[2]", b"[2000000000]"))
     else:  # as a power cut leaves it
         size = base.stat().st_size
         base.unlink()  # it is b's, too
@@ -118,11 +118,11 @@ def test_nothing_is_left_of_a_job_that_was_forgotten(tmp_path):
     for _ in range(2):
         keep(spool)
         hold(spool)
-        spool.forget(3, "a")
+        spool.delete(3, "a")
         assert files(spool) == []
     keep(spool)
     hold(spool)
-    spool.forget_before(4, set())
+    spool.delete_before(4, set())
     assert files(spool) == ["free-0000000003-a.data"]
 
 

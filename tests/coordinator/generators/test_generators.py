@@ -22,7 +22,7 @@ from coordinator.generators.registry import make_generator
 from coordinator.methods.registry import make_method
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.staged import place
+from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import ModelSpec
 from tests.support.examples import answer, client, cnn, config
 
@@ -160,7 +160,7 @@ def test_grouped_networks_are_independent():
 
 def matrices(spec):
     shapes = {name: tuple(t.shape) for name, t in initial_tensors(spec, 0).items()}
-    return {name: s for name, s in shapes.items() if place(name)[0] == "stages" and len(s) > 1}
+    return {name: s for name, s in shapes.items() if stage_of(name)[0] == "stages" and len(s) > 1}
 
 
 def test_pairs_follow_the_stages():

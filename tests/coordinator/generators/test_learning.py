@@ -13,7 +13,7 @@ from coordinator.generators.registry import make_generator
 from coordinator.generators.update_regression import SKETCH, _hashes, _sketched
 from coordinator.methods.registry import make_method
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.staged import place
+from edge_sdk.models.staged import stage_of
 from tests.contract.test_generators import (
     COHORT,
     hypemefed,
@@ -39,7 +39,7 @@ def updates_of(round, factor=1.0, cohort=COHORT, sign_of_deep=1.0):
         update = related(who, method.assign(who, round), round, 5 + place_)
         moved = {}
         for key, tensor in update.tensors.items():
-            sign = sign_of_deep if place(key)[1] > 1 else 1.0
+            sign = sign_of_deep if stage_of(key)[1] > 1 else 1.0
             moved[key] = sent[key].double() + factor * sign * (tensor - sent[key]).double()
         made.append(dataclasses.replace(update, tensors=moved))
     return made
@@ -68,7 +68,7 @@ def test_predictions_scale_with_updates(name, factor):
     """Features, targets and what is chained from stage to stage are in units of their size."""
     _, made, figures = taught(name, 8)
     _, scaled, again = taught(name, 8, factor=factor)
-    assert {place(key)[1] for key in made} == {2, 3}
+    assert {stage_of(key)[1] for key in made} == {2, 3}
     for key, tensor in made.items():
         want = factor * tensor
         assert torch.allclose(scaled[key], want, rtol=2e-2, atol=2e-2 * float(want.std())), key
@@ -143,7 +143,7 @@ def test_one_owner_is_measured_against_a_running_mean():
     sent = owners_mean().current()
     for number, moved in ((1, 1.0), (2, 2.0)):
         for update in updates_of(number, cohort=cohort):
-            deep = {k: sent[k] + moved for k in update.tensors if place(k)[1] > 1}
+            deep = {k: sent[k] + moved for k in update.tensors if stage_of(k)[1] > 1}
             update = dataclasses.replace(update, tensors=update.tensors | deep)
             generator.observe(update, sent, 1.0)
         generator.fit(sent, number)

@@ -12,7 +12,7 @@ from coordinator.config import DistillOptions, RotationOptions, ServerOptions
 from coordinator.methods.registry import make_method
 from coordinator.methods.rotation import draw_order, fixed, rotation
 from edge_sdk.errors import ConfigError
-from edge_sdk.models.staged import place
+from edge_sdk.models.staged import stage_of
 from tests.support.examples import answer, client, config
 
 NONE = [0.0] * 3
@@ -118,7 +118,7 @@ def test_stale_copy_counts_clients_with_what_they_were_sent():
     before = method.current()
     method.aggregate(1, [answer(who, method.assign(who, 1), shift=8.0) for who in cohort])
     for key, tensor in method.current().items():
-        want = 8.0 if place(key)[1] == 1 else 2.0  # (3 * 0 + 8) / 4 = 2 where only d trained
+        want = 8.0 if stage_of(key)[1] == 1 else 2.0  # (3 * 0 + 8) / 4 = 2 where only d trained
         assert torch.allclose(tensor, before[key] + want, atol=1e-4), key
 
 

@@ -18,8 +18,8 @@ from coordinator.cli.main import main as coordinate
 from coordinator.cohorts.base import Client
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import RotationOptions, RunConfig, read_config
-from coordinator.fleet.cohort import Terms, ZmqCohort
-from coordinator.fleet.router import Hub
+from coordinator.fleet.cohort import ServeOptions, ZmqCohort
+from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
 from coordinator.methods.registry import make_method
 from coordinator.runs.rounds import run_rounds
@@ -126,7 +126,7 @@ def test_devices_give_the_model_that_one_process_gives(
     )
     store = Store.create(tmp_path / "run", config, "serve")
     made = make_method(config)
-    terms = Terms(
+    terms = ServeOptions(
         store.run,
         made.spec,
         config.plan(config.rounds),
@@ -135,9 +135,13 @@ def test_devices_give_the_model_that_one_process_gives(
         config.quorum,
         3,
     )
-    hub = Hub(world.endpoint, read_keys(world.keys, "server"), Admission(world.keys / "clients"))
+    router = Router(
+        world.endpoint, read_keys(world.keys, "server"), Admission(world.keys / "clients")
+    )
     give_up = time.monotonic() + 90
-    cohort = ZmqCohort(hub, terms, Spool(store.folder / SPOOL), lambda: time.monotonic() > give_up)
+    cohort = ZmqCohort(
+        router, terms, Spool(store.folder / SPOOL), lambda: time.monotonic() > give_up
+    )
     try:
         run_rounds(store, made, cohort, world.test)
     finally:

@@ -314,8 +314,8 @@ def test_strangers_and_duplicates_are_counted(tmp_path, make_coordinator):
     coordinator.clients()
     a = coordinator.device("a")
     a.join()
-    stranger = coordinator.device("c", keys=make_keys(tmp_path / "other", "device"))
-    assert stranger.refusal()
+    pending_key = coordinator.device("c", keys=make_keys(tmp_path / "other", "device"))
+    assert pending_key.refusal()
     rival = coordinator.device("a")
     rival.session = "another program"
     rival.send(rival.make_hello())
@@ -324,7 +324,7 @@ def test_strangers_and_duplicates_are_counted(tmp_path, make_coordinator):
     a.ping()
     assert rival.expect(Fault).code == "duplicate"
     found = look()
-    assert found.strangers >= 1
+    assert found.pending >= 1
     assert found.faults == {"duplicate": 1}
     assert [(c.name, c.phase, c.duplicates) for c in found.clients] == [("a", "ready", 1)]
 

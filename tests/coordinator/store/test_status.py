@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from coordinator.fleet.cohort import Stopped
-from coordinator.fleet.counters import CODES, MAX_CLIENTS, OTHER, Tally
+from coordinator.fleet.counters import CODES, MAX_CLIENTS, OTHER, Counters
 from coordinator.methods.registry import make_method
 from coordinator.runs.monitor import TELL_S, Monitor
 from coordinator.runs.rounds import RoundReport, run_rounds
@@ -243,22 +243,22 @@ def test_of_another_machine_only_what_it_told_lately_counts():
 
 
 def test_codes_of_peers_are_counted_within_bounds():
-    tally = Tally()
+    counters = Counters()
     for number in range(1000):
-        tally.fault("pi-1", f"made up {number}")
-    tally.fault("pi-1", "tensors")
-    tally.fault(None, "protocol")
-    assert tally.faults == {OTHER: 1000, "tensors": 1, "protocol": 1}
-    assert tally.of("pi-1").faults == {OTHER: 1000, "tensors": 1}
+        counters.fault("pi-1", f"made up {number}")
+    counters.fault("pi-1", "tensors")
+    counters.fault(None, "protocol")
+    assert counters.faults == {OTHER: 1000, "tensors": 1, "protocol": 1}
+    assert counters.of("pi-1").faults == {OTHER: 1000, "tensors": 1}
 
 
 def test_strangers_names_are_counted_within_bounds():
-    tally = Tally()
+    counters = Counters()
     for number in range(MAX_CLIENTS + 50):
-        tally.result(f"client-{number}", "accepted")
-        tally.moved(f"client-{number}", 1, 2)
-    assert len(tally.clients) == MAX_CLIENTS
-    assert tally.updates["accepted"] == tally.bytes_down == MAX_CLIENTS + 50
+        counters.result(f"client-{number}", "accepted")
+        counters.moved(f"client-{number}", 1, 2)
+    assert len(counters.clients) == MAX_CLIENTS
+    assert counters.updates["accepted"] == counters.bytes_down == MAX_CLIENTS + 50
 
 
 def test_every_code_of_an_error_is_known():

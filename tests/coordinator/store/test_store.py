@@ -36,7 +36,7 @@ def update(who, **changes):
 
 
 def commit(store, number, state=None, results=()):
-    passed = list(store.recording(number, results))
+    passed = list(store.record_results(number, results))
     metrics = Metrics({"accuracy_exit_1": 0.5}, {"fit": Phase(wall_s=1.0, cpu_s=0.5)})
     tensors = {"w": torch.tensor([float(number)])} if state is None else state
     return passed, store.commit(number, metrics, tensors, "2026-01-01T00:00:00", 4.0)
@@ -81,7 +81,7 @@ def test_resume_goes_on_after_the_last_round(tmp_path):
 def test_what_was_not_committed_is_not_there(tmp_path):
     store = Store.create(tmp_path, config("owners-mean"), "serve")
     commit(store, 1)
-    list(store.recording(2, [update(client("a", 1))]))
+    list(store.record_results(2, [update(client("a", 1))]))
     store._db.close()  # killed here
     again = Store.resume(tmp_path)
     assert again.next_round() == 2
@@ -253,18 +253,18 @@ def test_folder_that_cannot_be_made(tmp_path):
 def test_participants_of_a_round_outlive_a_kill(tmp_path):
     store = Store.create(tmp_path, config("owners-mean"), "serve")
     a, b = client("a", 1), client("b", 2)
-    assert store.begun(1) == ([], 0)
+    assert store.participants_of(1) == ([], 0)
     store.begin(1, [a])
     store.begin(1, [b])  # of the same round, which lacked updates
     store._db.close()  # killed here
     again = Store.resume(tmp_path)
-    assert again.begun(2) == ([], 0), "of another round"
-    assert again.begun(1) == ([a, b], 1), "one was chosen"
+    assert again.participants_of(2) == ([], 0), "of another round"
+    assert again.participants_of(1) == ([a, b], 1), "one was chosen"
     again.begin(1, [a, b])
-    assert again.begun(1)[1] == 1
+    assert again.participants_of(1)[1] == 1
     _, totals = commit(again, 1)
     assert totals.chosen == 2
-    assert again.begun(2) == ([], 0)
+    assert again.participants_of(2) == ([], 0)
     again.begin(2, [b])
     _, totals = commit(again, 2)
     assert totals.chosen == 1, "of this round only"
@@ -276,7 +276,7 @@ def test_begun_round_that_cannot_be_read_begins_anew(tmp_path, caplog):
     store.begin(1, [client("a", 1)])
     path = tmp_path / BEGUN
     path.write_bytes(path.read_bytes()[:-2])
-    assert store.begun(1) == ([], 0)
+    assert store.participants_of(1) == ([], 0)
     assert "the round begins anew" in caplog.text
     store.close()
 
@@ -296,7 +296,7 @@ def test_full_disk_as_a_round_begins_is_one_line(tmp_path, monkeypatch):
 
 def test_job_was_counted_once_its_round_is_committed(tmp_path):
     store = Store.create(tmp_path, config("owners-mean"), "serve")
-    list(store.recording(1, [update(client("a", 1), job="1" * 32, digest="d" * 32)]))
+    list(store.record_results(1, [update(client("a", 1), job="1" * 32, digest="d" * 32)]))
     assert not store.was_counted("1" * 32), "not final yet"
     commit(store, 1)
     assert store.was_counted("1" * 32)

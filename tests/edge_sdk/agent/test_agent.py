@@ -15,7 +15,7 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.admission.client_list import Admission, add_client
-from coordinator.fleet.router import Hub
+from coordinator.fleet.router import Router
 from edge_sdk.data.load import Examples, save_shard
 from edge_sdk.errors import DataError, LinkError
 from edge_sdk.protocol.keys import make_keys
@@ -120,7 +120,7 @@ def test_refused_key_is_tried_again(tmp_path):
     names = ("server", "device", "other")
     keys = {name: make_keys(tmp_path, name) for name in names}
     add_client(tmp_path / "clients", "other", keys["other"].public)
-    hub = Hub(ANY_PORT, keys["server"], Admission(tmp_path / "clients"))
+    hub = Router(ANY_PORT, keys["server"], Admission(tmp_path / "clients"))
     data = tmp_path / "shard.npz"
     save_shard(data, examples(24))
     with listening("does not know this device's key") as lines:

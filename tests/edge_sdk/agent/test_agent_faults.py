@@ -29,7 +29,7 @@ from edge_sdk.data.load import save_shard
 from edge_sdk.errors import TrainerError
 from edge_sdk.protocol.messages import Fault, Job, Phase, Ready, Update
 from edge_sdk.training import worker
-from edge_sdk.training.calibration import Calibration
+from edge_sdk.training.calibration import MemoryCalibration
 from tests.support.agent import MODEL, WHOLE
 from tests.support.costs import COSTS, choose, segments, welcome
 from tests.support.devices import PROFILE
@@ -126,7 +126,7 @@ def test_costs_are_counted_again_when_memory_has_grown(started):
 
 def test_exits_that_were_not_counted_are_named():
     chooser = Chooser()
-    chooser.counted(COSTS[:2], 3, 400 * MIB)
+    chooser.set_costs(COSTS[:2], 3, 400 * MIB)
     assert choose(chooser, 400) == (2, ())
     assert chooser.choice.reason == "memory did not do for counting what exit 3 takes"
     assert choose(chooser, 150) == (1, ())
@@ -207,7 +207,7 @@ def test_speed_is_measured_on_the_threads_of_training(monkeypatch, tmp_path):
     found = []
     monkeypatch.setattr(worker, "measure_gflops", lambda threads, device: found.append(threads))
     monkeypatch.setattr(worker, "measure_layer_s", lambda threads, device: found.append(threads))
-    monkeypatch.setattr(worker, "calibrated", lambda *_: Calibration(made_with=""))
+    monkeypatch.setattr(worker, "calibrated", lambda *_: MemoryCalibration(made_with=""))
     monkeypatch.setattr(worker, "runtime_bytes", lambda: (0, 0))
     save_shard(tmp_path / "d.npz", examples(8))
     before = worker.torch.get_num_threads()

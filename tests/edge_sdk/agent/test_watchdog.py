@@ -12,7 +12,7 @@ import pytest
 from edge_sdk.agent import trainer_process, watchdog
 from edge_sdk.agent.pipe import Inspected
 from edge_sdk.agent.state import State
-from edge_sdk.agent.watchdog import Notifier, Pulse
+from edge_sdk.agent.watchdog import Notifier, Watchdog
 from edge_sdk.hardware import memory_pressure
 from edge_sdk.protocol.messages import Fault, Hello, Ready
 from tests.support.agent import LONG, MODEL, WHOLE, give, running
@@ -75,8 +75,8 @@ def manager(tmp_path):
         yield manager
 
 
-def turn(pulse: Pulse, now: float, has_job: bool = False, status: str = "waiting") -> None:
-    pulse.turn(now, is_ready=True, has_job=has_job, status=status)
+def turn(watchdog: Watchdog, now: float, has_job: bool = False, status: str = "waiting") -> None:
+    watchdog.turn(now, is_ready=True, has_job=has_job, status=status)
 
 
 def test_an_abstract_socket_is_reached():
@@ -104,54 +104,54 @@ def test_a_manager_that_is_gone_is_told_of_once(tmp_path, caplog):
 
 def test_what_the_manager_did_not_take_is_said_again(tmp_path):
     address = str(tmp_path / "late")
-    pulse = Pulse(Notifier(address), now=100.0)
-    turn(pulse, 101.0)
+    watchdog = Watchdog(Notifier(address), now=100.0)
+    turn(watchdog, 101.0)
     with Manager(address) as manager:
-        turn(pulse, 101.1)
+        turn(watchdog, 101.1)
         assert manager.told() == ["READY=1", "STATUS=waiting", "WATCHDOG=1"]
-    pulse.close()
+    watchdog.close()
 
 
 def test_ready_and_status_are_told_when_they_change(manager):
-    pulse = Pulse(Notifier(manager.address), now=100.0)
-    pulse.turn(100.1, is_ready=False, has_job=False, status="reading the data")
+    watchdog = Watchdog(Notifier(manager.address), now=100.0)
+    watchdog.turn(100.1, is_ready=False, has_job=False, status="reading the data")
     assert manager.told() == ["STATUS=reading the data"]
-    turn(pulse, 100.2)
+    turn(watchdog, 100.2)
     assert manager.told() == ["READY=1", "STATUS=waiting"]
-    turn(pulse, 100.3)
+    turn(watchdog, 100.3)
     assert not manager.has_news()
-    pulse.stopping()
-    pulse.close()
+    watchdog.stopping()
+    watchdog.close()
     assert manager.told() == ["STOPPING=1", "STATUS=stopping"]
 
 
 def test_an_idle_loop_feeds_the_watchdog_once_a_second(manager):
-    pulse = Pulse(Notifier(manager.address), now=100.0)
-    turn(pulse, 100.5)
+    watchdog = Watchdog(Notifier(manager.address), now=100.0)
+    turn(watchdog, 100.5)
     assert manager.told() == ["READY=1", "STATUS=waiting"]
-    turn(pulse, 101.0)
+    turn(watchdog, 101.0)
     assert manager.told() == ["WATCHDOG=1"]
-    turn(pulse, 101.9)
+    turn(watchdog, 101.9)
     assert not manager.has_news()
-    turn(pulse, 102.0)
+    turn(watchdog, 102.0)
     assert manager.told() == ["WATCHDOG=1"]
-    pulse.close()
+    watchdog.close()
 
 
 def test_with_a_job_only_the_trainers_messages_feed_it(manager):
-    pulse = Pulse(Notifier(manager.address), now=100.0)
-    turn(pulse, 101.0)
+    watchdog = Watchdog(Notifier(manager.address), now=100.0)
+    turn(watchdog, 101.0)
     assert "WATCHDOG=1" in manager.told()
     for second in range(102, 150):
-        turn(pulse, float(second), has_job=True)
+        turn(watchdog, float(second), has_job=True)
     assert not manager.has_news()
-    pulse.heard(150.0)
-    turn(pulse, 150.1, has_job=True)
+    watchdog.heard(150.0)
+    turn(watchdog, 150.1, has_job=True)
     assert manager.told() == ["WATCHDOG=1"]
-    turn(pulse, 155.0, has_job=True)
+    turn(watchdog, 155.0, has_job=True)
     assert not manager.has_news()
-    assert pulse.silent_s(160.0) == 10.0
-    pulse.close()
+    assert watchdog.silent_s(160.0) == 10.0
+    watchdog.close()
 
 
 def test_the_watchdog_leaves_the_agent_time_to_end_a_silent_trainer():

@@ -86,7 +86,7 @@ def test_nothing_is_chosen_before_the_costs_are_counted():
 
 def test_prefix_that_failed_is_not_tried_until_memory_grows(chooser):
     assert choose(chooser, 400) == (3, ())
-    line = chooser.failed(segments((1, 3)), 400 * 1024**2)
+    line = chooser.note_failure(segments((1, 3)), 400 * 1024**2)
     assert line == (
         "training stages 1-3 failed for memory, predicted 300.0 MiB; at most 270.0 MiB from now on"
     )
@@ -101,7 +101,7 @@ def test_every_failure_takes_one_exit_more(chooser):
     # exit 1 first beside the weights of stage 3, 120 in all, then without
     for exit, stages in [(3, ()), (2, (3,)), (1, (2, 3)), (1, ())]:
         assert choose(chooser, 400) == (exit, stages)
-        chooser.failed(segments((1, exit)), 400 * 1024**2)
+        chooser.note_failure(segments((1, exit)), 400 * 1024**2)
     assert choose(chooser, 400) == (0, ())
     assert "needs 100.0 MiB, 90.0 MiB available" in chooser.choice.reason
     assert choose(chooser, 501) == (3, ())
@@ -109,7 +109,7 @@ def test_every_failure_takes_one_exit_more(chooser):
 
 def test_stage_that_failed_leaves_what_takes_less(chooser):
     assert choose(chooser, 120) == (1, (2, 3))
-    chooser.failed(segments((1, 1), (3, 3)), 120 * 1024**2)  # 120, so 108 from now on
+    chooser.note_failure(segments((1, 1), (3, 3)), 120 * 1024**2)  # 120, so 108 from now on
     assert choose(chooser, 120) == (1, ())
     assert chooser.choice.stage_s == ()
     assert choose(chooser, 151) == (1, (2, 3))
@@ -162,7 +162,7 @@ def test_a_failure_pulls_the_next_lever_first(chooser):
     while choose(chooser, 400)[0]:
         adapted = chooser.adapted(plan)
         found.append((adapted.micro_batch, adapted.recompute))
-        chooser.failed(plan.segments, 400 * 1024**2)
+        chooser.note_failure(plan.segments, 400 * 1024**2)
     # at most 0.9 of what failed: 390, 245, 172.5, (158 is more than 155) 129, 114.5
     assert found == [(0, False), (16, False), (8, False), (16, True), (8, True)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.admission.client_list import Admission, add_client
-from coordinator.fleet.router import Hub
+from coordinator.fleet.router import Router
 from edge_sdk.cli import doctor, main
 from edge_sdk.cli.doctor import Finding
 from edge_sdk.hardware import jetson
@@ -230,7 +230,7 @@ def test_keys_that_the_services_user_cannot_read(tmp_path, monkeypatch):
 def test_a_coordinator_that_knows_this_device_and_one_that_does_not(tmp_path):
     server, device = make_keys(tmp_path, "server"), make_keys(tmp_path, "device")
     add_client(tmp_path / "clients", "other", server.public)
-    hub = Hub(ANY_PORT, server, Admission(tmp_path / "clients"))
+    hub = Router(ANY_PORT, server, Admission(tmp_path / "clients"))
     keys = read_all_keys(tmp_path, None)
     try:
         without = doctor.check_coordinator(hub.endpoint, None, is_insecure=False)

@@ -22,7 +22,7 @@ from edge_sdk.data.load import save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
 from edge_sdk.infer.export import export
-from edge_sdk.infer.model_folder import Calibration, sha256_of, write_struct
+from edge_sdk.infer.model_folder import ExitThresholds, sha256_of, write_struct
 from edge_sdk.models import build, initial_tensors
 from tests.support.examples import cnn, examples, one_line, two_exits
 from tests.support.processes import ROOT
@@ -204,13 +204,13 @@ def test_calibration_counts_for_its_own_model_only(folder):
         "threads": 1,
     }  # fmt: skip
     own = sha256_of((folder / "model.json").read_bytes())
-    write_struct(folder / "calibration.json", Calibration(model_sha256=own, **fields))
+    write_struct(folder / "calibration.json", ExitThresholds(model_sha256=own, **fields))
     engine = EarlyExit.load(folder)
     assert (engine.thresholds, engine.measure) == ((0.1,), "entropy")
     assert EarlyExit.load(folder, threshold=0.5).measure == "softmax"
     with pytest.raises(ConfigError, match="calibrated for entropy, not for softmax"):
         EarlyExit.load(folder, measure="softmax")
-    write_struct(folder / "calibration.json", Calibration(model_sha256="0" * 64, **fields))
+    write_struct(folder / "calibration.json", ExitThresholds(model_sha256="0" * 64, **fields))
     with pytest.raises(StoreError, match="belongs to another model"):
         EarlyExit.load(folder)
 

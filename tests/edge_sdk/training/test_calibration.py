@@ -11,7 +11,7 @@ from edge_sdk.hardware import process_memory
 from edge_sdk.models import build
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training import calibration
-from edge_sdk.training.calibration import Calibration, calibrated, fit
+from edge_sdk.training.calibration import MemoryCalibration, calibrated, fit
 
 MB = 10**6
 MiB = 1024**2
@@ -76,7 +76,7 @@ def test_a_file_that_cannot_be_used_is_replaced(tmp_path, probes, content, caplo
     cache = tmp_path / "calibration.json"
     cache.write_bytes(content)
     made = calibrated(cache, "cpu", may_measure=True)
-    assert msgspec.json.decode(cache.read_bytes(), type=Calibration) == made
+    assert msgspec.json.decode(cache.read_bytes(), type=MemoryCalibration) == made
     assert f"calibration {cache} cannot be used and is made again" in caplog.text
 
 
@@ -93,7 +93,7 @@ def test_a_folder_that_cannot_be_written_costs_the_next_start_a_calibration(
 def test_figures_from_elsewhere_where_nothing_is_measured(tmp_path, probes, device, may_measure):
     cache = tmp_path / "calibration.json"
     made = calibrated(cache, device, may_measure=may_measure)
-    assert made == Calibration(made_with=made.made_with)
+    assert made == MemoryCalibration(made_with=made.made_with)
     assert not probes
     assert not cache.exists()
 

@@ -19,8 +19,8 @@ from edge_sdk.agent.setup import kept_folder
 from edge_sdk.protocol.messages import ExitResult, Fault, Job, Phase, Plan, Segment, Update
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import Sender, specs_of
-from edge_sdk.training.calibration import Calibration
-from edge_sdk.training.saved_update import Kept
+from edge_sdk.training.calibration import MemoryCalibration
+from edge_sdk.training.saved_update import SavedUpdate
 from edge_sdk.training.worker import Worker
 from tests.support.devices import floats
 from tests.support.examples import cnn, examples
@@ -55,12 +55,12 @@ def finished() -> tuple[Update, Sender]:
 @pytest.fixture
 def folder(tmp_path):
     update, sender = finished()
-    Kept(tmp_path / "updates" / "a").save(JOB, update, sender)
+    SavedUpdate(tmp_path / "updates" / "a").save(JOB, update, sender)
     return tmp_path / "updates" / "a"
 
 
 def test_update_comes_back_as_it_was(folder):
-    found = Kept(folder).load()
+    found = SavedUpdate(folder).load()
     assert found is not None
     job, update, sender = found
     assert (job, update) == (JOB, finished()[0])
@@ -71,31 +71,31 @@ def test_update_comes_back_as_it_was(folder):
 
 
 def test_forgotten_update_does_not_come_back(folder):
-    Kept(folder).forget()
-    assert Kept(folder).load() is None
+    SavedUpdate(folder).forget()
+    assert SavedUpdate(folder).load() is None
     assert not list(folder.iterdir())
 
 
 def test_nothing_is_kept_without_a_folder():
-    kept = Kept(None)
-    kept.save(JOB, *finished())
-    assert kept.load() is None
-    kept.forget()
+    saved = SavedUpdate(None)
+    saved.save(JOB, *finished())
+    assert saved.load() is None
+    saved.forget()
 
 
 def test_one_update_at_a_time(folder):
     _, sender = finished()
     small = Sender({"w": torch.ones(2)})
     update = msgspec.structs.replace(finished()[0], tensors=small.specs, digest=small.digest())
-    Kept(folder).save(JOB, update, small)
-    found = Kept(folder).load()
+    SavedUpdate(folder).save(JOB, update, small)
+    found = SavedUpdate(folder).load()
     assert found is not None
     assert found[1] == update
     assert (folder / "update.data").stat().st_size == 8 < sender.total_bytes
 
 
 def test_a_second_agent_with_the_same_folder_goes_without(folder, caplog):
-    first, second = Kept(folder), Kept(folder)
+    first, second = SavedUpdate(folder), SavedUpdate(folder)
     assert first.load() is not None
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert second.load() is None
@@ -111,9 +111,9 @@ def test_a_second_agent_with_the_same_folder_goes_without(folder, caplog):
 FORKS = """
 import os, sys
 from pathlib import Path
-from edge_sdk.training.saved_update import Kept
-kept = Kept(Path(sys.argv[1]))
-assert kept.load() is not None
+from edge_sdk.training.saved_update import SavedUpdate
+saved = SavedUpdate(Path(sys.argv[1]))
+assert saved.load() is not None
 if os.fork():
     os._exit(0)
 sys.stdin.read()
@@ -125,7 +125,7 @@ def test_lock_ends_with_its_process_though_a_fork_of_it_lives(folder):
     program = [sys.executable, "-c", FORKS, str(folder)]
     with subprocess.Popen(program, stdin=subprocess.PIPE) as process:
         assert process.wait() == 0
-        assert Kept(folder).load() is not None
+        assert SavedUpdate(folder).load() is not None
 
 
 def test_folders_are_told_apart_by_device_and_coordinator(monkeypatch, tmp_path):
@@ -150,7 +150,7 @@ def test_update_that_memory_does_not_do_for_is_left_out(folder, monkeypatch, cap
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(torch, "empty", full)
-    assert Kept(folder).load() is None
+    assert SavedUpdate(folder).load() is None
     assert "left out: out of memory while reading an update" in caplog.text
 
 
@@ -166,7 +166,7 @@ def test_update_that_memory_does_not_do_for_is_left_out(folder, monkeypatch, cap
 def test_damaged_update_is_as_if_it_were_not_there(folder, name, spoil):
     """As after a power cut."""
     spoil(folder / name)
-    assert Kept(folder).load() is None
+    assert SavedUpdate(folder).load() is None
     assert len(list(folder.iterdir())) < 2, "what no load will ever find takes no room"
 
 
@@ -180,9 +180,9 @@ def test_killed_while_saving_the_second_the_first_does_not_count(folder, monkeyp
 
     monkeypatch.setattr(sender, "part", killed)
     with pytest.raises(KeyboardInterrupt):
-        Kept(folder).save(JOB, update, sender)
+        SavedUpdate(folder).save(JOB, update, sender)
     assert begun == [0]
-    assert Kept(folder).load() is None
+    assert SavedUpdate(folder).load() is None
 
 
 def test_full_disk_costs_nothing_but_the_copy(tmp_path, monkeypatch, caplog):
@@ -194,7 +194,7 @@ def test_full_disk_costs_nothing_but_the_copy(tmp_path, monkeypatch, caplog):
         return real(path, *rest)
 
     monkeypatch.setattr(os, "open", full)
-    Kept(tmp_path).save(JOB, *finished())
+    SavedUpdate(tmp_path).save(JOB, *finished())
     assert "not kept over a restart" in caplog.text
     assert not list(tmp_path.iterdir())
 
@@ -211,7 +211,9 @@ def test_costs_that_cannot_be_counted_do_not_cost_the_update(folder):
     agent.send(Estimate(model=replace(JOB.model, family="none such"), plan=JOB.plan))
     agent.send(Resume())
     ours.shutdown(socket.SHUT_WR)
-    worker = Worker(Pipe(theirs), examples(), "cpu", Calibration(made_with=""), Kept(folder))
+    worker = Worker(
+        Pipe(theirs), examples(), "cpu", MemoryCalibration(made_with=""), SavedUpdate(folder)
+    )
     with pytest.raises(EOFError):
         worker.serve(0.0, 0.0)
     theirs.close()  # nothing more comes
@@ -223,7 +225,7 @@ def test_costs_that_cannot_be_counted_do_not_cost_the_update(folder):
     assert fault.round == 0  # it is about no job
     assert update == finished()[0]
     del worker  # whose folder it is
-    assert Kept(folder).load() is not None
+    assert SavedUpdate(folder).load() is not None
 
 
 def test_only_the_newest_of_other_coordinators_stay(monkeypatch, tmp_path):
@@ -236,12 +238,12 @@ def test_only_the_newest_of_other_coordinators_stay(monkeypatch, tmp_path):
     for stranger in strangers:
         stranger.mkdir(parents=True)
         (stranger / "update.data").touch()
-    in_use = Kept(folders[0])
+    in_use = SavedUpdate(folders[0])
     for number, folder in enumerate(folders):
-        kept = in_use if number == 0 else Kept(folder)
-        kept.save(JOB, *finished())
+        saved = in_use if number == 0 else SavedUpdate(folder)
+        saved.save(JOB, *finished())
         os.utime(folder, (number, number))
-        del kept  # and its lock
+        del saved  # and its lock
     left = {folder for folder in folders if folder.exists()}
     # the one that saved last, the three before it, and the oldest, whose agent lives
     assert left == {folders[0], *folders[3:]}
@@ -260,10 +262,10 @@ def test_what_is_kept_reaches_the_disk(tmp_path, monkeypatch):
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    kept = Kept(tmp_path / "pi-1")
-    kept.save(JOB, *finished())
-    assert kept._syncing is not None
-    kept._syncing.join(30)
+    saved = SavedUpdate(tmp_path / "pi-1")
+    saved.save(JOB, *finished())
+    assert saved._syncing is not None
+    saved._syncing.join(30)
     assert synced == ["update.data", "update.json", "pi-1"]
 
 
@@ -280,6 +282,6 @@ def test_an_old_folder_that_cannot_be_removed_costs_nothing(monkeypatch, tmp_pat
         return real(path, *rest)
 
     monkeypatch.setattr(os, "open", denied)
-    kept = Kept(folders[5])
-    kept.save(JOB, *finished())
-    assert kept.load() is not None
+    saved = SavedUpdate(folders[5])
+    saved.save(JOB, *finished())
+    assert saved.load() is not None
