@@ -1,19 +1,30 @@
-"""One run's settings: frozen, made once in the CLI, stored with the run."""
+"""One run's settings: frozen, made once in the CLI, stored with the run.
+
+A field with `told` has a flag: its name, type, default and help are those of the field.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import Index, ModelSpec, Plan, Seconds, Segment
 
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Size: TypeAlias = Annotated[int, Meta(ge=1, le=2**16)]  # of a network or memory
+# What a registered method, rule or generator has of its own, by name; left out where it has none.
+Own: TypeAlias = dict[str, Any] | UnsetType
 SPLITS = ("dirichlet", "iid", "subject")  # of the examples among emulated clients
+
+
+def told(help: str, *, flag: str = "", metavar: str = "") -> Meta:
+    """flag: of the command line, by default the field's name with dashes."""
+    return Meta(description=help, extra={"flag": flag, "metavar": metavar})
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,62 +36,92 @@ class ServerOptions(Options, frozen=True, kw_only=True):
 
     damping p: D is taken times rho^p, rho the share of the cohort's weight that trained the tensor;
     0 is the owners' mean, 1 without a generator the stale copy of published code.
-    The optimizer steps parameters; statistics of BatchNorm follow the aggregate. Its momentum and
-    lr: 0 and 1 for fedavgm, 0.9 and 0.01 for the others unless a method has its own (defaults.py).
+    The optimizer steps parameters; statistics of BatchNorm follow the aggregate.
     fedavgm: v <- momentum v + D, w <- w + lr v; 0 and 1 is the plain mean.
     fedadam, fedyogi (Reddi et al. 2021): m <- momentum m + (1 - momentum) D, second moment by
-    beta2, w <- w + lr m / (sqrt(second) + tau).
+    beta2, w <- w + lr m / (sqrt(second) + tau); from the command line with ADAPTIVE.
     ema d: the served model is the d-weighted average of the globals, never fed back."""
 
-    optimizer: Literal["fedavgm", "fedadam", "fedyogi"] = "fedavgm"
-    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    lr: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    optimizer: Annotated[
+        Literal["fedavgm", "fedadam", "fedyogi"],
+        told("of the step from aggregate to model", flag="--server-optimizer"),
+    ] = "fedavgm"
+    momentum: Annotated[
+        float, Meta(ge=0, lt=1), told("of the server's step", flag="--server-momentum")
+    ] = 0.0
+    lr: Annotated[
+        float, Meta(gt=0, le=1000),
+        told("fedadam, fedyogi: about a weight's step", flag="--server-lr"),
+    ] = 1.0  # fmt: skip
     beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.99
     tau: Annotated[float, Meta(gt=0, le=1000)] = 1e-3
-    damping: Share = 0.0
-    ema: Annotated[float, Meta(ge=0, lt=1)] = 0.8
-    serve: Literal["ema", "last"] = "ema"
+    damping: Annotated[Share, told("0 owners' mean, 1 stale copy")] = 0.0
+    ema: Annotated[float, Meta(ge=0, lt=1), told("decay of the served average")] = 0.8
+    serve: Annotated[
+        Literal["ema", "last"], told("the average of the globals, or the last one")
+    ] = "ema"
+
+
+# A step of fedadam or fedyogi is about lr per weight, whatever the aggregate's: 1 would ruin a
+# model in a round.
+ADAPTIVE: Mapping[str, Any] = {"server.momentum": 0.9, "server.lr": 0.01}
 
 
 class AggregationOptions(Options, frozen=True, kw_only=True):
-    """How a round's updates become one model (robust.py), and how far one may move
-    (methods/clipping.py).
+    """How a round's updates become one model (aggregation/registry.py), and how far one may move
+    (methods/clipping.py). own: what a rule has beside these."""
 
-    trim: share of a tensor's owners that trimmed-mean leaves out at each end of every coordinate.
-    clip: a stage's movement is cut to so many times the median of earlier ones; 0: as it is."""
-
-    rule: Literal["mean", "trimmed-mean", "median", "norm-bounded"] = "mean"
-    trim: Annotated[float, Meta(ge=0, lt=0.5)] = 0.1
-    clip: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    rule: Annotated[str, told("of many updates to one model", flag="--aggregation")] = "mean"
+    trim: Annotated[
+        float, Meta(ge=0, lt=0.5),
+        told("trimmed-mean: share of a tensor's owners left out at each end"),
+    ] = 0.1  # fmt: skip
+    clip: Annotated[
+        float, Meta(ge=0, le=1e6),
+        told("bound an update's movement to FACTOR medians of earlier ones, 0: off",
+             metavar="FACTOR"),
+    ] = 0.0  # fmt: skip
+    own: Own = UNSET
 
 
 class GeneratorOptions(Options, frozen=True, kw_only=True):
-    """What fills the stages that clients lack; see generators/. Networks have the paper's settings,
-    `hidden` is its code's.
+    """What fills the stages that clients lack (generators/registry.py). Networks have the paper's
+    settings, `hidden` is its code's. own: what a generator has beside these.
 
     generate: "conv" main weights only, "conv+bn" every parameter of a stage, "all" exits too.
-    gain: weight of a generated tensor against a trained one; 0 is the owners' mean exactly.
-    rank: of the factors that networks see, and of update-regression's memory."""
+    gain: weight of a generated tensor against a trained one; 0 is the owners' mean exactly."""
 
-    name: Literal["none", "svd-mlp", "naive-mlp", "svd-mlp-residual", "update-regression"] = "none"
-    generate: Literal["conv", "conv+bn", "all"] = "conv"
-    gain: Share = 1.0
-    rank: Size = 100
-    hidden: Size = 512
-    epochs: Size = 25
+    name: Annotated[str, told("of weights for stages that clients lack", flag="--generator")] = (
+        "none"
+    )
+    generate: Annotated[Literal["conv", "conv+bn", "all"], told("which tensors")] = "conv"
+    gain: Annotated[Share, told("weight of generated tensors, 0 to 1")] = 1.0
+    rank: Annotated[Size, told("of factors, or of update-regression's memory")] = 100
+    hidden: Annotated[Size, told("width of the networks")] = 512
+    epochs: Annotated[Size, told("of the networks in a round", flag="--fit-epochs")] = 25
     lr: Annotated[float, Meta(gt=0, le=1000)] = 5e-4
-    owners_per_step: Annotated[int, Meta(ge=0, le=2**16)] = 0  # 0: all of a round in one step
-    memory_rows: Annotated[int, Meta(ge=4, le=2**16)] = 30
+    owners_per_step: Annotated[int, Meta(ge=0, le=2**16), told("0: all of a round in one step")] = 0
+    memory_rows: Annotated[
+        int, Meta(ge=4, le=2**16), told("updates that update-regression remembers")
+    ] = 30
+    own: Own = UNSET
 
 
 class RotationOptions(Options, frozen=True, kw_only=True):
-    """Deeper stages for weak clients, over a frozen prefix (methods/rotation.py). add: beside the
-    client's prefix, at most `stages` a round (0: all that it can hold and has time for); replace:
-    one instead of it. draw: needy favours stages with few owners."""
+    """Deeper stages for weak clients, over a frozen prefix (methods/rotation.py)."""
 
-    mode: Literal["off", "add", "replace"] = "off"
-    stages: Annotated[int, Meta(ge=0, le=100)] = 1
-    draw: Literal["uniform", "needy"] = "uniform"
+    mode: Annotated[
+        Literal["off", "add", "replace"],
+        told("deeper stages beside a client's prefix, or instead of it", flag="--rotation"),
+    ] = "off"
+    stages: Annotated[
+        int, Meta(ge=0, le=100),
+        told("at most a round, 0: all that it can hold and has time for", flag="--rotation-stages"),
+    ] = 1  # fmt: skip
+    draw: Annotated[
+        Literal["uniform", "needy"],
+        told("needy: rather stages with few owners", flag="--rotation-draw"),
+    ] = "uniform"
 
 
 class DistillOptions(Options, frozen=True, kw_only=True):
@@ -88,10 +129,19 @@ class DistillOptions(Options, frozen=True, kw_only=True):
     shallow-to-deep in rounds before which less than half as many clients trained the deepest stage
     as stage 1, counted over the run; there it helps, elsewhere it does nothing or harm."""
 
-    direction: Literal["none", "deep-to-shallow", "shallow-to-deep", "mutual", "auto"] = "none"
-    weight: Annotated[float, Meta(ge=0, le=1000)] = 1.0
-    temperature: Annotated[float, Meta(gt=0, le=1000)] = 1.0
-    ramp_rounds: Annotated[int, Meta(ge=0)] = 10
+    direction: Annotated[
+        Literal["none", "deep-to-shallow", "shallow-to-deep", "mutual", "auto"],
+        told("which exits of a client teach which", flag="--distill"),
+    ] = "none"
+    weight: Annotated[
+        float, Meta(ge=0, le=1000), told("beside the loss of the labels", flag="--distill-weight")
+    ] = 1.0
+    temperature: Annotated[
+        float, Meta(gt=0, le=1000), told("of the softmax", flag="--distill-temperature")
+    ] = 1.0
+    ramp_rounds: Annotated[
+        int, Meta(ge=0), told("rounds to the full weight", flag="--distill-ramp")
+    ] = 10
 
     def weight_at(self, round: int) -> float:
         if self.direction == "none":
@@ -110,36 +160,55 @@ class RunConfig(Options, frozen=True, kw_only=True):
     method: str
     model: ModelSpec  # exit = the number of exits of the whole model
     data: str = ""  # what the common test set comes from
-    rounds: Index
-    participants: Index | None = None  # None: every client
-    epochs: Index = 1
-    batch_size: Annotated[int, Meta(ge=2)] = 32
-    lr: Annotated[float, Meta(gt=0)] = 1e-3
-    optimizer: Literal["sgd", "adam"] = "adam"
-    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
-    eval_every: Index = 1
-    eval_tail: Index = 1  # so many last rounds are evaluated in any case
-    deadline_s: Seconds = 0.0  # what devices plan for; 0: none
-    grace_s: Annotated[float, Meta(gt=0, le=10**9)] = 600.0  # how much longer the coordinator waits
-    quorum: Share = 0.0  # share of the participants that must return, one at least
-    min_updates: Index = 1  # and so many of them
-    mode: Literal["sync", "async"] = "sync"
-    late: Literal["accept", "drop"] = "accept"
-    staleness_half_life: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # rounds
-    min_clients: Index = 1  # devices to wait for before the first round
-    exit_weights: tuple[Annotated[float, Meta(ge=0)], ...] = ()  # of the joint loss; (): all ones
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
-    prox_mu: Annotated[float, Meta(ge=0)] = 0.0  # FedProx, on any method
-    weighting: Literal["examples", "equal"] = "examples"  # of clients in the mean
+    rounds: Annotated[Index, told("federated rounds of the run")]
+    participants: Annotated[Index | None, told("clients a round, default all")] = None
+    epochs: Annotated[Index, told("local epochs of a round")] = 1
+    batch_size: Annotated[int, Meta(ge=2), told("examples a local step")] = 32
+    lr: Annotated[float, Meta(gt=0), told("of local training")] = 1e-3
+    optimizer: Annotated[Literal["sgd", "adam"], told("of local training")] = "adam"
+    momentum: Annotated[float, Meta(ge=0, lt=1), told("of local SGD")] = 0.0
+    seed: Annotated[int, Meta(ge=0, lt=2**31), told("of all that is drawn")] = 0
+    eval_every: Annotated[Index, told("rounds from one evaluation to the next")] = 1
+    eval_tail: Annotated[Index, told("last rounds that are always evaluated")] = 1
+    deadline_s: Annotated[
+        Seconds, told("seconds a job may take, devices plan for it; 0: none", flag="--deadline")
+    ] = 0.0
+    grace_s: Annotated[
+        float, Meta(gt=0, le=10**9),
+        told("seconds after the deadline before a round closes without its stragglers",
+             flag="--grace"),
+    ] = 600.0  # fmt: skip
+    quorum: Annotated[Share, told("share of participants that must return, one at least")] = 0.0
+    min_updates: Annotated[Index, told("and so many of them at least")] = 1
+    mode: Annotated[
+        Literal["sync", "async"],
+        told("async: a round ends with its quorum, the others go on and count later"),
+    ] = "sync"
+    late: Annotated[
+        Literal["accept", "drop"],
+        told("an update of a round that is over: count it, for less, or not"),
+    ] = "accept"
+    staleness_half_life: Annotated[
+        float, Meta(gt=0, le=1000),
+        told("after which a late update counts half", metavar="ROUNDS"),
+    ] = 2.0  # fmt: skip
+    min_clients: Annotated[Index, told("devices to wait for before the first round")] = 1
+    exit_weights: Annotated[
+        tuple[Annotated[float, Meta(ge=0)], ...],
+        told("of the joint loss, e.g. 1,1,2; default all ones"),
+    ] = ()
+    weight_decay: Annotated[float, Meta(ge=0), told("of local training")] = 0.0
+    prox_mu: Annotated[float, Meta(ge=0), told("FedProx's pull to the received weights")] = 0.0
+    weighting: Annotated[Literal["examples", "equal"], told("of clients in the mean")] = "examples"
     population: str = ""  # emulated clients: count, groups, split; a resumed run must have the same
-    examples: Index | None = None  # stratified subsets, None: all
-    test_examples: Index | None = None
+    examples: Annotated[Index | None, told("stratified subset of the training data")] = None
+    test_examples: Annotated[Index | None, told("stratified subset of the test data")] = None
     server: ServerOptions = ServerOptions()
     aggregation: AggregationOptions = AggregationOptions()
     generator: GeneratorOptions = GeneratorOptions()
     rotation: RotationOptions = RotationOptions()
     distill: DistillOptions = DistillOptions()
+    own: Own = UNSET  # what the method has beside these
 
     @property
     def oldest(self) -> int:

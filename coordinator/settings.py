@@ -1,97 +1,21 @@
-"""From flags and presets to one checked RunConfig, and what differs between two."""
+"""Settings by their paths and their flags: what each is called, checked, changed and compared."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import UNSET
+from msgspec.structs import replace
 
-from coordinator.config import (
-    AggregationOptions,
-    DistillOptions,
-    GeneratorOptions,
-    RotationOptions,
-    RunConfig,
-    ServerOptions,
-)
-from coordinator.defaults import GENERATE, RANK
+from coordinator.config import Options, Own, RunConfig
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.helpers.text import one_line
-from edge_sdk.protocol.messages import ModelSpec, Plan
-
-
-def run_config(
-    args: argparse.Namespace, input_shape: tuple[int, ...], num_classes: int
-) -> RunConfig:
-    """The settings that both commands share; `checked` is for the caller. Raises ConfigError, and
-    DataError for data of one class."""
-    if num_classes < 2:
-        source = getattr(args, "data", None) or getattr(args, "test", None) or "--classes"
-        raise DataError(
-            f"{source}: got {num_classes} class, expected at least 2 to tell apart; give other data"
-        )
-    model = ModelSpec(
-        family=args.model,
-        input_shape=tuple(input_shape),
-        num_classes=num_classes,
-        exit=args.exits,
-        options=model_options(args.option),
-    )
-    server = ServerOptions(
-        optimizer=args.server_optimizer,
-        momentum=args.server_momentum,
-        lr=args.server_lr,
-        damping=args.damping,
-        ema=args.ema,
-        serve=args.serve,
-    )
-    aggregation = AggregationOptions(rule=args.aggregation, trim=args.trim, clip=args.clip)
-    generate: Any = args.generate or GENERATE.get(args.generator, "conv")
-    generator = GeneratorOptions(
-        name=args.generator,
-        generate=generate,
-        gain=args.gain,
-        rank=RANK.get(args.generator, GeneratorOptions().rank) if args.rank is None else args.rank,
-        hidden=args.hidden,
-        epochs=args.fit_epochs,
-        owners_per_step=args.owners_per_step,
-        memory_rows=args.memory_rows,
-    )
-    distill = DistillOptions(
-        direction=args.distill,
-        weight=args.distill_weight,
-        temperature=args.distill_temperature,
-        ramp_rounds=args.distill_ramp,
-    )
-    return RunConfig(
-        method=args.method,
-        model=model,
-        rounds=args.rounds,
-        participants=args.participants,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        optimizer=args.optimizer,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        prox_mu=args.prox_mu,
-        exit_weights=numbers(args.exit_weights, "--exit-weights"),
-        weighting=args.weighting,
-        seed=args.seed,
-        eval_every=args.eval_every,
-        eval_tail=args.eval_tail,
-        server=server,
-        aggregation=aggregation,
-        generator=generator,
-        rotation=RotationOptions(
-            mode=args.rotation, stages=args.rotation_stages, draw=args.rotation_draw
-        ),
-        distill=distill,
-    )
+from edge_sdk.protocol.messages import Plan
 
 
 def model_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -139,30 +63,62 @@ def numbers(text: str, flag: str) -> tuple[float, ...]:
 Checked = TypeVar("Checked")
 
 
-FLAGS = {  # of the settings whose flag is not named as their last part is
+OTHER_FLAGS = {  # of settings that do not say it themselves
     "data": "--data (serve: --test)",
-    "deadline_s": "--deadline",
-    "grace_s": "--grace",
     "model.family": "--model",
     "model.exit": "--exits",
     "model.options": "--option",
     "model.input_shape": "--input",
     "model.num_classes": "--classes",
-    "server.optimizer": "--server-optimizer",
-    "server.momentum": "--server-momentum",
-    "server.lr": "--server-lr",
-    "aggregation.rule": "--aggregation",
-    "generator.name": "--generator",
-    "generator.epochs": "--fit-epochs",
-    "rotation.mode": "--rotation",
-    "rotation.stages": "--rotation-stages",
-    "rotation.draw": "--rotation-draw",
-    "distill.direction": "--distill",
-    "distill.weight": "--distill-weight",
-    "distill.temperature": "--distill-temperature",
-    "distill.ramp_rounds": "--distill-ramp",
     "population.holdout": "--personalise",
 }
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Of one field of a struct. kind: of its values. is_list: numbers with commas between them.
+    choices: () for any. default: None where the field has none."""
+
+    name: str
+    help: str
+    metavar: str | None
+    kind: type[bool | int | float | str]
+    is_list: bool
+    choices: tuple[str, ...]
+    default: Any
+
+    @property
+    def destination(self) -> str:
+        return self.name.lstrip("-").replace("-", "_")
+
+
+def flags_of(kind: type[msgspec.Struct]) -> dict[str, Flag]:
+    """By field, in order: of those that are described with `told` (config.py)."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = ((info, _flag(info, hints[info.name])) for info in msgspec.structs.fields(kind))
+    return {info.name: flag for info, flag in found if flag}
+
+
+def _flag(info: msgspec.structs.FieldInfo, hint: Any) -> Flag | None:
+    metas = [meta for meta in getattr(hint, "__metadata__", ()) if meta.description]
+    if not metas:
+        return None
+    plain = get_args(hint)[0]
+    if type(None) in get_args(plain):  # int | None
+        plain = next(kind for kind in get_args(plain) if kind is not type(None))
+    while get_origin(plain) is Annotated:
+        plain = get_args(plain)[0]
+    choices = get_args(plain) if get_origin(plain) is Literal else ()
+    extra = metas[-1].extra or {}
+    return Flag(
+        name=extra.get("flag") or "--" + info.name.replace("_", "-"),
+        help=metas[-1].description,
+        metavar=extra.get("metavar") or None,
+        kind=plain if plain in (bool, int, float) else str,
+        is_list=get_origin(plain) is tuple,
+        choices=choices,
+        default=None if info.default is msgspec.NODEFAULT else info.default,
+    )
 
 
 def checked(config: RunConfig) -> RunConfig:
@@ -184,7 +140,11 @@ def checked(config: RunConfig) -> RunConfig:
 
 
 def _converted(settings: msgspec.Struct, kind: type[Checked]) -> Checked:
-    value: Any = msgspec.to_builtins(settings)
+    return _read(msgspec.to_builtins(settings), kind, flag_of)
+
+
+def _read(value: Any, kind: type[Checked], flag: Callable[[str], str]) -> Checked:
+    """flag: of a setting's path."""
     try:
         return msgspec.convert(value, type=kind)
     except msgspec.ValidationError as error:
@@ -195,13 +155,52 @@ def _converted(settings: msgspec.Struct, kind: type[Checked]) -> Checked:
         for part in found[1].split("."):
             value = value[part]
         raise ConfigError(
-            f"{flag_of(found[1])} is {one_line(repr(value))}: {expected}; see --help"
+            f"{flag(found[1])} is {one_line(repr(value))}: {expected}; see --help"
         ) from error
 
 
-def flag_of(setting: str) -> str:
+def own_options(given: Own, kind: type[Options] | None, whose: str) -> tuple[Options, ...]:
+    """The struct of what a method, rule or generator has of its own, or nothing where it has none.
+    Raises ConfigError for names that it does not have, which lists its own, and for values."""
+    values = {} if given is UNSET else given
+    flags = flags_of(kind) if kind else {}
+    if unknown := sorted(set(values) - set(kind.__struct_fields__ if kind else ())):
+        known = ", ".join(kind.__struct_fields__) if kind else "none"
+        raise ConfigError(f"{whose} has no option {', '.join(unknown)}; known: {known}")
+    if kind is None:
+        return ()
+    return (_read(values, kind, lambda field: flags[field].name if field in flags else field),)
+
+
+def flag_of(path: str) -> str:
     """The flag of a setting such as "generator.epochs"."""
-    return FLAGS.get(setting, "--" + setting.rpartition(".")[2].replace("_", "-"))
+    if path in OTHER_FLAGS:
+        return OTHER_FLAGS[path]
+    *part, field = path.split(".")
+    kind: Any = get_type_hints(RunConfig).get(part[0]) if part else RunConfig
+    flags = flags_of(kind) if isinstance(kind, type) and len(part) < 2 else {}
+    return flags[field].name if field in flags else "--" + field.replace("_", "-")
+
+
+def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """With other values at some paths, e.g. {"server.lr": 0.5}."""
+    for path, value in values.items():
+        part, _, field = path.rpartition(".")
+        if part:
+            value = replace(getattr(config, part), **{field: value})
+        config = replace(config, **{part or field: value})
+    return config
+
+
+def shaped(config: RunConfig, input_shape: tuple[int, ...], num_classes: int) -> RunConfig:
+    """With a model for that data. Raises DataError for data of one class."""
+    if num_classes < 2:
+        raise DataError(
+            f"{config.data or '--classes'}: got {num_classes} class, expected at least 2 to tell "
+            "apart; give other data"
+        )
+    spec = replace(config.model, input_shape=tuple(input_shape), num_classes=num_classes)
+    return replace(config, model=spec)
 
 
 def differences(old: RunConfig, new: RunConfig) -> str:
@@ -215,12 +214,18 @@ def differences(old: RunConfig, new: RunConfig) -> str:
 
 
 def _flat(config: RunConfig) -> dict[str, object]:
-    """Every setting by its path."""
+    """Every setting by its path; a family's options are one."""
     whole = msgspec.to_builtins(config)
     if config.population:
         whole["population"] = json.loads(config.population)
+    return _leaves(whole)
+
+
+def _leaves(values: Mapping[str, Any], path: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
-    for key, value in whole.items():
-        inner = value.items() if isinstance(value, dict) else ()
-        flat |= {f"{key}.{name}": item for name, item in inner} if inner else {key: value}
+    for name, value in values.items():
+        if isinstance(value, dict) and name != "options":
+            flat |= _leaves(value, f"{path}{name}.")
+        else:
+            flat[path + name] = value
     return flat

@@ -31,6 +31,7 @@ FLOORS = {
     "coordinator": (
         ("config", "presets"),
         ("admission", "settings"),
+        ("registry",),
         ("cohorts",),
         ("aggregation", "generators"),
         ("methods",),

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from coordinator.aggregation.registry import register_rule
+from coordinator.config import AggregationOptions
 from edge_sdk.errors import ShapeError
 from edge_sdk.protocol.tensors import Tensors
 
@@ -78,3 +80,8 @@ class OwnersMean:
 def as_float32(tensor: Tensor) -> Tensor:
     """Itself, half precision as float32: for sums."""
     return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+@register_rule("mean")
+def mean_kernel(settings: AggregationOptions) -> Kernel:
+    return OwnersMean()

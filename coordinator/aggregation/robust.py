@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from coordinator.aggregation.mean import Kernel, OwnersMean, as_float32
+from coordinator.aggregation.registry import register_rule
 from coordinator.config import AggregationOptions
 from edge_sdk.errors import ShapeError
 from edge_sdk.protocol.tensors import Tensors
@@ -152,13 +153,16 @@ def shortened(tensor: Tensor, sent: Tensor, share: float) -> Tensor:
     return made
 
 
-def make_kernel(options: AggregationOptions) -> Kernel:
-    """A new one for each round."""
-    if options.rule == "mean":
-        return OwnersMean()
-    rules: dict[str, Rule] = {
-        "trimmed-mean": partial(trimmed_mean, options.trim),
-        "median": median,
-        "norm-bounded": norm_bounded,
-    }
-    return RobustMean(rules[options.rule])
+@register_rule("trimmed-mean")
+def trimmed_mean_kernel(settings: AggregationOptions) -> Kernel:
+    return RobustMean(partial(trimmed_mean, settings.trim))
+
+
+@register_rule("median")
+def median_kernel(settings: AggregationOptions) -> Kernel:
+    return RobustMean(median)
+
+
+@register_rule("norm-bounded")
+def norm_bounded_kernel(settings: AggregationOptions) -> Kernel:
+    return RobustMean(norm_bounded)

@@ -6,115 +6,198 @@ are read first, and what it needs is imported when it runs, in `heavy_imports`."
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import get_args, get_type_hints
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
+from coordinator.aggregation.registry import RULES
 from coordinator.config import (
     AggregationOptions,
     DistillOptions,
     GeneratorOptions,
+    Options,
     RotationOptions,
+    RunConfig,
     ServerOptions,
 )
-from coordinator.defaults import METHODS, defaults_of
+from coordinator.generators.registry import GENERATORS
+from coordinator.methods.registry import METHODS, defaults_of
 from coordinator.presets import PRESETS, find_preset
+from coordinator.registry import Kind
+from coordinator.settings import flag_of, flags_of, model_options, numbers
 from edge_sdk.cli.flags import MAX_THREADS, path_flag, whole_flag
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.imports import heavy_imports, import_module
+from edge_sdk.protocol.messages import ModelSpec
+
+ANY_SHAPE, ANY_CLASSES = (1, 1, 1), 2  # of a model until the data is read
+RUN = (  # of RunConfig, by every way of running
+    "rounds", "participants", "seed", "epochs", "batch_size", "lr", "optimizer", "momentum",
+    "weight_decay", "prox_mu", "exit_weights", "weighting", "eval_every", "eval_tail",
+)  # fmt: skip
+PARTS: dict[str, type[msgspec.Struct]] = {  # of RunConfig
+    "server": ServerOptions,
+    "aggregation": AggregationOptions,
+    "generator": GeneratorOptions,
+    "rotation": RotationOptions,
+    "distill": DistillOptions,
+}
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """What every way of running shares: the method, the model, the training, the run folder."""
     add = parser.add_argument
-    add("--method", default="hypemefed", choices=sorted(METHODS))
+    add("--method", default="hypemefed", choices=METHODS)
     add("--paper", action="store_true", help="hypemefed as published, instead of what is best")
     add("--preset", choices=sorted(PRESETS), help="model and training of a published experiment")
-    add("--rounds", type=int, default=20)
-    add("--participants", type=int, help="clients per round, default all")
-    add("--seed", type=int, default=0)
     add("--model", default="cnn", help="model family")
     add("--exits", type=int, default=3, help="number of exits of the whole model")
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="model option")
     add("--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="Python module that registers your model families")  # fmt: skip
-    add("--epochs", type=int, default=2, help="local epochs")
-    add("--batch-size", type=int, default=32)
-    add("--lr", type=float, default=1e-3)
-    add("--optimizer", choices=("adam", "sgd"), default="adam")
-    add("--momentum", type=float, default=0.0, help="of local SGD")
-    add("--weight-decay", type=float, default=0.0)
-    add("--prox-mu", type=float, default=0.0, help="FedProx's pull to the received weights")
-    add("--exit-weights", default="", help="of the joint loss, e.g. 1,1,2; default all ones")
-    add("--weighting", choices=("examples", "equal"), default="examples", help="of clients")
-    add("--eval-every", type=int, default=1)
-    add("--eval-tail", type=int, default=1, help="last rounds that are always evaluated")
-    add_server_arguments(parser)
-    add_generation_arguments(parser)
+        help="Python module that registers your own methods or model families")  # fmt: skip
+    add_flags(parser, RunConfig, RUN, defaults={"rounds": 20, "epochs": 2})
+    for kind in PARTS.values():
+        add_flags(parser, kind, choices={"rule": RULES, "name": ["none", *GENERATORS]})
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--threads", type=whole_flag(1, MAX_THREADS), default=1,
         help="torch threads on the CPU")  # fmt: skip
-    parser.set_defaults(own_parser=parser)
+    parser.set_defaults(runs_rounds=True)
     add("--run-dir", type=path_flag, help="where the run lives")
     add("--resume", action="store_true", help="go on with the run in --run-dir")
 
 
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """From updates to aggregate, global and served model."""
-    add, server, aggregation = parser.add_argument, ServerOptions(), AggregationOptions()
-    add("--aggregation", choices=choices(AggregationOptions, "rule"), default=aggregation.rule)
-    add("--trim", type=float, default=aggregation.trim, help="trimmed-mean: share at each end")
-    add("--clip", type=float, default=aggregation.clip, metavar="FACTOR",
-        help="bound an update's movement to FACTOR medians of earlier ones, 0: off")  # fmt: skip
-    add("--server-optimizer", choices=choices(ServerOptions, "optimizer"), default=server.optimizer)
-    add("--server-momentum", type=float, default=server.momentum)
-    add(
-        "--server-lr", type=float, default=server.lr, help="fedadam, fedyogi: about a weight's step"
+def add_flags(
+    parser: argparse._ActionsContainer,
+    kind: type[msgspec.Struct],
+    fields: Sequence[str] | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    choices: Mapping[str, Iterable[str]] | None = None,
+) -> None:
+    """A flag for each described field of a struct, or for the named ones. defaults, choices: of the
+    command line where they are not the struct's own, by field."""
+    for field, flag in flags_of(kind).items():
+        if fields is not None and field not in fields:
+            continue
+        more: dict[str, Any] = {
+            "help": flag.help,
+            "default": (defaults or {}).get(field, flag.default),
+        }
+        if flag.kind is bool:
+            more["action"] = argparse.BooleanOptionalAction
+        elif flag.is_list:
+            more["default"] = ",".join(f"{number:g}" for number in flag.default)
+        else:
+            more |= {"type": flag.kind, "metavar": flag.metavar}
+            more["choices"] = (choices or {}).get(field, flag.choices) or None
+        parser.add_argument(flag.name, **more)
+
+
+def taken(
+    args: argparse.Namespace, kind: type[msgspec.Struct], fields: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The values of a struct's flags, by field. Raises ConfigError."""
+    values = {}
+    for field, flag in flags_of(kind).items():
+        if fields is None or field in fields:
+            value = getattr(args, flag.destination)
+            values[field] = numbers(value, flag.name) if flag.is_list else value
+    return values
+
+
+def run_config(args: argparse.Namespace, fields: Sequence[str], **settings: Any) -> RunConfig:
+    """The settings of a run, whose model gets its shapes from the data. fields: of RunConfig, which
+    have flags; settings: those that have none. Raises ConfigError."""
+    parts: dict[str, Any] = {name: kind(**taken(args, kind)) for name, kind in PARTS.items()}
+    for part, kind in own_kinds(args).items():
+        own = taken(args, kind)
+        if part:
+            parts[part] = replace(parts[part], own=own)
+        else:
+            settings["own"] = own
+    model = ModelSpec(
+        family=args.model, exit=args.exits, options=model_options(args.option),
+        input_shape=ANY_SHAPE, num_classes=ANY_CLASSES,
+    )  # fmt: skip
+    return RunConfig(
+        **{"method": args.method, "model": model}
+        | taken(args, RunConfig, fields)
+        | parts
+        | settings
     )
-    add("--damping", type=float, default=server.damping, help="0 owners' mean, 1 stale copy")
-    add("--ema", type=float, default=server.ema, help="decay of the served average")
-    add("--serve", choices=choices(ServerOptions, "serve"), default=server.serve)
 
 
-def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """How clients come to stages that they do not train by themselves."""
-    add, generator, rotation = parser.add_argument, GeneratorOptions(), RotationOptions()
-    add("--generator", choices=choices(GeneratorOptions, "name"), default=generator.name)
-    add("--generate", choices=choices(GeneratorOptions, "generate"), help="which tensors")
-    add("--gain", type=float, default=generator.gain, help="weight of generated tensors, 0 to 1")
-    add("--rank", type=int, help="of factors, or of update-regression's memory")
-    add("--hidden", type=int, default=generator.hidden, help="width of the networks")
-    add("--fit-epochs", type=int, default=generator.epochs)
-    add("--owners-per-step", type=int, default=generator.owners_per_step, help="0: all in one step")
-    add("--memory-rows", type=int, default=generator.memory_rows)
-    add("--rotation", choices=choices(RotationOptions, "mode"), default=rotation.mode)
-    add("--rotation-stages", type=int, default=rotation.stages, help="at most a round, 0: all")
-    add("--rotation-draw", choices=choices(RotationOptions, "draw"), default=rotation.draw)
-    distill = DistillOptions()
-    add("--distill", choices=choices(DistillOptions, "direction"), default=distill.direction)
-    add("--distill-weight", type=float, default=distill.weight)
-    add("--distill-temperature", type=float, default=distill.temperature)
-    add("--distill-ramp", type=int, default=distill.ramp_rounds, help="rounds to the full weight")
+def own_kinds(args: argparse.Namespace) -> dict[str, type[Options]]:
+    """What the chosen method, rule and generator have of their own, by the part of RunConfig that
+    holds it; "" for RunConfig itself."""
+    chosen: tuple[tuple[str, Kind[Any], str], ...] = (
+        ("", METHODS, args.method),
+        ("aggregation", RULES, args.aggregation),
+        ("generator", GENERATORS, args.generator),
+    )
+    kinds = {part: kind[name].options for part, kind, name in chosen if name in kind}
+    return {part: options for part, options in kinds.items() if options}
 
 
-def choices(options: type[msgspec.Struct], field: str) -> tuple[str, ...]:
-    """The values that a setting may have, from its declaration."""
-    return get_args(get_type_hints(options)[field])
+class CommandParser(argparse.ArgumentParser):
+    """Of a command. One that runs rounds takes a value from the command line, else from the preset,
+    the method, the generator, the flag; what the chosen ones have of their own becomes flags."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._own: set[type[Options]] = set()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Raises ConfigError for a module that cannot be imported, and flags that do not go
+        together."""
+        parse = super().parse_known_args
+        if not self.get_default("runs_rounds"):
+            return parse(args, namespace)
+        with heavy_imports():
+            named = _named(args)
+            for module in named.imports:
+                import_module(module)
+            self._add_own_flags(named)  # those of what is named are in --help
+            first = parse(args)[0]
+            if first.resume and first.run_dir is None:
+                raise ConfigError("--resume needs --run-dir, the folder of the run to go on with")
+            preset = find_preset(first.preset).flags if first.preset else {}
+            self.set_defaults(**preset)
+            chosen = parse(args)[0]
+            which = {"is_paper": chosen.paper, "optimizer": chosen.server_optimizer}
+            generator = defaults_of(chosen.method, **which).get("generator.name", "none")
+            self.set_defaults(**{"generator": generator, **preset})
+            chosen = parse(args)[0]
+            values = defaults_of(chosen.method, **which, generator=chosen.generator)
+            self.set_defaults(**{_destination(path): values[path] for path in values} | preset)
+            self._add_own_flags(chosen)
+            return parse(args, namespace)
+
+    def _add_own_flags(self, chosen: argparse.Namespace) -> None:
+        for kind in own_kinds(chosen).values():
+            if kind in self._own:
+                continue
+            self._own.add(kind)
+            try:
+                add_flags(self.add_argument_group(kind.__name__), kind)
+            except argparse.ArgumentError as error:
+                raise ConfigError(
+                    f"{kind.__module__}.{kind.__name__}: {error}; rename the field"
+                ) from error
 
 
-def settle(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse with the values that the preset and then the method have; the command line wins.
-    Raises ConfigError for flags that do not go together."""
-    args = parser.parse_args(argv)
-    if not hasattr(args, "paper"):
-        return args
-    if args.resume and args.run_dir is None:
-        raise ConfigError("--resume needs --run-dir, the folder of the run to go on with")
-    preset = find_preset(args.preset).flags if args.preset else {}
-    args.own_parser.set_defaults(**preset)
-    args = parser.parse_args(argv)
-    if args.paper and args.method != "hypemefed":
-        raise ConfigError(f"--paper is hypemefed's, not {args.method}'s; leave one of them out")
-    chosen = defaults_of(args.method, args.paper, args.server_optimizer)
-    args.own_parser.set_defaults(**{**chosen, **preset})
-    return parser.parse_args(argv)
+def _named(args: Sequence[str]) -> argparse.Namespace:
+    """What is named before anything else is understood: with it the other flags are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--import", dest="imports", action="append", nargs="?", default=[])
+    for name in ("--method", "--aggregation", "--generator"):
+        parser.add_argument(name, nargs="?")
+    found = parser.parse_known_args(args)[0]
+    found.imports = [module for module in found.imports if module]
+    return found
+
+
+def _destination(path: str) -> str:
+    return flag_of(path).lstrip("-").replace("-", "_")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from coordinator.cli.arguments import add_run_arguments
+from coordinator.cli.arguments import RUN, add_flags, add_run_arguments, run_config
 from coordinator.cli.export import add_export_flag
-from coordinator.config import SPLITS
+from coordinator.config import SPLITS, RunConfig
+from coordinator.presets import missing_data
+from coordinator.settings import whole_numbers
 from edge_sdk.cli.flags import path_flag, whole_flag
+from edge_sdk.errors import DataError
 from edge_sdk.helpers.imports import heavy_imports
+
+SUBSETS = ("examples", "test_examples")  # of RunConfig
 
 
 def add_emulate_command(commands: Any) -> None:
@@ -18,8 +24,7 @@ def add_emulate_command(commands: Any) -> None:
     parser.add_argument(
         "--data", default="digits", help="digits, a folder or a file; see README.md"
     )
-    parser.add_argument("--examples", type=int, help="stratified subset of the training data")
-    parser.add_argument("--test-examples", type=int, help="stratified subset of the test data")
+    add_flags(parser, RunConfig, SUBSETS)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--groups", default="17,17,16", help="clients per exit, shallow first")
     parser.add_argument("--alpha", type=float, default=0.5, help="Dirichlet label skew")
@@ -38,5 +43,28 @@ def add_emulate_command(commands: Any) -> None:
 
 def run_emulate(args: argparse.Namespace) -> int:
     with heavy_imports():
-        from coordinator.runs.emulating import emulate
-    return emulate(args)
+        from coordinator.cohorts.population import Population
+        from coordinator.runs.emulating import HOLDOUT, EmulateSettings, emulate
+    population = Population(
+        clients=args.clients,
+        groups=tuple(whole_numbers(args.groups, "--groups")),
+        split=args.split,
+        alpha=args.alpha,
+        holders=args.holders,
+        holdout=HOLDOUT if args.personalise else 0.0,
+    )
+    settings = EmulateSettings(
+        folder=args.run_dir,
+        is_resumed=args.resume,
+        device=args.device,
+        threads=args.threads,
+        processes=args.processes,
+        imports=tuple(args.imports),
+        personal_epochs=args.personalise or 0,
+        out=args.out,
+        export=args.export,
+    )
+    if args.preset and not Path(args.data).expanduser().exists():
+        raise DataError(missing_data(args.preset, args.data))
+    config = run_config(args, (*RUN, *SUBSETS), data=args.data)
+    return emulate(config, population, settings)

@@ -33,4 +33,5 @@ def add_export_flag(parser: argparse.ArgumentParser) -> None:
 def run_export(args: argparse.Namespace) -> int:
     with heavy_imports():
         from coordinator.runs.exporting import export_run
-    return export_run(args)
+    export_run(args.run_dir, args.out, client_id=args.client, exit=args.exit, data=args.data)
+    return 0

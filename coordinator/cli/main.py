@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coordinator.cli.arguments import settle
+from coordinator.cli.arguments import CommandParser
 from coordinator.cli.clients import add_clients_command, add_invite_command, add_keys_command
 from coordinator.cli.emulate import add_emulate_command
 from coordinator.cli.export import add_export_command
@@ -36,19 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
     parser.add_argument("--log-json", action="store_true", help="log one JSON object per line")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
     for add_command in COMMANDS:
         add_command(commands)
     for command in commands.choices.values():  # it may stand before or after the command
         command.add_argument(
             "--log-json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
-    try:
-        args = settle(parser, argv)
-    except EdgeError as error:
-        print(f"edge-coordinator: {error}", file=sys.stderr)
-        return 1
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    try:
+        args = parser.parse_args(argv)
+    except EdgeError as error:
+        if "--log-json" in (sys.argv if argv is None else argv):
+            logs.set_up(is_json=True, is_debug=False, form=form)
+        logs.last_words("edge-coordinator", error)
+        return 1
     logs.set_up(is_json=args.log_json, is_debug=args.debug, form=form)
     try:
         with heavy_imports():

@@ -54,3 +54,8 @@ def generated_names(spec: ModelSpec, generate: str) -> list[str]:
         return list(model.main_weights)
     names = [name for name, _ in model.named_parameters()]
     return [name for name in names if generate == "all" or stage_of(name)[0] == "stages"]
+
+
+def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in build(spec).named_parameters()}

@@ -26,7 +26,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,14 @@ from coordinator.cohorts.base import ClientUpdate
 from coordinator.config import GeneratorOptions
 from coordinator.generators.factors import dematricise, matricise, matrix_shape
 from coordinator.generators.networks import Codec, FlatCodec, SvdCodec
+from coordinator.generators.registry import register_generator
 from edge_sdk.errors import ShapeError
 from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.tensors import Tensors, check_shapes
 
 log = logging.getLogger(__name__)
+Device: TypeAlias = str | torch.device
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 GATE_DECAY = 0.8
 CLIENTS_AT_ONCE = 8  # predictions in memory
 
@@ -65,22 +68,27 @@ class _Seen:
 
 
 class PairGenerator:
-    """See the module's docstring. shapes: of every tensor that is generated or a source of one."""
+    """See the module's docstring. names: of what is generated or a source of it. codec: of a
+    network's sources and targets. is_residual: of updates, with the gate."""
 
     def __init__(
         self,
-        shapes: Mapping[str, tuple[int, ...]],
+        shapes: Shapes,
+        names: Sequence[str],
         options: GeneratorOptions,
         seed: int,
-        device: str | torch.device = "cpu",
+        device: Device,
+        codec: Codec[Any],
+        *,
+        is_residual: bool = False,
     ) -> None:
+        shapes = {name: shapes[name] for name in names}
         self.options = options
         self.groups = groups_of(shapes)
-        self.is_residual = options.name == "svd-mlp-residual"
-        self.codec: Codec[Any]
-        self.codec = FlatCodec() if options.name == "naive-mlp" else SvdCodec(options.rank)
-        names = {name for g in self.groups for name in (*g.sources, *g.targets)}
-        self._shapes = {name: shapes[name] for name in shapes if name in names}
+        self.is_residual = is_residual
+        self.codec = codec
+        used = {name for g in self.groups for name in (*g.sources, *g.targets)}
+        self._shapes = {name: shapes[name] for name in shapes if name in used}
         self._device = device
         self._seed = seed
         self._seen: list[_Seen] = []
@@ -310,3 +318,26 @@ def groups_of(shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
         Group(int(str(key[0])), tuple(s for s, _ in pairs), tuple(t for _, t in pairs))
         for key, pairs in groups.items()
     ]
+
+
+@register_generator("svd-mlp")
+def svd_mlp(
+    shapes: Shapes, names: Sequence[str], settings: GeneratorOptions, seed: int, device: Device
+) -> PairGenerator:
+    codec = SvdCodec(settings.rank)
+    return PairGenerator(shapes, names, settings, seed, device, codec)
+
+
+@register_generator("naive-mlp")
+def naive_mlp(
+    shapes: Shapes, names: Sequence[str], settings: GeneratorOptions, seed: int, device: Device
+) -> PairGenerator:
+    return PairGenerator(shapes, names, settings, seed, device, FlatCodec())
+
+
+@register_generator("svd-mlp-residual")
+def svd_mlp_residual(
+    shapes: Shapes, names: Sequence[str], settings: GeneratorOptions, seed: int, device: Device
+) -> PairGenerator:
+    codec = SvdCodec(settings.rank)
+    return PairGenerator(shapes, names, settings, seed, device, codec, is_residual=True)

@@ -1,32 +1,41 @@
-"""Generators by name: what the server puts where clients lack stages.
+"""The generators by name: what the server puts where clients lack stages. A generator is a function
+from the model's shapes to a Generator, in a file of its own:
 
-none               nothing: each tensor is the mean over its owners
-svd-mlp            the paper's factorised hypernetworks; naive-mlp the same on flattened weights;
-                   svd-mlp-residual on updates, with a gate (pairwise.py)
-update-regression  linear, on updates, with memory (update_regression.py)
+    @register_generator("mine", defaults={"generator.generate": "all"}, options=MyOptions)
+    def mine(shapes, names, settings, seed, device, options: MyOptions) -> Generator: ...
+
+shapes: of every parameter, by name; names: of those that are to be generated, those of stage and
+exit 1, which are sources only, included. "none" is no generator: each tensor is the mean over its
+owners. Nothing here loads torch: the command line asks for names before anything is run.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from coordinator.config import GeneratorOptions
-from coordinator.generators.base import Generator, generated_names
-from coordinator.generators.pairwise import PairGenerator
-from coordinator.generators.update_regression import UpdateRegression
-from edge_sdk.models import build
+from coordinator.registry import Kind
 from edge_sdk.protocol.messages import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from coordinator.generators.base import Generator
+
+GENERATORS: Kind[Generator] = Kind(
+    "generator", "register_generator", "coordinator.generators", __file__
+)
+register_generator = GENERATORS.register
 
 
 def make_generator(
-    spec: ModelSpec, options: GeneratorOptions, seed: int, device: str | torch.device = "cpu"
+    spec: ModelSpec, settings: GeneratorOptions, seed: int, device: str | torch.device = "cpu"
 ) -> Generator | None:
-    """None where nothing is to be generated: no generator, gain 0, or a model of one exit."""
-    if options.name == "none" or options.gain == 0 or spec.exit == 1:
+    """None where nothing is to be generated: no generator, gain 0, or a model of one exit. Raises
+    ConfigError listing the known ones."""
+    from coordinator.generators.base import generated_names, parameter_shapes
+
+    if settings.name == "none" or settings.gain == 0 or spec.exit == 1:
         return None
-    names = generated_names(spec, options.generate)
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in build(spec).named_parameters()}
-    if options.name == "update-regression":
-        return UpdateRegression(shapes, names, options, seed, device)
-    return PairGenerator({name: shapes[name] for name in names}, options, seed, device)
+    names, shapes = generated_names(spec, settings.generate), parameter_shapes(spec)
+    return GENERATORS.make(settings.name, settings.own, shapes, names, settings, seed, device)

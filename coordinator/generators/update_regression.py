@@ -21,8 +21,8 @@ parameter, and of stage 1 a sketch of at most SKETCH numbers a tensor for each r
 owners' vectors come on top, up to SLACK of them or SLACK_BYTES; beyond that the basis is cut before
 all have arrived, and their order then changes what is kept of them.
 
-Corrects by default main weights, BatchNorm affine and exits (`generate` "all"); running statistics
-follow the owners.
+Corrects by default main weights, BatchNorm affine and exits (`generate` "all", where the published
+networks make main weights only); running statistics follow the owners.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.config import GeneratorOptions
+from coordinator.generators.registry import register_generator
 from coordinator.generators.row_memory import RowMemory
 from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.tensors import Tensors, check_shapes, with_prefix
@@ -76,9 +77,12 @@ class _Stage:
     has_mean: bool = False
 
 
+BEST = {"generator.generate": "all", "generator.rank": 12}
+
+
+@register_generator("update-regression", defaults=BEST)
 class UpdateRegression:
-    """See the module's docstring. shapes: of every parameter; generated: names of those that are
-    corrected."""
+    """See the module's docstring. generated: names of what is corrected."""
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from coordinator.aggregation.mean import Kernel
-from coordinator.aggregation.robust import make_kernel
+from coordinator.aggregation.registry import make_kernel
 from coordinator.aggregation.server_optimizer import Server
 from coordinator.cohorts.base import Assignment, Client, ClientUpdate
 from coordinator.cohorts.sampling import job_seed
@@ -25,9 +25,9 @@ from coordinator.methods.rotation import Rule
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import needed_names, stage_of, trained_names
-from edge_sdk.protocol.messages import ModelSpec, Phase
+from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensors import Tensors, check_shapes, specs_of, with_prefix
-from edge_sdk.protocol.timing import clock, since
+from edge_sdk.protocol.timing import Stopwatch
 
 log = logging.getLogger(__name__)
 SCARCE = 0.5  # of stage 1's owners: with fewer of the deepest stage's its exits are taught
@@ -65,44 +65,36 @@ class DepthAveraging:
         return Assignment(model=spec, plan=plan, tensors=down, returns=specs_of(up))
 
     def aggregate(self, round: int, updates: Iterable[ClientUpdate]) -> Metrics:
-        metrics = Metrics()
+        metrics, watch = Metrics(), Stopwatch()
         mean = make_kernel(self._config.aggregation)
         sent, generator = self.server.globals, self._generator
         if self._clip:
             updates = self._clip.clipped(round, updates, sent, metrics)
-        fold = fit = generate = Phase(wall_s=0.0, cpu_s=0.0)
         total = 0.0
         for update in updates:
-            start = clock()
             weight = float(update.num_examples) if self._config.weighting == "examples" else 1.0
-            mean.add_(update.tensors, weight)
-            fold = _plus(fold, since(start))
+            with watch("aggregate"):
+                mean.add_(update.tensors, weight)
             if generator and is_learnable(update):
-                start = clock()
-                generator.observe(update, sent, weight)
-                fit = _plus(fit, since(start))
+                with watch("fit"):
+                    generator.observe(update, sent, weight)
             for segment in update.segments:
                 self._owners[segment.first - 1 : segment.last] += 1
             total += weight
             metrics.num_updates += 1
         shares = {name: mean.weight(name) / total for name in sent} if total else {}
-        start = clock()
-        merged = mean.result(sent)  # the owners' alone; robust rules do their work here
-        fold = _plus(fold, since(start))
+        with watch("aggregate"):  # of the owners alone; robust rules do their work here
+            merged = mean.result(sent)
         if metrics.num_updates and generator:
-            start = clock()
-            metrics.values |= generator.fit(sent, round)
-            fit = _plus(fit, since(start))
-            start = clock()
-            for weight, made in generator.generate(sent, merged):
-                mean.add_(made, self._config.generator.gain * weight)
-            generate = since(start)
-            metrics.phases |= {"fit": fit, "generate": generate}
+            with watch("fit"):
+                metrics.values |= generator.fit(sent, round)
+            with watch("generate"):
+                for weight, made in generator.generate(sent, merged):
+                    mean.add_(made, self._config.generator.gain * weight)
         if metrics.num_updates:
-            start = clock()
-            self._step(self._damped(mean, shares), round, metrics)
-            fold = _plus(fold, since(start))
-        metrics.phases["aggregate"] = fold
+            with watch("aggregate"):
+                self._step(self._damped(mean, shares), round, metrics)
+        metrics.phases |= watch.phases
         return metrics
 
     def _damped(self, mean: Kernel, shares: Mapping[str, float]) -> Tensors:
@@ -174,7 +166,3 @@ def is_learnable(update: ClientUpdate) -> bool:
             )  # fmt: skip
             return False
     return True
-
-
-def _plus(a: Phase, b: Phase) -> Phase:
-    return Phase(wall_s=a.wall_s + b.wall_s, cpu_s=(a.cpu_s or 0.0) + (b.cpu_s or 0.0))

@@ -1,98 +1,92 @@
-"""The federated methods by name. A method is a function from a run's settings to a Method.
+"""The federated methods by name. A method is a function from a run's settings to a Method, in a
+file of its own, which also says what the method has of its own:
 
-hypemefed        prefix to each client's exit, with the run's stage rotation and generator: as
-                 published (HypeMeFed, 2024) with `--paper`, else what measured best
-owners-mean      each tensor is the mean over its owners; no generator
-stage-rotation   the same, where a client also trains one deeper stage, by turns, over a frozen
-                 prefix (methods/rotation.py)
-stale-copy       what the published code amounts to: clients count with the weights they were sent
-                 for stages that they do not train
-fedavg-s         everyone trains exit 1 only (FedAvg, 2017)
-fedavg-l         everyone trains the whole model: the bound, not for weak devices
+    @register_method("mine", defaults={"server.momentum": 0.9}, options=MyOptions)
+    def mine(config: RunConfig, device: Device, options: MyOptions) -> Method: ...
+
+Nothing here loads torch: the command line asks for names before anything is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from msgspec.structs import replace
-
-from coordinator.config import RunConfig
-from coordinator.generators.registry import make_generator
-from coordinator.methods.base import Method
-from coordinator.methods.depthwise import DepthAveraging
-from coordinator.methods.rotation import Rule, fixed, rotation
+from coordinator.aggregation.registry import RULES
+from coordinator.config import ADAPTIVE, RunConfig
+from coordinator.generators.registry import GENERATORS
+from coordinator.registry import Kind
+from coordinator.settings import changed
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.process_memory import memory_errors
+from edge_sdk.protocol.messages import ModelSpec
 
-Device: TypeAlias = str | torch.device
+if TYPE_CHECKING:
+    import torch
 
+    from coordinator.methods.base import Method
 
-def hypemefed(config: RunConfig, device: Device) -> Method:
-    generator = make_generator(config.model, config.generator, config.seed, device)
-    return DepthAveraging(config, _rotation(config), generator)
-
-
-def owners_mean(config: RunConfig, device: Device) -> Method:
-    return DepthAveraging(config, _rotation(config))
-
-
-def stage_rotation(config: RunConfig, device: Device) -> Method:
-    if config.rotation.mode == "off":
-        raise ConfigError(
-            "method 'stage-rotation' with --rotation off is owners-mean; use --method owners-mean "
-            "or --rotation add"
-        )
-    return owners_mean(config, device)
+Device: TypeAlias = "str | torch.device"
+METHODS: Kind[Method] = Kind("method", "register_method", "coordinator.methods", __file__)
+register_method = METHODS.register
 
 
-def stale_copy(config: RunConfig, device: Device) -> Method:
-    return owners_mean(replace(config, server=replace(config.server, damping=1.0)), device)
+def defaults_of(
+    method: str, *, is_paper: bool = False, optimizer: str = "fedavgm", generator: str = ""
+) -> dict[str, Any]:
+    """Of a run's shared settings, by their paths. optimizer: the server's; generator: if it is not
+    the method's own. Raises ConfigError for unknown names, and for --paper where there is none."""
+    entry = METHODS[method]
+    if is_paper and not entry.paper:
+        raise ConfigError(f"--paper is hypemefed's, not {method}'s; leave one of them out")
+    found = entry.paper if is_paper else entry.defaults
+    generator = generator or found.get("generator.name", "none")
+    filled = {} if generator == "none" else GENERATORS[generator].defaults
+    return {**filled, **found, **(ADAPTIVE if optimizer != "fedavgm" else {})}
 
 
-def fedavg_s(config: RunConfig, device: Device) -> Method:
-    shallow = replace(config.model, exit=1)
-    config = replace(config, model=shallow, exit_weights=config.exit_weights[:1])
-    return DepthAveraging(config, fixed(1))
+def make_config(
+    method: str, model: ModelSpec, *, is_paper: bool = False, **settings: Any
+) -> RunConfig:
+    """A run's settings from Python, with the method's defaults as on the command line; what
+    `settings` gives, a field or a whole part of RunConfig, stands."""
+    plain = RunConfig(method=method, model=model, **settings)
+    defaults = defaults_of(
+        method,
+        is_paper=is_paper,
+        optimizer=plain.server.optimizer,
+        generator=plain.generator.name if "generator" in settings else "",
+    )
+    return changed(plain, {k: v for k, v in defaults.items() if k.split(".")[0] not in settings})
 
 
-def fedavg_l(config: RunConfig, device: Device) -> Method:
-    return DepthAveraging(config, fixed(config.model.exit))
+def check_method(config: RunConfig) -> None:
+    """Raise ConfigError for an unknown method, rule, generator or family, and for settings that the
+    method has no place for: all that can be told before the data's shape is known."""
+    from edge_sdk.models import find_family
 
-
-def _rotation(config: RunConfig) -> Rule:
-    return rotation(config.rotation, config.seed, config.deadline_s)
-
-
-METHODS: dict[str, Callable[[RunConfig, Device], Method]] = {
-    "hypemefed": hypemefed,
-    "owners-mean": owners_mean,
-    "stage-rotation": stage_rotation,
-    "stale-copy": stale_copy,
-    "fedavg-s": fedavg_s,
-    "fedavg-l": fedavg_l,
-}
-
-
-FIXED = ("fedavg-s", "fedavg-l")
-
-
-def make_method(config: RunConfig, device: Device = "cpu") -> Method:
-    """The method that the settings name. Raises ConfigError listing the known ones."""
-    factory = METHODS.get(config.method)
-    if factory is None:
-        raise ConfigError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
-    if config.generator.name != "none" and config.method != "hypemefed":
-        raise ConfigError(
-            f"method {config.method!r} generates nothing, so --generator {config.generator.name} "
-            "has no place there; use --method hypemefed"
-        )
-    if config.rotation.mode != "off" and config.method in FIXED:
+    method, generator = METHODS[config.method], config.generator.name
+    METHODS.own(config.method, config.own)
+    RULES.own(config.aggregation.rule, config.aggregation.own)
+    if generator != "none":
+        GENERATORS.own(generator, config.generator.own)
+        if "generator" not in method.uses:
+            raise ConfigError(
+                f"method {config.method!r} generates nothing, so --generator {generator} "
+                "has no place there; use --method hypemefed"
+            )
+    if config.rotation.mode != "off" and "rotation" not in method.uses:
         raise ConfigError(
             f"method {config.method!r} has the same stages for everybody, so --rotation "
             f"{config.rotation.mode} has no place there; leave it out"
         )
+    if method.check:
+        method.check(config)
+    find_family(config.model.family)
+
+
+def make_method(config: RunConfig, device: Device = "cpu") -> Method:
+    """The method that the settings name. Raises ConfigError as `check_method`, and for a model that
+    cannot be built."""
+    check_method(config)
     with memory_errors(f"making {config.method} with generator {config.generator.name}"):
-        return factory(config, device)
+        return METHODS.make(config.method, config.own, config, device)

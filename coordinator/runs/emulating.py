@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,16 @@ from coordinator.cohorts.population import (
 from coordinator.cohorts.processes import ProcessCohort
 from coordinator.config import RunConfig
 from coordinator.methods.registry import make_method
-from coordinator.presets import missing_data
 from coordinator.runs.evaluate import Personalised, personalised_accuracy
 from coordinator.runs.exporting import check_export, export_served
 from coordinator.runs.rounds import print_round, run_rounds
-from coordinator.settings import checked, run_config, whole_numbers
+from coordinator.settings import checked, shaped
 from coordinator.store.store import Store, open_store
 from edge_sdk.capacity.costs import in_model, peak_bytes
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import MIN_BATCH
-from edge_sdk.data.load import DataSet, load_dataset
-from edge_sdk.errors import ConfigError, DataError, StoreError
+from edge_sdk.data.load import load_dataset
+from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensors import Tensors
@@ -47,45 +46,53 @@ log = logging.getLogger(__name__)
 HOLDOUT = 0.2  # as in the paper
 
 
-def emulate(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
-    torch.set_num_threads(args.threads)
-    data = load_for(args)
-    shared = run_config(args, data.train.input_shape, data.train.num_classes)
-    population = Population(
-        clients=args.clients,
-        groups=tuple(whole_numbers(args.groups, "--groups")),
-        split=args.split,
-        alpha=args.alpha,
-        holders=args.holders,
-        holdout=HOLDOUT if args.personalise else 0.0,
-    )
-    config = checked(
-        replace(
-            shared,
-            data=args.data,
-            population=population.text(),
-            examples=args.examples,
-            test_examples=args.test_examples,
-        )
-    )
+@dataclass(frozen=True, kw_only=True)
+class EmulateSettings:
+    """What of `emulate` is not the run's own, and may be another when it goes on.
+
+    folder: where the run lives; None: it is not kept. processes: clients trained at once. imports:
+    modules that register families, for those processes. personal_epochs: of fine-tuning at every
+    client at the end, 0: none. out: JSON file of the rounds. export: folder for the served model as
+    ONNX, at the end."""
+
+    folder: Path | None = None
+    is_resumed: bool = False
+    device: str = "auto"
+    threads: int = 1
+    processes: int = 1
+    imports: tuple[str, ...] = ()
+    personal_epochs: int = 0
+    out: Path | None = None
+    export: Path | None = None
+
+
+def emulate(config: RunConfig, population: Population, settings: EmulateSettings) -> int:
+    """The whole run over clients in this process. config.data: the data, which gives the model its
+    input shape and classes. Raises EdgeError."""
+    device = pick_device(settings.device)
+    torch.set_num_threads(settings.threads)
+    data = load_dataset(config.data, config.seed, config.examples, config.test_examples)
+    config = shaped(config, data.train.input_shape, data.train.num_classes)
+    config = checked(replace(config, population=population.text()))
     method = make_method(config, device)  # a model that cannot be built begins no run
-    if args.out:
-        check_writable(args.out)
-    check_export(args.export)
+    if settings.out:
+        check_writable(settings.out)
+    check_export(settings.export)
     clients = emulated_clients(population, config, data.train)
     with ExitStack() as stack:
         cohort = stack.enter_context(
             emulated_cohort(
                 population, config, clients,
-                device=device, processes=args.processes, imports=args.imports,
+                device=device, processes=settings.processes, imports=settings.imports,
             )
         )  # fmt: skip
-        folder = args.run_dir or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        folder = settings.folder
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         stopping = stack.enter_context(stop_signals())
-        store = open_store(folder, config, "emulate", args.resume)
+        store = open_store(folder, config, "emulate", settings.is_resumed)
         stack.callback(store.close)
-        store.is_temporary = args.run_dir is None
+        store.is_temporary = settings.folder is None
         run_rounds(
             store, method, cohort, data.test,
             device=device, should_stop=lambda: bool(stopping), report=print_round,
@@ -95,8 +102,8 @@ def emulate(args: argparse.Namespace) -> int:
             return 0
         store.write_model(method.spec, method.served())
         extra = {}
-        if args.personalise:
-            served, epochs = method.served(), args.personalise
+        if epochs := settings.personal_epochs:
+            served = method.served()
             found = personalise(config, method.spec, served, clients, epochs, device)
             extra["personalised"] = found
             for name, group in found["groups"].items():
@@ -105,17 +112,10 @@ def emulate(args: argparse.Namespace) -> int:
                     f"{100 * group['before']:.1f} %, after {epochs} local epochs "
                     f"{100 * group['after']:.1f} %"
                 )
-        if args.out:
-            write_json(store, population, args.out, extra)
-        export_served(method, data.test, args.export)
+        if settings.out:
+            write_json(store, population, settings.out, extra)
+        export_served(method, data.test, settings.export)
     return 0
-
-
-def load_for(args: argparse.Namespace) -> DataSet:
-    """The data of --data. Raises DataError, which for a preset says what files it needs."""
-    if args.preset and not Path(args.data).expanduser().exists():
-        raise DataError(missing_data(args.preset, args.data))
-    return load_dataset(args.data, args.seed, args.examples, args.test_examples)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -35,21 +34,25 @@ def export_served(method: Method, examples: Examples | None, folder: Path | None
         print(described(made, folder))
 
 
-def export_run(args: argparse.Namespace) -> int:
-    check_export(args.out)
-    store = Store.open_readonly(args.run_dir)
+def export_run(
+    folder: Path, out: Path, *, client_id: str | None = None, exit: int | None = None,
+    data: str | None = None,
+) -> None:  # fmt: skip
+    """Write a run's served model, or a client's part of it, or its first exits, as ONNX. data: to
+    check it on, by default the run's own test set. Raises EdgeError."""
+    check_export(out)
+    store = Store.open_readonly(folder)
     try:
         state = store.load_checkpoint()
         if state is None:
-            raise StoreError(f"{args.run_dir} has no finished round yet; nothing to export")
+            raise StoreError(f"{folder} has no finished round yet; nothing to export")
         method = make_method(store.config)
         method.load_state_dict(state)
-        spec, tensors = chosen_part(store, method, args.client, args.exit)
-        examples = load_test(args.data) if args.data else run_examples(store.config)
+        spec, tensors = chosen_part(store, method, client_id, exit)
+        examples = load_test(data) if data else run_examples(store.config)
     finally:
         store.close()
-    print(described(export(spec, tensors, args.out, examples=examples), args.out))
-    return 0
+    print(described(export(spec, tensors, out, examples=examples), out))
 
 
 def chosen_part(

@@ -1,17 +1,18 @@
-"""`edge-coordinator serve`, from its flags to the end."""
+"""`edge-coordinator serve`, from its settings to the end."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from msgspec.structs import replace
 
 from coordinator.admission.client_list import Admission
+from coordinator.config import RunConfig
 from coordinator.fleet.cohort import ServeOptions, ZmqCohort
-from coordinator.fleet.flow_control import LEAST_BUDGET_BYTES
+from coordinator.fleet.flow_control import BUDGET_BYTES, LEAST_BUDGET_BYTES
 from coordinator.fleet.router import Router, allow_connections
 from coordinator.fleet.spool import Spool
 from coordinator.methods.base import Method
@@ -20,7 +21,7 @@ from coordinator.runs.exporting import check_export, export_served
 from coordinator.runs.monitor import Monitor
 from coordinator.runs.prometheus import MetricsServer
 from coordinator.runs.rounds import RoundReport, print_round, run_rounds
-from coordinator.settings import checked, run_config, whole_numbers
+from coordinator.settings import checked, shaped
 from coordinator.store.store import SPOOL, Store, open_store
 from edge_sdk.data.load import Examples, load
 from edge_sdk.errors import ConfigError, EdgeError
@@ -34,67 +35,70 @@ log = logging.getLogger(__name__)
 FINISHED = "run finished"
 
 
-def serve(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
-    torch.set_num_threads(args.threads)
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What of `serve` is not the run's own, and may be another when it goes on.
+
+    folder: where the run lives. endpoint: where devices connect. keys: the folder of the
+    coordinator's; None: nothing is encrypted and everybody is admitted. clients_file: of the
+    admitted devices, by default beside the keys. metrics: HOST:PORT for Prometheus. export: folder
+    for the served model as ONNX, at the end."""
+
+    folder: Path
+    is_resumed: bool = False
+    endpoint: str = "tcp://*:5555"
+    keys: Path | None = None
+    clients_file: Path | None = None
+    device: str = "auto"
+    threads: int = 1
+    give_up_after_s: float = 3600.0
+    budget_bytes: int = BUDGET_BYTES
+    metrics: str | None = None
+    export: Path | None = None
+
+
+def serve(config: RunConfig, settings: ServeSettings) -> int:
+    """The whole run over real devices. config.data: the common test set, which gives the model its
+    input shape and classes; where it is "", the model has them. Raises EdgeError."""
+    device = pick_device(settings.device)
+    torch.set_num_threads(settings.threads)
     test = None
-    if args.test:
-        _, train_part, test_part = load(args.test)
+    if config.data:
+        _, train_part, test_part = load(config.data)
         test = test_part or train_part
-        shape, num_classes = test.input_shape, test.num_classes
-    elif args.input and args.classes is not None:
-        shape, num_classes = tuple(whole_numbers(args.input, "--input", "x")), args.classes
-    else:
-        raise ConfigError(
-            "give --test SOURCE, or --input and --classes to train without a test set"
-        )
-    if args.run_dir is None:
-        raise ConfigError("serve needs --run-dir, the folder that the run lives in")
-    shared = run_config(args, shape, num_classes)
-    config = checked(
-        replace(
-            shared,
-            data=args.test or "",
-            deadline_s=args.deadline,
-            grace_s=args.grace,
-            quorum=args.quorum,
-            min_clients=args.min_clients,
-            min_updates=args.min_updates,
-            mode=args.mode,
-            late=args.late,
-            staleness_half_life=args.staleness_half_life,
-        )
-    )
+        config = shaped(config, test.input_shape, test.num_classes)
+    config = checked(shaped(config, config.model.input_shape, config.model.num_classes))
     method = make_method(config, device)  # a model that cannot be built begins no run
-    check_export(args.export)
+    check_export(settings.export)
     keys, admission = None, None
-    if args.insecure:
+    if settings.keys is None:
         log.warning("--insecure: nothing is encrypted and every device is admitted")
     else:
-        keys = read_keys(args.keys, "server")
-        admission = Admission(args.clients_file or args.keys / "clients")
-    if args.memory_budget < LEAST_BUDGET_BYTES:
+        keys = read_keys(settings.keys, "server")
+        admission = Admission(settings.clients_file or settings.keys / "clients")
+    if settings.budget_bytes < LEAST_BUDGET_BYTES:
         raise ConfigError(
-            f"--memory-budget is {args.memory_budget} bytes, expected at least {LEAST_BUDGET_BYTES}"
+            f"--memory-budget is {settings.budget_bytes} bytes, expected at least "
+            f"{LEAST_BUDGET_BYTES}"
         )
-    allow_connections(args.min_clients)
+    allow_connections(config.min_clients)
     with ExitStack() as stack:
         metrics = (
-            stack.enter_context(closing(MetricsServer(args.metrics)))
-            if args.metrics is not None
+            stack.enter_context(closing(MetricsServer(settings.metrics)))
+            if settings.metrics is not None
             else None
         )
-        router = Router(checked_endpoint(args.listen, "--listen"), keys, admission)
+        router = Router(checked_endpoint(settings.endpoint, "--listen"), keys, admission)
         try:
-            store = open_store(args.run_dir, config, "serve", args.resume)
+            store = open_store(settings.folder, config, "serve", settings.is_resumed)
         except BaseException:
             router.close()
             raise
-        return serve_rounds(args, router, store, method, test, device, metrics)
+        return serve_rounds(settings, router, store, method, test, device, metrics)
 
 
 def serve_rounds(
-    args: argparse.Namespace,
+    settings: ServeSettings,
     router: Router,
     store: Store,
     method: Method,
@@ -115,8 +119,8 @@ def serve_rounds(
         min_updates=config.min_updates,
         is_async=config.mode == "async",
         oldest=config.oldest,
-        give_up_after_s=args.give_up_after,
-        budget_bytes=args.memory_budget,
+        give_up_after_s=settings.give_up_after_s,
+        budget_bytes=settings.budget_bytes,
     )
     where = (store.run, store.folder, router.endpoint)
     if store.is_finished:
@@ -155,7 +159,7 @@ def serve_rounds(
                 if store.is_finished:
                     path = store.write_model(method.spec, method.served())
                     goodbye = FINISHED
-                    export_served(method, test, args.export)
+                    export_served(method, test, settings.export)
                     told = (store.run, path, logs.event("finished", run=store.run))
                     log.info("run %s is finished, its model is in %s", *told[:2], extra=told[2])
         finally:

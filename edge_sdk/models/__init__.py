@@ -3,55 +3,65 @@
     from edge_sdk.models import register_family
     register_family("mine", build)   # build(spec: ModelSpec) -> StagedModel of spec.exit exits
 
-and loaded with `--import MODULE` on the command lines. Exit e of a family must hold the same
-tensors under the same names and shapes whatever deeper exits exist: a prefix is a real cut. Which
-of them a coordinator may generate is `StagedModel.main_weights`; name a subset to leave some out.
+and loaded with `--import MODULE` on the command lines. With a struct of options, build(spec,
+options) gets them checked (options.py). Exit e of a family must hold the same tensors under the
+same names and shapes whatever deeper exits exist: a prefix is a real cut. Which of them a
+coordinator may generate is `StagedModel.main_weights`; name a subset to leave some out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from dataclasses import dataclass
+from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.models.cnn import build_cnn
-from edge_sdk.models.lstm import build_lstm
-from edge_sdk.models.mlp import build_mlp
-from edge_sdk.models.resnet import build_resnet18
+from edge_sdk.helpers.registry import Registry
+from edge_sdk.models.options import read_options
 from edge_sdk.models.staged import StagedModel
-from edge_sdk.models.vgg import build_vgg
 from edge_sdk.protocol.messages import ModelSpec
 
-Build: TypeAlias = Callable[[ModelSpec], StagedModel]
-FAMILIES: dict[str, Build] = {
-    "cnn": build_cnn,
-    "lstm": build_lstm,
-    "mlp": build_mlp,
-    "resnet18": build_resnet18,
-    "vgg": build_vgg,
-}
-
-__all__ = ["FAMILIES", "StagedModel", "build", "initial_tensors", "register_family"]
+__all__ = ["FAMILIES", "StagedModel", "build", "find_family", "initial_tensors", "register_family"]
 
 
-def register_family(name: str, build: Build) -> None:
+@dataclass(frozen=True)
+class Family:
+    """build: of (spec), and (spec, options) where it has some."""
+
+    build: Callable[..., StagedModel]
+    options: type[msgspec.Struct] | None = None
+
+
+FAMILIES: Registry[Family] = Registry(
+    "model family",
+    "register_family",
+    __name__,
+    Path(__file__).parent,
+    "; load your own with --import MODULE on both sides",
+)
+
+
+def register_family(
+    name: str, build: Callable[..., StagedModel], options: type[msgspec.Struct] | None = None
+) -> None:
     """Add a family. Raises ConfigError if the name is taken by another builder."""
-    if FAMILIES.setdefault(name, build) is not build:
-        raise ConfigError(f"model family {name!r} is registered already; choose another name")
+    FAMILIES.add(name, Family(build, options), build.__module__)
+
+
+def find_family(name: str) -> Family:
+    """Raises ConfigError, which lists the known ones."""
+    return FAMILIES[name]
 
 
 def build(spec: ModelSpec) -> StagedModel:
     """The model of `spec`, randomly initialised. Raises ConfigError."""
-    builder = FAMILIES.get(spec.family)
-    if builder is None:
-        raise ConfigError(
-            f"unknown model family {spec.family!r}; known: {', '.join(sorted(FAMILIES))}; "
-            "load your own with --import MODULE on both sides"
-        )
-    model = builder(spec)
+    family = FAMILIES[spec.family]
+    own = () if family.options is None else (read_options(spec, family.options),)
+    model = family.build(spec, *own)
     if not (len(model.stages) == len(model.exits) == spec.exit):
         raise ConfigError(
             f"family {spec.family!r} built {len(model.stages)} stages, {len(model.exits)} exits; "

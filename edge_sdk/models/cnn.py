@@ -4,30 +4,31 @@ Stage e is conv3-BatchNorm-ReLU, with a halving max pool before the ReLU while a
 a side are left; stage 1 begins with a stem of the same kind (a source convolution with one input
 channel would give a factorised hypernetwork rank 3 at most). Each exit average-pools to 2 a side
 and is linear.
-Options: channels (default 16, 32, 64, 64, ...).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
+from msgspec import Meta
 from torch import nn
 
-from edge_sdk.models.layers import (
-    check_options,
-    conv_block,
-    spatial_dims,
-    widths_option,
-)
+from edge_sdk.models import register_family
+from edge_sdk.models.layers import conv_block, spatial_dims
+from edge_sdk.models.options import FamilyOptions, Sizes, widths
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.messages import ModelSpec
 
 
-def build_cnn(spec: ModelSpec) -> StagedModel:
-    check_options(spec, ["channels"])
+class CnnOptions(FamilyOptions, frozen=True):
+    channels: Annotated[Sizes, Meta(description="of each stage (16, 32, 64, 64, ...)")] = ()
+
+
+def build_cnn(spec: ModelSpec, options: CnnOptions) -> StagedModel:
     dims = spatial_dims(spec)
     default = [16, 32] + [64] * max(0, spec.exit - 2)
-    channels = widths_option(spec, "channels", default, spec.exit)
+    channels = widths(spec, "channels", options.channels, default, spec.exit)
     side = min(spec.input_shape[1:])
     pooled = nn.AdaptiveAvgPool2d if dims == 2 else nn.AdaptiveAvgPool1d
     stages: list[nn.Module] = []
@@ -45,3 +46,6 @@ def build_cnn(spec: ModelSpec) -> StagedModel:
         exits.append(nn.Sequential(pooled(2), nn.Flatten(), nn.Linear(features, spec.num_classes)))
         inputs = outputs
     return StagedModel(stages, exits)
+
+
+register_family("cnn", build_cnn, CnnOptions)

@@ -1,9 +1,6 @@
-"""Layers and options that the families share, for images (C, H, W), series (C, window), (C,)."""
+"""Layers that the families share, for images (C, H, W), series (C, window) and features (C,)."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 from torch import nn
 
@@ -12,7 +9,6 @@ from edge_sdk.protocol.messages import ModelSpec
 
 CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 POOL: dict[int, type[nn.MaxPool1d] | type[nn.MaxPool2d]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d}
-MOST = 1_000_000  # channels or features; sizes of tensors then stay below 2^63
 FORMS = {1: "(C,)", 2: "(C, window)", 3: "(C, H, W)"}  # of an input, by its number of axes
 
 
@@ -48,37 +44,3 @@ def input_axes(spec: ModelSpec, *known: int) -> int:
 def spatial_dims(spec: ModelSpec) -> int:
     """1 for (C, window), 2 for (C, H, W). Raises ConfigError otherwise."""
     return input_axes(spec, 2, 3) - 1
-
-
-def ratio_option(spec: ModelSpec, key: str, default: float) -> float:
-    value = spec.options.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ConfigError(f"model option {key} is {value!r}, expected a number in [0, 1)")
-    return float(value)
-
-
-def integers_option(spec: ModelSpec, key: str, default: Sequence[int], least: int) -> list[int]:
-    """At least `least` integers from 1 to MOST, e.g. (32, 64, 128); a lone one stands for a list of
-    one. Raises ConfigError."""
-    value = spec.options.get(key, tuple(default))
-    values = value if isinstance(value, tuple | list) else (value,)
-    whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= MOST]
-    if not len(values) == len(whole) >= least:
-        raise ConfigError(
-            f"model option {key} is {value!r}, expected at least {least} positive integers "
-            f"up to {MOST} for {spec.exit} exits"
-        )
-    return whole
-
-
-def widths_option(spec: ModelSpec, key: str, default: Sequence[int], least: int) -> list[int]:
-    """integers_option, each scaled by the spec's width and rounded up: channels or features."""
-    return [math.ceil(v * spec.width) for v in integers_option(spec, key, default, least)]
-
-
-def check_options(spec: ModelSpec, known: Sequence[str]) -> None:
-    unknown = sorted(set(spec.options) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"family {spec.family!r} has no option {', '.join(unknown)}; known: {', '.join(known)}"
-        )

@@ -4,14 +4,18 @@ Stage e is one layer over the whole sequence. Between stages a sequence is (B, h
 axes of the input, so that stage 1 is like any other. Each exit is linear on the last time step,
 which has seen the whole window. Main weights: weight_ih and weight_hh of each layer, with their
 four gates (input, forget, cell, output) one below the other, (4 hidden, inputs).
-Options: hidden (default 64).
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from msgspec import Meta
 from torch import Tensor, nn
 
-from edge_sdk.models.layers import check_options, input_axes, widths_option
+from edge_sdk.models import register_family
+from edge_sdk.models.layers import input_axes
+from edge_sdk.models.options import FamilyOptions, Sizes, widths
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.messages import ModelSpec
 
@@ -35,12 +39,18 @@ class LastStep(nn.Module):
         return x[..., -1]
 
 
-def build_lstm(spec: ModelSpec) -> StagedModel:
+class LstmOptions(FamilyOptions, frozen=True):
+    hidden: Annotated[Sizes, Meta(description="features of every layer (64)")] = 64
+
+
+def build_lstm(spec: ModelSpec, options: LstmOptions) -> StagedModel:
     """Raises ConfigError for other inputs than (C, window)."""
-    check_options(spec, ["hidden"])
     input_axes(spec, 2)
-    hidden = widths_option(spec, "hidden", [64], 1)[0]
+    hidden = widths(spec, "hidden", options.hidden, (64,), 1)[0]
     inputs = [spec.input_shape[0]] + [hidden] * (spec.exit - 1)
     stages = [Layer(size, hidden) for size in inputs]
     exits = [nn.Sequential(LastStep(), nn.Linear(hidden, spec.num_classes)) for _ in stages]
     return StagedModel(stages, exits)
+
+
+register_family("lstm", build_lstm, LstmOptions)

@@ -3,31 +3,41 @@ images (C, H, W), which it flattens.
 
 Stage e is linear, BatchNorm, ReLU; each exit is linear. The stages' linear layers have no bias: the
 BatchNorm after them takes it out again.
-Options: widths (features after each stage, default 128 each).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
+from msgspec import Meta
 from torch import nn
 
-from edge_sdk.models.layers import batch_norm, check_options, input_axes, widths_option
+from edge_sdk.models import register_family
+from edge_sdk.models.layers import batch_norm, input_axes
+from edge_sdk.models.options import FamilyOptions, Sizes, widths
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.messages import ModelSpec
 
 
-def build_mlp(spec: ModelSpec) -> StagedModel:
+class MlpOptions(FamilyOptions, frozen=True):
+    widths: Annotated[Sizes, Meta(description="features after each stage (128 each)")] = ()
+
+
+def build_mlp(spec: ModelSpec, options: MlpOptions) -> StagedModel:
     """Raises ConfigError for an input of more than three axes or too few widths."""
-    check_options(spec, ["widths"])
     input_axes(spec, 1, 2, 3)
-    widths = widths_option(spec, "widths", [128] * spec.exit, spec.exit)[: spec.exit]
+    default = [128] * spec.exit
+    features = widths(spec, "widths", options.widths, default, spec.exit)[: spec.exit]
     stages: list[nn.Module] = []
     inputs = math.prod(spec.input_shape)
-    for number, outputs in enumerate(widths):
+    for number, outputs in enumerate(features):
         flatten = [nn.Flatten()] if number == 0 else []  # (B, *input_shape) -> (B, inputs)
         linear = nn.Linear(inputs, outputs, bias=False)
         stages.append(nn.Sequential(*flatten, linear, batch_norm(outputs, 1), nn.ReLU()))
         inputs = outputs
-    exits = [nn.Linear(width, spec.num_classes) for width in widths]
+    exits = [nn.Linear(width, spec.num_classes) for width in features]
     return StagedModel(stages, exits)
+
+
+register_family("mlp", build_mlp, MlpOptions)

@@ -7,29 +7,29 @@ each exit averages over all positions and is linear. Three exits on 3 x 32 x 32 
 Main weights: the 3x3 convolutions. The 1x1 shortcut convolutions are left out: they hold 1.5 % of
 the weights, but as pairs of a generator they would cost two more networks each, and an error in
 them reaches the block's output beside both of its 3x3 convolutions.
-Options: channels (default 64, 128, 256, 512), blocks per group (default 2, 2, 2, 2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+from msgspec import Meta
 from torch import Tensor, nn
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.models.layers import (
-    batch_norm,
-    check_options,
-    conv_block,
-    input_axes,
-    integers_option,
-    widths_option,
-)
+from edge_sdk.models import register_family
+from edge_sdk.models.layers import batch_norm, conv_block, input_axes
+from edge_sdk.models.options import FamilyOptions, Sizes, sizes, widths
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.messages import ModelSpec
 
-CHANNELS = (64, 128, 256, 512)
-BLOCKS = (2, 2, 2, 2)
+
+class Resnet18Options(FamilyOptions, frozen=True):
+    channels: Annotated[Sizes, Meta(description="of each group (64, 128, 256, 512)")] = (
+        64, 128, 256, 512,
+    )  # fmt: skip
+    blocks: Annotated[Sizes, Meta(description="of each group (2, 2, 2, 2)")] = (2, 2, 2, 2)
 
 
 class BasicBlock(nn.Module):
@@ -58,15 +58,14 @@ class BasicBlock(nn.Module):
         return out
 
 
-def build_resnet18(spec: ModelSpec) -> StagedModel:
+def build_resnet18(spec: ModelSpec, options: Resnet18Options) -> StagedModel:
     """Raises ConfigError for other inputs than (C, H, W) and for more than three exits."""
-    check_options(spec, ["channels", "blocks"])
     input_axes(spec, 3)
     if spec.exit > 3:
         raise ConfigError(f"family 'resnet18' has at most 3 exits, got {spec.exit}; use 'cnn'")
     num_groups = spec.exit + 1
-    channels = widths_option(spec, "channels", CHANNELS, num_groups)[:num_groups]
-    blocks = integers_option(spec, "blocks", BLOCKS, num_groups)[:num_groups]
+    channels = widths(spec, "channels", options.channels, (), num_groups)[:num_groups]
+    blocks = sizes(spec, "blocks", options.blocks, (), num_groups)[:num_groups]
     stem = conv_block(spec.input_shape[0], channels[0], 2, bias=False)
     groups = [_group(channels[0], channels[0], blocks[0], stride=1)]
     for number in range(1, num_groups):
@@ -94,3 +93,6 @@ def _convolutions(stages: Sequence[nn.Module]) -> list[str]:
         for name, weight in stage.named_parameters()
         if weight.ndim == 4 and ".shortcut." not in name
     ]
+
+
+register_family("resnet18", build_resnet18, Resnet18Options)

@@ -5,28 +5,33 @@ A series (C, window) takes 1-D convolutions or, with option `fold`, becomes an i
 The published sizes for UniMiB (3 x 151, 8 classes) leave 24, 6 and 1 positions after two, three and
 four halvings, which 3 x 151 as an image cannot give; 18 x 25 does, 150 steps of each axis. With
 fold = 18, 25 all three sizes are exact; how the paper itself cuts the window it does not say.
-Options: channels (default 32, 64, 128, 256; the paper: 64-128-256-512 for STL10 and UniMiB),
-dropout before each exit's linear layer (default 0; the published code has 0.5),
-fold (height, width; for series only; height * width is a multiple of C; default none).
+Channels of the paper: 32-64-128-256, for STL10 and UniMiB 64-128-256-512; its code has dropout 0.5.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
+from msgspec import Meta
 from torch import Tensor, nn
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.models.layers import (
-    check_options,
-    conv_block,
-    integers_option,
-    ratio_option,
-    spatial_dims,
-    widths_option,
-)
+from edge_sdk.models import register_family
+from edge_sdk.models.layers import conv_block, spatial_dims
+from edge_sdk.models.options import FamilyOptions, Sizes, sizes, widths
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.messages import ModelSpec
+
+
+class VggOptions(FamilyOptions, frozen=True):
+    channels: Annotated[Sizes, Meta(description="of each block (32, 64, 128, 256, ...)")] = ()
+    dropout: Annotated[
+        float, Meta(ge=0, lt=1, description="before each exit's linear layer, a share (0)")
+    ] = 0.0
+    fold: Annotated[
+        Sizes, Meta(description="of a series: height, width; their product a multiple of C (none)")
+    ] = ()
 
 
 class Fold(nn.Module):
@@ -42,20 +47,17 @@ class Fold(nn.Module):
         return x[..., :steps].reshape(-1, 1, self.height, self.width)
 
 
-def build_vgg(spec: ModelSpec) -> StagedModel:
+def build_vgg(spec: ModelSpec, options: VggOptions) -> StagedModel:
     """Raises ConfigError for more than 6 exits, or a fold that the input does not fill."""
-    check_options(spec, ["channels", "dropout", "fold"])
     dims = spatial_dims(spec)
     if spec.exit > 6:
         raise ConfigError(f"family 'vgg' has at most 6 exits, got {spec.exit}; use 'cnn'")
-    channels = widths_option(
-        spec, "channels", [32 * 2**i for i in range(spec.exit + 1)], spec.exit + 1
-    )
-    dropout = ratio_option(spec, "dropout", 0.0)
+    default = [32 * 2**i for i in range(spec.exit + 1)]
+    channels = widths(spec, "channels", options.channels, default, spec.exit + 1)
     inputs, *sides = spec.input_shape
     fold: list[nn.Module] = []
-    if "fold" in spec.options:
-        height, width = _fold_option(spec)
+    if options.fold:
+        height, width = _fold(spec, options)
         fold, inputs, sides, dims = [Fold(height, width)], 1, [height, width], 2
     blocks: list[list[nn.Module]] = []
     features: list[int] = []
@@ -73,14 +75,14 @@ def build_vgg(spec: ModelSpec) -> StagedModel:
     stages = [nn.Sequential(*fold, *blocks[0], *blocks[1])]
     stages += [nn.Sequential(*block) for block in blocks[2:]]
     exits = [
-        nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(flat, spec.num_classes))
+        nn.Sequential(nn.Flatten(), nn.Dropout(options.dropout), nn.Linear(flat, spec.num_classes))
         for flat in features[1:]
     ]
     return StagedModel(stages, exits)
 
 
-def _fold_option(spec: ModelSpec) -> tuple[int, int]:
-    sides = integers_option(spec, "fold", (), 2)
+def _fold(spec: ModelSpec, options: VggOptions) -> tuple[int, int]:
+    sides = sizes(spec, "fold", options.fold, (), 2)
     channels, *window = spec.input_shape
     size = math.prod(sides)
     if len(sides) != 2 or len(window) != 1 or size % channels or size > channels * window[0]:
@@ -89,3 +91,6 @@ def _fold_option(spec: ModelSpec) -> tuple[int, int]:
             f"of {spec.input_shape} fills every row, e.g. 18,25 for (3, 151)"
         )
     return sides[0], sides[1]
+
+
+register_family("vgg", build_vgg, VggOptions)

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-from coordinator import defaults
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import AggregationOptions, GeneratorOptions, ServerOptions
 from coordinator.methods.registry import METHODS, make_method
@@ -40,10 +39,6 @@ AGGREGATIONS = {
 @pytest.fixture(params=AGGREGATIONS)
 def aggregation(request):
     return AGGREGATIONS[request.param]
-
-
-def test_every_method_is_one_of_the_command_line():
-    assert set(defaults.METHODS) == set(METHODS)
 
 
 def fresh(name, **changes):

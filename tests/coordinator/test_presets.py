@@ -7,12 +7,13 @@ import argparse
 import pytest
 import torch
 
+from coordinator.cli.arguments import RUN, run_config
 from coordinator.cli.emulate import add_emulate_command
 from coordinator.cohorts.population import group_exits
 from coordinator.config import GeneratorOptions
-from coordinator.defaults import PAPER
+from coordinator.methods.registry import METHODS
 from coordinator.presets import PRESETS, find_preset, missing_data
-from coordinator.settings import checked, run_config, whole_numbers
+from coordinator.settings import checked, shaped, whole_numbers
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import FAMILIES, build
 
@@ -68,7 +69,7 @@ def test_settings_hold_together_and_the_model_builds(name):
     if args.model not in FAMILIES:
         pytest.skip(f"model family {args.model} is not in this version")
     shape, num_classes = DATA[name]
-    config = checked(run_config(args, shape, num_classes))
+    config = checked(shaped(run_config(args, RUN), shape, num_classes))
     exits = group_exits(whole_numbers(args.groups, "--groups"), args.clients, args.exits)
     assert len(exits) == args.clients
     assert set(exits) == set(range(1, args.exits + 1)), "a group for every exit"
@@ -84,7 +85,9 @@ def test_published_figures(name):
     assert tuple(flags[key] for key in keys) == FIGURES[name]
     assert (flags["rounds"], flags["epochs"], flags["alpha"]) == (300, 5, 0.5)
     assert flags["optimizer"] == "adam"
-    assert (PAPER["generator"], PAPER["rank"], GeneratorOptions().hidden) == ("svd-mlp", 100, 512)
+    paper = METHODS["hypemefed"].paper
+    assert (paper["generator.name"], paper["generator.rank"]) == ("svd-mlp", 100)
+    assert GeneratorOptions().hidden == 512
     assert (flags["method"], flags["model"], flags["exits"]) == ("hypemefed", "vgg", 3)
     assert flags["option"] == [CHANNELS[name], "dropout=0.5"]
 
@@ -99,7 +102,7 @@ def test_published_figures(name):
 )
 def test_models_have_the_published_sizes(name, sizes):
     args = parsed(name)
-    model = build(run_config(args, *DATA[name]).model)
+    model = build(shaped(run_config(args, RUN), *DATA[name]).model)
     for exit, size in enumerate(sizes, 1):
         parts = [*model.stages[:exit], *model.exits[:exit]]
         assert sum(p.numel() for part in parts for p in part.parameters()) == size

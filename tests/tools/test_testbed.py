@@ -10,9 +10,10 @@ import signal
 import pytest
 from msgspec.structs import replace
 
-from coordinator.cli.arguments import settle
+from coordinator.cli.arguments import RUN, CommandParser, run_config
 from coordinator.cli.serve import add_serve_command
-from coordinator.defaults import METHODS, MOMENTUM
+from coordinator.methods.registry import METHODS
+from coordinator.settings import changed
 from edge_sdk.hardware.boards import save_board
 from edge_sdk.hardware.measure import measure, measured_board
 from tests.support.processes import Running, kill_marked, marked, read_rows, wait_until
@@ -121,14 +122,15 @@ def test_the_coordinator_runs_a_method_with_its_own_settings(tmp_path, method):
     def served(*flags):
         given = make_parser().parse_args(["--method", method, *flags])
         parser = argparse.ArgumentParser()
-        add_serve_command(parser.add_subparsers())
-        return vars(settle(parser, serve_command(given, tmp_path, 3, 0.0)))
+        add_serve_command(parser.add_subparsers(parser_class=CommandParser))
+        return run_config(parser.parse_args(serve_command(given, tmp_path, 3, 0.0)), RUN)
 
-    assert METHODS["hypemefed"].items() >= MOMENTUM.items(), "or this shows nothing"
+    assert METHODS["hypemefed"].defaults["server.momentum"] == 0.5, "or this shows nothing"
     own = served()
-    assert {name: own[name] for name in METHODS[method]} == METHODS[method]
+    defaults = METHODS[method].defaults
+    assert changed(own, defaults) == own
     plain = served("--", "--server-momentum", "0", "--server-lr", "1", "--mode", "async")
-    assert (plain["server_momentum"], plain["server_lr"]) == (0.0, 1.0)
+    assert (plain.server.momentum, plain.server.lr) == (0.0, 1.0)
 
 
 def test_a_run_dir_in_use_is_refused(tmp_path, capsys):

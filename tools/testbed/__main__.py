@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--devices", default=DEFAULT_DEVICES, help="BOARD|FILE.toml=COUNT,..., default %(default)s")
     add("--data", default="digits", help="digits, or a folder or file; see README.md")
     add("--examples", type=int, help="use a stratified subset of the training data")
-    add("--method", default="hypemefed", choices=sorted(METHODS))
+    add("--method", default="hypemefed", choices=METHODS)
     add("--seed", type=int, default=0)
     add("--run-dir", type=Path, help="default runs/testbed-TIME")
     add("--alpha", type=float, default=0.5, help="Dirichlet label skew between devices")

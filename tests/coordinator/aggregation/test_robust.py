@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.aggregation import robust
-from coordinator.aggregation.robust import make_kernel
+from coordinator.aggregation.registry import make_kernel
 from coordinator.config import AggregationOptions
 from edge_sdk.errors import ShapeError
 from tests.support.examples import ROBUST, options_of

@@ -66,7 +66,7 @@ def build_bad(spec: ModelSpec) -> StagedModel:
 @pytest.fixture(autouse=True)
 def families(monkeypatch):
     """Known in these tests only."""
-    monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
+    monkeypatch.setattr(models.FAMILIES, "_entries", dict(models.FAMILIES._entries))
     register_family("masked", build_masked)
     register_family("bad", build_bad)
 

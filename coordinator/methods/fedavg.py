@@ -1,0 +1,27 @@
+"""FedAvg (McMahan et al. 2017) at one depth for everybody, whatever a client can hold.
+
+`fedavg-s`: everyone trains exit 1 only. `fedavg-l`: everyone trains the whole model; it is the
+bound that the others are measured against, not a method for weak devices. Deviation: the joint loss
+of all exits is trained, so that the exits can be compared."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from coordinator.config import RunConfig
+from coordinator.methods.base import Method
+from coordinator.methods.depthwise import DepthAveraging
+from coordinator.methods.registry import Device, register_method
+from coordinator.methods.rotation import fixed
+
+
+@register_method("fedavg-s")
+def fedavg_s(config: RunConfig, device: Device) -> Method:
+    shallow = replace(config.model, exit=1)
+    config = replace(config, model=shallow, exit_weights=config.exit_weights[:1])
+    return DepthAveraging(config, fixed(1))
+
+
+@register_method("fedavg-l")
+def fedavg_l(config: RunConfig, device: Device) -> Method:
+    return DepthAveraging(config, fixed(config.model.exit))

@@ -1,0 +1,28 @@
+"""`stage-rotation` (ours; related: FeDepth 2023, ProFL 2024): as owners-mean, where a client also
+trains deeper stages, by turns, each alone over the frozen prefix before it (rotation.py)."""
+
+from __future__ import annotations
+
+from coordinator.config import RunConfig
+from coordinator.methods.base import Method
+from coordinator.methods.owners_mean import owners_mean
+from coordinator.methods.registry import Device, register_method
+from edge_sdk.errors import ConfigError
+
+
+def check_rotates(config: RunConfig) -> None:
+    if config.rotation.mode == "off":
+        raise ConfigError(
+            "method 'stage-rotation' with --rotation off is owners-mean; use --method owners-mean "
+            "or --rotation add"
+        )
+
+
+@register_method(
+    "stage-rotation",
+    defaults={"rotation.mode": "add", "rotation.stages": 0},
+    uses=("rotation",),
+    check=check_rotates,
+)
+def stage_rotation(config: RunConfig, device: Device) -> Method:
+    return owners_mean(config, device)

@@ -1,0 +1,16 @@
+"""`stale-copy`: what HypeMeFed's published code amounts to, kept to be measured. Clients count with
+the weights that they were sent for the stages that they do not train."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from coordinator.config import RunConfig
+from coordinator.methods.base import Method
+from coordinator.methods.owners_mean import owners_mean
+from coordinator.methods.registry import Device, register_method
+
+
+@register_method("stale-copy", uses=("rotation",))
+def stale_copy(config: RunConfig, device: Device) -> Method:
+    return owners_mean(replace(config, server=replace(config.server, damping=1.0)), device)

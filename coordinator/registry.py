@@ -1,0 +1,67 @@
+"""What a file of a method, an aggregation rule or a generator registers beside its function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from coordinator.config import Options, Own, RunConfig
+from coordinator.settings import own_options
+from edge_sdk.helpers.registry import Registry
+
+Made = TypeVar("Made")
+Make = TypeVar("Make", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Registered(Generic[Made]):
+    """make: the function; its options are the last thing that it is given, if it has any.
+    options: what it has of its own; each field with its default, bounds and help is a flag.
+    defaults: of shared settings by their paths, e.g. "server.lr", where nothing else is asked for.
+    paper: instead of them with --paper. uses: the parts of a run that a method has a place for, of
+    "rotation" and "generator". check: raises ConfigError for settings that do not go with it."""
+
+    make: Callable[..., Made]
+    options: type[Options] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    paper: Mapping[str, Any] = field(default_factory=dict)
+    uses: Collection[str] = ()
+    check: Callable[[RunConfig], None] | None = None
+
+
+class Kind(Registry[Registered[Made]]):
+    """All methods, or all rules, or all generators; built-in ones lie beside `file`."""
+
+    def __init__(self, kind: str, function: str, package: str, file: str) -> None:
+        advice = "; load your own with --import MODULE"
+        super().__init__(kind, function, package, Path(file).parent, advice)
+
+    def register(
+        self,
+        name: str,
+        *,
+        options: type[Options] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        paper: Mapping[str, Any] | None = None,
+        uses: Collection[str] = (),
+        check: Callable[[RunConfig], None] | None = None,
+    ) -> Callable[[Make], Make]:
+        """Decorates the function; see Registered. Raises ConfigError for a name that is taken."""
+
+        def decorate(make: Make) -> Make:
+            entry = Registered(make, options, defaults or {}, paper or {}, uses, check)
+            self.add(name, entry, make.__module__)
+            return make
+
+        return decorate
+
+    def own(self, name: str, given: Own) -> tuple[Options, ...]:
+        """Its options as the last arguments of its function: one struct, or none. Raises
+        ConfigError for options that it does not have, and values out of range."""
+        return own_options(given, self[name].options, f"{self.kind} {name!r}")
+
+    def make(self, name: str, given: Own, *arguments: Any) -> Made:
+        """Raises ConfigError, also for an unknown name."""
+        return self[name].make(*arguments, *self.own(name, given))
