@@ -12,7 +12,7 @@ from edge_sdk.exported import read_model
 from edge_sdk.infer import EarlyExit, open_session
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.plain import NORMS, plain_model
-from tests.contract.test_families import FOLDED, SPECS
+from tests.contract.families import FOLDED, SPECS
 from tests.helpers import examples
 
 
