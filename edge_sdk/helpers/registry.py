@@ -51,6 +51,9 @@ class Registry(Generic[Entry]):
         """All names, sorted."""
         return iter(sorted({*self._modules, *self._entries}))
 
+    def __len__(self) -> int:
+        return len({*self._modules, *self._entries})
+
     def __contains__(self, name: object) -> bool:
         return name in self._modules or name in self._entries
 
