@@ -23,10 +23,10 @@ from coordinator.admission import (
 )
 from coordinator.invitations import Invitation, withdraw, write_invitation
 from coordinator.joining import in_words
-from coordinator.key_files import locked
 from coordinator.strangers import forget_stranger, read_strangers
 from edge_sdk.cli_flags import checked_endpoint, path_flag
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import locked
 from edge_sdk.invitation import InvitationLine, encode_line
 from edge_sdk.keys import SERVER_KEYS, check_key, make_keys, read_key
 from edge_sdk.wire import CLIENT_NAME

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from edge_sdk.capacity import in_model, peak_bytes
 from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.examples import MIN_BATCH
+from edge_sdk.helpers import files
 from edge_sdk.models.costs import segment_costs
 from edge_sdk.partition import partition_by_subject, partition_dirichlet, partition_iid
 from edge_sdk.tensors import Tensors
@@ -188,16 +189,9 @@ def check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise ConfigError(f"--out {path} is no file; give the name of one, e.g. rounds.json")
-        draft = _draft(path)
-        draft.touch(exist_ok=False)
-        draft.unlink()
+        files.check_writable(path)
     except OSError as error:
         raise ConfigError(f"--out {path} cannot be written: {error}; give another") from error
-
-
-def _draft(path: Path) -> Path:
-    """A name beside `path` that nobody has."""
-    return path.with_name(f".{os.urandom(8).hex()}.new")
 
 
 def write_json(store: Store, population: Population, path: Path, extra: Mapping[str, Any]) -> None:
@@ -211,14 +205,10 @@ def write_json(store: Store, population: Population, path: Path, extra: Mapping[
         "rounds": [entry | costs.get(int(str(entry["round"])), {}) for entry in store.history()],
         **extra,
     }
-    draft = _draft(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(content, indent=1))
-        os.replace(draft, path)
+        files.write_whole(path, json.dumps(content, indent=1))
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
         raise StoreError(f"{path} cannot be written: {error}; {store.way_on()}") from error
 
 

@@ -25,14 +25,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coordinator.begun import Begun
-from coordinator.checkpoints import checkpoint_name, sync_folder, write_checkpoint
+from coordinator.checkpoints import checkpoint_name, write_checkpoint
 from coordinator.cohort import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig, read_config
 from coordinator.database import DATABASE, connect_to_read, connect_to_write
 from coordinator.methods.base import Metrics
 from coordinator.run_lock import RunLock
 from edge_sdk.errors import StoreError
-from edge_sdk.exported import is_there
+from edge_sdk.helpers.files import is_there, sync
 from edge_sdk.tensors import Tensors
 from edge_sdk.trainer import clock, since
 from edge_sdk.wire import ModelSpec, Phase, Segment
@@ -111,7 +111,7 @@ class Store:
                 row = (VERSION, run, _utc(), config.to_json(), kind)
                 db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?)", row)
             os.replace(draft, folder / DATABASE)
-            sync_folder(folder)
+            sync(folder)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot start a run in {folder}: {error}") from error
         return cls(folder, config, run, connect_to_write(folder))

@@ -25,9 +25,8 @@ from edge_sdk.exported import (
     Calibration,
     ExportedModel,
     Measure,
-    sha256_of,
-    write_struct,
 )
+from edge_sdk.helpers.files import sha256_of, write_struct
 from edge_sdk.infer import NEVER, EarlyExit, confidences
 
 # Trained networks are sure of most of what they see, hence the steps that get finer towards 1.

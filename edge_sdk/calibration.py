@@ -24,7 +24,7 @@ from edge_sdk.boards import board_name
 from edge_sdk.capacity import ALLOWANCE, ERROR, mebibytes
 from edge_sdk.data import Examples
 from edge_sdk.errors import StoreError
-from edge_sdk.exported import write_struct
+from edge_sdk.helpers.files import write_struct
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.costs import of_whole_step
 from edge_sdk.profile import cores, memory

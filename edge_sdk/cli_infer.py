@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from edge_sdk.cli_flags import import_module
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.exported import ExportedModel, Measure, read_model, write_file
+from edge_sdk.exported import ExportedModel, Measure, read_model
+from edge_sdk.helpers.files import write_file
 from edge_sdk.interrupts import ends_by_interrupt
 from edge_sdk.torch_extra import require_torch
 

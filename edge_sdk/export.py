@@ -33,10 +33,8 @@ from edge_sdk.exported import (
     new_folder,
     read_file,
     read_model,
-    sha256_of,
-    write_file,
-    write_struct,
 )
+from edge_sdk.helpers.files import sha256_of, write_file, write_struct
 from edge_sdk.infer import NEVER, EarlyExit, open_session
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.plain import plain_model

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from edge_sdk.calibrate import Point, answers_of, curve, exit_seconds
 from edge_sdk.errors import ConfigError, StoreError
-from edge_sdk.exported import Measure, write_file
+from edge_sdk.exported import Measure
+from edge_sdk.helpers.files import write_file
 from edge_sdk.infer import NEVER, EarlyExit
 
 log = logging.getLogger(__name__)

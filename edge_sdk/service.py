@@ -15,6 +15,7 @@ from pathlib import Path
 
 from edge_sdk.config_file import DEFAULT_CONFIG, Settings, read_config, template
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import write_whole
 from edge_sdk.notify import WATCHDOG_S
 from edge_sdk.sysfs import read_text
 
@@ -175,10 +176,7 @@ def under(root: Path, path: Path) -> Path:
 def write(path: Path, text: str) -> None:
     """Whole or not at all, readable by everyone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.chmod(0o644)
-    part.replace(path)
+    write_whole(path, text, mode=0o644)
 
 
 def systemctl(*words: str) -> str:

@@ -13,7 +13,6 @@ from coordinator import devices as devices_module
 from coordinator.admission import remove_client
 from coordinator.cohort_zmq import ZmqCohort
 from coordinator.hub import Received
-from coordinator.key_files import replace_text
 from coordinator.spool import Spool
 from coordinator.terms import Terms
 from edge_sdk.keys import make_keys, read_keys
@@ -40,7 +39,7 @@ from tests.cohort_work import (
     give_jobs,
     work,
 )
-from tests.helpers import cnn
+from tests.helpers import cnn, rewrite
 from tests.scripted import (
     WAIT_S,
     ScriptedDevice,
@@ -117,7 +116,7 @@ def test_revoked_admission_takes_effect_on_the_live_link(make_coordinator):
     good.finish()
     bad.take_job()
     bad.ping(1)  # from here on nobody says anything
-    replace_text(coordinator.clients_file, f"good {coordinator.keys['good'].public.decode()}\n")
+    rewrite(coordinator.clients_file, f"good {coordinator.keys['good'].public.decode()}\n")
     assert "not admitted any more" in expect_fault(bad, "admission", 0)  # without a word from it
     absence = ended(round, good, "failed", "gone")
     assert absence.detail == "its key is not admitted any more"
@@ -131,7 +130,7 @@ def test_key_that_was_given_another_name(coordinator, devices):
     good, bad = devices
     round = give_jobs(coordinator, good, bad)
     text = coordinator.clients_file.read_text()
-    replace_text(coordinator.clients_file, text.replace("bad ", "renamed "))
+    rewrite(coordinator.clients_file, text.replace("bad ", "renamed "))
     bad.send(bad.make_update())
     expect_fault(bad, "admission", 0)
     assert end(round, good, "failed", "gone").detail == "its key is not admitted any more"
@@ -146,7 +145,7 @@ def test_device_whose_key_was_replaced_is_gone_at_once(make_coordinator, tmp_pat
     bad.take_job()
     keys = {"good": coordinator.keys["good"], "bad": make_keys(tmp_path / "new", "bad")}
     lines = [f"{name} {pair.public.decode()}\n" for name, pair in keys.items()]
-    replace_text(coordinator.clients_file, "".join(lines))
+    rewrite(coordinator.clients_file, "".join(lines))
     bad.send(Heartbeat(round=1))
     assert "keys --rotate" in bad.expect(Fault).detail
     detail = absence_of(round.result(WAIT_S), "bad", "failed", "gone").detail

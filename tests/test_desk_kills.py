@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from coordinator import spool as spool_module
 from coordinator.cohort import Absence, Assignment, Client, ClientUpdate
 from coordinator.credit import Credit
 from coordinator.desk import RESEND_S, Desk
@@ -42,7 +43,7 @@ class Fuse:
             (os, "replace"), (os, "link"), (os, "pwrite"), (os, "ftruncate"), (Path, "unlink"),
         ):  # fmt: skip
             monkeypatch.setattr(owner, name, self._burning(getattr(owner, name)))
-        monkeypatch.setattr(Path, "write_bytes", self._cutting(Path.write_bytes))
+        monkeypatch.setattr(spool_module, "write_whole", self._leaving(spool_module.write_whole))
 
     def burn(self) -> None:
         if self.left is not None:
@@ -58,16 +59,19 @@ class Fuse:
 
         return burn
 
-    def _cutting(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def cut(path: Path, content: bytes) -> int:
-            try:
-                self.burn()
-            except Killed:
-                real(path, content[: len(content) // 2])
-                raise
-            return int(real(path, content))
+    def _leaving(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Half a draft, or a whole one that has not taken its place yet."""
 
-        return cut
+        def leave(path: Path, content: bytes, **options: Any) -> None:
+            for size in (len(content) // 2, len(content)):
+                try:
+                    self.burn()
+                except Killed:
+                    path.with_name(f".{path.name}.new").write_bytes(content[:size])
+                    raise
+            real(path, content, **options)
+
+        return leave
 
 
 class Device:

@@ -18,8 +18,8 @@ from edge_sdk.exported import (
     new_folder,
     read_calibration,
     read_model,
-    write_file,
 )
+from edge_sdk.helpers.files import write_file
 from tests.helpers import one_line, two_exits
 from tests.other_user import not_allowed_to_write
 
@@ -71,7 +71,7 @@ def test_a_read_only_disk_is_one_line(tmp_path, monkeypatch):
     def refused(*args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(os, "open", refused)
     monkeypatch.setattr(Path, "unlink", refused)
     with pytest.raises(StoreError, match="Read-only file system"):
         write_file(tmp_path / "p.csv", b"new")

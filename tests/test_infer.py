@@ -21,7 +21,8 @@ from edge_sdk.data import save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
 from edge_sdk.examples import Examples
 from edge_sdk.export import export
-from edge_sdk.exported import Calibration, sha256_of, write_struct
+from edge_sdk.exported import Calibration
+from edge_sdk.helpers.files import sha256_of, write_struct
 from edge_sdk.infer import NEVER, EarlyExit, confidences
 from edge_sdk.models import build, initial_tensors
 from tests.helpers import cnn, examples, one_line, two_exits
