@@ -67,7 +67,7 @@ class Fuse:
                 try:
                     self.burn()
                 except Killed:
-                    path.with_name(f".{path.name}.new").write_bytes(content[:size])
+                    path.with_name(f".{path.name}.0.new").write_bytes(content[:size])
                     raise
             real(path, content, **options)
 

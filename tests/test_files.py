@@ -85,7 +85,7 @@ def test_modes(tmp_path, umask, wanted, got):
     path = tmp_path / "file"
     path.write_text("old")
     path.chmod(0o604)
-    path.with_name(".file.new").write_text("left")
+    path.with_name(".file.0.new").write_text("left")
     before = os.umask(umask)
     try:
         with replacing(path, mode=wanted) as file:
@@ -126,7 +126,7 @@ def test_two_writers_at_once_each_have_a_draft(tmp_path):
     with replacing(path) as first, replacing(path) as second:
         first.write(b"first")
         second.write(b"the second")
-        assert len(os.listdir(tmp_path)) == 2
+        assert sorted(os.listdir(tmp_path)) == [".file.0.new", ".file.1.new"]
     assert path.read_bytes() == b"first", "it ended last"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -136,7 +136,8 @@ def test_a_draft_that_is_taken_for_abandoned_before_it_is_locked(tmp_path, monke
     path, lock = tmp_path / "file", files.lock
 
     def late(handle: int) -> bool:
-        path.with_name(".file.new").unlink()
+        monkeypatch.undo()
+        path.with_name(".file.0.new").unlink()
         return lock(handle)
 
     monkeypatch.setattr(files, "lock", late)
@@ -150,7 +151,7 @@ def test_another_file_is_never_written_through_a_link(tmp_path, plant):
     precious, path = tmp_path / "precious", tmp_path / "folder" / "file"
     precious.write_text("kept")
     path.parent.mkdir()
-    for name in ("file", ".file.new"):
+    for name in ("file", ".file.0.new"):
         plant(path.with_name(name), precious)
     write_whole(path, b"new", mode=0o600)
     assert path.read_bytes() == b"new"
@@ -165,7 +166,7 @@ def umask() -> int:
 
 
 def test_a_pipe_under_the_drafts_name_stops_nothing(tmp_path):
-    os.mkfifo(tmp_path / ".file.new")
+    os.mkfifo(tmp_path / ".file.0.new")
     write_whole(tmp_path / "file", b"new")
     assert os.listdir(tmp_path) == ["file"]
 

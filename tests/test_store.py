@@ -175,9 +175,9 @@ def test_what_a_kill_while_writing_left_is_deleted(tmp_path):
     store = Store.create(tmp_path, config("owners-mean"), "serve")
     commit(store, 1)
     store.close()
-    for name in (".tmpa1B2c3", ".round-000002.safetensors.new", ".tmp-of-somebody"):
+    for name in (".tmpa1B2c3", ".round-000002.safetensors.0.new", ".tmp-of-somebody"):
         (tmp_path / name).write_bytes(b"half")
-    (tmp_path / ".round-000002.safetensors.new").chmod(0o600)
+    (tmp_path / ".round-000002.safetensors.0.new").chmod(0o600)
     again = Store.resume(tmp_path)
     assert (tmp_path / ".tmpa1B2c3").exists(), "the run may be in progress: its own draft"
     commit(again, 2)

@@ -1,9 +1,9 @@
 """Files that are written whole: who reads one, or is killed while writing it, finds the old content
 or the new one and never a mix.
 
-The content goes into a draft beside the file, `.NAME.new`, which then takes the file's name. A
+The content goes into a draft beside the file, `.NAME.0.new`, which then takes the file's name. A
 draft is locked while it is written, so what a killed writer left is told from what another writes
-just now: the next writer removes the first, and beside the second takes a name of its own.
+just now: the next writer removes the first, and for the second takes the next number.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Iterator
@@ -83,19 +84,18 @@ def check_writable(path: Path) -> None:
 
 def _draft(path: Path, mode: int) -> tuple[Path, int]:
     """Its path and handle; it is locked until that is closed. Raises OSError."""
-    draft = path.parent / f".{path.name}.new"  # with_name refuses "."
-    with suppress(OSError):
-        _remove_abandoned(draft)
-        handle = os.open(draft, _NEW, mode)
-        try:
-            lock(handle)
-            if _is_at(draft, handle):
-                return draft, handle
-        except OSError:  # another took it for abandoned before it was locked
-            pass
-        os.close(handle)
-    draft = path.parent / f".{path.name}.{os.urandom(6).hex()}.new"
-    return draft, os.open(draft, _NEW, mode)
+    for number in itertools.count():
+        draft = path.parent / f".{path.name}.{number}.new"  # with_name refuses "."
+        with suppress(OSError):
+            _remove_abandoned(draft)
+        with suppress(FileExistsError):
+            handle = os.open(draft, _NEW, mode)
+            with suppress(OSError):  # another took it for abandoned before it was locked
+                lock(handle)
+                if _is_at(draft, handle):
+                    break
+            os.close(handle)
+    return draft, handle
 
 
 def _remove_abandoned(draft: Path) -> None:
