@@ -159,6 +159,21 @@ def test_another_file_is_never_written_through_a_link(tmp_path, plant):
     assert mode(precious) == 0o666 & ~umask()
 
 
+def test_a_link_that_is_put_there_meanwhile_is_not_followed(tmp_path, monkeypatch):
+    """Between looking for a draft and making one, where root writes in another user's folder."""
+    precious, path = tmp_path / "precious", tmp_path / "file"
+    precious.write_text("kept")
+
+    def plant(draft: Path) -> None:
+        monkeypatch.undo()
+        draft.symlink_to(precious)
+
+    monkeypatch.setattr(files, "_remove_abandoned", plant)
+    write_whole(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert precious.read_text() == "kept"
+
+
 def umask() -> int:
     now = os.umask(0o022)
     os.umask(now)

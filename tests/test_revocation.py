@@ -128,7 +128,7 @@ def test_a_command_waits_for_who_is_writing_the_list(tmp_path, monkeypatch):
     assert Admission(path).names().keys() == {"pi", "nano"}
 
 
-def test_a_list_that_is_emptied_while_it_is_read_revokes_nobody(tmp_path, monkeypatch):
+def test_a_list_that_is_emptied_while_it_is_read_revokes_nobody(tmp_path, monkeypatch, caplog):
     path, keys = tmp_path / "clients", [new_key().encode() for _ in range(2)]
     add_client(path, "pi", keys[0])
     admission, real = Admission(path), admission_module._read
@@ -140,6 +140,7 @@ def test_a_list_that_is_emptied_while_it_is_read_revokes_nobody(tmp_path, monkey
 
     monkeypatch.setattr(admission_module, "_read", emptied)
     assert admission.name_of(keys[0]) == "pi"
+    assert not caplog.records
 
 
 def test_a_command_does_not_write_to_a_list_that_somebody_goes_on_writing(tmp_path, monkeypatch):
