@@ -159,14 +159,15 @@ def test_another_file_is_never_written_through_a_link(tmp_path, plant):
     assert mode(precious) == 0o666 & ~umask()
 
 
-def test_a_link_that_is_put_there_meanwhile_is_not_followed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_link_that_is_put_there_meanwhile_is_not_followed(tmp_path, monkeypatch, link):
     """Between looking for a draft and making one, where root writes in another user's folder."""
     precious, path = tmp_path / "precious", tmp_path / "file"
     precious.write_text("kept")
 
     def plant(draft: Path) -> None:
         monkeypatch.undo()
-        draft.symlink_to(precious)
+        link(draft, precious)
 
     monkeypatch.setattr(files, "_remove_abandoned", plant)
     write_whole(path, b"new")
