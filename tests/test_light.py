@@ -17,7 +17,7 @@ LIGHT = ("", ".wire", ".errors", ".profile", ".capacity", ".keys", ".cli", ".cli
          ".exported", ".agent", ".supervisor", ".doctor", ".service", ".config_file", ".notify",
          ".device", ".events", ".logs", ".client", ".torch_extra", ".worker_main", ".boards",
          ".conditions", ".jetson", ".pressure", ".sysfs", ".join", ".cli_join",
-         ".invitation")  # fmt: skip
+         ".invitation", ".helpers.files")  # fmt: skip
 HEAVY = ("torch", "numpy", "ray", "sklearn", "scipy", "rich", "safetensors", "coordinator", "tools")
 
 

@@ -16,8 +16,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from coordinator.key_files import NOWHERE, Time, locked, replace_text, stamp_of
+from coordinator.admission.invitations import Time, write_private
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import NOWHERE, locked, stamp_of
 from edge_sdk.protocol.messages import CurveKey
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Strangers:
             self._due, self._written = None, self._timer()
             try:
                 with locked(self.path.parent, is_patient=False):
-                    _write(self.path, list(self._known.values()))
+                    write_private(self.path, list(self._known.values()))
                 self._has_failed = False
             except BlockingIOError:  # another changes the folder's files just now
                 self._due = self._timer() + WRITE_S
@@ -114,11 +115,6 @@ def forget_stranger(path: Path, public_key: bytes) -> None:
             known = read_strangers(path)
             left = [stranger for stranger in known if stranger.public_key != public_key.decode()]
             if left != known:
-                _write(path, left)
+                write_private(path, left)
     except (OSError, ConfigError) as error:
         log.warning("not taken off the pending keys: %s", error)
-
-
-def _write(path: Path, strangers: list[Stranger]) -> None:
-    text = ",\n".join(msgspec.json.encode(stranger).decode() for stranger in strangers)
-    replace_text(path, f"[{text}]\n", 0o600)
