@@ -178,7 +178,8 @@ def flag_of(path: str) -> str:
         return OTHER_FLAGS[path]
     *part, field = path.split(".")
     kind: Any = get_type_hints(RunConfig).get(part[0]) if part else RunConfig
-    flags = flags_of(kind) if isinstance(kind, type) and len(part) < 2 else {}
+    is_struct = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+    flags = flags_of(kind) if is_struct and len(part) < 2 else {}
     return flags[field].name if field in flags else "--" + field.replace("_", "-")
 
 

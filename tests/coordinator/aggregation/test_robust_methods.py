@@ -93,11 +93,14 @@ def test_a_round_clipped_and_robust_leaves_out_who_is_far_away(rule):
 
 def test_settings_reach_the_method_and_are_checked():
     for changes, flag in (
-        ({"trim": 0.5}, "--trim is 0.5"), ({"clip": -1.0}, "--clip is -1.0"),
-        ({"rule": "mode"}, "--aggregation is 'mode'"),
-    ):  # fmt: skip
+        ({"trim": 0.5}, "--trim is 0.5"),
+        ({"clip": -1.0}, "--clip is -1.0"),
+    ):
         with pytest.raises(ConfigError, match=flag):
             checked(config("owners-mean", aggregation=AggregationOptions(**changes)))
+    known = "mean, median, norm-bounded, trimmed-mean"
+    with pytest.raises(ConfigError, match=f"unknown aggregation rule 'mode'; known: {known};"):
+        make_method(config("owners-mean", aggregation=AggregationOptions(rule="mode")))
 
 
 def test_gain_keeps_its_meaning_under_a_robust_rule():
