@@ -22,7 +22,13 @@ from coordinator.config import (
 )
 from coordinator.defaults import GENERATE, METHODS, RANK, defaults_of
 from coordinator.presets import PRESETS, find_preset
-from edge_sdk.cli_flags import MAX_THREADS, path_flag, whole_flag
+from edge_sdk.cli_flags import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_EPOCHS,
+    MAX_THREADS,
+    path_flag,
+    whole_flag,
+)
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.interrupts import ends_by_interrupt
 from edge_sdk.wire import ModelSpec
@@ -52,8 +58,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="model option")
     add("--import", dest="imports", action="append", default=[], metavar="MODULE",
         help="Python module that registers your model families")  # fmt: skip
-    add("--epochs", type=int, default=2, help="local epochs")
-    add("--batch-size", type=int, default=32)
+    add("--epochs", type=int, default=DEFAULT_EPOCHS, help="local epochs")
+    add("--batch-size", type=int, default=DEFAULT_BATCH_SIZE)
     add("--lr", type=float, default=1e-3)
     add("--optimizer", choices=("adam", "sgd"), default="adam")
     add("--momentum", type=float, default=0.0, help="of local SGD")

@@ -32,7 +32,15 @@ from edge_sdk.capacity import (
     pulled,
     seconds,
 )
-from edge_sdk.cli_flags import add_memory_cap, import_module, rate_flag
+from edge_sdk.cli_flags import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_EPOCHS,
+    add_memory_cap,
+    duration_flag,
+    import_module,
+    rate_flag,
+    tell,
+)
 from edge_sdk.cli_infer import (
     add_calibrate_command,
     add_export_command,
@@ -59,6 +67,9 @@ from edge_sdk.wire import ModelSpec, Plan
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells
+PLAN_SPEED_S = 0.3  # of sampling GFLOPS: three samples do for a prediction
+# A trial is for memory alone: threads that wait sleep, else on busy cores they compute for seconds.
+IDLE_WAITING = {"OMP_WAIT_POLICY": "passive"}
 TRIAL = """
 import pathlib, sys, msgspec
 from edge_sdk.calibration import trial
@@ -94,6 +105,8 @@ def run_measure(args: argparse.Namespace) -> int:
 
         usable_device(args.device)
     now = conditions.read(with_jetson_stats=True)  # before measuring makes it warm
+    if not lacking:
+        tell("measuring compute, about 2 seconds")
     profile = measure(cap_bytes=args.memory_cap, compute=not lacking, device=args.device)
     profile = msgspec.structs.replace(profile, link_mbit_s=args.link_mbit_s)
     if lacking:
@@ -126,10 +139,10 @@ def add_plan_command(subparsers: Subparsers) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--data", help="data set; gives --input, --classes and --examples")
     training.add_argument("--examples", type=int, help=f"local examples ({DEFAULT_EXAMPLES})")
-    training.add_argument("--batch-size", type=int, default=32)
-    training.add_argument("--epochs", type=int, default=1)
+    training.add_argument("--batch-size", type=int, default=DEFAULT_BATCH_SIZE)
+    training.add_argument("--epochs", type=int, default=DEFAULT_EPOCHS)
     training.add_argument("--optimizer", choices=("sgd", "adam"), default="adam")
-    training.add_argument("--deadline", type=float, metavar="S", help="seconds for a round")
+    training.add_argument("--deadline", type=duration_flag, metavar="S", help="seconds for a round")
     add_memory_cap(parser)
     parser.add_argument("--board", help=f"predict for {', '.join(board_names())}, or a .toml file")
     parser.add_argument("--explain", action="store_true", help="everything that was tried")
@@ -157,11 +170,16 @@ def run_plan(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         optimizer=args.optimizer,
     )
-    profile = _profile(args.board, args.memory_cap)
+    from edge_sdk.models import build
     from edge_sdk.models.costs import segment_costs
 
+    with memory_errors("making the model"):
+        build(spec)  # refuses what cannot be built before seconds of measuring
+    profile = _profile(args.board, args.memory_cap)
+    tell("starting a trial trainer, for the memory that one needs")
     trial = _trial_trainer()
     runtime_bytes = trial.pop("runtime_bytes") + data_bytes
+    tell("counting what every part of the model takes")
     with memory_errors("while counting what the model takes"):
         costs = segment_costs(spec, plan, num_examples, runtime_bytes, **trial)
     choice = choose_exit(
@@ -289,9 +307,11 @@ def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, in
 
 def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:
     """This device, or the named board; the cap counts for both."""
-    if board_name is None:
-        return measure(cap_bytes=cap_bytes)
-    profile = emulated(board(board_name), measure_gflops(threads=1), measure_layer_s(threads=1))
+    named = None if board_name is None else board(board_name)
+    tell(f"measuring compute {'' if named is None else 'of one thread '}here")
+    if named is None:
+        return measure(cap_bytes=cap_bytes, speed_s=PLAN_SPEED_S)
+    profile = emulated(named, measure_gflops(PLAN_SPEED_S, threads=1), measure_layer_s(threads=1))
     available_bytes, bound = least_bound(profile.memory_available_bytes, None, cap_bytes, 0)
     return msgspec.structs.replace(
         profile, memory_available_bytes=available_bytes, memory_bound=bound
@@ -303,7 +323,7 @@ def _trial_trainer() -> dict[str, Any]:
     more than a trainer does."""
     result = subprocess.run(
         [sys.executable, "-c", TRIAL, calibration_file()],
-        env={**os.environ, **TRAINER_ENVIRONMENT},
+        env={**os.environ, **TRAINER_ENVIRONMENT, **IDLE_WAITING},
         capture_output=True,
         text=True,
         check=False,

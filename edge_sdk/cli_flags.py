@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,15 @@ from edge_sdk.errors import ConfigError, EdgeError
 
 _ENDPOINT = re.compile(r"tcp://[^/\s]+:(\*|[0-9]{1,5})")
 MAX_THREADS = 1024
+# A round's training where no flag tells: what a run asks of its devices, and `plan` predicts.
+DEFAULT_EPOCHS, DEFAULT_BATCH_SIZE = 2, 32
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+
+
+def tell(step: str) -> None:
+    """What a command is doing that takes seconds, for who waits: a line on stderr, as stdout is for
+    results."""
+    print(f"edge-sdk: {step}", file=sys.stderr, flush=True)
 
 
 def add_memory_cap(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,8 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -34,6 +36,12 @@ NO_LIMIT_V1 = 2**60  # cgroup v1 writes "no limit" as a huge page-aligned number
 # Left free beside a trainer: parts of a job in the agent's hands, the kernel's page tables. Our
 # estimate; predictions are right to a few MB at best.
 SPARE_BYTES = 4 * 1024**2
+SPEED_S = 0.5  # of sampling GFLOPS
+LAYER_STEPS, LAYER_S = (
+    50,
+    0.25,
+)  # sampled for layer_s: so many steps, or as many as that time allows
+LEAST_LAYER_STEPS = 9
 # What a message may hold as text: no control characters, no line or paragraph separators.
 PLAIN_TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
 Text = Annotated[str, Meta(max_length=200, pattern=PLAIN_TEXT)]
@@ -69,13 +77,17 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def measure(
-    cap_bytes: int | None = None, own_bytes: int = 0, compute: bool = True, device: str = "cpu"
+    cap_bytes: int | None = None,
+    own_bytes: int = 0,
+    compute: bool = True,
+    device: str = "cpu",
+    speed_s: float = SPEED_S,
 ) -> DeviceProfile:
     """This device, now. Raises ConfigError for a cap below 1 byte.
 
     own_bytes: memory of our own trainer that a new job would take over, so it counts as available.
-    compute: measure gflops and layer_s of torch's `device` too (imports torch, about 1 s); without
-    it they are 0."""
+    compute: measure gflops and layer_s of torch's `device` too (imports torch, about 1 s), gflops
+    over speed_s; without it they are 0."""
     if cap_bytes is not None and cap_bytes < 1:
         raise ConfigError(f"memory cap is {cap_bytes} bytes, expected at least 1; leave it out")
     total_bytes, available_bytes, bound = memory(cap_bytes, own_bytes)
@@ -88,7 +100,7 @@ def measure(
         memory_available_bytes=available_bytes,
         memory_bound=bound,
         cores=cores(),
-        gflops=measure_gflops(device=device) if compute else 0.0,
+        gflops=measure_gflops(speed_s, device=device) if compute else 0.0,
         layer_s=measure_layer_s(device=device) if compute else 0.0,
     )
 
@@ -205,7 +217,22 @@ def _read_stat(group: Path, key: str) -> int:
     return 0
 
 
-def measure_gflops(seconds: float = 0.5, threads: int | None = None, device: str = "cpu") -> float:
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch computes on `count` threads of the CPU within."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_gflops(
+    seconds: float = SPEED_S, threads: int | None = None, device: str = "cpu"
+) -> float:
     """Sustained float32 training throughput of torch's `device`, 1e9 operations per second.
 
     Real forward and backward passes of three 3x3 convolutions of 32 channels on (8, 32, 32, 32),
@@ -216,9 +243,7 @@ def measure_gflops(seconds: float = 0.5, threads: int | None = None, device: str
 
     batch, channels, size, layers = 8, 32, 32, 3
     step_flops = 3 * 2 * layers * batch * channels * channels * 9 * size * size
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or max(1, math.ceil(cores())))
-    try:
+    with torch_threads(threads or max(1, math.ceil(cores()))):
         convolutions = [torch.nn.Conv2d(channels, channels, 3, padding=1) for _ in range(layers)]
         stack = torch.nn.Sequential(*convolutions).to(device)
         # The input asks for its gradient: else the first layer does two thirds of what is counted.
@@ -228,20 +253,19 @@ def measure_gflops(seconds: float = 0.5, threads: int | None = None, device: str
         end = time.monotonic() + seconds
         while not samples or time.monotonic() < end:
             samples.append(_steps_per_s(stack, images, at_least_s=0.1) * step_flops / 1e9)
-    finally:
-        torch.set_num_threads(before)
     return statistics.median(samples)
 
 
 def measure_layer_s(threads: int | None = None, device: str = "cpu") -> float:
     """Seconds that a layer costs per training step beside its arithmetic: forward and backward of
-    24 layers (convolution, BatchNorm, ReLU) on inputs of 64 values, the median of 50 steps."""
+    24 layers (convolution, BatchNorm, ReLU) on inputs of 64 values, the median of 50 steps.
+
+    Fewer where they take long: where other programs keep the cores busy torch's threads wait for
+    each other at every layer, computing all the while."""
     import torch
 
     blocks = 8
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or max(1, math.ceil(cores())))
-    try:
+    with torch_threads(threads or max(1, math.ceil(cores()))):
         layers: list[nn.Module] = []
         for _ in range(blocks):
             layers += [torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.BatchNorm2d(2)]
@@ -249,9 +273,12 @@ def measure_layer_s(threads: int | None = None, device: str = "cpu") -> float:
         stack = torch.nn.Sequential(*layers).to(device)
         images = torch.ones(2, 2, 4, 4, device=device, requires_grad=True)
         _steps_per_s(stack, images, at_least_s=0.0)  # warm up
-        samples = [1 / _steps_per_s(stack, images, at_least_s=0.0) for _ in range(50)]
-    finally:
-        torch.set_num_threads(before)
+        samples: list[float] = []
+        end = time.monotonic() + LAYER_S
+        while len(samples) < LAYER_STEPS and (
+            len(samples) < LEAST_LAYER_STEPS or time.monotonic() < end
+        ):
+            samples.append(1 / _steps_per_s(stack, images, at_least_s=0.0))
     return statistics.median(samples) / (3 * blocks)
 
 

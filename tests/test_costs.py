@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edge_sdk.capacity import Moment, SegmentCost, examples_at_once, in_parts, recomputing
 from edge_sdk.errors import CapacityError, ConfigError
-from edge_sdk.models import build, costs
+from edge_sdk.models import FAMILIES, build, costs
+from edge_sdk.models.cnn import build_cnn
 from edge_sdk.models.costs import segment_costs, segment_costs_apart
 from edge_sdk.models.flops import FlopCounter
 from edge_sdk.models.staged import moved
@@ -39,6 +40,22 @@ def test_prefixes_then_single_stages():
     assert list(by_segment(replace(CNN, exit=3, options={}))) == [
         (1, 1), (1, 2), (1, 3), (2, 2), (3, 3)
     ]  # fmt: skip
+
+
+def test_counted_on_one_thread(monkeypatch):
+    seen, before = [], torch.get_num_threads()
+
+    def build_watched(spec):
+        seen.append(torch.get_num_threads())
+        return build_cnn(spec)
+
+    monkeypatch.setitem(FAMILIES, "watched", build_watched)
+    torch.set_num_threads(3)
+    try:
+        by_segment(replace(CNN, family="watched"))
+        assert (seen, torch.get_num_threads()) == ([1, 1], 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_tensors_counted_by_hand():

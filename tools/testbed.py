@@ -34,6 +34,7 @@ from coordinator.emulate import split_shards
 from coordinator.methods import METHODS
 from edge_sdk.boards import OWN_NAME, board
 from edge_sdk.capacity import seconds
+from edge_sdk.cli_flags import DEFAULT_EPOCHS
 from edge_sdk.data import Examples, load, load_dataset, save_shard
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.keys import make_keys
@@ -95,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="cnn")
     add("--exits", type=int, default=3)
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="model option")
-    add("--epochs", type=int, default=2)
+    add("--epochs", type=int, default=DEFAULT_EPOCHS)
     add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=2e-3)
     add("serve", nargs="*", help="after --: flags of edge-coordinator serve, e.g. -- --mode async")
