@@ -33,6 +33,9 @@ from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.interrupts import ends_by_interrupt
 from edge_sdk.wire import ModelSpec
 
+# In place of a data set's input shape and number of classes, to check settings before it is read.
+ANY_DATA = ((1, 1, 1), 2)
+
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:

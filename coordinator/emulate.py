@@ -30,7 +30,7 @@ from edge_sdk.data import Examples
 from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.examples import MIN_BATCH
 from edge_sdk.models.costs import segment_costs
-from edge_sdk.partition import partition_by_subject, partition_dirichlet, partition_iid
+from edge_sdk.partition import check_alpha, partition_by_subject, partition_dirichlet, partition_iid
 from edge_sdk.tensors import Tensors
 from edge_sdk.wire import ModelSpec
 
@@ -79,6 +79,16 @@ class Population(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(self).decode()
 
 
+def check_population(population: Population, num_exits: int) -> None:
+    """Raise ConfigError for one that no data can be shared out to, before any is read."""
+    if population.clients < 1:
+        raise ConfigError(f"--clients is {population.clients}, expected at least 1")
+    group_exits(population.groups, population.clients, num_exits)
+    check_holders(population.holders)
+    if population.split == "dirichlet":
+        check_alpha(population.alpha)
+
+
 @dataclass(frozen=True)
 class EmulatedClient:
     id: str
@@ -123,8 +133,7 @@ def emulated_cohort(
     if processes == 1:
         yield InProcessCohort(shards, exits, num_exits, device, holders)
         return
-    if device.type != "cpu":
-        raise ConfigError(f"--processes {processes} is for the CPU; leave it out with {device}")
+    check_processes(processes, device)
     with ProcessCohort(
         shards, exits, num_exits, processes,
         holders=holders, imports=imports, threads=torch.get_num_threads(),
@@ -173,13 +182,24 @@ def personalise(
 
 def choose_holders(exits: Mapping[str, int], share: float, seed: int) -> set[str]:
     """`share` of each group, rounded, by draws of (seed, client)."""
-    if not 0 <= share <= 1:
-        raise ConfigError(f"--holders {share}, expected a share from 0 to 1")
+    check_holders(share)
     chosen: set[str] = set()
     for exit in set(exits.values()):
         group = sorted((n for n in exits if exits[n] == exit), key=lambda n: job_seed(seed, 0, n))
         chosen |= set(group[: round(share * len(group))])
     return chosen
+
+
+def check_holders(share: float) -> None:
+    """Raises ConfigError."""
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--holders {share}, expected a share from 0 to 1")
+
+
+def check_processes(processes: int, device: torch.device) -> None:
+    """Raises ConfigError."""
+    if processes > 1 and device.type != "cpu":
+        raise ConfigError(f"--processes {processes} is for the CPU; leave it out with {device}")
 
 
 def check_writable(path: Path) -> None:

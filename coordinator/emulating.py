@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from msgspec.structs import replace
 
-from coordinator.cli_arguments import run_config, whole_numbers
-from coordinator.config import checked
+from coordinator.cli_arguments import ANY_DATA, run_config, whole_numbers
+from coordinator.config import RunConfig, checked
 from coordinator.emulate import (
     Population,
+    check_population,
+    check_processes,
     check_writable,
     emulated_clients,
     emulated_cohort,
@@ -22,10 +24,10 @@ from coordinator.emulate import (
     write_json,
 )
 from coordinator.exporting import check_export, export_served
-from coordinator.methods import make_method
+from coordinator.methods import check_method, make_method
 from coordinator.presets import missing_data
 from coordinator.rounds import run_rounds
-from coordinator.running import open_store, pick_device, print_round, stop_signals
+from coordinator.running import check_folder, open_store, pick_device, print_round, stop_signals
 from edge_sdk.data import DataSet, load_dataset
 from edge_sdk.errors import DataError
 
@@ -36,8 +38,6 @@ HOLDOUT = 0.2  # as in the paper
 def emulate(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     torch.set_num_threads(args.threads)
-    data = load_for(args)
-    shared = run_config(args, data.train.input_shape, data.train.num_classes)
     population = Population(
         clients=args.clients,
         groups=tuple(whole_numbers(args.groups, "--groups")),
@@ -46,19 +46,16 @@ def emulate(args: argparse.Namespace) -> int:
         holders=args.holders,
         holdout=HOLDOUT if args.personalise else 0.0,
     )
-    config = checked(
-        replace(
-            shared,
-            data=args.data,
-            population=population.text(),
-            examples=args.examples,
-            test_examples=args.test_examples,
-        )
-    )
-    method = make_method(config, device)  # a model that cannot be built begins no run
+    check_method(emulate_config(args, population, *ANY_DATA))
+    check_population(population, args.exits)
+    check_processes(args.processes, device)
+    check_folder(args.run_dir, args.resume)
     if args.out:
         check_writable(args.out)
     check_export(args.export)
+    data = load_for(args)
+    config = emulate_config(args, population, data.train.input_shape, data.train.num_classes)
+    method = make_method(config, device)  # a model that cannot be built begins no run
     clients = emulated_clients(population, config, data.train)
     with ExitStack() as stack:
         cohort = stack.enter_context(
@@ -95,6 +92,21 @@ def emulate(args: argparse.Namespace) -> int:
             write_json(store, population, args.out, extra)
         export_served(method, data.test, args.export)
     return 0
+
+
+def emulate_config(
+    args: argparse.Namespace, population: Population, input_shape: tuple[int, ...], num_classes: int
+) -> RunConfig:
+    """Raises ConfigError naming the flag."""
+    return checked(
+        replace(
+            run_config(args, input_shape, num_classes),
+            data=args.data,
+            population=population.text(),
+            examples=args.examples,
+            test_examples=args.test_examples,
+        )
+    )
 
 
 def load_for(args: argparse.Namespace) -> DataSet:

@@ -22,6 +22,16 @@ def pick_device(name: str) -> torch.device:
     return usable_device(name)
 
 
+def check_folder(folder: Path | None, resume: bool) -> None:
+    """Raise StoreError now rather than after data was read: a run is there, or none to resume."""
+    if folder is None:
+        return
+    if resume:
+        Store.resume(folder).close()
+    else:
+        Store.check_free(folder)
+
+
 def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Store:
     """A new run, or with `resume` the one there, which must have the same settings."""
     store = Store.resume(folder) if resume else Store.create(folder, config, kind)

@@ -10,17 +10,17 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.admission import Admission
-from coordinator.cli_arguments import run_config, whole_numbers
+from coordinator.cli_arguments import ANY_DATA, run_config, whole_numbers
 from coordinator.cohort_zmq import ZmqCohort
-from coordinator.config import checked
+from coordinator.config import RunConfig, checked
 from coordinator.credit import LEAST_BUDGET_BYTES
 from coordinator.exporting import check_export, export_served
 from coordinator.hub import Hub, allow_connections
-from coordinator.methods import Method, make_method
-from coordinator.metrics import MetricsServer
+from coordinator.methods import Method, check_method, make_method
+from coordinator.metrics import MetricsServer, metrics_flag
 from coordinator.monitor import Monitor
 from coordinator.rounds import RoundReport, run_rounds
-from coordinator.running import open_store, pick_device, print_round, stop_signals
+from coordinator.running import check_folder, open_store, pick_device, print_round, stop_signals
 from coordinator.spool import Spool
 from coordinator.store import SPOOL, Store
 from coordinator.terms import Terms
@@ -35,49 +35,25 @@ FINISHED = "run finished"
 
 
 def serve(args: argparse.Namespace) -> int:
+    check_serve(args)
     device = pick_device(args.device)
     torch.set_num_threads(args.threads)
-    test = None
-    if args.test:
-        _, train_part, test_part = load(args.test)
-        test = test_part or train_part
-        shape, num_classes = test.input_shape, test.num_classes
-    elif args.input and args.classes is not None:
-        shape, num_classes = tuple(whole_numbers(args.input, "--input", "x")), args.classes
-    else:
-        raise ConfigError(
-            "give --test SOURCE, or --input and --classes to train without a test set"
-        )
-    if args.run_dir is None:
-        raise ConfigError("serve needs --run-dir, the folder that the run lives in")
-    shared = run_config(args, shape, num_classes)
-    config = checked(
-        replace(
-            shared,
-            data=args.test or "",
-            deadline_s=args.deadline,
-            grace_s=args.grace,
-            quorum=args.quorum,
-            min_clients=args.min_clients,
-            min_updates=args.min_updates,
-            mode=args.mode,
-            late=args.late,
-            staleness_half_life=args.staleness_half_life,
-        )
-    )
-    method = make_method(config, device)  # a model that cannot be built begins no run
-    check_export(args.export)
     keys, admission = None, None
     if args.insecure:
         log.warning("--insecure: nothing is encrypted and every device is admitted")
     else:
         keys = read_keys(args.keys, "server")
         admission = Admission(args.clients_file or args.keys / "clients")
-    if args.memory_budget < LEAST_BUDGET_BYTES:
-        raise ConfigError(
-            f"--memory-budget is {args.memory_budget} bytes, expected at least {LEAST_BUDGET_BYTES}"
-        )
     allow_connections(args.min_clients)
+    test = None
+    if args.test:
+        _, train_part, test_part = load(args.test)
+        test = test_part or train_part
+        shape, num_classes = test.input_shape, test.num_classes
+    else:
+        shape, num_classes = tuple(whole_numbers(args.input, "--input", "x")), args.classes
+    config = serve_config(args, shape, num_classes)
+    method = make_method(config, device)  # a model that cannot be built begins no run
     with ExitStack() as stack:
         metrics = (
             stack.enter_context(closing(MetricsServer(args.metrics)))
@@ -91,6 +67,46 @@ def serve(args: argparse.Namespace) -> int:
             hub.close()
             raise
         return serve_rounds(args, hub, store, method, test, device, metrics)
+
+
+def check_serve(args: argparse.Namespace) -> None:
+    """Raise EdgeError for what is wrong with the flags themselves, before any data is read."""
+    if not args.test and not (args.input and args.classes is not None):
+        raise ConfigError(
+            "give --test SOURCE, or --input and --classes to train without a test set"
+        )
+    if args.run_dir is None:
+        raise ConfigError("serve needs --run-dir, the folder that the run lives in")
+    check_method(serve_config(args, *ANY_DATA))
+    checked_endpoint(args.listen, "--listen")
+    if args.metrics is not None:
+        metrics_flag(args.metrics)
+    if args.memory_budget < LEAST_BUDGET_BYTES:
+        raise ConfigError(
+            f"--memory-budget is {args.memory_budget} bytes, expected at least {LEAST_BUDGET_BYTES}"
+        )
+    check_folder(args.run_dir, args.resume)
+    check_export(args.export)
+
+
+def serve_config(
+    args: argparse.Namespace, input_shape: tuple[int, ...], num_classes: int
+) -> RunConfig:
+    """Raises ConfigError naming the flag."""
+    return checked(
+        replace(
+            run_config(args, input_shape, num_classes),
+            data=args.test or "",
+            deadline_s=args.deadline,
+            grace_s=args.grace,
+            quorum=args.quorum,
+            min_clients=args.min_clients,
+            min_updates=args.min_updates,
+            mode=args.mode,
+            late=args.late,
+            staleness_half_life=args.staleness_half_life,
+        )
+    )
 
 
 def serve_rounds(

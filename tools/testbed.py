@@ -29,17 +29,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from coordinator.admission import add_client
-from coordinator.cli_arguments import model_options
+from coordinator.cli_arguments import model_options, settle
+from coordinator.cli_serve import add_serve_command
 from coordinator.emulate import split_shards
 from coordinator.methods import METHODS
+from coordinator.serving import check_serve
 from edge_sdk.boards import OWN_NAME, board
 from edge_sdk.capacity import seconds
-from edge_sdk.cli_flags import DEFAULT_EPOCHS
+from edge_sdk.cli_flags import DEFAULT_EPOCHS, duration_flag, import_module
 from edge_sdk.data import Examples, load, load_dataset, save_shard
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.keys import make_keys
 from edge_sdk.models import build
 from edge_sdk.models.costs import segment_costs
+from edge_sdk.partition import check_alpha
 from edge_sdk.profile import DeviceProfile, emulated, measure_gflops, measure_layer_s
 from edge_sdk.wire import ModelSpec, Plan, Segment
 
@@ -100,10 +103,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=2e-3)
     add("serve", nargs="*", help="after --: flags of edge-coordinator serve, e.g. -- --mode async")
-    add("--deadline", default="auto",
+    add("--deadline", type=deadline_flag, default="auto", metavar="SECONDS",
         help="board seconds that a job may take; auto: the least with which every device can train "
         "exit 1; 0: none")  # fmt: skip
     return parser
+
+
+def deadline_flag(text: str) -> float | str:
+    """Seconds or "auto", for argparse."""
+    return text if text == "auto" else duration_flag(text)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -112,6 +120,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     folder = (args.run_dir or Path("runs") / f"testbed-{stamp}").resolve()
     if (folder / "run.sqlite").exists():
         raise ConfigError(f"{folder} holds a run already; choose another --run-dir")
+    check_flags(args, folder)
     check_model(args)
     host = Host(measure_gflops(threads=1), measure_layer_s(threads=1))
     devices = prepare(args, folder, host)
@@ -144,6 +153,23 @@ def run(args: argparse.Namespace, console: Console) -> int:
         highlight=False,
     )
     return 0
+
+
+def check_flags(args: argparse.Namespace, folder: Path) -> None:
+    """Refuse what the coordinator or a board would refuse, before data is read or anything is
+    written. Raises ConfigError."""
+    platforms = parse_devices(args.devices)
+    for name, _ in platforms:
+        board(name)
+    check_alpha(args.alpha)
+    given_s = 0.0 if args.deadline == "auto" else args.deadline
+    parser = argparse.ArgumentParser(prog="edge-coordinator")
+    add_serve_command(parser.add_subparsers())
+    num_devices = sum(count for _, count in platforms)
+    served = settle(parser, serve_command(args, folder, num_devices, given_s))
+    for module in served.imports:
+        import_module(module)
+    check_serve(served)
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -206,10 +232,7 @@ def choose_deadline(args: argparse.Namespace, devices: Sequence[Device]) -> floa
     """Board seconds. auto: the least that leaves no device out, with 5 % to spare, so that fast
     boards, and slow ones with little data, train deeper exits."""
     if args.deadline != "auto":
-        try:
-            return max(0.0, float(args.deadline))
-        except ValueError as error:
-            raise ConfigError(f"--deadline {args.deadline!r} is not seconds or auto") from error
+        return float(args.deadline)
     if args.method == "fedavg-l":
         return 0.0  # everyone trains the whole model, however long it takes
     shape = devices[0].examples.input_shape
