@@ -53,6 +53,18 @@ def test_two_rounds_on_three_boards(testbed, tmp_path):
     assert all(is_emulated for _, _, is_emulated in boards)
     assert (run_dir / "model.safetensors").exists()
     text = running.text()
+    steps = [
+        "reading digits",
+        "measuring the speed of one thread here",
+        "splitting digits among the boards (jetson-nano=1,raspberry-pi-4=2)",
+        "counting what training takes on each board, for the deadline",
+        "starting the coordinator and 3 boards, each with a trainer",
+        "3 of 3 boards are ready",
+        "round 1: served accuracy per exit",
+    ]
+    places = [text.find(f"{step}") for step in steps]
+    assert -1 not in places, text
+    assert places == sorted(places), "told in the order in which they are done"
     for said in (
         "3 emulated boards",
         "round 2: served accuracy per exit",

@@ -34,11 +34,12 @@ from coordinator.cli_serve import add_serve_command
 from coordinator.emulate import split_shards
 from coordinator.methods import METHODS
 from coordinator.serving import check_serve
+from coordinator.status import read_status
 from edge_sdk.boards import OWN_NAME, board
 from edge_sdk.capacity import seconds
 from edge_sdk.cli_flags import DEFAULT_EPOCHS, duration_flag, import_module
 from edge_sdk.data import Examples, load, load_dataset, save_shard
-from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.errors import ConfigError, EdgeError, StoreError
 from edge_sdk.keys import make_keys
 from edge_sdk.models import build
 from edge_sdk.models.costs import segment_costs
@@ -121,10 +122,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if (folder / "run.sqlite").exists():
         raise ConfigError(f"{folder} holds a run already; choose another --run-dir")
     check_flags(args, folder)
+    tell(console, f"reading {args.data}")
     check_model(args)
+    tell(console, "measuring the speed of one thread here")
     host = Host(measure_gflops(threads=1), measure_layer_s(threads=1))
+    tell(console, f"splitting {args.data} among the boards ({args.devices})")
     devices = prepare(args, folder, host)
+    if args.deadline == "auto":
+        tell(console, "counting what training takes on each board, for the deadline")
     deadline_s = choose_deadline(args, devices)
+    tell(console, f"starting the coordinator and {len(devices)} boards, each with a trainer")
     with contextlib.ExitStack() as stack:
         stack.enter_context(terminating())
         server = stack.enter_context(coordinator(args, folder, len(devices), deadline_s))
@@ -153,6 +160,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
         highlight=False,
     )
     return 0
+
+
+def tell(console: Console, text: str) -> None:
+    """A line, now: somebody waits."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def check_flags(args: argparse.Namespace, folder: Path) -> None:
@@ -350,12 +362,11 @@ def announce(
 ) -> None:
     sizes = sorted(len(device.examples) for device in devices)
     limit = f"{deadline_s:.3g} board seconds as predicted" if deadline_s else "none"
-    console.print(
+    tell(
+        console,
         f"{len(devices)} emulated boards ({args.devices}) with {sizes[0]} to {sizes[-1]} examples "
         f"of {args.data}\nmethod {args.method}, {args.rounds} rounds, deadline of a job {limit}, "
         f"CURVE on {endpoint}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -373,16 +384,20 @@ def follow(
         TimeElapsedColumn(), TextColumn("{task.fields[accuracy]}"),
     ]  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("rounds", total=num_rounds, accuracy="devices are starting")
-        seen = 0
+        task = progress.add_task("rounds", total=num_rounds, accuracy="boards are starting")
+        seen = ready = 0
         while True:
             has_ended = server.poll() is not None
             finished, accuracy = latest_round(folder)
+            if not seen and ready < (ready := max(ready, num_ready(folder))):
+                progress.update(task, accuracy=f"{ready} of {len(boards)} boards are ready")
+                if not console.is_terminal:
+                    tell(console, f"{ready} of {len(boards)} boards are ready")
             if finished > seen:
                 seen = finished
                 progress.update(task, completed=finished, accuracy=accuracy)
                 if not console.is_terminal:
-                    console.print(f"round {finished}: {accuracy}", highlight=False)
+                    tell(console, f"round {finished}: {accuracy}")
             if has_ended:
                 return
             for device, process in boards.items():
@@ -390,6 +405,14 @@ def follow(
                 if process.poll() not in (None, 0) or (seen == 0 and trouble):
                     raise ConfigError(f"{device.name}: {trouble or 'ended early, see its log'}")
             time.sleep(0.3)
+
+
+def num_ready(folder: Path) -> int:
+    """Boards that have told the coordinator what they can train."""
+    with contextlib.suppress(StoreError):  # there is no new status yet
+        if status := read_status(folder):
+            return sum(client.exit > 0 for client in status.cohort.clients)
+    return 0
 
 
 def last_error(device: Device) -> str:
