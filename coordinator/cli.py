@@ -13,10 +13,10 @@ from coordinator.cli_emulate import add_emulate_command
 from coordinator.cli_export import add_export_command
 from coordinator.cli_serve import add_serve_command
 from coordinator.cli_status import add_status_command
-from edge_sdk import logs
+from edge_sdk import __version__, logs
 from edge_sdk.cli_flags import import_module
 from edge_sdk.errors import EdgeError, QuorumError
-from edge_sdk.interrupts import INTERRUPTED
+from edge_sdk.interrupts import INTERRUPTED, ends_unread
 
 GAVE_UP = 3  # exit status: too few devices for too long; 1 is any other error
 COMMANDS: tuple[Callable[[Any], None], ...] = (
@@ -30,10 +30,12 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
 )
 
 
+@ends_unread
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="edge-coordinator", description="Federated learning over unequal devices."
     )
+    parser.add_argument("--version", action="version", version=f"edge-coordinator {__version__}")
     parser.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
     parser.add_argument("--log-json", action="store_true", help="log one JSON object per line")
     commands = parser.add_subparsers(dest="command", required=True)

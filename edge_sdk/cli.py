@@ -52,7 +52,7 @@ from edge_sdk.cli_run import add_run_command
 from edge_sdk.cli_service import add_doctor_command, add_service_command
 from edge_sdk.device import calibration_file
 from edge_sdk.errors import ConfigError, EdgeError, TrainerError
-from edge_sdk.interrupts import INTERRUPTED
+from edge_sdk.interrupts import INTERRUPTED, ends_unread
 from edge_sdk.profile import (
     DeviceProfile,
     emulated,
@@ -218,6 +218,7 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
 )
 
 
+@ends_unread
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="edge-sdk", description="Federated learning on a device.")
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of one line")
