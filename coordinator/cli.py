@@ -14,7 +14,7 @@ from coordinator.cli_export import add_export_command
 from coordinator.cli_serve import add_serve_command
 from coordinator.cli_status import add_status_command
 from edge_sdk import __version__, logs
-from edge_sdk.cli_flags import import_module
+from edge_sdk.cli_flags import HelpFormatter, import_module
 from edge_sdk.errors import EdgeError, QuorumError
 from edge_sdk.interrupts import INTERRUPTED, ends_unread
 
@@ -30,23 +30,30 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
 )
 
 
-@ends_unread
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="edge-coordinator", description="Federated learning over unequal devices."
+        prog="edge-coordinator",
+        description="Federated learning over unequal devices.",
+        epilog="edge-coordinator COMMAND --help: its flags, and an example",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"edge-coordinator {__version__}")
     parser.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
     parser.add_argument("--log-json", action="store_true", help="log one JSON object per line")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in COMMANDS:
-        add_command(commands)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
     for command in commands.choices.values():  # it may stand before or after the command
         command.add_argument(
             "--log-json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
+    return parser
+
+
+@ends_unread
+def main(argv: Sequence[str] | None = None) -> int:
     try:
-        args = settle(parser, argv)
+        args = settle(make_parser(), argv)
     except EdgeError as error:
         print(f"edge-coordinator: {error}", file=sys.stderr)
         return 1

@@ -35,6 +35,8 @@ from edge_sdk.capacity import (
 from edge_sdk.cli_flags import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
+    HelpFormatter,
+    add_command,
     add_memory_cap,
     duration_flag,
     import_module,
@@ -78,10 +80,16 @@ print(msgspec.json.encode(trial(pathlib.Path(sys.argv[1]))).decode())
 
 
 def add_measure_command(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("measure", help="memory, compute and platform of this device")
+    parser = add_command(
+        subparsers,
+        "measure",
+        "memory, compute and platform of this device",
+        "edge-sdk measure",
+        "edge-sdk measure --save my-pi --link-mbit-s 94",
+    )
     add_memory_cap(parser)
     add = parser.add_argument
-    add("--device", default="cpu", help="cpu or cuda, whose speed is measured; default %(default)s")
+    add("--device", default="cpu", help="cpu or cuda, whose speed is measured")
     add("--save", metavar="NAME|FILE.toml", help="write a board file, for --board and emulations")
     add("--link-mbit-s", type=rate_flag, metavar="X", help="with --save: the link's rate, if known")
     add("--force", action="store_true", help="with --save: overwrite")
@@ -124,24 +132,42 @@ def run_measure(args: argparse.Namespace) -> int:
 
 
 def add_plan_command(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser(
-        "plan", help="predicted memory and time of every exit of a model, and the choice"
+    parser = add_command(
+        subparsers,
+        "plan",
+        "predicted memory and time of every exit of a model, and the choice",
+        "edge-sdk plan --model cnn --data my-data.npz",
+        "edge-sdk plan --model cnn --input 1x28x28 --classes 10 --board raspberry-pi-4",
     )
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, help="family, e.g. cnn")
-    model.add_argument("--exits", type=int, default=3, help="exits of the whole model (3)")
+    model.add_argument("--exits", type=int, default=3, help="exits of the whole model")
     model.add_argument("--classes", type=int, help="classes; not needed with --data")
     model.add_argument("--input", type=parse_shape, metavar="1x28x28", help="shape of one example")
     model.add_argument(
-        "--option", type=parse_option, action="append", default=[], metavar="KEY=VALUE"
+        "--option",
+        type=parse_option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the model, e.g. channels=16,32,64",
     )
-    model.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    model.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python module that registers your model families",
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--data", help="data set; gives --input, --classes and --examples")
-    training.add_argument("--examples", type=int, help=f"local examples ({DEFAULT_EXAMPLES})")
-    training.add_argument("--batch-size", type=int, default=DEFAULT_BATCH_SIZE)
-    training.add_argument("--epochs", type=int, default=DEFAULT_EPOCHS)
-    training.add_argument("--optimizer", choices=("sgd", "adam"), default="adam")
+    training.add_argument(
+        "--examples", type=int, help=f"local examples, default {DEFAULT_EXAMPLES}"
+    )
+    training.add_argument("--batch-size", type=int, default=DEFAULT_BATCH_SIZE, help="of a step")
+    training.add_argument("--epochs", type=int, default=DEFAULT_EPOCHS, help="of a round")
+    training.add_argument("--optimizer", choices=("sgd", "adam"), default="adam", help="of a step")
     training.add_argument("--deadline", type=duration_flag, metavar="S", help="seconds for a round")
     add_memory_cap(parser)
     parser.add_argument("--board", help=f"predict for {', '.join(board_names())}, or a .toml file")
@@ -218,19 +244,28 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
 )
 
 
-@ends_unread
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="edge-sdk", description="Federated learning on a device.")
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-sdk",
+        description="Federated learning on a device.",
+        epilog="edge-sdk COMMAND --help: its flags, and an example",
+        formatter_class=HelpFormatter,
+    )
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of one line")
     parser.add_argument("--version", action="version", version=f"edge-sdk {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_command in COMMANDS:
-        add_command(subparsers)
+    for add in COMMANDS:
+        add(subparsers)
     for command in subparsers.choices.values():  # --debug may stand before or after the command
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
-    args = parser.parse_args(argv)
+    return parser
+
+
+@ends_unread
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     is_json = getattr(args, "log_json", False)
     logs.set_up(is_json=is_json, is_debug=args.debug, form="%(asctime)s %(levelname)s %(message)s")
     try:

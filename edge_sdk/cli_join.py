@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.cli_flags import checked_endpoint, path_flag
+from edge_sdk.cli_flags import add_command, checked_endpoint, path_flag
 from edge_sdk.cli_run import settle
 from edge_sdk.config_file import (
     DEFAULT_CONFIG,
@@ -36,7 +36,12 @@ from edge_sdk.keys import (
 
 
 def add_join_command(commands: Any) -> None:
-    parser = commands.add_parser("join", help="be admitted by a coordinator that invited")
+    parser = add_command(
+        commands,
+        "join",
+        "be admitted by a coordinator that invited",
+        "edge-sdk join - --id pi-1",
+    )
     add = parser.add_argument
     add("line", nargs="+", metavar="LINE", help="as `edge-coordinator invite` prints it; - asks "
         "for it, or reads it from a pipe, so that no list of processes shows it")  # fmt: skip
@@ -47,8 +52,12 @@ def add_join_command(commands: Any) -> None:
 
 
 def add_keys_command(commands: Any) -> None:
-    parser = commands.add_parser(
-        "keys", help="make this device's key pair if there is none, print the public key"
+    parser = add_command(
+        commands,
+        "keys",
+        "make this device's key pair if there is none, print the public key",
+        "edge-sdk keys",
+        "edge-sdk keys --rotate --config ~/.config/edge-sdk/config.toml",
     )
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="take id and keys from there")
