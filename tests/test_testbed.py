@@ -29,12 +29,12 @@ def testbed(tmp_path):
 
     def start(*flags: str) -> Running:
         command = ["tools.testbed", *FLAGS, "--run-dir", str(tmp_path / "run"), *flags]
-        running = Running("testbed", command, tmp_path / "testbed.log", tmp_path.name)
+        running = Running("testbed", command, tmp_path / "testbed.log", str(tmp_path))
         started.append(running)
         return running
 
     yield start
-    kill_marked(tmp_path.name)
+    kill_marked(str(tmp_path))
     for running in started:
         running.process.wait(10)
 
@@ -42,7 +42,7 @@ def testbed(tmp_path):
 def test_two_rounds_on_three_boards(testbed, tmp_path):
     running = testbed("--rounds", "2")
     assert running.end(120) == 0, running.text()
-    assert marked(tmp_path.name) == [], "a process was left behind"
+    assert marked(str(tmp_path)) == [], "a process was left behind"
     run_dir = tmp_path / "run"
     taken = read_rows(run_dir, "SELECT round, client_id, outcome FROM participations")
     assert sorted(taken) == sorted((round, name, "ok") for round in (1, 2) for name in NAMES)
@@ -99,10 +99,10 @@ def test_a_measured_board_takes_part(testbed, tmp_path):
 def test_interrupted_it_leaves_no_process_behind(testbed, tmp_path):
     running = testbed("--rounds", "1000", "--devices", "jetson-nano=1")
     running.wait_said(": served accuracy per exit")
-    assert len(marked(tmp_path.name)) == 4, "tool, coordinator, agent, trainer"
+    assert len(marked(str(tmp_path))) == 4, "tool, coordinator, agent, trainer"
     os.killpg(running.process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
     assert running.end(30) == 130
-    wait_until(lambda: not marked(tmp_path.name), "every process ends", 5)
+    wait_until(lambda: not marked(str(tmp_path)), "every process ends", 5)
     assert "Traceback" not in running.text()
     coordinator = (tmp_path / "run" / "coordinator.log").read_text()
     assert "go on with --resume" in coordinator
