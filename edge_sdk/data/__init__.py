@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 __all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "load_test", "save_shard"]
 _HOMES = {
-    "DataSet": "edge_sdk.data.load.load",
-    "Examples": "edge_sdk.data.load.examples",
-    "load": "edge_sdk.data.load.load",
-    "load_dataset": "edge_sdk.data.load.load",
-    "load_shard": "edge_sdk.data.load.load",
-    "load_test": "edge_sdk.data.load.load",
-    "save_shard": "edge_sdk.data.load.load",
+    "DataSet": "edge_sdk.data.load",
+    "Examples": "edge_sdk.data.examples",
+    "load": "edge_sdk.data.load",
+    "load_dataset": "edge_sdk.data.load",
+    "load_shard": "edge_sdk.data.load",
+    "load_test": "edge_sdk.data.load",
+    "save_shard": "edge_sdk.data.load",
 }
 
 
