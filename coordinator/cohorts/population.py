@@ -15,7 +15,7 @@ import torch
 
 from coordinator.cohorts.sampling import job_seed
 from coordinator.config import SPLITS, RunConfig
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.data.partition import (
     check_alpha,
     partition_by_subject,

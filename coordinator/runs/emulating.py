@@ -38,7 +38,7 @@ from coordinator.store.store import Store, open_store
 from edge_sdk.capacity.costs import in_model, peak_bytes
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import MIN_BATCH
-from edge_sdk.data.load import DataSet, load_dataset
+from edge_sdk.data.loading import DataSet, load_dataset
 from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.helpers import files
 from edge_sdk.helpers.interrupts import stop_signals

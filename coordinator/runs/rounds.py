@@ -20,7 +20,7 @@ from coordinator.methods.base import Method, Metrics
 from coordinator.runs.evaluate import accuracy_per_exit
 from coordinator.store.status import RunPhase
 from coordinator.store.store import RoundTotals, Store
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.errors import ShapeError, StoreError, TrainerError
 from edge_sdk.models import build
 from edge_sdk.protocol.timing import clock, since

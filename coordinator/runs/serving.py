@@ -23,7 +23,7 @@ from coordinator.runs.prometheus import MetricsServer, metrics_flag
 from coordinator.runs.rounds import RoundReport, check_folder, print_round, run_rounds
 from coordinator.settings import ANY_DATA, checked, run_config, whole_numbers
 from coordinator.store.store import SPOOL, Store, open_store
-from edge_sdk.data.load import Examples, load
+from edge_sdk.data.loading import Examples, load
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.interrupts import stop_signals

@@ -55,7 +55,7 @@ def run_export(args: argparse.Namespace) -> int:
             raise ConfigError(f"{args.source} is exported already; give --exit to cut it")
         model = cut(args.source, args.exit, args.out)
     else:
-        from edge_sdk.data.load import load_test
+        from edge_sdk.data.loading import load_test
 
         examples = load_test(args.data) if args.data else None
         spec, tensors = prefix(*read_weights(args.source), args.exit)
@@ -276,7 +276,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[npt.NDArray[Any], npt.NDArray
     if str(args.data).endswith(".npy"):
         x = read_npy(Path(args.data))[part]
     else:
-        from edge_sdk.data.load import load_test
+        from edge_sdk.data.loading import load_test
 
         examples, own = load_test(args.data), read_model(args.model).scaling
         if examples.scaling and own and examples.scaling != own:

@@ -194,7 +194,7 @@ def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, in
     if args.examples is not None and args.examples < 2:
         args.usage_error(f"--examples {args.examples}: at least 2 are needed")
     if args.data:
-        from edge_sdk.data.load import load_shard
+        from edge_sdk.data.loading import load_shard
 
         shard = load_shard(args.data)
         data_bytes = shard.x.nbytes + shard.y.nbytes

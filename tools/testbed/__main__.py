@@ -39,7 +39,7 @@ from coordinator.store.status import read_status
 from edge_sdk.capacity.costs import seconds
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.cli.flags import DEFAULT_EPOCHS, duration_flag
-from edge_sdk.data.load import Examples, load, load_dataset, save_shard
+from edge_sdk.data.loading import Examples, load, load_dataset, save_shard
 from edge_sdk.data.partition import check_alpha
 from edge_sdk.errors import ConfigError, EdgeError, StoreError
 from edge_sdk.hardware.boards import OWN_NAME, board
