@@ -1,8 +1,8 @@
 """Run an exported model without torch, stopping at the first exit that is sure enough.
 
-    edge-coordinator export --run runs/first --out model
-    edge-sdk calibrate model --data held-out.npz --accuracy-loss 0.01
-    python examples/early_exit.py model my-data.npz
+edge-coordinator export --run runs/first --out model
+edge-sdk calibrate model --data held-out.npz --accuracy-loss 0.01
+python examples/early_exit.py model my-data.npz
 """
 
 import sys

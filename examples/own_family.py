@@ -11,8 +11,7 @@ import math
 
 from torch import nn
 
-from edge_sdk.models import StagedModel, register_family
-from edge_sdk.wire import ModelSpec
+from edge_sdk.models import ModelSpec, StagedModel, register_family
 
 
 def build(spec: ModelSpec) -> StagedModel:

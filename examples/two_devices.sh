@@ -12,7 +12,7 @@ trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 # Each device has data of its own, which the coordinator never sees; the coordinator has a test set.
 "$PYTHON" - << 'END'
 from edge_sdk.data import load_dataset, save_shard
-from edge_sdk.partition import partition_iid
+from edge_sdk.data.partition import partition_iid
 
 data = load_dataset("digits", seed=0, examples=400)
 save_shard("test.npz", data.test)
