@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import textwrap
-from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -14,34 +12,36 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.cli.main import main as coordinate
 from coordinator.config import AggregationOptions, GeneratorOptions
 from coordinator.methods.registry import METHODS
 from coordinator.presets import PRESETS
 from edge_sdk import Event, models
-from edge_sdk.cli.main import main as device
 from edge_sdk.data import load_shard, save_shard
 from edge_sdk.models import FAMILIES
 from edge_sdk.protocol.keys import make_keys
+from tests.support.documents import (
+    COMMANDS,
+    SUBCOMMANDS,
+    bad_links,
+    blocks,
+    commands,
+    first_cells,
+    foreign_installs,
+    headings,
+    missing_files,
+    missing_modules,
+    spans,
+    unknown_flags,
+    unknown_subcommands,
+    unknown_targets,
+    without_fences,
+)
 from tests.support.examples import cnn, examples
 from tests.support.processes import ROOT
 from tools.testbed.__main__ import make_parser
 
 README = ROOT / "README.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-BASES = (ROOT, ROOT / "edge_sdk", ROOT / "coordinator")  # documents name files from these
-ENDINGS = (".py", ".md", ".csv", ".toml", ".sh", ".svg", ".yaml")
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "edge-sdk": device,
-    "edge-coordinator": coordinate,
-}
-SUBCOMMANDS = {
-    "edge-sdk": (
-        "measure", "plan", "run", "join", "keys", "export", "infer", "calibrate", "infer-report",
-        "service install", "service remove", "service status", "service logs", "doctor",
-    ),
-    "edge-coordinator": ("emulate", "serve", "keys", "clients", "invite", "export", "status"),
-}  # fmt: skip
 NO_FLAG = "--no-such-flag"
 FOREIGN_FLAGS = {"--system-site-packages", "--no-deps", "--wheel-dir", "--index-url"}  # venv, pip
 
@@ -69,111 +69,12 @@ FOREIGN = {
 OUTPUT = ("emulated boards (", "served accuracy per exit", "memory saved", "deadline of a job")
 
 
-# -- what a document holds ------------------------------------------------------------------------
-
-
-def blocks(text: str) -> Iterator[str]:
-    """Fenced and indented blocks."""
-    for found in re.finditer(r"^```\w*\n(.*?)^```", text, re.M | re.S):
-        yield found[1]
-    for found in re.finditer(r"(?<=\n\n)(?: {4}\S.*\n)+", without_fences(text) + "\n"):
-        yield textwrap.dedent(found[0])
-
-
-def without_fences(text: str) -> str:
-    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-
-
-def commands(text: str) -> list[list[str]]:
-    """The words of each line in a block that calls one of ours, by whatever path."""
-    lines = [line.removeprefix("sudo ") for block in blocks(text) for line in block.splitlines()]
-    called = [line for line in lines if Path((line.split() or [""])[0]).name in COMMANDS]
-    words = [shlex.split(line, comments=True) for line in called]
-    return [[Path(first).name, *rest] for first, *rest in words]
-
-
-def spans(text: str) -> list[str]:
-    """What stands in backticks outside of blocks; a line break counts as a space."""
-    return [" ".join(found.split()) for found in re.findall(r"`([^`]+)`", without_fences(text))]
-
-
-def headings(text: str) -> set[str]:
-    """As GitHub names them in links."""
-    found = re.findall(r"^#+ (.*)$", without_fences(text), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
-
-
-def first_cells(text: str, heading: str) -> list[str]:
-    """The name in backticks that begins each row of the first table below a heading."""
-    below = re.search(rf"^#* ?{re.escape(heading)}.*?(^\|.*?)^$", text, re.M | re.S)
-    assert below, f"no table below {heading!r}"
-    return re.findall(r"^\| `([^`]+)`", below[1], re.M)
-
-
 def said(capsys: pytest.CaptureFixture[str], command: str, *arguments: str) -> str:
     """What argparse prints when it ends a command."""
     with pytest.raises(SystemExit):
         COMMANDS[command]([*arguments])
     printed = capsys.readouterr()
     return printed.out + printed.err
-
-
-# -- checks: each returns what is wrong -----------------------------------------------------------
-
-
-def bad_links(path: Path, text: str) -> list[str]:
-    wrong = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        name, _, anchor = target.partition("#")
-        file = path.parent / name if name else path
-        if target.startswith("https:"):
-            continue
-        if not file.exists() or (anchor and anchor not in headings(file.read_text())):
-            wrong.append(target)
-    return wrong
-
-
-def missing_files(text: str) -> list[str]:
-    """Names of files and, where they begin with one of our folders, of folders."""
-    wrong = []
-    for name in spans(text):
-        is_path = re.fullmatch(r"[\w./*-]*[\w*]/?", name) and "/" in name
-        if not is_path or name.startswith(("/", "./")):
-            continue
-        is_ours = any((base / name.split("/")[0]).is_dir() for base in BASES)
-        is_named = name.endswith((*ENDINGS, "/")) or name.split("/")[0] in ("tests", "tools")
-        is_there = any(list(base.glob(name.rstrip("/"))) for base in BASES)
-        if (is_ours or name.endswith(".py")) and is_named and not is_there:
-            wrong.append(name)
-    return wrong
-
-
-def missing_modules(text: str) -> list[str]:
-    """Of `python -m MODULE`."""
-    named = re.findall(r"python -m ((?:tools|tests|edge_sdk|coordinator)[\w.]*)", text)
-    wrong = []
-    for name in named:
-        package = ROOT.joinpath(*name.split("."))
-        if not package.with_suffix(".py").is_file() and not (package / "__main__.py").is_file():
-            wrong.append(name)
-    return wrong
-
-
-def unknown_flags(text: str, known: Collection[str]) -> list[str]:
-    code = [*spans(text), *blocks(text)]
-    used = {flag for part in code for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", part)}
-    return sorted(used - set(known))
-
-
-def unknown_targets(text: str) -> list[str]:
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
-    code = "\n".join([*spans(text), *blocks(text)])
-    return [name for name in re.findall(r"^make ([a-z-]+)", code, re.M) if name not in targets]
-
-
-def foreign_installs(text: str) -> list[str]:
-    """`pip install edge-sdk` takes another project's package."""
-    return re.findall(r"pip install (?:[^\n`]*[\"' ])?edge[-_]sdk(?:\[|[\"'\s])", text + "\n")
 
 
 def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
@@ -206,11 +107,12 @@ def test_links_files_modules_and_targets_exist(path):
     assert missing_files(text) == []
     assert missing_modules(text) == []
     assert unknown_targets(text) == []
+    assert unknown_subcommands(text) == []
     assert foreign_installs(text) == []
 
 
 def test_flags_exist(known_flags):
-    wrong = {path.name: unknown_flags(path.read_text(), known_flags) for path in DOCUMENTS}
+    wrong = {str(path): unknown_flags(path.read_text(), known_flags) for path in DOCUMENTS}
     assert {name: flags for name, flags in wrong.items() if flags} == {}
 
 
@@ -252,7 +154,7 @@ def test_readme_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = "--data digits --examples 60 --test-examples 20 --split iid --clients 4 --groups 2,1,1"
     small = "--rounds 1 --epochs 1 --option channels=4,4,4 --run-dir runs/first"
-    assert coordinate(["emulate", *flags.split(), *small.split()]) == 0
+    assert COMMANDS["edge-coordinator"](["emulate", *flags.split(), *small.split()]) == 0
     data = load_shard("digits").take(np.arange(40))
     for name in ("held-out.npz", "my-inputs.npz"):
         save_shard(name, data)
@@ -279,10 +181,9 @@ def test_make_commands_are_real():
 def test_the_data_contract_holds(tmp_path, monkeypatch):
     """uint8 is scaled by x / 127.5 - 1, (n, H, W) gets a channel, floats and num_classes stay."""
     monkeypatch.chdir(tmp_path)
-    (line,) = [code for code in spans(README.read_text()) if code.startswith("np.savez(")]
+    line = next(code for code in spans(README.read_text()) if code.startswith("np.savez("))
     y = np.array([0, 1, 2, 1])
-    x = np.full((4, 2, 3), 255, np.uint8)
-    exec(line, {"np": np, "x": x, "y": y})
+    exec(line, {"np": np, "x": np.full((4, 2, 3), 255, np.uint8), "y": y})
     shard = load_shard("my-data.npz")
     assert (shard.input_shape, shard.num_classes, shard.scaling) == ((1, 2, 3), 10, (127.5, 1.0))
     np.testing.assert_array_equal(shard.x, np.ones((4, 1, 2, 3), np.float32))
@@ -363,7 +264,8 @@ BAD = """
 ## A heading
 
 See [one](nowhere.md), [two](README.md#no-such-heading) and `edge_sdk/agent/nobody.py` or
-`nowhere/x.py`, `python -m tools.nothing`, `make nothing` and `--nothing`.
+`nowhere/x.py`, `python -m tools.nothing`, `make nothing` and `--nothing`; `edge-sdk runn|plan x`,
+`edge-sdk service begin`, `edge-sdk service`.
 
     edge-sdk measure --nothing      # a comment
     sudo /opt/bin/edge-sdk join
@@ -376,6 +278,7 @@ def test_checks_find_what_is_wrong(capsys):
     assert missing_files(BAD) == ["edge_sdk/agent/nobody.py", "nowhere/x.py"]
     assert missing_modules(BAD) == ["tools.nothing"]
     assert unknown_targets(BAD) == ["nothing"]
+    assert unknown_subcommands(BAD) == ["edge-sdk runn|plan x", "edge-sdk service begin"]
     assert unknown_flags(BAD, {"--something"}) == ["--nothing"]
     assert foreign_installs(BAD) == ['pip install "edge-sdk[']
     assert foreign_installs("pip install edge-sdk") == ["pip install edge-sdk\n"]
