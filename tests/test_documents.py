@@ -38,6 +38,7 @@ from tests.support.documents import (
 )
 from tests.support.examples import cnn, examples
 from tests.support.processes import ROOT
+from tests.test_rooms import FLOORS
 from tools.testbed.__main__ import make_parser
 
 README = ROOT / "README.md"
@@ -244,6 +245,14 @@ def packages(name: str) -> set[str]:
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_a_table_has_a_row_for_each(file, heading, known):
     assert sorted(first_cells((ROOT / file).read_text(), heading)) == sorted(known)
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_the_architecture_tells_the_floors_that_a_test_holds(package):
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    (shown,) = [block for block in blocks(text) if block.startswith(f"{package} ")]
+    floors = [line.strip().split(", ") for line in shown.removeprefix(package).splitlines()]
+    assert [sorted(rooms) for rooms in reversed(floors)] == [*map(sorted, FLOORS[package])]
 
 
 def test_tables_name_every_room_extra_and_preset():

@@ -32,7 +32,7 @@ def blocks(text: str) -> Iterator[str]:
     """Fenced and indented blocks."""
     for found in re.finditer(r"^```\w*\n(.*?)^```", text, re.M | re.S):
         yield found[1]
-    for found in re.finditer(r"(?<=\n\n)(?: {4}\S.*\n)+", without_fences(text) + "\n"):
+    for found in re.finditer(r"(?<=\n\n)(?: {4}.*\S.*\n)+", without_fences(text) + "\n"):
         yield textwrap.dedent(found[0])
 
 
