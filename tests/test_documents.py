@@ -273,8 +273,8 @@ BAD = """
 ## A heading
 
 See [one](nowhere.md), [two](README.md#no-such-heading) and `edge_sdk/agent/nobody.py` or
-`nowhere/x.py`, `python -m tools.nothing`, `make nothing` and `--nothing`; `edge-sdk runn|plan x`,
-`edge-sdk service begin`, `edge-sdk service`.
+`pytest nowhere/x.py`, `python -m tools.nothing`, `make nothing` and `--nothing`;
+`edge-sdk runn|plan x`, `edge-sdk service begin`, `edge-sdk service`.
 
     edge-sdk measure --nothing      # a comment
     sudo /opt/bin/edge-sdk join

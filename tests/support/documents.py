@@ -84,7 +84,7 @@ def bad_links(path: Path, text: str) -> list[str]:
 def missing_files(text: str) -> list[str]:
     """Names of files and, where they begin with one of our folders, of folders."""
     wrong = []
-    for name in spans(text):
+    for name in re.split(r"[\s\"']+", "\n".join(spans(text))):
         is_path = re.fullmatch(r"[\w./*-]*[\w*]/?", name) and "/" in name
         if not is_path or name.startswith(("/", "./")):
             continue
