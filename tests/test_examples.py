@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_early_exit_says_where_examples_stopped(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_devices_train_over_encrypted_links(tmp_path):
-    mark = "two_devices"
+    mark = uuid4().hex
     known = environment(mark) | {"PYTHON": sys.executable, "PORT": str(free_port())}
     known["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     known["HOME"] = str(tmp_path)
