@@ -160,14 +160,14 @@ class RunConfig(Options, frozen=True, kw_only=True):
     method: str
     model: ModelSpec  # exit = the number of exits of the whole model
     data: str = ""  # what the common test set comes from
-    rounds: Annotated[Index, told("federated rounds of the run")]
-    participants: Annotated[Index | None, told("clients a round, default all")] = None
-    epochs: Annotated[Index, told("local epochs of a round")] = 1
-    batch_size: Annotated[int, Meta(ge=2), told("examples a local step")] = 32
-    lr: Annotated[float, Meta(gt=0), told("of local training")] = 1e-3
-    optimizer: Annotated[Literal["sgd", "adam"], told("of local training")] = "adam"
+    rounds: Annotated[Index, told("of the whole run")]
+    participants: Annotated[Index | None, told("clients per round, default all")] = None
+    epochs: Annotated[Index, told("local epochs")] = 1
+    batch_size: Annotated[int, Meta(ge=2), told("of a local step")] = 32
+    lr: Annotated[float, Meta(gt=0), told("of local steps")] = 1e-3
+    optimizer: Annotated[Literal["sgd", "adam"], told("of local steps")] = "adam"
     momentum: Annotated[float, Meta(ge=0, lt=1), told("of local SGD")] = 0.0
-    seed: Annotated[int, Meta(ge=0, lt=2**31), told("of all that is drawn")] = 0
+    seed: Annotated[int, Meta(ge=0, lt=2**31), told("of every draw")] = 0
     eval_every: Annotated[Index, told("rounds from one evaluation to the next")] = 1
     eval_tail: Annotated[Index, told("last rounds that are always evaluated")] = 1
     deadline_s: Annotated[
@@ -197,7 +197,9 @@ class RunConfig(Options, frozen=True, kw_only=True):
         tuple[Annotated[float, Meta(ge=0)], ...],
         told("of the joint loss, e.g. 1,1,2; default all ones"),
     ] = ()
-    weight_decay: Annotated[float, Meta(ge=0), told("of local training")] = 0.0
+    weight_decay: Annotated[float, Meta(ge=0), told("added to the gradient, times the weights")] = (
+        0.0
+    )
     prox_mu: Annotated[float, Meta(ge=0), told("FedProx's pull to the received weights")] = 0.0
     weighting: Annotated[Literal["examples", "equal"], told("of clients in the mean")] = "examples"
     population: str = ""  # emulated clients: count, groups, split; a resumed run must have the same

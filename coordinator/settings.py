@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -18,38 +18,12 @@ from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.messages import Plan
 
 
-def model_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE texts: whole numbers, comma lists of them, numbers, true/false, else text."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not (key and equals and text):
-            raise ConfigError(f"--option {pair!r} is not KEY=VALUE, e.g. channels=32,64,128")
-        options[key] = _value(text)
-    return options
-
-
-def _value(text: str) -> int | float | str | bool | tuple[int, ...]:
-    if text in ("true", "false"):
-        return text == "true"
-    if "," in text:
-        return tuple(whole_numbers(text, "--option"))
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def whole_numbers(text: str, flag: str, separator: str = ",") -> list[int]:
+def whole_numbers(text: str, flag: str) -> list[int]:
     """Numbers from "17,17,16". Raises ConfigError naming the flag."""
     try:
-        return [int(part) for part in text.split(separator)]
+        return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ConfigError(
-            f"{flag} {text!r} is not whole numbers, e.g. {separator.join(('4', '4', '2'))}"
-        ) from error
+        raise ConfigError(f"{flag} {text!r} is not whole numbers, e.g. 4,4,2") from error
 
 
 def numbers(text: str, flag: str) -> tuple[float, ...]:

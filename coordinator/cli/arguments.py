@@ -26,46 +26,69 @@ from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS, defaults_of
 from coordinator.presets import PRESETS, find_preset
 from coordinator.registry import Kind
-from coordinator.settings import flag_of, flags_of, model_options, numbers
-from edge_sdk.cli.flags import MAX_THREADS, path_flag, whole_flag
+from coordinator.settings import flag_of, flags_of, numbers
+from edge_sdk.cli.flags import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_EPOCHS,
+    MAX_THREADS,
+    option_flag,
+    path_flag,
+    whole_flag,
+)
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.imports import heavy_imports, import_module
 from edge_sdk.protocol.messages import ModelSpec
 
-ANY_SHAPE, ANY_CLASSES = (1, 1, 1), 2  # of a model until the data is read
-RUN = (  # of RunConfig, by every way of running
-    "rounds", "participants", "seed", "epochs", "batch_size", "lr", "optimizer", "momentum",
-    "weight_decay", "prox_mu", "exit_weights", "weighting", "eval_every", "eval_tail",
+RUN = ("rounds", "participants", "seed", "eval_every", "eval_tail")  # fields of RunConfig
+TRAINING = (
+    "epochs", "batch_size", "lr", "optimizer", "momentum", "weight_decay", "prox_mu",
+    "exit_weights",
 )  # fmt: skip
-PARTS: dict[str, type[msgspec.Struct]] = {  # of RunConfig
-    "server": ServerOptions,
+SHARED = (*RUN, *TRAINING, "weighting")  # those that every command has that runs rounds
+PARTS: dict[str, type[Options]] = {  # of RunConfig
     "aggregation": AggregationOptions,
+    "server": ServerOptions,
     "generator": GeneratorOptions,
     "rotation": RotationOptions,
     "distill": DistillOptions,
 }
+OWN_VALUES = "a method has values of its own for some of these where no flag is given"
+ANY_SHAPE, ANY_CLASSES = (1, 1, 1), 2  # of a model until the data is read
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """What every way of running shares: the method, the model, the training, the run folder."""
-    add = parser.add_argument
-    add("--method", default="hypemefed", choices=METHODS)
+    parser.usage = "%(prog)s [flags]"  # one line: seventy flags would fill a screen
+    parser.set_defaults(runs_rounds=True)
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--method", default="hypemefed", choices=METHODS, help="the federated algorithm")
     add("--paper", action="store_true", help="hypemefed as published, instead of what is best")
     add("--preset", choices=sorted(PRESETS), help="model and training of a published experiment")
-    add("--model", default="cnn", help="model family")
-    add("--exits", type=int, default=3, help="number of exits of the whole model")
-    add("--option", action="append", default=[], metavar="KEY=VALUE", help="model option")
-    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="Python module that registers your own methods or model families")  # fmt: skip
-    add_flags(parser, RunConfig, RUN, defaults={"rounds": 20, "epochs": 2})
-    for kind in PARTS.values():
-        add_flags(parser, kind, choices={"rule": RULES, "name": ["none", *GENERATORS]})
+    add_flags(group, RunConfig, RUN, defaults={"rounds": 20})
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--threads", type=whole_flag(1, MAX_THREADS), default=1,
         help="torch threads on the CPU")  # fmt: skip
-    parser.set_defaults(runs_rounds=True)
     add("--run-dir", type=path_flag, help="where the run lives")
     add("--resume", action="store_true", help="go on with the run in --run-dir")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="cnn", help="model family")
+    add("--exits", type=int, default=3, help="number of exits of the whole model")
+    add("--option", type=option_flag, action="append", default=[], metavar="KEY=VALUE",
+        help="model option")  # fmt: skip
+    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="Python module that registers model families, methods, ... of your own")  # fmt: skip
+    group = parser.add_argument_group("local training")
+    defaults = {"epochs": DEFAULT_EPOCHS, "batch_size": DEFAULT_BATCH_SIZE}
+    add_flags(group, RunConfig, TRAINING, defaults=defaults)
+    group = parser.add_argument_group("aggregation", description=OWN_VALUES)
+    add_flags(group, RunConfig, ("weighting",))
+    add_flags(group, AggregationOptions, choices={"rule": RULES})
+    add_flags(group, ServerOptions)
+    group = parser.add_argument_group("stages that few clients train", description=OWN_VALUES)
+    add_flags(group, GeneratorOptions, choices={"name": ["none", *GENERATORS]})
+    add_flags(group, RotationOptions)
+    add_flags(group, DistillOptions)
 
 
 def add_flags(
@@ -118,7 +141,7 @@ def run_config(args: argparse.Namespace, fields: Sequence[str], **settings: Any)
         else:
             settings["own"] = own
     model = ModelSpec(
-        family=args.model, exit=args.exits, options=model_options(args.option),
+        family=args.model, exit=args.exits, options=dict(args.option),
         input_shape=ANY_SHAPE, num_classes=ANY_CLASSES,
     )  # fmt: skip
     return RunConfig(
@@ -163,7 +186,7 @@ class CommandParser(argparse.ArgumentParser):
             first = parse(args)[0]
             if first.resume and first.run_dir is None:
                 raise ConfigError("--resume needs --run-dir, the folder of the run to go on with")
-            preset = find_preset(first.preset).flags if first.preset else {}
+            preset = preset_values(first.preset)
             self.set_defaults(**preset)
             chosen = parse(args)[0]
             which = {"is_paper": chosen.paper, "optimizer": chosen.server_optimizer}
@@ -176,12 +199,12 @@ class CommandParser(argparse.ArgumentParser):
             return parse(args, namespace)
 
     def _add_own_flags(self, chosen: argparse.Namespace) -> None:
-        for kind in own_kinds(chosen).values():
+        for part, kind in own_kinds(chosen).items():
             if kind in self._own:
                 continue
             self._own.add(kind)
             try:
-                add_flags(self.add_argument_group(kind.__name__), kind)
+                add_flags(self.add_argument_group(f"{part or 'method'} of its own"), kind)
             except argparse.ArgumentError as error:
                 raise ConfigError(
                     f"{kind.__module__}.{kind.__name__}: {error}; rename the field"
@@ -197,6 +220,12 @@ def _named(args: Sequence[str]) -> argparse.Namespace:
     found = parser.parse_known_args(args)[0]
     found.imports = [module for module in found.imports if module]
     return found
+
+
+def preset_values(name: str | None) -> dict[str, Any]:
+    """By destination. Raises ConfigError for an unknown preset."""
+    flags: dict[str, Any] = dict(find_preset(name).flags) if name else {}
+    return flags | {"option": [option_flag(text) for text in flags.get("option", ())]}
 
 
 def _destination(path: str) -> str:

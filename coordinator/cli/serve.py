@@ -6,59 +6,66 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
-from coordinator.cli.arguments import RUN, add_flags, add_run_arguments, run_config
+from coordinator.cli.arguments import SHARED, add_flags, add_run_arguments, run_config
 from coordinator.cli.export import add_export_flag
 from coordinator.config import RunConfig
 from coordinator.fleet.flow_control import BUDGET_BYTES
-from coordinator.settings import whole_numbers
-from edge_sdk.cli.flags import duration_flag, path_flag, size_flag
+from coordinator.settings import shaped
+from edge_sdk.cli.flags import add_command, duration_flag, path_flag, shape_flag, size_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.imports import heavy_imports
 
-FLEET = (  # of RunConfig, by rounds over real devices
-    "deadline_s", "grace_s", "quorum", "min_updates", "mode", "late", "staleness_half_life",
-    "min_clients",
+PACE = (  # fields of RunConfig, of rounds over real devices
+    "min_clients", "deadline_s", "grace_s", "quorum", "min_updates", "mode", "late",
+    "staleness_half_life",
 )  # fmt: skip
 
 
 def add_serve_command(commands: Any) -> None:
-    parser = commands.add_parser("serve", help="run the rounds over devices, by ZeroMQ")
+    parser = add_command(
+        commands,
+        "serve",
+        "run the rounds over devices, by ZeroMQ",
+        "edge-coordinator serve --run-dir runs/first --test my-test.npz --min-clients 4",
+        "edge-coordinator serve --run-dir runs/first --test my-test.npz --min-clients 4 --resume",
+    )
     add_run_arguments(parser)
-    add = parser.add_argument
-    add("--listen", default="tcp://*:5555", help="where devices connect, default %(default)s")
-    add("--keys", type=path_flag, default=Path("keys"), help="folder of server.public and .secret")
+    add = parser.add_argument_group("devices").add_argument
+    add("--listen", default="tcp://*:5555", help="where devices connect")
+    add("--keys", type=path_flag, default=Path("keys"), help="folder of keys")
     add("--clients-file", type=path_flag, help="admitted devices, default KEYS/clients")
     add("--insecure", action="store_true", help="no encryption, admit everybody")
-    add("--test", help="common test set: a data source, its test part or else all of it")
-    add("--input", help="without --test: shape of one example, e.g. 1x28x28")
-    add("--classes", type=int, help="without --test: number of classes")
-    add_flags(parser, RunConfig, FLEET, defaults={"quorum": 0.5})
-    add("--give-up-after", type=duration_flag, default=3600.0, metavar="SECONDS",
-        help="end with status 3 when there are too few devices and nothing changes for so long, "
-        "0: never; default %(default)s")  # fmt: skip
     add("--memory-budget", type=size_flag, default=BUDGET_BYTES, metavar="SIZE",
         help="of parts on their way at once, e.g. 256M; default 64M")  # fmt: skip
-    add("--metrics", metavar="HOST:PORT", help="answer Prometheus there; nobody is asked who it is")
-    add_export_flag(parser)
+    add = parser.add_argument_group("data").add_argument
+    add("--test", help="common test set: a data source, its test part or else all of it")
+    add("--input", type=shape_flag, metavar="1x28x28", help="without --test: of one example")
+    add("--classes", type=int, help="without --test: number of classes")
+    group = parser.add_argument_group("pace of the rounds")
+    add_flags(group, RunConfig, PACE, defaults={"quorum": 0.5})
+    group.add_argument("--give-up-after", type=duration_flag, default=3600.0, metavar="SECONDS",
+        help="end with status 3 when there are too few devices and nothing changes for so long, "
+        "0: never")  # fmt: skip
+    group = parser.add_argument_group("watching and results")
+    group.add_argument(
+        "--metrics", metavar="HOST:PORT", help="answer Prometheus there; nobody is asked who it is"
+    )
+    add_export_flag(group)
     parser.set_defaults(run=run_serve)
 
 
 def run_serve(args: argparse.Namespace) -> int:
     with heavy_imports():
         from coordinator.runs.serving import ServeSettings, serve
-    config = run_config(args, (*RUN, *FLEET), data=args.test or "")
-    if args.input and args.classes is not None and not args.test:
-        shape = tuple(whole_numbers(args.input, "--input", "x"))
-        given = replace(config.model, input_shape=shape, num_classes=args.classes)
-        config = replace(config, model=given)
-    elif not args.test:
-        raise ConfigError(
-            "give --test SOURCE, or --input and --classes to train without a test set"
-        )
     if args.run_dir is None:
         raise ConfigError("serve needs --run-dir, the folder that the run lives in")
+    config = run_config(args, (*SHARED, *PACE), data=args.test or "")
+    if not args.test:
+        if args.input is None or args.classes is None:
+            raise ConfigError(
+                "give --test SOURCE, or --input and --classes to train without a test set"
+            )
+        config = shaped(config, args.input, args.classes)
     settings = ServeSettings(
         folder=args.run_dir,
         is_resumed=args.resume,
@@ -72,4 +79,5 @@ def run_serve(args: argparse.Namespace) -> int:
         metrics=args.metrics,
         export=args.export,
     )
-    return serve(config, settings)
+    serve(config, settings)
+    return 0

@@ -21,21 +21,23 @@ from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.cohorts.population import (
     EmulatedClient,
     Population,
+    check_population,
+    check_processes,
     choose_holders,
     emulated_clients,
 )
 from coordinator.cohorts.processes import ProcessCohort
 from coordinator.config import RunConfig
-from coordinator.methods.registry import make_method
+from coordinator.methods.registry import check_method, make_method
 from coordinator.runs.evaluate import Personalised, personalised_accuracy
 from coordinator.runs.exporting import check_export, export_served
-from coordinator.runs.rounds import print_round, run_rounds
+from coordinator.runs.rounds import check_folder, print_round, run_rounds
 from coordinator.settings import checked, shaped
 from coordinator.store.store import Store, open_store
 from edge_sdk.capacity.costs import in_model, peak_bytes
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import MIN_BATCH
-from edge_sdk.data.load import load_dataset
+from edge_sdk.data.loading import load_dataset
 from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.helpers import files
 from edge_sdk.helpers.interrupts import stop_signals
@@ -67,18 +69,30 @@ class EmulateSettings:
     export: Path | None = None
 
 
-def emulate(config: RunConfig, population: Population, settings: EmulateSettings) -> int:
-    """The whole run over clients in this process. config.data: the data, which gives the model its
-    input shape and classes. Raises EdgeError."""
+def check_emulate(
+    config: RunConfig, population: Population, settings: EmulateSettings
+) -> torch.device:
+    """Raise EdgeError for what is wrong with the settings themselves, before any data is read."""
     device = pick_device(settings.device)
+    check_method(checked(config))
+    check_population(population, config.model.exit)
+    check_processes(settings.processes, device)
+    check_folder(settings.folder, settings.is_resumed)
+    if settings.out:
+        check_writable(settings.out)
+    check_export(settings.export)
+    return device
+
+
+def emulate(config: RunConfig, population: Population, settings: EmulateSettings) -> None:
+    """The whole run over clients in this process, or as far as a signal lets it. config.data: the
+    data, which gives the model its input shape and classes. Raises EdgeError."""
+    device = check_emulate(config, population, settings)
     torch.set_num_threads(settings.threads)
     data = load_dataset(config.data, config.seed, config.examples, config.test_examples)
     config = shaped(config, data.train.input_shape, data.train.num_classes)
     config = checked(replace(config, population=population.text()))
     method = make_method(config, device)  # a model that cannot be built begins no run
-    if settings.out:
-        check_writable(settings.out)
-    check_export(settings.export)
     clients = emulated_clients(population, config, data.train)
     with ExitStack() as stack:
         cohort = stack.enter_context(
@@ -100,7 +114,7 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         )  # fmt: skip
         if not store.is_finished:
             log.info("stopped; round %d was next, %s", store.next_round(), store.way_on())
-            return 0
+            return
         store.write_model(method.spec, method.served())
         extra = {}
         if epochs := settings.personal_epochs:
@@ -116,7 +130,6 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         if settings.out:
             write_json(store, population, settings.out, extra)
         export_served(method, data.test, settings.export)
-    return 0
 
 
 @contextmanager
@@ -137,8 +150,7 @@ def emulated_cohort(
     if processes == 1:
         yield InProcessCohort(shards, exits, num_exits, device, holders)
         return
-    if device.type != "cpu":
-        raise ConfigError(f"--processes {processes} is for the CPU; leave it out with {device}")
+    check_processes(processes, device)
     with ProcessCohort(
         shards, exits, num_exits, processes,
         holders=holders, imports=imports, threads=torch.get_num_threads(),

@@ -16,14 +16,14 @@ from coordinator.fleet.flow_control import BUDGET_BYTES, LEAST_BUDGET_BYTES
 from coordinator.fleet.router import Router, allow_connections
 from coordinator.fleet.spool import Spool
 from coordinator.methods.base import Method
-from coordinator.methods.registry import make_method
+from coordinator.methods.registry import check_method, make_method
 from coordinator.runs.exporting import check_export, export_served
 from coordinator.runs.monitor import Monitor
-from coordinator.runs.prometheus import MetricsServer
-from coordinator.runs.rounds import RoundReport, print_round, run_rounds
+from coordinator.runs.prometheus import MetricsServer, metrics_flag
+from coordinator.runs.rounds import RoundReport, check_folder, print_round, run_rounds
 from coordinator.settings import checked, shaped
 from coordinator.store.store import SPOOL, Store, open_store
-from edge_sdk.data.load import Examples, load
+from edge_sdk.data.loading import Examples, load
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.interrupts import stop_signals
@@ -57,31 +57,41 @@ class ServeSettings:
     export: Path | None = None
 
 
-def serve(config: RunConfig, settings: ServeSettings) -> int:
-    """The whole run over real devices. config.data: the common test set, which gives the model its
-    input shape and classes; where it is "", the model has them. Raises EdgeError."""
-    device = pick_device(settings.device)
-    torch.set_num_threads(settings.threads)
-    test = None
-    if config.data:
-        _, train_part, test_part = load(config.data)
-        test = test_part or train_part
-        config = shaped(config, test.input_shape, test.num_classes)
-    config = checked(shaped(config, config.model.input_shape, config.model.num_classes))
-    method = make_method(config, device)  # a model that cannot be built begins no run
+def check_serve(config: RunConfig, settings: ServeSettings) -> torch.device:
+    """Raise EdgeError for what is wrong with the settings themselves, before any data is read."""
+    check_method(checked(config))
+    checked_endpoint(settings.endpoint, "--listen")
+    if settings.metrics is not None:
+        metrics_flag(settings.metrics)
+    if settings.budget_bytes < LEAST_BUDGET_BYTES:
+        raise ConfigError(
+            f"--memory-budget is {settings.budget_bytes} bytes, expected at least "
+            f"{LEAST_BUDGET_BYTES}"
+        )
+    check_folder(settings.folder, settings.is_resumed)
     check_export(settings.export)
+    return pick_device(settings.device)
+
+
+def serve(config: RunConfig, settings: ServeSettings) -> None:
+    """The whole run over real devices, or as far as a signal lets it. config.data: the common test
+    set, which gives the model its input shape and classes; where it is "", the model has them.
+    Raises EdgeError."""
+    device = check_serve(config, settings)
+    torch.set_num_threads(settings.threads)
     keys, admission = None, None
     if settings.keys is None:
         log.warning("--insecure: nothing is encrypted and every device is admitted")
     else:
         keys = read_keys(settings.keys, "server")
         admission = Admission(settings.clients_file or settings.keys / "clients")
-    if settings.budget_bytes < LEAST_BUDGET_BYTES:
-        raise ConfigError(
-            f"--memory-budget is {settings.budget_bytes} bytes, expected at least "
-            f"{LEAST_BUDGET_BYTES}"
-        )
     allow_connections(config.min_clients)
+    test = None
+    if config.data:
+        _, train_part, test_part = load(config.data)
+        test = test_part or train_part
+        config = checked(shaped(config, test.input_shape, test.num_classes))
+    method = make_method(config, device)  # a model that cannot be built begins no run
     with ExitStack() as stack:
         metrics = (
             stack.enter_context(closing(MetricsServer(settings.metrics)))
@@ -94,7 +104,7 @@ def serve(config: RunConfig, settings: ServeSettings) -> int:
         except BaseException:
             router.close()
             raise
-        return serve_rounds(settings, router, store, method, test, device, metrics)
+        serve_rounds(settings, router, store, method, test, device, metrics)
 
 
 def serve_rounds(
@@ -105,7 +115,7 @@ def serve_rounds(
     test: Examples | None,
     device: torch.device,
     metrics: MetricsServer | None,
-) -> int:
+) -> None:
     """Rounds over the router until all are done or a signal arrives; closes router and store."""
     config = store.config
     terms = ServeOptions(
@@ -168,4 +178,3 @@ def serve_rounds(
                 log.info(said, store.next_round(), extra=logs.event("stopped"))
             store.close()
             cohort.close(goodbye, is_final=goodbye == FINISHED)
-    return 0

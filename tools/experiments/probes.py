@@ -36,9 +36,10 @@ from coordinator.generators.registry import make_generator
 from coordinator.methods.registry import make_method
 from coordinator.runs.emulating import emulated_cohort
 from coordinator.runs.evaluate import linear_cka
-from coordinator.settings import model_options, whole_numbers
+from coordinator.settings import whole_numbers
 from coordinator.store.store import Store
-from edge_sdk.data.load import DataSet, load_dataset
+from edge_sdk.cli.flags import option_flag
+from edge_sdk.data.loading import DataSet, load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import moved, stage_of
@@ -63,7 +64,14 @@ def add_command(commands: Any) -> None:
     add("--test-examples", type=int, help="of the held-out data, whose features are compared")
     add("--model", default="cnn")
     add("--exits", type=int, default=3)
-    add("--option", action="append", default=[], metavar="KEY=VALUE", help="model option")
+    add(
+        "--option",
+        type=option_flag,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="model option",
+    )
     add("--epochs", type=int, default=5)
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=1e-3)
@@ -97,7 +105,7 @@ def run_cka(args: argparse.Namespace) -> int:
             input_shape=data.train.input_shape,
             num_classes=data.train.num_classes,
             exit=args.exits,
-            options=model_options(args.option),
+            options=dict(args.option),
         )
         plan = Plan(
             segments=(Segment(first=1, last=args.exits),),

@@ -15,7 +15,7 @@ import pytest
 from scipy.io import savemat
 
 from edge_sdk.data.examples import check_examples
-from edge_sdk.data.load import load, load_shard
+from edge_sdk.data.loading import load, load_shard
 from edge_sdk.errors import ConfigError, DataError
 from tests.support.data_files import (
     FLOATS,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk.data.load import save_shard
+from edge_sdk.data.loading import save_shard
 from edge_sdk.helpers import imports
 from tests.support.examples import examples
 from tests.support.processes import ROOT

@@ -12,14 +12,14 @@ from torch import nn
 
 from coordinator.cli.main import main as coordinate
 from edge_sdk.cli.main import main
-from edge_sdk.data.load import load_dataset, save_shard
+from edge_sdk.data.loading import load_dataset, save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
 from edge_sdk.infer import export as module
 from edge_sdk.infer.early_exit import EarlyExit
 from edge_sdk.infer.export import cut, export
 from edge_sdk.infer.model_folder import MODEL, read_model
 from edge_sdk.infer.onnx_layers import bin_weights, fold_batch_norms_
-from edge_sdk.models import FAMILIES, StagedModel, initial_tensors
+from edge_sdk.models import FAMILIES, Family, StagedModel, initial_tensors
 from edge_sdk.protocol.messages import ModelSpec
 from tests.support.examples import cnn, examples, two_exits
 from tests.support.processes import World
@@ -80,7 +80,7 @@ def family(monkeypatch, stage):
         head = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
         return StagedModel([stage], [head], main_weights=[])
 
-    monkeypatch.setitem(FAMILIES, "odd", build_odd)
+    monkeypatch.setattr(FAMILIES, "_entries", FAMILIES._entries | {"odd": Family(build_odd)})
     return ModelSpec(family="odd", input_shape=(1, 4, 4), num_classes=2, exit=1)
 
 
