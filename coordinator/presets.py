@@ -39,8 +39,9 @@ COMMON: dict[str, object] = {
     "optimizer": "adam",
 }
 SVHN_TRAINING: dict[str, object] = {"batch_size": 128, "lr": 5e-4, "weight_decay": 5e-5}
-SMALL = "channels=32,64,128,256"
-LARGE = "channels=64,128,256,512"
+SMALL = ("channels", (32, 64, 128, 256))
+LARGE = ("channels", (64, 128, 256, 512))
+DROPOUT = ("dropout", 0.5)
 FASHION_FILES = (
     "a folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
     "t10k-labels-idx1-ubyte, plain or .gz, from github.com/zalandoresearch/fashion-mnist"
@@ -55,7 +56,7 @@ PRESETS: dict[str, Preset] = {
         flags=COMMON
         | {
             "model": "vgg",
-            "option": [LARGE, "dropout=0.5"],
+            "option": [LARGE, DROPOUT],
             "clients": 30,
             "groups": "10,10,10",
             "participants": 6,
@@ -68,7 +69,7 @@ PRESETS: dict[str, Preset] = {
         about="SVHN, HypeMeFed's evaluation settings",
         folder_hint="a folder with train_32x32.mat and test_32x32.mat, the cropped digits "
         "(format 2), from ufldl.stanford.edu/housenumbers",
-        flags=COMMON | SVHN_TRAINING | {"model": "vgg", "option": [SMALL, "dropout=0.5"]},
+        flags=COMMON | SVHN_TRAINING | {"model": "vgg", "option": [SMALL, DROPOUT]},
     ),
     "stl10": Preset(
         about="STL-10, HypeMeFed's evaluation settings",
@@ -77,7 +78,7 @@ PRESETS: dict[str, Preset] = {
         flags=COMMON
         | {
             "model": "vgg",
-            "option": [LARGE, "dropout=0.5"],
+            "option": [LARGE, DROPOUT],
             "batch_size": 32,
             "lr": 5e-4,
             "weight_decay": 5e-5,
@@ -106,7 +107,7 @@ PRESETS: dict[str, Preset] = {
         folder_hint=FASHION_FILES,
         flags=COMMON
         | SVHN_TRAINING
-        | {"method": "owners-mean", "model": "vgg", "option": [SMALL, "dropout=0.5"]},
+        | {"method": "owners-mean", "model": "vgg", "option": [SMALL, DROPOUT]},
     ),
 }
 

@@ -186,7 +186,7 @@ class CommandParser(argparse.ArgumentParser):
             first = parse(args)[0]
             if first.resume and first.run_dir is None:
                 raise ConfigError("--resume needs --run-dir, the folder of the run to go on with")
-            preset = preset_values(first.preset)
+            preset = find_preset(first.preset).flags if first.preset else {}
             self.set_defaults(**preset)
             chosen = parse(args)[0]
             which = {"is_paper": chosen.paper, "optimizer": chosen.server_optimizer}
@@ -220,12 +220,6 @@ def _named(args: Sequence[str]) -> argparse.Namespace:
     found = parser.parse_known_args(args)[0]
     found.imports = [module for module in found.imports if module]
     return found
-
-
-def preset_values(name: str | None) -> dict[str, Any]:
-    """By destination. Raises ConfigError for an unknown preset."""
-    flags: dict[str, Any] = dict(find_preset(name).flags) if name else {}
-    return flags | {"option": [option_flag(text) for text in flags.get("option", ())]}
 
 
 def _destination(path: str) -> str:

@@ -33,10 +33,18 @@ FIGURES = {
     "svhn": (128, 0.0005, 0.00005, 50, 10, "17,17,16"),
 }
 CHANNELS = {
-    "unimib": "channels=64,128,256,512",
-    "stl10": "channels=64,128,256,512",
-    "svhn": "channels=32,64,128,256",
+    "unimib": (64, 128, 256, 512),
+    "stl10": (64, 128, 256, 512),
+    "svhn": (32, 64, 128, 256),
 }
+
+
+def as_text(value: object) -> str:
+    """channels=4,5 of ("channels", (4, 5))."""
+    if not isinstance(value, tuple):
+        return str(value)
+    key, option = value
+    return f"{key}={','.join(map(str, option)) if isinstance(option, tuple) else option}"
 
 
 def parsed(name: str) -> argparse.Namespace:
@@ -47,7 +55,7 @@ def parsed(name: str) -> argparse.Namespace:
     for destination, value in PRESETS[name].flags.items():
         flag = "--" + destination.replace("_", "-")
         for one in value if isinstance(value, list) else [value]:
-            argv += [flag, str(one)]
+            argv += [flag, as_text(one)]
     return parser.parse_args(argv)
 
 
@@ -89,7 +97,7 @@ def test_published_figures(name):
     assert (paper["generator.name"], paper["generator.rank"]) == ("svd-mlp", 100)
     assert GeneratorOptions().hidden == 512
     assert (flags["method"], flags["model"], flags["exits"]) == ("hypemefed", "vgg", 3)
-    assert flags["option"] == [CHANNELS[name], "dropout=0.5"]
+    assert flags["option"] == [("channels", CHANNELS[name]), ("dropout", 0.5)]
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,6 @@ def test_run_folder_resumes_and_holds_the_model(tmp_path, capsys):
     (["--model", "resnet99"], "known: cnn, lstm, mlp, resnet18, vgg"),
     (["--groups", "1,2"], "groups 1,2"),
     (["--groups", "a,b"], "--groups 'a,b'"),
-    (["--option", "channels"], "KEY=VALUE"),
     (["--option", "depth=3"], "no option depth"),
     (["--option", "channels=4"], "channels"),
     (["--batch-size", "1"], "--batch-size is 1: Expected `int` >= 2"),
@@ -167,7 +166,8 @@ def test_wrong_usage_exits_with_two(capsys):
 
 @pytest.mark.parametrize("flags", [
     ["--threads", "99999999999999999999"], ["--threads", "0"], ["--processes", "0"],
-    ["--personalise", "200000"], ["--run-dir", ""], ["--out", ""],
+    ["--personalise", "200000"], ["--run-dir", ""], ["--out", ""], ["--option", "channels"],
+    ["--option", "channels=4,"],
 ], ids=str)  # fmt: skip
 def test_values_that_no_run_can_have_are_wrong_usage(capsys, flags):
     with pytest.raises(SystemExit) as stop:
@@ -182,7 +182,6 @@ def test_serve_refuses_what_devices_would(tmp_path, capsys):
     for flags, said in [
         ([*shape, "--deadline", "inf"], "--deadline is inf: Expected `float` <= 1000000000"),
         ([*shape, "--grace", "0"], "--grace is 0.0: Expected `float` > 0"),
-        (["--input", "a", "--classes", "3"], "--input 'a' is not whole numbers, e.g. 4x4x2"),
         (["--input", "1x8x8", "--classes", "1"], "--classes: got 1 class, expected at least 2"),
     ]:
         assert main([*serve, *flags]) == 1
@@ -226,6 +225,7 @@ def test_late_updates_cannot_be_dropped_in_an_asynchronous_run(tmp_path, capsys)
 
 @pytest.mark.parametrize("flags", [
     ["--give-up-after", "-1"], ["--give-up-after", "nan"], ["--memory-budget", "much"],
+    ["--input", "a"],
 ])  # fmt: skip
 def test_serve_values_out_of_range_are_wrong_usage(tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as stopped:
