@@ -8,19 +8,26 @@ same tensors whatever deeper stages exist, because a weak device builds only the
 """
 
 import math
+from typing import Annotated
 
+import msgspec
 from torch import nn
 
 from edge_sdk.models import ModelSpec, StagedModel, register_family
 
 
-def build(spec: ModelSpec) -> StagedModel:
-    """spec.exit stages; `--option width=96` is spec.options["width"]."""
-    width = int(spec.options.get("width", 64))
-    inputs = math.prod(spec.input_shape)
+class Perceptron(msgspec.Struct, frozen=True):
+    """What `--option width=96` may be."""
+
+    width: Annotated[int, msgspec.Meta(ge=1, le=10_000, description="features of a stage")] = 64
+
+
+def build(spec: ModelSpec, options: Perceptron) -> StagedModel:
+    """spec.exit stages."""
+    width, inputs = options.width, math.prod(spec.input_shape)
     stages: list[nn.Module] = [nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.ReLU())]
     stages += [nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(1, spec.exit)]
     return StagedModel(stages, [nn.Linear(width, spec.num_classes) for _ in stages])
 
 
-register_family("perceptron", build)
+register_family("perceptron", build, Perceptron)

@@ -28,6 +28,15 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture
+def own_things(monkeypatch):
+    """Families, methods, rules and generators that a test registers are forgotten after it."""
+    from tests.support.own import forgotten
+
+    with forgotten(monkeypatch):
+        yield
+
+
+@pytest.fixture
 def shards_folder(tmp_path, monkeypatch):
     """Where a Client puts shards; none is left at the end."""
     folder = tmp_path / "temporary"

@@ -6,18 +6,18 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
-from coordinator.config import AggregationOptions, GeneratorOptions
+from coordinator.aggregation.registry import RULES
+from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS
 from coordinator.presets import PRESETS
-from edge_sdk import models
 from edge_sdk.data import load_shard, save_shard
-from edge_sdk.models import FAMILIES
+from edge_sdk.models import FAMILIES, build
 from edge_sdk.protocol.keys import make_keys
 from tests.support.documents import (
     COMMANDS,
@@ -214,20 +214,16 @@ def test_the_client_in_the_readme_is_made(tmp_path, monkeypatch):
     exec("client.stop()\nclient.run()", names)
 
 
-def test_the_family_in_the_readme_builds(monkeypatch):
-    monkeypatch.setattr(models, "FAMILIES", dict(FAMILIES))
-    exec(python_block("register_family("), {})
+def test_the_family_in_the_readme_builds(own_things):
+    before = set(FAMILIES)
+    exec(python_block("register_family("), {"__name__": "readme"})
     spec = cnn(2)
-    (built,) = [models.FAMILIES[name](spec) for name in set(models.FAMILIES) - set(FAMILIES)]
+    (built,) = [build(replace(spec, family=name)) for name in set(FAMILIES) - before]
     logits = built(torch.from_numpy(examples(5).x))
     assert [tuple(each.shape) for each in logits] == [(5, 3), (5, 3)]
 
 
 # -- tables that hold what the code has -----------------------------------------------------------
-
-
-def choices(options: type, field: str) -> set[str]:
-    return set(get_args(get_type_hints(options)[field]))
 
 
 def packages(name: str) -> set[str]:
@@ -238,8 +234,8 @@ def packages(name: str) -> set[str]:
     ("README.md", "Methods", {*METHODS, "hypemefed --paper"}),
     ("docs/methods.md", "Methods", {*METHODS, "hypemefed --paper"}),
     ("docs/methods.md", "Models", set(FAMILIES)),
-    ("docs/methods.md", "**Generation", choices(GeneratorOptions, "name") - {"none"}),
-    ("docs/security.md", "Harmful updates", choices(AggregationOptions, "rule")),
+    ("docs/methods.md", "**Generation", set(GENERATORS) - {"none"}),
+    ("docs/security.md", "Harmful updates", set(RULES)),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_a_table_has_a_row_for_each(file, heading, known):
     assert sorted(first_cells((ROOT / file).read_text(), heading)) == sorted(known)

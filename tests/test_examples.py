@@ -13,9 +13,9 @@ from uuid import uuid4
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from coordinator.cli.main import main as coordinate
-from edge_sdk import models
 from edge_sdk.data import save_shard
 from edge_sdk.infer.export import export
 from edge_sdk.models import build
@@ -43,7 +43,7 @@ def test_an_example_is_short_and_says_how_it_is_called(path):
     text = path.read_text()
     assert text.count("\n") <= MOST_LINES
     said = f"examples/{path.name}" in text
-    assert said or "--import own_family" in text
+    assert said or f"--import {path.stem}" in text
 
 
 def test_a_run_from_python(tmp_path, capsys):
@@ -55,27 +55,18 @@ def test_a_run_from_python(tmp_path, capsys):
     assert (tmp_path / "run" / "model.safetensors").stat().st_size > 1000
 
 
-@pytest.fixture
-def own_family(monkeypatch):
-    """Importable and registered in this test only."""
-    monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
-    monkeypatch.syspath_prepend(FOLDER)
-    monkeypatch.delitem(sys.modules, "own_family", raising=False)
-    yield
-    sys.modules.pop("own_family", None)
-
-
-def test_an_own_family_trains(own_family, capsys):
+def test_an_own_family_trains(own_things, capsys):
     flags = "emulate --import own_family --model perceptron --option width=8 --data digits"
     small = "--examples 60 --test-examples 20 --clients 3 --groups 1,1,1 --rounds 1 --epochs 1"
     assert coordinate([*flags.split(), *small.split(), "--split", "iid"]) == 0
     assert capsys.readouterr().out.startswith("round 1: 3 of 3 returned")
 
 
-def test_a_prefix_of_the_own_family_holds_the_same_tensors(own_family):
-    family = runpy.run_path(str(FOLDER / "own_family.py"))
+def test_a_prefix_of_the_own_family_holds_the_same_tensors(own_things):
+    runpy.run_path(str(FOLDER / "own_family.py"))
+    spec = replace(cnn(), family="perceptron", options={"width": 8})
     shapes: list[dict[str, Any]] = [
-        {name: tensor.shape for name, tensor in family["build"](cnn(exit)).tensors().items()}
+        {n: tensor.shape for n, tensor in build(replace(spec, exit=exit)).tensors().items()}
         for exit in (2, 3)
     ]
     assert shapes[0].items() < shapes[1].items()

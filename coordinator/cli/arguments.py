@@ -86,7 +86,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(group, AggregationOptions, choices={"rule": RULES})
     add_flags(group, ServerOptions)
     group = parser.add_argument_group("stages that few clients train", description=OWN_VALUES)
-    add_flags(group, GeneratorOptions, choices={"name": ["none", *GENERATORS]})
+    add_flags(group, GeneratorOptions, choices={"name": GENERATORS})
     add_flags(group, RotationOptions)
     add_flags(group, DistillOptions)
 

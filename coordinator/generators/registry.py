@@ -5,8 +5,8 @@ from the model's shapes to a Generator, in a file of its own:
     def mine(shapes, names, settings, seed, device, options: MyOptions) -> Generator: ...
 
 shapes: of every parameter, by name; names: of those that are to be generated, those of stage and
-exit 1, which are sources only, included. "none" is no generator: each tensor is the mean over its
-owners. Nothing here loads torch: the command line asks for names before anything is run.
+exit 1, which are sources only, included. Nothing here loads torch: the command line asks for names
+before anything is run.
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 
     from coordinator.generators.base import Generator
 
-GENERATORS: Kind[Generator] = Kind(
+GENERATORS: Kind[Generator | None] = Kind(
     "generator", "register_generator", "coordinator.generators", __file__
 )
 register_generator = GENERATORS.register
+
+
+@register_generator("none")
+def none(*_: object) -> None:
+    """Each tensor is the mean over its owners."""
 
 
 def make_generator(

@@ -39,8 +39,7 @@ def defaults_of(
     if is_paper and not entry.paper:
         raise ConfigError(f"--paper is hypemefed's, not {method}'s; leave one of them out")
     found = entry.paper if is_paper else entry.defaults
-    generator = generator or found.get("generator.name", "none")
-    filled = {} if generator == "none" else GENERATORS[generator].defaults
+    filled = GENERATORS[generator or found.get("generator.name", "none")].defaults
     return {**filled, **found, **(ADAPTIVE if optimizer != "fedavgm" else {})}
 
 
@@ -67,13 +66,12 @@ def check_method(config: RunConfig) -> None:
     method, generator = METHODS[config.method], config.generator.name
     METHODS.own(config.method, config.own)
     RULES.own(config.aggregation.rule, config.aggregation.own)
-    if generator != "none":
-        GENERATORS.own(generator, config.generator.own)
-        if "generator" not in method.uses:
-            raise ConfigError(
-                f"method {config.method!r} generates nothing, so --generator {generator} "
-                "has no place there; use --method hypemefed"
-            )
+    GENERATORS.own(generator, config.generator.own)
+    if generator != "none" and "generator" not in method.uses:
+        raise ConfigError(
+            f"method {config.method!r} generates nothing, so --generator {generator} "
+            "has no place there; use --method hypemefed"
+        )
     if config.rotation.mode != "off" and "rotation" not in method.uses:
         raise ConfigError(
             f"method {config.method!r} has the same stages for everybody, so --rotation "

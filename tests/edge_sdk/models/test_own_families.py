@@ -20,7 +20,6 @@ from coordinator.methods.registry import make_method
 from coordinator.runs.evaluate import accuracy_per_exit
 from coordinator.runs.rounds import run_rounds
 from coordinator.store.store import Store
-from edge_sdk import models
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import StagedModel, build, initial_tensors, register_family
 from edge_sdk.protocol.messages import ModelSpec, Segment
@@ -64,9 +63,8 @@ def build_bad(spec: ModelSpec) -> StagedModel:
 
 
 @pytest.fixture(autouse=True)
-def families(monkeypatch):
+def families(own_things):
     """Known in these tests only."""
-    monkeypatch.setattr(models.FAMILIES, "_entries", dict(models.FAMILIES._entries))
     register_family("masked", build_masked)
     register_family("bad", build_bad)
 
