@@ -9,14 +9,14 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.config import GeneratorOptions, RotationOptions, ServerOptions
-from coordinator.generators.registry import make_generator
+from coordinator.generators.registry import GENERATORS, make_generator
 from coordinator.methods.registry import make_method
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import ModelSpec, Segment
 from tests.support.examples import answer, client, cnn, config
 
-NAMES = ("svd-mlp", "naive-mlp", "svd-mlp-residual", "update-regression")
+NAMES = [name for name in GENERATORS if name != "none"]
 SMALL = {"rank": 4, "hidden": 8, "epochs": 2}
 COHORT = [client("a", 1), client("b", 1), client("c", 2), client("d", 3), client("e", 3)]
 SPECS = {

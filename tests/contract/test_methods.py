@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from coordinator.aggregation.registry import RULES
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import AggregationOptions, GeneratorOptions, ServerOptions
 from coordinator.methods.registry import METHODS, make_method
@@ -22,18 +23,13 @@ PLAIN = ServerOptions(momentum=0.0, lr=1.0)
 NO_GENERATION = GeneratorOptions(gain=0.0)
 
 
-@pytest.fixture(params=sorted(METHODS))
+@pytest.fixture(params=METHODS)
 def name(request):
     return request.param
 
 
-AGGREGATIONS = {
-    "mean": AggregationOptions(),
-    "trimmed-mean": AggregationOptions(rule="trimmed-mean"),
-    "median": AggregationOptions(rule="median"),
-    "norm-bounded": AggregationOptions(rule="norm-bounded"),
-    "clip": AggregationOptions(clip=1.0),
-}
+AGGREGATIONS = {rule: AggregationOptions(rule=rule) for rule in RULES}
+AGGREGATIONS["clip"] = AggregationOptions(clip=1.0)
 
 
 @pytest.fixture(params=AGGREGATIONS)
