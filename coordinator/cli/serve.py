@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coordinator.cli.arguments import SHARED, add_flags, add_run_arguments, run_config
 from coordinator.cli.export import add_export_flag
@@ -14,6 +14,9 @@ from coordinator.settings import shaped
 from edge_sdk.cli.flags import add_command, duration_flag, path_flag, shape_flag, size_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.imports import heavy_imports
+
+if TYPE_CHECKING:
+    from coordinator.runs.serving import ServeSettings
 
 PACE = (  # fields of RunConfig, of rounds over real devices
     "min_clients", "deadline_s", "grace_s", "quorum", "min_updates", "mode", "late",
@@ -56,9 +59,15 @@ def add_serve_command(commands: Any) -> None:
 
 def run_serve(args: argparse.Namespace) -> int:
     with heavy_imports():
-        from coordinator.runs.serving import ServeSettings, serve
-    if args.run_dir is None:
-        raise ConfigError("serve needs --run-dir, the folder that the run lives in")
+        from coordinator.runs.serving import serve
+    serve(*serve_settings(args))
+    return 0
+
+
+def serve_settings(args: argparse.Namespace) -> tuple[RunConfig, ServeSettings]:
+    """What `serve` is called with. Raises ConfigError for what lacks."""
+    from coordinator.runs.serving import ServeSettings
+
     config = run_config(args, (*SHARED, *PACE), data=args.test or "")
     if not args.test:
         if args.input is None or args.classes is None:
@@ -66,6 +75,8 @@ def run_serve(args: argparse.Namespace) -> int:
                 "give --test SOURCE, or --input and --classes to train without a test set"
             )
         config = shaped(config, args.input, args.classes)
+    if args.run_dir is None:
+        raise ConfigError("serve needs --run-dir, the folder that the run lives in")
     settings = ServeSettings(
         folder=args.run_dir,
         is_resumed=args.resume,
@@ -79,5 +90,4 @@ def run_serve(args: argparse.Namespace) -> int:
         metrics=args.metrics,
         export=args.export,
     )
-    serve(config, settings)
-    return 0
+    return config, settings

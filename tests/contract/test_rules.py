@@ -1,4 +1,4 @@
-"""What every aggregation rule must do, by its kernel alone; test_methods.py runs each in a method."""
+"""What every aggregation rule must do, its kernel alone; test_methods.py runs each in a method."""
 
 from __future__ import annotations
 

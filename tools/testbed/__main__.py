@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from coordinator.admission.client_list import add_client
-from coordinator.cli.arguments import settle
-from coordinator.cli.serve import add_serve_command
+from coordinator.cli.arguments import CommandParser
+from coordinator.cli.serve import add_serve_command, serve_settings
 from coordinator.cohorts.population import split_shards
 from coordinator.methods.registry import METHODS
 from coordinator.runs.serving import check_serve
@@ -44,7 +44,6 @@ from edge_sdk.errors import ConfigError, EdgeError, StoreError
 from edge_sdk.hardware.boards import OWN_NAME, board
 from edge_sdk.hardware.measure import emulated
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
-from edge_sdk.helpers.imports import import_module
 from edge_sdk.models import build
 from edge_sdk.protocol.keys import make_keys
 from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan, Segment
@@ -184,12 +183,10 @@ def check_flags(args: argparse.Namespace, folder: Path) -> None:
     check_alpha(args.alpha)
     given_s = 0.0 if args.deadline == "auto" else args.deadline
     parser = argparse.ArgumentParser(prog="edge-coordinator")
-    add_serve_command(parser.add_subparsers())
+    add_serve_command(parser.add_subparsers(parser_class=CommandParser))
     num_devices = sum(count for _, count in platforms)
-    served = settle(parser, serve_command(args, folder, num_devices, given_s))
-    for module in served.imports:
-        import_module(module)
-    check_serve(served)
+    served = parser.parse_args(serve_command(args, folder, num_devices, given_s))
+    check_serve(*serve_settings(served))
 
 
 def check_model(args: argparse.Namespace) -> None:
