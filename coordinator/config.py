@@ -16,19 +16,32 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import Index, ModelSpec, Plan, Seconds, Segment
 
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Decay: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
+Rate: TypeAlias = Annotated[float, Meta(gt=0, le=1000)]
+NotNegative: TypeAlias = Annotated[float, Meta(ge=0)]
 Size: TypeAlias = Annotated[int, Meta(ge=1, le=2**16)]  # of a network or memory
 # What a registered method, rule or generator has of its own, by name; left out where it has none.
 Own: TypeAlias = dict[str, Any] | UnsetType
 SPLITS = ("dirichlet", "iid", "subject")  # of the examples among emulated clients
 
 
-def told(help: str, *, flag: str = "", metavar: str = "") -> Meta:
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Frozen, checked settings."""
+
+
+def told(help: str, flag: str = "", metavar: str = "") -> Meta:
     """flag: of the command line, by default the field's name with dashes."""
     return Meta(description=help, extra={"flag": flag, "metavar": metavar})
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Frozen, checked settings."""
+CLIP = "bound an update's movement to FACTOR medians of earlier ones, 0: off"
+ROTATION = "a deeper stage for weak clients: beside their prefix, or instead of it"
+DEADLINE = "seconds a job may take, devices plan for it"
+GRACE = "seconds after the deadline before a round closes without its stragglers"
+MODE = "async: a round ends with its quorum, the others go on and count later"
+LATE = "an update of a round that is over: count it, for less, or not"
+HALF_LIFE = "after which a late update counts half"
+EXIT_WEIGHTS = "of the joint loss, e.g. 1,1,2; default all ones"
 
 
 class ServerOptions(Options, frozen=True, kw_only=True):
@@ -44,22 +57,15 @@ class ServerOptions(Options, frozen=True, kw_only=True):
 
     optimizer: Annotated[
         Literal["fedavgm", "fedadam", "fedyogi"],
-        told("of the step from aggregate to model", flag="--server-optimizer"),
+        told("of the step from the global model to the aggregate", "--server-optimizer"),
     ] = "fedavgm"
-    momentum: Annotated[
-        float, Meta(ge=0, lt=1), told("of the server's step", flag="--server-momentum")
-    ] = 0.0
-    lr: Annotated[
-        float, Meta(gt=0, le=1000),
-        told("fedadam, fedyogi: about a weight's step", flag="--server-lr"),
-    ] = 1.0  # fmt: skip
-    beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.99
-    tau: Annotated[float, Meta(gt=0, le=1000)] = 1e-3
+    momentum: Annotated[Decay, told("of that step", "--server-momentum")] = 0.0
+    lr: Annotated[Rate, told("fedadam, fedyogi: about a weight's step", "--server-lr")] = 1.0
+    beta2: Decay = 0.99
+    tau: Rate = 1e-3
     damping: Annotated[Share, told("0 owners' mean, 1 stale copy")] = 0.0
-    ema: Annotated[float, Meta(ge=0, lt=1), told("decay of the served average")] = 0.8
-    serve: Annotated[
-        Literal["ema", "last"], told("the average of the globals, or the last one")
-    ] = "ema"
+    ema: Annotated[Decay, told("decay of the served average")] = 0.8
+    serve: Annotated[Literal["ema", "last"], told("that average, or the last global model")] = "ema"
 
 
 # A step of fedadam or fedyogi is about lr per weight, whatever the aggregate's: 1 would ruin a
@@ -69,18 +75,14 @@ ADAPTIVE: Mapping[str, Any] = {"server.momentum": 0.9, "server.lr": 0.01}
 
 class AggregationOptions(Options, frozen=True, kw_only=True):
     """How a round's updates become one model (aggregation/registry.py), and how far one may move
-    (methods/clipping.py). own: what a rule has beside these."""
+    (methods/clipping.py).
 
-    rule: Annotated[str, told("of many updates to one model", flag="--aggregation")] = "mean"
-    trim: Annotated[
-        float, Meta(ge=0, lt=0.5),
-        told("trimmed-mean: share of a tensor's owners left out at each end"),
-    ] = 0.1  # fmt: skip
-    clip: Annotated[
-        float, Meta(ge=0, le=1e6),
-        told("bound an update's movement to FACTOR medians of earlier ones, 0: off",
-             metavar="FACTOR"),
-    ] = 0.0  # fmt: skip
+    trim: share of a tensor's owners that trimmed-mean leaves out at each end of every coordinate.
+    own: what a rule has beside these."""
+
+    rule: Annotated[str, told("how updates become one model", "--aggregation")] = "mean"
+    trim: Annotated[float, Meta(ge=0, lt=0.5), told("trimmed-mean: share at each end")] = 0.1
+    clip: Annotated[float, Meta(ge=0, le=1e6), told(CLIP, metavar="FACTOR")] = 0.0
     own: Own = UNSET
 
 
@@ -91,16 +93,14 @@ class GeneratorOptions(Options, frozen=True, kw_only=True):
     generate: "conv" main weights only, "conv+bn" every parameter of a stage, "all" exits too.
     gain: weight of a generated tensor against a trained one; 0 is the owners' mean exactly."""
 
-    name: Annotated[str, told("of weights for stages that clients lack", flag="--generator")] = (
-        "none"
-    )
+    name: Annotated[str, told("what fills stages that a client lacks", "--generator")] = "none"
     generate: Annotated[Literal["conv", "conv+bn", "all"], told("which tensors")] = "conv"
     gain: Annotated[Share, told("weight of generated tensors, 0 to 1")] = 1.0
     rank: Annotated[Size, told("of factors, or of update-regression's memory")] = 100
     hidden: Annotated[Size, told("width of the networks")] = 512
-    epochs: Annotated[Size, told("of the networks in a round", flag="--fit-epochs")] = 25
-    lr: Annotated[float, Meta(gt=0, le=1000)] = 5e-4
-    owners_per_step: Annotated[int, Meta(ge=0, le=2**16), told("0: all of a round in one step")] = 0
+    epochs: Annotated[Size, told("of the networks, each round", "--fit-epochs")] = 25
+    lr: Rate = 5e-4
+    owners_per_step: Annotated[int, Meta(ge=0, le=2**16), told("0: all in one step")] = 0
     memory_rows: Annotated[
         int, Meta(ge=4, le=2**16), told("updates that update-regression remembers")
     ] = 30
@@ -108,19 +108,17 @@ class GeneratorOptions(Options, frozen=True, kw_only=True):
 
 
 class RotationOptions(Options, frozen=True, kw_only=True):
-    """Deeper stages for weak clients, over a frozen prefix (methods/rotation.py)."""
+    """Deeper stages for weak clients, over a frozen prefix (methods/rotation.py). add: beside the
+    client's prefix, at most `stages` a round (0: all that it can hold and has time for); replace:
+    one instead of it. draw: needy favours stages with few owners."""
 
-    mode: Annotated[
-        Literal["off", "add", "replace"],
-        told("deeper stages beside a client's prefix, or instead of it", flag="--rotation"),
-    ] = "off"
+    mode: Annotated[Literal["off", "add", "replace"], told(ROTATION, "--rotation")] = "off"
     stages: Annotated[
-        int, Meta(ge=0, le=100),
-        told("at most a round, 0: all that it can hold and has time for", flag="--rotation-stages"),
-    ] = 1  # fmt: skip
+        int, Meta(ge=0, le=100), told("at most a round, 0: all", "--rotation-stages")
+    ] = 1
     draw: Annotated[
         Literal["uniform", "needy"],
-        told("needy: rather stages with few owners", flag="--rotation-draw"),
+        told("needy: rather stages with few owners", "--rotation-draw"),
     ] = "uniform"
 
 
@@ -131,17 +129,13 @@ class DistillOptions(Options, frozen=True, kw_only=True):
 
     direction: Annotated[
         Literal["none", "deep-to-shallow", "shallow-to-deep", "mutual", "auto"],
-        told("which exits of a client teach which", flag="--distill"),
+        told("between a client's exits", "--distill"),
     ] = "none"
-    weight: Annotated[
-        float, Meta(ge=0, le=1000), told("beside the loss of the labels", flag="--distill-weight")
-    ] = 1.0
-    temperature: Annotated[
-        float, Meta(gt=0, le=1000), told("of the softmax", flag="--distill-temperature")
-    ] = 1.0
-    ramp_rounds: Annotated[
-        int, Meta(ge=0), told("rounds to the full weight", flag="--distill-ramp")
-    ] = 10
+    weight: Annotated[float, Meta(ge=0, le=1000), told("in the loss", "--distill-weight")] = 1.0
+    temperature: Annotated[Rate, told("of the softmax", "--distill-temperature")] = 1.0
+    ramp_rounds: Annotated[int, Meta(ge=0), told("rounds to the full weight", "--distill-ramp")] = (
+        10
+    )
 
     def weight_at(self, round: int) -> float:
         if self.direction == "none":
@@ -166,42 +160,22 @@ class RunConfig(Options, frozen=True, kw_only=True):
     batch_size: Annotated[int, Meta(ge=2), told("of a local step")] = 32
     lr: Annotated[float, Meta(gt=0), told("of local steps")] = 1e-3
     optimizer: Annotated[Literal["sgd", "adam"], told("of local steps")] = "adam"
-    momentum: Annotated[float, Meta(ge=0, lt=1), told("of local SGD")] = 0.0
+    momentum: Annotated[Decay, told("of local SGD")] = 0.0
     seed: Annotated[int, Meta(ge=0, lt=2**31), told("of every draw")] = 0
     eval_every: Annotated[Index, told("rounds from one evaluation to the next")] = 1
     eval_tail: Annotated[Index, told("last rounds that are always evaluated")] = 1
-    deadline_s: Annotated[
-        Seconds, told("seconds a job may take, devices plan for it; 0: none", flag="--deadline")
-    ] = 0.0
-    grace_s: Annotated[
-        float, Meta(gt=0, le=10**9),
-        told("seconds after the deadline before a round closes without its stragglers",
-             flag="--grace"),
-    ] = 600.0  # fmt: skip
-    quorum: Annotated[Share, told("share of participants that must return, one at least")] = 0.0
+    deadline_s: Annotated[Seconds, told(DEADLINE, "--deadline")] = 0.0  # 0: none
+    grace_s: Annotated[float, Meta(gt=0, le=10**9), told(GRACE, "--grace")] = 600.0
+    quorum: Annotated[Share, told("share of participants that must return")] = 0.0  # at least one
     min_updates: Annotated[Index, told("and so many of them at least")] = 1
-    mode: Annotated[
-        Literal["sync", "async"],
-        told("async: a round ends with its quorum, the others go on and count later"),
-    ] = "sync"
-    late: Annotated[
-        Literal["accept", "drop"],
-        told("an update of a round that is over: count it, for less, or not"),
-    ] = "accept"
-    staleness_half_life: Annotated[
-        float, Meta(gt=0, le=1000),
-        told("after which a late update counts half", metavar="ROUNDS"),
-    ] = 2.0  # fmt: skip
+    mode: Annotated[Literal["sync", "async"], told(MODE)] = "sync"
+    late: Annotated[Literal["accept", "drop"], told(LATE)] = "accept"
+    staleness_half_life: Annotated[Rate, told(HALF_LIFE, metavar="ROUNDS")] = 2.0
     min_clients: Annotated[Index, told("devices to wait for before the first round")] = 1
-    exit_weights: Annotated[
-        tuple[Annotated[float, Meta(ge=0)], ...],
-        told("of the joint loss, e.g. 1,1,2; default all ones"),
-    ] = ()
-    weight_decay: Annotated[float, Meta(ge=0), told("added to the gradient, times the weights")] = (
-        0.0
-    )
-    prox_mu: Annotated[float, Meta(ge=0), told("FedProx's pull to the received weights")] = 0.0
-    weighting: Annotated[Literal["examples", "equal"], told("of clients in the mean")] = "examples"
+    exit_weights: Annotated[tuple[NotNegative, ...], told(EXIT_WEIGHTS)] = ()
+    weight_decay: Annotated[NotNegative, told("added to the gradient, times the weights")] = 0.0
+    prox_mu: Annotated[NotNegative, told("FedProx's pull to the received weights")] = 0.0
+    weighting: Annotated[Literal["examples", "equal"], told("of clients")] = "examples"
     population: str = ""  # emulated clients: count, groups, split; a resumed run must have the same
     examples: Annotated[Index | None, told("stratified subset of the training data")] = None
     test_examples: Annotated[Index | None, told("stratified subset of the test data")] = None

@@ -4,8 +4,8 @@ Source: HypeMeFed (Shin et al. 2024, arXiv 2407.03086). Where the paper speaks i
 VGG of four blocks with three exits, 300 rounds of 5 epochs with Adam, Dirichlet 0.5, a fifth of the
 clients a round. Where it is silent the authors' code is: weight decay 0.1 * lr, dropout 0.5 before
 each exit. Not followed: their code tests on a fifth of each client's own data, we on a common test
-set. The published method itself is `--paper` (defaults.py). Presets give no data; `missing_data`
-says which files go where.
+set. The published method itself is `--paper` (methods/hypemefed.py). Presets give no data;
+`missing_data` says which files go where.
 """
 
 from __future__ import annotations

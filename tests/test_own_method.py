@@ -83,7 +83,7 @@ def test_help_has_the_flags_of_what_is_named(capsys, module):
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--shallow", "-1"], "--shallow is -1: Expected `int` >= 0"),
-    (["--paper"], "--paper is hypemefed's, not warm-up's"),
+    (["--paper"], "method 'warm-up' has no settings of a paper; leave --paper out"),
     (["--generator", "svd-mlp"], "method 'warm-up' generates nothing"),
     (["--rotation", "add"], "method 'warm-up' has the same stages for everybody"),
     (["--import", "no_such_module"], "--import no_such_module: No module named"),

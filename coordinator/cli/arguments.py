@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 from coordinator.aggregation.registry import RULES
 from coordinator.config import (
@@ -39,12 +38,11 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.imports import heavy_imports, import_module
 from edge_sdk.protocol.messages import ModelSpec
 
-RUN = ("rounds", "participants", "seed", "eval_every", "eval_tail")  # fields of RunConfig
-TRAINING = (
-    "epochs", "batch_size", "lr", "optimizer", "momentum", "weight_decay", "prox_mu",
-    "exit_weights",
-)  # fmt: skip
-SHARED = (*RUN, *TRAINING, "weighting")  # those that every command has that runs rounds
+# Fields of RunConfig: those that every command has that runs rounds
+RUN = ["rounds", "participants", "seed", "eval_every", "eval_tail"]
+LOCAL = ["epochs", "batch_size", "lr", "optimizer", "momentum", "weight_decay"]
+LOSS = ["prox_mu", "exit_weights"]
+SHARED = [*RUN, *LOCAL, *LOSS, "weighting"]
 PARTS: dict[str, type[Options]] = {  # of RunConfig
     "aggregation": AggregationOptions,
     "server": ServerOptions,
@@ -52,8 +50,9 @@ PARTS: dict[str, type[Options]] = {  # of RunConfig
     "rotation": RotationOptions,
     "distill": DistillOptions,
 }
-OWN_VALUES = "a method has values of its own for some of these where no flag is given"
-ANY_SHAPE, ANY_CLASSES = (1, 1, 1), 2  # of a model until the data is read
+OWN_VALUES = "a method or generator has values of its own for some where no flag is given"
+IMPORT = "Python module that registers model families, methods, ... of your own"
+ANY_DATA: Any = {"input_shape": (1, 1, 1), "num_classes": 2}  # of a model until the data is read
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,24 +62,23 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--method", default="hypemefed", choices=METHODS, help="the federated algorithm")
-    add("--paper", action="store_true", help="hypemefed as published, instead of what is best")
+    add("--paper", action="store_true", help="the method as published, instead of what is best")
     add("--preset", choices=sorted(PRESETS), help="model and training of a published experiment")
     add_flags(group, RunConfig, RUN, defaults={"rounds": 20})
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--threads", type=whole_flag(1, MAX_THREADS), default=1,
-        help="torch threads on the CPU")  # fmt: skip
+    threads = whole_flag(1, MAX_THREADS)
+    add("--threads", type=threads, default=1, help="torch threads on the CPU")
     add("--run-dir", type=path_flag, help="where the run lives")
     add("--resume", action="store_true", help="go on with the run in --run-dir")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="cnn", help="model family")
     add("--exits", type=int, default=3, help="number of exits of the whole model")
-    add("--option", type=option_flag, action="append", default=[], metavar="KEY=VALUE",
-        help="model option")  # fmt: skip
-    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="Python module that registers model families, methods, ... of your own")  # fmt: skip
+    each: Any = {"action": "append", "default": []}
+    add("--option", type=option_flag, metavar="KEY=VALUE", help="model option", **each)
+    add("--import", dest="imports", metavar="MODULE", help=IMPORT, **each)
     group = parser.add_argument_group("local training")
     defaults = {"epochs": DEFAULT_EPOCHS, "batch_size": DEFAULT_BATCH_SIZE}
-    add_flags(group, RunConfig, TRAINING, defaults=defaults)
+    add_flags(group, RunConfig, [*LOCAL, *LOSS], defaults=defaults)
     group = parser.add_argument_group("aggregation", description=OWN_VALUES)
     add_flags(group, RunConfig, ("weighting",))
     add_flags(group, AggregationOptions, choices={"rule": RULES})
@@ -104,14 +102,12 @@ def add_flags(
     for field, flag in flags_of(kind).items():
         if fields is not None and field not in fields:
             continue
-        more: dict[str, Any] = {
-            "help": flag.help,
-            "default": (defaults or {}).get(field, flag.default),
-        }
+        default = (defaults or {}).get(field, flag.default)
+        more: dict[str, Any] = {"help": flag.help, "default": default}
         if flag.kind is bool:
             more["action"] = argparse.BooleanOptionalAction
         elif flag.is_list:
-            more["default"] = ",".join(f"{number:g}" for number in flag.default)
+            more["default"] = ",".join(map(str, flag.default))
         else:
             more |= {"type": flag.kind, "metavar": flag.metavar}
             more["choices"] = (choices or {}).get(field, flag.choices) or None
@@ -133,23 +129,14 @@ def taken(
 def run_config(args: argparse.Namespace, fields: Sequence[str], **settings: Any) -> RunConfig:
     """The settings of a run, whose model gets its shapes from the data. fields: of RunConfig, which
     have flags; settings: those that have none. Raises ConfigError."""
-    parts: dict[str, Any] = {name: kind(**taken(args, kind)) for name, kind in PARTS.items()}
+    values = {name: taken(args, kind) for name, kind in PARTS.items()}
     for part, kind in own_kinds(args).items():
-        own = taken(args, kind)
-        if part:
-            parts[part] = replace(parts[part], own=own)
-        else:
-            settings["own"] = own
-    model = ModelSpec(
-        family=args.model, exit=args.exits, options=dict(args.option),
-        input_shape=ANY_SHAPE, num_classes=ANY_CLASSES,
-    )  # fmt: skip
-    return RunConfig(
-        **{"method": args.method, "model": model}
-        | taken(args, RunConfig, fields)
-        | parts
-        | settings
-    )
+        (values[part] if part else settings)["own"] = taken(args, kind)
+    parts = {name: kind(**values[name]) for name, kind in PARTS.items()}
+    options = dict(args.option)
+    model = ModelSpec(family=args.model, exit=args.exits, options=options, **ANY_DATA)
+    settings |= {"method": args.method, "model": model, **taken(args, RunConfig, fields), **parts}
+    return RunConfig(**settings)
 
 
 def own_kinds(args: argparse.Namespace) -> dict[str, type[Options]]:

@@ -58,7 +58,7 @@ def run_emulate(args: argparse.Namespace) -> int:
         holders=args.holders,
         holdout=HOLDOUT if args.personalise else 0.0,
     )
-    config = run_config(args, (*SHARED, *SUBSETS), data=args.data)
+    config = run_config(args, [*SHARED, *SUBSETS], data=args.data)
     settings = EmulateSettings(
         folder=args.run_dir,
         is_resumed=args.resume,

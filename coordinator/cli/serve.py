@@ -18,10 +18,10 @@ from edge_sdk.helpers.imports import heavy_imports
 if TYPE_CHECKING:
     from coordinator.runs.serving import ServeSettings
 
-PACE = (  # fields of RunConfig, of rounds over real devices
-    "min_clients", "deadline_s", "grace_s", "quorum", "min_updates", "mode", "late",
-    "staleness_half_life",
-)  # fmt: skip
+# Fields of RunConfig
+PACE = ["min_clients", "deadline_s", "grace_s", "quorum", "min_updates"]
+LATE = ["mode", "late", "staleness_half_life"]
+GIVE_UP = "end with status 3 when devices are too few and nothing changes for so long, 0: never"
 
 
 def add_serve_command(commands: Any) -> None:
@@ -42,13 +42,12 @@ def add_serve_command(commands: Any) -> None:
         help="of parts on their way at once, e.g. 256M; default 64M")  # fmt: skip
     add = parser.add_argument_group("data").add_argument
     add("--test", help="common test set: a data source, its test part or else all of it")
-    add("--input", type=shape_flag, metavar="1x28x28", help="without --test: of one example")
+    add("--input", type=shape_flag, metavar="1x28x28", help="without --test: shape of an example")
     add("--classes", type=int, help="without --test: number of classes")
     group = parser.add_argument_group("pace of the rounds")
-    add_flags(group, RunConfig, PACE, defaults={"quorum": 0.5})
-    group.add_argument("--give-up-after", type=duration_flag, default=3600.0, metavar="SECONDS",
-        help="end with status 3 when there are too few devices and nothing changes for so long, "
-        "0: never")  # fmt: skip
+    add_flags(group, RunConfig, [*PACE, *LATE], defaults={"quorum": 0.5})
+    add = group.add_argument
+    add("--give-up-after", type=duration_flag, default=3600.0, metavar="SECONDS", help=GIVE_UP)
     group = parser.add_argument_group("watching and results")
     group.add_argument(
         "--metrics", metavar="HOST:PORT", help="answer Prometheus there; nobody is asked who it is"
@@ -68,7 +67,7 @@ def serve_settings(args: argparse.Namespace) -> tuple[RunConfig, ServeSettings]:
     """What `serve` is called with. Raises ConfigError for what lacks."""
     from coordinator.runs.serving import ServeSettings
 
-    config = run_config(args, (*SHARED, *PACE), data=args.test or "")
+    config = run_config(args, [*SHARED, *PACE, *LATE], data=args.test or "")
     if not args.test:
         if args.input is None or args.classes is None:
             raise ConfigError(

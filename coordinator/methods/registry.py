@@ -37,7 +37,7 @@ def defaults_of(
     the method's own. Raises ConfigError for unknown names, and for --paper where there is none."""
     entry = METHODS[method]
     if is_paper and not entry.paper:
-        raise ConfigError(f"--paper is hypemefed's, not {method}'s; leave one of them out")
+        raise ConfigError(f"method {method!r} has no settings of a paper; leave --paper out")
     found = entry.paper if is_paper else entry.defaults
     filled = GENERATORS[generator or found.get("generator.name", "none")].defaults
     return {**filled, **found, **(ADAPTIVE if optimizer != "fedavgm" else {})}

@@ -24,12 +24,13 @@ from edge_sdk.models.options import FamilyOptions, Sizes, sizes, widths
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.messages import ModelSpec
 
+CHANNELS = (64, 128, 256, 512)
+BLOCKS = (2, 2, 2, 2)
+
 
 class Resnet18Options(FamilyOptions, frozen=True):
-    channels: Annotated[Sizes, Meta(description="of each group (64, 128, 256, 512)")] = (
-        64, 128, 256, 512,
-    )  # fmt: skip
-    blocks: Annotated[Sizes, Meta(description="of each group (2, 2, 2, 2)")] = (2, 2, 2, 2)
+    channels: Annotated[Sizes, Meta(description="of each group (64, 128, 256, 512)")] = ()
+    blocks: Annotated[Sizes, Meta(description="of each group (2, 2, 2, 2)")] = ()
 
 
 class BasicBlock(nn.Module):
@@ -68,8 +69,8 @@ def build_resnet18(spec: ModelSpec, options: Resnet18Options) -> StagedModel:
     if spec.exit > 3:
         raise ConfigError(f"family 'resnet18' has at most 3 exits, got {spec.exit}; use 'cnn'")
     num_groups = spec.exit + 1
-    channels = widths(spec, "channels", options.channels, (), num_groups)[:num_groups]
-    blocks = sizes(spec, "blocks", options.blocks, (), num_groups)[:num_groups]
+    channels = widths(spec, "channels", options.channels, CHANNELS, num_groups)[:num_groups]
+    blocks = sizes(spec, "blocks", options.blocks, BLOCKS, num_groups)[:num_groups]
     stem = conv_block(spec.input_shape[0], channels[0], 2, bias=False)
     groups = [_group(channels[0], channels[0], blocks[0], stride=1)]
     for number in range(1, num_groups):

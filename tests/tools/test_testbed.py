@@ -128,7 +128,6 @@ def test_interrupted_it_leaves_no_process_behind(testbed, tmp_path):
     (["--alpha", "0"], "alpha is 0.0"),
     (["--exits", "0"], "--exits is 0"),
     (["--model", "abacus"], "unknown model family 'abacus'"),
-    (["--option", "channels"], "KEY=VALUE"),
     (["--", "--quorum", "2"], "--quorum is 2.0"),
     (["--", "--import", "no_such_module"], "--import no_such_module"),
     (["--", "--resume"], "holds no run"),
@@ -145,7 +144,7 @@ def test_bad_flags_are_one_line(tmp_path, capsys, flags, said):
 
 @pytest.mark.parametrize("flags", [
     ["--method", "fedavgx"], ["--deadline", "-1"], ["--deadline", "soon"], ["--deadline", "nan"],
-    ["--", "--mode", "fast"],
+    ["--", "--mode", "fast"], ["--option", "channels"],
 ], ids=" ".join)  # fmt: skip
 def test_wrong_usage_is_told_with_the_flag(tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as ended:
