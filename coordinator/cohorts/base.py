@@ -1,7 +1,4 @@
-"""Clients, what they are given and what they return; the seam that real and emulated rounds share.
-
-InProcessCohort trains the same jobs in this process, one after another, for experiments.
-"""
+"""Clients, what they are given and what they return: the seam between rounds and who trains."""
 
 from __future__ import annotations
 
@@ -11,12 +8,13 @@ from typing import Protocol
 
 from edge_sdk.protocol.messages import (
     DeviceProfile,
-    ExitResult,
     ModelSpec,
     Phase,
     Plan,
     Segment,
+    Struct,
     TensorSpec,
+    Update,
 )
 from edge_sdk.protocol.tensors import Tensors
 
@@ -46,32 +44,69 @@ class Assignment:
     returns: tuple[TensorSpec, ...]
 
 
+BLANK = Update(  # where no message travelled; what is known is filled in with replace()
+    job="",
+    digest="",
+    round=0,
+    num_examples=0,
+    num_steps=0,
+    exits=(),
+    phases={},
+    peak_memory_bytes=0,
+    tensors=(),
+)
+
+
+class ArrivedUpdate(Struct, frozen=True, kw_only=True):
+    """A whole update but for its tensors: the participant's own message, and how it came. That of
+    an emulated client names no round (0), job ("") or digest (""), and was not uploaded (None).
+
+    segments: of its job; bytes_down, bytes_up: moved for the job and for the update."""
+
+    update: Update
+    segments: tuple[Segment, ...]
+    upload_s: float | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
 @dataclass(frozen=True)
 class ClientUpdate:
     """What a participant returned, checked against its assignment. Whoever keeps a tensor over the
     round copies it: it may lie in a file that the next round writes over.
 
-    round: of its job; staleness: rounds that have ended since. sent: what the job began from, for
-    those. job, digest: by which the update is known. In this process: 0, 0, nothing, "" and ""."""
+    staleness: rounds that have ended since that of its job; sent: what the job began from, where
+    they are more than none."""
 
     client: Client
+    arrived: ArrivedUpdate
     tensors: Tensors
-    segments: tuple[Segment, ...]
-    num_examples: int
-    num_steps: int
-    exits: tuple[ExitResult, ...]
-    phases: Mapping[str, Phase]
-    peak_memory_bytes: int = 0
-    bytes_down: int = 0
-    bytes_up: int = 0
-    retries: int = 0
-    micro_batch: int = 0  # of the plan as it was trained
-    recompute: bool = False
-    round: int = 0
     staleness: int = 0
     sent: Tensors = field(default_factory=dict)
-    job: str = ""
-    digest: str = ""
+
+    @property
+    def told(self) -> Update:
+        """The participant's own message."""
+        return self.arrived.update
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.arrived.segments
+
+    @property
+    def num_examples(self) -> int:
+        return self.told.num_examples
+
+    @property
+    def round(self) -> int:
+        return self.told.round
+
+    @property
+    def phases(self) -> Mapping[str, Phase]:
+        """The times that the participant told, and that of the upload."""
+        upload_s = self.arrived.upload_s
+        upload = {} if upload_s is None else {"upload": Phase(wall_s=upload_s)}
+        return dict(self.told.phases) | upload
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Absence, ArrivedUpdate, Assignment, Client, ClientUpdate
 from coordinator.fleet.counters import Counters
 from coordinator.fleet.flow_control import Budget, LinkRates
 from coordinator.fleet.open_job import (
@@ -20,16 +20,15 @@ from coordinator.fleet.open_job import (
     Senders,
     check_update,
     check_values,
-    counted,
     make_job,
 )
-from coordinator.fleet.spool import ArrivedUpdate, Spool
+from coordinator.fleet.spool import Spool
 from coordinator.fleet.transfers import Transfers
 from edge_sdk.errors import EdgeError, StoreError
 from edge_sdk.helpers.logs import Kind, event
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Message, Part, Ready, Update
-from edge_sdk.protocol.tensors import Receiver, Sender
+from edge_sdk.protocol.tensors import Receiver, Sender, Tensors
 
 log = logging.getLogger(__name__)
 RESEND_S = 10.0  # a device that says it has another job gets it again
@@ -108,7 +107,7 @@ class Jobs:
                 log.warning("%s; it is asked for again", error)
             else:
                 log.info("round %d: %s's update had arrived before the stop", round, name)
-                self._count(open_job, counted(client, arrived, tensors, assignment.tensors))
+                self._count(open_job, arrived, tensors)
                 return
         self._send(name, job, None)  # to whom it does not reach it is given again
 
@@ -151,7 +150,7 @@ class Jobs:
                 continue
             if found := self._spool.take_update(job.round, client.id, job.id):
                 self._done[client.id] = job.id, True
-                self.finished.append(counted(client, *found, tensors))
+                self.finished.append(ClientUpdate(client, *found, sent=tensors))
                 continue
             assignment = Assignment(job.model, job.plan, tensors, held.returns)
             link_rates = self._link_rates.setdefault(client.id, LinkRates())
@@ -340,16 +339,15 @@ class Jobs:
             upload_s=upload_s, bytes_down=open_job.bytes_down, bytes_up=open_job.bytes_up,
         )  # fmt: skip
         self._spool.save_update(open_job.round, open_job.name, arrived)
-        self._count(
-            open_job, counted(open_job.client, arrived, tensors, open_job.assignment.tensors)
-        )
+        self._count(open_job, arrived, tensors)
 
-    def _count(self, open_job: OpenJob, update: ClientUpdate) -> None:
+    def _count(self, open_job: OpenJob, arrived: ArrivedUpdate, tensors: Tensors) -> None:
         extra = event("update_accepted", client=open_job.name, round=open_job.round)
         log.info("round %d: the update of %s counts", open_job.round, open_job.name, extra=extra)
         self._end(open_job, counts=True)
         self._tell(open_job.name, Accepted(round=open_job.round))
-        self.finished.append(update)
+        sent = open_job.assignment.tensors
+        self.finished.append(ClientUpdate(open_job.client, arrived, tensors, sent=sent))
 
     def _refuse(self, open_job: OpenJob, error: EdgeError) -> None:
         self._fault(open_job.name, error.code, str(error), open_job.round)

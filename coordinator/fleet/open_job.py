@@ -12,11 +12,10 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from coordinator.cohorts.base import Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Assignment, Client
 from coordinator.fleet.flow_control import LinkRate, LinkRates
-from coordinator.fleet.spool import ArrivedUpdate
 from edge_sdk.errors import ShapeError
-from edge_sdk.protocol.messages import Job, Phase, Ready, Update
+from edge_sdk.protocol.messages import Job, Ready, Update
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import Receiver, Sender, Tensors, check_finite, check_specs
 
@@ -170,32 +169,6 @@ def make_job(
         plan=assignment.plan,
         tensors=sender.specs,
         deadline_s=deadline_s,
-    )
-
-
-def counted(
-    client: Client, arrived: ArrivedUpdate, tensors: Tensors, sent: Tensors
-) -> ClientUpdate:
-    """A checked update as the method gets it. sent: what its job began from."""
-    update = arrived.update
-    return ClientUpdate(
-        client=client,
-        round=update.round,
-        sent=sent,
-        tensors=tensors,
-        segments=arrived.segments,
-        num_examples=update.num_examples,
-        num_steps=update.num_steps,
-        exits=update.exits,
-        phases=dict(update.phases) | {"upload": Phase(wall_s=arrived.upload_s)},
-        peak_memory_bytes=update.peak_memory_bytes,
-        bytes_down=arrived.bytes_down,
-        bytes_up=arrived.bytes_up,
-        retries=update.retries,
-        micro_batch=update.micro_batch,
-        recompute=update.recompute,
-        job=update.job,
-        digest=update.digest,
     )
 
 

@@ -22,24 +22,14 @@ import msgspec
 import torch
 from torch import Tensor
 
-from coordinator.cohorts.base import Client
+from coordinator.cohorts.base import ArrivedUpdate, Client
 from edge_sdk.errors import EdgeError, StoreError
-from edge_sdk.protocol.messages import Job, Segment, Struct, TensorSpec, Update
+from edge_sdk.protocol.messages import Job, Struct, TensorSpec
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout
 from edge_sdk.protocol.tensors import Sender, Tensors, views
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class ArrivedUpdate(Struct, frozen=True, kw_only=True):
-    """What is kept beside the tensors of a whole update."""
-
-    update: Update
-    segments: tuple[Segment, ...]
-    upload_s: float
-    bytes_down: int
-    bytes_up: int
 
 
 class SavedJob(Struct, frozen=True, kw_only=True):

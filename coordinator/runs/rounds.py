@@ -18,7 +18,8 @@ from coordinator.config import RunConfig
 from coordinator.methods.base import Method, Metrics
 from coordinator.runs.evaluate import accuracy_per_exit
 from coordinator.store.status import RunPhase
-from coordinator.store.store import RoundTotals, Store
+from coordinator.store.store import Store
+from coordinator.store.tables import RoundTotals
 from edge_sdk.data.load import Examples
 from edge_sdk.errors import ShapeError, StoreError, TrainerError
 from edge_sdk.models import build

@@ -27,7 +27,7 @@ class Room:
     def __init__(self, folder: Any, **options: Any) -> None:
         self.said: list[tuple[str, Any]] = []
         self.unreachable: set[str] = set()
-        budget = options.pop("credit", None) or Budget()
+        budget = options.pop("budget", None) or Budget()
         self.jobs = Jobs("a run", Spool(folder), budget, self._send, **options)
         self.trained = {"stages.1.0.weight": floats(PARTS * PART_BYTES // 4 - 2, start=1.0)}
 

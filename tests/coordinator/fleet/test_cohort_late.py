@@ -176,7 +176,7 @@ def test_an_update_that_comes_between_two_tries_of_a_round_counts_once(
     bad.ready()
     assert "bad" in {client.id for client in coordinator.clients().result(WAIT_S)}
     again = coordinator.train(work("bad"))
-    assert [result.job for result in again.result(WAIT_S)] == [bad.job.id]
+    assert [result.told.job for result in again.result(WAIT_S)] == [bad.job.id]
 
 
 # -- a coordinator that was restarted --------------------------------------------------------------

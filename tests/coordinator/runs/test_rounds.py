@@ -17,7 +17,8 @@ from coordinator.methods.base import Metrics
 from coordinator.methods.registry import make_method
 from coordinator.runs.emulating import write_json
 from coordinator.runs.rounds import RoundReport, choose_first, gather, print_round, run_rounds
-from coordinator.store.store import RoundTotals, Store
+from coordinator.store.store import Store
+from coordinator.store.tables import RoundTotals
 from edge_sdk.errors import ConfigError, DataError, TrainerError
 from edge_sdk.protocol.messages import Plan, Segment
 from tests.support.examples import answer, client, cnn, config, examples
