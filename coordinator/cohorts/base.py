@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -102,6 +102,14 @@ class ClientUpdate:
         return self.told.round
 
     @property
+    def bytes_down(self) -> int:
+        return self.arrived.bytes_down
+
+    @property
+    def bytes_up(self) -> int:
+        return self.arrived.bytes_up
+
+    @property
     def phases(self) -> Mapping[str, Phase]:
         """The times that the participant told, and that of the upload."""
         upload_s = self.arrived.upload_s
@@ -123,27 +131,16 @@ class Absence:
 
 
 class Cohort(Protocol):
-    """Clients behind one interface; train yields results as they arrive, in any order."""
+    """Clients behind one interface."""
 
     def clients(self) -> Sequence[Client]:
         """Who could be given a job now."""
 
-    def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
-        """A resumed round has these participants, whether they are there yet or not: the first
-        num_chosen were chosen, the others asked for those who failed. No clients: nobody yet."""
+    def train(
+        self, work: Mapping[str, Assignment], round: int, deadline_s: float
+    ) -> Iterator[ClientUpdate | Absence]:
+        """Give these clients these jobs; yield results as they arrive, in any order."""
 
     def rest(self, tries: int) -> bool:
         """Before a round that lacks updates is tried again, after so many tries in vain. False: the
         next would end like the last."""
-
-    @property
-    def num_busy(self) -> int:
-        """Clients that still have the job of a round before."""
-
-    @property
-    def needed(self) -> int:
-        """In asynchronous mode: updates that the round needs, of whatever age."""
-
-    def train(
-        self, work: Mapping[str, Assignment], round: int, deadline_s: float
-    ) -> Iterator[ClientUpdate | Absence]: ...

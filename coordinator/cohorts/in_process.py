@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 
 import torch
@@ -55,14 +55,8 @@ class InProcessCohort:
                 )
             )
 
-    num_busy = 0
-    needed = 1
-
     def clients(self) -> Sequence[Client]:
         return self._clients
-
-    def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
-        """They are all here."""
 
     def rest(self, tries: int) -> bool:
         return tries < MOST_TRIES

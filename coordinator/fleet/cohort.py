@@ -11,9 +11,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohorts.quorum import clients_needed, updates_needed
+from coordinator.config import RunConfig
 from coordinator.fleet.counters import Counters
 from coordinator.fleet.flow_control import BUDGET_BYTES, Budget
 from coordinator.fleet.jobs import Jobs
@@ -35,7 +37,6 @@ from edge_sdk.protocol.messages import (
     Hello,
     ModelSpec,
     Part,
-    Plan,
     Ready,
     Update,
     Welcome,
@@ -56,38 +57,49 @@ class Stopped(Exception):
 
 
 class ZmqCohort:
-    """Clients over a Router. should_stop is asked about twice a second; then Stopped is raised.
+    """Clients over a Router. run: its id; model: that of the run's method. give_up_after_s: how
+    long nothing may change while there are too few devices, 0: without end. budget_bytes: of parts
+    on their way at once. should_stop is asked about twice a second; then Stopped is raised.
     was_counted(job): whether a committed round holds its update. next_round: the first to come; of
     those before, what was under way goes on."""
 
     def __init__(
         self,
         router: Router,
-        terms: ServeOptions,
         spool: Spool,
+        config: RunConfig,
+        model: ModelSpec,
+        *,
+        run: str,
+        give_up_after_s: float = 0.0,
+        budget_bytes: int = BUDGET_BYTES,
         should_stop: Callable[[], bool] = lambda: False,
         was_counted: Callable[[str], bool] = lambda job: False,
         next_round: int = 1,
     ) -> None:
         self._router = router
-        self._terms = terms
+        self._config = config
+        self._is_async = config.mode == "async"
+        self._give_up_after_s = give_up_after_s
+        self._budget_bytes = budget_bytes
+        self._model = model
         self._spool = spool
         self._counters = counters = Counters()
         self._should_stop = should_stop
         welcome = Welcome(
             protocol=PROTOCOL,
-            run=terms.run,
-            model=terms.model,
-            plan=terms.plan,
-            deadline_s=terms.deadline_s,
+            run=run,
+            model=model,
+            plan=config.plan(config.rounds),
+            deadline_s=config.deadline_s,
             heartbeat_s=HEARTBEAT_S,
         )
         self.jobs = Jobs(
-            terms.run,
+            run,
             spool,
-            Budget(terms.budget_bytes),
+            Budget(budget_bytes),
             lambda name, message, payload: self.sessions.send(name, message, payload),
-            takes_late=terms.oldest > 0,
+            takes_late=config.oldest > 0,
             was_counted=was_counted,
             on_absent=lambda name: self.sessions.says_ready(name, None),
             counters=counters,
@@ -112,12 +124,14 @@ class ZmqCohort:
 
     @property
     def needed(self) -> int:
-        """Of the round, when its participants were asked; with those who were at work."""
+        """Updates that the round needs: a share of its participants, in asynchronous mode also of
+        those who were at work for a round before when they were asked."""
         return self._needed
 
     @property
     def num_busy(self) -> int:
-        """Who is gone, and was waited for long enough, keeps nobody from getting a job."""
+        """Clients with a job in hand. One that is late and not connected is not counted: it keeps
+        nobody else from getting a job."""
         open_jobs = self.jobs.open
         return sum(
             not open_job.is_late or name in self.sessions.all
@@ -144,9 +158,11 @@ class ZmqCohort:
         return self._idle_clients()
 
     def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
+        """A round begins. These clients, whether they are there yet or not, take part in one that
+        was cut short: the first num_chosen were chosen, the others asked for those who failed."""
         self._expected = {client.id: client for client in clients}
         self._num_chosen = num_chosen
-        self.jobs.expire(self._round + 1 - self._terms.oldest)  # before anything more is heard
+        self.jobs.expire(self._round + 1 - self._config.oldest)  # before anything more is heard
         self._asked, self._returned, self._needed = set(), set(), 0  # of the round before
         if self._expected:  # they had been there before the restart
             self._assembles_until = min(self._assembles_until, time.monotonic() + SILENCE_S)
@@ -167,15 +183,15 @@ class ZmqCohort:
         round closes when nobody is left to wait for, or at deadline + grace once a quorum has
         returned or no longer can. Asynchronous: as soon as a quorum has returned, others go on.
         Raises QuorumError."""
-        jobs, terms = self.jobs, self._terms
+        jobs, config = self.jobs, self._config
         if round != self._round:
             self._round, self._progress = round, time.monotonic()
             self._asked, self._returned, self._needed = set(), set(), 0
-            jobs.expire(round - terms.oldest)
+            jobs.expire(round - config.oldest)
             jobs.clear_spool(round)
         here = jobs.returned(round)  # came between two tries of the round: nobody is asked twice
         work = {name: job for name, job in work.items() if name not in here}
-        at_work = self.num_busy if terms.is_async else 0
+        at_work = self.num_busy if self._is_async else 0
         known = self._expected | {client.id: client for client in self._idle_clients()}
         for name, assignment in work.items():
             if name in known:
@@ -185,8 +201,8 @@ class ZmqCohort:
         chosen = min(len(work), self._num_chosen or len(work))
         self._expected, self._num_chosen = {}, 0
         told, returned = (started := time.monotonic()), 0
-        needed = terms.needed(chosen + at_work)
-        self._asked |= work.keys() | (jobs.open.keys() if terms.is_async else set())
+        needed = updates_needed(config, chosen + at_work)
+        self._asked |= work.keys() | (jobs.open.keys() if self._is_async else set())
         self._needed = max(self._needed, needed)
         extra = event("round_opened", round=round, chosen=len(work), needed=needed)
         log.info("round %d: %d asked, %d needed", round, len(work), needed, extra=extra)
@@ -197,14 +213,14 @@ class ZmqCohort:
                 if isinstance(result, ClientUpdate):
                     self._progress = time.monotonic()
                     result = replace(result, staleness=round - result.round)
-                    returned += terms.is_async or not result.staleness
+                    returned += self._is_async or not result.staleness
                 yield result
                 del result  # no reference stays here
                 self._num_heard = 0  # messages waited for the caller
-            if not jobs.num_open or (terms.is_async and returned >= needed):
+            if not jobs.num_open or (self._is_async and returned >= needed):
                 jobs.leave_open()
                 return
-            overdue_s = time.monotonic() - started - deadline_s - terms.grace_s
+            overdue_s = time.monotonic() - started - deadline_s - config.grace_s
             is_hopeless = returned + jobs.num_open < needed  # too many have failed
             if overdue_s > 0 and (returned >= needed or is_hopeless):
                 self._drain()  # what came while the caller aggregated is not late
@@ -227,7 +243,7 @@ class ZmqCohort:
             chosen=len(self._asked),
             needed=self._needed,
             returned=len(self._returned),
-            budget_bytes=self._terms.budget_bytes,
+            budget_bytes=self._budget_bytes,
             spool_bytes=folder_bytes(self._spool.folder),
             pending=self._router.num_pending,
             now=time.monotonic(),
@@ -262,14 +278,13 @@ class ZmqCohort:
 
     def _least(self) -> int:
         """Devices that the next round begins with at least."""
-        all = self._terms.min_clients
         if not self._is_assembled and time.monotonic() < self._assembles_until:
-            return all
-        return max(1, math.ceil(self._terms.quorum * all))
+            return self._config.min_clients
+        return clients_needed(self._config)
 
     def _check_progress(self, what: str) -> None:
         """Parts that move are progress, and so is whoever is heard at work."""
-        limit, open_jobs, sessions = self._terms.give_up_after_s, self.jobs.open, self.sessions.all
+        limit, open_jobs, sessions = self._give_up_after_s, self.jobs.open, self.sessions.all
         if not limit or time.monotonic() - self._progress <= limit:
             return
         moved = (open_job.moved for open_job in open_jobs.values())
@@ -285,7 +300,7 @@ class ZmqCohort:
         if isinstance(result, ClientUpdate):
             is_stale = result.round != round
             self._counters.result(name, "stale" if is_stale else "accepted")
-            if not is_stale or self._terms.is_async:
+            if not is_stale or self._is_async:
                 self._returned.add(name)
             return
         self._counters.fault(name, result.code)
@@ -385,7 +400,7 @@ class ZmqCohort:
             self.jobs.on_message(name, message, payload)
 
     def _on_ready(self, name: str, session: Session, ready: Ready) -> None:
-        deepest = self._terms.model.exit
+        deepest = self._model.exit
         if ready.exit > deepest or any(stage > deepest for stage in ready.stages):
             self.sessions.refuse(session.route, "protocol", f"the model has {deepest} exits")
             return
@@ -398,27 +413,3 @@ class ZmqCohort:
             log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason, extra=extra)
         self.jobs.on_ready(name, ready)  # first: what fails here was before this ready
         self.sessions.says_ready(name, ready)
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What every device is told, and when a round may close: see RunConfig. oldest: rounds after
-    which a late update is not taken any more, 0: none is. give_up_after_s: how long nothing may
-    change while there are too few devices, 0: without end."""
-
-    run: str
-    model: ModelSpec
-    plan: Plan
-    deadline_s: float
-    grace_s: float
-    quorum: float
-    min_clients: int
-    min_updates: int = 1
-    is_async: bool = False
-    oldest: int = 0
-    give_up_after_s: float = 0.0
-    budget_bytes: int = BUDGET_BYTES
-
-    def needed(self, chosen: int) -> int:
-        """Updates that a round of so many participants needs."""
-        return max(1, math.ceil(self.quorum * chosen), min(self.min_updates, chosen))

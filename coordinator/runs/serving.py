@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import torch
 from msgspec.structs import replace
 
 from coordinator.admission.client_list import Admission
-from coordinator.fleet.cohort import ServeOptions, ZmqCohort
+from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.flow_control import LEAST_BUDGET_BYTES
 from coordinator.fleet.router import Router, allow_connections
 from coordinator.fleet.spool import Spool
@@ -90,34 +91,33 @@ def serve(args: argparse.Namespace) -> int:
         except BaseException:
             router.close()
             raise
-        return serve_rounds(args, router, store, method, test, device, metrics)
+        return serve_rounds(
+            router,
+            store,
+            method,
+            test,
+            device,
+            metrics,
+            give_up_after_s=args.give_up_after,
+            budget_bytes=args.memory_budget,
+            export=args.export,
+        )
 
 
 def serve_rounds(
-    args: argparse.Namespace,
     router: Router,
     store: Store,
     method: Method,
     test: Examples | None,
     device: torch.device,
     metrics: MetricsServer | None,
+    *,
+    give_up_after_s: float,
+    budget_bytes: int,
+    export: Path | None,
 ) -> int:
     """Rounds over the router until all are done or a signal arrives; closes router and store."""
     config = store.config
-    terms = ServeOptions(
-        run=store.run,
-        model=method.spec,
-        plan=config.plan(config.rounds),
-        deadline_s=config.deadline_s,
-        grace_s=config.grace_s,
-        quorum=config.quorum,
-        min_clients=config.min_clients,
-        min_updates=config.min_updates,
-        is_async=config.mode == "async",
-        oldest=config.oldest,
-        give_up_after_s=args.give_up_after,
-        budget_bytes=args.memory_budget,
-    )
     where = (store.run, store.folder, router.endpoint)
     if store.is_finished:
         log.info("run %s has all its %d rounds already", store.run, config.rounds)
@@ -134,9 +134,17 @@ def serve_rounds(
             monitor.round_done(done)
 
         try:
-            spool = Spool(store.folder / SPOOL)
             cohort = ZmqCohort(
-                router, terms, spool, is_stopping, store.was_counted, store.next_round()
+                router,
+                Spool(store.folder / SPOOL),
+                config,
+                method.spec,
+                run=store.run,
+                give_up_after_s=give_up_after_s,
+                budget_bytes=budget_bytes,
+                should_stop=is_stopping,
+                was_counted=store.was_counted,
+                next_round=store.next_round(),
             )
         except EdgeError:
             store.close()
@@ -149,13 +157,20 @@ def serve_rounds(
             with monitor.until_end(lambda: store.is_finished):
                 store.write_endpoint(router.endpoint)
                 run_rounds(
-                    store, method, cohort, test, device=device,
-                    should_stop=lambda: bool(stopping), report=report, phase=monitor.phase,
-                )  # fmt: skip
+                    store,
+                    method,
+                    cohort,
+                    test,
+                    fleet=cohort,
+                    device=device,
+                    should_stop=lambda: bool(stopping),
+                    report=report,
+                    phase=monitor.phase,
+                )
                 if store.is_finished:
                     path = store.write_model(method.spec, method.served())
                     goodbye = FINISHED
-                    export_served(method, test, args.export)
+                    export_served(method, test, export)
                     told = (store.run, path, logs.event("finished", run=store.run))
                     log.info("run %s is finished, its model is in %s", *told[:2], extra=told[2])
         finally:

@@ -101,15 +101,15 @@ def participation_row(round: int, result: ClientUpdate | Absence) -> dict[str, o
         "client_id": result.client.id,
         "exit": result.client.exit,
         "segments": _segments(result.segments),
+        "bytes_down": result.bytes_down,
+        "bytes_up": result.bytes_up,
     }
     match result:
-        case ClientUpdate(told=told, arrived=arrived, staleness=staleness):
+        case ClientUpdate(told=told, staleness=staleness):
             row |= {"outcome": "ok", "code": "", "detail": "", "staleness": staleness}
-            row |= {"bytes_down": arrived.bytes_down, "bytes_up": arrived.bytes_up}
         case Absence(outcome=outcome, code=code, detail=detail):
             told = BLANK
             row |= {"outcome": outcome, "code": code, "detail": detail, "staleness": 0}
-            row |= {"bytes_down": result.bytes_down, "bytes_up": result.bytes_up}
     return row | {name: _value(getattr(told, name)) for name in TOLD}
 
 

@@ -64,7 +64,7 @@ def test_kill_while_the_json_is_written_counts_as_nothing(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         spool.save_update(3, "a", arrived(TENSORS))
     monkeypatch.undo()
-    assert Spool(tmp_path).take(3, "a", JOB) is None
+    assert Spool(tmp_path).take_update(3, "a", JOB) is None
     keep(spool)  # asked for again
     assert_is_there(spool)
 
