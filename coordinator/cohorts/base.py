@@ -134,7 +134,7 @@ class Cohort(Protocol):
     """Clients behind one interface."""
 
     def clients(self) -> Sequence[Client]:
-        """Who could be given a job now."""
+        """The clients that could be given a job now."""
 
     def train(
         self, work: Mapping[str, Assignment], round: int, deadline_s: float
@@ -142,5 +142,5 @@ class Cohort(Protocol):
         """Give these clients these jobs; yield results as they arrive, in any order."""
 
     def rest(self, tries: int) -> bool:
-        """Before a round that lacks updates is tried again, after so many tries in vain. False: the
-        next would end like the last."""
+        """Wait before a round that lacks updates is tried again, after so many tries in vain. False
+        if the next try would end like the last."""

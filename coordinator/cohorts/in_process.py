@@ -73,7 +73,7 @@ class InProcessCohort:
 def train_here(
     client: Client, job: Assignment, shard: Examples, device: str | torch.device
 ) -> ClientUpdate | Absence:
-    """One job in this process, its result checked as one from the network."""
+    """Train one job in this process; its result is checked as one from the network."""
     try:
         with memory_errors(f"training for {client.id}"):
             result = train(job.model, job.plan, job.tensors, shard, device=device)

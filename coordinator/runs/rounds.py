@@ -84,7 +84,7 @@ def run_rounds(
 
 
 def load_state(store: Store, method: Method) -> None:
-    """That of the last committed round, if there is one. Raises StoreError."""
+    """Give the method its state after the last committed round, if any. Raises StoreError."""
     state = store.load_checkpoint()
     if state is None:
         return
@@ -117,7 +117,7 @@ def evaluate(
 def _closing(
     results: Iterator[ClientUpdate | Absence], round: int, phase: Callable[[RunPhase, int], None]
 ) -> Iterator[ClientUpdate | Absence]:
-    """The results; after the last one the method has only its own work left."""
+    """Pass the results on; after the last one the method has only its own work left."""
     yield from results
     phase("aggregating", round)
 

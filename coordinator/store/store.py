@@ -53,7 +53,7 @@ SPOOL = "spool"
 
 
 class Store:
-    """Opened by `create` for a new run, `resume` to go on with one, `look` only to read it."""
+    """Opened by `create` for a new run, `resume` to go on with one, `open_readonly` to read it."""
 
     def __init__(self, folder: Path, config: RunConfig, run: str, db: sqlite3.Connection) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class Store:
         self._db = db
 
     def lock(self) -> None:
-        """Before writing: no other process may, until this store is closed. Raises StoreError."""
+        """Keep every other process from writing until this store is closed. Raises StoreError."""
         self._lock = RunLock(self.folder)
 
     @classmethod
@@ -99,7 +99,7 @@ class Store:
 
     @classmethod
     def open_readonly(cls, folder: Path) -> Store:
-        """Only to read, also where nothing may be written. Raises StoreError."""
+        """Open the run to read it, also where nothing may be written. Raises StoreError."""
         return cls._open(folder, connect_to_read, "give the --run-dir of a run")
 
     @classmethod
@@ -129,7 +129,7 @@ class Store:
         return "go on with --resume" + (f" at round {round}" if round else "")
 
     def next_round(self) -> int:
-        """1 for a new run, else the one after the last that was committed."""
+        """The round after the last that was committed; 1 for a new run."""
         return int(self._read("SELECT COALESCE(MAX(round), 0) + 1 FROM rounds")[0][0])
 
     @property
@@ -138,7 +138,8 @@ class Store:
         return self.next_round() > self.config.rounds
 
     def load_checkpoint(self) -> Tensors | None:
-        """State of the last committed round; None before the first. Raises StoreError."""
+        """The method's state after the last committed round; None before the first. Raises
+        StoreError."""
         rows = self._read("SELECT checkpoint FROM rounds ORDER BY round DESC LIMIT 1")
         if not rows:
             return None
@@ -177,7 +178,7 @@ class Store:
         return rounds
 
     def client_exits(self) -> dict[str, int]:
-        """Of every client that was ever chosen, its exit as last known."""
+        """The exit, as last known, of every client that was ever chosen."""
         return dict(self._read("SELECT client_id, exit FROM clients"))
 
     def trained(self) -> list[tuple[int, int, str, int]]:
@@ -187,7 +188,7 @@ class Store:
         )
 
     def begin(self, round: int, chosen: Iterable[Client]) -> None:
-        """These take part in the round, beside who does already. Raises StoreError."""
+        """Note that these clients take part in the round too. Raises StoreError."""
         try:
             self._journal.add(round, chosen)
         except OSError as error:
@@ -207,7 +208,7 @@ class Store:
         )
 
     def record_clients(self, clients: Iterable[Client]) -> None:
-        """What is known of each client now; replaces what was known. Part of the next commit."""
+        """Record what is known of each client now, for the next commit."""
         for client in clients:
             self._insert("clients", client_row(client), "OR REPLACE")
 
@@ -267,7 +268,7 @@ class Store:
         return path
 
     def write_endpoint(self, endpoint: str) -> None:
-        """Where the coordinator listens, for scripts: the port may be any free one."""
+        """Tell scripts where the coordinator listens: the port may be any free one."""
         path = self.folder / "endpoint"
         try:
             path.write_text(endpoint + "\n")
@@ -344,7 +345,7 @@ def _utc() -> str:
 
 
 def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Store:
-    """A new run, or with `resume` the one there, which must have the same settings."""
+    """Begin a run, or with `resume` go on with the one there, which must have the same settings."""
     store = Store.resume(folder) if resume else Store.create(folder, config, kind)
     try:
         store.lock()

@@ -71,7 +71,7 @@ NUM_ROUTES = 2 * UNREACHABLE
 # When it listened, which any message changes; sums over clients; what only reads tensors.
 NO_STATE = (
     "_router", "_num_heard", "_listened", "_looked", "_progress", "_used", "_queues", "_counters",
-    "_spool", "Sender",
+    "_spool", "_sessions", "Sender",
 )  # fmt: skip
 PROFILE = DeviceProfile(
     platform="generic", memory_total_bytes=2**32, memory_available_bytes=2**31, cores=4, gflops=10.0
@@ -369,7 +369,7 @@ def may_change(place: Place, faults: list[Fault]) -> bool:
         return True
     about_job = [fault for fault in faults if fault.round == ROUND]
     return any(fault.code != "round" for fault in about_job) or (
-        bool(about_job) and place[-1] == "awaits_ready"
+        bool(about_job) and place[-1] == "phase"
     )
 
 

@@ -24,6 +24,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import ExitResult, Update
 from edge_sdk.protocol.tensors import Sender
 from tests.support.examples import ROBUST, answer, client, config, examples, options_of
+from tests.support.jobs import Mailbox
 from tools.bench.robust import accuracy
 
 
@@ -50,9 +51,8 @@ def test_update_that_is_not_finite_does_not_come_back_from_the_spool(tmp_path, v
     job = method.assign(who, 1)
 
     def jobs():
-        return Jobs(
-            "run", spool, Budget(2**20), lambda name, message, _: bool(sent.append(message))
-        )
+        note = Mailbox(lambda name, message, _: bool(sent.append(message)))
+        return Jobs("run", spool, Budget(2**20), note)
 
     jobs().give(who, job, 1, 0.0)
     trained = {spec.name: job.tensors[spec.name] for spec in job.returns}

@@ -20,6 +20,7 @@ from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.messages import Accepted, Fault, Job, Message, Part
 from edge_sdk.protocol.tensors import Sender
 from tests.support.devices import WAIT_S, Coordinator, ScriptedDevice
+from tests.support.jobs import Mailbox
 from tests.support.jobs_and_results import (
     BOTH,
     FLOATS_PER_PART,
@@ -189,7 +190,7 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
     def open_desk() -> tuple[Jobs, list[tuple[str, Message]]]:
         sent: list[tuple[str, Message]] = []
         note = lambda name, message, _: sent.append((name, message)) or True  # noqa: E731
-        jobs = Jobs("a run", Spool(tmp_path), Budget(), note)
+        jobs = Jobs("a run", Spool(tmp_path), Budget(), Mailbox(note))
         for name in names:
             jobs.give(Client(id=name, exit=3, num_examples=10), job, 1, 0.0)
         return jobs, sent

@@ -21,6 +21,7 @@ from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Heartbeat, Job, M
 from edge_sdk.protocol.stream import PART_BYTES
 from tests.support.devices import WAIT_S, ScriptedDevice, make_cohort
 from tests.support.examples import client
+from tests.support.jobs import Mailbox
 from tests.support.jobs_and_results import (
     BOTH,
     FLOATS_PER_PART,
@@ -222,7 +223,7 @@ def test_nobody_begins_to_upload_when_the_round_closes(tmp_path, quick_links):
     sent: list[tuple[str, Message]] = []
     spool, budget = Spool(tmp_path), Budget(2 * PART_BYTES)
     note = lambda name, message, _: sent.append((name, message)) or True  # noqa: E731
-    jobs = Jobs("a run", spool, budget, note, takes_late=False)
+    jobs = Jobs("a run", spool, budget, Mailbox(note), takes_late=False)
     job = assignment(FLOATS_PER_PART)  # two parts
     for name in BOTH:
         device = SimpleNamespace(name=name)

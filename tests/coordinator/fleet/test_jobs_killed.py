@@ -33,6 +33,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.tensors import Sender, specs_of
 from tests.support.examples import cnn
+from tests.support.jobs import Mailbox
 
 MODES = ("late", "async", "drop")
 ROUNDS, OLDEST, DEVICES = 25, 3, 6
@@ -123,7 +124,7 @@ class Run:
             device.is_linked = False
         self.jobs = Jobs(
             "run", Spool(self.folder), Budget(),
-            lambda name, message, _: self.devices[name].hear(message),
+            Mailbox(lambda name, message, _: self.devices[name].hear(message)),
             takes_late=self.mode != "drop", was_counted=lambda job: self.counted[job] > 0,
         )  # fmt: skip
         self.jobs.resume(self.next)
