@@ -92,16 +92,6 @@ def train_here(
 
 def as_update(result: TrainResult, job: Assignment) -> Update:
     """The message that a device would send: what a result holds has the same name in both."""
-    told = {
-        field.name: getattr(result, field.name)
-        for field in fields(result)
-        if field.name != "tensors"
-    }
-    plan = job.plan
-    return replace(
-        BLANK,
-        micro_batch=plan.micro_batch,
-        recompute=plan.recompute,
-        tensors=job.returns,
-        **told,
-    )
+    told = {field.name: getattr(result, field.name) for field in fields(result)}
+    told |= {"micro_batch": job.plan.micro_batch, "recompute": job.plan.recompute}
+    return replace(BLANK, **told | {"tensors": job.returns})

@@ -64,7 +64,7 @@ def run_rounds(
     parameters = {name for name, _ in build(method.spec).named_parameters()}
     while (round := store.next_round()) <= config.rounds and not should_stop():
         phase("waiting for devices", round)
-        asking = Asking(store, method, cohort, round, fleet)
+        asking = Asking(store, method, cohort, round, fleet)  # draws who takes part; may wait
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
         phase("round open", round)
         results = store.record_results(round, _closing(asking.results(), round, phase))

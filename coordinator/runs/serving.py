@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 from contextlib import ExitStack, closing
-from pathlib import Path
 
 import torch
 from msgspec.structs import replace
@@ -91,30 +90,17 @@ def serve(args: argparse.Namespace) -> int:
         except BaseException:
             router.close()
             raise
-        return serve_rounds(
-            router,
-            store,
-            method,
-            test,
-            device,
-            metrics,
-            give_up_after_s=args.give_up_after,
-            budget_bytes=args.memory_budget,
-            export=args.export,
-        )
+        return serve_rounds(args, router, store, method, test, device, metrics)
 
 
 def serve_rounds(
+    args: argparse.Namespace,
     router: Router,
     store: Store,
     method: Method,
     test: Examples | None,
     device: torch.device,
     metrics: MetricsServer | None,
-    *,
-    give_up_after_s: float,
-    budget_bytes: int,
-    export: Path | None,
 ) -> int:
     """Rounds over the router until all are done or a signal arrives; closes router and store."""
     config = store.config
@@ -140,8 +126,8 @@ def serve_rounds(
                 config,
                 method.spec,
                 run=store.run,
-                give_up_after_s=give_up_after_s,
-                budget_bytes=budget_bytes,
+                give_up_after_s=args.give_up_after,
+                budget_bytes=args.memory_budget,
                 should_stop=is_stopping,
                 was_counted=store.was_counted,
                 next_round=store.next_round(),
@@ -170,7 +156,7 @@ def serve_rounds(
                 if store.is_finished:
                     path = store.write_model(method.spec, method.served())
                     goodbye = FINISHED
-                    export_served(method, test, export)
+                    export_served(method, test, args.export)
                     told = (store.run, path, logs.event("finished", run=store.run))
                     log.info("run %s is finished, its model is in %s", *told[:2], extra=told[2])
         finally:

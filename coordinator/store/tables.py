@@ -16,28 +16,12 @@ from coordinator.cohorts.base import BLANK, Absence, Client, ClientUpdate
 from edge_sdk.protocol.messages import Segment, Update
 
 VERSION = 4
-PARTICIPATIONS = {
-    "round": "INTEGER",  # that it counts in
-    "client_id": "TEXT",
-    "exit": "INTEGER",
-    "segments": "TEXT",
-    "outcome": "TEXT",
-    "code": "TEXT",
-    "detail": "TEXT",
-    "num_examples": "INTEGER",
-    "num_steps": "INTEGER",
-    "bytes_down": "INTEGER",
-    "bytes_up": "INTEGER",
-    "peak_memory_bytes": "INTEGER",
-    "retries": "INTEGER",
-    "exits": "TEXT",
-    "micro_batch": "INTEGER",
-    "recompute": "INTEGER",
-    "staleness": "INTEGER",
-    "job": "TEXT",
-    "digest": "TEXT",
-}
-TOLD = PARTICIPATIONS.keys() & set(Update.__struct_fields__) - {"round"}
+PARTICIPATIONS = """round INTEGER, client_id TEXT, exit INTEGER, segments TEXT,
+    outcome TEXT, code TEXT, detail TEXT, num_examples INTEGER, num_steps INTEGER,
+    bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,
+    exits TEXT, micro_batch INTEGER, recompute INTEGER, staleness INTEGER, job TEXT, digest TEXT"""
+COLUMNS = {column.split()[0] for column in PARTICIPATIONS.split(",")}
+TOLD = COLUMNS & set(Update.__struct_fields__) - {"round"}  # that is the one it counts in
 SCHEMA = f"""
 CREATE TABLE runs (version INTEGER, run TEXT, created_utc TEXT, config TEXT, kind TEXT);
 CREATE TABLE clients (client_id TEXT PRIMARY KEY, exit INTEGER, stages TEXT,
@@ -46,7 +30,7 @@ CREATE TABLE clients (client_id TEXT PRIMARY KEY, exit INTEGER, stages TEXT,
 CREATE TABLE rounds (round INTEGER PRIMARY KEY, started_utc TEXT, wall_s REAL, chosen INTEGER,
     returned INTEGER, stragglers INTEGER, failures INTEGER, retries INTEGER, bytes_down INTEGER,
     bytes_up INTEGER, stale INTEGER, checkpoint TEXT);
-CREATE TABLE participations ({", ".join(f"{name} {kind}" for name, kind in PARTICIPATIONS.items())},
+CREATE TABLE participations ({PARTICIPATIONS},
     PRIMARY KEY (round, client_id, job));
 CREATE INDEX jobs ON participations (job);
 CREATE TABLE phases (round INTEGER, client_id TEXT, phase TEXT, wall_s REAL, cpu_s REAL);
@@ -77,33 +61,21 @@ def insert(db: sqlite3.Connection, table: str, row: Mapping[str, object], how: s
 
 
 def client_row(client: Client) -> dict[str, object]:
-    profile = client.profile
-    return {
-        "client_id": client.id,
-        "exit": client.exit,
-        "stages": _list(client.stages),
-        "prefix_s": client.prefix_s,
-        "stage_s": _list(client.stage_s),
-        "num_examples": client.num_examples,
-        "platform": profile.platform if profile else "in-process",
-        "board": profile.board if profile else "",
-        "is_emulated": bool(profile and profile.is_emulated),
-        "cpu_scale": profile.cpu_scale if profile else None,
-        "link_mbit_s": profile.link_mbit_s if profile else None,
-        "profile": msgspec.json.encode(profile).decode() if profile else None,
-    }
+    row: dict[str, object] = {"client_id": client.id, "exit": client.exit}
+    row |= {"stages": _list(client.stages), "num_examples": client.num_examples}
+    row |= {"prefix_s": client.prefix_s, "stage_s": _list(client.stage_s)}
+    if (profile := client.profile) is None:
+        return row | {"platform": "in-process", "board": "", "is_emulated": False}
+    row |= {"platform": profile.platform, "board": profile.board, "profile": _value(profile)}
+    row |= {"is_emulated": profile.is_emulated, "cpu_scale": profile.cpu_scale}
+    return row | {"link_mbit_s": profile.link_mbit_s}
 
 
 def participation_row(round: int, result: ClientUpdate | Absence) -> dict[str, object]:
     """round: that the result counts in."""
-    row: dict[str, object] = {
-        "round": round,
-        "client_id": result.client.id,
-        "exit": result.client.exit,
-        "segments": _segments(result.segments),
-        "bytes_down": result.bytes_down,
-        "bytes_up": result.bytes_up,
-    }
+    row: dict[str, object] = {"round": round, "client_id": result.client.id}
+    row |= {"exit": result.client.exit, "segments": _segments(result.segments)}
+    row |= {"bytes_down": result.bytes_down, "bytes_up": result.bytes_up}
     match result:
         case ClientUpdate(told=told, staleness=staleness):
             row |= {"outcome": "ok", "code": "", "detail": "", "staleness": staleness}
@@ -114,7 +86,7 @@ def participation_row(round: int, result: ClientUpdate | Absence) -> dict[str, o
 
 
 def _value(told: object) -> object:
-    """As SQLite keeps it: lists as JSON."""
+    """As SQLite keeps it: lists and structs as JSON."""
     return told if isinstance(told, int | float | str) else msgspec.json.encode(told).decode()
 
 
