@@ -16,7 +16,7 @@ from coordinator.cohorts.base import (
     Client,
     ClientUpdate,
 )
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.protocol.messages import Update

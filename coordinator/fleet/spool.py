@@ -24,6 +24,7 @@ from torch import Tensor
 
 from coordinator.cohorts.base import ArrivedUpdate, Client
 from edge_sdk.errors import EdgeError, StoreError
+from edge_sdk.helpers.files import write_whole
 from edge_sdk.protocol.messages import Job, Struct, TensorSpec
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout
 from edge_sdk.protocol.tensors import Sender, Tensors, views
@@ -163,7 +164,7 @@ class Spool:
 
     def delete(self, round: int, client: str) -> None:
         """Delete the update of this client and round, and its job: neither counts any more."""
-        for ending in ("json", "new", "seat", "base", "data"):  # in this order: it counts no more
+        for ending in ("json", "seat", "base", "data"):  # in this order: it counts no more
             with suppress(OSError):
                 self._path(round, client, ending).unlink()
 
@@ -194,13 +195,7 @@ class Spool:
 
 def _put(path: Path, what: Struct) -> None:
     """Write the file whole or not at all."""
-    draft = path.with_suffix(".new")
-
-    def put() -> None:
-        draft.write_bytes(msgspec.json.encode(what))
-        os.replace(draft, path)
-
-    _checked(path, put)
+    _checked(path, lambda: write_whole(path, msgspec.json.encode(what), is_synced=False))
 
 
 def _stream(path: Path, specs: tuple[TensorSpec, ...], digest: str) -> Tensors:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from coordinator.runs.evaluate import accuracy_per_exit
 from coordinator.store.status import RunPhase
 from coordinator.store.store import Store
 from coordinator.store.tables import RoundTotals
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.errors import ShapeError, StoreError
 from edge_sdk.models import build
 from edge_sdk.protocol.timing import clock, since
@@ -120,6 +121,16 @@ def _closing(
     """Pass the results on; after the last one the method has only its own work left."""
     yield from results
     phase("aggregating", round)
+
+
+def check_folder(folder: Path | None, resume: bool) -> None:
+    """Raise StoreError now rather than after data was read: a run is there, or none to resume."""
+    if folder is None:
+        return
+    if resume:
+        Store.resume(folder).close()
+    else:
+        Store.check_free(folder)
 
 
 def print_round(report: RoundReport) -> None:

@@ -28,7 +28,7 @@ from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig, read_config
 from coordinator.methods.base import Metrics
 from coordinator.settings import differences
-from coordinator.store.checkpoints import checkpoint_name, sync_folder, write_checkpoint
+from coordinator.store.checkpoints import checkpoint_name, write_checkpoint
 from coordinator.store.database import DATABASE, connect_to_read, connect_to_write
 from coordinator.store.lock import RunLock
 from coordinator.store.round_journal import RoundJournal
@@ -41,7 +41,7 @@ from coordinator.store.tables import (
     participation_row,
 )
 from edge_sdk.errors import ConfigError, StoreError
-from edge_sdk.infer.model_folder import is_there
+from edge_sdk.helpers.files import is_there, sync
 from edge_sdk.protocol.messages import ModelSpec, Phase
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.protocol.timing import clock, since
@@ -68,13 +68,18 @@ class Store:
         """Keep every other process from writing until this store is closed. Raises StoreError."""
         self._lock = RunLock(self.folder)
 
-    @classmethod
-    def create(cls, folder: Path, config: RunConfig, kind: str) -> Store:
-        """Start a run in `folder`. Raises StoreError if one is there already."""
+    @staticmethod
+    def check_free(folder: Path) -> None:
+        """Raise StoreError if a run is in `folder`."""
         if is_there(folder / DATABASE):
             raise StoreError(
                 f"{folder} holds a run already; go on with --resume or choose another --run-dir"
             )
+
+    @classmethod
+    def create(cls, folder: Path, config: RunConfig, kind: str) -> Store:
+        """Start a run in `folder`. Raises StoreError if one is there already."""
+        cls.check_free(folder)
         run = os.urandom(6).hex()
         draft = folder / (DATABASE + ".new")
         try:
@@ -86,7 +91,7 @@ class Store:
                 about = {"version": VERSION, "run": run, "config": config.to_json(), "kind": kind}
                 insert(db, "runs", about | {"created_utc": _utc()})
             os.replace(draft, folder / DATABASE)
-            sync_folder(folder)
+            sync(folder)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot start a run in {folder}: {error}") from error
         return cls(folder, config, run, connect_to_write(folder))

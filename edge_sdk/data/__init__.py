@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_sdk.data.examples import Examples
-    from edge_sdk.data.load import DataSet, load, load_dataset, load_shard, load_test, save_shard
+    from edge_sdk.data.loading import DataSet, load, load_dataset, load_shard, load_test, save_shard
 
 __all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "load_test", "save_shard"]
 _HOMES = {
-    "DataSet": "edge_sdk.data.load.load",
-    "Examples": "edge_sdk.data.load.examples",
-    "load": "edge_sdk.data.load.load",
-    "load_dataset": "edge_sdk.data.load.load",
-    "load_shard": "edge_sdk.data.load.load",
-    "load_test": "edge_sdk.data.load.load",
-    "save_shard": "edge_sdk.data.load.load",
+    "DataSet": "edge_sdk.data.loading",
+    "Examples": "edge_sdk.data.examples",
+    "load": "edge_sdk.data.loading",
+    "load_dataset": "edge_sdk.data.loading",
+    "load_shard": "edge_sdk.data.loading",
+    "load_test": "edge_sdk.data.loading",
+    "save_shard": "edge_sdk.data.loading",
 }
 
 

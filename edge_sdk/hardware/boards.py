@@ -7,8 +7,6 @@ import json
 import os
 import re
 import sys
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +16,7 @@ from msgspec import Meta
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.jetson import jetson_module
 from edge_sdk.hardware.procfs import ROOT, meminfo, read_text
+from edge_sdk.helpers.files import write_whole
 
 # First match wins; compared with the device tree's model string, lower case, "-" as " ".
 PLATFORMS = (
@@ -157,17 +156,10 @@ def check_free(path: Path, *, is_forced: bool) -> None:
 def save_board(board: Board, path: Path, *, is_forced: bool = False) -> None:
     """Whole or not at all. Raises ConfigError: it exists, or it cannot be written."""
     check_free(path, is_forced=is_forced)
-    part = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        number, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with open(number, "w", encoding="utf-8") as file:
-            file.write(board_text(board))
-        os.chmod(part, 0o644)
-        os.replace(part, path)
+        write_whole(path, board_text(board), mode=0o644)
     except OSError as error:
-        with suppress(OSError):
-            os.unlink(part)
         raise ConfigError(
             f"board file {path} cannot be written: {error.strerror}; give the path of a .toml file "
             "in a folder that can be written to"

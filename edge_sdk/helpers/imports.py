@@ -13,10 +13,19 @@ from contextlib import contextmanager
 
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.helpers.interrupts import ends_by_interrupt
+from edge_sdk.version import __version__
 
 OLDEST = (2, 1)  # as the extra in pyproject.toml
+
+
+def install(extra: str) -> str:
+    """What to do where a library of this extra is missing. The wheel's file by name: on the public
+    index, edge-sdk is another project's."""
+    return f'pip install "./edge_sdk-{__version__}-py3-none-any.whl[{extra}]"'
+
+
 INSTALL = (
-    'pip install "edge-sdk[torch]", or on a Jetson the wheel that NVIDIA makes for its JetPack, in '
+    f"{install('torch')}, or on a Jetson the wheel that NVIDIA makes for its JetPack, in "
     "a venv made with --system-site-packages"
 )
 
@@ -71,4 +80,4 @@ def heavy_imports() -> Iterator[None]:
         with ends_by_interrupt():
             yield
     except ModuleNotFoundError as error:
-        raise ConfigError(f'{error}; pip install "edge-sdk[coordinator]"') from error
+        raise ConfigError(f"{error}; {install('coordinator')}") from error

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from edge_sdk.data.examples import Floats, Ints
 from edge_sdk.data.readers.scaling import scaled
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
+from edge_sdk.helpers.imports import install
 from edge_sdk.helpers.text import one_line
 from edge_sdk.infer.model_folder import (
     ExportedModel,
@@ -215,7 +216,7 @@ def onnx_runtime() -> Any:
         if isinstance(error, ModuleNotFoundError):
             reason = "is not installed"
         raise ConfigError(
-            f'inference needs onnxruntime, which {reason}; pip install "edge-sdk[infer]"'
+            f"inference needs onnxruntime, which {reason}; {install('infer')}"
         ) from error
     return onnxruntime
 

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from edge_sdk.data.examples import Examples, Floats
 from edge_sdk.errors import ConfigError, DataError, EdgeError, StoreError
+from edge_sdk.helpers.files import sha256_of, write_file, write_struct
+from edge_sdk.helpers.imports import install
 from edge_sdk.helpers.text import one_line
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, open_session
 from edge_sdk.infer.model_folder import (
@@ -35,9 +37,6 @@ from edge_sdk.infer.model_folder import (
     new_folder,
     read_file,
     read_model,
-    sha256_of,
-    write_file,
-    write_struct,
 )
 from edge_sdk.infer.onnx_layers import plain_model
 from edge_sdk.models import StagedModel, build
@@ -310,5 +309,5 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f'exporting needs {name}, which is not installed; pip install "edge-sdk[export]"'
+            f"exporting needs {name}, which is not installed; {install('export')}"
         ) from error

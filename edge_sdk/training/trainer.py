@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_sdk.data.examples import MIN_BATCH
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
 from edge_sdk.hardware import process_memory
 from edge_sdk.helpers.text import one_line

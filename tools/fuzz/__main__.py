@@ -24,12 +24,12 @@ import sysconfig
 import time
 from pathlib import Path
 
-from tools.experiments.__main__ import git, machine
+from tools.tables import commit, machine
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 ATHERIS = "atheris==3.0.0"
-CSV = ROOT / "tools" / "results" / "fuzz.csv"
+CSV = ROOT / "docs" / "results" / "fuzz.csv"
 REGRESSIONS = ROOT / "tests" / "fuzz" / "regressions"
 PROGRESS = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")
 GROWTH_MB, GROWTH_OBJECTS = 4.0, 200  # more after 100,000 inputs than this counts as growth
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     row = {
         "target": args.target, "seed": args.seed, **told, "counters": counters,
         "features": features, "corpus": corpus, "wall_s": round(time.monotonic() - started),
-        "commit": git("rev-parse", "--short=10", "HEAD"), "machine": machine(),
+        "commit": commit(), "machine": machine(),
     }  # fmt: skip
     for name, value in row.items():
         print(f"{name:>16}  {value}")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from edge_sdk.data.examples import Examples, Scaling, bad, check_examples, mapped
 from edge_sdk.data.readers.scaling import PIXELS, image_examples, scaled, scaled_images
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.imports import install
 
 NPY = b"\x93NUMPY"  # first bytes of an .npy file
 DIGITS: Scaling = (8.0, 1.0)  # 0..16 to -1..1
@@ -23,8 +24,9 @@ def _optional(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        how = 'run pip install "edge-sdk[data]"'
-        raise ConfigError(f"this data needs {module}, which is not installed; {how}") from error
+        raise ConfigError(
+            f"this data needs {module}, which is not installed; run {install('data')}"
+        ) from error
 
 
 def read_digits() -> Examples:

@@ -6,7 +6,6 @@ import errno
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -223,7 +222,7 @@ def test_full_disk_for_the_json_is_one_line(tmp_path, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StoreError, match=r"a\.json cannot be written: .*No space left") as caught:
         spool.save_update(3, "a", arrived(TENSORS))
     one_line(caught.value)

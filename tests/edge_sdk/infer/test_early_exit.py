@@ -18,11 +18,12 @@ import torch
 
 from edge_sdk.cli.main import main
 from edge_sdk.data.examples import Examples
-from edge_sdk.data.load import save_shard
+from edge_sdk.data.loading import save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
+from edge_sdk.helpers.files import sha256_of, write_struct
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
 from edge_sdk.infer.export import export
-from edge_sdk.infer.model_folder import ExitThresholds, sha256_of, write_struct
+from edge_sdk.infer.model_folder import ExitThresholds
 from edge_sdk.models import build, initial_tensors
 from tests.support.examples import cnn, examples, one_line, two_exits
 from tests.support.processes import ROOT
@@ -217,7 +218,7 @@ def test_calibration_counts_for_its_own_model_only(folder):
 
 def test_without_onnxruntime_it_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r'pip install "edge-sdk\[infer\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "./edge_sdk-.*whl\[infer\]"'):
         EarlyExit.load(folder)
 
 
