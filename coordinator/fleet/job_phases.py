@@ -1,4 +1,5 @@
-"""The phases of an open job and what leads from one to another; PROTOCOL.md has the same table.
+"""The phases of an open job and what leads from one to another; section 5 of the protocol has the
+same table.
 
 In the first four phases the coordinator waits for the job's update. A late one it only takes if it
 comes: whatever its device does with it, it stays late.
@@ -9,8 +10,9 @@ from __future__ import annotations
 from enum import Enum
 
 
-class Phase(Enum):
-    """The names are those of the status page, where it shows the phase."""
+class JobPhase(Enum):
+    """The status page shows the first two, UPLOAD (or that it queues) and LATE under these names,
+    LOST as a download: the device has not got what it is to train."""
 
     DOWNLOAD = "download"  # given; the device has not said that it has all of the job's parts
     TRAIN = "train"  # it has said so
@@ -22,7 +24,7 @@ class Phase(Enum):
     GIVEN_UP = "given up"  # the end: no update of this job will be taken
 
 
-class Event(Enum):
+class JobEvent(Enum):
     HAS_ALL_PARTS = "the device says that it has all of the job's parts"
     LACKS_PARTS = "the device says that it has less"
     ANNOUNCED = "the device announces an update that is as asked for"
@@ -35,30 +37,30 @@ class Event(Enum):
 
 
 OPEN = DOWNLOAD, TRAIN, UPLOAD, LOST, LATE, LATE_LOST = (
-    Phase.DOWNLOAD,
-    Phase.TRAIN,
-    Phase.UPLOAD,
-    Phase.LOST,
-    Phase.LATE,
-    Phase.LATE_LOST,
+    JobPhase.DOWNLOAD,
+    JobPhase.TRAIN,
+    JobPhase.UPLOAD,
+    JobPhase.LOST,
+    JobPhase.LATE,
+    JobPhase.LATE_LOST,
 )
-COUNTED, GIVEN_UP, NEVER = Phase.COUNTED, Phase.GIVEN_UP, None
-TABLE: dict[Event, tuple[Phase | None, ...]] = {  # one column for each phase in OPEN
-    Event.HAS_ALL_PARTS: (TRAIN, TRAIN, UPLOAD, LOST, LATE, LATE_LOST),
-    Event.LACKS_PARTS: (DOWNLOAD, DOWNLOAD, UPLOAD, LOST, LATE, LATE_LOST),
-    Event.ANNOUNCED: (UPLOAD, UPLOAD, UPLOAD, UPLOAD, LATE, LATE),
+COUNTED, GIVEN_UP, NEVER = JobPhase.COUNTED, JobPhase.GIVEN_UP, None
+TABLE: dict[JobEvent, tuple[JobPhase | None, ...]] = {  # one column for each phase in OPEN
+    JobEvent.HAS_ALL_PARTS: (TRAIN, TRAIN, UPLOAD, LOST, LATE, LATE_LOST),
+    JobEvent.LACKS_PARTS: (DOWNLOAD, DOWNLOAD, UPLOAD, LOST, LATE, LATE_LOST),
+    JobEvent.ANNOUNCED: (UPLOAD, UPLOAD, UPLOAD, UPLOAD, LATE, LATE),
     # an update that had been announced is so again at once: LOST goes on to UPLOAD
-    Event.LINK_CHANGED: (DOWNLOAD, DOWNLOAD, UPLOAD, DOWNLOAD, LATE, LATE),
-    Event.LOST: (LOST, LOST, LOST, LOST, LATE_LOST, LATE_LOST),
-    Event.GIVEN_AGAIN: (DOWNLOAD, DOWNLOAD, DOWNLOAD, DOWNLOAD, NEVER, NEVER),
-    Event.WAITING_ENDED: (LATE, LATE, LATE, LATE_LOST, NEVER, NEVER),
+    JobEvent.LINK_CHANGED: (DOWNLOAD, DOWNLOAD, UPLOAD, DOWNLOAD, LATE, LATE),
+    JobEvent.LOST: (LOST, LOST, LOST, LOST, LATE_LOST, LATE_LOST),
+    JobEvent.GIVEN_AGAIN: (DOWNLOAD, DOWNLOAD, DOWNLOAD, DOWNLOAD, NEVER, NEVER),
+    JobEvent.WAITING_ENDED: (LATE, LATE, LATE, LATE_LOST, NEVER, NEVER),
     # from DOWNLOAD: it had arrived before the coordinator was stopped; TRAIN ends with ANNOUNCED
-    Event.ACCEPTED: (COUNTED, NEVER, COUNTED, COUNTED, COUNTED, COUNTED),
-    Event.ABANDONED: (GIVEN_UP, GIVEN_UP, GIVEN_UP, GIVEN_UP, GIVEN_UP, GIVEN_UP),
+    JobEvent.ACCEPTED: (COUNTED, NEVER, COUNTED, COUNTED, COUNTED, COUNTED),
+    JobEvent.ABANDONED: (GIVEN_UP, GIVEN_UP, GIVEN_UP, GIVEN_UP, GIVEN_UP, GIVEN_UP),
 }
 
 
-def phase_after(phase: Phase, event: Event) -> Phase:
+def phase_after(phase: JobPhase, event: JobEvent) -> JobPhase:
     """An event that cannot be in this phase is a fault of the coordinator: AssertionError."""
     found = TABLE[event][OPEN.index(phase)] if phase in OPEN else NEVER
     assert found is not None, f"{event.name} of a job in phase {phase.name}"

@@ -17,7 +17,7 @@ from coordinator.cohorts.base import Absence, ArrivedUpdate, Assignment, Client,
 from coordinator.fleet.counters import Counters
 from coordinator.fleet.endings import Endings
 from coordinator.fleet.flow_control import Budget, LinkRates
-from coordinator.fleet.job_phases import Event, Phase
+from coordinator.fleet.job_phases import JobEvent, JobPhase
 from coordinator.fleet.open_job import (
     OpenJob,
     Senders,
@@ -149,7 +149,7 @@ class Jobs:
                 continue
             assignment = Assignment(job.model, job.plan, tensors, held.returns)
             rates = self._link_rates[client.id]
-            phase = Phase.DOWNLOAD if held.outlives else Phase.LATE
+            phase = JobPhase.DOWNLOAD if held.outlives else JobPhase.LATE
             sender, outlives = Sender(tensors), held.outlives
             open_job = OpenJob(client, job, assignment, sender, rates, phase, is_saved=outlives)
             self._spool.adopt_job(held, open_job.sender)
@@ -206,7 +206,7 @@ class Jobs:
         if open_job.is_late:
             self._end(open_job, counts=False)  # it has lost the job that nobody waits for
         else:
-            open_job.happens(Event.LOST)
+            open_job.happens(JobEvent.LOST)
 
     def on_ready(self, name: str, ready: Ready) -> None:
         """A device that has no job in hand, but ought to, gets it again."""
@@ -299,7 +299,7 @@ class Jobs:
         if update.job != open_job.job.id:  # of a job that another state of this run gave
             why = f"round {open_job.round} has another job now"
             self._answer(open_job.name, "round", why, open_job.round)
-            open_job.happens(Event.LOST)
+            open_job.happens(JobEvent.LOST)
             return
         if open_job.update is not None and open_job.update.digest == update.digest:
             return  # told again after a reconnect
@@ -353,7 +353,7 @@ class Jobs:
                 self._sessions.says_ready(open_job.name, None)
             self.finished.append(open_job.absence(outcome, code, detail))
         if stays and (self._takes_late or code == "gone"):  # the round may be open still
-            open_job.happens(Event.WAITING_ENDED)
+            open_job.happens(JobEvent.WAITING_ENDED)
             if self._takes_late:
                 self._save(open_job)
             self._awaited.discard(open_job.name)
@@ -367,7 +367,7 @@ class Jobs:
 
     def _end(self, open_job: OpenJob, *, counts: bool) -> None:
         """The job is closed; what has arrived of an update that does not count is deleted."""
-        open_job.happens(Event.ACCEPTED if counts else Event.ABANDONED)
+        open_job.happens(JobEvent.ACCEPTED if counts else JobEvent.ABANDONED)
         self.open.pop(open_job.name)
         self._counters.moved(open_job.name, open_job.bytes_down, open_job.bytes_up)
         self._awaited.discard(open_job.name)

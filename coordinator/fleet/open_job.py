@@ -14,7 +14,7 @@ import msgspec
 
 from coordinator.cohorts.base import Absence, ArrivedUpdate, Assignment, Client
 from coordinator.fleet.flow_control import LinkRate, LinkRates
-from coordinator.fleet.job_phases import Event, Phase, phase_after
+from coordinator.fleet.job_phases import JobEvent, JobPhase, phase_after
 from edge_sdk.errors import ShapeError
 from edge_sdk.protocol.messages import Job, Ready, Update
 from edge_sdk.protocol.stream import PART_BYTES
@@ -32,7 +32,7 @@ class OpenJob:
     assignment: Assignment
     sender: Sender
     link_rates: LinkRates
-    phase: Phase = Phase.DOWNLOAD
+    phase: JobPhase = JobPhase.DOWNLOAD
     is_saved: bool = False  # in the spool, as one that is waited for beyond its round
     given: float = field(default_factory=time.monotonic)
     times_given: int = 1
@@ -63,14 +63,14 @@ class OpenJob:
     @property
     def is_late(self) -> bool:
         """Nobody waits for the update, and it is still taken."""
-        return self.phase in (Phase.LATE, Phase.LATE_LOST)
+        return self.phase in (JobPhase.LATE, JobPhase.LATE_LOST)
 
     @property
     def is_lost(self) -> bool:
         """The device has not got the job, or no more, and has not said `ready` since."""
-        return self.phase in (Phase.LOST, Phase.LATE_LOST)
+        return self.phase in (JobPhase.LOST, JobPhase.LATE_LOST)
 
-    def happens(self, event: Event) -> None:
+    def happens(self, event: JobEvent) -> None:
         self.phase = phase_after(self.phase, event)
 
     @property
@@ -96,7 +96,7 @@ class OpenJob:
             self.note_moved(arrived * PART_BYTES)
         self.have = have
         has_all = have == self.sender.num_parts
-        self.happens(Event.HAS_ALL_PARTS if has_all else Event.LACKS_PARTS)
+        self.happens(JobEvent.HAS_ALL_PARTS if has_all else JobEvent.LACKS_PARTS)
         return arrived
 
     def request(self, first: int, count: int) -> bool:
@@ -145,22 +145,22 @@ class OpenJob:
     def announce(self, update: Update, receiver: Receiver) -> None:
         """The update is as asked for; its parts go to the receiver."""
         self.update, self.receiver, self.announced = update, receiver, time.monotonic()
-        self.happens(Event.ANNOUNCED)
+        self.happens(JobEvent.ANNOUNCED)
 
     def reconnect(self) -> None:
         """The device's link is another one, or lost: nothing is under way any more."""
         self.have = None
         self.requested.clear()
         self.mismatched_since, self.stalls = None, 0
-        self.happens(Event.LINK_CHANGED)
+        self.happens(JobEvent.LINK_CHANGED)
         if self.receiver is not None:
             self.receiver.restart()
-            self.happens(Event.ANNOUNCED)
+            self.happens(JobEvent.ANNOUNCED)
 
     def give_again(self) -> None:
         """The device begins its job anew."""
         self.update = self.receiver = None
-        self.happens(Event.GIVEN_AGAIN)
+        self.happens(JobEvent.GIVEN_AGAIN)
         self.reconnect()
         self.times_given += 1
 

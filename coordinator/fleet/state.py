@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.fleet.counters import ClientCounts, Counters
-from coordinator.fleet.job_phases import Phase
+from coordinator.fleet.job_phases import JobPhase
 from coordinator.fleet.jobs import Jobs
 from coordinator.fleet.open_job import OpenJob
 from coordinator.fleet.sessions import Session
@@ -79,11 +79,11 @@ def client_phase(
             return "connected"
         return "ready" if session.ready.exit else "resting"
     match open_job.phase:
-        case Phase.LATE | Phase.LATE_LOST:
+        case JobPhase.LATE | JobPhase.LATE_LOST:
             return "late"
-        case Phase.UPLOAD:
+        case JobPhase.UPLOAD:
             return "upload" if parts_under_way else "queued"
-        case Phase.TRAIN:
+        case JobPhase.TRAIN:
             return "train"
         case _:
             return "download"

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 
-from coordinator.fleet.job_phases import COUNTED, GIVEN_UP, OPEN, TABLE, Event, Phase, phase_after
+from coordinator.fleet.job_phases import (
+    COUNTED,
+    GIVEN_UP,
+    OPEN,
+    TABLE,
+    JobEvent,
+    JobPhase,
+    phase_after,
+)
+from coordinator.fleet.state import client_phase
 from edge_sdk.protocol.messages import Fetch, Ready
 from tests.support.jobs import PARTS, Room
 
-WAITED_FOR = set(OPEN) - {Phase.LATE, Phase.LATE_LOST}
-ENDS = {Event.ACCEPTED, Event.ABANDONED}
+WAITED_FOR = set(OPEN) - {JobPhase.LATE, JobPhase.LATE_LOST}
+ENDS = {JobEvent.ACCEPTED, JobEvent.ABANDONED}
+SHOWN = {
+    JobPhase.DOWNLOAD: "download",
+    JobPhase.TRAIN: "train",
+    JobPhase.UPLOAD: "upload",
+    JobPhase.LOST: "download",
+    JobPhase.LATE: "late",
+    JobPhase.LATE_LOST: "late",
+}
 
 
 def test_every_event_has_a_row_and_every_phase_is_reached():
-    assert list(TABLE) == list(Event)
+    assert list(TABLE) == list(JobEvent)
     assert {len(row) for row in TABLE.values()} == {len(OPEN)}
-    assert {to for row in TABLE.values() for to in row if to} == set(Phase)
-    assert set(Phase) - set(OPEN) == {COUNTED, GIVEN_UP}
+    assert {to for row in TABLE.values() for to in row if to} == set(JobPhase)
+    assert set(JobPhase) - set(OPEN) == {COUNTED, GIVEN_UP}
 
 
-@pytest.mark.parametrize(("phase", "event"), list(product(Phase, Event)))
+@pytest.mark.parametrize(("phase", "event"), list(product(JobPhase, JobEvent)))
 def test_only_what_can_be_leads_anywhere(phase, event):
     """An ended job is ended; a job in training has no update that could be accepted; a late one is
     neither given again nor waited for, and stays late."""
     if phase not in OPEN or (
-        (phase, event) == (Phase.TRAIN, Event.ACCEPTED)
-        or (phase not in WAITED_FOR and event in (Event.GIVEN_AGAIN, Event.WAITING_ENDED))
+        (phase, event) == (JobPhase.TRAIN, JobEvent.ACCEPTED)
+        or (phase not in WAITED_FOR and event in (JobEvent.GIVEN_AGAIN, JobEvent.WAITING_ENDED))
     ):
         with pytest.raises(AssertionError, match=f"{event.name} of a job in phase {phase.name}"):
             phase_after(phase, event)
@@ -35,7 +53,17 @@ def test_only_what_can_be_leads_anywhere(phase, event):
     found = phase_after(phase, event)
     assert (found in OPEN) != (event in ENDS)
     if event not in ENDS:
-        assert (found in WAITED_FOR) == (phase in WAITED_FOR and event is not Event.WAITING_ENDED)
+        assert (found in WAITED_FOR) == (
+            phase in WAITED_FOR and event is not JobEvent.WAITING_ENDED
+        )
+
+
+@pytest.mark.parametrize(("phase", "shown"), list(SHOWN.items()))
+def test_status_page_shows_every_phase(phase, shown):
+    session, job = SimpleNamespace(rival=None), SimpleNamespace(phase=phase)
+    assert client_phase(session, job, parts_under_way=1) == shown
+    assert client_phase(session, job, 0) == ("queued" if shown == "upload" else shown)
+    assert client_phase(None, job, 0) == "away"
 
 
 @pytest.fixture
@@ -45,7 +73,7 @@ def room(tmp_path):
     return made
 
 
-def phase(room: Room) -> Phase:
+def phase(room: Room) -> JobPhase:
     return room.jobs.open["a"].phase
 
 
@@ -63,34 +91,40 @@ def test_a_job_is_downloaded_trained_uploaded_and_counted(room):
     seen.append(open_job.phase)
     room.parts(range(PARTS))
     seen.append(open_job.phase)
-    assert seen == [Phase.DOWNLOAD, Phase.DOWNLOAD, Phase.TRAIN, Phase.UPLOAD, Phase.COUNTED]
+    assert seen == [
+        JobPhase.DOWNLOAD,
+        JobPhase.DOWNLOAD,
+        JobPhase.TRAIN,
+        JobPhase.UPLOAD,
+        JobPhase.COUNTED,
+    ]
 
 
 def test_a_lost_job_begins_anew_or_goes_on_where_it_was(room):
     room.announce()
     room.parts([0])
     room.jobs.on_return("a", 0, None)  # its program was started again
-    assert phase(room) is Phase.LOST
+    assert phase(room) is JobPhase.LOST
     room.jobs.on_return("a", 1, room.job().id)  # and had kept the update
-    assert phase(room) is Phase.UPLOAD
+    assert phase(room) is JobPhase.UPLOAD
     room.jobs.on_return("a", 0, None)
     room.jobs.on_ready("a", Ready(exit=3))
-    assert phase(room) is Phase.DOWNLOAD
+    assert phase(room) is JobPhase.DOWNLOAD
 
 
 def test_a_late_job_stays_late_and_a_lost_one_is_given_up_then(room):
     open_job = room.jobs.open["a"]
     room.jobs.on_message("a", room.update(room.job(), None), None)
     room.jobs.close(1)
-    assert open_job.phase is Phase.LATE
+    assert open_job.phase is JobPhase.LATE
     room.jobs.on_return("a", 1, room.job().id)
-    assert open_job.phase is Phase.LATE
+    assert open_job.phase is JobPhase.LATE
     room.jobs.on_return("a", 0, None)
-    assert open_job.phase is Phase.GIVEN_UP
+    assert open_job.phase is JobPhase.GIVEN_UP
     room.give(round=2)
     again = room.jobs.open["a"]
     room.jobs.on_return("a", 0, None)
     room.jobs.close(2)
-    assert again.phase is Phase.LATE_LOST
+    assert again.phase is JobPhase.LATE_LOST
     room.jobs.on_ready("a", Ready(exit=3))
-    assert again.phase is Phase.GIVEN_UP
+    assert again.phase is JobPhase.GIVEN_UP
