@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from edge_sdk.protocol.link import DEAD_MS
 from edge_sdk.protocol.stream import PART_BYTES
+from edge_sdk.protocol.timing import DEAD_MS
 
 BUDGET_BYTES = 64 * 1024**2  # of parts that are on their way at once
 LEAST_BUDGET_BYTES = 2 * PART_BYTES

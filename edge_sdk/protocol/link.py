@@ -18,12 +18,12 @@ from edge_sdk.errors import LinkError, ProtocolError, VersionError
 from edge_sdk.protocol.codec import decode, encode
 from edge_sdk.protocol.keys import KeyPair
 from edge_sdk.protocol.messages import MAX_FRAME_BYTES, Fault, Message, Part
+from edge_sdk.protocol.timing import DEAD_MS
 
 log = logging.getLogger(__name__)
 PING_MS = 5_000  # ZeroMQ heartbeats, both ends
 RECONNECT_MAX_MS = 5_000  # between attempts to connect, doubled up to it
 PING_TIMEOUT_MS = 120_000  # a part of a slow link may take so long, and no PONG comes beside it
-DEAD_MS = 30_000  # nothing acknowledged by the other side's kernel for so long
 HIGH_WATER = 32  # messages queued per peer: a window of parts and some control
 MOST_AT_ONCE = 64  # messages read without a look at anything else
 ZERO_COPY_BYTES = 64 * 1024  # below it copying is cheaper than tracking the buffer

@@ -6,6 +6,9 @@ import time
 
 from edge_sdk.protocol.messages import Phase
 
+# Of links; here, so that who counts with it loads no ZeroMQ.
+DEAD_MS = 30_000  # nothing acknowledged by the other side's kernel for so long
+
 
 def clock() -> tuple[float, float]:
     return time.monotonic(), time.process_time()
