@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 __all__ = ["NEVER", "EarlyExit", "Prediction"]
 _HOMES = {
-    "EarlyExit": "edge_sdk.infer.early_exit.early_exit",
-    "NEVER": "edge_sdk.infer.early_exit.early_exit",
-    "Prediction": "edge_sdk.infer.early_exit.early_exit",
+    "EarlyExit": "edge_sdk.infer.early_exit",
+    "NEVER": "edge_sdk.infer.early_exit",
+    "Prediction": "edge_sdk.infer.early_exit",
 }
 
 
