@@ -25,9 +25,9 @@ from edge_sdk.agent.setup import (
     checked_id,
     default_keys,
     device_secrets,
-    kept_folder,
     make_agent,
     measure_here,
+    saved_updates_folder,
 )
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
@@ -100,7 +100,9 @@ class Client:
                 threads=threads,
                 device=device,
                 calibration=calibration_file(),
-                saved_updates=kept_folder(checked_id(id, "id"), coordinator, self._secrets),
+                saved_updates=saved_updates_folder(
+                    checked_id(id, "id"), coordinator, self._secrets
+                ),
                 imports=tuple(modules),
             ),
             measure=measure_here(None if cap is None else parse_size(cap)),
@@ -174,9 +176,10 @@ def _check_modules(names: Iterable[str]) -> None:
 
 
 def _refuse_inside_trainer() -> None:
-    """A program named in its own `imports` would start itself again and again."""
+    """Raise ConfigError in a trainer: a program that is named in its own `imports` would start
+    itself again and again, each trainer another agent with another trainer."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if spec is not None and spec.name == "edge_sdk.training":
+    if spec is not None and spec.name == "edge_sdk.training.__main__":
         raise ConfigError(
             "a module of `imports` makes a Client when it is imported; put that under "
             'if __name__ == "__main__", or the model family into a module of its own'

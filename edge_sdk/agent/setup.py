@@ -69,7 +69,7 @@ def calibration_file() -> str:
     return str(folder / "calibration.json")
 
 
-def kept_folder(client_id: str, endpoint: str, secrets: Secrets) -> str:
+def saved_updates_folder(client_id: str, endpoint: str, secrets: Secrets) -> str:
     """Where this device's trainer keeps a finished update until it is accepted: one folder for each
     coordinator. That is known by its key, which stays when its address changes."""
     coordinator = secrets[1] or endpoint.encode()

@@ -18,9 +18,9 @@ from edge_sdk.agent.setup import (
     checked_id,
     default_keys,
     device_secrets,
-    kept_folder,
     make_agent,
     measure_here,
+    saved_updates_folder,
 )
 from edge_sdk.cli.flags import MAX_THREADS, add_memory_cap, path_flag, whole_flag
 from edge_sdk.errors import ConfigError
@@ -93,7 +93,7 @@ def run_device(args: argparse.Namespace) -> int:
             device=args.device,
             measure_compute=args.board is None,
             calibration="" if args.board else calibration_file(),
-            saved_updates="" if args.board else kept_folder(client_id, endpoint, secrets),
+            saved_updates="" if args.board else saved_updates_folder(client_id, endpoint, secrets),
             imports=tuple(args.imports),
         ),
         measure=make_measure(args),

@@ -88,7 +88,10 @@ def check_examples(examples: Examples, where: str) -> Examples:
 def check_enough(examples: Examples, where: str) -> Examples:
     """The same examples, if a device can train with so many; else DataError."""
     if len(examples) < MIN_BATCH:
-        raise DataError(f"{where} holds {len(examples)} examples, at least {MIN_BATCH} are needed")
+        raise DataError(
+            f"{where} holds {len(examples)} examples, at least {MIN_BATCH} are needed; add data, "
+            "or leave this device out"
+        )
     return examples
 
 

@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.data.examples import Examples, bad, mapped
-from edge_sdk.data.readers.scaling import image_examples
+from edge_sdk.data.readers.scaling import PIXELS, image_examples
+from edge_sdk.data.readers.table import FileSet, register_reader
 
 STL_SHAPE, CIFAR_SHAPE = (3, 96, 96), (3, 32, 32)
 CIFAR_PIXELS = 3 * 32 * 32
+BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))  # CIFAR-10's train part
 NUM_COARSE = 20  # superclasses of CIFAR-100
 
 
@@ -63,3 +65,31 @@ def _records(path: Path, size: int, what: str) -> npt.NDArray[np.uint8]:
         step = "empty, truncated or of another data set, copy the file again"
         raise bad(path, f"{len(raw)} bytes", f"{expected}, a multiple above 0", step)
     return np.frombuffer(raw, dtype=np.uint8).reshape(-1, size)
+
+
+register_reader(
+    FileSet(
+        name="stl-10",
+        read=read_stl_10,
+        train=("train_X.bin",),
+        test=("test_X.bin",),
+        num_classes=10,
+        scaling=PIXELS,
+    ),
+    FileSet(
+        name="cifar-10",
+        read=read_cifar_10,
+        train=tuple(f"{name}.bin" for name in BATCHES),
+        test=("test_batch.bin",),
+        num_classes=10,
+        scaling=PIXELS,
+    ),
+    FileSet(
+        name="cifar-100",
+        read=read_cifar_100,
+        train=("train.bin",),
+        test=("test.bin",),
+        num_classes=100,
+        scaling=PIXELS,
+    ),
+)

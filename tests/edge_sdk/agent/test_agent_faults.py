@@ -60,7 +60,7 @@ class Notes:
     def end_if_stuck(self, silent_s: float) -> bool:
         return False
 
-    def cause_of_death(self) -> str:
+    def wait_for_end(self) -> str:
         return "was killed by signal 9, most likely for memory"
 
 
@@ -89,7 +89,7 @@ class Started:
         return replace(PROFILE, memory_available_bytes=self.memory * MIB)
 
     def trainer_says(self, message: Any) -> None:
-        self.agent._from_trainer(message, memoryview(b""))
+        self.agent._on_trainer_message(message, memoryview(b""))
 
     @property
     def ready(self) -> tuple[int, str]:
