@@ -64,7 +64,7 @@ def coordinator(make_coordinator):
 
 
 @pytest.fixture
-def sessions(coordinator):
+def devices(coordinator):
     """Good and bad, joined and ready."""
     return coordinator.gather()
 

@@ -39,6 +39,7 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
+        self.stride = stride
         self.residual = nn.Sequential(
             nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
             batch_norm(outputs, 2),
@@ -49,12 +50,15 @@ class BasicBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), batch_norm(outputs, 2)
+                nn.Conv2d(inputs, outputs, 1, bias=False), batch_norm(outputs, 2)
             )
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.relu(self.residual(x) + self.shortcut(x))
+        # The shortcut's stride is taken here: a 1x1 convolution of stride 2, channels few and last,
+        # corrupts the heap in its backward pass with AVX2 but no AVX-512 (oneDNN in torch 2.13).
+        seen = x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]
+        out: Tensor = self.relu(self.residual(x) + self.shortcut(seen))
         return out
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.chaos.bed import Bed
 from tests.chaos.ledger import TOLERANCE, read_ledger, replayed
 from tests.chaos.net import CONGESTION, lacks_congestion, what_is_missing
-from tests.chaos.table import write_table
+from tools.tables import kernel, made_by, write_csv
 
 COLUMNS = ("scenario", "congestion", "outcome", "rounds", "seconds", "checked")
 TABLE: list[dict[str, object]] = []
@@ -31,7 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--chaos-csv")
     if path and TABLE:
-        write_table(path, TABLE, "make test-chaos ARGS='--chaos-csv FILE'")
+        command = "make test-chaos ARGS='--chaos-csv FILE'"
+        write_csv(Path(path), TABLE, made_by(command, kernel()))
 
 
 @pytest.hookimpl(hookwrapper=True)

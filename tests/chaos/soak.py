@@ -24,7 +24,7 @@ from tests.chaos.bed import FAULT_PATIENCE_S, Bed, bed_of
 from tests.chaos.faults import DEVICES, KINDS, SERVER, Fault, Undo, drawn
 from tests.chaos.ledger import TOLERANCE, Ledger, read_ledger, replayed
 from tests.chaos.net import CONGESTION, what_is_missing
-from tests.chaos.table import write_table
+from tools.tables import kernel, made_by, write_csv
 
 # A round closes without those who are late by ten seconds: their updates count in a later one.
 FLAGS = ("--epochs", "2", "--quorum", "0.5", "--grace", "10")
@@ -144,8 +144,8 @@ def run(args: argparse.Namespace, folder: Path) -> int:
     rows = table(faults)
     rows.append(whole(faults, ledger, differences, late, lasted_s))
     if args.csv:
-        write_table(args.csv, rows, f"python -m tests.chaos.soak --faults {args.faults} "
-                    f"--seed {args.seed} --congestion {args.congestion}")  # fmt: skip
+        command = f"python -m tests.chaos.soak --faults {args.faults} --seed {args.seed}"
+        write_csv(args.csv, rows, made_by(f"{command} --congestion {args.congestion}", kernel()))
     for row in rows:
         print(*row.values(), sep=" | ")
     wrong = {round: value for round, value in differences.items() if value >= TOLERANCE}

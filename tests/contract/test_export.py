@@ -12,7 +12,7 @@ from edge_sdk.infer.export import cut, export
 from edge_sdk.infer.model_folder import read_model
 from edge_sdk.infer.onnx_layers import NORMS, plain_model
 from edge_sdk.models import build, initial_tensors
-from tests.contract.test_families import FOLDED, SPECS
+from tests.contract.families import FOLDED, SPECS
 from tests.support.examples import examples
 
 

@@ -12,27 +12,8 @@ from edge_sdk.models import FAMILIES, build, initial_tensors
 from edge_sdk.models.staged import moved, needed_names, stage_of, trained_names
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training.trainer import train
+from tests.contract.families import FOLDED, SPECS, TABLE, check_trains_apart
 from tests.support.examples import examples
-
-IMAGES = [(1, 28, 28), (3, 32, 32)]
-SERIES = [(3, 51), (3, 151)]
-CHANNELS = {"channels": (4, 5, 6, 7)}
-# Per family: the inputs that it takes, tiny options, and one input that it does not take.
-TABLE = {
-    "cnn": ([*IMAGES, *SERIES], CHANNELS, (5,)),
-    "lstm": (SERIES, {"hidden": 5}, (1, 28, 28)),
-    "mlp": ([(7,), *IMAGES, *SERIES], {"widths": (6, 5, 4)}, (1, 2, 3, 4)),
-    "resnet18": (IMAGES, CHANNELS | {"blocks": (1, 2, 1, 1)}, (3, 51)),
-    "vgg": ([*IMAGES, *SERIES], CHANNELS, (5,)),
-}
-FOLDED = ModelSpec(
-    family="vgg", input_shape=(3, 51), num_classes=3, exit=3, options=CHANNELS | {"fold": (9, 16)}
-)
-SPECS = [
-    ModelSpec(family=family, input_shape=shape, num_classes=3, exit=3, options=options)
-    for family, (shapes, options, _) in TABLE.items()
-    for shape in shapes
-]
 
 
 @pytest.fixture(params=[*SPECS, FOLDED], ids=lambda s: f"{s.family}-{s.input_shape}")
@@ -83,6 +64,7 @@ def test_no_integer_tensors_and_no_alias(spec):
 
 
 def test_every_segment_trains_exactly_its_tensors(spec):
+    check_trains_apart(spec.family)
     whole = initial_tensors(spec, 0)
     data = examples(9, shape=spec.input_shape)
     for segments in (
@@ -114,6 +96,7 @@ def test_main_weights_are_matrices_of_the_stages(spec):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_costs_of_every_segment_can_be_counted(family):
+    check_trains_apart(family)
     spec = next(spec for spec in SPECS if spec.family == family)
     found = segment_costs(spec, Plan(segments=(Segment(first=1, last=3),), batch_size=4), 9, 0)
     assert [(c.first, c.last) for c in found] == [(1, 1), (1, 2), (1, 3), (2, 2), (3, 3)]
@@ -194,6 +177,7 @@ def test_recomputing_draws_the_same_dropout():
 
 
 def check_recomputed(spec):
+    check_trains_apart(spec.family)
     data = examples(12, shape=spec.input_shape)
     plan = Plan(
         segments=(Segment(first=1, last=2), Segment(first=3, last=3)), batch_size=6, epochs=2

@@ -35,7 +35,7 @@ COHORT = CohortState(
     chosen=4, needed=2, returned=1, bytes_in_flight=10, budget_bytes=64, spool_bytes=7,
     bytes_down=100, bytes_up=200, updates_accepted=5, updates_late=1, updates_stale=3,
     updates_failed=2,
-    faults={"tensors": 3, "gone": 1, OTHER: 2}, pending=9,
+    faults={"tensors": 3, "gone": 1, OTHER: 2}, strangers=9,
 )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def test_bad_flags_are_one_line(flags: list[str], says: str, tmp_path: Path, cap
 @pytest.mark.slow
 def test_a_real_grid_of_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
-    script = [sys.executable, str(ROOT / "tools" / "experiments.py")]
+    script = [sys.executable, "-m", "tools.experiments"]
     done = subprocess.run([*script, *DIGITS, *TINY, "--out", str(out)], cwd=ROOT, check=False)
     assert done.returncode == 0
     name = "digits-even-0.5-owners-mean-s0"
@@ -158,7 +158,7 @@ def test_a_real_grid_of_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_stopped_grid_leaves_no_run_behind(tmp_path: Path):
-    script = [sys.executable, str(ROOT / "tools" / "experiments.py")]
+    script = [sys.executable, "-m", "tools.experiments"]
     with subprocess.Popen(
         [*script, *DIGITS, "--out", str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     ) as process:

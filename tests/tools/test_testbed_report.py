@@ -30,8 +30,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def test_text_through_a_pipe(store: Store):
-    script = ROOT / "tools" / "testbed_report.py"
-    command = [sys.executable, str(script), str(store.folder)]
+    script = ("-m", "tools.testbed.report")
+    command = [sys.executable, *script, str(store.folder)]
     text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
@@ -109,13 +109,13 @@ def test_in_process_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (bytes_up,) = db.execute("SELECT SUM(bytes_up) FROM rounds").fetchone()
         (longest_s,) = db.execute("SELECT MAX(wall_s) FROM phases WHERE phase = 'train'").fetchone()
     db.close()
-    assert report.counters.bytes_up_a_round == bytes_up / 2
+    assert report.tally.bytes_up_a_round == bytes_up / 2
     assert report.platforms[0].phases[3].board.max_s == longest_s
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=str)
 def test_a_reader_that_has_enough_is_no_error(store: Store, flags: list[str]):
-    script = ROOT / "tools" / "testbed_report.py"
+    script = ("-m", "tools.testbed.report")
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "wb") as closed:

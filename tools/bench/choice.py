@@ -15,7 +15,6 @@ kernel drops and reads library pages again and again instead of killing anybody.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import os
@@ -35,6 +34,7 @@ import msgspec
 
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from tools.bench.limited_device import Task
+from tools.tables import made_by, write_csv
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = Path("/sys/fs/cgroup/memory")
@@ -200,7 +200,8 @@ def main() -> int:
                 rows.append(row)
                 print(*row.values(), flush=True)
             if args.csv:
-                write(args.csv, rows)
+                command = shlex.join(["python", "-m", "tools.bench.choice", *sys.argv[1:]])
+                write_csv(args.csv, rows, made_by(command))
     agree = sum(row["agrees"] for row in rows)
     bold = sum(row["chooser"] and not row["trains"] for row in rows)
     died = {
@@ -211,18 +212,6 @@ def main() -> int:
     print(f"{agree} of {len(rows)} decisions agree, {bold} too bold; {len(died)} devices died")
     print(*sorted(died), sep="\n")
     return 0
-
-
-def write(path: Path, rows: Sequence[Result]) -> None:
-    from tools.experiments.__main__ import git, machine
-
-    command = shlex.join(["python", "-m", "tools.bench.choice", *sys.argv[1:]])
-    commit = git("rev-parse", "--short=10", "HEAD")
-    with path.open("w", newline="") as file:
-        file.write(f"# {command}; commit {commit}; {machine()}\n")
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ bare, emulated in 1 process, emulated in 2. Evaluation is left out: how often is
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ from edge_sdk.data.load import Examples, load_dataset
 from edge_sdk.models import build
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec
-from tools.experiments.__main__ import machine
+from tools.tables import made_by, write_csv
 
 CPU = torch.device("cpu")
 
@@ -76,11 +75,8 @@ def main() -> int:
     for cells in rows:
         print("  ".join(f"{key} {value}" for key, value in cells.items()))
     if args.csv:
-        with args.csv.open("w", newline="") as file:
-            file.write(f"# python -m tools.bench.emulate; {machine()}\n")
-            writer = csv.DictWriter(file, list(rows[-1]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        note = made_by("python -m tools.bench.emulate")
+        write_csv(args.csv, rows, note, columns=list(rows[-1]))
     return 0
 
 

@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -55,6 +53,7 @@ from tools.bench.generator_updates import (
     prefix,
     shown,
 )
+from tools.tables import made_by, write_csv
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATORS = {
@@ -102,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare_with_naive(rows)
     print_markdown(rows)
     if args.csv:
-        write_csv(args.csv, rows, args.rounds, args.device)
+        gpu = [torch.cuda.get_device_name()] if args.device != "cpu" else ["one thread, shared"]
+        command = f"python -m tools.bench.generators --rounds {args.rounds}"
+        write_csv(args.csv, rows, made_by(command, *gpu), FIELDS)
     return 0
 
 
@@ -304,21 +305,6 @@ def print_markdown(rows: list[Row]) -> None:
     print("| " + " | ".join("---" for _ in FIELDS) + " |")
     for row in rows:
         print("| " + " | ".join(str(row.get(name, "-")) for name in FIELDS) + " |")
-
-
-def write_csv(path: Path, rows: list[Row], rounds: int, device: str) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-        cwd=ROOT,
-    ).stdout.strip()  # fmt: skip
-    where = torch.cuda.get_device_name() if device != "cpu" else "one thread of 2 shared cores"
-    command = f"python -m tools.bench.generators --rounds {rounds}"
-    head = f"# {command}; commit {commit}; {platform.machine()}, {where}"
-    with path.open("w", newline="") as file:
-        file.write(head + "\n")
-        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ going to the last exit stage by stage.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from edge_sdk.infer.early_exit import NEVER, EarlyExit, open_session
 from edge_sdk.infer.export import export, read_weights
 from edge_sdk.infer.model_folder import read_file, read_model
 from edge_sdk.infer.thresholds import calibrate
+from tools.tables import made_by, print_table, write_csv
 
 LOSS = 0.01
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -73,10 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench_infer: {error}", file=sys.stderr)
         return 1
     print(*about, sep="\n")
-    print_table(rows)
+    columns = [*max(rows, key=len)]  # of the model with the most exits
+    print_table(rows, columns)
     if args.csv:
         flags = f"--repeats {args.repeats}" + (f" --limit {args.limit}" if args.limit else "")
-        write_csv(args.csv, rows, about, flags)
+        about = ["shared with other work", "1 thread", "batch 1", *about]
+        note = made_by(f"python -m tools.bench.infer {flags}", *about)
+        write_csv(args.csv, rows, note, columns)
     return 0
 
 
@@ -178,36 +181,6 @@ def timed(
                 labels[number, i], exits[number, i] = answer
     cpu_s, wall_s = np.median(seconds[0], axis=0), seconds[1].min(axis=0)  # each (ways, n)
     return labels, exits, cpu_s.mean(axis=1), wall_s.mean(axis=1)
-
-
-def print_table(rows: Sequence[Mapping[str, object]]) -> None:
-    heads = columns_of(rows)
-    lines = [heads, *([str(row.get(head, "")) for head in heads] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def columns_of(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    """Those of the row with the most exits."""
-    return [*max(rows, key=len)]
-
-
-def write_csv(
-    path: Path, rows: Sequence[Mapping[str, object]], about: Sequence[str], flags: str
-) -> None:
-    from tools.experiments.__main__ import git, machine
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(
-            f"# python -m tools.bench.infer {flags}; commit "
-            f"{git('rev-parse', '--short', 'HEAD')}; {machine()}, shared with other work, "
-            f"1 thread, batch 1; {'; '.join(about)}\n"
-        )
-        writer = csv.DictWriter(file, columns_of(rows), lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
 import math
 import os
@@ -40,6 +39,7 @@ import zmq
 
 from edge_sdk.protocol.keys import KeyPair, make_keys
 from tools.bench.light_fleet import write_clients
+from tools.tables import made_by, print_row, write_csv
 
 INPUTS, CLASSES = 1000, 10
 SAMPLE_S = 0.1
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(measure(args, clients))
         print_row(rows[-1], is_first=len(rows) == 1)
     if args.csv:
-        write_csv(args.csv, rows, " ".join(argv or sys.argv[1:]))
+        flags = " ".join(argv or sys.argv[1:]).partition(" --csv")[0]
+        write_csv(args.csv, rows, made_by(f"python -m tools.bench.load {flags}", "shared"))
     return 0
 
 
@@ -311,25 +312,6 @@ def fast_s(devices: list[Row], remainder: int) -> float:
             last = max(d["accepted_at"][key] for d in devices if not d["is_slow"])
             found.append(last - min(d["given_at"][key] for d in devices))
     return statistics.median(found) if found else math.nan
-
-
-def print_row(row: Row, *, is_first: bool) -> None:
-    if is_first:
-        print("  ".join(f"{name:>8}" for name in row))
-    print("  ".join(f"{value!s:>{max(8, len(name))}}" for name, value in row.items()), flush=True)
-
-
-def write_csv(path: Path, rows: list[Row], flags: str) -> None:
-    from tools.experiments.__main__ import git, machine
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    command = f"python -m tools.bench.load {flags}".partition(" --csv")[0]
-    commit = git("rev-parse", "--short", "HEAD")
-    with path.open("w", newline="") as file:
-        file.write(f"# {command}; commit {commit}; {machine()}, shared\n")
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
 import math
 import select
@@ -29,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from edge_sdk.data.load import save_shard
 from edge_sdk.protocol.keys import make_keys
 from edge_sdk.protocol.messages import Fetch, Job, ModelSpec, Part, Plan, Segment, Update
 from tools.bench.memory_programs import INPUTS, MODEL, SPEC, WEIGHTS, footprint
+from tools.tables import made_by, print_table, write_csv
 
 MODELS = {
     "cnn": ModelSpec(family="cnn", input_shape=(1, 28, 28), num_classes=10, exit=3),
@@ -95,9 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = inference(MODELS[model], Path(name) / model, args.runs)
             rows += [{**row, "model": model, "exit": MODELS[model].exit} for row in found]
     rows = [tidy(row) for row in rows]
-    print_table(rows)
+    print_table(rows, COLUMNS)
     if args.csv:
-        write_csv(args.csv, rows, f"--models {args.models} --batches {args.batches}", args.runs)
+        flags = f"--models {args.models} --batches {args.batches} --runs {args.runs}"
+        about = ("shared", f"torch {version('torch')}", "1 thread", "medians")
+        write_csv(args.csv, rows, made_by(f"python -m tools.bench.memory {flags}", *about), COLUMNS)
     return 0
 
 
@@ -314,30 +317,6 @@ def tidy(row: Mapping[str, Any]) -> Figures:
         name: f"{cell:.{DIGITS.get(name, 1)}f}" if isinstance(cell, float) else cell
         for name, cell in cells.items()
     }
-
-
-def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    lines = [[*COLUMNS], *([str(row[name]) for name in COLUMNS] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], flags: str, runs: int) -> None:
-    import torch
-
-    from tools.experiments.__main__ import git, machine
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(
-            f"# python -m tools.bench.memory {flags} --runs {runs}; commit "
-            f"{git('rev-parse', '--short', 'HEAD')}; {machine()}, shared, torch "
-            f"{torch.__version__}, 1 thread; medians\n"
-        )
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ trains every stage. The last global model's accuracy in %, exit 3.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from coordinator.methods.registry import make_method
 from coordinator.runs.evaluate import accuracy_per_exit
 from edge_sdk.data.load import DataSet, load_dataset
 from edge_sdk.protocol.messages import ModelSpec
-from tools.experiments.__main__ import git, machine
+from tools.tables import made_by, write_csv
 
 POPULATION = Population(clients=10, groups=(4, 3, 3), split="iid", alpha=1.0)
 HARMFUL: dict[int, tuple[str, ...]] = {
@@ -122,7 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     data = load_dataset(args.data, 0, args.examples)
-    commit = git("rev-parse", "--short=10", "HEAD")
     rows: list[dict[str, object]] = []
     for method in METHODS:
         for rule, options in RULES.items():
@@ -134,11 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("  ".join(map(str, row.values())), flush=True)
     if args.csv:
         command = " ".join(["python -m tools.bench.robust", *(argv or sys.argv[1:])])
-        with args.csv.open("w", newline="") as file:
-            file.write(f"# {command}; commit {commit}; {machine()}\n")
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, rows, made_by(command))
     return 0
 
 

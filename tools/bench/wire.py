@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
-import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -48,6 +45,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
+from tools.tables import made_by, print_row, write_csv
 
 NUM_TENSORS = 20
 RESULT = ExitResult(exit=1, loss=0.0, accuracy=0.0)
@@ -79,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(measure(megabytes, clients, link, args.rounds, floor_s))
                 print_row(rows[-1], is_first=len(rows) == 1)
     if args.csv:
-        write_csv(args.csv, rows)
+        write_csv(args.csv, rows, made_by("python -m tools.bench.wire", "shared"))
     return 0
 
 
@@ -291,27 +289,6 @@ def resident_mb(field: str) -> float:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024 / 1e6
     raise RuntimeError(f"no {field} in /proc/self/status; this benchmark needs Linux")
-
-
-def print_row(row: dict[str, object], *, is_first: bool) -> None:
-    if is_first:
-        print("  ".join(f"{name:>8}" for name in row))
-    print("  ".join(f"{value!s:>{max(8, len(name))}}" for name, value in row.items()), flush=True)
-
-
-def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(
-            f"# python -m tools.bench.wire; commit {commit}; {platform.machine()}, "
-            f"{os.cpu_count()} cores, shared\n"
-        )
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

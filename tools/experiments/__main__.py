@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -29,13 +28,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 from edge_sdk.cli.flags import whole_flag
 from edge_sdk.errors import ConfigError, EdgeError
 from tools.experiments import figures, probes, tables
 from tools.experiments.grids import GRIDS, Grid, Setting
+from tools.tables import git, machine
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN_SOURCES = {"digits": "digits"}  # data that needs no --data
@@ -277,31 +276,9 @@ def stop(running: Sequence[Job]) -> None:
 def origin() -> dict[str, object]:
     """Commit, whether tracked files differ from it, and machine. Asked anew for every cell: a grid
     takes hours, and each run starts from the files as they are then."""
-    commit = git("rev-parse", "HEAD")
-    is_dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    commit = git("rev-parse", "HEAD", folder=ROOT)
+    is_dirty = bool(git("status", "--porcelain", "--untracked-files=no", folder=ROOT))
     return {"commit": commit, "is_dirty": is_dirty, "machine": machine()}
-
-
-def git(*arguments: str) -> str:
-    """What git prints, "" where there is no git or no repository."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip()
-
-
-@cache
-def machine() -> str:
-    """Architecture, processor and cores, e.g. "x86_64, AMD EPYC 7B13, 2 cores"."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    model = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return ", ".join([platform.machine(), *model[:1], f"{os.cpu_count()} cores"])
 
 
 def say(text: str) -> None:

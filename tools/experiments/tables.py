@@ -9,7 +9,6 @@ Differences are paired: the mean over the seeds that both rules have of their di
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shlex
 import statistics
@@ -19,16 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from scipy import stats
+
 from edge_sdk.errors import ConfigError, DataError
+from tools import tables
 from tools.experiments.grids import BASELINE, BOUND
 
 TAIL_ROUNDS = 5
-# 97.5 % quantiles of Student's t with 1, 2, ... 30 degrees of freedom, from a printed table
-STUDENT_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 Row: TypeAlias = dict[str, Any]  # texts, and numbers or None
 SETTING = ("data", "regime", "alpha")
 COSTS = {  # column of the table: column of the rows
@@ -280,7 +276,7 @@ def interval(
     middle = statistics.mean(differences)
     if count == 1:
         return middle, None, None, 1
-    t = STUDENT_T[min(count - 1, len(STUDENT_T)) - 1]  # above 30: a little too wide
+    t = float(stats.t.ppf(0.975, count - 1))
     half = t * statistics.stdev(differences) / count**0.5
     return middle, middle - half, middle + half, count
 
@@ -355,16 +351,7 @@ def aligned(lines: Sequence[Sequence[str]], is_markdown: bool) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Row], note: str = "") -> None:
-    """Columns of all rows in the order in which they appear; None is an empty cell."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        if note:
-            file.write(f"# {note}\n")
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: rounded(value) for key, value in row.items()})
+    tables.write_csv(path, [{k: rounded(v) for k, v in row.items()} for row in rows], note)
 
 
 def rounded(value: object) -> object:
@@ -375,8 +362,7 @@ def rounded(value: object) -> object:
 def read_rows(path: Path) -> list[Row]:
     """Rows that `rows` wrote: numbers as numbers, empty cells None. Raises ConfigError."""
     try:
-        with path.open(newline="") as file:
-            read = list(csv.DictReader(line for line in file if not line.startswith("#")))
+        read = tables.read_csv(path)
     except OSError as error:
         raise ConfigError(f"--csv {path} cannot be read: {error}") from error
     needed = {*SETTING, "label", "seed", "served_final", "last_final", "commit", "machine"}

@@ -24,7 +24,7 @@ import sysconfig
 import time
 from pathlib import Path
 
-from tools.experiments.__main__ import git, machine
+from tools.tables import commit, machine
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     row = {
         "target": args.target, "seed": args.seed, **told, "counters": counters,
         "features": features, "corpus": corpus, "wall_s": round(time.monotonic() - started),
-        "commit": git("rev-parse", "--short=10", "HEAD"), "machine": machine(),
+        "commit": commit(), "machine": machine(),
     }  # fmt: skip
     for name, value in row.items():
         print(f"{name:>16}  {value}")

@@ -69,7 +69,7 @@ UNREACHABLE = 2 * len(SENDERS)  # added to a route: answers cannot be sent
 NUM_ROUTES = 2 * UNREACHABLE
 # When it listened, which any message changes; sums over clients; what only reads tensors.
 NO_STATE = (
-    "_hub", "_num_heard", "_listened", "_looked", "_progress", "_used", "_queues", "_tally",
+    "_router", "_num_heard", "_listened", "_looked", "_progress", "_used", "_queues", "_counters",
     "_spool", "Sender",
 )  # fmt: skip
 PROFILE = DeviceProfile(

@@ -310,7 +310,7 @@ def serve(megabytes: str, clients: str, rounds: str, keys: str, marks: str) -> i
 
 
 def start_grpc(stack: contextlib.ExitStack, cell: Cell) -> Watch:
-    program = [str(VENV / "bin" / "python"), str(ROOT / "tools" / "peer_flower.py")]
+    program = [str(VENV / "bin" / "python"), str(ROOT / "tools" / "peer" / "flower.py")]
     address = f"127.0.0.1:{free_ports(1)[0]}"
     environment = flower_environment(cell.folder)
     figures = [str(cell.megabytes), str(cell.clients), str(cell.rounds), str(cell.marks)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tools.tables import made_by, read_csv, write_csv
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / "build" / "peer-venv"  # Flower's
@@ -61,28 +61,15 @@ def width(name: str) -> int:
     return 16 if name == "system" else max(7, len(name))
 
 
-def read_rows(path: Path) -> list[dict[str, object]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+def read_rows(path: Path) -> list[dict[str, str]]:
+    return read_csv(path) if path.exists() else []
 
 
-def write_rows(path: Path, rows: list[dict[str, object]], argv: Sequence[str]) -> None:
-    if not rows:
-        return
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False, cwd=ROOT).stdout
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(
-            f"# python -m tools.peer {' '.join(argv)}; commit {commit.strip()}; "
-            f"{platform.machine()}, {os.cpu_count()} cores, "
-            f"Python {platform.python_version()}, {versions()}\n"
-        )
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]], argv: Sequence[str]) -> None:
+    if rows:
+        command = f"python -m tools.peer {' '.join(argv)}"
+        about = (f"Python {platform.python_version()}", versions())
+        write_csv(path, rows, made_by(command, *about))
 
 
 def versions() -> str:

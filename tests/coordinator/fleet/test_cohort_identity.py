@@ -166,7 +166,7 @@ def test_two_programs_with_one_key_the_first_stays(coordinator, devices):
     second.send(Heartbeat())
     assert second.expect(Fault).code == "hello"  # it has not become anybody
     end_well(round, bad, good)
-    rivals = coordinator.ask(lambda cohort: cohort.devices.all["bad"].num_rivals)
+    rivals = coordinator.ask(lambda cohort: cohort.sessions.all["bad"].num_rivals)
     assert rivals.result(WAIT_S) == 1
 
 
@@ -223,9 +223,9 @@ def test_pause_of_the_caller_is_no_answer_to_a_probe(tmp_path):
     ]
     cohort._listened -= 5.0  # so long the caller was busy
     cohort._pump()
-    cohort.devices.look(time.monotonic())
+    cohort.sessions.look(time.monotonic())
     assert len(lines.sent) == 2  # it is not known yet who is there
-    cohort.devices.look(time.monotonic() + 5.0 + devices_module.PROBE_S + 0.1)
+    cohort.sessions.look(time.monotonic() + 5.0 + devices_module.PROBE_S + 0.1)
     assert [(route, type(message)) for route, message in lines.sent[2:]] == [(b"2", Welcome)]
 
 
@@ -339,11 +339,11 @@ def test_a_key_that_is_replaced_while_it_claims_a_place_does_not_get_it(tmp_path
     cohort = ZmqCohort(lines, terms, Spool(tmp_path))
     for session in ("1", "2"):
         said = ScriptedDevice.make_hello(SimpleNamespace(name="a", session=session))
-        cohort.devices.hello(Received(session.encode(), "a", said, None), said)
-    cohort.devices.look(time.monotonic() + devices_module.PROBE_S + 0.1)
+        cohort.sessions.hello(Received(session.encode(), "a", said, None), said)
+    cohort.sessions.look(time.monotonic() + devices_module.PROBE_S + 0.1)
     route, refused = lines.sent[-1]
     assert (route, refused.code) == (b"2", "admission")
-    assert cohort.devices.all["a"].route == b"1"
+    assert cohort.sessions.all["a"].route == b"1"
 
 
 def test_the_hub_knows_whose_key_a_message_had(gate, member):

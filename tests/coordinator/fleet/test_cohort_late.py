@@ -195,11 +195,11 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
         return jobs, sent
 
     jobs, sent = open_desk()
-    jobs = dict(sent)
+    given = dict(sent)
     trained = {spec.name: job.tensors[spec.name] + 1 for spec in job.returns}
     sender = Sender(trained)
     for name, parts in (("whole", 2), ("half", 1)):
-        device = SimpleNamespace(name=name, job=jobs[name], trained=trained)
+        device = SimpleNamespace(name=name, job=given[name], trained=trained)
         jobs.on_message(name, ScriptedDevice.make_update(device), None)
         for index in range(parts):
             jobs.on_message(name, Part(round=1, index=index), sender.part(index))
@@ -209,7 +209,7 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
         ("whole", Accepted),
         ("half", Job),
     ]
-    assert sent[1][1] == jobs["half"]
+    assert sent[1][1] == given["half"]
     (again,) = jobs.finished
     assert again.client.id == "whole"
     assert again.digest == before.digest

@@ -172,7 +172,7 @@ def test_quarter_of_an_hour_with_the_caller_is_nobodys_silence(coordinator, devi
 
     def be_away() -> None:
         cohort, away_s = coordinator._cohort, 900.0
-        for device in cohort.devices.all.values():
+        for device in cohort.sessions.all.values():
             device.seen -= away_s
         for open_job in cohort.jobs.open.values():
             open_job.moved -= away_s
@@ -348,9 +348,9 @@ def test_whoever_is_heard_at_work_is_progress(tmp_path):
         Spool(tmp_path),
     )  # fmt: skip
     hello = ScriptedDevice.make_hello(SimpleNamespace(name="a", session="1"))
-    cohort.devices.hello(Received(b"a", None, hello, None), hello)
+    cohort.sessions.hello(Received(b"a", None, hello, None), hello)
     cohort.jobs.give(client("a", 2), assignment(), 1, 0.0)
-    device, open_job = cohort.devices.all["a"], cohort.jobs.open["a"]
+    device, open_job = cohort.sessions.all["a"], cohort.jobs.open["a"]
     cohort._progress -= 61
     cohort._check_progress("waits")
     open_job.moved -= 61

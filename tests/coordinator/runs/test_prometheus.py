@@ -324,7 +324,7 @@ def test_strangers_and_duplicates_are_counted(tmp_path, make_coordinator):
     a.ping()
     assert rival.expect(Fault).code == "duplicate"
     found = look()
-    assert found.pending >= 1
+    assert found.strangers >= 1
     assert found.faults == {"duplicate": 1}
     assert [(c.name, c.phase, c.duplicates) for c in found.clients] == [("a", "ready", 1)]
 

@@ -14,7 +14,7 @@ from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 TRAINER = """
 import json, sys
 import msgspec, numpy
-from edge_sdk import resident
+from edge_sdk.hardware import process_memory
 from edge_sdk.data.load import Examples
 from edge_sdk.models import initial_tensors
 from edge_sdk.training.calibration import calibrated, runtime_bytes
@@ -33,12 +33,12 @@ needed, libraries = runtime_bytes()
 costs = segment_costs_apart(
     spec, plan, count, needed + found.scratch_bytes, found.allowance, found.error
 )
-after_bytes = resident.resident_bytes() - resident.library_bytes() + libraries
+after_bytes = process_memory.resident_bytes() - process_memory.library_bytes() + libraries
 tensors = initial_tensors(spec, 0)
 tensors = {name: tensors[name] for name in needed_names(tensors, plan.segments)}
 cache_bytes = int(sys.argv[3])
 result = train(spec, plan, tensors, examples, cache_bytes=cache_bytes, is_consuming=True)
-peak = result.peak_memory_bytes - resident.library_bytes() + libraries
+peak = result.peak_memory_bytes - process_memory.library_bytes() + libraries
 found = [needed, after_bytes, peak, msgspec.to_builtins(costs)]
 print(json.dumps(found))
 """

@@ -116,7 +116,7 @@ def test_what_is_not_known_is_left_out():
 
 PROGRAM = """
 import logging, sys, warnings
-from edge_sdk import logs
+from edge_sdk.helpers import logs
 logs.set_up(is_json=True, is_debug=False, form="")
 logging.getLogger("a").info("two\\nlines", extra=logs.event("joined", client="pi-1"))
 logging.getLogger("a").debug("not said")
@@ -148,7 +148,7 @@ def test_a_program_says_only_json_even_as_it_crashes():
 
 def test_the_trainer_logs_as_its_agent_does():
     child = (
-        "import logging; from edge_sdk import logs; logs.set_up_trainer(); "
+        "import logging; from edge_sdk.helpers import logs; logs.set_up_trainer(); "
         "logging.getLogger('t').warning('from the trainer')"
     )
     *_, last = lines_of(f"import subprocess; subprocess.run([sys.executable, '-c', {child!r}])")

@@ -101,6 +101,46 @@ def test_a_basic_block_adds_its_input():
     assert torch.equal(block(x), x.relu())  # the residual is 0
 
 
+@pytest.mark.parametrize("sides", [(1, 1), (2, 3), (5, 4), (8, 8), (9, 7)])
+def test_a_shortcut_is_the_convolution_of_stride_2(sides):
+    """In forward and backward, as it trains, with the channels last. The convolution to compare
+    with has them first, where torch's is sound on every CPU."""
+    torch.manual_seed(0)
+    block = BasicBlock(3, 5, stride=2).eval().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        block.residual[-1].weight.zero_()  # the residual is 0: the block is its shortcut
+    again = torch.randn(2, 3, *sides).requires_grad_()
+    x = again.detach().to(memory_format=torch.channels_last).requires_grad_()
+    conv, norm = block.shortcut
+    weight = conv.weight.detach().contiguous().clone().requires_grad_()
+    wanted = nn.functional.conv2d(again, weight, stride=2)
+    wanted = (wanted / (1 + norm.eps) ** 0.5).relu()  # mean 0 and variance 1, as built
+    out = block(x)
+    assert out.shape == (2, 5, -(-sides[0] // 2), -(-sides[1] // 2))
+    assert torch.allclose(out, wanted, atol=1e-6)
+    slope = torch.randn_like(wanted)
+    out.backward(slope)
+    wanted.backward(slope)
+    assert torch.allclose(x.grad, again.grad, atol=1e-6)
+    assert torch.allclose(conv.weight.grad, weight.grad, atol=1e-5)
+
+
+def test_a_shortcut_sees_every_second_pixel():
+    """Of 0 1 2 / 3 4 5 / 6 7 8 it sees 0 2 / 6 8, together 16; the weights are 1 and 3."""
+    block = BasicBlock(1, 2, stride=2).eval()
+    conv, norm = block.shortcut
+    norm.eps = 0.0
+    with torch.no_grad():
+        block.residual[-1].weight.zero_()
+        conv.weight.copy_(torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1))
+    x = torch.arange(9.0).reshape(1, 1, 3, 3).requires_grad_()
+    out = block(x)
+    assert out.tolist() == [[[[0, 2], [6, 8]], [[0, 6], [18, 24]]]]
+    out.sum().backward()  # a relu of 0 passes nothing on
+    assert x.grad.tolist() == [[[[0, 0, 4], [0, 0, 0], [4, 0, 4]]]]
+    assert conv.weight.grad.flatten().tolist() == [16, 16]
+
+
 def test_main_weights_of_resnet18_leave_the_shortcuts_out():
     model = build(ModelSpec(family="resnet18", input_shape=(3, 8, 8), num_classes=2, exit=3))
     assert len(model.main_weights) == 17  # the stem and two in each of 8 blocks

@@ -1,0 +1,99 @@
+"""What every model family is tested with, and its training steps in a process of their own: torch's
+native code may crash or hang there, and the tests still tell which family and input it was.
+
+    python -m tests.contract.families resnet18
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from edge_sdk.models import initial_tensors
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from edge_sdk.training.trainer import train
+from tests.support.examples import examples
+from tests.support.processes import ROOT
+
+IMAGES = [(1, 28, 28), (3, 32, 32)]
+SERIES = [(3, 51), (3, 151)]
+CHANNELS = {"channels": (4, 5, 6, 7)}
+# Per family: the inputs that it takes, tiny options, and one input that it does not take.
+TABLE = {
+    "cnn": ([*IMAGES, *SERIES], CHANNELS, (5,)),
+    "lstm": (SERIES, {"hidden": 5}, (1, 28, 28)),
+    "mlp": ([(7,), *IMAGES, *SERIES], {"widths": (6, 5, 4)}, (1, 2, 3, 4)),
+    "resnet18": (IMAGES, CHANNELS | {"blocks": (1, 2, 1, 1)}, (3, 51)),
+    "vgg": ([*IMAGES, *SERIES], CHANNELS, (5,)),
+}
+FOLDED = ModelSpec(
+    family="vgg", input_shape=(3, 51), num_classes=3, exit=3, options=CHANNELS | {"fold": (9, 16)}
+)
+SPECS = [
+    ModelSpec(family=family, input_shape=shape, num_classes=3, exit=3, options=options)
+    for family, (shapes, options, _) in TABLE.items()
+    for shape in shapes
+]
+WIDTHS = (0.25, 0.5, 0.75, 1.0)  # of the options in TABLE: 1 to 7 channels
+PATIENCE_S = 120.0  # for about 2 s of work, 4 s for all families
+# Kernels as on a CPU with AVX2 but no AVX-512; where they do not exist, those of this machine.
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+
+
+def check_trains_apart(family: str) -> None:
+    """Fail the test at hand if training this family would end or block the process of all tests."""
+    if fault := training_fault(family):
+        pytest.fail(fault)
+
+
+@functools.cache
+def training_fault(*families: str, with_avx2: bool = False) -> str:
+    """How training these families went wrong in a process of its own; "" if it did not."""
+    command = ["-m", "tests.contract.families", *families]
+    return fault_apart(command, AVX2 if with_avx2 else {}, PATIENCE_S)
+
+
+def fault_apart(arguments: Sequence[str], variables: Mapping[str, str], timeout_s: float) -> str:
+    """How a Python program went wrong that prints a line before each thing that it does: the signal
+    or status that it ended with, or that it still runs, the last line, and its stderr."""
+    program = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | variables,
+    )
+    try:
+        said, wrong = program.communicate(timeout=timeout_s)
+        status = program.returncode
+        how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    except subprocess.TimeoutExpired:
+        program.kill()
+        said, wrong = program.communicate()
+        status, how = -1, f"still running after {timeout_s:g} s"
+    begun = said.splitlines()[-1:] or ["its start"]
+    return f"{how} in {begun[0]}\n{wrong}" if status else ""
+
+
+def main(families: Sequence[str]) -> None:
+    """Train each family on every input of TABLE, two steps each, and print the input before."""
+    torch.set_num_threads(1)  # as in tests/conftest.py
+    plan = Plan(segments=(Segment(first=1, last=3),), batch_size=4)
+    for given in [*SPECS, FOLDED]:
+        for width in WIDTHS if given.family in families else ():
+            spec = replace(given, width=width)
+            print(f"{spec.family} {spec.input_shape} {spec.options} width {width}", flush=True)
+            train(spec, plan, initial_tensors(spec, 0), examples(8, shape=spec.input_shape))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
