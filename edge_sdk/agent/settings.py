@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,15 +19,16 @@ import msgspec
 from msgspec import Meta
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers import toml
 from edge_sdk.helpers.text import checked_endpoint, parse_size
-from edge_sdk.protocol.messages import CLIENT_NAME
+from edge_sdk.protocol.messages import CLIENT_NAME, CLIENT_NAME_IN_WORDS, CURVE_KEY
 
 DEFAULT_CONFIG = Path("/etc/edge-sdk/config.toml")
 # What an error says is expected; also every key there is.
 EXPECTED = {
     "coordinator": "the coordinator's address, tcp://HOST:PORT",
     "data": "the absolute path of this device's data, or the name of a data set",
-    "id": "a name of 1 to 64 letters, digits, dots, - or _",
+    "id": f"a name of {CLIENT_NAME_IN_WORDS}",
     "keys": "the absolute path of the folder of keys",
     "server_key": "the coordinator's public key, or the absolute path of its file",
     "insecure": "true or false",
@@ -50,7 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     data: Annotated[str, Meta(pattern=r"\A(/.*|[^/]+)\Z")] | None = None
     id: Annotated[str, Meta(pattern=CLIENT_NAME)] | None = None
     keys: FilePath | None = None
-    server_key: Annotated[str, Meta(pattern=r"\A(/.*|\S{40})\Z")] | None = None
+    server_key: Annotated[str, Meta(pattern=rf"\A/.*\Z|{CURVE_KEY}")] | None = None
     insecure: bool | None = None
     memory_cap: str | None = None
     threads: Annotated[int, Meta(ge=0, le=1024)] | None = None
@@ -164,13 +164,9 @@ def check_value(key: str, value: object, place: str) -> None:
 
 
 def _parse_toml(text: str, where: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
-        found: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:  # its message ends with "(at line 3, column 5)"
+        return toml.loads(text)
+    except toml.TOMLDecodeError as error:  # its message ends with "(at line 3, column 5)"
         words = str(error)
         line = re.search(r"line (\d+)", words)
         number = int(line[1]) if line else text.count("\n") + 1  # "(at end of document)"
@@ -181,7 +177,6 @@ def _parse_toml(text: str, where: str) -> dict[str, Any]:
             f"{where}, line {number}: {what} in {_shown(said)}; a line is KEY = VALUE, and text "
             'stands in "quotes"'
         ) from error
-    return found
 
 
 def _place(text: str, where: str, key: str) -> str:

@@ -19,7 +19,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.measure import measure
 from edge_sdk.protocol.keys import KeyPair, read_all_keys
 from edge_sdk.protocol.link import Link
-from edge_sdk.protocol.messages import CLIENT_NAME, DeviceProfile
+from edge_sdk.protocol.messages import CLIENT_NAME, CLIENT_NAME_IN_WORDS, DeviceProfile
 
 log = logging.getLogger(__name__)
 # This device's pair and the coordinator's public key; None and None: no encryption.
@@ -40,9 +40,7 @@ def checked_id(name: str | None, flag: str) -> str:
     """None: the host name. Raises ConfigError."""
     client_id = name or socket.gethostname()
     if not re.match(CLIENT_NAME, client_id):
-        raise ConfigError(
-            f"device name {client_id!r} is not 1 to 64 letters, digits, dots, - or _; give {flag}"
-        )
+        raise ConfigError(f"device name {client_id!r} is not {CLIENT_NAME_IN_WORDS}; give {flag}")
     return client_id
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import platform
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.boards import Board, board_name
@@ -18,9 +17,6 @@ from edge_sdk.hardware.limits import cores, memory
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.protocol.messages import DeviceProfile
 from edge_sdk.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 
 def measure(
@@ -85,5 +81,5 @@ def measured_board(profile: DeviceProfile, device: str) -> Board:
     }
     if profile.link_mbit_s is not None:
         source["link_mbit_s"] = f"Told by --link-mbit-s on {today}, not measured"
-    shared = set(Board.__struct_fields__) - {"source"}
+    shared = set(Board.__struct_fields__) - {"device_tree", "source"}
     return Board(**{name: getattr(profile, name) for name in shared}, source=source)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.protocol.messages import CURVE_KEY
 
 DEVICE_KEYS = "device"  # names of the two pairs of files
 SERVER_KEYS = "server"
 MAKE = "make one with `keys`"
 NEXT_KEYS = f"{DEVICE_KEYS}.next"  # while a new pair of the device is not confirmed yet
-_TEXT = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def read_all_keys(
     if server_key is None:
         advice = f"copy the coordinator's {SERVER_KEYS}.public there, or give {flag}"
         return keys, read_key(folder / f"{SERVER_KEYS}.public", advice)
-    if _TEXT.fullmatch(server_key) and not os.path.exists(server_key):
+    if re.match(CURVE_KEY, server_key) and not os.path.exists(server_key):
         return keys, check_key(server_key, flag)
     try:
         return keys, read_key(Path(server_key), "it is in the coordinator's folder of keys")
@@ -257,7 +257,7 @@ def read_key(path: Path, advice: str = MAKE) -> bytes:
 
 def check_key(text: str, where: str) -> bytes:
     """The key as bytes. Raises ConfigError unless it is Z85 of 32 bytes."""
-    if not _TEXT.fullmatch(text):
+    if not re.match(CURVE_KEY, text):
         raise ConfigError(f"{where} holds no key: expected 40 characters of Z85, got {len(text)}")
     from zmq.utils import z85
 

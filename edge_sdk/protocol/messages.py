@@ -68,6 +68,7 @@ JobId: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Digest: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200, pattern=PLAIN_TEXT)]
 CLIENT_NAME = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+CLIENT_NAME_IN_WORDS = "1 to 64 letters, digits, dots, - or _"
 ClientId: TypeAlias = Annotated[str, Meta(pattern=CLIENT_NAME)]
 # A CURVE key as Z85 text; keys.check_key knows which of these are numbers of 32 bytes.
 CURVE_KEY = r"\A[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}\Z"
