@@ -18,16 +18,14 @@ import msgspec
 from edge_sdk.agent.agent import Agent
 from edge_sdk.agent.events import Event
 from edge_sdk.agent.options import AgentOptions
-from edge_sdk.agent.pipe import TrainerOptions
-from edge_sdk.agent.settings import check_value
+from edge_sdk.agent.settings import RunSettings, check_value
 from edge_sdk.agent.setup import (
-    calibration_file,
     checked_id,
     default_keys,
     device_secrets,
     make_agent,
     measure_here,
-    saved_updates_folder,
+    trainer_options,
 )
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
@@ -86,26 +84,23 @@ class Client:
             check_value(name, value, "imports" if name == "import" else name)
         _check_modules(modules)
         self._endpoint = coordinator
-        self._secrets = device_secrets(
-            default_keys() if keys is None else Path(keys),
-            None if server_key is None else os.fspath(server_key),
-            insecure,
-            "server_key",
+        settings = RunSettings(
+            coordinator=coordinator,
+            keys=default_keys() if keys is None else Path(keys),
+            server_key=None if server_key is None else os.fspath(server_key),
+            insecure=insecure,
+            memory_cap=None if cap is None else parse_size(cap),
+            threads=threads,
+            device=device,
+            imports=tuple(modules),
         )
+        self._secrets = device_secrets(settings.keys, settings.server_key, insecure, "server_key")
         self._data = _checked_data(data)
+        client_id = checked_id(id, "id")
         self._options = AgentOptions(
-            client_id=checked_id(id, "id"),
-            trainer=TrainerOptions(
-                data="",
-                threads=threads,
-                device=device,
-                calibration=calibration_file(),
-                saved_updates=saved_updates_folder(
-                    checked_id(id, "id"), coordinator, self._secrets
-                ),
-                imports=tuple(modules),
-            ),
-            measure=measure_here(None if cap is None else parse_size(cap)),
+            client_id=client_id,
+            trainer=trainer_options(settings, client_id, self._secrets),
+            measure=measure_here(settings.memory_cap),
             conditions=None if ignore_conditions else conditions.read,
             on_event=on_event,
             search_path=tuple(sys.path),

@@ -63,10 +63,35 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return None if self.memory_cap is None else parse_size(self.memory_cap)
 
     def given(self) -> dict[str, Any]:
-        """What the file sets, as argparse has it of the flags: by their names, sizes in bytes."""
+        """What the file sets, by the names of RunSettings and with sizes in bytes."""
         values = {name: getattr(self, name) for name in self.__struct_fields__}
         values["memory_cap"] = self.cap_bytes
         return {name: value for name, value in values.items() if value is not None}
+
+
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device runs with. None: not set, and there is no default. memory_cap: bytes."""
+
+    coordinator: str | None = None
+    data: str | None = None
+    id: str | None = None
+    keys: Path
+    server_key: str | None = None
+    insecure: bool = False
+    memory_cap: int | None = None
+    threads: int = 0
+    device: str = "cpu"
+    ignore_conditions: bool = False
+    imports: tuple[str, ...] = ()
+
+
+def settled(config: Path | None, flags: Mapping[str, Any], default_keys: Path) -> RunSettings:
+    """Each setting from the flag of its name where that was given (is not None), else from the
+    config file, else the default. Raises ConfigError for the file."""
+    given = read_config(config).given() if config else {}
+    given |= {name: value for name, value in flags.items() if value is not None}
+    keys, imports = Path(given.pop("keys", default_keys)), tuple(given.pop("imports", ()))
+    return RunSettings(keys=keys, imports=imports, **given)
 
 
 def read_config(path: Path) -> Settings:

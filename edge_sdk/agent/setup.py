@@ -15,6 +15,8 @@ from typing import TypeAlias
 
 from edge_sdk.agent.agent import Agent
 from edge_sdk.agent.options import AgentOptions
+from edge_sdk.agent.pipe import TrainerOptions
+from edge_sdk.agent.settings import RunSettings
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.measure import measure
 from edge_sdk.protocol.keys import KeyPair, read_all_keys
@@ -54,8 +56,26 @@ def device_secrets(
     return read_all_keys(folder, server_key, server_key_flag)
 
 
+def trainer_options(
+    settings: RunSettings, client_id: str, secrets: Secrets, *, is_emulated: bool = False
+) -> TrainerOptions:
+    """How the trainer of this device starts. One of an emulated board measures nothing and writes
+    nothing: its figures are another device's."""
+    updates = saved_updates_folder(client_id, settings.coordinator or "", secrets)
+    return TrainerOptions(
+        data=settings.data or "",
+        threads=settings.threads,
+        device=settings.device,
+        measure_compute=not is_emulated,
+        calibration="" if is_emulated else calibration_file(),
+        saved_updates="" if is_emulated else updates,
+        imports=settings.imports,
+    )
+
+
 def default_keys() -> Path:
-    """Under systemd the service's own state folder, else the user's configuration."""
+    """The folder of this device's keys where none is named. Under systemd it is the service's own
+    state folder, else the user's configuration."""
     state = os.environ.get("STATE_DIRECTORY")
     return Path(state) / "keys" if state else Path.home() / ".config" / "edge-sdk"
 
@@ -68,15 +88,15 @@ def calibration_file() -> str:
 
 
 def saved_updates_folder(client_id: str, endpoint: str, secrets: Secrets) -> str:
-    """Where this device's trainer keeps a finished update until it is accepted: one folder for each
-    coordinator. That is known by its key, which stays when its address changes."""
+    """The folder of this device's saved update, one for each coordinator. That is known by its key,
+    which stays when its address changes."""
     coordinator = secrets[1] or endpoint.encode()
     mark = hashlib.sha256(coordinator).hexdigest()[:12]
     return str(Path(calibration_file()).parent / "updates" / f"{client_id}-{mark}")
 
 
 def measure_here(cap_bytes: int | None) -> Callable[[int], DeviceProfile]:
-    """What the agent calls to know this machine's profile."""
+    """The function by which the agent measures this machine, within a cap on memory."""
     return partial(_measure, cap_bytes)
 
 

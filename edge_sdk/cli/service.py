@@ -70,7 +70,9 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def run_install(args: argparse.Namespace) -> int:
     root, config = args.root.absolute(), args.config.absolute()
-    _check_can_install(args, is_here=root == ROOT)
+    if args.start and root != ROOT:
+        raise ConfigError("--start is for this system, not for --root")
+    _check_can_install(is_real=root == ROOT and not args.dry_run)
     if args.dry_run and not systemd_unit.under(root, config).exists():
         settings, is_new = parse_config("", str(config)), False
     else:
@@ -100,11 +102,9 @@ def run_install(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_can_install(args: argparse.Namespace, *, is_here: bool) -> None:
-    """Raises ConfigError; what is wrong only with another root or a dry run is a warning."""
-    if args.start and not is_here:
-        raise ConfigError("--start is for this system, not for --root")
-    is_real = is_here and not args.dry_run
+def _check_can_install(*, is_real: bool) -> None:
+    """Raises ConfigError where the service cannot run. Not is_real, for another root or a dry run,
+    only what is wrong with this installation is looked at, for a warning."""
     if is_real:
         systemd_unit.check_running_systemd()
         check_root("service install")
