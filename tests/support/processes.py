@@ -31,7 +31,7 @@ from edge_sdk.protocol.keys import make_keys
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
-MARK = "EDGE_TEST_MARK"
+MARK = f"EDGE_TEST_MARK_{os.getpid()}"  # suites that run side by side leave each other alone
 SHARD = 60  # examples of a device: the deadlines in the tests count on it
 HOST_GFLOPS = "30"  # named, so that no device spends time on a benchmark
 PATIENCE_S = 60.0  # two busy cores import torch in 2 to 10 s

@@ -120,7 +120,7 @@ def test_a_reader_that_has_enough_is_no_error(store: Store, flags: list[str]):
     os.close(reading)
     with open(writing, "wb") as closed:
         ended = subprocess.run(
-            [sys.executable, str(script), str(store.folder), *flags],
+            [sys.executable, *script, str(store.folder), *flags],
             stdout=closed, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT,
         )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (0, "")
