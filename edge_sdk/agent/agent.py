@@ -53,7 +53,8 @@ FATAL = {"version": LinkError, "admission": LinkError, "data": DataError}
 
 
 class Agent:
-    """run() returns when the run is over (is_once), on stop(), or raises an EdgeError."""
+    """The agent of one device. run() returns on stop() and, with is_once, when the coordinator's
+    run is over; else it raises an EdgeError."""
 
     def __init__(self, link: Link, options: AgentOptions) -> None:
         self._link = link
@@ -69,7 +70,7 @@ class Agent:
         self._last_words = "device stopped"
 
     def stop(self) -> None:
-        """Ask run() to end; for signal handlers."""
+        """Ask run() to end; may be called by a signal handler."""
         self._is_stopping = True
 
     def run(self) -> None:

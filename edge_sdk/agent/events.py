@@ -76,7 +76,8 @@ def connected(welcome: Welcome) -> Event:
 
 
 def chosen(choice: Choice, *, is_resting: bool = False) -> Event:
-    """is_resting: nothing is wrong with the device's size; it waits to cool or to be charged."""
+    """A choice of exit. is_resting: the device is not too small; it waits to cool or to be
+    charged."""
     if is_resting:
         return Event("chosen", choice.reason, level=logging.WARNING)
     if not choice.exit:

@@ -44,7 +44,8 @@ FilePath = Annotated[str, Meta(pattern=r"\A/")]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a file may say; None: it does not. memory_cap is a size such as "512M"."""
+    """What a config file may say. None: it says nothing of it. memory_cap is a size such as
+    "512M"."""
 
     coordinator: Name | None = None
     data: Annotated[str, Meta(pattern=r"\A(/.*|[^/]+)\Z")] | None = None
@@ -95,7 +96,8 @@ def settled(config: Path | None, flags: Mapping[str, Any], default_keys: Path) -
 
 
 def read_config(path: Path) -> Settings:
-    """Raises ConfigError: a file that cannot be read, is not TOML, or says what is not allowed."""
+    """The settings of a file. Raises ConfigError if it cannot be read, is not TOML, or says what is
+    not allowed."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -122,7 +124,8 @@ def parse_config(text: str, where: str) -> Settings:
 
 
 def with_values(text: str, values: Mapping[str, str | bool], where: str) -> str:
-    """The file's text with these keys set, in their place; all else stays. Raises ConfigError."""
+    """The file's text with these keys set where they stood, and all else as it was. Raises
+    ConfigError if these lines cannot be changed by a program."""
     lines = text.splitlines()
     for key, value in values.items():
         name = rf"[\"']?{re.escape(key)}[\"']?\s*="
@@ -146,7 +149,7 @@ def with_values(text: str, values: Mapping[str, str | bool], where: str) -> str:
 
 
 def template() -> str:
-    """A config to begin with: every key in a comment that explains it."""
+    """The text of a config file to begin with: every key in a comment that explains it."""
     return (Path(__file__).parent / "config.toml.in").read_text(encoding="utf-8")
 
 
@@ -170,14 +173,14 @@ def write_config(path: Path, text: str) -> None:
 
 
 def default_config(own_folder: Path) -> Path:
-    """The service's where there is one that this user may change, else one in the user's folder."""
+    """The service's config file where this user may change it, else one in `own_folder`."""
     if os.access(DEFAULT_CONFIG, os.W_OK):
         return DEFAULT_CONFIG
     return own_folder / DEFAULT_CONFIG.name
 
 
 def check_value(key: str, value: object, place: str) -> None:
-    """One of EXPECTED; `place` begins an error. Raises ConfigError."""
+    """Raise ConfigError, which begins with `place`, unless the value is allowed for this key."""
     try:
         settings = msgspec.convert({key: value}, Settings)
         if settings.coordinator is not None:
@@ -205,7 +208,8 @@ def _parse_toml(text: str, where: str) -> dict[str, Any]:
 
 
 def _place(text: str, where: str, key: str) -> str:
-    """FILE, line N, key KEY; the line where the key is set or the table of that name begins."""
+    """Where a key stands in the file, "FILE, line N, key KEY": the line that sets it, or that
+    begins a table of its name."""
     name = rf"[\"']?{re.escape(key)}[\"']?"
     begins = re.compile(rf"\s*(\[+\s*{name}\s*[.\]]|{name}\s*[.=])")
     numbers = [n for n, line in enumerate(text.splitlines(), 1) if begins.match(line)]

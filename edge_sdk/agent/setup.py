@@ -29,7 +29,7 @@ Secrets: TypeAlias = tuple[KeyPair | None, bytes | None]
 
 
 def make_agent(endpoint: str, secrets: Secrets, options: AgentOptions) -> Agent:
-    """Starts the training process and connects; run() does the rest."""
+    """Start the trainer and connect; the agent's run() does the rest."""
     link = Link(endpoint, *secrets)
     try:
         return Agent(link, options)
@@ -39,7 +39,8 @@ def make_agent(endpoint: str, secrets: Secrets, options: AgentOptions) -> Agent:
 
 
 def checked_id(name: str | None, flag: str) -> str:
-    """None: the host name. Raises ConfigError."""
+    """The device's name, None: its host name. flag: what an error tells to give. Raises
+    ConfigError."""
     client_id = name or socket.gethostname()
     if not re.match(CLIENT_NAME, client_id):
         raise ConfigError(f"device name {client_id!r} is not {CLIENT_NAME_IN_WORDS}; give {flag}")
@@ -49,7 +50,7 @@ def checked_id(name: str | None, flag: str) -> str:
 def device_secrets(
     folder: Path, server_key: str | None, is_insecure: bool, server_key_flag: str
 ) -> Secrets:
-    """Reads the keys, unless there are to be none. Raises ConfigError."""
+    """The keys of the folder; with is_insecure there are none. Raises ConfigError."""
     if is_insecure:
         log.warning("insecure: nothing is encrypted and anybody can pretend to be this device")
         return None, None

@@ -57,7 +57,7 @@ class Chooser:
         num_examples: int,
         allowance: Allowance = FULL,
     ) -> bool:
-        """Choose for the memory there is now; True if it differs from the last choice."""
+        """Choose for the memory there is now; whether the choice differs from the last one."""
         if profile.memory_available_bytes > GROWN * self._failed_bytes:
             self._bound_bytes = None
         old = self.choice
@@ -143,7 +143,8 @@ class Chooser:
 
 
 def _within(choice: Choice, allowance: Allowance) -> Choice:
-    """Cut down to the work that conditions allow. The rows stay: a job may be running."""
+    """The choice cut down to the work that conditions allow. Its rows stay: a job may be
+    running."""
     if allowance.work == "none":
         reason = f"sitting out: {allowance.reason}"
         return replace(choice, exit=0, stages=(), prefix_s=0.0, stage_s=(), reason=reason)

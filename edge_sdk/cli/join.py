@@ -109,7 +109,7 @@ def run_join(args: argparse.Namespace) -> int:
 
 
 def _pins(server_file: Path, key: bytes) -> bool:
-    """Whether this device takes part in that coordinator's runs already."""
+    """Whether this device already takes part in the runs of the coordinator with this key."""
     try:
         return read_key(server_file) == key
     except ConfigError:
@@ -128,7 +128,8 @@ def _given_line(words: list[str]) -> str:
 
 
 def _present_config(path: Path) -> tuple[str, Settings]:
-    """Its text and what that sets; the template's where there is no file. Raises ConfigError."""
+    """The config file's text and settings; where there is no file, the template's text. Raises
+    ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

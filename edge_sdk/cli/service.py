@@ -115,7 +115,7 @@ def _check_can_install(*, is_real: bool) -> None:
 
 
 def _start() -> None:
-    """Returns once the device is ready, having read its data."""
+    """Start the service anew; it is ready once it has read its data."""
     try:
         systemd_unit.systemctl("restart", systemd_unit.NAME)
     except ConfigError as error:
@@ -144,7 +144,7 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def describe(found: dict[str, str]) -> str:
-    """A screen of `systemctl show`'s properties."""
+    """The properties that `systemctl show` gave, in four lines for a person."""
     used, most = (_size(found.get(name, "")) for name in ("MemoryCurrent", "MemoryMax"))
     since = found.get("StateChangeTimestamp") or "boot"
     result = found.get("Result", "success")
@@ -160,12 +160,12 @@ def describe(found: dict[str, str]) -> str:
 
 
 def _size(number: str) -> str:
-    """Systemd writes "[not set]" and "infinity" too."""
+    """A size that systemd gives, in MiB; "-" for its "[not set]" and "infinity"."""
     return mebibytes(int(number)) if number.isdecimal() and int(number) < 2**60 else "-"
 
 
 def run_logs(args: argparse.Namespace) -> int:
-    """Becomes journalctl."""
+    """This process becomes journalctl."""
     systemd_unit.check_running_systemd()
     command = ["journalctl", "--unit", systemd_unit.NAME, "--lines", str(args.lines)]
     command += ["--follow"] if args.follow else ["--no-pager"]

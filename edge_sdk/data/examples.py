@@ -103,7 +103,7 @@ def bad(where: str | Path, got: str, expected: str, step: str = "correct the dat
 def mapped(
     path: str | Path, expected: str, step: str = "copy the file again", *, to: str = "read"
 ) -> Iterator[None]:
-    """Maps whatever a foreign reader raises to one DataError; to: what is done with the path. On
+    """Map whatever a foreign reader raises to one DataError. to: what is done with the path. On
     corrupt files numpy, zipfile and zlib raise a dozen unrelated types, hence `Exception`."""
     try:
         yield

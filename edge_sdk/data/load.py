@@ -55,7 +55,7 @@ def load_test(source: str) -> Examples:
 
 
 def load_shard(source: str) -> Examples:
-    """A device's own data, all of it for training; a test part of the source is not read."""
+    """The train part of a source, for a device's own training; its test part is not read."""
     return readers(source)[1]()
 
 

@@ -79,7 +79,7 @@ def memory_gib(root: Path = ROOT) -> int:
 
 
 def board_folder() -> Path:
-    """profiles/ inside the installed package, else the source tree's."""
+    """The folder profiles/, of the installed package or else of the source tree."""
     package = Path(__file__).parents[1]
     packaged = package / "profiles"
     return packaged if packaged.is_dir() else package.parent / "profiles"
@@ -87,7 +87,7 @@ def board_folder() -> Path:
 
 @cache
 def _packaged_boards() -> tuple[Board, ...]:
-    """Read once: every heartbeat asks what board this is."""
+    """The boards in profiles/. They are read once, as every heartbeat asks what board this is."""
     return tuple(board(str(path)) for path in board_folder().glob("*.toml"))
 
 
@@ -97,7 +97,7 @@ def own_folder() -> Path:
 
 
 def board_files() -> dict[str, Path]:
-    """By name; the package's names come before the user's own."""
+    """The files of all boards by name; of two of one name the package's counts."""
     found = [*own_folder().glob("*.toml"), *board_folder().glob("*.toml")]
     return {path.stem: path for path in found if OWN_NAME.fullmatch(path.stem)}
 
@@ -132,7 +132,8 @@ def board(name_or_path: str) -> Board:
 
 
 def save_path(name_or_path: str) -> Path:
-    """Where a board is saved: FILE.toml as given, NAME among the user's own. Raises ConfigError."""
+    """Where a board is saved: FILE.toml as it is given, NAME in the user's own folder. Raises
+    ConfigError."""
     path = Path(name_or_path)
     if path.suffix == ".toml":
         return path
@@ -173,7 +174,7 @@ def save_board(board: Board, path: Path, *, is_forced: bool = False) -> None:
 
 
 def board_text(board: Board) -> str:
-    """As TOML, which board() reads again."""
+    """The board as TOML that board() reads again."""
     values = {name: getattr(board, name) for name in Board.__struct_fields__ if name != "source"}
     lines = [
         f"{name} = {_toml(value)}" for name, value in values.items() if value not in (None, ())

@@ -61,7 +61,7 @@ def least_bound(
 
 
 def cgroup_bytes_left(root: Path = ROOT) -> int | None:
-    """What the tightest memory group above this process leaves, None where there is no limit.
+    """Bytes that the tightest memory group above this process leaves, None where there is no limit.
 
     Both versions are read: a hybrid system mounts v2 without controllers beside v1, and a
     controller is only ever in one of them. File pages, which the kernel can drop, count as free, as

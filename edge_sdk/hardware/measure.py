@@ -22,7 +22,7 @@ from edge_sdk.version import __version__
 def measure(
     cap_bytes: int | None = None, own_bytes: int = 0, compute: bool = True, device: str = "cpu"
 ) -> DeviceProfile:
-    """This device, now. Raises ConfigError for a cap below 1 byte.
+    """The profile of this device now. Raises ConfigError for a cap below 1 byte.
 
     own_bytes: memory of our own trainer that a new job would take over, so it counts as available.
     compute: measure gflops and layer_s of torch's `device` too (imports torch, about 1 s); without

@@ -92,7 +92,7 @@ def _clear(what: str) -> bool:
 
 @contextmanager
 def memory_errors(during: str) -> Iterator[None]:
-    """What torch's and Python's allocators raise, as CapacityError; other errors pass."""
+    """Turn what torch's and Python's allocators raise into CapacityError; other errors pass."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -32,7 +32,8 @@ def to_int(text: str) -> int | None:
 
 
 def folders(root: Path, path: str, pattern: str) -> Iterator[Path]:
-    """What matches in a folder, in order of the numbers at the names' ends; none without it."""
+    """The paths in a folder that match, in order of the numbers in their names; none where there is
+    no such folder."""
     try:
         found = list((root / path).glob(pattern))
     except OSError:

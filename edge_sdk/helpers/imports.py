@@ -37,7 +37,8 @@ def require_torch(what: str) -> None:
 
 
 def is_too_old(version: str) -> bool:
-    """2.1.0a0+41361538.nv23.06 is not: NVIDIA's wheels of a release carry such names."""
+    """Whether this version of torch is too old. 2.1.0a0+41361538.nv23.06 is not: NVIDIA's wheels of
+    a release carry such names."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return found is None or (int(found[1]), int(found[2])) < OLDEST
 
@@ -66,7 +67,8 @@ def import_module(name: str) -> None:
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Around imports of what runs rounds. Raises ConfigError where the extra is not installed."""
+    """A context for imports of what runs rounds. Raises ConfigError where the extra is not
+    installed."""
     try:
         with ends_by_interrupt():
             yield

@@ -277,7 +277,7 @@ class Accepted(Struct, frozen=True, kw_only=True, tag="accepted"):
 
 
 class Fault(Struct, frozen=True, kw_only=True, tag="fault"):
-    """Either way: something named went wrong. round 0: not about a round.
+    """Either way: something went wrong, by its name in errors.py. round 0: not about a round.
 
     `detail` is often the text of a foreign error, so it is made one Line here."""
 

@@ -86,7 +86,7 @@ def checked_arrays(arrays: dict[str, npt.NDArray[Any]], where: str) -> Examples:
 
 
 def _scaling(array: npt.NDArray[Any] | None, where: str) -> Scaling | None:
-    """What `save_shard` noted of how float x came from integers."""
+    """How float x came from integers, as `save_shard` wrote it down. Raises DataError."""
     if array is None:
         return None
     if array.shape != (2,) or array.dtype.kind != "f" or not np.isfinite(array).all():

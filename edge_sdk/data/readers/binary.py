@@ -36,13 +36,14 @@ def read_stl_10(paths: Sequence[Path]) -> Examples:
 
 
 def read_cifar_10(paths: Sequence[Path]) -> Examples:
-    """Label, then the planes red, green, blue, each row by row; all files one after another."""
+    """Records of a label and the planes red, green, blue, each row by row; all files one after
+    another."""
     raw = np.concatenate([_records(path, 1 + CIFAR_PIXELS, "CIFAR-10 records") for path in paths])
     return image_examples(raw[:, 1:].reshape(-1, *CIFAR_SHAPE), raw[:, 0], 10, joined(paths))
 
 
 def read_cifar_100(paths: Sequence[Path]) -> Examples:
-    """As CIFAR-10, with the superclass before the class; classes are what is learned."""
+    """As `read_cifar_10`, with the superclass before the class; the classes are what is learned."""
     raw = np.concatenate([_records(path, 2 + CIFAR_PIXELS, "CIFAR-100 records") for path in paths])
     where = joined(paths)
     if raw[:, 0].max() >= NUM_COARSE:
@@ -52,7 +53,7 @@ def read_cifar_100(paths: Sequence[Path]) -> Examples:
 
 
 def joined(paths: Sequence[Path]) -> str:
-    """Files read as one, for messages."""
+    """The names of files that were read as one, for messages."""
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
 
 

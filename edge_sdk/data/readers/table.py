@@ -42,7 +42,7 @@ class FileSet:
     rank: int = 1
 
     def readers(self, source: Path, train: Sequence[Path], test: Sequence[Path] = ()) -> Readers:
-        """Reads nothing yet."""
+        """The readers of these files; nothing is read yet. source: the path that was given."""
         title = self.title(source) if self.title else self.name
         return title, partial(self.read, train), partial(self.read, test) if test else None
 
@@ -52,6 +52,7 @@ FILE_SETS: list[FileSet] = []
 
 
 def register_reader(*rows: FileSet) -> None:
+    """Put rows into the table, behind those that are there."""
     FILE_SETS.extend(rows)
 
 
