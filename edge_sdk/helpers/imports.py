@@ -10,13 +10,24 @@ import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.helpers.interrupts import ends_by_interrupt
+from edge_sdk.helpers.text import one_line
+from edge_sdk.version import __version__
 
 OLDEST = (2, 1)  # as the extra in pyproject.toml
+
+
+def install_extra(extra: str) -> str:
+    """What to type for an extra of this package. Its wheel is named by the file: on the public
+    index its name is another project's."""
+    return f'pip install "./edge_sdk-{__version__}-py3-none-any.whl[{extra}]"'
+
+
 INSTALL = (
-    'pip install "edge-sdk[torch]", or on a Jetson the wheel that NVIDIA makes for its JetPack, in '
+    f"{install_extra('torch')}, or on a Jetson the wheel that NVIDIA makes for its JetPack, in "
     "a venv made with --system-site-packages"
 )
 
@@ -47,6 +58,18 @@ def oldest() -> str:
     return f"{OLDEST[0]}.{OLDEST[1]} or later"
 
 
+def optional_module(name: str, what: str, extra: str) -> Any:
+    """A module of a package that comes with an extra. Raises ConfigError, which says that `what`
+    needs it and how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        reason = f"does not load: {one_line(str(error))}"
+        if isinstance(error, ModuleNotFoundError):
+            reason = "is not installed"
+        raise ConfigError(f"{what} needs {name}, which {reason}; {install_extra(extra)}") from error
+
+
 def _broken(what: str, error: Exception) -> str:
     said = " ".join(str(error).split())
     return f"{what} needs torch, which does not load: {said}; install it again: {INSTALL}"
@@ -73,4 +96,4 @@ def heavy_imports() -> Iterator[None]:
         with ends_by_interrupt():
             yield
     except ModuleNotFoundError as error:
-        raise ConfigError(f'{error}; pip install "edge-sdk[coordinator]"') from error
+        raise ConfigError(f"{error}; {install_extra('coordinator')}") from error

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from edge_sdk.data.examples import Floats, Ints
 from edge_sdk.data.readers.scaling import scaled
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
+from edge_sdk.helpers.imports import optional_module
 from edge_sdk.helpers.text import one_line
 from edge_sdk.infer.model_folder import (
     ExportedModel,
@@ -207,17 +208,8 @@ def open_session(content: bytes, where: str, threads: int = 1) -> Session:
 
 
 def onnx_runtime() -> Any:
-    """The package. Raises ConfigError if it is not installed."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        reason = f"does not load: {one_line(str(error))}"
-        if isinstance(error, ModuleNotFoundError):
-            reason = "is not installed"
-        raise ConfigError(
-            f'inference needs onnxruntime, which {reason}; pip install "edge-sdk[infer]"'
-        ) from error
-    return onnxruntime
+    """The package onnxruntime. Raises ConfigError if it is not installed."""
+    return optional_module("onnxruntime", "inference", "infer")
 
 
 def check_sessions(model: ExportedModel, sessions: Sequence[Session], folder: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from edge_sdk.data.examples import Examples, Floats
 from edge_sdk.errors import ConfigError, DataError, EdgeError, StoreError
+from edge_sdk.helpers.imports import optional_module
 from edge_sdk.helpers.text import one_line
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, open_session
 from edge_sdk.infer.model_folder import (
@@ -306,9 +307,4 @@ def _outputs_only(content: bytes, outputs: Sequence[str]) -> bytes:
 
 
 def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f'exporting needs {name}, which is not installed; pip install "edge-sdk[export]"'
-        ) from error
+    return optional_module(name, "exporting", "export")

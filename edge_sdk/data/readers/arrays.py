@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,23 +14,15 @@ import numpy.typing as npt
 from edge_sdk.data.examples import Examples, Scaling, bad, check_examples, mapped
 from edge_sdk.data.readers.scaling import PIXELS, image_examples, scaled, scaled_images
 from edge_sdk.data.readers.table import FileSet, register_reader
-from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.imports import optional_module
 
 NPY = b"\x93NUMPY"  # first bytes of an .npy file
 DIGITS: Scaling = (8.0, 1.0)  # 0..16 to -1..1
 
 
-def _optional(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        how = 'run pip install "edge-sdk[data]"'
-        raise ConfigError(f"this data needs {module}, which is not installed; {how}") from error
-
-
 def read_digits(_: Sequence[Path] = ()) -> Examples:
     """scikit-learn's own 1,797 digits of 8 x 8 pixels. Raises ConfigError without scikit-learn."""
-    digits = _optional("sklearn.datasets").load_digits()
+    digits = optional_module("sklearn.datasets", "this data", "data").load_digits()
     x = scaled(digits.images[:, None], *DIGITS)  # (n, 8, 8) in 0..16 -> (n, 1, 8, 8)
     y = digits.target.astype(np.int64)
     return check_examples(Examples(x, y, 10, scaling=DIGITS), "digits")

@@ -99,7 +99,7 @@ def test_help_comes_through(tmp_path):
 
 def test_the_command_and_the_service_begin_there(monkeypatch, tmp_path):
     project = (ROOT / "pyproject.toml").read_text()
-    assert 'edge-sdk = "edge_sdk.cli:main"\n' in project
+    assert 'edge-sdk = "edge_sdk.cli.__main__:main"\n' in project
     monkeypatch.setattr(sys, "argv", ["program"])
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # no edge-sdk beside it
     assert systemd_unit.own_command()[1:] == ["-m", "edge_sdk.cli"]
