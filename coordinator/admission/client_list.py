@@ -1,11 +1,11 @@
 """Which devices may join: a text file with a line `NAME PUBLIC_KEY` per client.
 
 The file is read again when it changes, so an admitted client can connect at once, and one that was
-removed is refused at its next message. An editor empties a file before it writes, so one that was
-changed by hand is read when nobody has written to it for SETTLED_S; a command's change, at once. A
-list that became empty revokes nobody: a full disk leaves such. A line that begins with # is a
-comment. Nobody else changes it meanwhile. Beside it lie `invitations` (invitations.py) and
-`pending` (pending.py).
+removed is refused at its next message. An editor empties a file before it writes, in the old one's
+place or under its name, so one that changed is read when nobody has written to it for SETTLED_S,
+for which a command waits. What the coordinator writes itself is in force at once. A list that
+became empty revokes nobody: a full disk leaves such. A line that begins with # is a comment. Beside
+it lie `invitations` (invitations.py) and `pending` (pending.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from coordinator.admission.invitations import Invitations
 from coordinator.admission.pending import PendingKeys
-from coordinator.key_files import NOWHERE, Stamp, locked, replace_text, stamp_of
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import NOWHERE, Stamp, heir_of, locked, mode_of, stamp_of, write_whole
 from edge_sdk.protocol.keys import check_key
 from edge_sdk.protocol.messages import CLIENT_NAME
 
@@ -43,12 +43,12 @@ class Admission:
         self._by_key: dict[bytes, str] = {}
         self._by_name: dict[str, bytes] = {}
         self._lock = threading.Lock()  # ZeroMQ's authenticator asks from a thread of its own
-        self.reload(is_first=True)
+        self.reload(is_own=True)
 
-    def reload(self, *, is_first: bool = False) -> None:
-        """Unless somebody is writing it. Raises ConfigError."""
+    def reload(self, *, is_own: bool = False) -> None:
+        """Unless somebody is writing it. is_own: that was this process. Raises ConfigError."""
         stamp, text = stamp_of(self.path), _read(self.path)
-        if is_being_written(self.path) and not is_first:
+        if is_being_written(self.path) and not is_own:
             return
         by_key = parse_clients(text, str(self.path))
         if not text.strip() and self._by_key:
@@ -72,6 +72,10 @@ class Admission:
         self._look()
         with self._lock:
             return name in self._by_name
+
+    def is_changing(self) -> bool:
+        """Somebody else writes the list this moment."""
+        return stamp_of(self.path) != self._stamp and is_being_written(self.path)
 
     def names(self) -> dict[str, bytes]:
         with self._lock:
@@ -180,7 +184,9 @@ def read_list(path: Path) -> str:
 
 @contextlib.contextmanager
 def _changing(path: Path) -> Iterator[str]:
-    """The list's text, which nobody else changes meanwhile. Raises ConfigError."""
+    """The list's text, which no other command changes meanwhile. A change of it is in force at the
+    end, also in a coordinator that serves. Raises ConfigError."""
+    before = stamp_of(path)
     try:
         with locked(path.parent):
             give_up, text = time.monotonic() + MOST_PATIENCE_S, read_list(path)
@@ -192,17 +198,20 @@ def _changing(path: Path) -> Iterator[str]:
             yield text
     except OSError as error:
         raise ConfigError(f"client list {path} cannot be written: {error}") from error
+    if stamp_of(path) != before:
+        time.sleep(SETTLED_S)
 
 
 def is_being_written(path: Path) -> bool:
-    """By hand, this moment: what was just read of it may be half."""
+    """Maybe, this moment: what was just read of it may be half."""
     return 0 <= time.time() - stamp_of(path)[0] / 1e9 < SETTLED_S
 
 
 def _replace(path: Path, text: str) -> None:
     """A link stays one: what it names is the list, of other folders too maybe, whose changes at the
     same moment this folder's lock does not keep off."""
-    replace_text(path.resolve(), text, None if path.exists() else 0o644)
+    path = path.resolve()
+    write_whole(path, text, mode=mode_of(path, 0o644), owner_ids=heir_of(path))
 
 
 def _without(text: str, name: str) -> str:

@@ -10,15 +10,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
-from coordinator.key_files import NOWHERE, Stamp, Time, replace_text, stamp_of
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import NOWHERE, Stamp, heir_of, stamp_of, write_whole
 from edge_sdk.protocol.messages import ClientId, CurveKey
 
 log = logging.getLogger(__name__)
+# Seconds of UTC since 1970, to year 6325.
+Time: TypeAlias = Annotated[float, Meta(ge=0, le=2**37)]
 KEEP_S = 7 * 24 * 3600.0  # after it has expired
 
 
@@ -86,7 +91,7 @@ def write_invitation(path: Path, invitation: Invitation) -> None:
     folder's lock. Raises ConfigError, OSError."""
     others = [i for i in read_invitations(path) if i.public_key != invitation.public_key]
     now = time.time()
-    _write(path, [*(i for i in others if now < i.expires + KEEP_S), invitation])
+    write_private(path, [*(i for i in others if now < i.expires + KEEP_S), invitation])
 
 
 def withdraw(path: Path, name: str) -> list[Invitation]:
@@ -95,10 +100,11 @@ def withdraw(path: Path, name: str) -> list[Invitation]:
     known = read_invitations(path)
     gone = [i for i in known if i.is_about(name)]
     if gone:
-        _write(path, [i for i in known if not i.is_about(name)])
+        write_private(path, [i for i in known if not i.is_about(name)])
     return gone
 
 
-def _write(path: Path, invitations: list[Invitation]) -> None:
-    text = ",\n".join(msgspec.json.encode(invitation).decode() for invitation in invitations)
-    replace_text(path, f"[{text}]\n", 0o600)
+def write_private(path: Path, entries: Sequence[msgspec.Struct]) -> None:
+    """As JSON, an entry a line, that others may not read. Raises OSError."""
+    text = ",\n".join(msgspec.json.encode(entry).decode() for entry in entries)
+    write_whole(path, f"[{text}]\n", mode=0o600, owner_ids=heir_of(path))

@@ -16,15 +16,14 @@ from msgspec.structs import replace
 
 from coordinator.admission.client_list import (
     Admission,
-    is_being_written,
     parse_clients,
     put_client,
     read_list,
     replace_client,
 )
 from coordinator.admission.invitations import Invitation, read_invitations, write_invitation
-from coordinator.key_files import locked
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import locked
 from edge_sdk.protocol.keys import check_key
 from edge_sdk.protocol.messages import Fault, Join, Joined
 
@@ -43,7 +42,7 @@ def answer(admission: Admission, sender: bytes, join: Join) -> Joined | Fault | 
         key = _checked(join)
         with locked(admission.path.parent, is_patient=False):
             text = read_list(admission.path)
-            if is_being_written(admission.path):
+            if admission.is_changing():
                 return None
             if not text.strip() and admission.names():
                 raise ConfigError(f"{admission.path} is empty or gone, which revokes nobody")
@@ -86,6 +85,7 @@ def _admit(admission: Admission, text: str, sender: bytes, join: Join, key: byte
     _check_free(clients, join, key)
     write_invitation(path, _used(invitation, join))
     put_client(admission.path, text, join.client_id, key)
+    admission.reload(is_own=True)
     write_invitation(path, _used(invitation, join, is_done=True))
     log.info("%s joined the list by invitation, public key %s", join.client_id, join.public_key)
 
@@ -121,6 +121,7 @@ def _rotate(
     if key in clients or admission.invitations.find(key):
         raise _Refusal("the new key is in use already; make another")
     replace_client(admission.path, text, name, key)
+    admission.reload(is_own=True)
     log.info("%s has a new public key, %s", name, join.public_key)
 
 

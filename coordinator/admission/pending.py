@@ -16,8 +16,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from coordinator.key_files import NOWHERE, Time, locked, replace_text, stamp_of
+from coordinator.admission.invitations import Time, write_private
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import NOWHERE, locked, stamp_of
 from edge_sdk.protocol.messages import CurveKey
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class PendingKeys:
             self._due, self._written = None, self._timer()
             try:
                 with locked(self.path.parent, is_patient=False):
-                    _write(self.path, list(self._known.values()))
+                    write_private(self.path, list(self._known.values()))
                 self._has_failed = False
             except BlockingIOError:  # another changes the folder's files just now
                 self._due = self._timer() + WRITE_S
@@ -118,11 +119,6 @@ def forget_pending(path: Path, public_key: bytes) -> None:
                 if pending_key.public_key != public_key.decode()
             ]
             if left != known:
-                _write(path, left)
+                write_private(path, left)
     except (OSError, ConfigError) as error:
         log.warning("not taken off the pending keys: %s", error)
-
-
-def _write(path: Path, pending: list[PendingKey]) -> None:
-    text = ",\n".join(msgspec.json.encode(pending_key).decode() for pending_key in pending)
-    replace_text(path, f"[{text}]\n", 0o600)

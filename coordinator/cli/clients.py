@@ -24,9 +24,9 @@ from coordinator.admission.client_list import (
 from coordinator.admission.invitations import Invitation, withdraw, write_invitation
 from coordinator.admission.join import in_words
 from coordinator.admission.pending import forget_pending, read_pending
-from coordinator.key_files import locked
 from edge_sdk.cli.flags import path_flag
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import locked
 from edge_sdk.helpers.text import checked_endpoint
 from edge_sdk.protocol.invitation import InvitationLine, encode_line
 from edge_sdk.protocol.keys import SERVER_KEYS, check_key, make_keys, read_key

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from coordinator.cohorts.base import Client
 from edge_sdk.errors import EdgeError, StoreError
+from edge_sdk.helpers.files import write_whole
 from edge_sdk.protocol.messages import Job, Segment, Struct, TensorSpec, Update
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout
 from edge_sdk.protocol.tensors import Sender, Tensors, views
@@ -172,7 +173,7 @@ class Spool:
 
     def delete(self, round: int, client: str) -> None:
         """Nobody needs this one any more."""
-        for ending in ("json", "new", "seat", "base", "data"):  # in this order: it counts no more
+        for ending in ("json", "seat", "base", "data"):  # in this order: it counts no more
             with suppress(OSError):
                 self._path(round, client, ending).unlink()
 
@@ -203,13 +204,7 @@ class Spool:
 
 def _put(path: Path, what: Struct) -> None:
     """Whole or not at all."""
-    draft = path.with_suffix(".new")
-
-    def put() -> None:
-        draft.write_bytes(msgspec.json.encode(what))
-        os.replace(draft, path)
-
-    _checked(path, put)
+    _checked(path, lambda: write_whole(path, msgspec.json.encode(what), is_synced=False))
 
 
 def _stream(path: Path, specs: tuple[TensorSpec, ...], digest: str) -> Tensors:

@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import MIN_BATCH
 from edge_sdk.data.load import DataSet, load_dataset
 from edge_sdk.errors import ConfigError, DataError, StoreError
+from edge_sdk.helpers import files
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensors import Tensors
@@ -190,16 +191,9 @@ def check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise ConfigError(f"--out {path} is no file; give the name of one, e.g. rounds.json")
-        draft = _draft(path)
-        draft.touch(exist_ok=False)
-        draft.unlink()
+        files.check_writable(path)
     except OSError as error:
         raise ConfigError(f"--out {path} cannot be written: {error}; give another") from error
-
-
-def _draft(path: Path) -> Path:
-    """A name beside `path` that nobody has."""
-    return path.with_name(f".{os.urandom(8).hex()}.new")
 
 
 def write_json(store: Store, population: Population, path: Path, extra: Mapping[str, Any]) -> None:
@@ -213,14 +207,10 @@ def write_json(store: Store, population: Population, path: Path, extra: Mapping[
         "rounds": [entry | costs.get(int(str(entry["round"])), {}) for entry in store.history()],
         **extra,
     }
-    draft = _draft(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(content, indent=1))
-        os.replace(draft, path)
+        files.write_whole(path, json.dumps(content, indent=1))
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
         raise StoreError(f"{path} cannot be written: {error}; {store.way_on()}") from error
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from edge_sdk.helpers.files import replacing
+
 SAFETENSORS_DRAFT = ".tmp" + 6 * "[0-9A-Za-z]"
 
 
@@ -21,29 +23,14 @@ def checkpoint_name(round: int) -> str:
 def write_checkpoint(
     path: Path, state: Mapping[str, Tensor], about: dict[str, str] | None = None
 ) -> None:
-    """Whole or not at all. safetensors from 0.8 writes a file of its own in the same folder, with
-    mode 0600: a killed run leaves it, and another user, who exports the run, could not read it."""
-    draft = path.with_name(path.name + ".new")
-    for stale in (draft, *path.parent.glob(SAFETENSORS_DRAFT)):  # a run has one writer, this one
+    """Whole or not at all, with the mode that the umask allows. safetensors from 0.8 puts a file of
+    its own, with mode 0600, in the place of the one it is given: a run that is killed meanwhile
+    leaves it, and another user, who exports the run, could not read it. Raises OSError."""
+    for stale in path.parent.glob(SAFETENSORS_DRAFT):  # a run has one writer, this one
         with suppress(OSError):
             stale.unlink()
-    try:
-        draft.touch()  # with the mode that the umask allows
-        mode = stat.S_IMODE(draft.stat().st_mode)
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft, about)
-        with open(draft, "rb+") as file:
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        with suppress(OSError):  # after the rename there is none; a read-only disk keeps it
-            draft.unlink()
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with replacing(path) as draft:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft.name, about)
+        with open(draft.name, "rb+") as saved:
+            os.fchmod(saved.fileno(), stat.S_IMODE(os.fstat(draft.fileno()).st_mode))
+            os.fsync(saved.fileno())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 
 from edge_sdk.errors import StoreError
+from edge_sdk.helpers.files import lock
 
 LOCK = "lock"
 
@@ -24,7 +24,7 @@ class RunLock:
                 "--resume"
             ) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file)
             os.ftruncate(self._file, 0)
             os.write(self._file, f"{os.getpid()}\n".encode())
         except BlockingIOError as error:

@@ -4,14 +4,13 @@ that a coordinator that was killed gives the same jobs again. One round at a tim
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
 from coordinator.cohorts.base import Client
-from coordinator.store.checkpoints import sync_folder
+from edge_sdk.helpers.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +28,8 @@ class RoundJournal:
             self._round, self._clients, self._num_chosen = round, {}, 0
         self._clients |= {client.id: client for client in clients}
         self._num_chosen = self._num_chosen or len(self._clients)
-        draft = self.path.with_suffix(".new")
         content = round, self._num_chosen, list(self._clients.values())
-        draft.write_bytes(msgspec.json.encode(content))
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, self.path)
-        sync_folder(self.path.parent)
+        write_whole(self.path, msgspec.json.encode(content))
 
     def count(self, round: int) -> int:
         return len(self._clients) if round == self._round else 0

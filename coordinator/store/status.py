@@ -19,11 +19,11 @@ import msgspec
 import psutil
 
 from edge_sdk.errors import StoreError
+from edge_sdk.helpers.files import write_whole
 from edge_sdk.helpers.logs import event
 
 log = logging.getLogger(__name__)
 FILE = "status.json"
-FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
 FRESH_S = 60.0  # a run on another machine that told something within this time is running
 
 Utc: TypeAlias = Annotated[datetime, msgspec.Meta(tz=True)]
@@ -112,15 +112,10 @@ class StatusFile:
 
     def tell(self, snapshot: Snapshot) -> None:
         """Replace the file; after an OSError the last one stays."""
-        draft = self.path.with_name(f".{self.path.name}")
         try:
-            with open(os.open(draft, FLAGS, 0o644), "wb") as file:
-                os.fchmod(file.fileno(), 0o644)
-                file.write(msgspec.json.encode(snapshot))
-            os.replace(draft, self.path)
+            content = msgspec.json.encode(snapshot)
+            write_whole(self.path, content, mode=0o644, is_synced=False)
         except OSError as error:
-            with suppress(OSError):
-                draft.unlink()
             if not self._has_failed:
                 said = "%s is not written, the run goes on: %s"
                 log.warning(said, self.path, error, extra=event("status_lost"))

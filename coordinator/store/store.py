@@ -28,12 +28,12 @@ from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig, read_config
 from coordinator.methods.base import Metrics
 from coordinator.settings import differences
-from coordinator.store.checkpoints import checkpoint_name, sync_folder, write_checkpoint
+from coordinator.store.checkpoints import checkpoint_name, write_checkpoint
 from coordinator.store.database import DATABASE, connect_to_read, connect_to_write
 from coordinator.store.lock import RunLock
 from coordinator.store.round_journal import RoundJournal
 from edge_sdk.errors import ConfigError, StoreError
-from edge_sdk.infer.model_folder import is_there
+from edge_sdk.helpers.files import is_there, sync
 from edge_sdk.protocol.messages import ModelSpec, Phase, Segment
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.protocol.timing import clock, since
@@ -112,7 +112,7 @@ class Store:
                 row = (VERSION, run, _utc(), config.to_json(), kind)
                 db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?)", row)
             os.replace(draft, folder / DATABASE)
-            sync_folder(folder)
+            sync(folder)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"cannot start a run in {folder}: {error}") from error
         return cls(folder, config, run, connect_to_write(folder))

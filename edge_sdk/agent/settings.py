@@ -10,7 +10,6 @@ import difflib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from msgspec import Meta
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers import toml
+from edge_sdk.helpers.files import mode_of, write_whole
 from edge_sdk.helpers.text import checked_endpoint, parse_size
 from edge_sdk.protocol.messages import CLIENT_NAME, CLIENT_NAME_IN_WORDS, CURVE_KEY
 
@@ -157,17 +157,9 @@ def write_config(path: Path, text: str) -> None:
     """Whole or not at all; the mode of the file that is there, else readable by everyone. Raises
     ConfigError."""
     path = path.resolve()
-    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.chmod(0o644)
-            if path.exists():
-                shutil.copymode(path, part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, text, mode=mode_of(path, 0o644))
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be written: {error}") from error
 

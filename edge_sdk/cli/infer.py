@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.helpers.files import write_file
 from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.helpers.interrupts import ends_by_interrupt
-from edge_sdk.infer.model_folder import Measure, described, read_model, write_file
+from edge_sdk.infer.model_folder import Measure, described, read_model
 
 if TYPE_CHECKING:  # numpy, which the agent does without
     import numpy.typing as npt

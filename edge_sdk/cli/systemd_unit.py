@@ -17,6 +17,7 @@ from edge_sdk.agent.settings import DEFAULT_CONFIG, Settings, read_config, templ
 from edge_sdk.agent.watchdog import WATCHDOG_S
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.procfs import read_text
+from edge_sdk.helpers.files import write_whole
 
 ROOT = Path("/")
 NAME = "edge-sdk"
@@ -177,10 +178,7 @@ def under(root: Path, path: Path) -> Path:
 def write(path: Path, text: str) -> None:
     """Whole or not at all, readable by everyone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.chmod(0o644)
-    part.replace(path)
+    write_whole(path, text, mode=0o644)
 
 
 def systemctl(*words: str) -> str:

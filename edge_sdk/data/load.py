@@ -12,6 +12,7 @@ from edge_sdk.data.examples import DataSet, Examples, bad, check_examples, mappe
 from edge_sdk.data.partition import stratified_split, stratified_subset
 from edge_sdk.data.readers.table import readers
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import replacing
 
 __all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "load_test", "save_shard"]
 TEST_FRACTION = 0.2
@@ -70,14 +71,6 @@ def save_shard(path: str | os.PathLike[str], examples: Examples) -> None:
         arrays["subject"] = examples.subject
     if examples.scaling is not None:
         arrays["scaling"] = np.array(examples.scaling)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     step = "check the folder, its rights and its free space"
-    with mapped(path, "to write the shard", step, to="write"):
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with mapped(path, "to write the shard", step, to="write"), replacing(path) as file:
+        np.savez(file, **arrays)

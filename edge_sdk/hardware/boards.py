@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +17,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.jetson import jetson_module
 from edge_sdk.hardware.procfs import ROOT, meminfo, read_text
 from edge_sdk.helpers import toml
+from edge_sdk.helpers.files import write_whole
 
 GIB = 1024**3
 OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -156,17 +155,10 @@ def check_free(path: Path, *, is_forced: bool) -> None:
 def save_board(board: Board, path: Path, *, is_forced: bool = False) -> None:
     """Whole or not at all. Raises ConfigError: it exists, or it cannot be written."""
     check_free(path, is_forced=is_forced)
-    part = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        number, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with open(number, "w", encoding="utf-8") as file:
-            file.write(board_text(board))
-        os.chmod(part, 0o644)
-        os.replace(part, path)
+        write_whole(path, board_text(board), mode=0o644)
     except OSError as error:
-        with suppress(OSError):
-            os.unlink(part)
         raise ConfigError(
             f"board file {path} cannot be written: {error.strerror}; give the path of a .toml file "
             "in a folder that can be written to"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from edge_sdk.data.examples import Examples, Floats
 from edge_sdk.errors import ConfigError, DataError, EdgeError, StoreError
+from edge_sdk.helpers.files import sha256_of, write_file, write_struct
 from edge_sdk.helpers.imports import optional_module
 from edge_sdk.helpers.text import one_line
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, open_session
@@ -36,9 +37,6 @@ from edge_sdk.infer.model_folder import (
     new_folder,
     read_file,
     read_model,
-    sha256_of,
-    write_file,
-    write_struct,
 )
 from edge_sdk.infer.onnx_layers import plain_model
 from edge_sdk.models import StagedModel, build

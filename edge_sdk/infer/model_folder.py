@@ -10,7 +10,6 @@ A file is used only if its SHA-256 is the one written down: half a copy is refus
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_sdk.errors import StoreError
+from edge_sdk.helpers.files import is_there, sha256_of
 from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.messages import ModelSpec, Struct
 
@@ -111,50 +111,6 @@ def read_file(folder: Path, file: ModelFile) -> bytes:
             f"or cut off; {step}"
         )
     return content
-
-
-def write_struct(path: Path, value: Struct) -> None:
-    """One JSON file, replaced as a whole. Raises StoreError."""
-    write_file(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Whole or not at all. Raises StoreError."""
-    draft = path.parent / f".{path.name}.{os.getpid()}.tmp"  # with_name refuses "."
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        with suppress(OSError):  # on a read-only disk this fails too
-            draft.unlink()
-        said = f"{error.strerror}; free space, or choose another"
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            said = f"there is no folder {path.parent}; make it, or choose another"
-        elif isinstance(error, PermissionError):
-            said = f"{error.strerror}; give this user the right to, or choose another"
-        raise StoreError(f"{path} cannot be written: {said}") from error
-
-
-def is_there(path: Path) -> bool:
-    """Raises StoreError where nobody can tell, as in a folder that may not be read; `exists` then
-    raises a foreign error or says no, by the version of Python."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be looked at: {error.strerror}; give another path, or this user the "
-            "right to it"
-        ) from error
-    return True
-
-
-def sha256_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def check_target(folder: Path) -> None:

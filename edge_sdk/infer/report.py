@@ -13,8 +13,9 @@ from typing import Any, get_args
 import numpy.typing as npt
 
 from edge_sdk.errors import ConfigError, StoreError
+from edge_sdk.helpers.files import write_file
 from edge_sdk.infer.early_exit import NEVER, EarlyExit
-from edge_sdk.infer.model_folder import Measure, write_file
+from edge_sdk.infer.model_folder import Measure
 from edge_sdk.infer.thresholds import Point, answers_of, curve, exit_seconds
 
 log = logging.getLogger(__name__)

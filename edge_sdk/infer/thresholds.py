@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from edge_sdk.data.examples import Floats, Ints
 from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.helpers.files import sha256_of, write_struct
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
 from edge_sdk.infer.model_folder import (
     CALIBRATION,
@@ -26,8 +27,6 @@ from edge_sdk.infer.model_folder import (
     ExitThresholds,
     ExportedModel,
     Measure,
-    sha256_of,
-    write_struct,
 )
 
 # Trained networks are sure of most of what they see, hence the steps that get finer towards 1.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import heir_of, sync, write_whole
 from edge_sdk.protocol.messages import CURVE_KEY
 
 DEVICE_KEYS = "device"  # names of the two pairs of files
@@ -51,7 +52,7 @@ def make_keys(folder: Path, name: str) -> KeyPair:
                 raise ConfigError(f"{file} exists; a key is never overwritten, remove it first")
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True, mode=0o755)
-        owner_ids = _owner_of(folder.parent if is_new else folder)
+        owner_ids = heir_of(folder.parent if is_new else folder)
         if is_new and owner_ids:
             os.chown(folder, *owner_ids, follow_symlinks=False)
         try:
@@ -61,7 +62,7 @@ def make_keys(folder: Path, name: str) -> KeyPair:
             for file in (secret_file, public_file):
                 file.unlink(missing_ok=True)
             raise
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         raise ConfigError(f"keys cannot be written to {folder}: {error}") from error
     return KeyPair(public, secret)
@@ -132,7 +133,7 @@ def swap_keys(folder: Path) -> None:
     try:
         for half in ("secret", "public"):
             (folder / f"{NEXT_KEYS}.{half}").replace(folder / f"{DEVICE_KEYS}.{half}")
-            _sync(folder)
+            sync(folder)
     except OSError as error:
         raise ConfigError(f"keys cannot be written to {folder}: {error}") from error
 
@@ -140,12 +141,8 @@ def swap_keys(folder: Path) -> None:
 def write_public(folder: Path, name: str, key: bytes) -> None:
     """NAME.public, in place of the one there. Raises ConfigError."""
     file = folder / f"{name}.public"
-    draft = folder / f".{name}.public.{os.getpid()}"
     try:
-        draft.unlink(missing_ok=True)
-        _write_new(draft, key, 0o644, _owner_of(folder))
-        draft.replace(file)
-        _sync(folder)
+        write_whole(file, key + b"\n", mode=0o644, owner_ids=heir_of(folder))
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error}") from error
 
@@ -155,21 +152,6 @@ def _exists(file: Path) -> bool:
         return file.exists()
     except OSError as error:
         raise ConfigError(f"{file} cannot be looked at: {error}") from error
-
-
-def _owner_of(folder: Path) -> tuple[int, int] | None:
-    """Whom root's files there are to belong to; None: this user is not root."""
-    owner = folder.stat()
-    return (owner.st_uid, owner.st_gid) if os.geteuid() == 0 else None
-
-
-def _sync(folder: Path) -> None:
-    """The names of its files are on the disk: a board may lose power at any time."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_new(file: Path, key: bytes, mode: int, owner_ids: tuple[int, int] | None) -> None:

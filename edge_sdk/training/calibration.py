@@ -26,8 +26,8 @@ from edge_sdk.errors import StoreError
 from edge_sdk.hardware import process_memory
 from edge_sdk.hardware.boards import board_name
 from edge_sdk.hardware.limits import cores, memory
+from edge_sdk.helpers.files import write_struct
 from edge_sdk.helpers.text import mebibytes
-from edge_sdk.infer.model_folder import write_struct
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment, Struct
 from edge_sdk.training.trainer import train

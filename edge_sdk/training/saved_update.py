@@ -9,7 +9,6 @@ clock, so it is their number that is bounded and not their age."""
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ import torch
 
 from edge_sdk.errors import CapacityError
 from edge_sdk.hardware.process_memory import memory_errors
+from edge_sdk.helpers.files import lock, sync
 from edge_sdk.protocol.messages import Job, Struct, Update
 from edge_sdk.protocol.stream import layout
 from edge_sdk.protocol.tensors import Sender, views
@@ -113,13 +113,11 @@ class SavedUpdate:
         handle = os.open(folder, os.O_RDONLY)
         close = weakref.finalize(self, os.close, handle)
         try:
-            _take(handle)
+            lock(handle)
         except BlockingIOError as error:
             close()
             what = "another agent with this device's name and coordinator uses it"
             raise BlockingIOError(errno.EAGAIN, what) from error
-        except OSError as error:
-            log.debug("no locks in %s: %s", folder, error)
         os.register_at_fork(after_in_child=close)  # one that counts costs may live longer
         self._is_locked = True
 
@@ -128,18 +126,10 @@ def _files(folder: Path) -> tuple[Path, Path]:
     return folder / DATA, folder / ABOUT
 
 
-def _take(handle: int) -> None:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def _synced(*paths: Path) -> None:
     for path in paths:
         with suppress(OSError):  # accepted meanwhile
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(path)
 
 
 def _forget_old_ones(folder: Path) -> None:
@@ -162,10 +152,10 @@ def _remove(folder: Path) -> None:
     """Raises OSError, BlockingIOError while an agent has it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        _take(handle)
-        for path in _files(folder):
-            path.unlink(missing_ok=True)
-        folder.rmdir()
+        if lock(handle):
+            for path in _files(folder):
+                path.unlink(missing_ok=True)
+            folder.rmdir()
     finally:
         os.close(handle)
 

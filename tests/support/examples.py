@@ -144,6 +144,12 @@ def settle(path: Path) -> None:
     os.utime(path, ns=(before, before))
 
 
+def rewrite(path: Path, text: str) -> None:
+    """By hand, a second ago."""
+    path.write_text(text)
+    settle(path)
+
+
 def one_line(text: str, program: str) -> str:
     """What a command said of an error: one line, its own name before it."""
     assert text.startswith(f"{program}: "), text

@@ -26,6 +26,7 @@ import torch
 import zmq  # noqa: F401
 
 with atheris.instrument_imports(include=["edge_sdk", "coordinator"]):
+    from edge_sdk.helpers.files import write_whole
     from tools.fuzz.fakes import OneLine, small_world
     from tools.fuzz.inputs import mutate_acts, mutate_frame, seeds_of_handler, unpack_acts
     from tools.fuzz.messages import drawn_frames
@@ -106,9 +107,7 @@ class Run:
         }  # fmt: skip
 
     def write(self, name: str, told: dict[str, Any]) -> None:
-        draft = self.folder / f"{name}.new"
-        draft.write_text(json.dumps(told))
-        draft.replace(self.folder / f"{name}.json")
+        write_whole(self.folder / f"{name}.json", json.dumps(told), is_synced=False)
 
     def growth(self) -> dict[str, float]:
         """Memory after 10,000 more inputs of those seen and after 110,000, in one coordinator."""

@@ -14,8 +14,8 @@ from coordinator.admission import invitations as invitations_module
 from coordinator.admission import join as joining
 from coordinator.admission.client_list import add_client
 from coordinator.admission.invitations import Invitations, read_invitations
-from coordinator.key_files import locked
 from edge_sdk.errors import ConfigError, LinkError
+from edge_sdk.helpers.files import locked
 from edge_sdk.protocol import join as join_module
 from edge_sdk.protocol.invitation import InvitationLine
 from edge_sdk.protocol.join import Refused, join
@@ -33,16 +33,16 @@ def test_a_coordinator_killed_while_it_admits(gate, tmp_path, monkeypatch, kille
     line = gate.invite()
     count = 0
 
-    def write(path, text, mode=None, *, _write=admission_module.replace_text):
+    def write(path, text, *, _write=admission_module.write_whole, **options):
         nonlocal count
         count += 1
         if count == killed_at:
             raise OSError(errno.EIO, "killed")
-        _write(path, text, mode)
+        _write(path, text, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(admission_module, "replace_text", write)
-        patch.setattr(invitations_module, "replace_text", write)
+        patch.setattr(admission_module, "write_whole", write)
+        patch.setattr(invitations_module, "write_whole", write)
         with pytest.raises(Refused, match="could not write its list, its log says why"):
             join(line, tmp_path / "a", "a")
     if killed_at == 1:

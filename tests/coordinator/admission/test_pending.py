@@ -13,8 +13,8 @@ from coordinator.admission import pending
 from coordinator.admission.client_list import Admission
 from coordinator.admission.pending import MOST, PendingKeys, forget_pending, read_pending
 from coordinator.fleet.router import Router
-from coordinator.key_files import locked
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import locked
 from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys
 from tests.support.admission import Gate, new_key
 from tests.support.devices import ANY_PORT
@@ -94,7 +94,7 @@ def test_the_newest_are_kept(tmp_path, clock):
 
 def test_it_is_written_once_a_second_at_most(tmp_path, clock, monkeypatch):
     writes = []
-    monkeypatch.setattr(pending, "replace_text", lambda *args: writes.append(clock.now))
+    monkeypatch.setattr(pending, "write_private", lambda *args: writes.append(clock.now))
     known = PendingKeys(tmp_path / "pending", clock, clock)
     known.write_if_due(nobody)
     assert writes == [], "nothing is new"
@@ -161,7 +161,7 @@ def test_a_full_disk_is_said_once_and_tried_again(tmp_path, clock, caplog, monke
 
     known = PendingKeys(tmp_path / "pending", clock, clock)
     with monkeypatch.context() as patch:
-        patch.setattr(pending, "replace_text", full)
+        patch.setattr(pending, "write_private", full)
         for _ in range(3):
             known.note(new_key().encode())
             known.write_if_due(nobody)

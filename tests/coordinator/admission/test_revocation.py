@@ -50,6 +50,43 @@ def test_a_list_that_an_editor_empties_before_it_writes_revokes_nobody(gate, cap
     assert ("not reloaded" in caplog.text) == stays
 
 
+def test_a_list_that_an_editor_writes_anew_beside_the_old_revokes_nobody_until_it_is_whole(gate):
+    """vim moves the old one away and writes another under its name; sed writes one and moves it."""
+    keys = [new_key() for _ in range(2)]
+    whole = "".join(f"{name} {key}\n" for name, key in zip(("pi", "nano"), keys, strict=True))
+    gate.clients.write_text(whole)
+    settle(gate.clients)
+    assert gate.router.is_admitted("nano")
+    gate.clients.replace(gate.clients.with_name("clients~"))
+    gate.clients.write_text(whole.splitlines(True)[0])  # so far
+    assert gate.router.is_admitted("nano")
+    gate.clients.write_text(whole)
+    settle(gate.clients)
+    assert gate.router.is_admitted("nano")
+    other = gate.clients.with_name("sedAb1")
+    other.write_text(whole.splitlines(True)[0])
+    other.replace(gate.clients)
+    assert gate.router.is_admitted("nano"), "it looks as the other does"
+    settle(gate.clients)
+    assert not gate.router.is_admitted("nano")
+    assert gate.router.is_admitted("pi")
+
+
+def test_what_the_coordinator_writes_itself_is_in_force_at_once(gate, tmp_path):
+    """And the next device is not told to ask again, as while somebody else writes."""
+    admission = Admission(gate.clients)
+    for name in ("pi", "nano"):
+        line, keys = gate.invite(), make_keys(tmp_path / name, "device")
+        join = Join(client_id=name, public_key=keys.public.decode())
+        assert isinstance(joining.answer(admission, pair_of(line).public, join), Joined)
+        assert admission.name_of(keys.public) == name
+        rotated = new_key()
+        turn = Join(client_id=name, public_key=rotated)
+        assert isinstance(joining.answer(admission, keys.public, turn), Joined)
+        assert admission.name_of(rotated.encode()) == name
+        assert admission.name_of(keys.public) is None
+
+
 def test_nobody_joins_a_list_that_an_editor_has_emptied(gate, tmp_path):
     """It would be written with that one alone. The device asks again."""
     add_client(gate.clients, "pi", new_key().encode())
@@ -88,15 +125,16 @@ def test_a_command_waits_for_who_is_writing_the_list(tmp_path, monkeypatch):
     path.write_text("")
 
     def finish(seconds: float) -> None:
-        path.write_text(before)
-        settle(path)
+        if not path.read_text():
+            path.write_text(before)
+            settle(path)
 
     monkeypatch.setattr(admission_module.time, "sleep", finish)
     add_client(path, "nano", new_key().encode())
     assert Admission(path).names().keys() == {"pi", "nano"}
 
 
-def test_a_list_that_is_emptied_while_it_is_read_revokes_nobody(tmp_path, monkeypatch):
+def test_a_list_that_is_emptied_while_it_is_read_revokes_nobody(tmp_path, monkeypatch, caplog):
     path, keys = tmp_path / "clients", [new_key().encode() for _ in range(2)]
     add_client(path, "pi", keys[0])
     admission, real = Admission(path), admission_module._read
@@ -108,6 +146,7 @@ def test_a_list_that_is_emptied_while_it_is_read_revokes_nobody(tmp_path, monkey
 
     monkeypatch.setattr(admission_module, "_read", emptied)
     assert admission.name_of(keys[0]) == "pi"
+    assert not caplog.records
 
 
 def test_a_command_does_not_write_to_a_list_that_somebody_goes_on_writing(tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ from coordinator.fleet import sessions as devices_module
 from coordinator.fleet.cohort import ServeOptions, ZmqCohort
 from coordinator.fleet.router import Received
 from coordinator.fleet.spool import Spool
-from coordinator.key_files import replace_text
 from edge_sdk.protocol.keys import make_keys, read_keys
 from edge_sdk.protocol.messages import (
     PROTOCOL,
@@ -28,7 +27,7 @@ from edge_sdk.protocol.messages import (
     Welcome,
 )
 from tests.support.devices import WAIT_S, ScriptedDevice
-from tests.support.examples import cnn
+from tests.support.examples import cnn, rewrite
 from tests.support.jobs_and_results import (
     BOTH,
     STAGE_2,
@@ -113,7 +112,7 @@ def test_revoked_admission_takes_effect_on_the_live_link(make_coordinator):
     good.finish()
     bad.take_job()
     bad.ping(1)  # from here on nobody says anything
-    replace_text(coordinator.clients_file, f"good {coordinator.keys['good'].public.decode()}\n")
+    rewrite(coordinator.clients_file, f"good {coordinator.keys['good'].public.decode()}\n")
     assert "not admitted any more" in expect_fault(bad, "admission", 0)  # without a word from it
     absence = ended(round, good, "failed", "gone")
     assert absence.detail == "its key is not admitted any more"
@@ -127,7 +126,7 @@ def test_key_that_was_given_another_name(coordinator, devices):
     good, bad = devices
     round = give_jobs(coordinator, good, bad)
     text = coordinator.clients_file.read_text()
-    replace_text(coordinator.clients_file, text.replace("bad ", "renamed "))
+    rewrite(coordinator.clients_file, text.replace("bad ", "renamed "))
     bad.send(bad.make_update())
     expect_fault(bad, "admission", 0)
     assert end(round, good, "failed", "gone").detail == "its key is not admitted any more"
@@ -142,7 +141,7 @@ def test_device_whose_key_was_replaced_is_gone_at_once(make_coordinator, tmp_pat
     bad.take_job()
     keys = {"good": coordinator.keys["good"], "bad": make_keys(tmp_path / "new", "bad")}
     lines = [f"{name} {pair.public.decode()}\n" for name, pair in keys.items()]
-    replace_text(coordinator.clients_file, "".join(lines))
+    rewrite(coordinator.clients_file, "".join(lines))
     bad.send(Heartbeat(round=1))
     assert "keys --rotate" in bad.expect(Fault).detail
     detail = absence_of(round.result(WAIT_S), "bad", "failed", "gone").detail

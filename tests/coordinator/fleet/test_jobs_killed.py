@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
+from coordinator.fleet import spool as spool_module
 from coordinator.fleet.flow_control import Budget
 from coordinator.fleet.jobs import RESEND_S, Jobs
 from coordinator.fleet.spool import Spool
@@ -52,7 +53,7 @@ class Fuse:
             (os, "replace"), (os, "link"), (os, "pwrite"), (os, "ftruncate"), (Path, "unlink"),
         ):  # fmt: skip
             monkeypatch.setattr(owner, name, self._burning(getattr(owner, name)))
-        monkeypatch.setattr(Path, "write_bytes", self._cutting(Path.write_bytes))
+        monkeypatch.setattr(spool_module, "write_whole", self._leaving(spool_module.write_whole))
 
     def burn(self) -> None:
         if self.left is not None:
@@ -68,16 +69,19 @@ class Fuse:
 
         return burn
 
-    def _cutting(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def cut(path: Path, content: bytes) -> int:
-            try:
-                self.burn()
-            except Killed:
-                real(path, content[: len(content) // 2])
-                raise
-            return int(real(path, content))
+    def _leaving(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Half a draft, or a whole one that has not taken its place yet."""
 
-        return cut
+        def leave(path: Path, content: bytes, **options: Any) -> None:
+            for size in (len(content) // 2, len(content)):
+                try:
+                    self.burn()
+                except Killed:
+                    path.with_name(f".{path.name}.0.new").write_bytes(content[:size])
+                    raise
+            real(path, content, **options)
+
+        return leave
 
 
 class Device:

@@ -6,7 +6,6 @@ import errno
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +63,7 @@ def test_kill_while_the_json_is_written_counts_as_nothing(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         spool.save_update(3, "a", arrived(TENSORS))
     monkeypatch.undo()
-    assert Spool(tmp_path).take(3, "a", JOB) is None
+    assert Spool(tmp_path).take_update(3, "a", JOB) is None
     keep(spool)  # asked for again
     assert_is_there(spool)
 
@@ -223,7 +222,7 @@ def test_full_disk_for_the_json_is_one_line(tmp_path, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StoreError, match=r"a\.json cannot be written: .*No space left") as caught:
         spool.save_update(3, "a", arrived(TENSORS))
     one_line(caught.value)

@@ -32,7 +32,7 @@ def held_by(spool: Spool, round: int = 4) -> list[str]:
 
 def test_job_that_outlives_its_round_comes_with_what_it_began_from(tmp_path):
     hold(Spool(tmp_path))
-    ((found, start),) = Spool(tmp_path).held(4)
+    ((found, start),) = Spool(tmp_path).saved_jobs(4)
     assert (found.client, found.job.round, found.outlives) == (client("a", 2), 3, False)
     assert found.returns == specs_of(TENSORS)
     assert list(start) == list(START)

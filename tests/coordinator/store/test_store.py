@@ -99,7 +99,7 @@ def test_full_disk_keeps_the_last_round(tmp_path, monkeypatch, where):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = {"checkpoint": (checkpoints, "save_file"), "rename": (checkpoints.os, "replace")}
+    target = {"checkpoint": (checkpoints, "save_file"), "rename": (os, "replace")}
     monkeypatch.setattr(*target[where], full)
     with pytest.raises(StoreError, match=r"round 2 .*No space left.*--resume at round 2"):
         commit(store, 2)
@@ -175,9 +175,9 @@ def test_what_a_kill_while_writing_left_is_deleted(tmp_path):
     store = Store.create(tmp_path, config("owners-mean"), "serve")
     commit(store, 1)
     store.close()
-    for name in (".tmpa1B2c3", "round-000002.safetensors.new", ".tmp-of-somebody"):
+    for name in (".tmpa1B2c3", ".round-000002.safetensors.0.new", ".tmp-of-somebody"):
         (tmp_path / name).write_bytes(b"half")
-    (tmp_path / "round-000002.safetensors.new").chmod(0o600)
+    (tmp_path / ".round-000002.safetensors.0.new").chmod(0o600)
     again = Store.resume(tmp_path)
     assert (tmp_path / ".tmpa1B2c3").exists(), "the run may be in progress: its own draft"
     commit(again, 2)
@@ -287,7 +287,7 @@ def test_full_disk_as_a_round_begins_is_one_line(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(StoreError, match=r"begun.json .*No space left.*--resume at round 1") as it:
         store.begin(1, [client("a", 1)])
     assert "\n" not in str(it.value)

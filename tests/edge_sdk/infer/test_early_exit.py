@@ -20,9 +20,10 @@ from edge_sdk.cli.main import main
 from edge_sdk.data.examples import Examples
 from edge_sdk.data.load import save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
+from edge_sdk.helpers.files import sha256_of, write_struct
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
 from edge_sdk.infer.export import export
-from edge_sdk.infer.model_folder import ExitThresholds, sha256_of, write_struct
+from edge_sdk.infer.model_folder import ExitThresholds
 from edge_sdk.models import build, initial_tensors
 from tests.support.examples import cnn, examples, one_line, two_exits
 from tests.support.processes import ROOT

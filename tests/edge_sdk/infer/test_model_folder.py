@@ -11,15 +11,10 @@ import pytest
 
 from edge_sdk.cli.main import main
 from edge_sdk.errors import StoreError
+from edge_sdk.helpers.files import write_file
 from edge_sdk.infer import model_folder
 from edge_sdk.infer.export import export
-from edge_sdk.infer.model_folder import (
-    check_target,
-    new_folder,
-    read_calibration,
-    read_model,
-    write_file,
-)
+from edge_sdk.infer.model_folder import check_target, new_folder, read_calibration, read_model
 from tests.support.examples import one_line, two_exits
 from tests.support.other_user import not_allowed_to_write
 
@@ -71,7 +66,7 @@ def test_a_read_only_disk_is_one_line(tmp_path, monkeypatch):
     def refused(*args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(os, "open", refused)
     monkeypatch.setattr(Path, "unlink", refused)
     with pytest.raises(StoreError, match="Read-only file system"):
         write_file(tmp_path / "p.csv", b"new")

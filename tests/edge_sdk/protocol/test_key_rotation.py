@@ -81,7 +81,7 @@ def kill_points(monkeypatch, number: int) -> list[str]:
             raise Killed
 
     wrap(keys_module, "_write_new")
-    wrap(keys_module, "_sync")
+    wrap(keys_module, "sync")
     wrap(join_module, "_ask")
     for name in ("replace", "unlink"):
         call = getattr(Path, name)
