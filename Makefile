@@ -1,45 +1,52 @@
 # Two commands do everything: `make testbed` (the main job) and `make test`. Each sets itself up.
-# `make test-edge` is the part of the tests that looks at devices as systems; `make test-chaos`
-# breaks links, processes, clocks and disks (about 20 minutes, root).
+# `make help` lists them all, from the text behind ##.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+.DEFAULT_GOAL := help
 
-.PHONY: venv testbed test test-edge test-chaos fuzz lint format clean
+.PHONY: help venv testbed test test-edge test-chaos fuzz lint format clean
 
-venv: $(STAMP)
+help: ## this list; flags for a command go into ARGS, e.g. make testbed ARGS="--rounds 5"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; \
+		do printf '%-16s %s\n' "$$name" "$$text"; done
+
+venv: $(STAMP) ## what the other commands need, in .venv; they make it by themselves
 
 $(STAMP): pyproject.toml tests/constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable ".[dev]"
-	touch $@
+	@echo "installing edge-sdk, torch and the tools for tests into $(VENV): once, some minutes,"
+	@echo "1.5 GB with a torch for the CPU alone, more with the one for CUDA (see README.md)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable ".[dev]"
+	@touch $@
+	@echo "installed"
 
-testbed: $(STAMP)
+testbed: $(STAMP) ## the main job: a coordinator and emulated boards train on this machine
 	$(BIN)/python -m tools.testbed $(ARGS)
 
-test: lint
+test: lint ## every test but those of the chaos suite
 	$(BIN)/python -m pytest $(ARGS)
 
-test-edge: $(STAMP) # a real systemd, an emulated ARM64 device; what a machine lacks is skipped
+test-edge: $(STAMP) ## devices as systems: systemd, emulated ARM64; what is lacking is skipped
 	$(BIN)/python -m pytest tests/system $(ARGS)
 
-fuzz: $(STAMP) # 100,000 inputs each, guided by coverage; more with python -m tools.fuzz
+fuzz: $(STAMP) ## 200,000 hostile inputs for the wire, guided by coverage
 	$(BIN)/python -m tools.fuzz decode --inputs 100000 --csv build/fuzz.csv $(ARGS)
 	$(BIN)/python -m tools.fuzz handler --inputs 100000 --csv build/fuzz.csv $(ARGS)
 
-test-chaos: $(STAMP) # faults over a bad link in network namespaces; see tests/chaos
+test-chaos: $(STAMP) ## broken links, processes, clocks and disks: 20 minutes, as root
 	$(BIN)/python -m pytest tests/chaos $(ARGS)
 
-lint: $(STAMP)
+lint: $(STAMP) ## format, rules and types, checked
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(STAMP) ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:
+clean: ## remove .venv, runs and what was built
 	rm -rf $(VENV) runs build dist

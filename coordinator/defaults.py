@@ -1,13 +1,13 @@
 """What a method and a generator are run with unless told otherwise, as flags of the command line.
 
-hypemefed without `--paper` is what measured best, see README.md and tools/results/."""
+hypemefed without `--paper` is what measured best, see docs/methods.md and docs/results/."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# 100 rounds of Fashion-MNIST, tools/results/main.csv; tuned on seeds 0 and 1 at alpha 0.5
+# 100 rounds of Fashion-MNIST, docs/results/main.csv; tuned on seeds 0 and 1 at alpha 0.5
 MOMENTUM: dict[str, Any] = {"server_momentum": 0.5, "server_lr": 0.75}
 # every method; none of the flags' own defaults
 METHODS: Mapping[str, Mapping[str, Any]] = {

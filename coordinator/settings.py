@@ -23,6 +23,9 @@ from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.messages import ModelSpec, Plan
 
+# In place of a data set's input shape and number of classes, to check settings before it is read.
+ANY_DATA = ((1, 1, 1), 2)
+
 
 def run_config(
     args: argparse.Namespace, input_shape: tuple[int, ...], num_classes: int

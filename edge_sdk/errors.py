@@ -7,7 +7,7 @@
     ├── CapacityError    the device cannot do what is asked: too small, out of memory
     ├── TrainerError     the training process ended or failed
     ├── LinkError        no connection, lost connection, refused identity
-    ├── ProtocolError    a message that breaks PROTOCOL.md
+    ├── ProtocolError    a message that breaks docs/protocol.md
     │   └── VersionError     the other side speaks another version of it
     ├── QuorumError      too few devices for a round, for too long
     └── StoreError       a run's or model's folder: another version, full disk, corrupt file

@@ -1,11 +1,12 @@
-"""The wire's bytes and its description stay as they are: golden files and PROTOCOL.md.
+"""The wire's bytes and its description stay as they are: golden files and docs/protocol.md.
 
 A golden file is one control frame, an example with every field set to something other than its
 default. After a deliberate change of a message raise PROTOCOL, run
 
     python -m tests.test_golden
 
-which writes the files anew, and bring PROTOCOL.md's tables up to date; the tests say what lacks.
+which writes the files anew, and bring the tables of docs/protocol.md up to date; the tests say what
+lacks.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ EXAMPLES: tuple[Message, ...] = (
     Join(client_id="pi-4.kitchen_1", public_key="Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"),
     Joined(client_id="pi-4.kitchen_1"),
 )
-# What a peer sees of every module's constants; PROTOCOL.md gives each name and value in a table.
+# What a peer sees of every module's constants; a table of docs/protocol.md gives names and values.
 CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
     messages: (
         "PROTOCOL",
@@ -228,7 +229,7 @@ def test_examples_leave_no_field_at_its_default(example):
     assert not left
 
 
-# -- PROTOCOL.md -------------------------------------------------------------------------------
+# -- docs/protocol.md ---------------------------------------------------------------------------
 
 
 def test_the_version_is_the_same_wherever_it_stands(text):
@@ -238,13 +239,15 @@ def test_the_version_is_the_same_wherever_it_stands(text):
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return (Path(edge_sdk.__file__).parent / "PROTOCOL.md").read_text(encoding="utf-8")
+    return (Path(edge_sdk.__file__).parent.parent / "docs" / "protocol.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def section(text: str, title: str) -> str:
     """What stands under the heading ### `title`, up to the next heading."""
     found = re.search(rf"^### `{re.escape(title)}`.*?\n(.*?)(?=^#{{1,3}} |\Z)", text, re.M | re.S)
-    assert found, f"PROTOCOL.md has no section ### `{title}`"
+    assert found, f"docs/protocol.md has no section ### `{title}`"
     return found[1]
 
 
@@ -284,7 +287,7 @@ def number(value: float) -> str:
 
 
 def spread(info: Any) -> str:
-    """ "", or the range of a number as PROTOCOL.md writes it."""
+    """ "", or the range of a number as docs/protocol.md writes it."""
     low = number(info.ge) if info.ge is not None else ""
     low = f"above {number(info.gt)}" if info.gt is not None else low
     high = number(info.le) if info.le is not None else ""
@@ -293,7 +296,7 @@ def spread(info: Any) -> str:
         return f", {low} to {high}"
     if low:
         return f", {low}" if low.startswith("above") else f", {low} or more"
-    assert not high, "a range without a lower end; say how PROTOCOL.md writes it"
+    assert not high, "a range without a lower end; say how docs/protocol.md writes it"
     return ""
 
 
@@ -305,7 +308,7 @@ def lengths(info: Any, unit: str) -> str:
 
 
 def type_text(info: Any) -> str:
-    """A field's type as PROTOCOL.md writes it."""
+    """A field's type as docs/protocol.md writes it."""
     if isinstance(info, inspect.StructType):
         return f"`{info.cls.__name__}`"
     if isinstance(info, inspect.LiteralType):

@@ -24,7 +24,7 @@ from coordinator.admission.client_list import (
 from coordinator.admission.invitations import Invitation, withdraw, write_invitation
 from coordinator.admission.join import in_words
 from coordinator.admission.pending import forget_pending, read_pending
-from edge_sdk.cli.flags import path_flag
+from edge_sdk.cli.flags import add_command, path_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import locked
 from edge_sdk.helpers.text import checked_endpoint
@@ -37,8 +37,13 @@ MOST_HOURS = 24.0 * 366
 
 
 def add_keys_command(commands: Any) -> None:
-    parser = commands.add_parser("keys", help="make the coordinator's key pair")
-    parser.add_argument("--keys", type=path_flag, default=Path("keys"))
+    parser = add_command(
+        commands,
+        "keys",
+        "make the coordinator's key pair",
+        "edge-coordinator keys --keys keys",
+    )
+    parser.add_argument("--keys", type=path_flag, default=Path("keys"), help="folder of keys")
     parser.set_defaults(run=run_keys)
 
 
@@ -50,8 +55,12 @@ def run_keys(args: argparse.Namespace) -> int:
 
 
 def add_clients_command(commands: Any) -> None:
-    parser = commands.add_parser(
-        "clients", help="the list of admitted devices: add, remove (revoke), list, pending"
+    parser = add_command(
+        commands,
+        "clients",
+        "the list of admitted devices: add, remove (revoke), list, pending",
+        "edge-coordinator clients list",
+        "edge-coordinator clients remove pi-1",
     )
     parser.add_argument("action", choices=("add", "remove", "list", "pending"),
         help="pending: keys of devices that were turned away, the last one at the end")  # fmt: skip
@@ -62,7 +71,7 @@ def add_clients_command(commands: Any) -> None:
 
 
 def _add_folder_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--keys", type=path_flag, default=Path("keys"))
+    parser.add_argument("--keys", type=path_flag, default=Path("keys"), help="folder of keys")
     parser.add_argument("--clients-file", type=path_flag,
         help="default KEYS/clients; invitations and pending keys lie beside it")  # fmt: skip
 
@@ -143,8 +152,11 @@ def _print_pending(path: Path) -> None:
 
 
 def add_invite_command(commands: Any) -> None:
-    parser = commands.add_parser(
-        "invite", help="print a line with which one device admits itself: edge-sdk join LINE"
+    parser = add_command(
+        commands,
+        "invite",
+        "print a line with which one device admits itself: edge-sdk join LINE",
+        "edge-coordinator invite --name pi-1 --endpoint tcp://192.168.1.5:5555",
     )
     add = parser.add_argument
     add("--name", help="the only name it admits; default: what the device calls itself")

@@ -6,11 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from edge_sdk.cli.flags import add_command
 from edge_sdk.helpers.imports import heavy_imports
 
 
 def add_export_command(commands: Any) -> None:
-    parser = commands.add_parser("export", help="a run's served model, or a client's part, as ONNX")
+    parser = add_command(
+        commands,
+        "export",
+        "a run's served model, or a client's part, as ONNX",
+        "edge-coordinator export --run runs/first --out model",
+    )
     add = parser.add_argument
     add("--run", dest="run_dir", type=Path, required=True, metavar="DIR", help="folder of the run")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
@@ -23,7 +29,7 @@ def add_export_command(commands: Any) -> None:
     parser.set_defaults(run=run_export)
 
 
-def add_export_flag(parser: argparse.ArgumentParser) -> None:
+def add_export_flag(parser: argparse._ActionsContainer) -> None:
     """For the commands that run rounds."""
     parser.add_argument(
         "--export", type=Path, metavar="DIR", help="at the end, write the served model as ONNX"

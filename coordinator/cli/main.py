@@ -13,10 +13,12 @@ from coordinator.cli.emulate import add_emulate_command
 from coordinator.cli.export import add_export_command
 from coordinator.cli.serve import add_serve_command
 from coordinator.cli.status import add_status_command
+from edge_sdk.cli.flags import HelpFormatter
 from edge_sdk.errors import EdgeError, QuorumError
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.imports import heavy_imports, import_module
-from edge_sdk.helpers.interrupts import INTERRUPTED
+from edge_sdk.helpers.interrupts import INTERRUPTED, ends_unread
+from edge_sdk.version import __version__
 
 GAVE_UP = 3  # exit status: too few devices for too long; 1 is any other error
 COMMANDS: tuple[Callable[[Any], None], ...] = (
@@ -30,21 +32,30 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="edge-coordinator", description="Federated learning over unequal devices."
+        prog="edge-coordinator",
+        description="Federated learning over unequal devices.",
+        epilog="edge-coordinator COMMAND --help: its flags, and an example",
+        formatter_class=HelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"edge-coordinator {__version__}")
     parser.add_argument("--debug", action="store_true", help="log everything, show tracebacks")
     parser.add_argument("--log-json", action="store_true", help="log one JSON object per line")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for add_command in COMMANDS:
-        add_command(commands)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
     for command in commands.choices.values():  # it may stand before or after the command
         command.add_argument(
             "--log-json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
+    return parser
+
+
+@ends_unread
+def main(argv: Sequence[str] | None = None) -> int:
     try:
-        args = settle(parser, argv)
+        args = settle(make_parser(), argv)
     except EdgeError as error:
         print(f"edge-coordinator: {error}", file=sys.stderr)
         return 1

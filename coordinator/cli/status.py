@@ -29,7 +29,7 @@ from coordinator.store.status import (
     read_status,
     seconds_since,
 )
-from edge_sdk.cli.flags import path_flag, whole_flag
+from edge_sdk.cli.flags import add_command, path_flag, whole_flag
 from edge_sdk.errors import StoreError
 
 STATUS: dict[Health, int] = {"running": 0, "finished": 0, "dead": 3, "unknown": 4}
@@ -50,7 +50,12 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def add_status_command(commands: Any) -> None:
-    parser = commands.add_parser("status", help="what a run does now: clients, bytes, faults")
+    parser = add_command(
+        commands,
+        "status",
+        "what a run does now: clients, bytes, faults",
+        "edge-coordinator status --run-dir runs/first --watch 2",
+    )
     add = parser.add_argument
     add("--run-dir", type=path_flag, required=True, metavar="DIR", help="folder of the run")
     add("--json", action="store_true", help="one JSON object on one line")

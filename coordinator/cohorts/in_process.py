@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import torch
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.protocol.stream import layout

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+import torch
 
 from coordinator.cohorts.sampling import job_seed
 from coordinator.config import SPLITS, RunConfig
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.data.partition import (
+    check_alpha,
     partition_by_subject,
     partition_dirichlet,
     partition_iid,
@@ -68,6 +70,16 @@ class Population(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(self).decode()
 
 
+def check_population(population: Population, num_exits: int) -> None:
+    """Raise ConfigError for one that no data can be shared out to, before any is read."""
+    if population.clients < 1:
+        raise ConfigError(f"--clients is {population.clients}, expected at least 1")
+    group_exits(population.groups, population.clients, num_exits)
+    check_holders(population.holders)
+    if population.split == "dirichlet":
+        check_alpha(population.alpha)
+
+
 @dataclass(frozen=True)
 class EmulatedClient:
     id: str
@@ -96,13 +108,24 @@ def emulated_clients(
 
 def choose_holders(exits: Mapping[str, int], share: float, seed: int) -> set[str]:
     """`share` of each group, rounded, by draws of (seed, client)."""
-    if not 0 <= share <= 1:
-        raise ConfigError(f"--holders {share}, expected a share from 0 to 1")
+    check_holders(share)
     chosen: set[str] = set()
     for exit in set(exits.values()):
         group = sorted((n for n in exits if exits[n] == exit), key=lambda n: job_seed(seed, 0, n))
         chosen |= set(group[: round(share * len(group))])
     return chosen
+
+
+def check_holders(share: float) -> None:
+    """Raises ConfigError."""
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--holders {share}, expected a share from 0 to 1")
+
+
+def check_processes(processes: int, device: torch.device) -> None:
+    """Raises ConfigError."""
+    if processes > 1 and device.type != "cpu":
+        raise ConfigError(f"--processes {processes} is for the CPU; leave it out with {device}")
 
 
 def split_holdout(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:

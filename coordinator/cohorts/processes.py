@@ -15,7 +15,7 @@ import torch
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort, train_here
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.errors import TrainerError
 from edge_sdk.helpers.imports import import_module
 

@@ -26,6 +26,7 @@ from coordinator.methods.depthwise import DepthAveraging
 from coordinator.methods.rotation import Rule, fixed, rotation
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.process_memory import memory_errors
+from edge_sdk.models import find_family
 
 Device: TypeAlias = str | torch.device
 
@@ -40,11 +41,6 @@ def owners_mean(config: RunConfig, device: Device) -> Method:
 
 
 def stage_rotation(config: RunConfig, device: Device) -> Method:
-    if config.rotation.mode == "off":
-        raise ConfigError(
-            "method 'stage-rotation' with --rotation off is owners-mean; use --method owners-mean "
-            "or --rotation add"
-        )
     return owners_mean(config, device)
 
 
@@ -79,10 +75,10 @@ METHODS: dict[str, Callable[[RunConfig, Device], Method]] = {
 FIXED = ("fedavg-s", "fedavg-l")
 
 
-def make_method(config: RunConfig, device: Device = "cpu") -> Method:
-    """The method that the settings name. Raises ConfigError listing the known ones."""
-    factory = METHODS.get(config.method)
-    if factory is None:
+def check_method(config: RunConfig) -> None:
+    """Raise ConfigError for an unknown method or family, and for settings that the method has no
+    place for: all that can be told before the data's shape is known."""
+    if config.method not in METHODS:
         raise ConfigError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
     if config.generator.name != "none" and config.method != "hypemefed":
         raise ConfigError(
@@ -94,5 +90,17 @@ def make_method(config: RunConfig, device: Device = "cpu") -> Method:
             f"method {config.method!r} has the same stages for everybody, so --rotation "
             f"{config.rotation.mode} has no place there; leave it out"
         )
+    if config.rotation.mode == "off" and config.method == "stage-rotation":
+        raise ConfigError(
+            "method 'stage-rotation' with --rotation off is owners-mean; use --method owners-mean "
+            "or --rotation add"
+        )
+    find_family(config.model.family)
+
+
+def make_method(config: RunConfig, device: Device = "cpu") -> Method:
+    """The method that the settings name. Raises ConfigError as `check_method`, and for a model that
+    cannot be built."""
+    check_method(config)
     with memory_errors(f"making {config.method} with generator {config.generator.name}"):
-        return factory(config, device)
+        return METHODS[config.method](config, device)

@@ -21,22 +21,24 @@ from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.cohorts.population import (
     EmulatedClient,
     Population,
+    check_population,
+    check_processes,
     choose_holders,
     emulated_clients,
 )
 from coordinator.cohorts.processes import ProcessCohort
 from coordinator.config import RunConfig
-from coordinator.methods.registry import make_method
+from coordinator.methods.registry import check_method, make_method
 from coordinator.presets import missing_data
 from coordinator.runs.evaluate import Personalised, personalised_accuracy
 from coordinator.runs.exporting import check_export, export_served
-from coordinator.runs.rounds import print_round, run_rounds
-from coordinator.settings import checked, run_config, whole_numbers
+from coordinator.runs.rounds import check_folder, print_round, run_rounds
+from coordinator.settings import ANY_DATA, checked, run_config, whole_numbers
 from coordinator.store.store import Store, open_store
 from edge_sdk.capacity.costs import in_model, peak_bytes
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import MIN_BATCH
-from edge_sdk.data.load import DataSet, load_dataset
+from edge_sdk.data.loading import DataSet, load_dataset
 from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.helpers import files
 from edge_sdk.helpers.interrupts import stop_signals
@@ -51,8 +53,6 @@ HOLDOUT = 0.2  # as in the paper
 def emulate(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     torch.set_num_threads(args.threads)
-    data = load_for(args)
-    shared = run_config(args, data.train.input_shape, data.train.num_classes)
     population = Population(
         clients=args.clients,
         groups=tuple(whole_numbers(args.groups, "--groups")),
@@ -61,19 +61,16 @@ def emulate(args: argparse.Namespace) -> int:
         holders=args.holders,
         holdout=HOLDOUT if args.personalise else 0.0,
     )
-    config = checked(
-        replace(
-            shared,
-            data=args.data,
-            population=population.text(),
-            examples=args.examples,
-            test_examples=args.test_examples,
-        )
-    )
-    method = make_method(config, device)  # a model that cannot be built begins no run
+    check_method(emulate_config(args, population, *ANY_DATA))
+    check_population(population, args.exits)
+    check_processes(args.processes, device)
+    check_folder(args.run_dir, args.resume)
     if args.out:
         check_writable(args.out)
     check_export(args.export)
+    data = load_for(args)
+    config = emulate_config(args, population, data.train.input_shape, data.train.num_classes)
+    method = make_method(config, device)  # a model that cannot be built begins no run
     clients = emulated_clients(population, config, data.train)
     with ExitStack() as stack:
         cohort = stack.enter_context(
@@ -112,6 +109,21 @@ def emulate(args: argparse.Namespace) -> int:
     return 0
 
 
+def emulate_config(
+    args: argparse.Namespace, population: Population, input_shape: tuple[int, ...], num_classes: int
+) -> RunConfig:
+    """Raises ConfigError naming the flag."""
+    return checked(
+        replace(
+            run_config(args, input_shape, num_classes),
+            data=args.data,
+            population=population.text(),
+            examples=args.examples,
+            test_examples=args.test_examples,
+        )
+    )
+
+
 def load_for(args: argparse.Namespace) -> DataSet:
     """The data of --data. Raises DataError, which for a preset says what files it needs."""
     if args.preset and not Path(args.data).expanduser().exists():
@@ -137,8 +149,7 @@ def emulated_cohort(
     if processes == 1:
         yield InProcessCohort(shards, exits, num_exits, device, holders)
         return
-    if device.type != "cpu":
-        raise ConfigError(f"--processes {processes} is for the CPU; leave it out with {device}")
+    check_processes(processes, device)
     with ProcessCohort(
         shards, exits, num_exits, processes,
         holders=holders, imports=imports, threads=torch.get_num_threads(),

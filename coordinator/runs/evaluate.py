@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from coordinator.cohorts.sampling import job_seed
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError
 from edge_sdk.models import build
 from edge_sdk.models.staged import moved, stage_of

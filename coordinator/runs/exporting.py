@@ -11,7 +11,7 @@ from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
 from coordinator.store.store import Store
-from edge_sdk.data.load import Examples, load_dataset, load_test
+from edge_sdk.data.loading import Examples, load_dataset, load_test
 from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.infer.export import check_packages, export, prefix
 from edge_sdk.infer.model_folder import check_target, described

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,7 @@ from coordinator.methods.base import Method, Metrics
 from coordinator.runs.evaluate import accuracy_per_exit
 from coordinator.store.status import RunPhase
 from coordinator.store.store import RoundTotals, Store
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.errors import ShapeError, StoreError, TrainerError
 from edge_sdk.models import build
 from edge_sdk.protocol.timing import clock, since
@@ -169,6 +170,16 @@ def gather(
                 f"{tries} times in a row; see the lines above for why; {store.way_on()}"
             )
         chosen = choose(cohort, config, round, counted, failed, needed - len(counted))
+
+
+def check_folder(folder: Path | None, resume: bool) -> None:
+    """Raise StoreError now rather than after data was read: a run is there, or none to resume."""
+    if folder is None:
+        return
+    if resume:
+        Store.resume(folder).close()
+    else:
+        Store.check_free(folder)
 
 
 def print_round(report: RoundReport) -> None:

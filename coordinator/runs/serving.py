@@ -10,19 +10,20 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.admission.client_list import Admission
+from coordinator.config import RunConfig
 from coordinator.fleet.cohort import ServeOptions, ZmqCohort
 from coordinator.fleet.flow_control import LEAST_BUDGET_BYTES
 from coordinator.fleet.router import Router, allow_connections
 from coordinator.fleet.spool import Spool
 from coordinator.methods.base import Method
-from coordinator.methods.registry import make_method
+from coordinator.methods.registry import check_method, make_method
 from coordinator.runs.exporting import check_export, export_served
 from coordinator.runs.monitor import Monitor
-from coordinator.runs.prometheus import MetricsServer
-from coordinator.runs.rounds import RoundReport, print_round, run_rounds
-from coordinator.settings import checked, run_config, whole_numbers
+from coordinator.runs.prometheus import MetricsServer, metrics_flag
+from coordinator.runs.rounds import RoundReport, check_folder, print_round, run_rounds
+from coordinator.settings import ANY_DATA, checked, run_config, whole_numbers
 from coordinator.store.store import SPOOL, Store, open_store
-from edge_sdk.data.load import Examples, load
+from edge_sdk.data.loading import Examples, load
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.interrupts import stop_signals
@@ -35,49 +36,25 @@ FINISHED = "run finished"
 
 
 def serve(args: argparse.Namespace) -> int:
+    check_serve(args)
     device = pick_device(args.device)
     torch.set_num_threads(args.threads)
-    test = None
-    if args.test:
-        _, train_part, test_part = load(args.test)
-        test = test_part or train_part
-        shape, num_classes = test.input_shape, test.num_classes
-    elif args.input and args.classes is not None:
-        shape, num_classes = tuple(whole_numbers(args.input, "--input", "x")), args.classes
-    else:
-        raise ConfigError(
-            "give --test SOURCE, or --input and --classes to train without a test set"
-        )
-    if args.run_dir is None:
-        raise ConfigError("serve needs --run-dir, the folder that the run lives in")
-    shared = run_config(args, shape, num_classes)
-    config = checked(
-        replace(
-            shared,
-            data=args.test or "",
-            deadline_s=args.deadline,
-            grace_s=args.grace,
-            quorum=args.quorum,
-            min_clients=args.min_clients,
-            min_updates=args.min_updates,
-            mode=args.mode,
-            late=args.late,
-            staleness_half_life=args.staleness_half_life,
-        )
-    )
-    method = make_method(config, device)  # a model that cannot be built begins no run
-    check_export(args.export)
     keys, admission = None, None
     if args.insecure:
         log.warning("--insecure: nothing is encrypted and every device is admitted")
     else:
         keys = read_keys(args.keys, "server")
         admission = Admission(args.clients_file or args.keys / "clients")
-    if args.memory_budget < LEAST_BUDGET_BYTES:
-        raise ConfigError(
-            f"--memory-budget is {args.memory_budget} bytes, expected at least {LEAST_BUDGET_BYTES}"
-        )
     allow_connections(args.min_clients)
+    test = None
+    if args.test:
+        _, train_part, test_part = load(args.test)
+        test = test_part or train_part
+        shape, num_classes = test.input_shape, test.num_classes
+    else:
+        shape, num_classes = tuple(whole_numbers(args.input, "--input", "x")), args.classes
+    config = serve_config(args, shape, num_classes)
+    method = make_method(config, device)  # a model that cannot be built begins no run
     with ExitStack() as stack:
         metrics = (
             stack.enter_context(closing(MetricsServer(args.metrics)))
@@ -91,6 +68,46 @@ def serve(args: argparse.Namespace) -> int:
             router.close()
             raise
         return serve_rounds(args, router, store, method, test, device, metrics)
+
+
+def check_serve(args: argparse.Namespace) -> None:
+    """Raise EdgeError for what is wrong with the flags themselves, before any data is read."""
+    if not args.test and not (args.input and args.classes is not None):
+        raise ConfigError(
+            "give --test SOURCE, or --input and --classes to train without a test set"
+        )
+    if args.run_dir is None:
+        raise ConfigError("serve needs --run-dir, the folder that the run lives in")
+    check_method(serve_config(args, *ANY_DATA))
+    checked_endpoint(args.listen, "--listen")
+    if args.metrics is not None:
+        metrics_flag(args.metrics)
+    if args.memory_budget < LEAST_BUDGET_BYTES:
+        raise ConfigError(
+            f"--memory-budget is {args.memory_budget} bytes, expected at least {LEAST_BUDGET_BYTES}"
+        )
+    check_folder(args.run_dir, args.resume)
+    check_export(args.export)
+
+
+def serve_config(
+    args: argparse.Namespace, input_shape: tuple[int, ...], num_classes: int
+) -> RunConfig:
+    """Raises ConfigError naming the flag."""
+    return checked(
+        replace(
+            run_config(args, input_shape, num_classes),
+            data=args.test or "",
+            deadline_s=args.deadline,
+            grace_s=args.grace,
+            quorum=args.quorum,
+            min_clients=args.min_clients,
+            min_updates=args.min_updates,
+            mode=args.mode,
+            late=args.late,
+            staleness_half_life=args.staleness_half_life,
+        )
+    )
 
 
 def serve_rounds(

@@ -94,13 +94,18 @@ class Store:
         """Before writing: no other process may, until this store is closed. Raises StoreError."""
         self._lock = RunLock(self.folder)
 
-    @classmethod
-    def create(cls, folder: Path, config: RunConfig, kind: str) -> Store:
-        """Start a run in `folder`. Raises StoreError if one is there already."""
+    @staticmethod
+    def check_free(folder: Path) -> None:
+        """Raise StoreError if a run is in `folder`."""
         if is_there(folder / DATABASE):
             raise StoreError(
                 f"{folder} holds a run already; go on with --resume or choose another --run-dir"
             )
+
+    @classmethod
+    def create(cls, folder: Path, config: RunConfig, kind: str) -> Store:
+        """Start a run in `folder`. Raises StoreError if one is there already."""
+        cls.check_free(folder)
         run = os.urandom(6).hex()
         draft = folder / (DATABASE + ".new")
         try:

@@ -24,6 +24,7 @@ from edge_sdk.capacity.flops import FlopCounter
 from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.hardware import process_memory
 from edge_sdk.hardware.process_memory import memory_errors
+from edge_sdk.hardware.speed import torch_threads
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.losses import exit_weights, local_loss
 from edge_sdk.models.staged import moved, needed_names, trained_names
@@ -45,10 +46,12 @@ def segment_costs(
 
     Of `plan` the batch size, optimizer and loss count, and whether it has more epochs than one; its
     segments do not. runtime_bytes: what a trainer needs before it has a model, its data included;
-    allowance, error: of peak memory, as measured on the device (calibration.py). Raises ConfigError
+    allowance, error: of peak memory, as measured on the device (calibration.py). Counted on one
+    thread: a few examples are no work for more, which would wait for each other. Raises ConfigError
     where the spec cannot be built."""
-    costs = _each(spec, plan, num_examples, runtime_bytes)
-    return tuple(replace(cost, allowance=allowance, error=error) for cost in _in_order(costs))
+    with torch_threads(1):
+        costs = _in_order(_each(spec, plan, num_examples, runtime_bytes))
+    return tuple(replace(cost, allowance=allowance, error=error) for cost in costs)
 
 
 def _each(

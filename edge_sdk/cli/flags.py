@@ -4,17 +4,51 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import parse_size
 
 MAX_THREADS = 1024
+# A round's training where no flag tells: what a run asks of its devices, and `plan` predicts.
+DEFAULT_EPOCHS, DEFAULT_BATCH_SIZE = 2, 32
 
 
-def add_memory_cap(parser: argparse.ArgumentParser) -> None:
+def tell(step: str) -> None:
+    """What a command is doing that takes seconds, for who waits: a line on stderr, as stdout is for
+    results."""
+    print(f"edge-sdk: {step}", file=sys.stderr, flush=True)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Tells each flag's default, unless its text does, and leaves an example as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        is_told = "default" in text or isinstance(action.default, bool)
+        if is_told or not isinstance(action.default, int | float | str | Path):
+            return text
+        if action.default in ("", argparse.SUPPRESS):
+            return text
+        return f"{text}; default %(default)s"
+
+
+def add_command(commands: Any, name: str, about: str, *examples: str) -> argparse.ArgumentParser:
+    """A subcommand: `about` in the list of commands and above its flags, examples below them."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog="\n  ".join([f"example{'s' * (len(examples) > 1)}:", *examples]),
+        formatter_class=HelpFormatter,
+    )
+    return parser
+
+
+def add_memory_cap(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--memory-cap", type=size_flag, metavar="512M", help="most that training may use in all"
     )

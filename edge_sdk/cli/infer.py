@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from edge_sdk.cli.flags import add_command
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.helpers.files import write_file
 from edge_sdk.helpers.imports import import_module, require_torch
@@ -25,7 +26,12 @@ if TYPE_CHECKING:  # numpy, which the agent does without
 
 
 def add_export_command(commands: Any) -> None:
-    parser = commands.add_parser("export", help="a trained model, or its first exits, as ONNX")
+    parser = add_command(
+        commands,
+        "export",
+        "a trained model, or its first exits, as ONNX",
+        "edge-sdk export runs/first/model.safetensors --out model --exit 2",
+    )
     add = parser.add_argument
     add(
         "source", type=Path, help="model.safetensors of a run folder, or an exported model's folder"
@@ -49,7 +55,7 @@ def run_export(args: argparse.Namespace) -> int:
             raise ConfigError(f"{args.source} is exported already; give --exit to cut it")
         model = cut(args.source, args.exit, args.out)
     else:
-        from edge_sdk.data.load import load_test
+        from edge_sdk.data.loading import load_test
 
         examples = load_test(args.data) if args.data else None
         spec, tensors = prefix(*read_weights(args.source), args.exit)
@@ -59,7 +65,12 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def add_infer_command(commands: Any) -> None:
-    parser = commands.add_parser("infer", help="run an exported model, stopping early")
+    parser = add_command(
+        commands,
+        "infer",
+        "run an exported model, stopping early",
+        "edge-sdk infer model --data my-data.npz",
+    )
     add_model_arguments(parser)
     add_threshold_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="label, exit, confidence each")
@@ -68,8 +79,11 @@ def add_infer_command(commands: Any) -> None:
 
 
 def add_calibrate_command(commands: Any) -> None:
-    parser = commands.add_parser(
-        "calibrate", help="choose an exported model's thresholds on held-out data"
+    parser = add_command(
+        commands,
+        "calibrate",
+        "choose an exported model's thresholds on held-out data",
+        "edge-sdk calibrate model --data my-data.npz --accuracy-loss 0.01",
     )
     add_model_arguments(parser)
     wish = parser.add_mutually_exclusive_group(required=True)
@@ -77,13 +91,17 @@ def add_calibrate_command(commands: Any) -> None:
     wish.add_argument("--accuracy-loss", type=float, metavar="SHARE",
                       help="at most so much below the deepest exit, e.g. 0.01")  # fmt: skip
     wish.add_argument("--latency-ms", type=float, metavar="MS", help="mean of an example, at most")
-    parser.add_argument("--measure", choices=get_args(Measure), default="softmax")
+    parser.add_argument("--measure", choices=get_args(Measure), default="softmax",
+                        help="of an exit's confidence")  # fmt: skip
     parser.set_defaults(run=run_calibrate)
 
 
 def add_infer_report_command(commands: Any) -> None:
-    parser = commands.add_parser(
-        "infer-report", help="accuracy against latency per threshold, as table and plot"
+    parser = add_command(
+        commands,
+        "infer-report",
+        "accuracy against latency per threshold, as table and plot",
+        "edge-sdk infer-report model --data my-data.npz --out report",
     )
     add_model_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of curve.csv, .md, .png")
@@ -258,7 +276,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[npt.NDArray[Any], npt.NDArray
     if str(args.data).endswith(".npy"):
         x = read_npy(Path(args.data))[part]
     else:
-        from edge_sdk.data.load import load_test
+        from edge_sdk.data.loading import load_test
 
         examples, own = load_test(args.data), read_model(args.model).scaling
         if examples.scaling and own and examples.scaling != own:

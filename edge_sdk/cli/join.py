@@ -21,7 +21,7 @@ from edge_sdk.agent.settings import (
     write_config,
 )
 from edge_sdk.agent.setup import checked_id, default_keys
-from edge_sdk.cli.flags import path_flag
+from edge_sdk.cli.flags import add_command, path_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import checked_endpoint
 from edge_sdk.protocol.invitation import MAX_CHARACTERS, InvitationLine, decode_line
@@ -38,7 +38,12 @@ from edge_sdk.protocol.keys import (
 
 
 def add_join_command(commands: Any) -> None:
-    parser = commands.add_parser("join", help="be admitted by a coordinator that invited")
+    parser = add_command(
+        commands,
+        "join",
+        "be admitted by a coordinator that invited",
+        "edge-sdk join - --id pi-1",
+    )
     add = parser.add_argument
     add("line", nargs="+", metavar="LINE", help="as `edge-coordinator invite` prints it; - asks "
         "for it, or reads it from a pipe, so that no list of processes shows it")  # fmt: skip
@@ -49,8 +54,12 @@ def add_join_command(commands: Any) -> None:
 
 
 def add_keys_command(commands: Any) -> None:
-    parser = commands.add_parser(
-        "keys", help="make this device's key pair if there is none, print the public key"
+    parser = add_command(
+        commands,
+        "keys",
+        "make this device's key pair if there is none, print the public key",
+        "edge-sdk keys",
+        "edge-sdk keys --rotate --config ~/.config/edge-sdk/config.toml",
     )
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="take id and keys from there")

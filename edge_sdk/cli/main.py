@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from edge_sdk.cli.flags import Subparsers
+from edge_sdk.cli.flags import HelpFormatter, Subparsers
 from edge_sdk.cli.infer import (
     add_calibrate_command,
     add_export_command,
@@ -25,7 +25,7 @@ from edge_sdk.cli.run import add_run_command
 from edge_sdk.cli.service import add_doctor_command, add_service_command
 from edge_sdk.errors import EdgeError
 from edge_sdk.helpers import logs
-from edge_sdk.helpers.interrupts import INTERRUPTED
+from edge_sdk.helpers.interrupts import INTERRUPTED, ends_unread
 from edge_sdk.version import __version__
 
 COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
@@ -43,18 +43,28 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="edge-sdk", description="Federated learning on a device.")
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-sdk",
+        description="Federated learning on a device.",
+        epilog="edge-sdk COMMAND --help: its flags, and an example",
+        formatter_class=HelpFormatter,
+    )
     parser.add_argument("--debug", action="store_true", help="tracebacks instead of one line")
     parser.add_argument("--version", action="version", version=f"edge-sdk {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add_command in COMMANDS:
-        add_command(subparsers)
+    for add in COMMANDS:
+        add(subparsers)
     for command in subparsers.choices.values():  # --debug may stand before or after the command
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
-    args = parser.parse_args(argv)
+    return parser
+
+
+@ends_unread
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     is_json = getattr(args, "log_json", False)
     logs.set_up(is_json=is_json, is_debug=args.debug, form="%(asctime)s %(levelname)s %(message)s")
     try:

@@ -7,7 +7,7 @@ import sys
 
 import msgspec
 
-from edge_sdk.cli.flags import Subparsers, _print_json, add_memory_cap, rate_flag
+from edge_sdk.cli.flags import Subparsers, _print_json, add_command, add_memory_cap, rate_flag, tell
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import check_free, save_board, save_path
@@ -18,10 +18,16 @@ from edge_sdk.protocol.messages import DeviceProfile
 
 
 def add_measure_command(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("measure", help="memory, compute and platform of this device")
+    parser = add_command(
+        subparsers,
+        "measure",
+        "memory, compute and platform of this device",
+        "edge-sdk measure",
+        "edge-sdk measure --save my-pi --link-mbit-s 94",
+    )
     add_memory_cap(parser)
     add = parser.add_argument
-    add("--device", default="cpu", help="cpu or cuda, whose speed is measured; default %(default)s")
+    add("--device", default="cpu", help="cpu or cuda, whose speed is measured")
     add("--save", metavar="NAME|FILE.toml", help="write a board file, for --board and emulations")
     add("--link-mbit-s", type=rate_flag, metavar="X", help="with --save: the link's rate, if known")
     add("--force", action="store_true", help="with --save: overwrite")
@@ -45,6 +51,8 @@ def run_measure(args: argparse.Namespace) -> int:
 
         usable_device(args.device)
     now = conditions.read(with_jetson_stats=True)  # before measuring makes it warm
+    if not lacking:
+        tell("measuring compute, about 2 seconds")
     profile = measure(cap_bytes=args.memory_cap, compute=not lacking, device=args.device)
     profile = msgspec.structs.replace(profile, link_mbit_s=args.link_mbit_s)
     if lacking:

@@ -21,7 +21,16 @@ from edge_sdk.capacity.costs import (
     peak_bytes,
     seconds,
 )
-from edge_sdk.cli.flags import Subparsers, _print_json, add_memory_cap
+from edge_sdk.cli.flags import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_EPOCHS,
+    Subparsers,
+    _print_json,
+    add_command,
+    add_memory_cap,
+    duration_flag,
+    tell,
+)
 from edge_sdk.cli.measure import _describe
 from edge_sdk.errors import ConfigError, TrainerError
 from edge_sdk.hardware.boards import board, board_names
@@ -35,6 +44,11 @@ from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan
 
 DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells
 
+PLAN_SPEED_S = 0.3  # of sampling GFLOPS: three samples do for a prediction
+
+# A trial is for memory alone: threads that wait sleep, else on busy cores they compute for seconds.
+IDLE_WAITING = {"OMP_WAIT_POLICY": "passive"}
+
 TRIAL = """
 import pathlib, sys, msgspec
 from edge_sdk.training.calibration import trial
@@ -43,25 +57,43 @@ print(msgspec.json.encode(trial(pathlib.Path(sys.argv[1]))).decode())
 
 
 def add_plan_command(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser(
-        "plan", help="predicted memory and time of every exit of a model, and the choice"
+    parser = add_command(
+        subparsers,
+        "plan",
+        "predicted memory and time of every exit of a model, and the choice",
+        "edge-sdk plan --model cnn --data my-data.npz",
+        "edge-sdk plan --model cnn --input 1x28x28 --classes 10 --board raspberry-pi-4",
     )
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, help="family, e.g. cnn")
-    model.add_argument("--exits", type=int, default=3, help="exits of the whole model (3)")
+    model.add_argument("--exits", type=int, default=3, help="exits of the whole model")
     model.add_argument("--classes", type=int, help="classes; not needed with --data")
     model.add_argument("--input", type=parse_shape, metavar="1x28x28", help="shape of one example")
     model.add_argument(
-        "--option", type=parse_option, action="append", default=[], metavar="KEY=VALUE"
+        "--option",
+        type=parse_option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the model, e.g. channels=16,32,64",
     )
-    model.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    model.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python module that registers your model families",
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--data", help="data set; gives --input, --classes and --examples")
-    training.add_argument("--examples", type=int, help=f"local examples ({DEFAULT_EXAMPLES})")
-    training.add_argument("--batch-size", type=int, default=32)
-    training.add_argument("--epochs", type=int, default=1)
-    training.add_argument("--optimizer", choices=("sgd", "adam"), default="adam")
-    training.add_argument("--deadline", type=float, metavar="S", help="seconds for a round")
+    training.add_argument(
+        "--examples", type=int, help=f"local examples, default {DEFAULT_EXAMPLES}"
+    )
+    training.add_argument("--batch-size", type=int, default=DEFAULT_BATCH_SIZE, help="of a step")
+    training.add_argument("--epochs", type=int, default=DEFAULT_EPOCHS, help="of a round")
+    training.add_argument("--optimizer", choices=("sgd", "adam"), default="adam", help="of a step")
+    training.add_argument("--deadline", type=duration_flag, metavar="S", help="seconds for a round")
     add_memory_cap(parser)
     parser.add_argument("--board", help=f"predict for {', '.join(board_names())}, or a .toml file")
     parser.add_argument("--explain", action="store_true", help="everything that was tried")
@@ -89,11 +121,16 @@ def run_plan(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         optimizer=args.optimizer,
     )
-    profile = _profile(args.board, args.memory_cap)
     from edge_sdk.capacity.counting import segment_costs
+    from edge_sdk.models import build
 
+    with memory_errors("making the model"):
+        build(spec)  # refuses what cannot be built before seconds of measuring
+    profile = _profile(args.board, args.memory_cap)
+    tell("starting a trial trainer, for the memory that one needs")
     trial = _trial_trainer()
     runtime_bytes = trial.pop("runtime_bytes") + data_bytes
+    tell("counting what every part of the model takes")
     with memory_errors("while counting what the model takes"):
         costs = segment_costs(spec, plan, num_examples, runtime_bytes, **trial)
     choice = choose_exit(
@@ -157,7 +194,7 @@ def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, in
     if args.examples is not None and args.examples < 2:
         args.usage_error(f"--examples {args.examples}: at least 2 are needed")
     if args.data:
-        from edge_sdk.data.load import load_shard
+        from edge_sdk.data.loading import load_shard
 
         shard = load_shard(args.data)
         data_bytes = shard.x.nbytes + shard.y.nbytes
@@ -180,9 +217,11 @@ def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, in
 
 def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:
     """This device, or the named board; the cap counts for both."""
-    if board_name is None:
-        return measure(cap_bytes=cap_bytes)
-    profile = emulated(board(board_name), measure_gflops(threads=1), measure_layer_s(threads=1))
+    named = None if board_name is None else board(board_name)
+    tell(f"measuring compute {'' if named is None else 'of one thread '}here")
+    if named is None:
+        return measure(cap_bytes=cap_bytes, speed_s=PLAN_SPEED_S)
+    profile = emulated(named, measure_gflops(PLAN_SPEED_S, threads=1), measure_layer_s(threads=1))
     available_bytes, bound = least_bound(profile.memory_available_bytes, None, cap_bytes, 0)
     return msgspec.structs.replace(
         profile, memory_available_bytes=available_bytes, memory_bound=bound
@@ -194,7 +233,7 @@ def _trial_trainer() -> dict[str, Any]:
     more than a trainer does."""
     result = subprocess.run(
         [sys.executable, "-c", TRIAL, calibration_file()],
-        env={**os.environ, **TRAINER_ENVIRONMENT},
+        env={**os.environ, **TRAINER_ENVIRONMENT, **IDLE_WAITING},
         capture_output=True,
         text=True,
         check=False,

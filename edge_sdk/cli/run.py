@@ -22,7 +22,7 @@ from edge_sdk.agent.setup import (
     measure_here,
     trainer_options,
 )
-from edge_sdk.cli.flags import MAX_THREADS, add_memory_cap, path_flag, whole_flag
+from edge_sdk.cli.flags import MAX_THREADS, add_command, add_memory_cap, path_flag, whole_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import board
@@ -35,27 +35,36 @@ log = logging.getLogger(__name__)
 
 
 def add_run_command(commands: Any) -> None:
-    parser = commands.add_parser("run", help="take part: connect, train what fits, go on")
-    add = parser.add_argument
+    parser = add_command(
+        commands,
+        "run",
+        "take part: connect, train what fits, go on",
+        "edge-sdk run --config ~/.config/edge-sdk/config.toml",
+        "edge-sdk run --coordinator tcp://192.168.1.5:5555 --data my-data.npz --id pi-1",
+    )
+    add = parser.add_argument_group("who and with whom").add_argument
     add("--config", type=Path, metavar="FILE", help="settings; flags given here win over them")
-    add("--coordinator", metavar="tcp://HOST:PORT")
+    add("--coordinator", metavar="tcp://HOST:PORT", help="where it listens")
     add("--data", help="this device's own data, a file or folder; never leaves it")
     add("--id", help="this device's name, default the host name")
     add("--keys", type=path_flag, help=f"folder of keys, default {default_keys()}")
     add("--server-key", help="the coordinator's public key or its file, default KEYS/server.public")
     add("--insecure", action="store_true", default=None, help="no encryption, no identity check")
-    add_memory_cap(parser)
+    add("--once", action="store_true", help="end when the coordinator's run ends")
+    add("--log-json", action="store_true", help="log one JSON object per line, for programs")
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add_memory_cap(training)
     add("--threads", type=whole_flag(0, MAX_THREADS), help="torch threads, default all cores")
     add("--device", help="cpu or cuda, where training runs; default cpu")
     add("--import", dest="imports", action="append", metavar="MODULE",
         help="Python module that registers your model families")  # fmt: skip
+    add("--ignore-conditions", action="store_true", default=None,
+        help="train the same when hot, throttled or on a low battery")  # fmt: skip
+    add = parser.add_argument_group("emulation").add_argument
     add("--board", help="emulate this board: its memory, speed and link instead of this machine's")
     add("--host-gflops", type=float, default=0.0, help="with --board: speed of one thread here")
     add("--host-layer-us", type=float, default=0.0, help="with --board: overhead of a layer here")
-    add("--ignore-conditions", action="store_true", default=None,
-        help="train the same when hot, throttled or on a low battery")  # fmt: skip
-    add("--log-json", action="store_true", help="log one JSON object per line, for programs")
-    add("--once", action="store_true", help="end when the coordinator's run ends")
     parser.set_defaults(run=run_device, usage_error=parser.error)
 
 

@@ -14,6 +14,7 @@ import msgspec
 from edge_sdk.agent.settings import DEFAULT_CONFIG, default_config, parse_config
 from edge_sdk.agent.setup import default_keys
 from edge_sdk.cli import doctor, systemd_unit
+from edge_sdk.cli.flags import add_command
 from edge_sdk.cli.systemd_unit import ROOT
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import mebibytes
@@ -26,32 +27,63 @@ STATUS = (
 
 
 def add_service_command(commands: Any) -> None:
-    parser = commands.add_parser("service", help="take part as a systemd service")
+    parser = add_command(
+        commands,
+        "service",
+        "take part as a systemd service",
+        "sudo edge-sdk service install --start",
+        "edge-sdk service logs --follow",
+    )
     actions = parser.add_subparsers(required=True, metavar="install|remove|status|logs")
 
-    install = actions.add_parser("install", help="write unit and config, enable; again: upgrade")
+    install = add_command(
+        actions,
+        "install",
+        "write unit and config, enable; again: upgrade",
+        "sudo edge-sdk service install --start",
+    )
     install.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="default %(default)s")
     install.add_argument("--start", action="store_true", help="start it now, or start it anew")
     install.add_argument("--dry-run", action="store_true", help="print the unit, change nothing")
     install.set_defaults(run=run_install)
 
-    remove = actions.add_parser("remove", help="stop, disable, delete the unit; keeps config, keys")
+    remove = add_command(
+        actions,
+        "remove",
+        "stop, disable, delete the unit; keeps config, keys",
+        "sudo edge-sdk service remove",
+    )
     remove.add_argument("--purge", action="store_true", help="delete config, keys and cache too")
     remove.set_defaults(run=run_remove)
     for action in (install, remove):
         action.add_argument("--root", type=Path, default=ROOT, metavar="DIR",
             help="a system's folder instead of this system; systemctl is not called")  # fmt: skip
 
-    status = actions.add_parser("status", help="what it does, memory, restarts")
+    status = add_command(
+        actions,
+        "status",
+        "what it does, memory, restarts",
+        "edge-sdk service status",
+    )
     status.set_defaults(run=run_status)
-    logs = actions.add_parser("logs", help="its lines in the journal")
-    logs.add_argument("--follow", "-f", action="store_true")
-    logs.add_argument("--lines", "-n", type=int, default=50)
+    logs = add_command(
+        actions,
+        "logs",
+        "its lines in the journal",
+        "edge-sdk service logs --lines 200",
+    )
+    logs.add_argument("--follow", "-f", action="store_true", help="go on with new ones")
+    logs.add_argument("--lines", "-n", type=int, default=50, help="the last so many")
     logs.set_defaults(run=run_logs)
 
 
 def add_doctor_command(commands: Any) -> None:
-    parser = commands.add_parser("doctor", help="check all that a device needs, say what to do")
+    parser = add_command(
+        commands,
+        "doctor",
+        "check all that a device needs, say what to do",
+        "edge-sdk doctor",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="default the one join wrote")
     parser.add_argument("--json", action="store_true", help="one JSON array")
     parser.set_defaults(run=run_doctor)

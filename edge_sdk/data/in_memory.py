@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 from edge_sdk.data.examples import MIN_BATCH, Examples, Ints, bad, check_enough, mapped
-from edge_sdk.data.load import save_shard
+from edge_sdk.data.loading import save_shard
 from edge_sdk.data.readers.arrays import checked_arrays
 
 EXPECTED = "a path, (x, y) arrays, or a Dataset with a length, of pairs of a tensor and an int"

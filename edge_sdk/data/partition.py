@@ -39,6 +39,12 @@ def partition_iid(n: int, num_clients: int, seed: int) -> list[Ints]:
     return [np.sort(part) for part in np.array_split(order, num_clients)]
 
 
+def check_alpha(alpha: float) -> None:
+    """Raises ConfigError."""
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ConfigError(f"Dirichlet alpha is {alpha}, expected a finite number above 0")
+
+
 def partition_dirichlet(
     y: Ints, num_clients: int, alpha: float, seed: int, min_examples: int = 10
 ) -> list[Ints]:
@@ -47,8 +53,7 @@ def partition_dirichlet(
     Proportions are drawn anew until every client has `min_examples`, at most DIRICHLET_DRAWS
     times: published code draws without bound, and at alpha 0.1 may never end. After that, examples
     move one by one from the largest shard of the last draw to the smallest."""
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ConfigError(f"Dirichlet alpha is {alpha}, expected a finite number above 0")
+    check_alpha(alpha)
     _check_clients(len(y), num_clients, min_examples)
     rng = _generator(seed, "dirichlet")
     counts = np.unique(y, return_counts=True)[1]

@@ -14,19 +14,23 @@ from datetime import datetime, timezone
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.boards import Board, board_name
 from edge_sdk.hardware.limits import cores, memory
-from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
+from edge_sdk.hardware.speed import SPEED_S, measure_gflops, measure_layer_s
 from edge_sdk.protocol.messages import DeviceProfile
 from edge_sdk.version import __version__
 
 
 def measure(
-    cap_bytes: int | None = None, own_bytes: int = 0, compute: bool = True, device: str = "cpu"
+    cap_bytes: int | None = None,
+    own_bytes: int = 0,
+    compute: bool = True,
+    device: str = "cpu",
+    speed_s: float = SPEED_S,
 ) -> DeviceProfile:
     """The profile of this device now. Raises ConfigError for a cap below 1 byte.
 
     own_bytes: memory of our own trainer that a new job would take over, so it counts as available.
-    compute: measure gflops and layer_s of torch's `device` too (imports torch, about 1 s); without
-    it they are 0."""
+    compute: measure gflops and layer_s of torch's `device` too (imports torch, about 1 s), gflops
+    over speed_s; without it they are 0."""
     if cap_bytes is not None and cap_bytes < 1:
         raise ConfigError(f"memory cap is {cap_bytes} bytes, expected at least 1; leave it out")
     total_bytes, available_bytes, bound = memory(cap_bytes, own_bytes)
@@ -39,7 +43,7 @@ def measure(
         memory_available_bytes=available_bytes,
         memory_bound=bound,
         cores=cores(),
-        gflops=measure_gflops(device=device) if compute else 0.0,
+        gflops=measure_gflops(speed_s, device=device) if compute else 0.0,
         layer_s=measure_layer_s(device=device) if compute else 0.0,
     )
 

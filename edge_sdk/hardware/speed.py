@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from edge_sdk.hardware.limits import cores
@@ -13,7 +15,32 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def measure_gflops(seconds: float = 0.5, threads: int | None = None, device: str = "cpu") -> float:
+SPEED_S = 0.5  # of sampling GFLOPS
+
+LAYER_STEPS, LAYER_S = (
+    50,
+    0.25,
+)  # sampled for layer_s: so many steps, or as many as that time allows
+
+LEAST_LAYER_STEPS = 9
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch computes on `count` threads of the CPU within."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_gflops(
+    seconds: float = SPEED_S, threads: int | None = None, device: str = "cpu"
+) -> float:
     """Sustained float32 training throughput of torch's `device`, 1e9 operations per second.
 
     Real forward and backward passes of three 3x3 convolutions of 32 channels on (8, 32, 32, 32),
@@ -24,9 +51,7 @@ def measure_gflops(seconds: float = 0.5, threads: int | None = None, device: str
 
     batch, channels, size, layers = 8, 32, 32, 3
     step_flops = 3 * 2 * layers * batch * channels * channels * 9 * size * size
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or max(1, math.ceil(cores())))
-    try:
+    with torch_threads(threads or max(1, math.ceil(cores()))):
         convolutions = [torch.nn.Conv2d(channels, channels, 3, padding=1) for _ in range(layers)]
         stack = torch.nn.Sequential(*convolutions).to(device)
         # The input asks for its gradient: else the first layer does two thirds of what is counted.
@@ -36,20 +61,19 @@ def measure_gflops(seconds: float = 0.5, threads: int | None = None, device: str
         end = time.monotonic() + seconds
         while not samples or time.monotonic() < end:
             samples.append(_steps_per_s(stack, images, at_least_s=0.1) * step_flops / 1e9)
-    finally:
-        torch.set_num_threads(before)
     return statistics.median(samples)
 
 
 def measure_layer_s(threads: int | None = None, device: str = "cpu") -> float:
     """Seconds that a layer costs per training step beside its arithmetic: forward and backward of
-    24 layers (convolution, BatchNorm, ReLU) on inputs of 64 values, the median of 50 steps."""
+    24 layers (convolution, BatchNorm, ReLU) on inputs of 64 values, the median of 50 steps.
+
+    Fewer where they take long: where other programs keep the cores busy torch's threads wait for
+    each other at every layer, computing all the while."""
     import torch
 
     blocks = 8
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or max(1, math.ceil(cores())))
-    try:
+    with torch_threads(threads or max(1, math.ceil(cores()))):
         layers: list[nn.Module] = []
         for _ in range(blocks):
             layers += [torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.BatchNorm2d(2)]
@@ -57,9 +81,12 @@ def measure_layer_s(threads: int | None = None, device: str = "cpu") -> float:
         stack = torch.nn.Sequential(*layers).to(device)
         images = torch.ones(2, 2, 4, 4, device=device, requires_grad=True)
         _steps_per_s(stack, images, at_least_s=0.0)  # warm up
-        samples = [1 / _steps_per_s(stack, images, at_least_s=0.0) for _ in range(50)]
-    finally:
-        torch.set_num_threads(before)
+        samples: list[float] = []
+        end = time.monotonic() + LAYER_S
+        while len(samples) < LAYER_STEPS and (
+            len(samples) < LEAST_LAYER_STEPS or time.monotonic() < end
+        ):
+            samples.append(1 / _steps_per_s(stack, images, at_least_s=0.0))
     return statistics.median(samples) / (3 * blocks)
 
 

@@ -1,16 +1,23 @@
-"""Ctrl-C while torch or numpy are imported, which takes seconds and more on a board.
+"""A command that is to end: by Ctrl-C while torch or numpy are imported, which takes seconds and
+more on a board, or as nobody reads what it prints.
 
 numpy, imported by torch, swallows KeyboardInterrupt or makes an ImportError of it."""
 
 from __future__ import annotations
 
+import functools
 import os
+import select
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec
 
+Given = ParamSpec("Given")
 INTERRUPTED = 130  # exit status, by Ctrl-C
+UNREAD = 141  # exit status of what a closed pipe ends, as shells know it: 128 + SIGPIPE
 
 
 @contextmanager
@@ -28,6 +35,32 @@ def ends_by_interrupt() -> Iterator[None]:
     finally:
         if is_plain:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def ends_unread(main: Callable[Given, int]) -> Callable[Given, int]:
+    """A command's main that ends quietly when who read its standard output is gone: `| head`."""
+
+    @functools.wraps(main)
+    def run(*args: Given.args, **named: Given.kwargs) -> int:
+        try:
+            try:
+                return main(*args, **named)
+            finally:
+                sys.stdout.flush()  # now, or Python does it after the last `except`
+        except BrokenPipeError:
+            if not _is_unread():
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is buffered
+            return UNREAD
+
+    return run
+
+
+def _is_unread() -> bool:
+    """Whether standard output is a pipe that nobody reads: another one may have broken."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 @contextmanager

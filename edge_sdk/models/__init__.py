@@ -34,7 +34,7 @@ FAMILIES: dict[str, Build] = {
     "vgg": build_vgg,
 }
 
-__all__ = ["FAMILIES", "StagedModel", "build", "initial_tensors", "register_family"]
+__all__ = ["FAMILIES", "StagedModel", "build", "find_family", "initial_tensors", "register_family"]
 
 
 def register_family(name: str, build: Build) -> None:
@@ -43,15 +43,19 @@ def register_family(name: str, build: Build) -> None:
         raise ConfigError(f"model family {name!r} is registered already; choose another name")
 
 
-def build(spec: ModelSpec) -> StagedModel:
-    """The model of `spec`, randomly initialised. Raises ConfigError."""
-    builder = FAMILIES.get(spec.family)
-    if builder is None:
+def find_family(name: str) -> Build:
+    """Raises ConfigError, which lists the known ones."""
+    if name not in FAMILIES:
         raise ConfigError(
-            f"unknown model family {spec.family!r}; known: {', '.join(sorted(FAMILIES))}; "
+            f"unknown model family {name!r}; known: {', '.join(sorted(FAMILIES))}; "
             "load your own with --import MODULE on both sides"
         )
-    model = builder(spec)
+    return FAMILIES[name]
+
+
+def build(spec: ModelSpec) -> StagedModel:
+    """The model of `spec`, randomly initialised. Raises ConfigError."""
+    model = find_family(spec.family)(spec)
     if not (len(model.stages) == len(model.exits) == spec.exit):
         raise ConfigError(
             f"family {spec.family!r} built {len(model.stages)} stages, {len(model.exits)} exits; "

@@ -61,7 +61,7 @@ def decode(frame: bytes | memoryview) -> Message:
         message: Message = msgspec.convert(plain, type=_DECODE)
     except (msgspec.ValidationError, RecursionError) as error:
         raise ProtocolError(
-            f"message refused: {one_line(str(error))}; see PROTOCOL.md version {PROTOCOL}"
+            f"message refused: {one_line(str(error))}; see docs/protocol.md, version {PROTOCOL}"
         ) from error
     return message
 

@@ -1,11 +1,10 @@
 """The messages between device and coordinator, and their encoding.
 
-PROTOCOL.md is the contract; this file is its implementation. A message is one msgpack map with a
-"type" key, decoded by msgpack under hard size limits and then checked field by field; unknown
+docs/protocol.md is the contract; this file is its implementation. A message is one msgpack map with
+a "type" key, decoded by msgpack under hard size limits and then checked field by field; unknown
 fields are refused, so every change of a message raises PROTOCOL. Every number has a range and every
 text a length, and no text may break a line: what a peer sends ends up in logs. A `Part` is followed
-by one raw frame. Nothing is ever unpickled.
-"""
+by one raw frame. Nothing is ever unpickled."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from edge_sdk.capacity.costs import ALLOWANCE, ERROR
 from edge_sdk.capacity.counting import of_whole_step
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.errors import StoreError
 from edge_sdk.hardware import process_memory
 from edge_sdk.hardware.boards import board_name

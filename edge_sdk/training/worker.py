@@ -31,7 +31,7 @@ from edge_sdk.agent.pipe import (
 )
 from edge_sdk.capacity.counting import segment_costs_apart
 from edge_sdk.data.examples import check_enough
-from edge_sdk.data.load import Examples, load_shard
+from edge_sdk.data.loading import Examples, load_shard
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware import process_memory
 from edge_sdk.hardware.process_memory import memory_errors

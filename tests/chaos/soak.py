@@ -1,6 +1,6 @@
 """One long run under random faults, then its books.
 
-    python -m tests.chaos.soak --faults 200 --seed 1 --csv tools/results/soak.csv
+    python -m tests.chaos.soak --faults 200 --seed 1 --csv docs/results/soak.csv
 
 Three devices train small rounds over bad links while faults are drawn from the seed: what, to whom,
 for how long. They overlap, but for each target. At the end everything is mended, two rounds more

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edge_sdk.data.examples import check_examples
-from edge_sdk.data.load import load, load_shard, load_test
+from edge_sdk.data.loading import load, load_shard, load_test
 from edge_sdk.data.readers.table import FILE_SETS, FileSet, known
 from edge_sdk.errors import DataError
 from tests.support.data_files import (

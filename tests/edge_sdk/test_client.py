@@ -117,10 +117,7 @@ def test_a_dataset_trains_though_the_callback_raises(world, caplog):
 
 
 @pytest.mark.slow
-def test_the_example_in_the_readme(world):
-    section = (ROOT / "README.md").read_text().split("## In your own program")[1]
-    (example,) = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
-    assert example.count("\n") <= 15
+def test_the_example_program(world):
     home = world.folder / "program"
     home.mkdir()
     shard = world.shards.pop("a")
@@ -128,10 +125,10 @@ def test_the_example_in_the_readme(world):
     shutil.copytree(world.folder / "pi-1", home / "keys")
     np.save(home / "x.npy", shard.x)
     np.save(home / "y.npy", shard.y)
-    (home / "program.py").write_text(example.replace("tcp://HOST:5555", world.endpoint))
+    program = [sys.executable, str(ROOT / "examples" / "client.py"), world.endpoint]
     server = world.serve("--rounds", "1")
     ended = subprocess.run(
-        [sys.executable, "program.py"], capture_output=True, text=True, cwd=home, check=False,
+        [*program, "x.npy", "y.npy"], capture_output=True, text=True, cwd=home, check=False,
         env=environment(world.mark) | {"PYTHONPATH": str(ROOT)}, timeout=3 * PATIENCE_S,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from edge_sdk.agent.agent import Agent
 from edge_sdk.agent.options import AgentOptions
 from edge_sdk.agent.pipe import TrainerOptions
-from edge_sdk.data.load import Examples, save_shard
+from edge_sdk.data.loading import Examples, save_shard
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.conditions import Conditions
 from edge_sdk.models import initial_tensors

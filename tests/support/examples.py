@@ -21,7 +21,7 @@ from coordinator.config import (
     RunConfig,
     ServerOptions,
 )
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.protocol.messages import ModelSpec
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

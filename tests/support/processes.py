@@ -25,7 +25,7 @@ from uuid import uuid4
 import psutil
 
 from coordinator.admission.client_list import add_client
-from edge_sdk.data.load import Examples, load_dataset, save_shard
+from edge_sdk.data.loading import Examples, load_dataset, save_shard
 from edge_sdk.data.partition import partition_iid
 from edge_sdk.protocol.keys import make_keys
 

@@ -29,7 +29,7 @@ def train_step(folder: Path) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from edge_sdk.data.load import load_shard
+    from edge_sdk.data.loading import load_shard
     from edge_sdk.training.trainer import train
 
     torch.set_num_threads(1)

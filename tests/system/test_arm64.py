@@ -21,7 +21,7 @@ import pytest
 
 from coordinator.admission.client_list import Admission
 from coordinator.fleet.router import Router
-from edge_sdk.data.load import save_shard
+from edge_sdk.data.loading import save_shard
 from edge_sdk.infer.early_exit import EarlyExit
 from edge_sdk.infer.export import export
 from edge_sdk.models import initial_tensors

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coordinator.cli.main import main as coordinator
-from edge_sdk.data.load import load_dataset, save_shard
+from edge_sdk.data.loading import load_dataset, save_shard
 from edge_sdk.infer.export import read_weights
 from edge_sdk.models import build
 from tools.bench.infer import LAST, THRESHOLDS, main

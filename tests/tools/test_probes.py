@@ -15,7 +15,7 @@ from coordinator.cli.main import main as coordinator
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.cohorts.population import Population
 from coordinator.store.store import Store
-from edge_sdk.data.load import DataSet
+from edge_sdk.data.loading import DataSet
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training.trainer import train

@@ -29,12 +29,12 @@ def testbed(tmp_path):
 
     def start(*flags: str) -> Running:
         command = ["tools.testbed", *FLAGS, "--run-dir", str(tmp_path / "run"), *flags]
-        running = Running("testbed", command, tmp_path / "testbed.log", tmp_path.name)
+        running = Running("testbed", command, tmp_path / "testbed.log", str(tmp_path))
         started.append(running)
         return running
 
     yield start
-    kill_marked(tmp_path.name)
+    kill_marked(str(tmp_path))
     for running in started:
         running.process.wait(10)
 
@@ -42,7 +42,7 @@ def testbed(tmp_path):
 def test_two_rounds_on_three_boards(testbed, tmp_path):
     running = testbed("--rounds", "2")
     assert running.end(120) == 0, running.text()
-    assert marked(tmp_path.name) == [], "a process was left behind"
+    assert marked(str(tmp_path)) == [], "a process was left behind"
     run_dir = tmp_path / "run"
     taken = read_rows(run_dir, "SELECT round, client_id, outcome FROM participations")
     assert sorted(taken) == sorted((round, name, "ok") for round in (1, 2) for name in NAMES)
@@ -53,6 +53,18 @@ def test_two_rounds_on_three_boards(testbed, tmp_path):
     assert all(is_emulated for _, _, is_emulated in boards)
     assert (run_dir / "model.safetensors").exists()
     text = running.text()
+    steps = [
+        "reading digits",
+        "measuring the speed of one thread here",
+        "splitting digits among the boards (jetson-nano=1,raspberry-pi-4=2)",
+        "counting what training takes on each board, for the deadline",
+        "starting the coordinator and 3 boards, each with a trainer",
+        "3 of 3 boards are ready",
+        "round 1: served accuracy per exit",
+    ]
+    places = [text.find(f"{step}") for step in steps]
+    assert -1 not in places, text
+    assert places == sorted(places), "told in the order in which they are done"
     for said in (
         "3 emulated boards",
         "round 2: served accuracy per exit",
@@ -87,10 +99,10 @@ def test_a_measured_board_takes_part(testbed, tmp_path):
 def test_interrupted_it_leaves_no_process_behind(testbed, tmp_path):
     running = testbed("--rounds", "1000", "--devices", "jetson-nano=1")
     running.wait_said(": served accuracy per exit")
-    assert len(marked(tmp_path.name)) == 4, "tool, coordinator, agent, trainer"
+    assert len(marked(str(tmp_path))) == 4, "tool, coordinator, agent, trainer"
     os.killpg(running.process.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
     assert running.end(30) == 130
-    wait_until(lambda: not marked(tmp_path.name), "every process ends", 5)
+    wait_until(lambda: not marked(str(tmp_path)), "every process ends", 5)
     assert "Traceback" not in running.text()
     coordinator = (tmp_path / "run" / "coordinator.log").read_text()
     assert "go on with --resume" in coordinator
@@ -106,13 +118,39 @@ def test_interrupted_it_leaves_no_process_behind(testbed, tmp_path):
     (["--devices", "a board.toml=2"], "--devices a board.toml: rename it"),
     (["--devices", "generic=1,my/generic.toml=1"], "names a board twice"),
     (["--data", "nowhere"], "nowhere"),
+    (["--rounds", "0"], "--rounds is 0: Expected `int` >= 1"),
+    (["--participants", "0"], "--participants is 0"),
+    (["--epochs", "0"], "--epochs is 0"),
+    (["--batch-size", "1"], "--batch-size is 1"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--alpha", "0"], "alpha is 0.0"),
+    (["--exits", "0"], "--exits is 0"),
+    (["--model", "abacus"], "unknown model family 'abacus'"),
+    (["--option", "channels"], "KEY=VALUE"),
+    (["--", "--quorum", "2"], "--quorum is 2.0"),
+    (["--", "--import", "no_such_module"], "--import no_such_module"),
+    (["--", "--resume"], "holds no run"),
 ], ids=lambda value: value[1] if isinstance(value, list) else "")  # fmt: skip
 def test_bad_flags_are_one_line(tmp_path, capsys, flags, said):
-    assert main([*FLAGS, "--run-dir", str(tmp_path / "run"), *flags]) == 1
+    unread = [] if "--data" in flags else ["--data", "never-read"]
+    assert main([*FLAGS, "--run-dir", str(tmp_path / "run"), *unread, *flags]) == 1
     error = capsys.readouterr().err
     assert error.startswith("testbed: ")
     assert said in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+@pytest.mark.parametrize("flags", [
+    ["--method", "fedavgx"], ["--deadline", "-1"], ["--deadline", "soon"], ["--deadline", "nan"],
+    ["--", "--mode", "fast"],
+], ids=" ".join)  # fmt: skip
+def test_wrong_usage_is_told_with_the_flag(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as ended:
+        main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--data", "never-read", *flags])
+    assert ended.value.code == 2
+    assert f"argument {flags[-2]}: " in capsys.readouterr().err
     assert not (tmp_path / "run").exists(), "nothing was begun"
 
 

@@ -1,6 +1,6 @@
 """Is the choice of depth right under a real memory limit? Needs root and cgroup version 1.
 
-    python -m tools.bench.choice --csv tools/results/choice.csv
+    python -m tools.bench.choice --csv docs/results/choice.csv
 
 For every model, batch size and limit a device without a link (the agent's chooser and its trainer
 process) lives in a memory group of that limit. It chooses, and trains what it chose: the prefix and

@@ -31,7 +31,7 @@ from coordinator.runs.emulating import emulated_cohort
 from coordinator.runs.rounds import run_rounds
 from coordinator.settings import checked
 from coordinator.store.store import Store
-from edge_sdk.data.load import Examples, load_dataset
+from edge_sdk.data.loading import Examples, load_dataset
 from edge_sdk.models import build
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec

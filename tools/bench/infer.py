@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.data.examples import Examples
-from edge_sdk.data.load import load_test
+from edge_sdk.data.loading import load_test
 from edge_sdk.errors import EdgeError
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, open_session
 from edge_sdk.infer.export import export, read_weights

@@ -39,7 +39,7 @@ import psutil
 from edge_sdk.agent.pipe import Estimate, Estimated, Inspected, Progress, Train, TrainerOptions
 from edge_sdk.agent.trainer_process import TrainerProcess
 from edge_sdk.data.examples import Examples
-from edge_sdk.data.load import save_shard
+from edge_sdk.data.loading import save_shard
 from edge_sdk.protocol.keys import make_keys
 from edge_sdk.protocol.messages import Fetch, Job, ModelSpec, Part, Plan, Segment, Update
 from tools.bench.memory_programs import INPUTS, MODEL, SPEC, WEIGHTS, footprint

@@ -24,7 +24,7 @@ from coordinator.cohorts.population import Population, emulated_clients
 from coordinator.config import AggregationOptions, RotationOptions, RunConfig, ServerOptions
 from coordinator.methods.registry import make_method
 from coordinator.runs.evaluate import accuracy_per_exit
-from edge_sdk.data.load import DataSet, load_dataset
+from edge_sdk.data.loading import DataSet, load_dataset
 from edge_sdk.protocol.messages import ModelSpec
 from tools.tables import made_by, write_csv
 

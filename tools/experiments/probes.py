@@ -38,7 +38,7 @@ from coordinator.runs.emulating import emulated_cohort
 from coordinator.runs.evaluate import linear_cka
 from coordinator.settings import model_options, whole_numbers
 from coordinator.store.store import Store
-from edge_sdk.data.load import DataSet, load_dataset
+from edge_sdk.data.loading import DataSet, load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import moved, stage_of

@@ -29,16 +29,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from coordinator.admission.client_list import add_client
+from coordinator.cli.arguments import settle
+from coordinator.cli.serve import add_serve_command
 from coordinator.cohorts.population import split_shards
 from coordinator.methods.registry import METHODS
+from coordinator.runs.serving import check_serve
 from coordinator.settings import model_options
+from coordinator.store.status import read_status
 from edge_sdk.capacity.costs import seconds
 from edge_sdk.capacity.counting import segment_costs
-from edge_sdk.data.load import Examples, load, load_dataset, save_shard
-from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.cli.flags import DEFAULT_EPOCHS, duration_flag
+from edge_sdk.data.loading import Examples, load, load_dataset, save_shard
+from edge_sdk.data.partition import check_alpha
+from edge_sdk.errors import ConfigError, EdgeError, StoreError
 from edge_sdk.hardware.boards import OWN_NAME, board
 from edge_sdk.hardware.measure import emulated
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
+from edge_sdk.helpers.imports import import_module
 from edge_sdk.models import build
 from edge_sdk.protocol.keys import make_keys
 from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan, Segment
@@ -95,14 +102,19 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="cnn")
     add("--exits", type=int, default=3)
     add("--option", action="append", default=[], metavar="KEY=VALUE", help="model option")
-    add("--epochs", type=int, default=2)
+    add("--epochs", type=int, default=DEFAULT_EPOCHS)
     add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=2e-3)
     add("serve", nargs="*", help="after --: flags of edge-coordinator serve, e.g. -- --mode async")
-    add("--deadline", default="auto",
+    add("--deadline", type=deadline_flag, default="auto", metavar="SECONDS",
         help="board seconds that a job may take; auto: the least with which every device can train "
         "exit 1; 0: none")  # fmt: skip
     return parser
+
+
+def deadline_flag(text: str) -> float | str:
+    """Seconds or "auto", for argparse."""
+    return text if text == "auto" else duration_flag(text)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -111,10 +123,17 @@ def run(args: argparse.Namespace, console: Console) -> int:
     folder = (args.run_dir or Path("runs") / f"testbed-{stamp}").resolve()
     if (folder / "run.sqlite").exists():
         raise ConfigError(f"{folder} holds a run already; choose another --run-dir")
+    check_flags(args, folder)
+    tell(console, f"reading {args.data}")
     check_model(args)
+    tell(console, "measuring the speed of one thread here")
     host = Host(measure_gflops(threads=1), measure_layer_s(threads=1))
+    tell(console, f"splitting {args.data} among the boards ({args.devices})")
     devices = prepare(args, folder, host)
+    if args.deadline == "auto":
+        tell(console, "counting what training takes on each board, for the deadline")
     deadline_s = choose_deadline(args, devices)
+    tell(console, f"starting the coordinator and {len(devices)} boards, each with a trainer")
     with contextlib.ExitStack() as stack:
         stack.enter_context(terminating())
         server = stack.enter_context(coordinator(args, folder, len(devices), deadline_s))
@@ -143,6 +162,28 @@ def run(args: argparse.Namespace, console: Console) -> int:
         highlight=False,
     )
     return 0
+
+
+def tell(console: Console, text: str) -> None:
+    """A line, now: somebody waits."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def check_flags(args: argparse.Namespace, folder: Path) -> None:
+    """Refuse what the coordinator or a board would refuse, before data is read or anything is
+    written. Raises ConfigError."""
+    platforms = parse_devices(args.devices)
+    for name, _ in platforms:
+        board(name)
+    check_alpha(args.alpha)
+    given_s = 0.0 if args.deadline == "auto" else args.deadline
+    parser = argparse.ArgumentParser(prog="edge-coordinator")
+    add_serve_command(parser.add_subparsers())
+    num_devices = sum(count for _, count in platforms)
+    served = settle(parser, serve_command(args, folder, num_devices, given_s))
+    for module in served.imports:
+        import_module(module)
+    check_serve(served)
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -205,10 +246,7 @@ def choose_deadline(args: argparse.Namespace, devices: Sequence[Device]) -> floa
     """Board seconds. auto: the least that leaves no device out, with 5 % to spare, so that fast
     boards, and slow ones with little data, train deeper exits."""
     if args.deadline != "auto":
-        try:
-            return max(0.0, float(args.deadline))
-        except ValueError as error:
-            raise ConfigError(f"--deadline {args.deadline!r} is not seconds or auto") from error
+        return float(args.deadline)
     if args.method == "fedavg-l":
         return 0.0  # everyone trains the whole model, however long it takes
     shape = devices[0].examples.input_shape
@@ -326,12 +364,11 @@ def announce(
 ) -> None:
     sizes = sorted(len(device.examples) for device in devices)
     limit = f"{deadline_s:.3g} board seconds as predicted" if deadline_s else "none"
-    console.print(
+    tell(
+        console,
         f"{len(devices)} emulated boards ({args.devices}) with {sizes[0]} to {sizes[-1]} examples "
         f"of {args.data}\nmethod {args.method}, {args.rounds} rounds, deadline of a job {limit}, "
         f"CURVE on {endpoint}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -349,16 +386,20 @@ def follow(
         TimeElapsedColumn(), TextColumn("{task.fields[accuracy]}"),
     ]  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("rounds", total=num_rounds, accuracy="devices are starting")
-        seen = 0
+        task = progress.add_task("rounds", total=num_rounds, accuracy="boards are starting")
+        seen = ready = 0
         while True:
             has_ended = server.poll() is not None
             finished, accuracy = latest_round(folder)
+            if not seen and ready < (ready := max(ready, num_ready(folder))):
+                progress.update(task, accuracy=f"{ready} of {len(boards)} boards are ready")
+                if not console.is_terminal:
+                    tell(console, f"{ready} of {len(boards)} boards are ready")
             if finished > seen:
                 seen = finished
                 progress.update(task, completed=finished, accuracy=accuracy)
                 if not console.is_terminal:
-                    console.print(f"round {finished}: {accuracy}", highlight=False)
+                    tell(console, f"round {finished}: {accuracy}")
             if has_ended:
                 return
             for device, process in boards.items():
@@ -366,6 +407,14 @@ def follow(
                 if process.poll() not in (None, 0) or (seen == 0 and trouble):
                     raise ConfigError(f"{device.name}: {trouble or 'ended early, see its log'}")
             time.sleep(0.3)
+
+
+def num_ready(folder: Path) -> int:
+    """Boards that have told the coordinator what they can train."""
+    with contextlib.suppress(StoreError):  # there is no new status yet
+        if status := read_status(folder):
+            return sum(client.exit > 0 for client in status.cohort.clients)
+    return 0
 
 
 def last_error(device: Device) -> str:

@@ -19,7 +19,7 @@ from coordinator.fleet.spool import ArrivedUpdate, Spool
 from coordinator.methods.clipping import MEMORY
 from coordinator.methods.registry import make_method
 from coordinator.settings import checked
-from edge_sdk.data.load import load_dataset
+from edge_sdk.data.loading import load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import ExitResult, Update
 from edge_sdk.protocol.tensors import Sender

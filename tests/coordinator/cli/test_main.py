@@ -123,6 +123,41 @@ def test_bad_settings_are_one_clear_line(capsys, flags, said):
     assert captured.err.count("\n") == 1, captured.err
 
 
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--rounds", "0"], "--rounds is 0"),
+    (["--exits", "0"], "--exits is 0"),
+    (["--alpha", "0"], "Dirichlet alpha is 0.0"),
+    (["--holders", "nan"], "--holders nan, expected a share"),
+    (["--clients", "0", "--groups", "0"], "--clients is 0, expected at least 1"),
+    (["--groups", "1,2"], "groups 1,2 need to sum to 6"),
+    (["--model", "resnet99"], "known: cnn, lstm, mlp, resnet18, vgg"),
+    (["--method", "stage-rotation", "--rotation", "off"], "--rotation off is owners-mean"),
+    (["--out", "."], "--out . is no file"),
+    (["--run-dir", "nowhere", "--resume"], "nowhere holds no run"),
+], ids=str)  # fmt: skip
+def test_wrong_values_are_told_before_data_is_read(capsys, flags, said):
+    assert main([*EMULATE, "--data", "nowhere", *flags]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--rounds", "0"], "--rounds is 0"),
+    (["--quorum", "2"], "--quorum is 2.0"),
+    (["--method", "fedavg-s", "--rotation", "add"], "--rotation add has no place there"),
+    (["--model", "resnet99"], "unknown model family"),
+    (["--listen", "5555"], "tcp://HOST:PORT"),
+    (["--metrics", "9464"], "HOST:PORT"),
+    (["--memory-budget", "10"], "--memory-budget is 10 bytes"),
+    (["--keys", "no-keys"], "server.public"),
+    (["--resume"], "holds no run"),
+], ids=str)  # fmt: skip
+def test_serve_tells_wrong_values_before_data_is_read(tmp_path, capsys, flags, said):
+    run = ["--run-dir", str(tmp_path / "run"), "--test", "nowhere"]
+    assert main(["serve", *run, *flags]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_wrong_usage_exits_with_two(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["emulate", "--method", "fedavgx"])

@@ -25,7 +25,7 @@ from edge_sdk.agent.pipe import (
 )
 from edge_sdk.agent.trainer_process import TrainerProcess
 from edge_sdk.capacity.chooser import Chooser
-from edge_sdk.data.load import save_shard
+from edge_sdk.data.loading import save_shard
 from edge_sdk.errors import TrainerError
 from edge_sdk.protocol.messages import Fault, Job, Phase, Ready, Update
 from edge_sdk.training import worker

@@ -14,7 +14,8 @@ from edge_sdk.capacity.costs import Moment, SegmentCost, examples_at_once, in_pa
 from edge_sdk.capacity.counting import segment_costs, segment_costs_apart
 from edge_sdk.capacity.flops import FlopCounter
 from edge_sdk.errors import CapacityError, ConfigError
-from edge_sdk.models import build
+from edge_sdk.models import FAMILIES, build
+from edge_sdk.models.cnn import build_cnn
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
@@ -40,6 +41,22 @@ def test_prefixes_then_single_stages():
     assert list(by_segment(replace(CNN, exit=3, options={}))) == [
         (1, 1), (1, 2), (1, 3), (2, 2), (3, 3)
     ]  # fmt: skip
+
+
+def test_counted_on_one_thread(monkeypatch):
+    seen, before = [], torch.get_num_threads()
+
+    def build_watched(spec):
+        seen.append(torch.get_num_threads())
+        return build_cnn(spec)
+
+    monkeypatch.setitem(FAMILIES, "watched", build_watched)
+    torch.set_num_threads(3)
+    try:
+        by_segment(replace(CNN, family="watched"))
+        assert (seen, torch.get_num_threads()) == ([1, 1], 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_tensors_counted_by_hand():

@@ -15,7 +15,7 @@ TRAINER = """
 import json, sys
 import msgspec, numpy
 from edge_sdk.hardware import process_memory
-from edge_sdk.data.load import Examples
+from edge_sdk.data.loading import Examples
 from edge_sdk.models import initial_tensors
 from edge_sdk.training.calibration import calibrated, runtime_bytes
 from edge_sdk.capacity.counting import segment_costs_apart

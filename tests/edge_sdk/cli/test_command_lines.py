@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from coordinator.cli.main import main as coordinate
-from edge_sdk.data.load import save_shard
+from edge_sdk.data.loading import save_shard
 from tests.support.examples import one_line
 from tests.support.processes import World, run_cli
 

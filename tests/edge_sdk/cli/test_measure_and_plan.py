@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
 import torch
 
+from coordinator.cli.arguments import settle
+from coordinator.cli.serve import add_serve_command
 from edge_sdk.cli import main, plan
 from edge_sdk.errors import ConfigError, TrainerError
 from edge_sdk.hardware import conditions, speed
@@ -29,13 +32,15 @@ def fixed_runtime(monkeypatch):
 @pytest.fixture
 def fixed_speed(monkeypatch):
     """Not measured anew by every test; the two below do."""
-    monkeypatch.setattr(speed, "measure_gflops", lambda device: 12.5)
+    monkeypatch.setattr(speed, "measure_gflops", lambda seconds, device: 12.5)
     monkeypatch.setattr(speed, "measure_layer_s", lambda device: 2.5e-5)
 
 
 def test_measure_prints_json(capsys):
     assert main.main(["measure", "--memory-cap", "64M", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert captured.err == "edge-sdk: measuring compute, about 2 seconds\n"
     assert found["memory_available_bytes"] == 64 * MiB
     assert found["memory_bound"] == "cap"
     assert found["gflops"] > 0
@@ -153,7 +158,36 @@ def test_plan_takes_shape_and_classes_from_data(capsys):
     assert main.main(arguments) == 0
     out = capsys.readouterr().out
     assert "input 1x8x8, 10 classes" in out
-    assert "1 x 1797 examples" in out
+    assert "2 x 1797 examples" in out
+
+
+def test_plan_predicts_the_training_of_a_run_without_flags(capsys, fixed_runtime):
+    parser = argparse.ArgumentParser()
+    add_serve_command(parser.add_subparsers())
+    run = settle(parser, ["serve"])
+    assert main.main([*PLAN, "--examples", "300"]) == 0
+    predicted = f"training {run.epochs} x 300 examples, batch {run.batch_size}, {run.optimizer};"
+    assert predicted in capsys.readouterr().out
+
+
+def test_plan_measures_each_thing_once_and_says_what_it_does(capsys, monkeypatch):
+    done = []
+    trainer = {"runtime_bytes": 230 * MiB, "allowance": 1.1, "error": 0.1}
+    monkeypatch.setattr(speed, "measure_gflops", lambda *_, **__: done.append("gflops") or 12.5)
+    monkeypatch.setattr(speed, "measure_layer_s", lambda **_: done.append("layer") or 2.5e-5)
+    monkeypatch.setattr(plan, "_trial_trainer", lambda: done.append("trial") or dict(trainer))
+    assert main.main([*PLAN, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["choice"]["exit"] == 3
+    assert captured.err.splitlines() == [
+        "edge-sdk: measuring compute here",
+        "edge-sdk: starting a trial trainer, for the memory that one needs",
+        "edge-sdk: counting what every part of the model takes",
+    ]
+    assert done == ["gflops", "layer", "trial"]
+    for wrong in (["--option", "depth=3"], ["--model", "none"], ["--board", "pi"]):
+        assert main.main([*PLAN, *wrong]) == 1
+    assert len(done) == 3, "refused before anything is measured"
 
 
 def test_the_trial_trainer_is_real():
@@ -216,6 +250,7 @@ def test_debug_shows_the_traceback(at):
         ([*PLAN, "--input", "8,8"], "expected sizes such as 1x28x28"),
         ([*PLAN, "--option", "channels"], "expected KEY=VALUE"),
         ([*PLAN, "--examples", "1"], "at least 2"),
+        ([*PLAN, "--deadline", "-1"], "'-1', expected seconds"),
     ],
 )
 def test_wrong_usage_is_status_2(capsys, arguments, message):

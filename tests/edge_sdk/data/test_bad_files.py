@@ -15,7 +15,7 @@ import pytest
 from scipy.io import savemat
 
 from edge_sdk.data.examples import check_examples
-from edge_sdk.data.load import load, load_shard
+from edge_sdk.data.loading import load, load_shard
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.version import __version__
 from tests.support.data_files import (

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 from edge_sdk.data import in_memory
 from edge_sdk.data.in_memory import checked_source, shard_of
-from edge_sdk.data.load import load_shard
+from edge_sdk.data.loading import load_shard
 from edge_sdk.errors import ConfigError, DataError
 from tests.support.client_program import NOWHERE, X, Y, client, one_line
 from tests.support.processes import PATIENCE_S, ROOT, environment

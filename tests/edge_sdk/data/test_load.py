@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from edge_sdk.data.load import load, load_dataset, load_shard, save_shard
+from edge_sdk.data.loading import load, load_dataset, load_shard, save_shard
 from edge_sdk.errors import ConfigError
 from tests.support.data_files import (
     FLOATS,

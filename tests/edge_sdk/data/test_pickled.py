@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_sdk.data.load import load, load_shard
+from edge_sdk.data.loading import load, load_shard
 from tests.support.data_files import fails
 from tests.support.published import Pickled, cifar_pickle, pixels, unscaled
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from edge_sdk.data.load import load, load_dataset, load_shard
+from edge_sdk.data.loading import load, load_dataset, load_shard
 from edge_sdk.data.readers.matlab import read_mat
 from tests.support.data_files import fails
 from tests.support.published import (

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_sdk.data.load import load, load_dataset, load_shard
+from edge_sdk.data.loading import load, load_dataset, load_shard
 from edge_sdk.data.partition import partition_by_subject, partition_dirichlet
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"

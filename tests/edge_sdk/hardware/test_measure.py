@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import limits, measure, speed
@@ -239,6 +240,25 @@ def test_measure_here():
 
 def test_measured_compute_is_a_real_figure():
     assert 0.01 < speed.measure_gflops(seconds=0.1, threads=1) < 100_000
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, 9), (3600.0, 50)])
+def test_layers_are_measured_for_a_limited_time(monkeypatch, seconds, steps):
+    monkeypatch.setattr(speed, "LAYER_S", seconds)
+    paces = iter([1000.0, *(float(10 + n) for n in range(steps))])  # the first step warms up
+    monkeypatch.setattr(speed, "_steps_per_s", lambda *_, **__: next(paces))
+    measured = speed.measure_layer_s(threads=1)
+    assert next(paces, None) is None, "as many steps were made"
+    middle = sorted(1 / (10 + n) for n in range(steps))[(steps - 1) // 2 : steps // 2 + 1]
+    assert measured == pytest.approx(sum(middle) / len(middle) / 24)  # 8 blocks of 3 layers
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), speed.torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
 
 
 def test_light_modules_import_nothing_heavy():

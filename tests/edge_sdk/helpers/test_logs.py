@@ -186,6 +186,6 @@ def test_a_device_logs_json_to_its_last_line(tmp_path):
     assert "where.npz" in lines[-1]["message"]
 
 
-def test_the_readme_names_every_event():
-    text = (ROOT / "README.md").read_text()
+def test_the_documents_name_every_event():
+    text = (ROOT / "docs" / "coordinator.md").read_text()
     assert [kind for kind in get_args(Kind) if f"`{kind}`" not in text] == []

@@ -18,7 +18,7 @@ import torch
 
 from edge_sdk.cli.main import main
 from edge_sdk.data.examples import Examples
-from edge_sdk.data.load import save_shard
+from edge_sdk.data.loading import save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
 from edge_sdk.helpers.files import sha256_of, write_struct
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences

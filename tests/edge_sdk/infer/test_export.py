@@ -12,7 +12,7 @@ from torch import nn
 
 from coordinator.cli.main import main as coordinate
 from edge_sdk.cli.main import main
-from edge_sdk.data.load import load_dataset, save_shard
+from edge_sdk.data.loading import load_dataset, save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
 from edge_sdk.infer import export as module
 from edge_sdk.infer.early_exit import EarlyExit

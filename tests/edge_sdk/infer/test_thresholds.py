@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge_sdk.cli.main import main
-from edge_sdk.data.load import save_shard
+from edge_sdk.data.loading import save_shard
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
 from edge_sdk.infer.export import export

@@ -1,0 +1,120 @@
+"""Every program in examples/ runs; client.py, which needs a coordinator, in test_client.py."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import torch
+
+from coordinator.cli.main import main as coordinate
+from edge_sdk import models
+from edge_sdk.data import save_shard
+from edge_sdk.infer.export import export
+from edge_sdk.models import build
+from tests.support.examples import cnn, examples
+from tests.support.processes import (
+    PATIENCE_S,
+    ROOT,
+    environment,
+    free_port,
+    kill_marked,
+    read_rows,
+)
+
+FOLDER = ROOT / "examples"
+MOST_LINES = 40
+
+
+def main_of(name: str) -> Callable[..., None]:
+    main: Callable[..., None] = runpy.run_path(str(FOLDER / name))["main"]
+    return main
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.*")), ids=lambda path: path.name)
+def test_an_example_is_short_and_says_how_it_is_called(path):
+    text = path.read_text()
+    assert text.count("\n") <= MOST_LINES
+    said = f"examples/{path.name}" in text
+    assert said or "--import own_family" in text
+
+
+def test_a_run_from_python(tmp_path, capsys):
+    main_of("run_from_python.py")(str(tmp_path / "run"), rounds=2)
+    *rounds, last = capsys.readouterr().out.splitlines()
+    said = "round {}: 6 of 6 returned"
+    assert [line.split(",")[0] for line in rounds] == [said.format(1), said.format(2)]
+    assert last == f"model: {tmp_path / 'run' / 'model.safetensors'}"
+    assert (tmp_path / "run" / "model.safetensors").stat().st_size > 1000
+
+
+@pytest.fixture
+def own_family(monkeypatch):
+    """Importable and registered in this test only."""
+    monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.delitem(sys.modules, "own_family", raising=False)
+    yield
+    sys.modules.pop("own_family", None)
+
+
+def test_an_own_family_trains(own_family, capsys):
+    flags = "emulate --import own_family --model perceptron --option width=8 --data digits"
+    small = "--examples 60 --test-examples 20 --clients 3 --groups 1,1,1 --rounds 1 --epochs 1"
+    assert coordinate([*flags.split(), *small.split(), "--split", "iid"]) == 0
+    assert capsys.readouterr().out.startswith("round 1: 3 of 3 returned")
+
+
+def test_a_prefix_of_the_own_family_holds_the_same_tensors(own_family):
+    family = runpy.run_path(str(FOLDER / "own_family.py"))
+    shapes: list[dict[str, Any]] = [
+        {name: tensor.shape for name, tensor in family["build"](cnn(exit)).tensors().items()}
+        for exit in (2, 3)
+    ]
+    assert shapes[0].items() < shapes[1].items()
+
+
+def test_early_exit_says_where_examples_stopped(tmp_path, capsys):
+    """Without a calibration all go to the last exit, whose accuracy torch computes as well."""
+    torch.manual_seed(0)
+    spec, data = cnn(), examples(30)
+    model = build(spec).eval()
+    export(spec, model.tensors(), tmp_path / "model", examples=data)
+    save_shard(tmp_path / "data.npz", data)
+    with torch.no_grad():
+        found = model(torch.from_numpy(data.x))[-1].argmax(1).numpy()
+    main_of("early_exit.py")(str(tmp_path / "model"), str(tmp_path / "data.npz"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"accuracy {np.mean(found == data.y):.3f} on 30 examples",
+        "stopped at exit 1: 0%",
+        "stopped at exit 2: 0%",
+        "stopped at exit 3: 100%",
+    ]
+
+
+@pytest.mark.slow
+def test_two_devices_train_over_encrypted_links(tmp_path):
+    mark = uuid4().hex
+    known = environment(mark) | {"PYTHON": sys.executable, "PORT": str(free_port())}
+    known["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    known["HOME"] = str(tmp_path)
+    try:
+        ended = subprocess.run(
+            [FOLDER / "two_devices.sh", tmp_path / "new"],
+            capture_output=True, text=True, env=known, timeout=3 * PATIENCE_S, check=False,
+        )  # fmt: skip
+        logs = [path.read_text()[-1000:] for path in (tmp_path / "new").glob("*.log")]
+        assert ended.returncode == 0, "\n".join([ended.stderr, *logs])
+    finally:
+        kill_marked(mark)
+    query = "SELECT client_id, outcome, COUNT(*) FROM participations GROUP BY 1, 2 ORDER BY 1"
+    rows = read_rows(tmp_path / "new" / "run", query)
+    assert rows == [("pi-1", "ok", 3), ("pi-2", "ok", 3)]
+    assert "finished, round 3 of 3" in ended.stdout
