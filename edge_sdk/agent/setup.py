@@ -68,7 +68,7 @@ def trainer_options(
         threads=settings.threads,
         device=settings.device,
         measure_compute=not is_emulated,
-        calibration="" if is_emulated else calibration_file(),
+        calibration="" if is_emulated else memory_calibration_file(),
         saved_updates="" if is_emulated else updates,
         imports=settings.imports,
     )
@@ -81,8 +81,8 @@ def default_keys() -> Path:
     return Path(state) / "keys" if state else Path.home() / ".config" / "edge-sdk"
 
 
-def calibration_file() -> str:
-    """Where the trainer keeps its calibration: the service's cache folder, or the user's."""
+def memory_calibration_file() -> str:
+    """The file of this device's memory calibration, in the service's cache folder or the user's."""
     service, user = os.environ.get("CACHE_DIRECTORY"), os.environ.get("XDG_CACHE_HOME")
     folder = Path(service) if service else Path(user or Path.home() / ".cache") / "edge-sdk"
     return str(folder / "calibration.json")
@@ -93,7 +93,7 @@ def saved_updates_folder(client_id: str, endpoint: str, secrets: Secrets) -> str
     which stays when its address changes."""
     coordinator = secrets[1] or endpoint.encode()
     mark = hashlib.sha256(coordinator).hexdigest()[:12]
-    return str(Path(calibration_file()).parent / "updates" / f"{client_id}-{mark}")
+    return str(Path(memory_calibration_file()).parent / "updates" / f"{client_id}-{mark}")
 
 
 def measure_here(cap_bytes: int | None) -> Callable[[int], DeviceProfile]:

@@ -225,10 +225,10 @@ def write_predictions(found: Prediction, path: Path) -> None:
 
 def run_calibrate(args: argparse.Namespace) -> int:
     import_runtime()
-    from edge_sdk.infer.thresholds import calibrate
+    from edge_sdk.infer.thresholds import choose_thresholds
 
     x, y = read_labelled(args)
-    found = calibrate(
+    found = choose_thresholds(
         args.model, x, y,
         accuracy=args.accuracy,
         accuracy_loss=args.accuracy_loss,

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from edge_sdk.agent.setup import calibration_file
+from edge_sdk.agent.setup import memory_calibration_file
 from edge_sdk.capacity.choice import Choice, as_chosen, choose_exit, in_words
 from edge_sdk.capacity.costs import (
     TRAINER_ENVIRONMENT,
@@ -51,8 +51,8 @@ IDLE_WAITING = {"OMP_WAIT_POLICY": "passive"}
 
 TRIAL = """
 import pathlib, sys, msgspec
-from edge_sdk.training.calibration import trial
-print(msgspec.json.encode(trial(pathlib.Path(sys.argv[1]))).decode())
+from edge_sdk.training.calibration import trainer_baseline
+print(msgspec.json.encode(trainer_baseline(pathlib.Path(sys.argv[1]))).decode())
 """
 
 
@@ -232,7 +232,7 @@ def _trial_trainer() -> dict[str, Any]:
     """The fields of a calibration.Trainer, from a real one on this machine: this process imports
     more than a trainer does."""
     result = subprocess.run(
-        [sys.executable, "-c", TRIAL, calibration_file()],
+        [sys.executable, "-c", TRIAL, memory_calibration_file()],
         env={**os.environ, **TRAINER_ENVIRONMENT, **IDLE_WAITING},
         capture_output=True,
         text=True,

@@ -39,7 +39,7 @@ from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.protocol.messages import Fault, Fetch, Job, Part, Phase, Update
 from edge_sdk.protocol.tensors import Receiver, Sender, specs_of
 from edge_sdk.protocol.timing import clock, since
-from edge_sdk.training.calibration import MemoryCalibration, calibrated, runtime_bytes
+from edge_sdk.training.calibration import MemoryCalibration, memory_calibration, runtime_bytes
 from edge_sdk.training.saved_update import SavedUpdate
 from edge_sdk.training.trainer import TrainResult, train, usable_device
 
@@ -217,7 +217,7 @@ def prepare(pipe: Pipe, options: TrainerOptions) -> Callable[[], None]:
     device, may_measure = options.device, options.measure_compute
     usable_device(device)
     calibration_file = Path(options.calibration) if options.calibration else None
-    calibration = calibrated(calibration_file, device, may_measure)
+    calibration = memory_calibration(calibration_file, device, may_measure)
     # Measured at every start: speed depends on what else runs.
     threads = torch.get_num_threads()
     gflops = measure_gflops(threads=threads, device=device) if may_measure else 0.0

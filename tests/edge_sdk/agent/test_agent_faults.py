@@ -207,7 +207,7 @@ def test_speed_is_measured_on_the_threads_of_training(monkeypatch, tmp_path):
     found = []
     monkeypatch.setattr(worker, "measure_gflops", lambda threads, device: found.append(threads))
     monkeypatch.setattr(worker, "measure_layer_s", lambda threads, device: found.append(threads))
-    monkeypatch.setattr(worker, "calibrated", lambda *_: MemoryCalibration(made_with=""))
+    monkeypatch.setattr(worker, "memory_calibration", lambda *_: MemoryCalibration(made_with=""))
     monkeypatch.setattr(worker, "runtime_bytes", lambda: (0, 0))
     save_shard(tmp_path / "d.npz", examples(8))
     before = worker.torch.get_num_threads()
