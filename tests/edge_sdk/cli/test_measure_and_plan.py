@@ -250,7 +250,7 @@ def test_debug_shows_the_traceback(at):
         (["measure", "--link-mbit-s", "nan"], "'nan', expected Mbit/s such as 94"),
         ([*PLAN, "--input", "8,8"], "expected sizes such as 1x28x28"),
         ([*PLAN, "--option", "channels"], "expected KEY=VALUE"),
-        ([*PLAN, "--examples", "1"], "at least 2"),
+        ([*PLAN, "--examples", "2"], "at least 3"),
         ([*PLAN, "--deadline", "-1"], "'-1', expected seconds"),
     ],
 )
