@@ -30,7 +30,7 @@ from edge_sdk.agent import agent, state, trainer_process
 from edge_sdk.capacity import chooser
 from edge_sdk.data import examples
 from edge_sdk.errors import EdgeError
-from edge_sdk.protocol import join, link, messages
+from edge_sdk.protocol import codec, join, link, messages, stream
 from edge_sdk.protocol.codec import decode, encode
 from edge_sdk.protocol.messages import (
     PLAIN_TEXT,
@@ -163,14 +163,12 @@ EXAMPLES: tuple[Message, ...] = (
 CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
     messages: (
         "PROTOCOL",
-        "PART_BYTES",
-        "MAX_CONTROL_BYTES",
         "MAX_FRAME_BYTES",
         "MAX_TENSORS",
         "MAX_LINE",
-        "MAX_TRANSFER_BYTES",
-        "ALIGNMENT",
     ),
+    codec: ("MAX_CONTROL_BYTES",),
+    stream: ("PART_BYTES", "MAX_TRANSFER_BYTES", "ALIGNMENT"),
     link: ("PING_MS", "PING_TIMEOUT_MS", "DEAD_MS", "HIGH_WATER"),
     state: ("HELLO_S", "HELLO_MAX_S", "REFUSED_S", "REFUSED_MAX_S"),
     trainer_process: ("RESTART_S", "RESTART_MAX_S"),
@@ -359,7 +357,7 @@ def test_protocol_lists_every_field_with_its_type_and_default(text, kind):
 def test_protocol_gives_every_constant_and_its_value(text):
     table = {row[0].strip("`"): row[1] for row in rows(text)}
     for module, names in CONSTANTS.items():
-        owner = module.__name__.partition(".")[2]
+        owner = module.__name__.rpartition(".")[2]
         for name in names:
             assert table.get(f"{owner}.{name}") == str(getattr(module, name)), f"{owner}.{name}"
 

@@ -14,7 +14,7 @@ def main() -> int:
             from coordinator.cli.main import main as run
         except ImportError as error:
             reason = " ".join(str(error).split())
-            again = f"install edge-sdk[coordinator] again for {sys.executable}, from where it came"
+            again = f"install its wheel with [coordinator] again for {sys.executable}"
             said = f"edge-coordinator: {reason}; this installation is not whole; {again}"
             print(said, file=sys.stderr)
             return 1

@@ -18,6 +18,7 @@ from typing import Any, get_args
 from coordinator.fleet.counters import CODES, OTHER
 from coordinator.store.status import ClientPhase, RunPhase, Snapshot
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.imports import install
 
 log = logging.getLogger(__name__)
 PREFIX = "edge_coordinator_"
@@ -41,9 +42,7 @@ class MetricsServer:
         try:
             from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
         except ImportError as error:
-            raise ConfigError(
-                f'--metrics needs {error.name}; pip install "edge-sdk[metrics]"'
-            ) from error
+            raise ConfigError(f"--metrics needs {error.name}; {install('metrics')}") from error
         self.latest: Callable[[], Snapshot | None] = lambda: None
         registry = CollectorRegistry()
         registry.register(self)

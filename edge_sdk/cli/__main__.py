@@ -14,7 +14,7 @@ def main() -> int:
             from edge_sdk.cli.main import main as run
         except ImportError as error:
             reason = " ".join(str(error).split())
-            again = f"install edge-sdk again for {sys.executable}, from where it came"
+            again = f"install its wheel again for {sys.executable}"
             print(f"edge-sdk: {reason}; this installation is not whole; {again}", file=sys.stderr)
             return 1
         return run()

@@ -34,7 +34,7 @@ from edge_sdk.hardware.boards import board_name
 from edge_sdk.hardware.jetson import jetson_stats
 from edge_sdk.hardware.limits import memory
 from edge_sdk.hardware.procfs import ROOT, read_text
-from edge_sdk.helpers.imports import INSTALL, install_extra, is_too_old, oldest
+from edge_sdk.helpers.imports import INSTALL, install, is_too_old, oldest
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.protocol.keys import DEVICE_KEYS, KeyPair, read_all_keys
 
@@ -208,7 +208,7 @@ def check_jetson(root: Path = ROOT) -> Finding:
     try:
         found += f", jetson-stats {importlib.metadata.version('jetson-stats')}"
     except importlib.metadata.PackageNotFoundError:
-        advice = f"optional, tells the module's name: {install_extra('jetson')}"
+        advice = f"optional, tells the module's name: {install('jetson')}"
         return Finding("jetson", "ok", f"{found}, no jetson-stats", advice)
     if not (root / "run/jtop.sock").exists():
         advice = "its service is not running: sudo jtop --install-service, then reboot"

@@ -20,14 +20,14 @@ from edge_sdk.version import __version__
 OLDEST = (2, 1)  # as the extra in pyproject.toml
 
 
-def install_extra(extra: str) -> str:
+def install(extra: str) -> str:
     """What to type for an extra of this package. Its wheel is named by the file: on the public
     index its name is another project's."""
     return f'pip install "./edge_sdk-{__version__}-py3-none-any.whl[{extra}]"'
 
 
 INSTALL = (
-    f"{install_extra('torch')}, or on a Jetson the wheel that NVIDIA makes for its JetPack, in "
+    f"{install('torch')}, or on a Jetson the wheel that NVIDIA makes for its JetPack, in "
     "a venv made with --system-site-packages"
 )
 
@@ -67,7 +67,7 @@ def optional_module(name: str, what: str, extra: str) -> Any:
         reason = f"does not load: {one_line(str(error))}"
         if isinstance(error, ModuleNotFoundError):
             reason = "is not installed"
-        raise ConfigError(f"{what} needs {name}, which {reason}; {install_extra(extra)}") from error
+        raise ConfigError(f"{what} needs {name}, which {reason}; {install(extra)}") from error
 
 
 def _broken(what: str, error: Exception) -> str:
@@ -96,4 +96,4 @@ def heavy_imports() -> Iterator[None]:
         with ends_by_interrupt():
             yield
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error}; {install_extra('coordinator')}") from error
+        raise ConfigError(f"{error}; {install('coordinator')}") from error

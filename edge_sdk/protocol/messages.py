@@ -1,10 +1,9 @@
-"""The messages between device and coordinator, and their encoding.
+"""The messages between device and coordinator, as docs/protocol.md describes them.
 
-docs/protocol.md is the contract; this file is its implementation. A message is one msgpack map with
-a "type" key, decoded by msgpack under hard size limits and then checked field by field; unknown
-fields are refused, so every change of a message raises PROTOCOL. Every number has a range and every
-text a length, and no text may break a line: what a peer sends ends up in logs. A `Part` is followed
-by one raw frame. Nothing is ever unpickled."""
+A message is one msgpack map with a "type" key (codec.py); unknown fields are refused, so every
+change of a message raises PROTOCOL. Every number has a range and every text a length, and no text
+may break a line: what a peer sends ends up in logs. A `Part` is followed by one raw frame.
+"""
 
 from __future__ import annotations
 
@@ -16,48 +15,16 @@ from msgspec.structs import force_setattr
 
 from edge_sdk.helpers.text import one_line
 
-# What a message may hold as text: no control characters, no line or paragraph separators.
-PLAIN_TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
-
-Text = Annotated[str, Meta(max_length=200, pattern=PLAIN_TEXT)]
-
-Bytes = Annotated[int, Meta(ge=0, le=2**53)]
-
-Bound = Literal["host", "cgroup", "cap"]
-
-
-class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One device as measured, or as an emulated board's profile file says.
-
-    memory_available_bytes is what a trainer process may use in all (its runtime included): the
-    least of what the host, the cgroup and the user's cap leave; `memory_bound` names which.
-    gflops is sustained float32 forward+backward throughput in 1e9 operations per second on all
-    `cores`; 0: not measured. layer_s is what a layer costs per training step beside its arithmetic,
-    which is most of what a very small model takes. cpu_scale, for an emulated board only, is board
-    seconds per CPU second of this host. The ranges are checked when a profile is decoded, not when
-    it is made here.
-    """
-
-    platform: Text  # "raspberry-pi-4", "jetson-nano", else "generic"
-    board: Text = ""  # model string as the board gives it
-    machine: Text = ""  # "aarch64", "x86_64"
-    memory_total_bytes: Bytes
-    memory_available_bytes: Bytes
-    memory_bound: Bound = "host"
-    cores: Annotated[float, Meta(gt=0, le=4096)]
-    gflops: Annotated[float, Meta(ge=0, le=10**9)]
-    layer_s: Annotated[float, Meta(ge=0, le=10**3)] = 0.0
-    # None: not known, transfers are left out of predictions
-    link_mbit_s: Annotated[float, Meta(gt=0, le=10**6)] | None = None
-    is_emulated: bool = False
-    cpu_scale: Annotated[float, Meta(gt=0, le=10**9)] | None = None
-
-
 PROTOCOL = 4
 MAX_FRAME_BYTES = 1024 * 1024  # any frame as it is on the network; ZMQ_MAXMSGSIZE
 MAX_TENSORS = 10_000
 MAX_LINE = 2000  # characters
 
+# What a message may hold as text: no control characters, no line or paragraph separators.
+PLAIN_TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
+Text: TypeAlias = Annotated[str, Meta(max_length=200, pattern=PLAIN_TEXT)]
+Bytes: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
+Bound: TypeAlias = Literal["host", "cgroup", "cap"]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**48)]
 Index: TypeAlias = Annotated[int, Meta(ge=1, le=2**31)]
 JobInHand: TypeAlias = Annotated[int, Meta(ge=0, le=2**31)]  # its round, 0: none
@@ -174,6 +141,33 @@ class ExitResult(Struct, frozen=True, kw_only=True):
     exit: Index
     loss: float
     accuracy: Annotated[float, Meta(ge=0, le=1)]
+
+
+class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One device as measured, or as an emulated board's profile file says.
+
+    memory_available_bytes is what a trainer process may use in all (its runtime included): the
+    least of what the host, the cgroup and the user's cap leave; `memory_bound` names which.
+    gflops is sustained float32 forward+backward throughput in 1e9 operations per second on all
+    `cores`; 0: not measured. layer_s is what a layer costs per training step beside its arithmetic,
+    which is most of what a very small model takes. cpu_scale, for an emulated board only, is board
+    seconds per CPU second of this host. The ranges are checked when a profile is decoded, not when
+    it is made here.
+    """
+
+    platform: Text  # "raspberry-pi-4", "jetson-nano", else "generic"
+    board: Text = ""  # model string as the board gives it
+    machine: Text = ""  # "aarch64", "x86_64"
+    memory_total_bytes: Bytes
+    memory_available_bytes: Bytes
+    memory_bound: Bound = "host"
+    cores: Annotated[float, Meta(gt=0, le=4096)]
+    gflops: Annotated[float, Meta(ge=0, le=10**9)]
+    layer_s: Annotated[float, Meta(ge=0, le=10**3)] = 0.0
+    # None: not known, transfers are left out of predictions
+    link_mbit_s: Annotated[float, Meta(gt=0, le=10**6)] | None = None
+    is_emulated: bool = False
+    cpu_scale: Annotated[float, Meta(gt=0, le=10**9)] | None = None
 
 
 class Hello(Struct, frozen=True, kw_only=True, tag="hello"):

@@ -29,7 +29,7 @@ from tools.tables import commit, machine
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 ATHERIS = "atheris==3.0.0"
-CSV = ROOT / "tools" / "results" / "fuzz.csv"
+CSV = ROOT / "docs" / "results" / "fuzz.csv"
 REGRESSIONS = ROOT / "tests" / "fuzz" / "regressions"
 PROGRESS = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")
 GROWTH_MB, GROWTH_OBJECTS = 4.0, 200  # more after 100,000 inputs than this counts as growth

@@ -165,7 +165,7 @@ def test_an_address_of_nobody_is_one_line(text):
 
 def test_without_the_package_its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(ConfigError, match=r'pip install "edge-sdk\[metrics\]"'):
+    with pytest.raises(ConfigError, match=r'py3-none-any.whl\[metrics\]"'):
         MetricsServer("127.0.0.1:0")
 
 

@@ -45,7 +45,7 @@ def test_a_library_that_is_not_there_is_one_line(tmp_path, library, text):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(("edge-sdk: No module named", "edge-sdk: libc.so.9: gone;"))
-    assert line.endswith(f"; install edge-sdk again for {sys.executable}, from where it came")
+    assert line.endswith(f"; install its wheel again for {sys.executable}")
 
 
 def test_a_coordinator_without_a_library_is_one_line(tmp_path):

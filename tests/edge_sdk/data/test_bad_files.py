@@ -17,7 +17,7 @@ from scipy.io import savemat
 from edge_sdk.data.examples import check_examples
 from edge_sdk.data.loading import load, load_shard
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.version import __version__
+from edge_sdk.helpers.imports import install
 from tests.support.data_files import (
     FLOATS,
     LABELS,
@@ -47,7 +47,7 @@ def test_file_of_unknown_kind(tmp_path):
 
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    extra = f'pip install "./edge_sdk-{__version__}-py3-none-any.whl[data]"'
+    extra = install("data")
     fails(lambda: load("digits"), "sklearn.datasets", extra, error=ConfigError)
 
 

@@ -218,7 +218,7 @@ def test_calibration_counts_for_its_own_model_only(folder):
 
 def test_without_onnxruntime_it_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r'whl\[infer\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "./edge_sdk-.*whl\[infer\]"'):
         EarlyExit.load(folder)
 
 

@@ -164,7 +164,7 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_without_onnx_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ConfigError, match=r'needs onnx, .* pip install .*whl\[export\]"'):
+    with pytest.raises(ConfigError, match=r"needs onnx, .* pip install .*whl\[export\]"):
         export(*two_exits(), tmp_path / "model")
     flags = ["--data", "digits", "--clients", "2", "--groups", "2", "--export", "m"]
     assert coordinate(["emulate", *flags]) == 1, "told before the rounds"
