@@ -129,14 +129,13 @@ def _folder_name(path: Path) -> str:
 
 
 register_reader(
-    FileSet(name="digits", read=read_digits, num_classes=10, scaling=DIGITS),
+    FileSet(name="digits", read=read_digits),
     FileSet(
         name="idx",
         read=read_idx,
         train=_image_files("train"),
         test=_image_files("t10k"),
         alone=("*images*idx3*",),
-        scaling=PIXELS,
         title=_folder_name,
         rank=0,
     ),

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.data.examples import Examples, bad, mapped
-from edge_sdk.data.readers.scaling import PIXELS, image_examples
+from edge_sdk.data.readers.scaling import image_examples
 from edge_sdk.data.readers.table import FileSet, register_reader
 
 STL_SHAPE, CIFAR_SHAPE = (3, 96, 96), (3, 32, 32)
@@ -68,29 +68,9 @@ def _records(path: Path, size: int, what: str) -> npt.NDArray[np.uint8]:
     return np.frombuffer(raw, dtype=np.uint8).reshape(-1, size)
 
 
+CIFAR_10_TRAIN = tuple(f"{name}.bin" for name in BATCHES)
 register_reader(
-    FileSet(
-        name="stl-10",
-        read=read_stl_10,
-        train=("train_X.bin",),
-        test=("test_X.bin",),
-        num_classes=10,
-        scaling=PIXELS,
-    ),
-    FileSet(
-        name="cifar-10",
-        read=read_cifar_10,
-        train=tuple(f"{name}.bin" for name in BATCHES),
-        test=("test_batch.bin",),
-        num_classes=10,
-        scaling=PIXELS,
-    ),
-    FileSet(
-        name="cifar-100",
-        read=read_cifar_100,
-        train=("train.bin",),
-        test=("test.bin",),
-        num_classes=100,
-        scaling=PIXELS,
-    ),
+    FileSet(name="stl-10", read=read_stl_10, train=("train_X.bin",), test=("test_X.bin",)),
+    FileSet(name="cifar-10", read=read_cifar_10, train=CIFAR_10_TRAIN, test=("test_batch.bin",)),
+    FileSet(name="cifar-100", read=read_cifar_100, train=("train.bin",), test=("test.bin",)),
 )

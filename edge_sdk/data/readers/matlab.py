@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.data.examples import Examples, Ints, bad, check_examples, mapped
-from edge_sdk.data.readers.scaling import PIXELS, image_examples, scaled
+from edge_sdk.data.readers.scaling import image_examples, scaled
 from edge_sdk.data.readers.table import FileSet, register_reader
 
 TWO_G = 19.6133  # m/s^2, the range of the UniMiB SHAR sensor
@@ -125,13 +125,8 @@ def _mat_elements(raw: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 register_reader(
     *(
-        FileSet(
-            name=f"unimib-shar-{kind}",
-            read=read_unimib,
-            train=(f"{kind}_data.mat",),
-            num_classes=num_classes,
-        )
-        for kind, num_classes in UNIMIB_CLASSES.items()
+        FileSet(name=f"unimib-shar-{kind}", read=read_unimib, train=(f"{kind}_data.mat",))
+        for kind in UNIMIB_CLASSES
     ),
     FileSet(
         name="svhn",
@@ -139,7 +134,5 @@ register_reader(
         train=("train_32x32.mat",),
         test=("test_32x32.mat",),
         alone=("extra_32x32.mat",),
-        num_classes=10,
-        scaling=PIXELS,
     ),
 )

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from edge_sdk.data.examples import Examples, bad, mapped
 from edge_sdk.data.readers.binary import BATCHES, CIFAR_PIXELS, CIFAR_SHAPE, joined
-from edge_sdk.data.readers.scaling import PIXELS, image_examples
+from edge_sdk.data.readers.scaling import image_examples
 from edge_sdk.data.readers.table import FileSet, register_reader
 
 EXPECTED = "a CIFAR pickle of protocol 2: a dict with one uint8 array, lists, strings and integers"
@@ -217,21 +217,9 @@ def _read_dict(path: Path) -> dict[str, Any]:
     return content
 
 
+read_cifar_10 = partial(_read_cifar, key="labels", num_classes=10)
+read_cifar_100 = partial(_read_cifar, key="fine_labels", num_classes=100)
 register_reader(
-    FileSet(
-        name="cifar-10",
-        read=partial(_read_cifar, key="labels", num_classes=10),
-        train=BATCHES,
-        test=("test_batch",),
-        num_classes=10,
-        scaling=PIXELS,
-    ),
-    FileSet(
-        name="cifar-100",
-        read=partial(_read_cifar, key="fine_labels", num_classes=100),
-        train=("train",),
-        test=("test",),
-        num_classes=100,
-        scaling=PIXELS,
-    ),
+    FileSet(name="cifar-10", read=read_cifar_10, train=BATCHES, test=("test_batch",)),
+    FileSet(name="cifar-100", read=read_cifar_100, train=("train",), test=("test",)),
 )

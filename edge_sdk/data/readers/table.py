@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from edge_sdk.data.examples import Examples, Scaling, bad
+from edge_sdk.data.examples import Examples, bad
 from edge_sdk.errors import DataError
 
 Reader: TypeAlias = Callable[[], Examples]
@@ -27,17 +27,15 @@ class FileSet:
 
     read: from the files of one part to its examples. train, test: the files of the two parts in one
     folder; no test files: there is no official test part. alone: other names, or patterns such as
-    *.npz, of files that are read only when they are named themselves. num_classes, scaling: of all
-    examples; None: the files say it. title: the data set's name by the path that was given, where
-    `name` is a format's. rank: of several rows that fit a folder the lowest is read."""
+    *.npz, of files that are read only when they are named themselves. title: the data set's name by
+    the path that was given, where `name` is a format's. rank: of several rows that fit a folder the
+    lowest is read."""
 
     name: str
     read: Callable[[Sequence[Path]], Examples]
     train: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     alone: tuple[str, ...] = ()
-    num_classes: int | None = None
-    scaling: Scaling | None = None
     title: Callable[[Path], str] | None = None
     rank: int = 1
 
