@@ -48,7 +48,7 @@ class Client:
     id: this device's name, default the host name. keys: the folder of this device's keys.
     server_key: the coordinator's public key or its file, default KEYS/server.public.
     memory_cap: most that training may use, bytes or "512M". threads: of torch, 0 for all cores.
-    imports: modules that register your model families. The training process, another one than
+    imports: modules that register your model families. The trainer, another process than
     yours, imports them, so a family cannot live in __main__.
     ignore_conditions: train the same when this device is hot, throttled or on a low battery.
     on_event: called with each Event in the thread of run(), so it must be quick. What it raises is
@@ -113,8 +113,8 @@ class Client:
         """Take part until the coordinator's run is over, stop() or KeyboardInterrupt.
 
         once=False: wait for the next run instead. It waits for an absent coordinator and comes back
-        after a lost connection by itself. Raises EdgeError: data that cannot be read, a training
-        process that does not start, a coordinator that refuses this device."""
+        after a lost connection by itself. Raises EdgeError: data that cannot be read, a trainer
+        that does not start, a coordinator that refuses this device."""
         if not self._running.acquire(blocking=False):
             raise ConfigError("this Client runs already; make another for another device")
         try:
@@ -159,7 +159,7 @@ def _check_modules(names: Iterable[str]) -> None:
     for name in names:
         if name == "__main__":
             raise ConfigError(
-                "imports: got '__main__', this program itself, which the training process cannot "
+                "imports: got '__main__', this program itself, which the trainer cannot "
                 "import; put the model family into a module of its own"
             )
         try:

@@ -1,7 +1,7 @@
 """The resident process of a device: link, identity, choice of depth, and a trainer that may die.
 
 It never imports torch or numpy and never holds a tensor: it passes parts between the link and the
-training process. One loop; nothing in it waits for training, so heartbeats never do.
+trainer. One loop; nothing in it waits for training, so heartbeats never do.
 """
 
 from __future__ import annotations
@@ -333,7 +333,7 @@ class Agent:
     def _on_trainer_death(self) -> None:
         """Report how the trainer ended; if it was killed at work, choose less from now on."""
         state, (cause, pause_s) = self._state, self._trainer.reap()
-        detail = f"the training process {cause}"
+        detail = f"the trainer {cause}"
         if state.inspected is None:
             raise TrainerError(f"{detail} before it had read its data; ask edge-sdk doctor why")
         round = state.job.round if state.job else 0

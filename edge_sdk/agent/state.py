@@ -108,7 +108,7 @@ class State:
         if self.inspected is None:
             return "reading the data"
         if is_restarting:
-            return "the training process ended; starting another"
+            return "the trainer ended; starting another"
         if self.reopen_at is not None:
             return f"refused by the coordinator {endpoint}; trying again (see the log)"
         if self.job is not None:

@@ -47,7 +47,7 @@ class TrainerProcess:
             )
         except OSError as error:
             ours.close()
-            raise TrainerError(f"the training process cannot be started: {error}") from error
+            raise TrainerError(f"the trainer cannot be started: {error}") from error
         finally:
             theirs.close()
         self._socket = ours

@@ -207,10 +207,10 @@ def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(
             monkeypatch.undo()
             assert (fault.round, fault.code) == (4, "trainer")
             assert fault.detail == (
-                "the training process said nothing for 1 s"
+                "the trainer said nothing for 1 s"
                 f"{', as memory was too short to get on,' * is_thrashing} and was ended by signal 9"
             )
-            wait_told(told, "STATUS=the training process ended; starting another")
+            wait_told(told, "STATUS=the trainer ended; starting another")
             coordinator.wait_for(Ready, lambda ready: "failed here before" in ready.reason)
         wait_told(told, "STOPPING=1")
     finally:

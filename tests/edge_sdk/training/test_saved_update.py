@@ -121,7 +121,7 @@ sys.stdin.read()
 
 
 def test_lock_ends_with_its_process_though_a_fork_of_it_lives(folder):
-    """As when a training process is killed while its child counts costs."""
+    """As when a trainer is killed while a fork of it counts costs."""
     program = [sys.executable, "-c", FORKS, str(folder)]
     with subprocess.Popen(program, stdin=subprocess.PIPE) as process:
         assert process.wait() == 0
