@@ -258,7 +258,7 @@ def client(name: str, endpoint: str, keys: str) -> int:
                         phases={"train": zero}, peak_memory_bytes=0, tensors=job.tensors,
                     )
                 )  # fmt: skip
-            else:  # as worker.Worker does
+            else:  # as training/worker does
                 more = asked - received <= WINDOW // 2
                 count = min(WINDOW - (asked - received), total - asked) if more else 0
                 link.send(Fetch(round=job.round, have=received, first=asked, count=count))

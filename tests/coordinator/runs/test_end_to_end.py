@@ -195,11 +195,11 @@ def test_a_killed_training_process_costs_one_update(world):
     a.wait_said("round 1: job")
     with a.held_in_training() as lost:
         a.trainer().kill()
-    a.wait_said("training process was killed by signal 9")
+    a.wait_said("trainer was killed by signal 9")
     with b.held_in_training() as held:
         a.wait_said("failed here before")  # with less: the kernel may have wanted memory
     assert (server.end(), a.end(), b.end()) == (0, 0, 0)
-    assert server.said("a reports trainer: the training process was killed by signal 9")
+    assert server.said("a reports trainer: the trainer was killed by signal 9")
     assert_every_round_once(world, 6)
     assert world.outcomes("b") == dict.fromkeys(range(1, 7), "ok")
     taken = {
