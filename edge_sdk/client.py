@@ -18,16 +18,14 @@ import msgspec
 from edge_sdk.agent.agent import Agent
 from edge_sdk.agent.events import Event
 from edge_sdk.agent.options import AgentOptions
-from edge_sdk.agent.pipe import TrainerOptions
-from edge_sdk.agent.settings import check_value
+from edge_sdk.agent.settings import RunSettings, check_value
 from edge_sdk.agent.setup import (
-    calibration_file,
     checked_id,
     default_keys,
     device_secrets,
-    kept_folder,
     make_agent,
     measure_here,
+    trainer_options,
 )
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
@@ -50,7 +48,7 @@ class Client:
     id: this device's name, default the host name. keys: the folder of this device's keys.
     server_key: the coordinator's public key or its file, default KEYS/server.public.
     memory_cap: most that training may use, bytes or "512M". threads: of torch, 0 for all cores.
-    imports: modules that register your model families. The training process, another one than
+    imports: modules that register your model families. The trainer, another process than
     yours, imports them, so a family cannot live in __main__.
     ignore_conditions: train the same when this device is hot, throttled or on a low battery.
     on_event: called with each Event in the thread of run(), so it must be quick. What it raises is
@@ -86,24 +84,23 @@ class Client:
             check_value(name, value, "imports" if name == "import" else name)
         _check_modules(modules)
         self._endpoint = coordinator
-        self._secrets = device_secrets(
-            default_keys() if keys is None else Path(keys),
-            None if server_key is None else os.fspath(server_key),
-            insecure,
-            "server_key",
+        settings = RunSettings(
+            coordinator=coordinator,
+            keys=default_keys() if keys is None else Path(keys),
+            server_key=None if server_key is None else os.fspath(server_key),
+            insecure=insecure,
+            memory_cap=None if cap is None else parse_size(cap),
+            threads=threads,
+            device=device,
+            imports=tuple(modules),
         )
+        self._secrets = device_secrets(settings.keys, settings.server_key, insecure, "server_key")
         self._data = _checked_data(data)
+        client_id = checked_id(id, "id")
         self._options = AgentOptions(
-            client_id=checked_id(id, "id"),
-            trainer=TrainerOptions(
-                data="",
-                threads=threads,
-                device=device,
-                calibration=calibration_file(),
-                saved_updates=kept_folder(checked_id(id, "id"), coordinator, self._secrets),
-                imports=tuple(modules),
-            ),
-            measure=measure_here(None if cap is None else parse_size(cap)),
+            client_id=client_id,
+            trainer=trainer_options(settings, client_id, self._secrets),
+            measure=measure_here(settings.memory_cap),
             conditions=None if ignore_conditions else conditions.read,
             on_event=on_event,
             search_path=tuple(sys.path),
@@ -116,8 +113,8 @@ class Client:
         """Take part until the coordinator's run is over, stop() or KeyboardInterrupt.
 
         once=False: wait for the next run instead. It waits for an absent coordinator and comes back
-        after a lost connection by itself. Raises EdgeError: data that cannot be read, a training
-        process that does not start, a coordinator that refuses this device."""
+        after a lost connection by itself. Raises EdgeError: data that cannot be read, a trainer
+        that does not start, a coordinator that refuses this device."""
         if not self._running.acquire(blocking=False):
             raise ConfigError("this Client runs already; make another for another device")
         try:
@@ -162,7 +159,7 @@ def _check_modules(names: Iterable[str]) -> None:
     for name in names:
         if name == "__main__":
             raise ConfigError(
-                "imports: got '__main__', this program itself, which the training process cannot "
+                "imports: got '__main__', this program itself, which the trainer cannot "
                 "import; put the model family into a module of its own"
             )
         try:
@@ -174,9 +171,10 @@ def _check_modules(names: Iterable[str]) -> None:
 
 
 def _refuse_inside_trainer() -> None:
-    """A program named in its own `imports` would start itself again and again."""
+    """Raise ConfigError in a trainer: a program that is named in its own `imports` would start
+    itself again and again, each trainer another agent with another trainer."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if spec is not None and spec.name == "edge_sdk.training":
+    if spec is not None and spec.name == "edge_sdk.training.__main__":
         raise ConfigError(
             "a module of `imports` makes a Client when it is imported; put that under "
             'if __name__ == "__main__", or the model family into a module of its own'

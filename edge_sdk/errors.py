@@ -5,7 +5,7 @@
     ├── DataError        a data set: missing, corrupt, wrong shape, empty shard
     ├── ShapeError       tensors that do not belong to the model: name, shape, dtype, NaN
     ├── CapacityError    the device cannot do what is asked: too small, out of memory
-    ├── TrainerError     the training process ended or failed
+    ├── TrainerError     the trainer ended or failed
     ├── LinkError        no connection, lost connection, refused identity
     ├── ProtocolError    a message that breaks docs/protocol.md
     │   └── VersionError     the other side speaks another version of it

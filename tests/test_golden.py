@@ -25,7 +25,15 @@ from msgspec.structs import fields
 
 import edge_sdk
 from coordinator.admission import join as joining
-from coordinator.fleet import cohort, flow_control, jobs, open_job, router, sessions
+from coordinator.fleet import (
+    cohort,
+    flow_control,
+    job_phases,
+    jobs,
+    open_job,
+    router,
+    sessions,
+)
 from edge_sdk.agent import agent, state, trainer_process
 from edge_sdk.capacity import chooser
 from edge_sdk.data import examples
@@ -383,6 +391,17 @@ def test_protocol_gives_every_dtype_and_its_size(text):
     assert {name: table.get(name) for name in DTYPES} == {
         name: str(size) for name, size in messages.ITEM_BYTES.items()
     }
+
+
+def test_protocol_gives_the_phases_of_an_open_job(text):
+    head = f"| event | {' | '.join(phase.value for phase in job_phases.OPEN)} |"
+    _, _, below = text.partition(f"{head}\n")
+    lines = below.partition("\n\n")[0].splitlines()[1:]
+    said = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert said == [
+        [event.value, *(to.value if to else "" for to in row)]
+        for event, row in job_phases.TABLE.items()
+    ]
 
 
 def test_protocol_works_the_fetch_example_in_hex(text):

@@ -7,6 +7,7 @@ in a lower room, or a callback that its caller should pass down.
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,8 @@ FLOORS = {
         ("cli",),
     ),
 }
+# Packages whose names may be imported from themselves.
+FACES = ("edge_sdk", "edge_sdk.data", "edge_sdk.infer", "edge_sdk.models")
 # (folder, what nothing in it imports, why)
 FORBIDDEN = [
     ("edge_sdk", ("coordinator", "tools", "tests"), "a device is installed without them"),
@@ -105,6 +108,14 @@ def test_rooms_import_downwards_only(package):
 def test_every_room_says_what_it_is_for(package):
     for file in (ROOT / package).glob("*/__init__.py"):
         assert ast.get_docstring(ast.parse(file.read_text())), f"{file} says nothing"
+
+
+@pytest.mark.parametrize("package", FACES)
+def test_every_name_that_a_package_offers_is_there(package):
+    module = importlib.import_module(package)
+    assert module.__all__
+    for name in module.__all__:
+        assert getattr(module, name) is not None
 
 
 @pytest.mark.parametrize(("folder", "barred", "why"), FORBIDDEN, ids=lambda value: str(value)[:24])

@@ -1,22 +1,20 @@
-"""Clients, what they are given and what they return; the seam that real and emulated rounds share.
-
-InProcessCohort trains the same jobs in this process, one after another, for experiments.
-"""
+"""Clients, what they are given and what they return: the seam between rounds and who trains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from edge_sdk.protocol.messages import (
     DeviceProfile,
-    ExitResult,
     ModelSpec,
     Phase,
     Plan,
     Segment,
+    Struct,
     TensorSpec,
+    Update,
 )
 from edge_sdk.protocol.tensors import Tensors
 
@@ -46,32 +44,77 @@ class Assignment:
     returns: tuple[TensorSpec, ...]
 
 
+BLANK = Update(  # where no message travelled; what is known is filled in with replace()
+    job="",
+    digest="",
+    round=0,
+    num_examples=0,
+    num_steps=0,
+    exits=(),
+    phases={},
+    peak_memory_bytes=0,
+    tensors=(),
+)
+
+
+class ArrivedUpdate(Struct, frozen=True, kw_only=True):
+    """A whole update but for its tensors: the participant's own message, and how it came. That of
+    an emulated client names no round (0), job ("") or digest (""), and was not uploaded (None).
+
+    segments: of its job; bytes_down, bytes_up: moved for the job and for the update."""
+
+    update: Update
+    segments: tuple[Segment, ...]
+    upload_s: float | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
 @dataclass(frozen=True)
 class ClientUpdate:
     """What a participant returned, checked against its assignment. Whoever keeps a tensor over the
     round copies it: it may lie in a file that the next round writes over.
 
-    round: of its job; staleness: rounds that have ended since. sent: what the job began from, for
-    those. job, digest: by which the update is known. In this process: 0, 0, nothing, "" and ""."""
+    staleness: rounds that have ended since that of its job; sent: what the job began from, where
+    they are more than none."""
 
     client: Client
+    arrived: ArrivedUpdate
     tensors: Tensors
-    segments: tuple[Segment, ...]
-    num_examples: int
-    num_steps: int
-    exits: tuple[ExitResult, ...]
-    phases: Mapping[str, Phase]
-    peak_memory_bytes: int = 0
-    bytes_down: int = 0
-    bytes_up: int = 0
-    retries: int = 0
-    micro_batch: int = 0  # of the plan as it was trained
-    recompute: bool = False
-    round: int = 0
     staleness: int = 0
     sent: Tensors = field(default_factory=dict)
-    job: str = ""
-    digest: str = ""
+
+    @property
+    def told(self) -> Update:
+        """The participant's own message."""
+        return self.arrived.update
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.arrived.segments
+
+    @property
+    def num_examples(self) -> int:
+        return self.told.num_examples
+
+    @property
+    def round(self) -> int:
+        return self.told.round
+
+    @property
+    def bytes_down(self) -> int:
+        return self.arrived.bytes_down
+
+    @property
+    def bytes_up(self) -> int:
+        return self.arrived.bytes_up
+
+    @property
+    def phases(self) -> Mapping[str, Phase]:
+        """The times that the participant told, and that of the upload."""
+        upload_s = self.arrived.upload_s
+        upload = {} if upload_s is None else {"upload": Phase(wall_s=upload_s)}
+        return dict(self.told.phases) | upload
 
 
 @dataclass(frozen=True)
@@ -88,27 +131,16 @@ class Absence:
 
 
 class Cohort(Protocol):
-    """Clients behind one interface; train yields results as they arrive, in any order."""
+    """Clients behind one interface."""
 
     def clients(self) -> Sequence[Client]:
-        """Who could be given a job now."""
-
-    def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
-        """A resumed round has these participants, whether they are there yet or not: the first
-        num_chosen were chosen, the others asked for those who failed. No clients: nobody yet."""
-
-    def rest(self, tries: int) -> bool:
-        """Before a round that lacks updates is tried again, after so many tries in vain. False: the
-        next would end like the last."""
-
-    @property
-    def num_busy(self) -> int:
-        """Clients that still have the job of a round before."""
-
-    @property
-    def needed(self) -> int:
-        """In asynchronous mode: updates that the round needs, of whatever age."""
+        """The clients that could be given a job now."""
 
     def train(
         self, work: Mapping[str, Assignment], round: int, deadline_s: float
-    ) -> Iterator[ClientUpdate | Absence]: ...
+    ) -> Iterator[ClientUpdate | Absence]:
+        """Give these clients these jobs; yield results as they arrive, in any order."""
+
+    def rest(self, tries: int) -> bool:
+        """Wait before a round that lacks updates is tried again, after so many tries in vain. False
+        if the next try would end like the last."""

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
 
 import torch
+from msgspec.structs import replace
 
-from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import (
+    BLANK,
+    Absence,
+    ArrivedUpdate,
+    Assignment,
+    Client,
+    ClientUpdate,
+)
 from edge_sdk.data.loading import Examples
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.process_memory import memory_errors
+from edge_sdk.protocol.messages import Update
 from edge_sdk.protocol.stream import layout
 from edge_sdk.protocol.tensors import check_finite, check_specs, specs_of
-from edge_sdk.training.trainer import train
+from edge_sdk.training.trainer import TrainResult, train
 
 MOST_TRIES = 3  # of a round without updates, where nothing changes by waiting
 
@@ -45,14 +55,8 @@ class InProcessCohort:
                 )
             )
 
-    num_busy = 0
-    needed = 1
-
     def clients(self) -> Sequence[Client]:
         return self._clients
-
-    def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
-        """They are all here."""
 
     def rest(self, tries: int) -> bool:
         return tries < MOST_TRIES
@@ -69,7 +73,7 @@ class InProcessCohort:
 def train_here(
     client: Client, job: Assignment, shard: Examples, device: str | torch.device
 ) -> ClientUpdate | Absence:
-    """One job in this process, its result checked as one from the network."""
+    """Train one job in this process; its result is checked as one from the network."""
     try:
         with memory_errors(f"training for {client.id}"):
             result = train(job.model, job.plan, job.tensors, shard, device=device)
@@ -77,17 +81,17 @@ def train_here(
         check_finite(result.tensors, f"update from {client.id}")
     except EdgeError as error:
         return Absence(client, job.plan.segments, "failed", error.code, str(error))
-    return ClientUpdate(
-        client=client,
-        tensors=result.tensors,
+    arrived = ArrivedUpdate(
+        update=as_update(result, job),
         segments=job.plan.segments,
-        num_examples=result.num_examples,
-        num_steps=result.num_steps,
-        exits=result.exits,
-        phases=result.phases,
-        peak_memory_bytes=result.peak_memory_bytes,
         bytes_down=layout(specs_of(job.tensors))[1],
         bytes_up=layout(job.returns)[1],
-        micro_batch=job.plan.micro_batch,
-        recompute=job.plan.recompute,
     )
+    return ClientUpdate(client, arrived, result.tensors)
+
+
+def as_update(result: TrainResult, job: Assignment) -> Update:
+    """The message that a device would send: what a result holds has the same name in both."""
+    told = {field.name: getattr(result, field.name) for field in fields(result)}
+    told |= {"micro_batch": job.plan.micro_batch, "recompute": job.plan.recompute}
+    return replace(BLANK, **told | {"tensors": job.returns})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -48,14 +48,8 @@ class ProcessCohort:
             initargs=(dict(shards), tuple(imports), threads),
         )
 
-    num_busy = 0
-    needed = 1
-
     def clients(self) -> Sequence[Client]:
         return self._inner.clients()
-
-    def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
-        """They are all here."""
 
     def rest(self, tries: int) -> bool:
         return self._inner.rest(tries)

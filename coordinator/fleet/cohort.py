@@ -2,7 +2,7 @@
 
 One thread, one socket; who is connected is in sessions.py, a job's way there and back in jobs.py.
 Whatever a device does, the others and the round go on. While the caller aggregates, messages wait
-in ZeroMQ's queues, and no device is taken for silent for it.
+in ZeroMQ's queues, and that pause is no device's silence.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohorts.quorum import clients_needed, updates_needed
+from coordinator.config import RunConfig
 from coordinator.fleet.counters import Counters
 from coordinator.fleet.flow_control import BUDGET_BYTES, Budget
 from coordinator.fleet.jobs import Jobs
-from coordinator.fleet.router import Received, Router
-from coordinator.fleet.sessions import SILENCE_S, Session, Sessions
+from coordinator.fleet.router import Outcast, Received, Router
+from coordinator.fleet.sessions import SILENCE_S, Gone, Session, Sessions
 from coordinator.fleet.spool import Spool
-from coordinator.fleet.state import cohort_state, folder_bytes
+from coordinator.fleet.state import RoundAtHand, cohort_state, folder_bytes
 from coordinator.store.status import CohortState
 from edge_sdk.errors import QuorumError
 from edge_sdk.helpers.logs import event
 from edge_sdk.helpers.text import one_line
-from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import (
     PROTOCOL,
     Bye,
@@ -35,7 +36,6 @@ from edge_sdk.protocol.messages import (
     Hello,
     ModelSpec,
     Part,
-    Plan,
     Ready,
     Update,
     Welcome,
@@ -56,55 +56,58 @@ class Stopped(Exception):
 
 
 class ZmqCohort:
-    """Clients over a Router. should_stop is asked about twice a second; then Stopped is raised.
+    """Clients over a Router. run: its id; model: that of the run's method. give_up_after_s: how
+    long nothing may change while there are too few devices, 0: without end. budget_bytes: of parts
+    on their way at once. should_stop is asked about twice a second; then Stopped is raised.
     was_counted(job): whether a committed round holds its update. next_round: the first to come; of
     those before, what was under way goes on."""
 
     def __init__(
         self,
         router: Router,
-        terms: ServeOptions,
         spool: Spool,
+        config: RunConfig,
+        model: ModelSpec,
+        *,
+        run: str,
+        give_up_after_s: float = 0.0,
+        budget_bytes: int = BUDGET_BYTES,
         should_stop: Callable[[], bool] = lambda: False,
         was_counted: Callable[[str], bool] = lambda job: False,
         next_round: int = 1,
     ) -> None:
         self._router = router
-        self._terms = terms
+        self._config = config
+        self._is_async = config.mode == "async"
+        self._give_up_after_s = give_up_after_s
+        self._budget_bytes = budget_bytes
         self._spool = spool
         self._counters = counters = Counters()
         self._should_stop = should_stop
         welcome = Welcome(
             protocol=PROTOCOL,
-            run=terms.run,
-            model=terms.model,
-            plan=terms.plan,
-            deadline_s=terms.deadline_s,
+            run=run,
+            model=model,
+            plan=config.plan(config.rounds),
+            deadline_s=config.deadline_s,
             heartbeat_s=HEARTBEAT_S,
         )
+        self.sessions = Sessions(router, welcome, counters)
         self.jobs = Jobs(
-            terms.run,
+            run,
             spool,
-            Budget(terms.budget_bytes),
-            lambda name, message, payload: self.sessions.send(name, message, payload),
-            takes_late=terms.oldest > 0,
+            Budget(budget_bytes),
+            self.sessions,
+            takes_late=config.oldest > 0,
             was_counted=was_counted,
-            on_absent=lambda name: self.sessions.says_ready(name, None),
             counters=counters,
         )
-        self.sessions = Sessions(
-            router, welcome, self._on_place, self._on_gone, self.jobs.transfers.patience_s, counters
-        )
-        router.on_outcast = self.sessions.outcast
         self.jobs.resume(next_round)
         self._expected: dict[str, Client] = {}
         self._num_chosen = 0  # of a resumed round
         self._is_assembled = False
         self._assembles_until = time.monotonic() + SILENCE_S if next_round > 1 else math.inf
-        self._round = 0
-        self._asked: set[str] = set()  # participants of this round; who of them has returned
-        self._returned: set[str] = set()
-        self._needed = 0
+        self._at_hand = RoundAtHand()
         self._listened = self._looked = self._progress = time.monotonic()
         self._num_heard = 0  # messages since the last look after the silent
 
@@ -112,23 +115,21 @@ class ZmqCohort:
 
     @property
     def needed(self) -> int:
-        """Of the round, when its participants were asked; with those who were at work."""
-        return self._needed
+        """Updates that the round needs: a share of its participants, in asynchronous mode also of
+        those who were at work for a round before when they were asked."""
+        return self._at_hand.needed
 
     @property
     def num_busy(self) -> int:
-        """Who is gone, and was waited for long enough, keeps nobody from getting a job."""
-        open_jobs = self.jobs.open
-        return sum(
-            not open_job.is_late or name in self.sessions.all
-            for name, open_job in open_jobs.items()
-        )
+        """Clients with a job in hand. One that is late and not connected is not counted: it keeps
+        nobody else from getting a job."""
+        connected = self.sessions.all
+        return sum(not job.is_late or name in connected for name, job in self.jobs.open.items())
 
     def clients(self) -> Sequence[Client]:
         """Devices ready for a job. Waits for min_clients before the first round (after a restart no
         longer than for a silent device), for a quorum of them before later ones, and says what it
-        waits for. Those that have a late job in hand are there, but not ready. Raises QuorumError.
-        """
+        waits for. Those with a late job in hand are there, but not ready. Raises QuorumError."""
         self._drain()
         told, most = 0.0, -1
         while (here := self._num_here()) < (least := self._least()):
@@ -144,10 +145,13 @@ class ZmqCohort:
         return self._idle_clients()
 
     def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
+        """A round begins. These clients, whether they are there yet or not, take part in one that
+        was cut short: the first num_chosen were chosen, the others asked for those who failed."""
         self._expected = {client.id: client for client in clients}
         self._num_chosen = num_chosen
-        self.jobs.expire(self._round + 1 - self._terms.oldest)  # before anything more is heard
-        self._asked, self._returned, self._needed = set(), set(), 0  # of the round before
+        last = self._at_hand.round
+        self.jobs.expire(last + 1 - self._config.oldest)  # before anything more is heard
+        self._at_hand = RoundAtHand(last)
         if self._expected:  # they had been there before the restart
             self._assembles_until = min(self._assembles_until, time.monotonic() + SILENCE_S)
 
@@ -167,29 +171,9 @@ class ZmqCohort:
         round closes when nobody is left to wait for, or at deadline + grace once a quorum has
         returned or no longer can. Asynchronous: as soon as a quorum has returned, others go on.
         Raises QuorumError."""
-        jobs, terms = self.jobs, self._terms
-        if round != self._round:
-            self._round, self._progress = round, time.monotonic()
-            self._asked, self._returned, self._needed = set(), set(), 0
-            jobs.expire(round - terms.oldest)
-            jobs.clear_spool(round)
-        here = jobs.returned(round)  # came between two tries of the round: nobody is asked twice
-        work = {name: job for name, job in work.items() if name not in here}
-        at_work = self.num_busy if terms.is_async else 0
-        known = self._expected | {client.id: client for client in self._idle_clients()}
-        for name, assignment in work.items():
-            if name in known:
-                jobs.give(known[name], assignment, round, deadline_s)
-            else:
-                jobs.miss(Client(id=name, exit=assignment.model.exit), assignment)
-        chosen = min(len(work), self._num_chosen or len(work))
-        self._expected, self._num_chosen = {}, 0
+        jobs = self.jobs
+        needed = self._hand_out(work, round, deadline_s)
         told, returned = (started := time.monotonic()), 0
-        needed = terms.needed(chosen + at_work)
-        self._asked |= work.keys() | (jobs.open.keys() if terms.is_async else set())
-        self._needed = max(self._needed, needed)
-        extra = event("round_opened", round=round, chosen=len(work), needed=needed)
-        log.info("round %d: %d asked, %d needed", round, len(work), needed, extra=extra)
         while True:
             while jobs.finished:
                 result = jobs.finished.pop(0)
@@ -197,14 +181,14 @@ class ZmqCohort:
                 if isinstance(result, ClientUpdate):
                     self._progress = time.monotonic()
                     result = replace(result, staleness=round - result.round)
-                    returned += terms.is_async or not result.staleness
+                    returned += self._is_async or not result.staleness
                 yield result
                 del result  # no reference stays here
                 self._num_heard = 0  # messages waited for the caller
-            if not jobs.num_open or (terms.is_async and returned >= needed):
+            if not jobs.num_open or (self._is_async and returned >= needed):
                 jobs.leave_open()
                 return
-            overdue_s = time.monotonic() - started - deadline_s - terms.grace_s
+            overdue_s = time.monotonic() - started - deadline_s - self._config.grace_s
             is_hopeless = returned + jobs.num_open < needed  # too many have failed
             if overdue_s > 0 and (returned >= needed or is_hopeless):
                 self._drain()  # what came while the caller aggregated is not late
@@ -219,57 +203,72 @@ class ZmqCohort:
             self._pump()
 
     def snapshot(self) -> CohortState:
-        """What everybody does now; for the thread that uses the cohort."""
+        """What every client does now; for the thread that uses the cohort."""
         return cohort_state(
             self._counters,
             self.sessions.all,
             self.jobs,
-            chosen=len(self._asked),
-            needed=self._needed,
-            returned=len(self._returned),
-            budget_bytes=self._terms.budget_bytes,
+            self._at_hand,
+            budget_bytes=self._budget_bytes,
             spool_bytes=folder_bytes(self._spool.folder),
             pending=self._router.num_pending,
             now=time.monotonic(),
         )
 
     def close(self, reason: str, *, is_final: bool) -> None:
-        """Tell every device and wait for its answer, not long, then close the socket: ZeroMQ drops
-        what a device has not read yet when the connection ends."""
-        for name in self.sessions.all:
-            self.sessions.send(name, Bye(reason=reason, is_final=is_final))
-        give_up = time.monotonic() + FAREWELL_S
-        while self.sessions.all and time.monotonic() < give_up:
-            _, received = self._router.receive(100)
-            if received is None or not isinstance(received.message, Bye):
-                continue
-            if found := self.sessions.on_route(received.route):
-                self.sessions.all.pop(found[0])
+        """Tell every device why, and close the socket. is_final: nothing goes on after this run."""
+        self.sessions.take_leave(Bye(reason=reason, is_final=is_final), FAREWELL_S)
         self._router.close()
         if is_final:
             self._spool.clear()
 
     # -- inside --------------------------------------------------------------------------------
 
+    def _hand_out(self, work: Mapping[str, Assignment], round: int, deadline_s: float) -> int:
+        """Give the jobs of a round, or of another try of it. How many updates it needs."""
+        if round != self._at_hand.round:
+            self._at_hand, self._progress = RoundAtHand(round), time.monotonic()
+            self.jobs.expire(round - self._config.oldest)
+            self.jobs.clear_spool(round)
+        here = self.jobs.returned(
+            round
+        )  # came between two tries of the round: nobody is asked twice
+        work = {name: job for name, job in work.items() if name not in here}
+        at_work = self.num_busy if self._is_async else 0
+        known = self._expected | {client.id: client for client in self._idle_clients()}
+        for name, assignment in work.items():
+            if name in known:
+                self.jobs.give(known[name], assignment, round, deadline_s)
+            else:
+                self.jobs.miss(Client(id=name, exit=assignment.model.exit), assignment)
+        chosen = min(len(work), self._num_chosen or len(work))
+        self._expected, self._num_chosen = {}, 0
+        needed = updates_needed(self._config, chosen + at_work)
+        self._at_hand.asked |= work.keys() | (self.jobs.open.keys() if self._is_async else set())
+        self._at_hand.needed = max(self._at_hand.needed, needed)
+        extra = event("round_opened", round=round, chosen=len(work), needed=needed)
+        log.info("round %d: %d asked, %d needed", round, len(work), needed, extra=extra)
+        return needed
+
     def _idle_clients(self) -> list[Client]:
-        """Who could be given a job now."""
+        """The clients that could be given a job now."""
         return [c for c in self.sessions.ready_clients() if c.id not in self.jobs.open]
 
     def _num_here(self) -> int:
-        """Ready, or connected and at work."""
+        """Clients that are ready, or connected and at work."""
         at_work = self.jobs.open.keys() & self.sessions.all.keys()
         return len(self.sessions.ready | at_work)
 
     def _least(self) -> int:
         """Devices that the next round begins with at least."""
-        all = self._terms.min_clients
         if not self._is_assembled and time.monotonic() < self._assembles_until:
-            return all
-        return max(1, math.ceil(self._terms.quorum * all))
+            return self._config.min_clients
+        return clients_needed(self._config)
 
     def _check_progress(self, what: str) -> None:
-        """Parts that move are progress, and so is whoever is heard at work."""
-        limit, open_jobs, sessions = self._terms.give_up_after_s, self.jobs.open, self.sessions.all
+        """Raise QuorumError if nothing has changed for too long. Parts that move are a change, and
+        so is every message of a device that is at work. what: is waited for, or is the matter."""
+        limit, open_jobs, sessions = self._give_up_after_s, self.jobs.open, self.sessions.all
         if not limit or time.monotonic() - self._progress <= limit:
             return
         moved = (open_job.moved for open_job in open_jobs.values())
@@ -281,26 +280,27 @@ class ZmqCohort:
             )
 
     def _note(self, result: ClientUpdate | Absence, round: int) -> None:
+        """Count the result for the status page."""
         name = result.client.id
         if isinstance(result, ClientUpdate):
             is_stale = result.round != round
             self._counters.result(name, "stale" if is_stale else "accepted")
-            if not is_stale or self._terms.is_async:
-                self._returned.add(name)
+            if not is_stale or self._is_async:
+                self._at_hand.returned.add(name)
             return
         self._counters.fault(name, result.code)
         self._counters.result(name, "late" if result.outcome == "straggler" else "failed")
 
     def _drain(self) -> None:
-        """Handle what came while nobody listened, a bounded number of messages, up to a result: the
-        caller takes it before what its device says next, as a ready, is handled."""
+        """Handle what came while the caller did not listen, up to a result, which is taken before
+        what its device says next is handled, as a ready; a bounded number of messages."""
         for _ in range(self._many):
             if not self._pump(0) or self.jobs.finished:
                 return
 
     @property
     def _many(self) -> int:
-        """So many messages and everybody has been heard: ZeroMQ takes them from all by turns."""
+        """After so many messages every device has been heard: ZeroMQ takes from all by turns."""
         return 100 * (len(self.sessions.all) + 10)
 
     def _pump(self, timeout_ms: int = 500) -> bool:
@@ -328,24 +328,31 @@ class ZmqCohort:
         return has_message
 
     def _look(self, now: float) -> None:
-        self.sessions.look(now)
+        """See after sessions, participants that are not connected, and transfers that stalled."""
+        for happened in self.sessions.look(now, self.jobs.transfers.patience_s()):
+            self._tell_jobs(happened)
         for name in self.jobs.awaited - self.sessions.all.keys():
             if now - self.jobs.open[name].given > SILENCE_S:
                 self.jobs.on_gone(name, "gone", "is not connected")
         self.jobs.check_stalls()
 
-    def _on_gone(self, name: str, why: str, may_return: bool) -> None:
-        self.jobs.on_gone(name, "gone", why, may_return=may_return)
-
-    def _on_place(self, name: str, hello: Hello) -> None:
-        self.jobs.on_return(name, hello.round, hello.job, hello.num_examples)
+    def _tell_jobs(self, happened: Hello | Gone | None) -> None:
+        """A device has its place, or is gone: that changes what becomes of its job."""
+        match happened:
+            case Hello(client_id=name, round=round, job=job, num_examples=num_examples):
+                self.jobs.on_return(name, round, job, num_examples)
+            case Gone(name=name, why=why, may_return=may_return):
+                self.jobs.on_gone(name, "gone", why, may_return=may_return)
 
     # -- messages ----------------------------------------------------------------------------
 
-    def _handle(self, received: Received) -> None:
+    def _handle(self, received: Received | Outcast) -> None:
+        if isinstance(received, Outcast):
+            self._tell_jobs(self.sessions.outcast(received.route))
+            return
         route, message = received.route, received.message
         if isinstance(message, Hello):
-            self.sessions.hello(received, message)
+            self._tell_jobs(self.sessions.hello(received, message))
             return
         found = self.sessions.on_route(route)
         if found is None:
@@ -356,69 +363,38 @@ class ZmqCohort:
             self.sessions.refuse(route, "admission", f"this key no longer belongs to {name!r}")
             return
         session.seen = time.monotonic()
-        if isinstance(message, Heartbeat):
-            self.sessions.send(name, Heartbeat(round=message.round))
-            self.jobs.on_heartbeat(name, message.round)
-        elif isinstance(message, Ready):
-            self._on_ready(name, session, message)
-        elif isinstance(message, Bye):
-            self.sessions.leave(name, "said bye")
-        elif isinstance(message, Fetch | Part | Update | Fault):
-            self._on_round_message(name, message, received.payload)
-        else:
-            self.sessions.refuse(
-                route, "protocol", f"{type(message).__name__} is not for coordinators"
-            )
+        match message:
+            case Heartbeat(round=round):
+                self.sessions.send(name, Heartbeat(round=round))
+                self.jobs.on_heartbeat(name, round)
+            case Ready():
+                self._on_ready(name, session, message)
+            case Bye():
+                self._tell_jobs(self.sessions.leave(name, "said bye"))
+            case Fault():
+                self._on_fault(name, message)
+            case Fetch() | Part() | Update():
+                self.jobs.on_message(name, message, received.payload)
+            case _:
+                detail = f"{type(message).__name__} is not for coordinators"
+                self.sessions.refuse(route, "protocol", detail)
 
-    def _on_round_message(
-        self, name: str, message: Fetch | Part | Update | Fault, payload: Payload | None
-    ) -> None:
-        if isinstance(message, Fault):
-            extra = event("fault", client=name, code=message.code, round=message.round)
-            code = one_line(message.code)
-            log.warning("%s reports %s: %s", name, code, message.detail, extra=extra)
-            if name not in self.jobs.awaited:  # else it counts as its absence
-                self._counters.fault(name, message.code)
-        if isinstance(message, Fault) and not message.round and message.code in OF_NO_JOB:
-            self.jobs.on_gone(name, message.code, message.detail, may_return=False)
+    def _on_fault(self, name: str, fault: Fault) -> None:
+        extra = event("fault", client=name, code=fault.code, round=fault.round)
+        log.warning("%s reports %s: %s", name, one_line(fault.code), fault.detail, extra=extra)
+        if name not in self.jobs.awaited:  # else it counts as its absence
+            self._counters.fault(name, fault.code)
+        if not fault.round and fault.code in OF_NO_JOB:
+            self.jobs.on_gone(name, fault.code, fault.detail, may_return=False)
         else:
-            self.jobs.on_message(name, message, payload)
+            self.jobs.on_message(name, fault, None)
 
     def _on_ready(self, name: str, session: Session, ready: Ready) -> None:
-        deepest = self._terms.model.exit
-        if ready.exit > deepest or any(stage > deepest for stage in ready.stages):
-            self.sessions.refuse(session.route, "protocol", f"the model has {deepest} exits")
-            return
-        if ready.stage_s and len(ready.stage_s) != len(ready.stages):
-            detail = f"{len(ready.stage_s)} stage_s for {len(ready.stages)} stages"
-            self.sessions.refuse(session.route, "protocol", detail)
+        if wrong := self.sessions.misfit(ready):
+            self.sessions.refuse(session.route, "protocol", wrong)
             return
         if session.ready is None or session.ready.exit != ready.exit:
             extra = event("ready", client=name, exit=ready.exit)
             log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason, extra=extra)
         self.jobs.on_ready(name, ready)  # first: what fails here was before this ready
         self.sessions.says_ready(name, ready)
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What every device is told, and when a round may close: see RunConfig. oldest: rounds after
-    which a late update is not taken any more, 0: none is. give_up_after_s: how long nothing may
-    change while there are too few devices, 0: without end."""
-
-    run: str
-    model: ModelSpec
-    plan: Plan
-    deadline_s: float
-    grace_s: float
-    quorum: float
-    min_clients: int
-    min_updates: int = 1
-    is_async: bool = False
-    oldest: int = 0
-    give_up_after_s: float = 0.0
-    budget_bytes: int = BUDGET_BYTES
-
-    def needed(self, chosen: int) -> int:
-        """Updates that a round of so many participants needs."""
-        return max(1, math.ceil(self.quorum * chosen), min(self.min_updates, chosen))

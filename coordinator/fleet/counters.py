@@ -29,7 +29,7 @@ def known_code(code: str) -> str:
 
 @dataclass
 class ClientCounts:
-    """One client's, and what was last known of it. seen: as time.monotonic() says."""
+    """What one client did, and what was last known of it. seen: in time.monotonic()'s seconds."""
 
     address: str = ""
     platform: str = ""
@@ -59,18 +59,19 @@ class Counters:
         return self.clients.setdefault(name, ClientCounts())
 
     def fault(self, name: str | None, code: str) -> None:
-        """name: None for one who has not said hello."""
+        """Count a fault. name: None for a device that has not said hello."""
         self.faults[known_code(code)] += 1
         if name is not None:
             self.of(name).faults[known_code(code)] += 1
 
     def result(self, name: str, outcome: Outcome) -> None:
-        """accepted: in its own round; stale: in a later one, after having been late in its own."""
+        """Count a participation. accepted: its update counts in its own round; stale: in a later
+        one, after it had been late in its own."""
         self.of(name).updates += outcome in ("accepted", "stale")
         self.updates[outcome] += 1
 
     def moved(self, name: str, bytes_down: int, bytes_up: int) -> None:
-        """A client is through with a job for which so much was moved."""
+        """Count the bytes that were moved for a job that a client is through with."""
         counts = self.of(name)
         counts.bytes_down += bytes_down
         counts.bytes_up += bytes_up

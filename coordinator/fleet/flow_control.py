@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from edge_sdk.protocol.link import DEAD_MS
 from edge_sdk.protocol.stream import PART_BYTES
+from edge_sdk.protocol.timing import DEAD_MS
 
 BUDGET_BYTES = 64 * 1024**2  # of parts that are on their way at once
 LEAST_BUDGET_BYTES = 2 * PART_BYTES
@@ -42,7 +42,8 @@ class LinkRate:
         self.rate = 1 / (0.7 / self.rate + 0.3 * now) if self.rate else 1 / now
 
     def stalled(self) -> None:
-        """It did not keep its own pace: expect half of it, and of a quick one nothing."""
+        """The link did not keep its own pace: half of it is expected from now on, of a quick link
+        no more than UNKNOWN_RATE."""
         self.rate = min(UNKNOWN_RATE, (self.rate or UNKNOWN_RATE) / 2)
 
     @property
@@ -54,14 +55,15 @@ class LinkRate:
         return WINDOW if self.rate >= SLOW_RATE else SLOW_WINDOW
 
     def patience_s(self, num_bytes: int) -> float:
-        """After how many seconds without any of num_bytes under way something is wrong."""
+        """Seconds without any of num_bytes under way after which something is wrong."""
         expected_s = num_bytes / (self.rate or UNKNOWN_RATE)
         return LINK_S + max(PATIENCE * expected_s, PART_BYTES / LEAST_RATE)
 
 
 @dataclass(frozen=True)
 class LinkRates:
-    """Of one client's link, each way: many a link up has a hundredth of what it has down."""
+    """The rates of one client's link, one for each way: up, many a link has a hundredth of what it
+    has down."""
 
     down: LinkRate = field(default_factory=LinkRate)
     up: LinkRate = field(default_factory=LinkRate)
@@ -84,7 +86,7 @@ class Budget:
         return sum(self._used) * PART_BYTES
 
     def ask(self, name: str, is_slow: bool) -> None:
-        """It would like some; its turn comes with next()."""
+        """This client would like parts under way; its turn comes with next()."""
         if name not in self._waiting:
             self._waiting.add(name)
             self._queues[is_slow, name not in self._begun].append(name)
@@ -102,7 +104,7 @@ class Budget:
         return None
 
     def take(self, name: str, parts: int, is_slow: bool) -> None:
-        """So many more of its parts are under way."""
+        """So many more of the client's parts are under way."""
         self._begun.add(name)
         held = self.held(name)
         self.arrived(name, held)  # all of a client's parts count on one side
@@ -111,14 +113,14 @@ class Budget:
             self._used[is_slow] += held + parts
 
     def holders(self) -> list[str]:
-        """Whose parts are under way."""
+        """The clients whose parts are under way."""
         return list(self._held)
 
     def held(self, name: str) -> int:
         return self._held.get(name, (False, 0))[1]
 
     def arrived(self, name: str, parts: int) -> None:
-        """So many of its parts are under way no more; more than it had are all."""
+        """So many of the client's parts are under way no more; at most those that were."""
         is_slow, held = self._held.pop(name, (False, 0))
         left = max(0, held - parts)
         self._used[is_slow] -= held - left
@@ -126,7 +128,7 @@ class Budget:
             self._held[name] = is_slow, left
 
     def drop(self, name: str) -> None:
-        """Its transfer is over or broken: nothing is under way, and it waits for nothing."""
+        """The client's transfer is over or broken: it waits for nothing, nothing is under way."""
         self.arrived(name, self.held(name))
         self._begun.discard(name)
         if name in self._waiting:

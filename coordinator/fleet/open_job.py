@@ -12,11 +12,11 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from coordinator.cohorts.base import Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Absence, ArrivedUpdate, Assignment, Client
 from coordinator.fleet.flow_control import LinkRate, LinkRates
-from coordinator.fleet.spool import ArrivedUpdate
+from coordinator.fleet.job_phases import JobEvent, JobPhase, phase_after
 from edge_sdk.errors import ShapeError
-from edge_sdk.protocol.messages import Job, Phase, Ready, Update
+from edge_sdk.protocol.messages import Job, Ready, Update
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import Receiver, Sender, Tensors, check_finite, check_specs
 
@@ -25,20 +25,18 @@ MOST_WANTED = 16  # ranges of parts that a device may have asked for and not bee
 
 @dataclass
 class OpenJob:
-    """is_late: not waited for any more, and its update still taken. outlives: waited for beyond its
-    round, in asynchronous mode. Times are of time.monotonic()."""
+    """phase: see job_phases; changed by happens() only. Times are of time.monotonic()."""
 
     client: Client
     job: Job
     assignment: Assignment
     sender: Sender
     link_rates: LinkRates
+    phase: JobPhase = JobPhase.DOWNLOAD
+    is_saved: bool = False  # in the spool, as one that is waited for beyond its round
     given: float = field(default_factory=time.monotonic)
     times_given: int = 1
-    is_late: bool = False
-    outlives: bool = False
-    awaits_ready: bool = False  # it has not got its job, or lost it with its program
-    mismatched_since: float | None = None
+    mismatched_since: float | None = None  # heartbeats name another round, or none
     moved: float = field(default_factory=time.monotonic)  # when parts last did
     requested: deque[range] = field(default_factory=deque)  # asked for, not sent
     have: int | None = None  # parts that the device said it has, on this connection
@@ -59,15 +57,21 @@ class OpenJob:
 
     @property
     def link_rate(self) -> LinkRate:
-        """Of the way that parts go now."""
+        """That of the direction in which parts go now."""
         return self.link_rates.down if self.update is None else self.link_rates.up
 
     @property
-    def phase(self) -> str:
-        """Of the work: "download", "train" or "upload"."""
-        if self.update is not None:
-            return "upload"
-        return "train" if self.have == self.sender.num_parts else "download"
+    def is_late(self) -> bool:
+        """Nobody waits for the update, and it is still taken."""
+        return self.phase in (JobPhase.LATE, JobPhase.LATE_LOST)
+
+    @property
+    def is_lost(self) -> bool:
+        """The device has not got the job, or no more, and has not said `ready` since."""
+        return self.phase in (JobPhase.LOST, JobPhase.LATE_LOST)
+
+    def happens(self, event: JobEvent) -> None:
+        self.phase = phase_after(self.phase, event)
 
     @property
     def has_to_move(self) -> bool:
@@ -76,7 +80,7 @@ class OpenJob:
         return self.receiver.num_under_way <= self.link_rate.window // 2
 
     def patience_s(self, parts: int) -> float:
-        """After how long without any of so many parts under way something is wrong."""
+        """Seconds without any of so many parts under way after which something is wrong."""
         return self.link_rate.patience_s(parts * PART_BYTES)
 
     def note_moved(self, num_bytes: int) -> None:
@@ -85,16 +89,18 @@ class OpenJob:
         self.moved = now
 
     def confirm(self, have: int) -> int:
-        """Parts that have arrived since the device last said so, at most those there are."""
+        """The device says how many parts it has. How many have arrived since it last said so."""
         have = min(have, self.sender.num_parts)
         arrived = 0 if self.have is None else max(0, have - self.have)
         if arrived:
             self.note_moved(arrived * PART_BYTES)
         self.have = have
+        has_all = have == self.sender.num_parts
+        self.happens(JobEvent.HAS_ALL_PARTS if has_all else JobEvent.LACKS_PARTS)
         return arrived
 
     def request(self, first: int, count: int) -> bool:
-        """Parts to send; False when the device has asked in too many pieces."""
+        """The device asks for these parts. False if it has asked in too many pieces."""
         asked = range(first, min(first + count, self.sender.num_parts))
         if self.requested and asked and self.requested[-1].stop == first:
             self.requested[-1] = range(self.requested[-1].start, asked.stop)
@@ -110,27 +116,52 @@ class OpenJob:
         return self.requested[0].start if self.requested else None
 
     def mark_sent(self) -> None:
-        """That part."""
+        """The part that next_requested() names is on its way: the one behind it comes next."""
         if left := self.requested.popleft()[1:]:
             self.requested.appendleft(left)
 
+    def arrived(self) -> ArrivedUpdate:
+        """The update that was announced, now that all of it is here."""
+        assert self.update is not None
+        return ArrivedUpdate(
+            update=self.update,
+            segments=self.job.plan.segments,
+            upload_s=time.monotonic() - self.announced,
+            bytes_down=self.bytes_down,
+            bytes_up=self.bytes_up,
+        )
+
+    def absence(self, outcome: str, code: str, detail: str) -> Absence:
+        """The participant's result, as it returns nothing that counts in its round."""
+        segments, moved = self.job.plan.segments, (self.bytes_down, self.bytes_up)
+        return Absence(self.client, segments, outcome, code, detail, *moved)
+
     def grow_examples(self, number: int) -> None:
-        """Its data may have grown with a restart; an update may be of before, or after."""
+        """The device's data may have grown with a restart of its program; its update may be of
+        before or after that."""
         if number > self.client.num_examples:
             self.client = replace(self.client, num_examples=number)
 
-    def reconnected(self) -> None:
-        """Nothing is under way any more."""
+    def announce(self, update: Update, receiver: Receiver) -> None:
+        """The update is as asked for; its parts go to the receiver."""
+        self.update, self.receiver, self.announced = update, receiver, time.monotonic()
+        self.happens(JobEvent.ANNOUNCED)
+
+    def reconnect(self) -> None:
+        """The device's link is another one, or lost: nothing is under way any more."""
         self.have = None
         self.requested.clear()
-        self.mismatched_since, self.awaits_ready, self.stalls = None, False, 0
+        self.mismatched_since, self.stalls = None, 0
+        self.happens(JobEvent.LINK_CHANGED)
         if self.receiver is not None:
             self.receiver.restart()
+            self.happens(JobEvent.ANNOUNCED)
 
-    def given_again(self) -> None:
+    def give_again(self) -> None:
         """The device begins its job anew."""
         self.update = self.receiver = None
-        self.reconnected()
+        self.happens(JobEvent.GIVEN_AGAIN)
+        self.reconnect()
         self.times_given += 1
 
     def fits(self, ready: Ready) -> bool:
@@ -144,7 +175,7 @@ class OpenJob:
 
 
 class Senders:
-    """One for all jobs that send the same tensors."""
+    """Makes one Sender for all jobs that send the same tensors."""
 
     def __init__(self) -> None:
         # the tensors behind the ids live as long as their sender
@@ -160,8 +191,8 @@ class Senders:
 def make_job(
     run: str, client: Client, assignment: Assignment, sender: Sender, round: int, deadline_s: float
 ) -> Job:
-    """The id follows from the rest: given the state of the round before, a coordinator that was
-    restarted makes the same."""
+    """The job as it travels. Its id is a digest of the rest: given the state of the round before, a
+    coordinator that was restarted makes the same one."""
     content = (run, round, client.id, assignment.model, assignment.plan, sender.specs)
     return Job(
         id=hashlib.blake2b(msgspec.json.encode(content), digest_size=16).hexdigest(),
@@ -170,32 +201,6 @@ def make_job(
         plan=assignment.plan,
         tensors=sender.specs,
         deadline_s=deadline_s,
-    )
-
-
-def counted(
-    client: Client, arrived: ArrivedUpdate, tensors: Tensors, sent: Tensors
-) -> ClientUpdate:
-    """A checked update as the method gets it. sent: what its job began from."""
-    update = arrived.update
-    return ClientUpdate(
-        client=client,
-        round=update.round,
-        sent=sent,
-        tensors=tensors,
-        segments=arrived.segments,
-        num_examples=update.num_examples,
-        num_steps=update.num_steps,
-        exits=update.exits,
-        phases=dict(update.phases) | {"upload": Phase(wall_s=arrived.upload_s)},
-        peak_memory_bytes=update.peak_memory_bytes,
-        bytes_down=arrived.bytes_down,
-        bytes_up=arrived.bytes_up,
-        retries=update.retries,
-        micro_batch=update.micro_batch,
-        recompute=update.recompute,
-        job=update.job,
-        digest=update.digest,
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import resource
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
@@ -46,8 +45,16 @@ class Received:
     key: bytes = b""
 
 
+@dataclass(frozen=True)
+class Outcast:
+    """A message came over this route, which may have been a client's, under a key that is not
+    admitted any more."""
+
+    route: bytes
+
+
 class _Credentials:
-    """What the authenticator asks for every new connection."""
+    """Tells the authenticator, at every new connection, whether its key may come in."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -71,7 +78,6 @@ class Router:
     and nobody is checked."""
 
     def __init__(self, endpoint: str, keys: KeyPair | None, admission: Admission | None) -> None:
-        self.on_outcast: Callable[[bytes], None] = lambda route: None  # a route that was a client's
         self._admission = admission
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
@@ -99,7 +105,7 @@ class Router:
         self.endpoint = bytes(self.socket.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
     def send(self, route: bytes, message: Message, payload: Payload | None = None) -> bool:
-        """False when the route is gone or takes nothing now."""
+        """Send a message. False if the route is gone or takes nothing now."""
         try:
             send_frames(self.socket, [route], message, payload)
         except zmq.ZMQError as error:
@@ -109,7 +115,7 @@ class Router:
             return False
         return True
 
-    def receive(self, timeout_ms: int) -> tuple[bool, Received | None]:
+    def receive(self, timeout_ms: int) -> tuple[bool, Received | Outcast | None]:
         """Whether there was a message, and the message if it was good and is not done with here. A
         bad one, or one of a device that is no longer admitted, is answered with a Fault."""
         admission = self._admission
@@ -127,8 +133,7 @@ class Router:
             name = admission.name_of(key)
             if name is None and admission.invitations.find(key) is None:
                 self._refuse(route, NOT_ADMITTED)
-                self.on_outcast(route)
-                return True, None
+                return True, Outcast(route)
         try:
             message, payload = parse_frames(frames[1:])
         except ProtocolError as error:
@@ -183,7 +188,8 @@ class Router:
 
 
 def allow_connections(devices: int) -> None:
-    """A connection is an open file, and ZeroMQ busily tries again to take one it may not open."""
+    """Raise the limit of open files as far as it goes: a connection is one, and ZeroMQ busily tries
+    again to take one that it may not open. Raises ConfigError if that is too few."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if most != resource.RLIM_INFINITY and most < devices + OWN_FILES:
@@ -200,8 +206,8 @@ def _address(frame: zmq.Frame) -> str:
 
 
 def _stopped(authenticator: ThreadAuthenticator) -> bool:
-    """Ended. Its own stop() says so once, waits without end for a thread that does not hear it, and
-    blocks at a thread that has died."""
+    """End the authenticator's thread; whether it has ended. Its own stop() says so once, waits
+    without end for a thread that does not hear it, and blocks at a thread that has died."""
     for _ in range(STOP_TRIES):
         if not authenticator.is_alive():
             break

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coordinator.cohorts.base import Client
@@ -17,7 +17,7 @@ from coordinator.fleet.counters import MAX_CLIENTS, Counters
 from coordinator.fleet.router import NOT_ADMITTED, Received, Router
 from edge_sdk.helpers.logs import event
 from edge_sdk.protocol.link import Payload
-from edge_sdk.protocol.messages import Fault, Hello, Message, Probe, Ready, Welcome
+from edge_sdk.protocol.messages import Bye, Fault, Hello, Message, Probe, Ready, Welcome
 
 log = logging.getLogger(__name__)
 SILENCE_S = 45.0  # a device that says nothing for so long is gone, unless a part is on its way
@@ -39,31 +39,29 @@ class Session:
     num_rivals: int = 0
 
 
-class Sessions:
-    """on_hello(name, hello): called when a device has its place. patience_s(name): how long it may
-    say nothing, because a part takes so long over its link."""
+@dataclass(frozen=True)
+class Gone:
+    """A client has no link any more. may_return: with the job that it has in hand."""
 
-    def __init__(
-        self,
-        router: Router,
-        welcome: Welcome,
-        on_hello: Callable[[str, Hello], None],
-        on_gone: Callable[[str, str, bool], None],
-        patience_s: Callable[[str], float],
-        counters: Counters,
-    ) -> None:
+    name: str
+    why: str
+    may_return: bool = True
+
+
+class Sessions:
+    """The live links by client. What happens to one is returned, as a Gone or, of a device that has
+    its place now, its Hello: whoever holds the jobs wants to know."""
+
+    def __init__(self, router: Router, welcome: Welcome, counters: Counters) -> None:
         self._router = router
         self._welcome = welcome
-        self._on_hello = on_hello
-        self._on_gone = on_gone
-        self._patience_s = patience_s
         self._counters = counters
         self._names: dict[bytes, str] = {}
         self.all: dict[str, Session] = {}
         self.ready: set[str] = set()  # who could train something
 
     def on_route(self, route: bytes) -> tuple[str, Session] | None:
-        """Whose live link this is."""
+        """The client whose live link has this route, and the link; None for any other route."""
         name = self._names.get(route)
         session = self.all.get(name) if name else None
         return (name, session) if name and session and session.route == route else None
@@ -73,13 +71,13 @@ class Sessions:
         return session is not None and self._router.send(session.route, message, payload)
 
     def refuse(self, route: bytes, code: str, detail: str) -> None:
-        """A Fault that is not about a round."""
+        """Answer with a Fault that is not about a round."""
         self._counters.fault(self._names.get(route), code)
         log.debug("fault to a device: %s: %s", code, detail, extra=event("refused", code=code))
         self._router.send(route, Fault(code=code, detail=detail))
 
     def ready_clients(self) -> list[Client]:
-        """Who has said what it can train, if it can train anything; sorted by name."""
+        """The clients that have said what they can train, if they can train anything; by name."""
         return [
             Client(
                 id=name,
@@ -94,8 +92,17 @@ class Sessions:
             if (session := self.all[name]).ready is not None
         ]
 
+    def misfit(self, ready: Ready) -> str:
+        """Why no device can say this of the run's model; "" if one can."""
+        deepest = self._welcome.model.exit
+        if ready.exit > deepest or any(stage > deepest for stage in ready.stages):
+            return f"the model has {deepest} exits"
+        if ready.stage_s and len(ready.stage_s) != len(ready.stages):
+            return f"{len(ready.stage_s)} stage_s for {len(ready.stages)} stages"
+        return ""
+
     def says_ready(self, name: str, ready: Ready | None) -> None:
-        """What it can train now; None: it must say so anew."""
+        """Note what a device can train now; None if it must say so anew."""
         if session := self.all.get(name):
             session.ready = ready
             if ready is not None and ready.exit > 0:
@@ -103,13 +110,14 @@ class Sessions:
             else:
                 self.ready.discard(name)
 
-    def hello(self, received: Received, hello: Hello) -> None:
-        """Give a device its place, unless it may not have it or another live one does."""
+    def hello(self, received: Received, hello: Hello) -> Hello | None:
+        """Give a device its place, unless it may not have it, has it, or another live one does. The
+        hello if it has it anew."""
         route, name = received.route, hello.client_id
         known = received.name or self._names.get(route, name)
         if known != name:
             self.refuse(route, "admission", f"this is {known!r}, hello says {name!r}")
-            return
+            return None
         model = self._welcome.model
         if hello.input_shape != model.input_shape or hello.num_classes > model.num_classes:
             detail = (
@@ -117,58 +125,80 @@ class Sessions:
                 f"trains on {model.input_shape} with {model.num_classes}"
             )
             self.refuse(route, "data", detail)
-            return
+            return None
         counted = self._counters.clients
         if received.name is None and name not in counted and len(counted) >= MAX_CLIENTS:
             detail = f"{MAX_CLIENTS} names have joined without keys, and no more may"
             self.refuse(route, "admission", detail)
-            return
+            return None
         old = self.all.get(name)
         if old and old.route == route and old.hello.session == hello.session:
             self.send(name, self._welcome)  # said again before it was answered: nothing was lost
-            return
+            return None
         if old and old.route != route and old.hello.session != hello.session:
             if old.rival is not None:  # which hears of it when it is known who is there
                 old.rival = received
-                return
+                return None
             if self._router.send(old.route, Probe()):  # may be a link that is dead without a sign
                 old.rival, old.rival_since = received, time.monotonic()
-                return
-        self._place(received, hello)
+                return None
+        return self._place(received, hello)
 
     def paused(self, seconds: float) -> None:
-        """Nobody listened for so long, which is nobody's silence."""
+        """The coordinator did not listen for so long: that is no device's silence."""
         for session in self.all.values():
             session.seen += seconds
             session.rival_since += seconds
 
-    def look(self, now: float) -> None:
-        """After those who are silent, whose key was revoked, or whose place another one claims."""
+    def look(self, now: float, patience_s: Mapping[str, float]) -> list[Hello | Gone]:
+        """See after devices that are silent, whose key was revoked, or whose place another claims.
+        patience_s: by client, how long it may say nothing because a part is on its way."""
+        happened: list[Hello | Gone] = []
         for name, session in list(self.all.items()):
             if not self._router.is_admitted(name):
                 self.refuse(session.route, "admission", NOT_ADMITTED)
-                self.leave(name, "its key is not admitted any more", may_return=False)
+                happened.append(
+                    self.leave(name, "its key is not admitted any more", may_return=False)
+                )
             elif session.rival is not None:
-                self._settle(name, session, now)
-            elif now - session.seen > max(SILENCE_S, self._patience_s(name)):
-                self.leave(name, f"said nothing for {now - session.seen:.0f} s")
+                if hello := self._settle(name, session, now, patience_s.get(name, 0.0)):
+                    happened.append(hello)
+            elif now - session.seen > max(SILENCE_S, patience_s.get(name, 0.0)):
+                happened.append(self.leave(name, f"said nothing for {now - session.seen:.0f} s"))
+        return happened
 
-    def outcast(self, route: bytes) -> None:
-        """What came there has a key that is not admitted any more."""
-        if found := self.on_route(route):
-            self._counters.fault(found[0], "admission")
-            self.leave(found[0], "its key is not admitted any more")
+    def outcast(self, route: bytes) -> Gone | None:
+        """A message came over this route under a key that is not admitted any more: whoever's link
+        it is loses it."""
+        if (found := self.on_route(route)) is None:
+            return None
+        self._counters.fault(found[0], "admission")
+        return self.leave(found[0], "its key is not admitted any more")
 
-    def leave(self, name: str, why: str, *, may_return: bool = True) -> None:
+    def leave(self, name: str, why: str, *, may_return: bool = True) -> Gone:
         session = self.all.pop(name)
         self.ready.discard(name)
         self._names.pop(session.route, None)
         self._counters.of(name).seen = session.seen
         log.info("%s is gone: %s", name, why, extra=event("gone", client=name))
-        self._on_gone(name, why, may_return)
+        return Gone(name, why, may_return)
 
-    def _settle(self, name: str, session: Session, now: float) -> None:
-        """Who was there first has answered, or was given time to."""
+    def take_leave(self, bye: Bye, seconds: float) -> None:
+        """Tell every device, and wait for its answer at most so long: ZeroMQ drops what a device
+        has not read when the connection ends."""
+        for name in self.all:
+            self.send(name, bye)
+        until = time.monotonic() + seconds
+        while self.all and time.monotonic() < until:
+            _, received = self._router.receive(100)
+            if not isinstance(received, Received) or not isinstance(received.message, Bye):
+                continue
+            if found := self.on_route(received.route):
+                self.all.pop(found[0])
+
+    def _settle(self, name: str, session: Session, now: float, patience_s: float) -> Hello | None:
+        """Decide who keeps a place that two devices claim, once the first has answered or was given
+        time to. The hello of the second if it has the place now."""
         rival = session.rival
         assert rival is not None
         if session.seen > session.rival_since:
@@ -183,15 +213,15 @@ class Sessions:
             session.num_rivals += 1
             self._counters.of(name).duplicates += 1
             self.refuse(rival.route, "duplicate", detail)
-        elif now - session.rival_since > max(PROBE_S, self._patience_s(name)):
+        elif now - session.rival_since > max(PROBE_S, patience_s):
             session.rival = None
             assert isinstance(rival.message, Hello)
             if self._router.is_still(rival):
-                self._place(rival, rival.message)
-            else:
-                self.refuse(rival.route, "admission", NOT_ADMITTED)
+                return self._place(rival, rival.message)
+            self.refuse(rival.route, "admission", NOT_ADMITTED)
+        return None
 
-    def _place(self, received: Received, hello: Hello) -> None:
+    def _place(self, received: Received, hello: Hello) -> Hello:
         name, old = hello.client_id, self.all.get(hello.client_id)
         if old is not None:
             self._names.pop(old.route, None)
@@ -212,4 +242,4 @@ class Sessions:
         said = "%s is back from %s" if is_same else "%s joined from %s"
         log.info(said, name, platform, extra=extra)
         self.send(name, self._welcome)
-        self._on_hello(name, hello)
+        return hello

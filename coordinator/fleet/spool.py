@@ -22,10 +22,10 @@ import msgspec
 import torch
 from torch import Tensor
 
-from coordinator.cohorts.base import Client
+from coordinator.cohorts.base import ArrivedUpdate, Client
 from edge_sdk.errors import EdgeError, StoreError
 from edge_sdk.helpers.files import write_whole
-from edge_sdk.protocol.messages import Job, Segment, Struct, TensorSpec, Update
+from edge_sdk.protocol.messages import Job, Struct, TensorSpec
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout
 from edge_sdk.protocol.tensors import Sender, Tensors, views
 
@@ -33,19 +33,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class ArrivedUpdate(Struct, frozen=True, kw_only=True):
-    """What is kept beside the tensors of a whole update."""
-
-    update: Update
-    segments: tuple[Segment, ...]
-    upload_s: float
-    bytes_down: int
-    bytes_up: int
-
-
 class SavedJob(Struct, frozen=True, kw_only=True):
     """A job whose round is over, and whose update still counts: nobody gives it again. base: digest
-    of what it began from. outlives: see OpenJob."""
+    of what it began from. outlives: it is waited for beyond its round; else it is late."""
 
     client: Client
     job: Job
@@ -89,7 +79,7 @@ class Spool:
         self._bases: WeakKeyDictionary[Sender, Path] = WeakKeyDictionary()  # a file of each
 
     def storage(self, round: int, client: str) -> Callable[[int], PartFile]:
-        """For a Receiver: where this client's update of this round goes."""
+        """Makes, for a Receiver, the file that this client's update of this round goes to."""
 
         def make(num_bytes: int) -> PartFile:
             path = self._path(round, client, "data")
@@ -107,7 +97,7 @@ class Spool:
         self, client: Client, job: Job, returns: tuple[TensorSpec, ...], sender: Sender,
         *, outlives: bool,
     ) -> None:  # fmt: skip
-        """The job's round ends, and the job does not. sender: of what it began from."""
+        """Keep a job that goes on after its round. sender: of the tensors that it began from."""
         base = self._path(job.round, client.id, "base")
         digest = self._digests.get(sender) or self._digests.setdefault(sender, sender.digest())
         same = self._bases.get(sender)
@@ -132,14 +122,15 @@ class Spool:
         _put(base.with_suffix(".seat"), held)
 
     def adopt_job(self, held: SavedJob, sender: Sender) -> None:
-        """Already, as one found by `held`. sender: of what it began from."""
+        """Take the files of a job that saved_jobs() has found for those of this sender's tensors,
+        from which it began: when the job is saved again, they are not written again."""
         self._digests[sender] = held.base
         self._bases[sender] = self._path(held.job.round, held.client.id, "base")
 
     def take_update(
         self, round: int, client: str, job: str
     ) -> tuple[ArrivedUpdate, Tensors] | None:
-        """A whole update of this very job from before the coordinator was killed."""
+        """The update of this very job that had arrived whole before the coordinator was killed."""
         found = self._read(self._path(round, client, "json"))
         return found if found and found[0].update.job == job else None
 
@@ -172,7 +163,7 @@ class Spool:
             return None
 
     def delete(self, round: int, client: str) -> None:
-        """Nobody needs this one any more."""
+        """Delete the update of this client and round, and its job: neither counts any more."""
         for ending in ("json", "seat", "base", "data"):  # in this order: it counts no more
             with suppress(OSError):
                 self._path(round, client, ending).unlink()
@@ -193,7 +184,7 @@ class Spool:
                 self._free.append(free)
 
     def clear(self) -> None:
-        """The run is over."""
+        """Delete everything: the run is over."""
         with suppress(OSError):
             for path in self.folder.iterdir():
                 path.unlink(missing_ok=True)
@@ -203,13 +194,13 @@ class Spool:
 
 
 def _put(path: Path, what: Struct) -> None:
-    """Whole or not at all."""
+    """Write the file whole or not at all."""
     _checked(path, lambda: write_whole(path, msgspec.json.encode(what), is_synced=False))
 
 
 def _stream(path: Path, specs: tuple[TensorSpec, ...], digest: str) -> Tensors:
-    """The tensors in this file. digest "": of a file that was checked before. Raises OSError: they
-    are not there; RuntimeError, ProtocolError."""
+    """The tensors in this file, whose bytes have this digest; "" if that was checked before. Raises
+    OSError if they are not there, RuntimeError, ProtocolError."""
     size = layout(specs)[1]
     if path.stat().st_size != size:
         raise OSError(f"{path} is not of {size} bytes")
@@ -220,7 +211,7 @@ def _stream(path: Path, specs: tuple[TensorSpec, ...], digest: str) -> Tensors:
 
 
 def _opened(path: Path, flags: int, act: Callable[[int], None]) -> None:
-    """Open and close: a file descriptor for every upload under way would be too many."""
+    """Open the file for this act alone: one descriptor for every upload would be too many."""
     file = os.open(path, os.O_WRONLY | flags, 0o600)
     try:
         act(file)

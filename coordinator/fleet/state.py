@@ -5,29 +5,40 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.fleet.counters import ClientCounts, Counters
+from coordinator.fleet.job_phases import JobPhase
 from coordinator.fleet.jobs import Jobs
 from coordinator.fleet.open_job import OpenJob
 from coordinator.fleet.sessions import Session
 from coordinator.store.status import ClientPhase, ClientState, CohortState
 
 
+@dataclass
+class RoundAtHand:
+    """Who was asked in the round (asynchronous: or was at work), and who of them has returned;
+    needed: updates."""
+
+    round: int = 0
+    asked: set[str] = field(default_factory=set)
+    returned: set[str] = field(default_factory=set)
+    needed: int = 0
+
+
 def cohort_state(
     counters: Counters,
     sessions: Mapping[str, Session],
     jobs: Jobs,
+    at_hand: RoundAtHand,
     *,
-    chosen: int,
-    needed: int,
-    returned: int,
     budget_bytes: int,
     spool_bytes: int,
     pending: int,
     now: float,
 ) -> CohortState:
-    """devices: that are connected. chosen, needed, returned: of the round, see CohortState."""
+    """The state as the status page tells it. sessions: of the clients that are connected."""
     open_jobs = jobs.open
     clients = []
     for name, counts in sorted(counters.clients.items()):
@@ -36,9 +47,9 @@ def cohort_state(
         clients.append(_client_state(name, phase, counts, session, open_job, now))
     return CohortState(
         clients=tuple(clients),
-        chosen=chosen,
-        needed=needed,
-        returned=returned,
+        chosen=len(at_hand.asked),
+        needed=at_hand.needed,
+        returned=len(at_hand.returned),
         bytes_in_flight=jobs.budget.bytes_under_way,
         budget_bytes=budget_bytes,
         spool_bytes=spool_bytes,
@@ -57,24 +68,29 @@ def cohort_state(
 def client_phase(
     session: Session | None, open_job: OpenJob | None, parts_under_way: int
 ) -> ClientPhase:
-    """session: None for one that is away. open_job: what it has in hand, if anything."""
+    """What the status page says of a client. session: None for one that is away. open_job: the job
+    that it has in hand, if any."""
     if session is None:
         return "away"
     if session.rival is not None:
         return "duplicate"
-    if open_job is not None:
-        if open_job.is_late:
+    if open_job is None:
+        if session.ready is None:
+            return "connected"
+        return "ready" if session.ready.exit else "resting"
+    match open_job.phase:
+        case JobPhase.LATE | JobPhase.LATE_LOST:
             return "late"
-        if open_job.update is not None:
+        case JobPhase.UPLOAD:
             return "upload" if parts_under_way else "queued"
-        return "train" if open_job.phase == "train" else "download"
-    if session.ready is None:
-        return "connected"
-    return "ready" if session.ready.exit else "resting"
+        case JobPhase.TRAIN:
+            return "train"
+        case _:
+            return "download"
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of its files, those that vanish meanwhile left out."""
+    """Bytes of the files in it, but for those that vanish meanwhile."""
     total = 0
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from coordinator.fleet.flow_control import Budget
 from coordinator.fleet.open_job import OpenJob
-from edge_sdk.protocol.link import Payload
-from edge_sdk.protocol.messages import Fetch, Message, Part
+from coordinator.fleet.sessions import Sessions
+from edge_sdk.protocol.messages import Fetch, Part
 from edge_sdk.protocol.stream import PART_BYTES
 
 
 class Transfers:
-    """open_jobs: by client; send as that of Jobs."""
+    """open_jobs: by client, kept by their owner."""
 
     def __init__(
-        self,
-        open_jobs: Mapping[str, OpenJob],
-        budget: Budget,
-        send: Callable[[str, Message, Payload | None], bool],
+        self, open_jobs: Mapping[str, OpenJob], budget: Budget, sessions: Sessions
     ) -> None:
         self._open_jobs = open_jobs
         self._budget = budget
-        self._send = send
+        self._sessions = sessions
 
     def pump(self) -> None:
         """Let those whose turn it is move as much as the budget allows."""
@@ -32,12 +29,12 @@ class Transfers:
                 self._move(open_job, turn[1])
 
     def ask(self, open_job: OpenJob) -> None:
-        """Its turn comes, if it has anything to move."""
+        """Line the job up for its turn, if it has parts to move."""
         if open_job.has_to_move:
             self._budget.ask(open_job.name, open_job.link_rate.is_slow)
 
     def on_fetch(self, open_job: OpenJob, fetch: Fetch) -> bool:
-        """The device says what it has, and wants more. False: it has asked in too many pieces."""
+        """The device says what it has, and wants more. False if it has asked in too many pieces."""
         if not open_job.request(fetch.first, fetch.count):
             return False
         if arrived := open_job.confirm(fetch.have):
@@ -46,27 +43,27 @@ class Transfers:
         return True
 
     def arrived(self, open_job: OpenJob) -> None:
-        """A new part of its update is here."""
+        """A new part of the job's update is here."""
         self._budget.arrived(open_job.name, 1)
         open_job.stalls = 0
         open_job.note_moved(PART_BYTES)
 
     def break_off(self, open_job: OpenJob) -> None:
-        """The connection is another one, or none: nothing is under way."""
+        """The device's connection is another one, or none: none of its parts is under way."""
         self._budget.drop(open_job.name)
-        open_job.reconnected()
+        open_job.reconnect()
         if open_job.receiver is not None:
             self.ask(open_job)
 
     def lost(self, open_job: OpenJob) -> None:
-        """Nothing is heard of it; it is not there to be asked."""
+        """The device is gone: its parts are not under way, and it is not asked for any."""
         if self._budget.held(open_job.name):
             open_job.link_rate.stalled()
         self.break_off(open_job)
         self._budget.drop(open_job.name)
 
     def stalled(self) -> Iterator[OpenJob]:
-        """Those whose parts would have come by now at their link's own pace."""
+        """Jobs whose parts would have come by now at their link's own pace."""
         now = time.monotonic()
         for name in self._budget.holders():
             open_job = self._open_jobs.get(name)
@@ -79,10 +76,14 @@ class Transfers:
             open_job.moved = now
             yield open_job
 
-    def patience_s(self, name: str) -> float:
-        """How long a device may say nothing because a part is on its way; 0 if none is."""
-        open_job, held = self._open_jobs.get(name), self._budget.held(name)
-        return open_job.patience_s(held) if open_job and held else 0.0
+    def patience_s(self) -> dict[str, float]:
+        """How long a device may say nothing because a part is on its way, for those of whom one
+        is."""
+        return {
+            name: self._open_jobs[name].patience_s(self._budget.held(name))
+            for name in self._budget.holders()
+            if name in self._open_jobs
+        }
 
     def _move(self, open_job: OpenJob, parts: int) -> None:
         """Ask for, or send, up to so many parts. What cannot be sent waits until the device says
@@ -97,7 +98,7 @@ class Transfers:
             first, count = request
             have = open_job.receiver.num_received
             fetch = Fetch(round=open_job.round, have=have, first=first, count=count)
-            if self._send(open_job.name, fetch, None):
+            if self._sessions.send(open_job.name, fetch):
                 self._budget.take(open_job.name, count, open_job.link_rate.is_slow)
                 self.ask(open_job)
             else:
@@ -106,8 +107,9 @@ class Transfers:
         for _ in range(parts):
             if (index := open_job.next_requested()) is None:
                 return
+            part = Part(round=open_job.round, index=index)
             payload = open_job.sender.part(index)
-            if not self._send(open_job.name, Part(round=open_job.round, index=index), payload):
+            if not self._sessions.send(open_job.name, part, payload):
                 return
             open_job.mark_sent()
             self._budget.take(open_job.name, 1, open_job.link_rate.is_slow)

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from coordinator.aggregation.staleness import rebase_late_updates
-from coordinator.cohorts.base import Absence, Client, ClientUpdate, Cohort
-from coordinator.cohorts.sampling import sample
+from coordinator.cohorts.base import Absence, ClientUpdate, Cohort
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method, Metrics
+from coordinator.runs.asking import Asking
 from coordinator.runs.evaluate import accuracy_per_exit
 from coordinator.store.status import RunPhase
-from coordinator.store.store import RoundTotals, Store
+from coordinator.store.store import Store
+from coordinator.store.tables import RoundTotals
 from edge_sdk.data.loading import Examples
-from edge_sdk.errors import ShapeError, StoreError, TrainerError
+from edge_sdk.errors import ShapeError, StoreError
 from edge_sdk.models import build
 from edge_sdk.protocol.timing import clock, since
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from coordinator.fleet.cohort import ZmqCohort
 
 
 def is_evaluated(config: RunConfig, round: int) -> bool:
@@ -49,35 +50,25 @@ def run_rounds(
     cohort: Cohort,
     test: Examples | None,
     *,
+    fleet: ZmqCohort | None = None,
     device: str | torch.device = "cpu",
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[RoundReport], None] = lambda _: None,
     phase: Callable[[RunPhase, int], None] = lambda *_: None,
 ) -> None:
-    """Run the rounds that the store's run still lacks. `phase` is told what the run does from now
-    on, and its round. Raises what store and cohort raise, and TrainerError when nobody returns
-    anything; every finished round is kept then."""
+    """Run the rounds that the store's run still lacks. fleet: the cohort, where it is of real
+    devices. `phase` is told what the run does from now on, and its round. Raises what store and
+    cohort raise, and TrainerError when nobody returns anything; every finished round is kept
+    then."""
     config = store.config
-    state = store.load_checkpoint()
-    if state is not None:
-        try:
-            method.load_state_dict(state)
-        except ShapeError as error:
-            raise StoreError(
-                f"the checkpoint of round {store.next_round() - 1} in {store.folder} is not this "
-                f"run's: {error}; put back the run's own file or start another --run-dir"
-            ) from error
+    load_state(store, method)
     parameters = {name for name, _ in build(method.spec).named_parameters()}
     while (round := store.next_round()) <= config.rounds and not should_stop():
         phase("waiting for devices", round)
-        chosen, num_chosen = store.participants_of(round)  # of a round that was cut short
-        cohort.expect(chosen, num_chosen)
-        chosen = chosen or choose_first(cohort, config, round)  # may wait for devices
-        num_chosen = num_chosen or len(chosen)
+        asking = Asking(store, method, cohort, round, fleet)  # draws who takes part; may wait
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
         phase("round open", round)
-        arriving = _closing(gather(store, method, cohort, round, chosen, num_chosen), round, phase)
-        results = store.record_results(round, arriving)
+        results = store.record_results(round, _closing(asking.results(), round, phase))
         updates = rebase_late_updates(
             results, method.current(), parameters, config.staleness_half_life
         )
@@ -86,90 +77,50 @@ def run_rounds(
         served: list[float] = []
         if test is not None and is_evaluated(config, round):
             phase("evaluating", round)
-            start = clock()
-            accuracy = accuracy_per_exit(method.spec, method.current(), test, device=device)
-            served = accuracy
-            if method.served() is not method.current():
-                served = accuracy_per_exit(method.spec, method.served(), test, device=device)
-            metrics.phases["evaluate"] = since(start)
-            for exit, (last, kept) in enumerate(zip(accuracy, served, strict=True), 1):
-                metrics.values[f"accuracy_exit_{exit}"] = last
-                metrics.values[f"accuracy_served_exit_{exit}"] = kept
+            accuracy, served = evaluate(method, test, metrics, device)
         wall_s = time.monotonic() - started
         phase("saving", round)
-        state = method.state_dict()
-        totals = store.commit(round, metrics, state, started_utc, wall_s)
+        totals = store.commit(round, metrics, method.state_dict(), started_utc, wall_s)
         report(RoundReport(round, accuracy, served, metrics, totals))
+
+
+def load_state(store: Store, method: Method) -> None:
+    """Give the method its state after the last committed round, if any. Raises StoreError."""
+    state = store.load_checkpoint()
+    if state is None:
+        return
+    try:
+        method.load_state_dict(state)
+    except ShapeError as error:
+        raise StoreError(
+            f"the checkpoint of round {store.next_round() - 1} in {store.folder} is not this "
+            f"run's: {error}; put back the run's own file or start another --run-dir"
+        ) from error
+
+
+def evaluate(
+    method: Method, test: Examples, metrics: Metrics, device: str | torch.device
+) -> tuple[list[float], list[float]]:
+    """Accuracy per exit on the test set, of the current model and of the one that is served; told
+    to `metrics` too, with the time that it took."""
+    start = clock()
+    accuracy = accuracy_per_exit(method.spec, method.current(), test, device=device)
+    served = accuracy
+    if method.served() is not method.current():
+        served = accuracy_per_exit(method.spec, method.served(), test, device=device)
+    metrics.phases["evaluate"] = since(start)
+    for exit, (last, kept) in enumerate(zip(accuracy, served, strict=True), 1):
+        metrics.values[f"accuracy_exit_{exit}"] = last
+        metrics.values[f"accuracy_served_exit_{exit}"] = kept
+    return accuracy, served
 
 
 def _closing(
     results: Iterator[ClientUpdate | Absence], round: int, phase: Callable[[RunPhase, int], None]
 ) -> Iterator[ClientUpdate | Absence]:
-    """The results; after the last one the method has only its own work left."""
+    """Pass the results on; after the last one the method has only its own work left."""
     yield from results
     phase("aggregating", round)
-
-
-def choose(
-    cohort: Cohort, config: RunConfig, round: int, counted: Collection[str] = (),
-    failed: Collection[str] = (), most: int | None = None,
-) -> list[Client]:  # fmt: skip
-    """Participants for a round, or more of them for one that lacks updates: first who have not
-    failed in it. Nobody who has a job, or has returned one, is asked again."""
-    places = config.participants if most is None else most
-    if places is not None and config.mode == "async":
-        places = max(0, places - cohort.num_busy)
-    clients = [client for client in cohort.clients() if client.id not in counted]
-    return sample(clients, places, seed=config.seed, round=round, failed=failed)
-
-
-def choose_first(cohort: Cohort, config: RunConfig, round: int) -> list[Client]:
-    """Participants for a round, of whom a share will be needed: not of nobody, where all who are
-    there are late with the job of a round before. Asynchronous: those count."""
-    tries = 0
-    while not (chosen := choose(cohort, config, round)):
-        tries += 1
-        if (config.mode == "async" and cohort.num_busy) or not cohort.rest(tries):
-            break
-    return chosen
-
-
-def gather(
-    store: Store, method: Method, cohort: Cohort, round: int, chosen: Sequence[Client],
-    num_chosen: int,
-) -> Iterator[ClientUpdate | Absence]:  # fmt: skip
-    """One round's results; the quorum is of num_chosen. A round that lacks updates is no round:
-    others are asked, and those who failed again, until it has enough or waiting is in vain."""
-    config, tries = store.config, 0
-    needed = max(1, math.ceil(config.quorum * num_chosen), min(config.min_updates, num_chosen))
-    counted: set[str] = set()
-    failed: set[str] = set()
-    while True:
-        store.begin(round, chosen)
-        store.record_clients(chosen)
-        work = {client.id: method.assign(client, round) for client in chosen}
-        before = len(counted)
-        for result in cohort.train(work, round, config.deadline_s):
-            if isinstance(result, Absence):
-                failed.add(result.client.id)
-            elif config.mode == "async" or not result.staleness:
-                counted.add(result.client.id)
-            yield result
-            del result
-        if config.mode == "async":  # the cohort knows who else was at work
-            needed = cohort.needed
-        if len(counted) >= needed:
-            return
-        tries = 0 if len(counted) > before else tries + 1
-        log.warning("round %d: %d of %d needed returned", round, len(counted), needed)
-        if not cohort.rest(tries):
-            if counted:
-                return
-            raise TrainerError(
-                f"round {round}: none of {len(failed)} participants returned an update, "
-                f"{tries} times in a row; see the lines above for why; {store.way_on()}"
-            )
-        chosen = choose(cohort, config, round, counted, failed, needed - len(counted))
 
 
 def check_folder(folder: Path | None, resume: bool) -> None:

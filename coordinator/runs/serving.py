@@ -11,7 +11,7 @@ import torch
 
 from coordinator.admission.client_list import Admission
 from coordinator.config import RunConfig
-from coordinator.fleet.cohort import ServeOptions, ZmqCohort
+from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.flow_control import BUDGET_BYTES, LEAST_BUDGET_BYTES
 from coordinator.fleet.router import Router, allow_connections
 from coordinator.fleet.spool import Spool
@@ -118,20 +118,6 @@ def serve_rounds(
 ) -> None:
     """Rounds over the router until all are done or a signal arrives; closes router and store."""
     config = store.config
-    terms = ServeOptions(
-        run=store.run,
-        model=method.spec,
-        plan=config.plan(config.rounds),
-        deadline_s=config.deadline_s,
-        grace_s=config.grace_s,
-        quorum=config.quorum,
-        min_clients=config.min_clients,
-        min_updates=config.min_updates,
-        is_async=config.mode == "async",
-        oldest=config.oldest,
-        give_up_after_s=settings.give_up_after_s,
-        budget_bytes=settings.budget_bytes,
-    )
     where = (store.run, store.folder, router.endpoint)
     if store.is_finished:
         log.info("run %s has all its %d rounds already", store.run, config.rounds)
@@ -148,9 +134,17 @@ def serve_rounds(
             monitor.round_done(done)
 
         try:
-            spool = Spool(store.folder / SPOOL)
             cohort = ZmqCohort(
-                router, terms, spool, is_stopping, store.was_counted, store.next_round()
+                router,
+                Spool(store.folder / SPOOL),
+                config,
+                method.spec,
+                run=store.run,
+                give_up_after_s=settings.give_up_after_s,
+                budget_bytes=settings.budget_bytes,
+                should_stop=is_stopping,
+                was_counted=store.was_counted,
+                next_round=store.next_round(),
             )
         except EdgeError:
             store.close()
@@ -163,9 +157,16 @@ def serve_rounds(
             with monitor.until_end(lambda: store.is_finished):
                 store.write_endpoint(router.endpoint)
                 run_rounds(
-                    store, method, cohort, test, device=device,
-                    should_stop=lambda: bool(stopping), report=report, phase=monitor.phase,
-                )  # fmt: skip
+                    store,
+                    method,
+                    cohort,
+                    test,
+                    fleet=cohort,
+                    device=device,
+                    should_stop=lambda: bool(stopping),
+                    report=report,
+                    phase=monitor.phase,
+                )
                 if store.is_finished:
                     path = store.write_model(method.spec, method.served())
                     goodbye = FINISHED

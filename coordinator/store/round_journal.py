@@ -23,7 +23,8 @@ class RoundJournal:
         self._num_chosen = 0
 
     def add(self, round: int, clients: Iterable[Client]) -> None:
-        """These too; the first ones are those that were chosen. Raises OSError."""
+        """Note that these clients take part too; the first that are noted in a round are those that
+        were chosen. Raises OSError."""
         if round != self._round:
             self._round, self._clients, self._num_chosen = round, {}, 0
         self._clients |= {client.id: client for client in clients}

@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,54 +32,28 @@ from coordinator.store.checkpoints import checkpoint_name, write_checkpoint
 from coordinator.store.database import DATABASE, connect_to_read, connect_to_write
 from coordinator.store.lock import RunLock
 from coordinator.store.round_journal import RoundJournal
+from coordinator.store.tables import (
+    SCHEMA,
+    VERSION,
+    RoundTotals,
+    client_row,
+    insert,
+    participation_row,
+)
 from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.helpers.files import is_there, sync
-from edge_sdk.protocol.messages import ModelSpec, Phase, Segment
+from edge_sdk.protocol.messages import ModelSpec, Phase
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.protocol.timing import clock, since
 
 log = logging.getLogger(__name__)
-VERSION = 4
 KEPT_CHECKPOINTS = 2
 BEGUN = "begun.json"
 SPOOL = "spool"
-SCHEMA = """
-CREATE TABLE runs (version INTEGER, run TEXT, created_utc TEXT, config TEXT, kind TEXT);
-CREATE TABLE clients (client_id TEXT PRIMARY KEY, exit INTEGER, stages TEXT,
-    prefix_s REAL, stage_s TEXT, num_examples INTEGER,
-    platform TEXT, board TEXT, is_emulated INTEGER, cpu_scale REAL, link_mbit_s REAL, profile TEXT);
-CREATE TABLE rounds (round INTEGER PRIMARY KEY, started_utc TEXT, wall_s REAL, chosen INTEGER,
-    returned INTEGER, stragglers INTEGER, failures INTEGER, retries INTEGER, bytes_down INTEGER,
-    bytes_up INTEGER, stale INTEGER, checkpoint TEXT);
-CREATE TABLE participations (round INTEGER, client_id TEXT, exit INTEGER, segments TEXT,
-    outcome TEXT, code TEXT, detail TEXT, num_examples INTEGER, num_steps INTEGER,
-    bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,
-    exits TEXT, micro_batch INTEGER, recompute INTEGER, staleness INTEGER, job TEXT, digest TEXT,
-    PRIMARY KEY (round, client_id, job));
-CREATE INDEX jobs ON participations (job);
-CREATE TABLE phases (round INTEGER, client_id TEXT, phase TEXT, wall_s REAL, cpu_s REAL);
-CREATE TABLE metrics (round INTEGER, name TEXT, value REAL, PRIMARY KEY (round, name));
-"""
-
-
-@dataclass(frozen=True)
-class RoundTotals:
-    """A round in numbers, in the order of the table `rounds`. returned: participants of this round;
-    stale: updates of rounds before, which came late and count in this one."""
-
-    wall_s: float
-    chosen: int
-    returned: int
-    stragglers: int
-    failures: int
-    retries: int
-    bytes_down: int
-    bytes_up: int
-    stale: int = 0
 
 
 class Store:
-    """Opened by `create` for a new run, `resume` to go on with one, `look` only to read it."""
+    """Opened by `create` for a new run, `resume` to go on with one, `open_readonly` to read it."""
 
     def __init__(self, folder: Path, config: RunConfig, run: str, db: sqlite3.Connection) -> None:
         self.folder = folder
@@ -91,7 +65,7 @@ class Store:
         self._db = db
 
     def lock(self) -> None:
-        """Before writing: no other process may, until this store is closed. Raises StoreError."""
+        """Keep every other process from writing until this store is closed. Raises StoreError."""
         self._lock = RunLock(self.folder)
 
     @staticmethod
@@ -114,8 +88,8 @@ class Store:
                 stale.unlink(missing_ok=True)  # SQLite would replay a deleted run's log
             with closing(sqlite3.connect(draft)) as db, db:
                 db.executescript(SCHEMA)
-                row = (VERSION, run, _utc(), config.to_json(), kind)
-                db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?)", row)
+                about = {"version": VERSION, "run": run, "config": config.to_json(), "kind": kind}
+                insert(db, "runs", about | {"created_utc": _utc()})
             os.replace(draft, folder / DATABASE)
             sync(folder)
         except (OSError, sqlite3.Error) as error:
@@ -130,7 +104,7 @@ class Store:
 
     @classmethod
     def open_readonly(cls, folder: Path) -> Store:
-        """Only to read, also where nothing may be written. Raises StoreError."""
+        """Open the run to read it, also where nothing may be written. Raises StoreError."""
         return cls._open(folder, connect_to_read, "give the --run-dir of a run")
 
     @classmethod
@@ -160,7 +134,7 @@ class Store:
         return "go on with --resume" + (f" at round {round}" if round else "")
 
     def next_round(self) -> int:
-        """1 for a new run, else the one after the last that was committed."""
+        """The round after the last that was committed; 1 for a new run."""
         return int(self._read("SELECT COALESCE(MAX(round), 0) + 1 FROM rounds")[0][0])
 
     @property
@@ -169,7 +143,8 @@ class Store:
         return self.next_round() > self.config.rounds
 
     def load_checkpoint(self) -> Tensors | None:
-        """State of the last committed round; None before the first. Raises StoreError."""
+        """The method's state after the last committed round; None before the first. Raises
+        StoreError."""
         rows = self._read("SELECT checkpoint FROM rounds ORDER BY round DESC LIMIT 1")
         if not rows:
             return None
@@ -208,7 +183,7 @@ class Store:
         return rounds
 
     def client_exits(self) -> dict[str, int]:
-        """Of every client that was ever chosen, its exit as last known."""
+        """The exit, as last known, of every client that was ever chosen."""
         return dict(self._read("SELECT client_id, exit FROM clients"))
 
     def trained(self) -> list[tuple[int, int, str, int]]:
@@ -218,7 +193,7 @@ class Store:
         )
 
     def begin(self, round: int, chosen: Iterable[Client]) -> None:
-        """These take part in the round, beside who does already. Raises StoreError."""
+        """Note that these clients take part in the round too. Raises StoreError."""
         try:
             self._journal.add(round, chosen)
         except OSError as error:
@@ -238,18 +213,9 @@ class Store:
         )
 
     def record_clients(self, clients: Iterable[Client]) -> None:
-        """What is known of each client now; replaces what was known. Part of the next commit."""
+        """Record what is known of each client now, for the next commit."""
         for client in clients:
-            p = client.profile
-            self._write(
-                "INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                client.id, client.exit, _list(client.stages),
-                client.prefix_s, _list(client.stage_s), client.num_examples,
-                p.platform if p else "in-process", p.board if p else "",
-                bool(p and p.is_emulated), p.cpu_scale if p else None,
-                p.link_mbit_s if p else None,
-                msgspec.json.encode(p).decode() if p else None,
-            )  # fmt: skip
+            self._insert("clients", client_row(client), "OR REPLACE")
 
     def record_results(
         self, round: int, results: Iterable[ClientUpdate | Absence]
@@ -260,7 +226,7 @@ class Store:
                 self._record_update(round, result)
                 yield result
             else:
-                self._record_absence(round, result)
+                self._insert("participations", participation_row(round, result), "OR REPLACE")
 
     def commit(
         self,
@@ -276,14 +242,14 @@ class Store:
         for phase, time in metrics.phases.items():
             self._phase(round, None, phase, time)
         for key, value in metrics.values.items():
-            self._write("INSERT INTO metrics VALUES (?, ?, ?)", round, key, value)
+            self._insert("metrics", {"round": round, "name": key, "value": value})
         try:
             start = clock()
             write_checkpoint(self.folder / name, state)
             self._phase(round, None, "checkpoint", since(start))
             totals = self._totals(round, wall_s)
-            row = (round, started_utc, *astuple(totals), name)
-            self._db.execute(f"INSERT INTO rounds VALUES ({', '.join('?' * len(row))})", row)
+            row = {"round": round, "started_utc": started_utc, "checkpoint": name}
+            insert(self._db, "rounds", row | asdict(totals))
             self._db.commit()
         except (OSError, sqlite3.Error, SafetensorError) as error:
             self.rollback()
@@ -307,7 +273,7 @@ class Store:
         return path
 
     def write_endpoint(self, endpoint: str) -> None:
-        """Where the coordinator listens, for scripts: the port may be any free one."""
+        """Tell scripts where the coordinator listens: the port may be any free one."""
         path = self.folder / "endpoint"
         try:
             path.write_text(endpoint + "\n")
@@ -338,33 +304,18 @@ class Store:
         return RoundTotals(wall_s, self._journal.count(round), *(int(value) for value in row))
 
     def _record_update(self, round: int, update: ClientUpdate) -> None:
-        self._write(  # it was given another job in this round, which it returned
-            "DELETE FROM participations WHERE round = ? AND client_id = ? AND outcome != 'ok'",
-            round, update.client.id,
-        )  # fmt: skip
-        self._write(
-            "INSERT INTO participations"
-            " VALUES (?, ?, ?, ?, 'ok', '', '', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            round, update.client.id, update.client.exit, _segments(update.segments),
-            update.num_examples, update.num_steps, update.bytes_down, update.bytes_up,
-            update.peak_memory_bytes, update.retries, msgspec.json.encode(update.exits).decode(),
-            update.micro_batch, update.recompute, update.staleness, update.job, update.digest,
-        )  # fmt: skip
+        absences = "round = ? AND client_id = ? AND outcome != 'ok'"
+        with self._writing():  # it was given another job in this round, which it returned
+            self._db.execute(
+                f"DELETE FROM participations WHERE {absences}", (round, update.client.id)
+            )
+        self._insert("participations", participation_row(round, update))
         for phase, time in update.phases.items():
             self._phase(round, update.client.id, phase, time)
 
-    def _record_absence(self, round: int, absence: Absence) -> None:
-        self._write(
-            "INSERT OR REPLACE INTO participations"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0, ?, ?, 0, 0, '[]', 0, 0, 0, '', '')",
-            round, absence.client.id, absence.client.exit, _segments(absence.segments),
-            absence.outcome, absence.code,
-            absence.detail, absence.bytes_down, absence.bytes_up,
-        )  # fmt: skip
-
     def _phase(self, round: int, client_id: str | None, phase: str, time: Phase) -> None:
-        row = (round, client_id, phase, time.wall_s, time.cpu_s)
-        self._write("INSERT INTO phases VALUES (?, ?, ?, ?, ?)", *row)
+        row = {"round": round, "client_id": client_id, "phase": phase}
+        self._insert("phases", row | {"wall_s": time.wall_s, "cpu_s": time.cpu_s})
 
     def _read(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         try:
@@ -372,9 +323,15 @@ class Store:
         except sqlite3.Error as error:
             raise StoreError(f"{self.folder / DATABASE} cannot be read: {error}") from error
 
-    def _write(self, statement: str, *values: object) -> None:
+    def _insert(self, table: str, row: Mapping[str, object], how: str = "") -> None:
+        """See tables.insert. Raises StoreError."""
+        with self._writing():
+            insert(self._db, table, row, how)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            self._db.execute(statement, values)
+            yield
         except sqlite3.Error as error:
             self.rollback()
             raise StoreError(f"{self.folder / DATABASE}: {error}; {self.way_on()}") from error
@@ -388,21 +345,12 @@ def _per_exit(values: Mapping[str, float], prefix: str) -> list[float]:
     return found
 
 
-def _segments(segments: Sequence[Segment]) -> str:
-    """As first-last, e.g. "1-1,3-3": prefix 1, and stage 3 alone."""
-    return ",".join(f"{segment.first}-{segment.last}" for segment in segments)
-
-
-def _list(numbers: Sequence[float]) -> str:
-    return ",".join(str(number) for number in numbers)
-
-
 def _utc() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Store:
-    """A new run, or with `resume` the one there, which must have the same settings."""
+    """Begin a run, or with `resume` go on with the one there, which must have the same settings."""
     store = Store.resume(folder) if resume else Store.create(folder, config, kind)
     try:
         store.lock()

@@ -1,7 +1,7 @@
 """The resident process of a device: link, identity, choice of depth, and a trainer that may die.
 
 It never imports torch or numpy and never holds a tensor: it passes parts between the link and the
-training process. One loop; nothing in it waits for training, so heartbeats never do.
+trainer. One loop; nothing in it waits for training, so heartbeats never do.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ FATAL = {"version": LinkError, "admission": LinkError, "data": DataError}
 
 
 class Agent:
-    """run() returns when the run is over (is_once), on stop(), or raises an EdgeError."""
+    """The agent of one device. run() returns on stop() and, with is_once, when the coordinator's
+    run is over; else it raises an EdgeError."""
 
     def __init__(self, link: Link, options: AgentOptions) -> None:
         self._link = link
@@ -69,7 +70,7 @@ class Agent:
         self._last_words = "device stopped"
 
     def stop(self) -> None:
-        """Ask run() to end; for signal handlers."""
+        """Ask run() to end; may be called by a signal handler."""
         self._is_stopping = True
 
     def run(self) -> None:
@@ -83,7 +84,7 @@ class Agent:
                     self._tell_systemd(time.monotonic())
             if self._state.welcome:
                 self._link.send(Bye(reason="device stopped"))
-            self._watchdog.stopping()
+            self._watchdog.notify_stopping()
             self._tell(Event("ended", self._last_words))
         finally:
             self._watchdog.close()
@@ -99,8 +100,8 @@ class Agent:
             self._on_trainer_death()
             return
         if received:
-            self._watchdog.heard(time.monotonic())
-            self._from_trainer(*received)
+            self._watchdog.note_alive(time.monotonic())
+            self._on_trainer_message(*received)
 
     def _read_link(self) -> None:
         is_lost, refusal = self._link.events()
@@ -108,13 +109,14 @@ class Agent:
             self._on_refusal(refusal)
             return
         if is_lost and self._state.welcome:
-            self._state.lost()
+            self._state.mark_lost()
             self._tell(events.lost(f"connection to {self._link.endpoint} lost; reconnecting"))
         for message, payload in self._link.messages():
-            self._from_coordinator(message, payload)
+            self._on_coordinator_message(message, payload)
 
     def _on_time(self, now: float) -> None:
-        """Hello until welcomed, then heartbeats; what was put off; a trainer that is stuck."""
+        """Say hello until welcomed, then heartbeats; do what was put off until now; end a trainer
+        that is stuck."""
         state = self._state
         if self._trainer.end_if_stuck(self._watchdog.silent_s(now)):
             self._on_trainer_death()
@@ -130,7 +132,7 @@ class Agent:
         elif now >= state.next_heartbeat:
             state.next_heartbeat = now + state.welcome.heartbeat_s
             if not self._link.send(Heartbeat(round=state.job.round if state.job else 0)):
-                state.lost()
+                state.mark_lost()
                 self._link.open()
                 self._tell(events.lost(f"{self._link.endpoint} takes nothing; connecting anew"))
             elif state.job is None:
@@ -138,11 +140,11 @@ class Agent:
 
     def _tell_systemd(self, now: float) -> None:
         state = self._state
-        self._watchdog.turn(
+        self._watchdog.notify(
             now,
             is_ready=state.inspected is not None,
             has_job=state.job is not None,
-            status=state.doing(
+            status=state.status_line(
                 self._link.endpoint, is_restarting=self._trainer.restart_at is not None
             ),
         )
@@ -153,36 +155,37 @@ class Agent:
         state = self._state
         profile, client_id = self._profile(), self._options.client_id
         is_said = self._link.send(hello(client_id, self._session, profile, inspected, state.job))
-        if not is_said and not state.is_told:
+        if not is_said and not state.is_absence_logged:
             log.info("coordinator %s not reached yet; waiting for it", self._link.endpoint)
-            state.is_told = True
+            state.is_absence_logged = True
         state.put_off_hello(now, is_said)
 
-    def _from_coordinator(self, message: Message, payload: Payload | None) -> None:
+    def _on_coordinator_message(self, message: Message, payload: Payload | None) -> None:
         job = self._state.job
         is_mine = job is not None and getattr(message, "round", 0) == job.round
-        if isinstance(message, Welcome):
-            self._on_welcome(message)
-        elif isinstance(message, Job):
-            self._on_job(message)
-        elif isinstance(message, Part):
-            if is_mine and message.index < self._state.granted:
+        match message:
+            case Welcome():
+                self._on_welcome(message)
+            case Job():
+                self._on_job(message)
+            case Part() if is_mine and message.index < self._state.num_parts_requested:
                 self._trainer.send(message, payload or b"")
-        elif isinstance(message, Fetch) and is_mine:
-            self._trainer.send(message)
-        elif isinstance(message, Accepted) and is_mine:
-            self._tell(Event("accepted", "update accepted", message.round))
-            self._trainer.is_well()
-            self._end_job()
-        elif isinstance(message, Fault):
-            self._on_fault(message, is_mine)
-        elif isinstance(message, Probe):
-            self._link.send(Heartbeat(round=job.round if job else 0))
-        elif isinstance(message, Bye):
-            self._on_bye(message)
+            case Fetch() if is_mine:
+                self._trainer.send(message)
+            case Accepted() if is_mine:
+                self._tell(Event("accepted", "update accepted", message.round))
+                self._trainer.mark_well()
+                self._end_job()
+            case Fault():
+                self._on_fault(message, is_mine)
+            case Probe():
+                self._link.send(Heartbeat(round=job.round if job else 0))
+            case Bye():
+                self._on_bye(message)
 
     def _on_bye(self, bye: Bye) -> None:
-        """A coordinator that will be back goes on with the job in hand."""
+        """The job in hand is dropped only if the run is over: a coordinator that will be back goes
+        on with it."""
         said = f"coordinator: {bye.reason or 'bye'}"
         if bye.is_final:
             self._end_job()
@@ -196,9 +199,10 @@ class Agent:
             self._tell(events.lost(said, logging.INFO))
 
     def _on_welcome(self, welcome: Welcome) -> None:
-        state, before, is_first = self._state, self._state.terms, self._state.welcome is None
+        state, before = self._state, self._state.last_welcome
+        is_first = state.welcome is None
         self._tell(events.connected(welcome))
-        state.welcomed(welcome)
+        state.mark_welcomed(welcome)
         is_same = before and (before.model, before.plan) == (welcome.model, welcome.plan)
         if not is_same:
             self._chooser = Chooser()
@@ -227,14 +231,14 @@ class Agent:
             self._tell_choice(is_repeated=True)
             return
         self._tell(events.job_given(job))
-        state.begin(job)
+        state.begin_job(job)
         cache_bytes = self._chooser.cache_bytes(job.plan.segments)
         adapted = replace(job, plan=self._chooser.adapted(job.plan))
         self._trainer.send(Train(job=adapted, cache_bytes=cache_bytes))
 
     def _on_fault(self, fault: Fault, is_mine: bool) -> None:
         if fault.code == "hello":
-            self._state.lost()
+            self._state.mark_lost()
             return
         if fault.code in FATAL and not fault.round:
             raise FATAL[fault.code](f"coordinator refused this device: {fault.detail}")
@@ -246,7 +250,8 @@ class Agent:
             self._tell_choice(is_repeated=True)
 
     def _on_refusal(self, refusal: str) -> None:
-        """A handshake that cannot succeed as things are: say so once a try, and back off."""
+        """The handshake cannot succeed as things are, so it is tried again after a pause that
+        grows; every try is logged once."""
         state = self._state
         pause = f"next try in {state.put_off_reopening():.0f} s"
         self._tell(events.failed(f"{self._link.endpoint}: {refusal}; {pause}", LinkError.code))
@@ -254,7 +259,8 @@ class Agent:
         state.welcome = None
 
     def _end_job(self) -> None:
-        """Done, refused or dropped: the trainer forgets it, the device is ready again."""
+        """The job is accepted, refused or dropped: the trainer forgets it, the device is ready for
+        another."""
         state = self._state
         if state.job:
             self._trainer.send(Cancel())
@@ -263,35 +269,37 @@ class Agent:
 
     # -- trainer -----------------------------------------------------------------------------
 
-    def _from_trainer(self, message: PipeMessage, payload: memoryview) -> None:
+    def _on_trainer_message(self, message: PipeMessage, payload: memoryview) -> None:
         state = self._state
-        if isinstance(message, Inspected):
-            self._on_inspected(message)
-        elif isinstance(message, Estimated):
-            if state.terms and message.model == state.terms.model:
-                self._on_counted(message.costs, message.model.exit)
-        elif isinstance(message, Fault):
-            self._on_trainer_fault(message)
-        elif state.job is None or getattr(message, "round", 0) != state.job.round:
-            log.debug("trainer: %s without a job or of another", type(message).__name__)
-        elif isinstance(message, Progress):
-            state.batches = message.batches
-        elif isinstance(message, Update):
-            if not state.has_told:  # else it is announced once more, on a new connection
-                self._tell(events.trained(message, is_kept=state.is_trained))
-            self._link.send(state.finish(message))
-        elif isinstance(message, Part):
-            self._link.send(message, payload)
-        elif isinstance(message, Fetch):
-            state.granted = max(state.granted, message.first + message.count)
-            self._link.send(message)
+        match message:
+            case Inspected():
+                self._on_inspected(message)
+            case Estimated(model=model):
+                if state.last_welcome and model == state.last_welcome.model:
+                    self._on_costs(message.costs, model.exit)
+            case Fault():
+                self._on_trainer_fault(message)
+            case _ if state.job is None or getattr(message, "round", 0) != state.job.round:
+                log.debug("trainer: %s without a job or of another", type(message).__name__)
+            case Progress():
+                state.batches = message.batches
+            case Update():
+                if not state.is_result_logged:  # else it is announced again, on a new connection
+                    self._tell(events.trained(message, was_before_start=state.is_trained))
+                self._link.send(state.complete(message))
+            case Part():
+                self._link.send(message, payload)
+            case Fetch():
+                last = message.first + message.count
+                state.num_parts_requested = max(state.num_parts_requested, last)
+                self._link.send(message)
 
     def _on_inspected(self, inspected: Inspected) -> None:
-        """The trainer is up, for the first time or in a dead one's place."""
+        """A trainer has read its data: the first one, or one that replaces a dead one."""
         state, is_first = self._state, self._state.inspected is None
         if is_first and inspected.num_labels == 1:
             log.warning("all %d local examples have one label", inspected.num_examples)
-        state.read_data(inspected)
+        state.note_inspected(inspected)
         if is_first and inspected.finished:
             state.job, state.is_trained = inspected.finished, True
         elif state.job:  # the trainer died when it had trained
@@ -299,13 +307,13 @@ class Agent:
                 self._trainer.send(Resume())
             else:
                 self._fail_job("trainer", "the trained update was lost", is_memory=False)
-        if not is_first and state.terms:
-            self._count_costs(state.terms)
+        if not is_first and state.last_welcome:
+            self._count_costs(state.last_welcome)
 
-    def _count_costs(self, terms: Welcome) -> None:
-        self._trainer.send(Estimate(model=terms.model, plan=terms.plan))
+    def _count_costs(self, welcome: Welcome) -> None:
+        self._trainer.send(Estimate(model=welcome.model, plan=welcome.plan))
 
-    def _on_counted(self, costs: tuple[SegmentCost, ...], exits: int, excuse: str = "") -> None:
+    def _on_costs(self, costs: tuple[SegmentCost, ...], exits: int, excuse: str = "") -> None:
         available = self._profile().memory_available_bytes
         self._chooser.set_costs(costs, exits, available, excuse)
         self._tell_choice(is_repeated=True)
@@ -319,13 +327,13 @@ class Agent:
         self._tell(events.failed(f"training failed: {fault.detail}", fault.code, fault.round))
         if state.job and fault.round == state.job.round:
             self._fail_job(fault.code, fault.detail, is_memory=fault.code == "capacity")
-        elif not fault.round and state.terms:  # costs could not be counted
-            self._on_counted((), state.terms.model.exit, fault.detail)
+        elif not fault.round and state.last_welcome:  # costs could not be counted
+            self._on_costs((), state.last_welcome.model.exit, fault.detail)
 
     def _on_trainer_death(self) -> None:
-        """Report it, and choose less if it was killed at work."""
-        state, (cause, pause_s) = self._state, self._trainer.bury()
-        detail = f"the training process {cause}"
+        """Report how the trainer ended; if it was killed at work, choose less from now on."""
+        state, (cause, pause_s) = self._state, self._trainer.reap()
+        detail = f"the trainer {cause}"
         if state.inspected is None:
             raise TrainerError(f"{detail} before it had read its data; ask edge-sdk doctor why")
         round = state.job.round if state.job else 0
@@ -336,7 +344,7 @@ class Agent:
         self._tell_choice()
 
     def _restart_trainer(self, now: float) -> None:
-        self._watchdog.heard(now)
+        self._watchdog.note_alive(now)
         try:
             self._trainer.restart()
         except TrainerError as error:
@@ -357,14 +365,15 @@ class Agent:
         return self._senses.profile(self._trainer.own_bytes(), self._state.inspected)
 
     def _tell_choice(self, is_repeated: bool = False) -> None:
-        """Choose for memory and conditions now; tell the coordinator when it changed."""
+        """Choose an exit for the memory and conditions there are now. The coordinator hears of a
+        choice that changed; is_repeated: of any."""
         state, inspected = self._state, self._state.inspected
         chooser = self._chooser
         is_counting = not (chooser.costs or chooser.excuse or chooser.choice)  # a new model's
         if state.welcome is None or inspected is None or is_counting:
             return
         profile, allowance = self._senses.look(self._profile())
-        if chooser.should_recount(profile.memory_available_bytes):
+        if chooser.begin_recount(profile.memory_available_bytes):
             self._count_costs(state.welcome)
         state.is_resting = allowance.work == "none"
         is_new = chooser.choose(profile, state.welcome, inspected.num_examples, allowance)

@@ -76,7 +76,8 @@ def connected(welcome: Welcome) -> Event:
 
 
 def chosen(choice: Choice, *, is_resting: bool = False) -> Event:
-    """is_resting: nothing is wrong with the device's size; it waits to cool or to be charged."""
+    """A choice of exit. is_resting: the device is not too small; it waits to cool or to be
+    charged."""
     if is_resting:
         return Event("chosen", choice.reason, level=logging.WARNING)
     if not choice.exit:
@@ -92,10 +93,10 @@ def job_given(job: Job) -> Event:
     return Event("job", f"job for stages {stages}", job.round, segments=segments)
 
 
-def trained(update: Update, *, is_kept: bool = False) -> Event:
-    """is_kept: by the process before this one, which may not have lived to tell it."""
+def trained(update: Update, *, was_before_start: bool = False) -> Event:
+    """was_before_start: the process before this one trained it and may not have lived to tell."""
     seconds = update.phases["train"].wall_s if "train" in update.phases else 0.0
-    detail = f"trained{' before this start' if is_kept else ''}, sending the update"
+    detail = f"trained{' before this start' if was_before_start else ''}, sending the update"
     return Event("trained", detail, update.round, exits=update.exits, seconds=seconds)
 
 

@@ -26,7 +26,7 @@ class AgentOptions:
     is_once: bool = False  # end when the coordinator's run ends
     notify_socket: str = ""  # systemd's NOTIFY_SOCKET
     on_event: Callable[[Event], object] | None = None  # called in run()'s thread
-    search_path: tuple[str, ...] = ()  # of the trainer's modules; (): as it is started
+    search_path: tuple[str, ...] = ()  # where the trainer finds modules; (): as python does
 
 
 class Senses:
@@ -37,14 +37,16 @@ class Senses:
         self._allowance = FULL  # the last one
 
     def profile(self, own_bytes: int, inspected: Inspected | None) -> DeviceProfile:
-        """With the speed that the trainer measured, if it did."""
+        """This device now, with the speed that the trainer measured, if it did. own_bytes: what
+        the trainer holds already."""
         profile = self._options.measure(own_bytes)
         if inspected and inspected.gflops:
             profile = replace(profile, gflops=inspected.gflops, layer_s=inspected.layer_s)
         return profile
 
     def look(self, profile: DeviceProfile) -> tuple[DeviceProfile, Allowance]:
-        """The work allowed, and the profile: of a board that trains on its CPU as fast as now."""
+        """The profile, slowed as throttling slows a board that trains on its CPU, and the work that
+        conditions allow."""
         if self._options.conditions is None:
             return profile, FULL
         now = self._options.conditions()

@@ -1,7 +1,7 @@
-"""Between the agent and its training process: framed messages over a socket pair, on one machine.
+"""Messages between the agent and its trainer, over a socket pair on one machine.
 
 The agent passes Part, Fetch and Update through unchanged, so tensors never lie in the agent; the
-messages here are the rest. Each message is two lengths, the msgpack of the message, a payload.
+other messages stand here. On the socket a message is two lengths, its msgpack, and a payload.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _LENGTHS = struct.Struct("<II")
 
 
 class TrainerOptions(Struct, frozen=True, kw_only=True, tag="start"):
-    """Agent, first of all: how to train, and on what. threads 0: torch's default. measure_compute:
-    measure this machine's speed first. calibration: the file that keeps this device's memory
-    calibration, saved_updates: the folder that keeps a finished update until it is accepted; "":
-    neither is kept. imports: modules of the user's that register model families."""
+    """Agent to trainer, the first message: how to train, and on what data. threads 0: torch's
+    default. measure_compute: measure this machine's speed first. calibration: the file of this
+    device's memory calibration; saved_updates: the folder of a saved update; "": nothing is
+    written. imports: modules of the user's that register model families."""
 
     data: str
     threads: Count = 0
@@ -45,8 +45,9 @@ class TrainerOptions(Struct, frozen=True, kw_only=True, tag="start"):
 
 
 class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
-    """Trainer: my data and myself. gflops, layer_s 0: not measured; runtime: resident after
-    the imports and a first step. finished: a job whose update was not accepted before a restart."""
+    """Trainer to agent: what its data are and what it takes itself. gflops, layer_s 0: not
+    measured. runtime_bytes: memory needed after the imports and a first step. finished: the job of
+    a saved update, which was not accepted before a restart."""
 
     num_examples: Index
     input_shape: tuple[Index, ...]
@@ -59,36 +60,39 @@ class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
 
 
 class Estimate(Struct, frozen=True, kw_only=True, tag="estimate"):
-    """Agent: what would training this model cost?"""
+    """Agent to trainer: count what training this model costs."""
 
     model: ModelSpec
     plan: Plan
 
 
 class Estimated(Struct, frozen=True, kw_only=True, tag="estimated"):
-    """Trainer: this, for every segment of the model."""
+    """Trainer to agent: the costs of every segment of the model that it had memory to count."""
 
     model: ModelSpec
     costs: tuple[SegmentCost, ...]
 
 
 class Train(Struct, frozen=True, kw_only=True, tag="train"):
-    """Agent: this job. cache_bytes: how much of frozen features may be kept over its epochs."""
+    """Agent to trainer: train this job. cache_bytes: of features of a frozen prefix, the most that
+    may stay in memory over the epochs."""
 
     job: Job
     cache_bytes: Count
 
 
 class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):
-    """Agent: drop the job in hand. Trainer: it is; nothing of it comes after this."""
+    """Agent to trainer: drop the job in hand. The trainer answers with another Cancel, after which
+    nothing about that job comes."""
 
 
 class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
-    """Agent: the link is back; ask again for what lacks, or announce the update again."""
+    """Agent to trainer: the connection is back, so ask again for the parts that are missing, or
+    announce the update again."""
 
 
 class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
-    """Trainer: I am alive; of this round (0: no job) I have done so many batches."""
+    """Trainer to agent, a sign of life: batches done of the job of this round, 0: of none."""
 
     round: Count = 0
     batches: Count = 0
@@ -113,7 +117,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 
 class Pipe:
-    """One end. receive raises EOFError when the other end is gone."""
+    """One end of the socket pair. `receive` raises EOFError when the other end is gone."""
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end

@@ -10,7 +10,6 @@ import difflib
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,16 +18,17 @@ import msgspec
 from msgspec import Meta
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers import toml
 from edge_sdk.helpers.files import mode_of, write_whole
 from edge_sdk.helpers.text import checked_endpoint, parse_size
-from edge_sdk.protocol.messages import CLIENT_NAME
+from edge_sdk.protocol.messages import CLIENT_NAME, CLIENT_NAME_IN_WORDS, CURVE_KEY
 
 DEFAULT_CONFIG = Path("/etc/edge-sdk/config.toml")
 # What an error says is expected; also every key there is.
 EXPECTED = {
     "coordinator": "the coordinator's address, tcp://HOST:PORT",
     "data": "the absolute path of this device's data, or the name of a data set",
-    "id": "a name of 1 to 64 letters, digits, dots, - or _",
+    "id": f"a name of {CLIENT_NAME_IN_WORDS}",
     "keys": "the absolute path of the folder of keys",
     "server_key": "the coordinator's public key, or the absolute path of its file",
     "insecure": "true or false",
@@ -44,13 +44,14 @@ FilePath = Annotated[str, Meta(pattern=r"\A/")]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a file may say; None: it does not. memory_cap is a size such as "512M"."""
+    """What a config file may say. None: it says nothing of it. memory_cap is a size such as
+    "512M"."""
 
     coordinator: Name | None = None
     data: Annotated[str, Meta(pattern=r"\A(/.*|[^/]+)\Z")] | None = None
     id: Annotated[str, Meta(pattern=CLIENT_NAME)] | None = None
     keys: FilePath | None = None
-    server_key: Annotated[str, Meta(pattern=r"\A(/.*|\S{40})\Z")] | None = None
+    server_key: Annotated[str, Meta(pattern=rf"\A/.*\Z|{CURVE_KEY}")] | None = None
     insecure: bool | None = None
     memory_cap: str | None = None
     threads: Annotated[int, Meta(ge=0, le=1024)] | None = None
@@ -63,14 +64,40 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return None if self.memory_cap is None else parse_size(self.memory_cap)
 
     def given(self) -> dict[str, Any]:
-        """What the file sets, as argparse has it of the flags: by their names, sizes in bytes."""
+        """What the file sets, by the names of RunSettings and with sizes in bytes."""
         values = {name: getattr(self, name) for name in self.__struct_fields__}
         values["memory_cap"] = self.cap_bytes
         return {name: value for name, value in values.items() if value is not None}
 
 
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device runs with. None: not set, and there is no default. memory_cap: bytes."""
+
+    coordinator: str | None = None
+    data: str | None = None
+    id: str | None = None
+    keys: Path
+    server_key: str | None = None
+    insecure: bool = False
+    memory_cap: int | None = None
+    threads: int = 0
+    device: str = "cpu"
+    ignore_conditions: bool = False
+    imports: tuple[str, ...] = ()
+
+
+def settled(config: Path | None, flags: Mapping[str, Any], default_keys: Path) -> RunSettings:
+    """Each setting from the flag of its name where that was given (is not None), else from the
+    config file, else the default. Raises ConfigError for the file."""
+    given = read_config(config).given() if config else {}
+    given |= {name: value for name, value in flags.items() if value is not None}
+    keys, imports = Path(given.pop("keys", default_keys)), tuple(given.pop("imports", ()))
+    return RunSettings(keys=keys, imports=imports, **given)
+
+
 def read_config(path: Path) -> Settings:
-    """Raises ConfigError: a file that cannot be read, is not TOML, or says what is not allowed."""
+    """The settings of a file. Raises ConfigError if it cannot be read, is not TOML, or says what is
+    not allowed."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -97,7 +124,8 @@ def parse_config(text: str, where: str) -> Settings:
 
 
 def with_values(text: str, values: Mapping[str, str | bool], where: str) -> str:
-    """The file's text with these keys set, in their place; all else stays. Raises ConfigError."""
+    """The file's text with these keys set where they stood, and all else as it was. Raises
+    ConfigError if these lines cannot be changed by a program."""
     lines = text.splitlines()
     for key, value in values.items():
         name = rf"[\"']?{re.escape(key)}[\"']?\s*="
@@ -121,7 +149,7 @@ def with_values(text: str, values: Mapping[str, str | bool], where: str) -> str:
 
 
 def template() -> str:
-    """A config to begin with: every key in a comment that explains it."""
+    """The text of a config file to begin with: every key in a comment that explains it."""
     return (Path(__file__).parent / "config.toml.in").read_text(encoding="utf-8")
 
 
@@ -137,14 +165,14 @@ def write_config(path: Path, text: str) -> None:
 
 
 def default_config(own_folder: Path) -> Path:
-    """The service's where there is one that this user may change, else one in the user's folder."""
+    """The service's config file where this user may change it, else one in `own_folder`."""
     if os.access(DEFAULT_CONFIG, os.W_OK):
         return DEFAULT_CONFIG
     return own_folder / DEFAULT_CONFIG.name
 
 
 def check_value(key: str, value: object, place: str) -> None:
-    """One of EXPECTED; `place` begins an error. Raises ConfigError."""
+    """Raise ConfigError, which begins with `place`, unless the value is allowed for this key."""
     try:
         settings = msgspec.convert({key: value}, Settings)
         if settings.coordinator is not None:
@@ -156,13 +184,9 @@ def check_value(key: str, value: object, place: str) -> None:
 
 
 def _parse_toml(text: str, where: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
-        found: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:  # its message ends with "(at line 3, column 5)"
+        return toml.loads(text)
+    except toml.TOMLDecodeError as error:  # its message ends with "(at line 3, column 5)"
         words = str(error)
         line = re.search(r"line (\d+)", words)
         number = int(line[1]) if line else text.count("\n") + 1  # "(at end of document)"
@@ -173,11 +197,11 @@ def _parse_toml(text: str, where: str) -> dict[str, Any]:
             f"{where}, line {number}: {what} in {_shown(said)}; a line is KEY = VALUE, and text "
             'stands in "quotes"'
         ) from error
-    return found
 
 
 def _place(text: str, where: str, key: str) -> str:
-    """FILE, line N, key KEY; the line where the key is set or the table of that name begins."""
+    """Where a key stands in the file, "FILE, line N, key KEY": the line that sets it, or that
+    begins a table of its name."""
     name = rf"[\"']?{re.escape(key)}[\"']?"
     begins = re.compile(rf"\s*(\[+\s*{name}\s*[.\]]|{name}\s*[.=])")
     numbers = [n for n, line in enumerate(text.splitlines(), 1) if begins.match(line)]

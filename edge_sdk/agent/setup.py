@@ -15,11 +15,13 @@ from typing import TypeAlias
 
 from edge_sdk.agent.agent import Agent
 from edge_sdk.agent.options import AgentOptions
+from edge_sdk.agent.pipe import TrainerOptions
+from edge_sdk.agent.settings import RunSettings
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.measure import measure
 from edge_sdk.protocol.keys import KeyPair, read_all_keys
 from edge_sdk.protocol.link import Link
-from edge_sdk.protocol.messages import CLIENT_NAME, DeviceProfile
+from edge_sdk.protocol.messages import CLIENT_NAME, CLIENT_NAME_IN_WORDS, DeviceProfile
 
 log = logging.getLogger(__name__)
 # This device's pair and the coordinator's public key; None and None: no encryption.
@@ -27,7 +29,7 @@ Secrets: TypeAlias = tuple[KeyPair | None, bytes | None]
 
 
 def make_agent(endpoint: str, secrets: Secrets, options: AgentOptions) -> Agent:
-    """Starts the training process and connects; run() does the rest."""
+    """Start the trainer and connect; the agent's run() does the rest."""
     link = Link(endpoint, *secrets)
     try:
         return Agent(link, options)
@@ -37,48 +39,65 @@ def make_agent(endpoint: str, secrets: Secrets, options: AgentOptions) -> Agent:
 
 
 def checked_id(name: str | None, flag: str) -> str:
-    """None: the host name. Raises ConfigError."""
+    """The device's name, None: its host name. flag: what an error tells to give. Raises
+    ConfigError."""
     client_id = name or socket.gethostname()
     if not re.match(CLIENT_NAME, client_id):
-        raise ConfigError(
-            f"device name {client_id!r} is not 1 to 64 letters, digits, dots, - or _; give {flag}"
-        )
+        raise ConfigError(f"device name {client_id!r} is not {CLIENT_NAME_IN_WORDS}; give {flag}")
     return client_id
 
 
 def device_secrets(
     folder: Path, server_key: str | None, is_insecure: bool, server_key_flag: str
 ) -> Secrets:
-    """Reads the keys, unless there are to be none. Raises ConfigError."""
+    """The keys of the folder; with is_insecure there are none. Raises ConfigError."""
     if is_insecure:
         log.warning("insecure: nothing is encrypted and anybody can pretend to be this device")
         return None, None
     return read_all_keys(folder, server_key, server_key_flag)
 
 
+def trainer_options(
+    settings: RunSettings, client_id: str, secrets: Secrets, *, is_emulated: bool = False
+) -> TrainerOptions:
+    """How the trainer of this device starts. One of an emulated board measures nothing and writes
+    nothing: its figures are another device's."""
+    updates = saved_updates_folder(client_id, settings.coordinator or "", secrets)
+    return TrainerOptions(
+        data=settings.data or "",
+        threads=settings.threads,
+        device=settings.device,
+        measure_compute=not is_emulated,
+        calibration="" if is_emulated else memory_calibration_file(),
+        saved_updates="" if is_emulated else updates,
+        imports=settings.imports,
+    )
+
+
 def default_keys() -> Path:
-    """Under systemd the service's own state folder, else the user's configuration."""
+    """The folder of this device's keys where none is named. Under systemd it is the service's own
+    state folder, else the user's configuration."""
     state = os.environ.get("STATE_DIRECTORY")
     return Path(state) / "keys" if state else Path.home() / ".config" / "edge-sdk"
 
 
-def calibration_file() -> str:
-    """Where the trainer keeps its calibration: the service's cache folder, or the user's."""
+def memory_calibration_file() -> str:
+    """The file of this device's memory calibration, in the service's cache folder or the user's."""
     service, user = os.environ.get("CACHE_DIRECTORY"), os.environ.get("XDG_CACHE_HOME")
     folder = Path(service) if service else Path(user or Path.home() / ".cache") / "edge-sdk"
     return str(folder / "calibration.json")
 
 
-def kept_folder(client_id: str, endpoint: str, secrets: Secrets) -> str:
-    """Where this device's trainer keeps a finished update until it is accepted: one folder for each
-    coordinator. That is known by its key, which stays when its address changes."""
+def saved_updates_folder(client_id: str, endpoint: str, secrets: Secrets) -> str:
+    """The folder of this device's saved update, one for each coordinator. That is known by its key,
+    which stays when its address changes."""
     coordinator = secrets[1] or endpoint.encode()
     mark = hashlib.sha256(coordinator).hexdigest()[:12]
-    return str(Path(calibration_file()).parent / "updates" / f"{client_id}-{mark}")
+    return str(Path(memory_calibration_file()).parent / "updates" / f"{client_id}-{mark}")
 
 
 def measure_here(cap_bytes: int | None) -> Callable[[int], DeviceProfile]:
-    """What the agent calls to know this machine's profile."""
+    """The function by which the agent measures this machine, within a cap on memory."""
     return partial(_measure, cap_bytes)
 
 

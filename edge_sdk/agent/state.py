@@ -21,7 +21,7 @@ REFUSED_MAX_S = 120.0
 def hello(
     client_id: str, session: str, profile: DeviceProfile, inspected: Inspected, job: Job | None
 ) -> Hello:
-    """job: the one in hand."""
+    """The first message of a connection. job: the one in hand."""
     return Hello(
         protocol=PROTOCOL,
         client_id=client_id,
@@ -38,19 +38,18 @@ def hello(
 
 @dataclass
 class State:
-    """Times are of time.monotonic()."""
+    """What the agent knows of its trainer, its coordinator and its job. Times are those of
+    time.monotonic()."""
 
-    inspected: Inspected | None = None
+    inspected: Inspected | None = None  # None: the trainer has not read its data yet
     welcome: Welcome | None = None  # None: not connected, or not welcomed yet
-    terms: Welcome | None = None  # the last welcome there was
+    last_welcome: Welcome | None = None  # stays when the connection is lost
     job: Job | None = None
-    batches: int = (
-        0  # of the job, trained or run through its frozen stages, that the trainer has told of
-    )
-    is_trained: bool = False  # the job: its update is kept, maybe from before this start
-    has_told: bool = False  # that it is trained
-    granted: int = 0  # parts of the job asked for so far
-    retries: int = 0
+    batches: int = 0  # of the job, trained or run through its frozen stages, by the last Progress
+    is_trained: bool = False  # the job has a saved update, maybe from before this start
+    is_result_logged: bool = False  # by this process, that the job is trained
+    num_parts_requested: int = 0  # of the job, by the trainer
+    retries: int = 0  # how often the job went on after a lost connection
     idle_since: float = field(default_factory=time.monotonic)
     waited_s: float = 0.0
     next_hello: float = 0.0
@@ -59,56 +58,57 @@ class State:
     reopen_at: float | None = None  # the link is closed until then
     refused_pause_s: float = REFUSED_S
     is_resting: bool = False  # too hot or the battery too low for any job
-    is_told: bool = False  # "not reached yet" has been said
+    is_absence_logged: bool = False  # that the coordinator is not reached yet
 
-    def read_data(self, inspected: Inspected) -> None:
-        """Of a trainer that is up; speed is measured by the first one only."""
+    def note_inspected(self, inspected: Inspected) -> None:
+        """Remember what a trainer found. Only the first one measures speed: that is carried on."""
         if self.inspected and not inspected.gflops:
             known = self.inspected
             inspected = replace(inspected, gflops=known.gflops, layer_s=known.layer_s)
         self.inspected = inspected
 
-    def welcomed(self, welcome: Welcome) -> None:
-        self.welcome = self.terms = welcome
-        self.hello_pause_s, self.refused_pause_s, self.is_told = HELLO_S, REFUSED_S, False
+    def mark_welcomed(self, welcome: Welcome) -> None:
+        self.welcome = self.last_welcome = welcome
+        self.hello_pause_s, self.refused_pause_s, self.is_absence_logged = HELLO_S, REFUSED_S, False
         self.next_heartbeat = time.monotonic() + welcome.heartbeat_s
 
-    def lost(self) -> None:
-        """Not welcome any more: hello is due at once."""
+    def mark_lost(self) -> None:
+        """The connection is gone, so a hello is due at once."""
         self.welcome, self.next_hello = None, 0.0
 
-    def begin(self, job: Job) -> None:
-        self.job, self.granted, self.retries, self.batches = job, 0, 0, 0
-        self.is_trained = self.has_told = False
+    def begin_job(self, job: Job) -> None:
+        self.job, self.num_parts_requested, self.retries, self.batches = job, 0, 0, 0
+        self.is_trained = self.is_result_logged = False
         self.waited_s = time.monotonic() - self.idle_since
 
-    def finish(self, update: Update) -> Update:
-        """The trainer's, with what only the agent knows of the job."""
-        self.is_trained = self.has_told = True
+    def complete(self, update: Update) -> Update:
+        """The trainer's update with what only the agent knows of the job: how long the device had
+        waited for it, and how often the connection was lost meanwhile."""
+        self.is_trained = self.is_result_logged = True
         waited = {"wait": Phase(wall_s=self.waited_s)}
         return replace(update, phases={**waited, **update.phases}, retries=self.retries)
 
     def put_off_hello(self, now: float, is_said: bool) -> None:
-        """The next hello is due after a pause that grows where this one left the device: otherwise
-        nothing is spared by waiting longer."""
+        """Set when the next hello is due. The pause grows only if this one left the device
+        (is_said): waiting longer for a connection that is not there spares nobody."""
         self.next_hello = now + self.hello_pause_s * random.uniform(0.8, 1.2)
         if is_said:
             self.hello_pause_s = min(HELLO_MAX_S, self.hello_pause_s * 1.3)
 
     def put_off_reopening(self) -> float:
-        """Seconds until the link is opened again, more every time."""
+        """Set when the link is opened again; the seconds until then, twice as many every time."""
         pause_s = self.refused_pause_s
         self.reopen_at = time.monotonic() + pause_s
         self.refused_pause_s = min(REFUSED_MAX_S, 2 * pause_s)
         return pause_s
 
-    def doing(self, endpoint: str, *, is_restarting: bool = False) -> str:
+    def status_line(self, endpoint: str, *, is_restarting: bool = False) -> str:
         """One line for a person, the same as long as nothing changes. is_restarting: there is no
         trainer now."""
         if self.inspected is None:
             return "reading the data"
         if is_restarting:
-            return "the training process ended; starting another"
+            return "the trainer ended; starting another"
         if self.reopen_at is not None:
             return f"refused by the coordinator {endpoint}; trying again (see the log)"
         if self.job is not None:

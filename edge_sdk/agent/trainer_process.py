@@ -1,4 +1,4 @@
-"""The agent's side of the training process: start it, talk to it, see how it ended."""
+"""The agent's side of the trainer: start the process, talk to it, see how it ended."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class TrainerProcess:
             )
         except OSError as error:
             ours.close()
-            raise TrainerError(f"the training process cannot be started: {error}") from error
+            raise TrainerError(f"the trainer cannot be started: {error}") from error
         finally:
             theirs.close()
         self._socket = ours
         self._pipe = Pipe(ours)
         self._outbox: deque[memoryview] = deque()
         self._verdict = ""
-        self._used: Usage | None = None  # up to its last message
+        self._usage: Usage | None = None  # of the processor, at its last message
         self.send(options)
 
     def fileno(self) -> int:
@@ -95,11 +95,12 @@ class TrainerProcess:
     def receive(self) -> tuple[PipeMessage, memoryview]:
         """The next message, waiting for it. Raises EOFError or OSError when the process is gone."""
         received = self._pipe.receive()
-        self._used = usage(self._process.pid)
+        self._usage = usage(self._process.pid)
         return received
 
     def own_bytes(self) -> int:
-        """Its memory but for library pages: those count as available already."""
+        """Bytes of memory that the process holds, without library pages: those count as available
+        already."""
         import psutil
 
         try:
@@ -109,16 +110,17 @@ class TrainerProcess:
         return int(held.rss - getattr(held, "shared", 0))
 
     def end(self) -> None:
-        """Stop it now."""
+        """Kill the process now."""
         self._pipe.close()
         self._process.kill()
         self._process.wait()
 
     def end_if_stuck(self, silent_s: float) -> bool:
-        """Stop it if it has said nothing for so long that it does not get on."""
+        """Kill the process if it has said nothing for so long that it cannot be getting on; whether
+        that was done."""
         if silent_s <= min(SILENT_S, THRASHING_S):
             return False
-        has_thrashed = is_thrashing(self._process.pid, self._used, silent_s)
+        has_thrashed = is_thrashing(self._process.pid, self._usage, silent_s)
         if silent_s <= (THRASHING_S if has_thrashed else SILENT_S):
             return False
         # Signal 9: both count as a lack of memory.
@@ -127,8 +129,8 @@ class TrainerProcess:
         self._process.kill()
         return True
 
-    def cause_of_death(self) -> str:
-        """How it ended; waits for the end, which the closed pipe has announced."""
+    def wait_for_end(self) -> str:
+        """Wait for the end of the process, which its closed pipe has announced; how it ended."""
         self._pipe.close()
         try:
             status = self._process.wait(10)
@@ -143,7 +145,8 @@ class TrainerProcess:
 
 
 class Supervisor:
-    """Starts the first process at once; only that one measures. process None: none runs now.
+    """Keeps a trainer running: starts the first at once, and another some time after one has ended.
+    Only the first measures this machine's speed. process: the one that runs, None: none does.
 
     Raises TrainerError where the system starts no process."""
 
@@ -153,18 +156,18 @@ class Supervisor:
         self.process: TrainerProcess | None = TrainerProcess(options, search_path)
         self.restart_at: float | None = None
         self._pause_s = RESTART_S
-        self._num_cancels = 0  # said, and not answered
+        self._num_cancels = 0  # sent, and not answered yet
 
     def send(self, message: PipeMessage, payload: Payload = b"") -> None:
-        """What is said while no process runs is lost: a new one begins without a job."""
+        """Queue a message. While no process runs it is dropped: a new one begins without a job."""
         if self.process:
             self._num_cancels += isinstance(message, Cancel)
             self.process.send(message, payload)
 
     def receive(self) -> tuple[PipeMessage, memoryview] | None:
-        """What the process has said, None: nothing, or about a job that was dropped, which may be
-        of the same round as the one in hand. Raises EOFError or OSError once it has ended: then
-        bury() it."""
+        """The next message of the process. None: there is none, or it is about a job that was
+        dropped, which may be of the same round as the one in hand. Raises EOFError or OSError once
+        the process has ended: then reap() it."""
         if self.process is None:
             return None
         self.process.flush()
@@ -183,18 +186,19 @@ class Supervisor:
         return self.process.own_bytes() if self.process else 0
 
     def end_if_stuck(self, silent_s: float) -> bool:
-        """Whether it was ended for having said nothing for so long: then bury() it."""
+        """Whether the process was killed for having said nothing for so long: then reap() it."""
         return self.process is not None and self.process.end_if_stuck(silent_s)
 
-    def bury(self) -> tuple[str, float]:
-        """How it ended, and in how many seconds there is another."""
+    def reap(self) -> tuple[str, float]:
+        """Collect a process that has ended: how it ended, and seconds until another is started."""
         assert self.process is not None
-        cause, self.process = self.process.cause_of_death(), None
+        cause, self.process = self.process.wait_for_end(), None
         self._num_cancels = 0
         return cause, self._put_off()
 
     def restart(self) -> None:
-        """Raises TrainerError if that fails; `restart_at` is then the time of the next try."""
+        """Start another process. Raises TrainerError if that fails; `restart_at` is then the time
+        of the next try."""
         self.restart_at = None
         try:
             options = replace(self._options, measure_compute=False)
@@ -202,8 +206,9 @@ class Supervisor:
         except TrainerError as error:
             raise TrainerError(f"{error}; again in {self._put_off():.0f} s") from error
 
-    def is_well(self) -> None:
-        """It has done a whole job: the next death is not of the cause that the pause grew for."""
+    def mark_well(self) -> None:
+        """The process has done a whole job, so its next death has another cause than those that the
+        pause grew for."""
         self._pause_s = RESTART_S
 
     def end(self) -> None:

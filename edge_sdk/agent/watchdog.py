@@ -11,9 +11,8 @@ import logging
 import socket
 
 log = logging.getLogger(__name__)
-SILENT_S = (
-    300.0  # a step of the slowest board takes seconds; one that swaps itself to death, minutes
-)
+# A step of the slowest board takes seconds; one that swaps itself to death, minutes.
+SILENT_S = 300.0
 THRASHING_S = 30.0  # of silence, after which lack of memory counts as its reason
 WATCHDOG_S = 600  # WatchdogSec= of the unit
 FEED_S = 1.0  # at most one WATCHDOG=1 in so long
@@ -49,40 +48,40 @@ class Notifier:
 
 
 class Watchdog:
-    """The agent tells it what happens; it tells systemd. Times are of time.monotonic()."""
+    """Turns what the agent does into messages to systemd. Times are those of time.monotonic()."""
 
     def __init__(self, notifier: Notifier, now: float) -> None:
         self._notifier = notifier
-        self._heard = now  # the trainer's last message, or its start
-        self._fed = now  # the last WATCHDOG=1
+        self._heard_at = now  # the trainer's last message, or its start
+        self._fed_at = now  # the last WATCHDOG=1
         self._is_ready = False
         self._status = ""
 
-    def heard(self, now: float) -> None:
+    def note_alive(self, now: float) -> None:
         """The trainer said something, or was started."""
-        self._heard = now
+        self._heard_at = now
 
     def silent_s(self, now: float) -> float:
         """How long the trainer has said nothing."""
-        return now - self._heard
+        return now - self._heard_at
 
-    def turn(self, now: float, *, is_ready: bool, has_job: bool, status: str) -> None:
-        """Once for each turn of the agent's loop."""
+    def notify(self, now: float, *, is_ready: bool, has_job: bool, status: str) -> None:
+        """Send systemd what changed; called once in every turn of the agent's loop."""
         lines = []
         if is_ready and not self._is_ready:
             lines.append("READY=1")
         if status != self._status:
             lines.append(f"STATUS={status}")
-        progress = self._heard if has_job else now
-        is_fed = progress > self._fed and now >= self._fed + FEED_S
+        progress = self._heard_at if has_job else now
+        is_fed = progress > self._fed_at and now >= self._fed_at + FEED_S
         if is_fed:
             lines.append("WATCHDOG=1")
         if self._notifier.send(*lines):  # else the next turn says it again
             self._is_ready, self._status = self._is_ready or is_ready, status
-            self._fed = now if is_fed else self._fed
+            self._fed_at = now if is_fed else self._fed_at
 
-    def stopping(self) -> None:
-        """On request: after an error the service manager is to see the exit status only."""
+    def notify_stopping(self) -> None:
+        """For an end on request; after an error systemd is to see the exit status only."""
         self._notifier.send("STOPPING=1", "STATUS=stopping")
 
     def close(self) -> None:

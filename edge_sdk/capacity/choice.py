@@ -138,7 +138,7 @@ def _judge(
 
 
 def as_chosen(cost: SegmentCost, row: Row) -> SegmentCost:
-    """The segment with the levers that its row tells."""
+    """The segment with the levers that made it fit, as its row tells them."""
     told = (row.cache_bytes, row.micro_batch, row.recompute)
     return next(
         c for c in memory_savings(cost) if (c.cache_bytes, c.micro_batch, c.recompute) == told

@@ -21,7 +21,7 @@ LESS = 0.9
 
 
 class Chooser:
-    """costs: of every segment of the run's model, empty until they are counted."""
+    """The choice for one model. costs: those of its segments, () until they are counted."""
 
     def __init__(self) -> None:
         self.costs: tuple[SegmentCost, ...] = ()
@@ -36,13 +36,15 @@ class Chooser:
     def set_costs(
         self, costs: tuple[SegmentCost, ...], exits: int, available_bytes: int, excuse: str = ""
     ) -> None:
-        """Costs of a model of so many exits; fewer where memory did not do for counting them."""
+        """Take over the costs of a model of so many exits; fewer than all its segments' where
+        memory did not do for counting them. excuse: why there are none."""
         self.costs, self.excuse = costs, excuse
         is_complete = len(costs) == 2 * exits - 1
         self._counted_with = math.inf if is_complete else available_bytes
 
-    def should_recount(self, available_bytes: int) -> bool:
-        """Once when memory has grown since not all could be counted."""
+    def begin_recount(self, available_bytes: int) -> bool:
+        """Whether to count again, as memory has grown since not all could be counted. It is said
+        once for every growth."""
         if available_bytes <= GROWN * self._counted_with:
             return False
         self._counted_with = available_bytes
@@ -55,7 +57,7 @@ class Chooser:
         num_examples: int,
         allowance: Allowance = FULL,
     ) -> bool:
-        """Choose for the memory there is now; True if it differs from the last choice."""
+        """Choose for the memory there is now; whether the choice differs from the last one."""
         if profile.memory_available_bytes > GROWN * self._failed_bytes:
             self._bound_bytes = None
         old = self.choice
@@ -88,7 +90,8 @@ class Chooser:
         return choice
 
     def note_failure(self, segments: Sequence[Segment], available_bytes: int) -> str:
-        """A job ended for memory: what is not tried again until memory grew, as one line."""
+        """Remember that a job of these segments failed for memory; one line that says how much is
+        not tried again until memory has grown."""
         wanted = [row for row in self._rows() if _segment(row) in segments]
         peak = max((row.peak_bytes for row in wanted), default=available_bytes)
         runtime = max((row.runtime_bytes for row in wanted), default=0)
@@ -118,8 +121,8 @@ class Chooser:
         """How much of frozen features the trainer may keep, as it was predicted for these segments:
         0 if one of them has no room for its own."""
         deep = [segment for segment in segments if segment.first > 1]
-        kept = [row.cache_bytes for row in self._rows() if _segment(row) in deep]
-        return max(kept, default=0) if all(kept) else 0
+        caches = [row.cache_bytes for row in self._rows() if _segment(row) in deep]
+        return max(caches, default=0) if all(caches) else 0
 
     def refusal(self, segments: Sequence[Segment]) -> str:
         """Why these segments are more than this device said it can train; "" when they are not."""
@@ -140,7 +143,8 @@ class Chooser:
 
 
 def _within(choice: Choice, allowance: Allowance) -> Choice:
-    """Cut down to the work that conditions allow. The rows stay: a job may be running."""
+    """The choice cut down to the work that conditions allow. Its rows stay: a job may be
+    running."""
     if allowance.work == "none":
         reason = f"sitting out: {allowance.reason}"
         return replace(choice, exit=0, stages=(), prefix_s=0.0, stage_s=(), reason=reason)
@@ -151,7 +155,7 @@ def _within(choice: Choice, allowance: Allowance) -> Choice:
 
 
 def ready_message(choice: Choice) -> Ready:
-    """What the coordinator hears of it."""
+    """The choice as the coordinator hears of it."""
     return Ready(
         exit=choice.exit,
         stages=choice.stages,
@@ -162,7 +166,8 @@ def ready_message(choice: Choice) -> Ready:
 
 
 def _facts(choice: Choice) -> Ready:
-    """Without the reason: it names the memory available, which changes all the time."""
+    """The choice without its reason, which names the memory available: that changes all the time,
+    and is no news."""
     return replace(ready_message(choice), reason="")
 
 

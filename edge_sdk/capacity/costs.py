@@ -1,9 +1,8 @@
 """How deep a device can train: predicted memory and time of every segment against its profile.
 
-Counting costs needs torch (models/costs.py); choosing by them does not, so the agent can choose
-anew whenever its free memory changes. A segment that does not fit as the plan has it is tried with
-less memory (`levers`) before it is given up.
-"""
+Counting costs needs torch (capacity/counting.py); choosing by them does not, so the agent can
+choose anew whenever its free memory changes. A segment that does not fit as the plan has it is
+tried with less memory (`memory_savings`) before it is given up."""
 
 from __future__ import annotations
 
@@ -17,24 +16,22 @@ from edge_sdk.errors import CapacityError
 from edge_sdk.protocol.messages import DeviceProfile
 
 # Peak memory of a training step over (saved activations + gradients) where the device was not
-# calibrated (calibration.py), and the error of what is predicted with it. Our measurement: torch
-# 2.13 on x86, VGGs, CNN and ResNet18, batches 8 to 64: 0.96 to 1.09 beside a runtime that knows the
-# kernels' scratch. It holds for a trainer started with TRAINER_ENVIRONMENT; without, the same jobs
-# took up to 75 MB more: glibc raises its mmap threshold as blocks are freed, and then keeps large
-# blocks in a fragmented heap. test_counting_peak.py repeats the measurement.
+# calibrated (training/calibration.py), and the error of what is predicted with it. Our measurement:
+# torch 2.13 on x86, VGGs, CNN and ResNet18, batches 8 to 64: 0.96 to 1.09 beside a runtime that
+# knows the kernels' scratch. It holds for a trainer started with TRAINER_ENVIRONMENT; without, the
+# same jobs took up to 75 MB more: glibc raises its mmap threshold as blocks are freed, and then
+# keeps large blocks in a fragmented heap. test_counting_peak.py repeats the measurement.
 ALLOWANCE, ERROR = 1.15, 0.15
-LEAST_ERROR_BYTES = (
-    2 * 1024**2
-)  # of any prediction: the runtime differs so much from start to start
+LEAST_ERROR_BYTES = 2 * 1024**2  # of any prediction: the runtime differs so from start to start
 TRAINER_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
 FORWARD = 1 / 3  # of layer_s is the forward pass: 0.33 on x86, torch 2.13
 MIN_MICRO_BATCH = 8  # BatchNorm's statistics of fewer examples harm more than a deeper exit helps
 
 
 class Moment(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a training step: what lies in memory then beside gradients and what a job always holds.
-    weight_bytes: the largest tensor whose gradient is made then; a kernel reorders it into a copy.
-    """
+    """A moment of a training step: the bytes that lie in memory then, beside gradients and what a
+    job always holds. weight_bytes: the largest tensor whose gradient is made then; a kernel
+    reorders it into a copy."""
 
     fixed_bytes: float = 0.0
     example_bytes: float = 0.0  # for each example that goes through at once
@@ -156,7 +153,7 @@ def peak_bytes(cost: SegmentCost) -> int:
 
 
 def error_bytes(cost: SegmentCost) -> int:
-    """By how much the predicted peak may be off."""
+    """By how many bytes the predicted peak may be wrong."""
     return max(LEAST_ERROR_BYTES, math.ceil(cost.error * (peak_bytes(cost) - cost.runtime_bytes)))
 
 

@@ -57,7 +57,8 @@ def segment_costs(
 def _each(
     spec: ModelSpec, plan: Plan, num_examples: int, runtime_bytes: int
 ) -> Iterator[SegmentCost]:
-    """Shallow models first: counting a deep one may be more than this device has memory for."""
+    """The costs of each segment, those of shallow models first: counting a deep one may take more
+    memory than this device has."""
     with torch.random.fork_rng(devices=[]):
         for last in range(1, spec.exit + 1):
             model = build(replace(spec, exit=last)).ready("cpu")
@@ -78,10 +79,10 @@ def segment_costs_apart(
     allowance: float = ALLOWANCE,
     error: float = ERROR,
 ) -> tuple[SegmentCost, ...]:
-    """`segment_costs`, counted in a forked child, so that this process stays as it is. Segments are
-    missing that memory did not do for: training them takes more.
+    """`segment_costs`, counted in a forked process, so that this one stays as it is. Segments that
+    memory did not do for are missing: training them takes more.
 
-    Families registered here are known there. The child computes on one thread, as a fork loses the
+    The fork knows the families registered here. It computes on one thread, as it has lost the
     others. With CUDA autograd's threads forbid it: such boards have the memory to count here.
     Raises ConfigError for a spec that cannot be built, CapacityError if nothing was counted."""
     count = partial(_each, spec, plan, num_examples, runtime_bytes)
@@ -92,14 +93,14 @@ def segment_costs_apart(
     sys.stderr.flush()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork beside torch's threads
-        child = os.fork()
-    if child == 0:
+        pid = os.fork()
+    if pid == 0:
         os.close(reader)
         _count_and_exit(writer, count)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         lines = pipe.read().split(b"\n")
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status > 0:
         said = lines[-1].decode(errors="replace")
         raise ConfigError(f"costs of model {spec.family!r} cannot be counted: {said}")
@@ -113,8 +114,8 @@ def segment_costs_apart(
 
 
 def _count_and_exit(writer: int, count: Callable[[], Iterator[SegmentCost]]) -> None:
-    """The child: a line for each segment, as soon as it is counted. Nothing may return into the
-    parent's code, hence os._exit whatever happens."""
+    """Write a line for each segment as soon as it is counted, and end this forked process. Nothing
+    may return into the code of the one that forked it, hence os._exit whatever happens."""
     status = 1
     try:
         process_memory.be_killed_before_others(1000)  # or the trainer loses what was counted
@@ -142,7 +143,7 @@ def _cost(
     num_examples: int,
     runtime_bytes: int,
 ) -> SegmentCost:
-    """model: as a job of this segment has it."""
+    """The costs of one segment. model: of the stages that a job of this segment has."""
     first, last = segment.first, segment.last
     stages, heads = model.stages[first - 1 :], model.exits[first - 1 :]
     named = dict(nn.ModuleList([stages, heads]).named_parameters())
@@ -192,7 +193,7 @@ def _cost(
 
 
 def _as_planned(cost: SegmentCost, plan: Plan) -> SegmentCost:
-    """With the levers that the coordinator's plan sets for every device."""
+    """The costs with the levers that the coordinator's plan sets for every device."""
     if plan.recompute and cost.recompute_moments is not None:
         cost = recomputing(cost)
     return in_parts(cost, plan.micro_batch) if 0 < plan.micro_batch < cost.batch_size else cost
@@ -225,12 +226,12 @@ def autograd_bytes(model: StagedModel, plan: Plan, x: Tensor) -> int:
 
 
 def widest_bytes(tensors: Iterable[Tensor]) -> int:
-    """The largest: a kernel reorders one weight at a time into a copy."""
+    """Bytes of the largest tensor: a kernel reorders one weight at a time into a copy."""
     return max((num_bytes([tensor]) for tensor in tensors), default=0)
 
 
 def leaves(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """The layers: modules that hold no others."""
+    """The layers of the modules: those that hold no other modules."""
     return [m for module in modules for m in module.modules() if not list(m.children())]
 
 
@@ -268,9 +269,9 @@ def moments(
     weights: Sequence[float],
     plan: Plan,
 ) -> tuple[list[Moment], list[Moment]]:
-    """Of a backward pass: one for each stage, from the last to the first; and the same where stages
-    are run again. features: (FEW, ...), what the first of the stages takes. How bytes grow with the
-    batch is seen in steps of FEW examples and of twice as many."""
+    """The moments of a backward pass, one for each stage, from the last to the first; and the same
+    where stages are run again. features: (FEW, ...), what the first of the stages takes. How bytes
+    grow with the batch is seen in steps of FEW examples and of twice as many."""
     few = _saved(stages, heads, named, features, weights, plan)
     more = moved(torch.cat([features, features]), "cpu")
     twice = _saved(stages, heads, named, more, weights, plan)
@@ -347,9 +348,11 @@ def _saved(
         loss = _forward(stages, heads, named, features, weights, plan, enter)
     sizes = Counter(stages=len(stages), all=sum(size for size, _ in storages.values()))
     sizes.update({f"input {n}": storage.nbytes() for n, storage in enumerate(inputs, 1)})
-    kept = {storage._cdata for storage in inputs}
+    input_addresses = {storage._cdata for storage in inputs}
     for address, (size, stage) in storages.items():
-        if address not in kept or (stage != LAST and address != inputs[stage - 1]._cdata):
+        if address not in input_addresses or (
+            stage != LAST and address != inputs[stage - 1]._cdata
+        ):
             sizes[f"{stage}"] += size
             sizes[f"widest {stage}"] = max(sizes[f"widest {stage}"], size)
     del loss  # the graph, which kept the storages alive

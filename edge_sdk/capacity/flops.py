@@ -20,8 +20,8 @@ RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
 class FlopCounter(TorchFunctionMode):
-    """A context; `total` is what the passes inside take, or would take: a backward pass is counted
-    as the forward pass needs it, once for each factor with a gradient."""
+    """A context; `total`: the operations of the forward passes inside and of their backward passes,
+    which are counted with them, once for each factor with a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class FlopCounter(TorchFunctionMode):
         return made
 
     def _count(self, multiply_adds: int, *factors: Tensor) -> None:
-        """factors: those of the product, each of whose gradients is another product as large."""
+        """Count a product. The gradient of each of its factors is another product as large."""
         with_gradient = sum(f.requires_grad for f in factors) if is_grad_enabled() else 0
         self.total += 2 * multiply_adds * (1 + with_gradient)
 
     def _count_recurrent(self, args: tuple[Any, ...]) -> None:
-        """x: (..., inputs), the steps of all examples; weights: two matrices or more for each layer
-        and direction. Of the first layer's the first takes the input; all others take what they
-        made themselves, which has a gradient."""
+        """Count a recurrent layer. args: x (..., inputs), the steps of all examples; weights, two
+        matrices or more for each layer and direction. Of the first layer's the first takes the
+        input; all others take what they made themselves, which has a gradient."""
         lists = (given for given in args if isinstance(given, list | tuple) and len(given) > 1)
         matrices = next([w for w in given if w.ndim == 2] for given in lists if given[0].ndim == 2)
         steps = math.prod(args[0].shape[:-1])

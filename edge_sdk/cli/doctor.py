@@ -1,7 +1,7 @@
 """`edge-sdk doctor`: everything that a device trips over, found before it does, with what to do.
 
 Each check is a small function that returns a Finding and raises nothing; `root` is "/" but in
-tests. Torch is never imported here: a child process is asked, as on a CPU that lacks instructions
+tests. Torch is never imported here: another process is asked, as on a CPU that lacks instructions
 which torch was built for it dies of SIGILL (torch 2.10 on a Raspberry Pi 4).
 """
 
@@ -67,7 +67,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def examine(config: Path | None, default_keys: Path) -> Iterator[Finding]:
-    """All checks, each as it is done. config None: the service's file if there is one."""
+    """What each check finds, as it is done. config None: the service's file if there is one."""
     yield check_system()
     yield check_python()
     settings, finding = check_config(config)
@@ -107,7 +107,7 @@ def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
 
 
 def check_torch(device: str = "cpu", probe: str = TORCH_PROBE) -> Finding:
-    """A real convolution in a child process."""
+    """Whether torch computes a convolution, tried in another process."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", probe],
@@ -247,7 +247,7 @@ def check_config(path: Path | None) -> tuple[Settings, Finding]:
 
 
 def check_data(data: str | None, *, is_service: bool) -> Finding:
-    """That it can be read; what is in it is the trainer's to judge."""
+    """Whether the data can be read; what is in them the trainer judges."""
     if data is None:
         return Finding("data", "warn", "not set", "set data in the config, or give run --data")
     path = Path(data)
@@ -301,7 +301,7 @@ def _keys_advice(folder: Path) -> str:
 def check_coordinator(
     endpoint: str | None, keys: tuple[KeyPair, bytes] | None, *, is_insecure: bool
 ) -> Finding:
-    """A TCP connection, then a real handshake if there are keys to try."""
+    """Whether a TCP connection can be made, and a real handshake if there are keys to try."""
     name = "coordinator"
     if endpoint is None:
         return Finding(name, "warn", "not set", "set coordinator in the config")
@@ -345,7 +345,7 @@ def handshake(
 
 
 def report(findings: Iterator[Finding], show: Callable[[str], None]) -> list[Finding]:
-    """One or two lines for each finding, as it comes."""
+    """Show one or two lines for each finding as it comes; all of them."""
     done = []
     for finding in findings:
         done.append(finding)

@@ -11,16 +11,17 @@ from typing import Any
 
 from edge_sdk.agent.settings import (
     DEFAULT_CONFIG,
+    RunSettings,
     Settings,
     default_config,
     parse_config,
+    settled,
     template,
     with_values,
     write_config,
 )
 from edge_sdk.agent.setup import checked_id, default_keys
 from edge_sdk.cli.flags import add_command, path_flag
-from edge_sdk.cli.run import settle
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import checked_endpoint
 from edge_sdk.protocol.invitation import MAX_CHARACTERS, InvitationLine, decode_line
@@ -117,7 +118,7 @@ def run_join(args: argparse.Namespace) -> int:
 
 
 def _pins(server_file: Path, key: bytes) -> bool:
-    """Whether this device takes part in that coordinator's runs already."""
+    """Whether this device already takes part in the runs of the coordinator with this key."""
     try:
         return read_key(server_file) == key
     except ConfigError:
@@ -136,7 +137,8 @@ def _given_line(words: list[str]) -> str:
 
 
 def _present_config(path: Path) -> tuple[str, Settings]:
-    """Its text and what that sets; the template's where there is no file. Raises ConfigError."""
+    """The config file's text and settings; where there is no file, the template's text. Raises
+    ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -160,38 +162,37 @@ def _next_step(path: Path, settings: Settings) -> str:
 
 
 def run_keys(args: argparse.Namespace) -> int:
+    config, usual = args.config, default_config(default_keys())
+    if args.rotate and config is None and usual.exists():
+        config = usual
+    flags = {name: getattr(args, name) for name in ("id", "keys", "coordinator", "server_key")}
+    settings = settled(config, flags, default_keys())
+    client_id = checked_id(settings.id, "--id")
     if args.rotate:
-        return _rotate(args)
-    settle(args)
-    client_id = checked_id(args.id, "--id")
-    files = f"{args.keys / DEVICE_KEYS}.public and .secret"
-    if has_keys(args.keys, DEVICE_KEYS):
-        keys = read_keys(args.keys, DEVICE_KEYS)
+        return _rotate(settings, client_id, config)
+    files = f"{settings.keys / DEVICE_KEYS}.public and .secret"
+    if has_keys(settings.keys, DEVICE_KEYS):
+        keys = read_keys(settings.keys, DEVICE_KEYS)
         print(f"edge-sdk: {files} were there and stay as they are", file=sys.stderr)
         print("on the coordinator run")
     else:
-        keys = make_keys(args.keys, DEVICE_KEYS)
+        keys = make_keys(settings.keys, DEVICE_KEYS)
         print(f"wrote {files}; on the coordinator run")
     print(f"  edge-coordinator clients add {client_id} '{keys.public.decode()}'")
-    print(f"and copy its server.public to {args.keys / SERVER_KEYS}.public")
+    print(f"and copy its server.public to {settings.keys / SERVER_KEYS}.public")
     return 0
 
 
-def _rotate(args: argparse.Namespace) -> int:
+def _rotate(settings: RunSettings, client_id: str, config: Path | None) -> int:
     from edge_sdk.protocol.join import rotate
 
-    usual = default_config(default_keys())
-    if args.config is None and usual.exists():
-        args.config = usual
-    settle(args)
-    if args.insecure:
-        raise ConfigError(f"{args.config} says insecure = true: there is no key to change")
-    if args.coordinator is None:
+    if settings.insecure:
+        raise ConfigError(f"{config} says insecure = true: there is no key to change")
+    if settings.coordinator is None:
         raise ConfigError("give --coordinator, or a --config FILE that sets coordinator")
-    endpoint = checked_endpoint(args.coordinator, "--coordinator")
-    client_id = checked_id(args.id, "--id")
-    _, server_key = read_all_keys(args.keys, args.server_key)
-    keys = rotate(endpoint, server_key, args.keys, client_id)
+    endpoint = checked_endpoint(settings.coordinator, "--coordinator")
+    _, server_key = read_all_keys(settings.keys, settings.server_key)
+    keys = rotate(endpoint, server_key, settings.keys, client_id)
     print(f"{client_id} has a new public key, {keys.public.decode()}, also on the coordinator")
     print("an agent that runs still has the old one and is refused: restart it")
     return 0

@@ -11,13 +11,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from edge_sdk.cli.calibrate import add_calibrate_command, add_infer_report_command
+from edge_sdk.cli.export import add_export_command
 from edge_sdk.cli.flags import HelpFormatter, Subparsers
-from edge_sdk.cli.infer import (
-    add_calibrate_command,
-    add_export_command,
-    add_infer_command,
-    add_infer_report_command,
-)
+from edge_sdk.cli.infer import add_infer_command
 from edge_sdk.cli.join import add_join_command, add_keys_command
 from edge_sdk.cli.measure import add_measure_command
 from edge_sdk.cli.plan import add_plan_command

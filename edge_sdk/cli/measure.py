@@ -7,7 +7,7 @@ import sys
 
 import msgspec
 
-from edge_sdk.cli.flags import Subparsers, _print_json, add_command, add_memory_cap, rate_flag, tell
+from edge_sdk.cli.flags import Subparsers, add_command, add_memory_cap, print_json, rate_flag, tell
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import check_free, save_board, save_path
@@ -60,16 +60,16 @@ def run_measure(args: argparse.Namespace) -> int:
     if path:
         save_board(measured_board(profile, args.device), path, is_forced=args.force)
     if args.json:
-        _print_json(msgspec.to_builtins(profile) | {"conditions": msgspec.to_builtins(now)})
+        print_json(msgspec.to_builtins(profile) | {"conditions": msgspec.to_builtins(now)})
     else:
-        print(_describe(profile))
+        print(describe_profile(profile))
         print(f"state    {conditions.in_words(now)}")
         if path:
             print(f"saved    {path}")
     return 0
 
 
-def _describe(profile: DeviceProfile) -> str:
+def describe_profile(profile: DeviceProfile) -> str:
     kind = "emulated board" if profile.is_emulated else "this device"
     link = "not known" if profile.link_mbit_s is None else f"{profile.link_mbit_s:g} Mbit/s"
     speed = "not measured"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from edge_sdk.agent.setup import calibration_file
+from edge_sdk.agent.setup import memory_calibration_file
 from edge_sdk.capacity.choice import Choice, as_chosen, choose_exit, in_words
 from edge_sdk.capacity.costs import (
     TRAINER_ENVIRONMENT,
@@ -25,15 +26,15 @@ from edge_sdk.cli.flags import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
     Subparsers,
-    _print_json,
     add_command,
     add_memory_cap,
     duration_flag,
     option_flag,
+    print_json,
     shape_flag,
     tell,
 )
-from edge_sdk.cli.measure import _describe
+from edge_sdk.cli.measure import describe_profile
 from edge_sdk.errors import ConfigError, TrainerError
 from edge_sdk.hardware.boards import board, board_names
 from edge_sdk.hardware.limits import least_bound
@@ -53,8 +54,8 @@ IDLE_WAITING = {"OMP_WAIT_POLICY": "passive"}
 
 TRIAL = """
 import pathlib, sys, msgspec
-from edge_sdk.training.calibration import trial
-print(msgspec.json.encode(trial(pathlib.Path(sys.argv[1]))).decode())
+from edge_sdk.training.calibration import trainer_baseline
+print(msgspec.json.encode(trainer_baseline(pathlib.Path(sys.argv[1]))).decode())
 """
 
 
@@ -139,9 +140,9 @@ def run_plan(args: argparse.Namespace) -> int:
         costs, profile, deadline_s=args.deadline, num_examples=num_examples, epochs=plan.epochs
     )
     if args.json:
-        _print_json(msgspec.to_builtins({"profile": profile, "costs": costs, "choice": choice}))
+        print_json(msgspec.to_builtins({"profile": profile, "costs": costs, "choice": choice}))
         return 0
-    print(_describe(profile))
+    print(describe_profile(profile))
     print(
         f"model    {spec.family}, input {'x'.join(map(str, spec.input_shape))}, "
         f"{spec.num_classes} classes, {spec.exit} exits\n"
@@ -157,7 +158,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def checked(kind: type[Any], **fields: Any) -> Any:
-    """A wire struct from a person's values. Raises ConfigError naming the field."""
+    """A struct of the protocol from a person's values. Raises ConfigError naming the field."""
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
@@ -168,11 +169,12 @@ def checked(kind: type[Any], **fields: Any) -> Any:
 
 def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, int]:
     """Input shape, number of classes, number of examples and bytes of the data that will train."""
-    if args.examples is not None and args.examples < 2:
-        args.usage_error(f"--examples {args.examples}: at least 2 are needed")
-    if args.data:
-        from edge_sdk.data.loading import load_shard
+    from edge_sdk.data.examples import MIN_BATCH
+    from edge_sdk.data.loading import load_shard
 
+    if args.examples is not None and args.examples < MIN_BATCH:
+        args.usage_error(f"--examples {args.examples}: at least {MIN_BATCH} are needed")
+    if args.data:
         shard = load_shard(args.data)
         data_bytes = shard.x.nbytes + shard.y.nbytes
         num_examples = args.examples or len(shard)
@@ -185,15 +187,12 @@ def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, in
     if args.input is None or args.classes is None:
         args.usage_error("give --input and --classes, or --data to take them from")
     num_examples = args.examples or DEFAULT_EXAMPLES
-    example_bytes = 8  # the label
-    values = 1
-    for size in args.input:
-        values *= size
-    return args.input, args.classes, num_examples, num_examples * (example_bytes + 4 * values)
+    example_bytes = 4 * math.prod(args.input) + 8  # float32, and the label
+    return args.input, args.classes, num_examples, num_examples * example_bytes
 
 
 def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:
-    """This device, or the named board; the cap counts for both."""
+    """The profile of this device, or of the named board, within a cap on memory."""
     named = None if board_name is None else board(board_name)
     tell(f"measuring compute {'' if named is None else 'of one thread '}here")
     if named is None:
@@ -206,10 +205,10 @@ def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:
 
 
 def _trial_trainer() -> dict[str, Any]:
-    """The fields of a calibration.Trainer, from a real one on this machine: this process imports
-    more than a trainer does."""
+    """The fields of a training.calibration.TrainerBaseline, from a real trainer on this machine:
+    this process imports more than one does."""
     result = subprocess.run(
-        [sys.executable, "-c", TRIAL, calibration_file()],
+        [sys.executable, "-c", TRIAL, memory_calibration_file()],
         env={**os.environ, **TRAINER_ENVIRONMENT, **IDLE_WAITING},
         capture_output=True,
         text=True,
@@ -255,7 +254,7 @@ def _table(
 
 
 def _explain(costs: Sequence[SegmentCost], profile: DeviceProfile) -> str:
-    """Per exit and stage what is tried to make it fit, in that order, up to what fits."""
+    """What is tried to make each exit and stage fit, in that order, up to what fits."""
     available = profile.memory_available_bytes
     lines = [f"\ntried in this order, {mebibytes(available)} available:"]
     for cost in costs:

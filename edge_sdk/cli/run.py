@@ -10,17 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from edge_sdk.agent.options import AgentOptions
-from edge_sdk.agent.pipe import TrainerOptions
-from edge_sdk.agent.settings import read_config
+from edge_sdk.agent.settings import RunSettings, settled
 from edge_sdk.agent.setup import (
-    calibration_file,
     checked_id,
     default_keys,
     device_secrets,
-    kept_folder,
     make_agent,
     measure_here,
+    trainer_options,
 )
 from edge_sdk.cli.flags import MAX_THREADS, add_command, add_memory_cap, path_flag, whole_flag
 from edge_sdk.errors import ConfigError
@@ -68,45 +68,30 @@ def add_run_command(commands: Any) -> None:
     parser.set_defaults(run=run_device, usage_error=parser.error)
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Fill in what no flag gave: from the config file, else the default. Raises ConfigError."""
-    given = read_config(args.config).given() if args.config else {}
-    defaults = {
-        "keys": default_keys(), "insecure": False, "threads": 0, "device": "cpu", "imports": [],
-        "ignore_conditions": False,
-    }  # fmt: skip
-    for name, value in (defaults | given).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    args.keys = Path(args.keys)
-
-
 def run_device(args: argparse.Namespace) -> int:
     """Runs until stopped by a signal, or with --once until the coordinator's run ends."""
-    settle(args)
+    flags = {name: getattr(args, name) for name in RunSettings.__struct_fields__}
+    settings = settled(args.config, flags, default_keys())
     for name in ("coordinator", "data"):
-        if getattr(args, name) is None and args.config:
+        if getattr(settings, name) is None and args.config:
             raise ConfigError(f"{args.config} does not set {name}; add it there")
-        if getattr(args, name) is None:
+        if getattr(settings, name) is None:
             args.usage_error(f"give --{name}, or a --config FILE that sets {name}")
-    client_id = checked_id(args.id, "--id")
-    endpoint = checked_endpoint(args.coordinator, "--coordinator")
-    secrets = device_secrets(args.keys, args.server_key, args.insecure, "--server-key")
-    if not args.insecure and has_next_keys(args.keys):
+    client_id = checked_id(settings.id, "--id")
+    endpoint = checked_endpoint(settings.coordinator or "", "--coordinator")
+    secrets = device_secrets(settings.keys, settings.server_key, settings.insecure, "--server-key")
+    if not settings.insecure and has_next_keys(settings.keys):
         log.warning("a change of this device's key was cut short: run edge-sdk keys --rotate again")
+    is_emulated = args.board is not None
+    measure = measure_here(settings.memory_cap)
+    if is_emulated:
+        host_layer_s = args.host_layer_us / 1e6
+        measure = measure_board(args.board, args.host_gflops, host_layer_s, settings.memory_cap)
     options = AgentOptions(
         client_id=client_id,
-        trainer=TrainerOptions(
-            data=str(args.data),
-            threads=args.threads,
-            device=args.device,
-            measure_compute=args.board is None,
-            calibration="" if args.board else calibration_file(),
-            saved_updates="" if args.board else kept_folder(client_id, endpoint, secrets),
-            imports=tuple(args.imports),
-        ),
-        measure=make_measure(args),
-        conditions=None if args.board or args.ignore_conditions else conditions.read,
+        trainer=trainer_options(settings, client_id, secrets, is_emulated=is_emulated),
+        measure=measure,
+        conditions=None if is_emulated or settings.ignore_conditions else conditions.read,
         is_once=args.once,
         notify_socket=os.environ.pop("NOTIFY_SOCKET", ""),  # the trainer has nothing to say there
     )
@@ -117,16 +102,14 @@ def run_device(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_measure(args: argparse.Namespace) -> Callable[[int], DeviceProfile]:
-    """What the agent calls to know its profile: this machine's, or an emulated board's."""
-    cap_bytes: int | None = args.memory_cap
-    if args.board is None:
-        return measure_here(cap_bytes)
-    if args.host_gflops <= 0:
+def measure_board(
+    name: str, host_gflops: float, host_layer_s: float, cap_bytes: int | None
+) -> Callable[[int], DeviceProfile]:
+    """The function by which the agent learns an emulated board's profile, which never changes.
+    host_gflops, host_layer_s: of one thread here. Raises ConfigError."""
+    if host_gflops <= 0:
         raise ConfigError("--board needs --host-gflops, the GFLOP/s of one thread here")
-    profile = emulated(board(args.board), args.host_gflops, args.host_layer_us / 1e6)
+    profile = emulated(board(name), host_gflops, host_layer_s)
     if cap_bytes is not None and cap_bytes < profile.memory_available_bytes:
-        from msgspec.structs import replace
-
         profile = replace(profile, memory_available_bytes=cap_bytes, memory_bound="cap")
     return lambda own_bytes: profile

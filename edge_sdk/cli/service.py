@@ -102,7 +102,9 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def run_install(args: argparse.Namespace) -> int:
     root, config = args.root.absolute(), args.config.absolute()
-    _check_can_install(args, is_here=root == ROOT)
+    if args.start and root != ROOT:
+        raise ConfigError("--start is for this system, not for --root")
+    _check_can_install(is_real=root == ROOT and not args.dry_run)
     if args.dry_run and not systemd_unit.under(root, config).exists():
         settings, is_new = parse_config("", str(config)), False
     else:
@@ -132,11 +134,9 @@ def run_install(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_can_install(args: argparse.Namespace, *, is_here: bool) -> None:
-    """Raises ConfigError; what is wrong only with another root or a dry run is a warning."""
-    if args.start and not is_here:
-        raise ConfigError("--start is for this system, not for --root")
-    is_real = is_here and not args.dry_run
+def _check_can_install(*, is_real: bool) -> None:
+    """Raises ConfigError where the service cannot run. Not is_real, for another root or a dry run,
+    only what is wrong with this installation is looked at, for a warning."""
     if is_real:
         systemd_unit.check_running_systemd()
         check_root("service install")
@@ -147,7 +147,7 @@ def _check_can_install(args: argparse.Namespace, *, is_here: bool) -> None:
 
 
 def _start() -> None:
-    """Returns once the device is ready, having read its data."""
+    """Start the service anew; it is ready once it has read its data."""
     try:
         systemd_unit.systemctl("restart", systemd_unit.NAME)
     except ConfigError as error:
@@ -176,7 +176,7 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def describe(found: dict[str, str]) -> str:
-    """A screen of `systemctl show`'s properties."""
+    """The properties that `systemctl show` gave, in four lines for a person."""
     used, most = (_size(found.get(name, "")) for name in ("MemoryCurrent", "MemoryMax"))
     since = found.get("StateChangeTimestamp") or "boot"
     result = found.get("Result", "success")
@@ -192,12 +192,12 @@ def describe(found: dict[str, str]) -> str:
 
 
 def _size(number: str) -> str:
-    """Systemd writes "[not set]" and "infinity" too."""
+    """A size that systemd gives, in MiB; "-" for its "[not set]" and "infinity"."""
     return mebibytes(int(number)) if number.isdecimal() and int(number) < 2**60 else "-"
 
 
 def run_logs(args: argparse.Namespace) -> int:
-    """Becomes journalctl."""
+    """This process becomes journalctl."""
     systemd_unit.check_running_systemd()
     command = ["journalctl", "--unit", systemd_unit.NAME, "--lines", str(args.lines)]
     command += ["--follow"] if args.follow else ["--no-pager"]

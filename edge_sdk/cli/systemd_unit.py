@@ -67,7 +67,8 @@ def unit_text(
 
 
 def quoted(word: str) -> str:
-    """A word of ExecStart: no specifiers, no variables, and blanks stay in it."""
+    """A word as ExecStart takes it: systemd sees no specifier or variable in it, and its blanks do
+    not part it."""
     word = word.replace("\\", "\\\\").replace("%", "%%").replace("$", "$$").replace('"', '\\"')
     return f'"{word}"' if re.search(r"[\s\"'\\;]", word) else word
 
@@ -98,7 +99,7 @@ def hidden_program() -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether the service cannot see it."""
+    """Whether the service cannot see this path."""
     return any(path == folder or path.startswith(f"{folder}/") for folder in HIDDEN)
 
 
@@ -148,7 +149,8 @@ def ensure_config(root: Path, config: Path) -> tuple[Settings, bool]:
 
 
 def remove(root: Path, *, with_state: bool) -> list[Path]:
-    """Stop, disable and delete the unit; with_state: config, keys and cache too. What is gone."""
+    """Stop, disable and delete the unit; with_state: config, keys and cache too. What was
+    deleted."""
     unit = under(root, UNIT)
     if root == ROOT and unit.exists():
         systemctl("disable", "--now", "--quiet", NAME)
@@ -180,7 +182,7 @@ def write(path: Path, text: str) -> None:
 
 
 def systemctl(*words: str) -> str:
-    """What it prints. Raises ConfigError with its last line when it fails."""
+    """What systemctl prints. Raises ConfigError with its last line when it fails."""
     try:
         done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
     except OSError as error:
@@ -192,7 +194,7 @@ def systemctl(*words: str) -> str:
 
 
 def systemd_version() -> int:
-    """0: there is none, or it does not say."""
+    """The version of systemd; 0: there is none, or it does not say."""
     try:
         found = re.match(r"systemd (\d+)", systemctl("--version"))
     except ConfigError:
@@ -216,7 +218,7 @@ def shown(properties: Sequence[str]) -> dict[str, str]:
 
 
 def existing_groups(root: Path = ROOT) -> list[str]:
-    """Those a service may need to join: for the GPU, and for jetson-stats."""
+    """The groups of this system that a service may need: the GPU's, and that of jetson-stats."""
     known = {line.partition(":")[0] for line in read_text(root / "etc/group").splitlines()}
     return [group for group in (*GPU_GROUPS, "jtop") if group in known]
 

@@ -88,7 +88,10 @@ def check_examples(examples: Examples, where: str) -> Examples:
 def check_enough(examples: Examples, where: str) -> Examples:
     """The same examples, if a device can train with so many; else DataError."""
     if len(examples) < MIN_BATCH:
-        raise DataError(f"{where} holds {len(examples)} examples, at least {MIN_BATCH} are needed")
+        raise DataError(
+            f"{where} holds {len(examples)} examples, at least {MIN_BATCH} are needed; add data, "
+            "or leave this device out"
+        )
     return examples
 
 
@@ -100,7 +103,7 @@ def bad(where: str | Path, got: str, expected: str, step: str = "correct the dat
 def mapped(
     path: str | Path, expected: str, step: str = "copy the file again", *, to: str = "read"
 ) -> Iterator[None]:
-    """Maps whatever a foreign reader raises to one DataError; to: what is done with the path. On
+    """Map whatever a foreign reader raises to one DataError. to: what is done with the path. On
     corrupt files numpy, zipfile and zlib raise a dozen unrelated types, hence `Exception`."""
     try:
         yield

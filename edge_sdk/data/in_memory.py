@@ -1,6 +1,6 @@
-"""A program's own arrays or Dataset, handed to the training process as a private file.
+"""A program's own arrays or Dataset, handed to the trainer as a private file.
 
-The training process is another one, and may be started again after it died for memory, so it reads
+The trainer is another process, and may be started again after it died for memory, so it reads
 a shard from the disk, as `--data` gives it one. A Dataset is read item by item to a file, not
 into an array: the program never holds it as a whole.
 """

@@ -10,7 +10,7 @@ import numpy as np
 
 from edge_sdk.data.examples import DataSet, Examples, bad, check_examples, mapped
 from edge_sdk.data.partition import stratified_split, stratified_subset
-from edge_sdk.data.readers import readers
+from edge_sdk.data.readers.table import readers
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import replacing
 
@@ -21,8 +21,8 @@ TEST_FRACTION = 0.2
 def load(source: str) -> tuple[str, Examples, Examples | None]:
     """Name, train part (or all there is) and official test part, if the source has one.
 
-    source: one of KINDS. Raises DataError if it is missing, corrupt or of another kind, and
-    ConfigError if reading it needs a package that is not installed."""
+    source: what `readers.table.known` tells. Raises DataError if it is missing, corrupt or of
+    another kind, and ConfigError if reading it needs a package that is not installed."""
     name, read_train, read_test = readers(source)
     train = read_train()
     if read_test is None:
@@ -56,7 +56,7 @@ def load_test(source: str) -> Examples:
 
 
 def load_shard(source: str) -> Examples:
-    """A device's own data, all of it for training; a test part of the source is not read."""
+    """The train part of a source, for a device's own training; its test part is not read."""
     return readers(source)[1]()
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -16,26 +16,9 @@ from msgspec import Meta
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.jetson import jetson_module
 from edge_sdk.hardware.procfs import ROOT, meminfo, read_text
+from edge_sdk.helpers import toml
 from edge_sdk.helpers.files import write_whole
 
-# First match wins; compared with the device tree's model string, lower case, "-" as " ".
-PLATFORMS = (
-    ("raspberry pi zero 2", "raspberry-pi-zero-2w"),
-    ("raspberry pi compute module 4", "raspberry-pi-4"),
-    ("raspberry pi compute module 5", "raspberry-pi-5"),
-    ("raspberry pi 4", "raspberry-pi-4"),  # Pi 400 too
-    ("raspberry pi 5", "raspberry-pi-5"),  # Pi 500 too
-    ("orin nano", "jetson-orin-nano"),
-    ("xavier nx", "jetson-xavier-nx"),
-    ("jetson tx2", "jetson-tx2"),
-    ("quill", "jetson-tx2"),  # its name in older releases of Jetson Linux
-    ("jetson nano", "jetson-nano"),
-)
-# Boards of one model with another memory, in GiB, that have a file of their own.
-VARIANTS = {
-    ("raspberry-pi-4", 2): "raspberry-pi-4-2gb",
-    ("raspberry-pi-4", 8): "raspberry-pi-4-8gb",
-}
 GIB = 1024**3
 OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
 Positive = Annotated[float, Meta(gt=0, le=10**9)]
@@ -54,6 +37,8 @@ class Board(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     gflops: Positive
     layer_s: Annotated[float, Meta(gt=0, le=1000)] | None = None
     link_mbit_s: Annotated[float, Meta(gt=0, le=10**6)] | None = None
+    # A board is this one if its device tree's model holds one of these: lower case, " " for "-".
+    device_tree: tuple[str, ...] = ()
     source: dict[str, str]
 
 
@@ -61,17 +46,24 @@ class Board(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def board_name(root: Path = ROOT) -> tuple[str, str]:
-    """Platform, the name of a file in profiles/ ("generic" if not in PLATFORMS), and the model
-    string the board gives of itself."""
+    """Platform, which is the name of a file in profiles/ ("generic": none is of this board), and
+    the model string that the board gives of itself."""
     model = ""
     for path in ("proc/device-tree/model", "sys/firmware/devicetree/base/model"):
         model = model or read_text(root / path)
-    plain = model.lower().replace("-", " ")
-    name = next((name for part, name in PLATFORMS if part in plain), "generic")
+    name = _platform(model.lower().replace("-", " "), memory_gib(root) * GIB)
     if name.startswith("jetson"):
         model = jetson_module() or model
     shown = "".join(letter if letter.isprintable() else " " for letter in model)
-    return VARIANTS.get((name, memory_gib(root)), name), shown[:200]
+    return name, shown[:200]
+
+
+def _platform(model: str, memory_bytes: int) -> str:
+    """Of the package's boards whose device tree fits, the one that was sold with this memory, else
+    the first by name."""
+    fitting = [b for b in _packaged_boards() if any(part in model for part in b.device_tree)]
+    fitting.sort(key=lambda b: (b.memory_total_bytes != memory_bytes, b.platform))
+    return fitting[0].platform if fitting else "generic"
 
 
 def memory_gib(root: Path = ROOT) -> int:
@@ -86,19 +78,25 @@ def memory_gib(root: Path = ROOT) -> int:
 
 
 def board_folder() -> Path:
-    """profiles/ inside the installed package, else the source tree's."""
+    """The folder profiles/, of the installed package or else of the source tree."""
     package = Path(__file__).parents[1]
     packaged = package / "profiles"
     return packaged if packaged.is_dir() else package.parent / "profiles"
 
 
+@cache
+def _packaged_boards() -> tuple[Board, ...]:
+    """The boards in profiles/. They are read once, as every heartbeat asks what board this is."""
+    return tuple(board(str(path)) for path in board_folder().glob("*.toml"))
+
+
 def own_folder() -> Path:
-    """Boards that this user measured."""
+    """The folder of the boards that this user measured."""
     return Path(os.path.expanduser("~/.config/edge-sdk/boards"))
 
 
 def board_files() -> dict[str, Path]:
-    """By name; the package's names come before the user's own."""
+    """The files of all boards by name; of two of one name the package's counts."""
     found = [*own_folder().glob("*.toml"), *board_folder().glob("*.toml")]
     return {path.stem: path for path in found if OWN_NAME.fullmatch(path.stem)}
 
@@ -121,7 +119,7 @@ def board(name_or_path: str) -> Board:
             )
         path = files[name_or_path]
     try:
-        found = msgspec.convert(_load_toml(path), Board)
+        found = msgspec.convert(toml.loads(path.read_bytes().decode()), Board)
     except OSError as error:
         raise ConfigError(f"board file {path}: {error.strerror}") from error
     except (ValueError, msgspec.MsgspecError) as error:  # which names the key as $.key
@@ -133,7 +131,8 @@ def board(name_or_path: str) -> Board:
 
 
 def save_path(name_or_path: str) -> Path:
-    """Where a board is saved: FILE.toml as given, NAME among the user's own. Raises ConfigError."""
+    """Where a board is saved: FILE.toml as it is given, NAME in the user's own folder. Raises
+    ConfigError."""
     path = Path(name_or_path)
     if path.suffix == ".toml":
         return path
@@ -167,9 +166,11 @@ def save_board(board: Board, path: Path, *, is_forced: bool = False) -> None:
 
 
 def board_text(board: Board) -> str:
-    """As TOML, which board() reads again."""
+    """The board as TOML that board() reads again."""
     values = {name: getattr(board, name) for name in Board.__struct_fields__ if name != "source"}
-    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+    lines = [
+        f"{name} = {_toml(value)}" for name, value in values.items() if value not in (None, ())
+    ]
     sources = [f"{name} = {_toml(text)}" for name, text in board.source.items()]
     return "\n".join([*lines, "", "[source]", *sources, ""])
 
@@ -179,16 +180,6 @@ def _figures(board: Board) -> list[str]:
     return [name for name in names if isinstance(getattr(board, name), (int, float))]
 
 
-def _toml(value: str | int | float) -> str:
-    """JSON's strings and numbers are TOML's too, but for DEL, which TOML wants escaped."""
+def _toml(value: str | float | tuple[str, ...]) -> str:
+    """JSON's strings, numbers and lists are TOML's too, but for DEL, which TOML wants escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _load_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    with path.open("rb") as file:
-        found: dict[str, Any] = tomllib.load(file)
-    return found

@@ -53,7 +53,8 @@ class Zone(msgspec.Struct, frozen=True):
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
-    """None: not known. clock_share: of the full clock while the board is throttled, else None."""
+    """What the device measures of itself; None: not known. clock_share: the share of the full clock
+    that a throttled board has left, None if it is not throttled."""
 
     zones: tuple[Zone, ...] = ()
     is_throttled: bool | None = None
@@ -77,8 +78,8 @@ FULL = Allowance()
 
 
 def allowed(now: Conditions, before: Work = "full") -> Allowance:
-    """before: what was allowed last. What was taken back is given again only a good deal further
-    from the limit, so that it does not change to and fro."""
+    """How much work these conditions allow. before: what was allowed last. What was taken back is
+    given again only a good deal further from the limit, so that it does not change to and fro."""
     if reason := _reason(now, "none", is_held=before == "none"):
         return Allowance("none", reason)
     if reason := _reason(now, "short", is_held=before != "full"):
@@ -87,7 +88,7 @@ def allowed(now: Conditions, before: Work = "full") -> Allowance:
 
 
 def _reason(now: Conditions, work: Literal["short", "none"], *, is_held: bool) -> str:
-    """Why no more than this; "" if nothing speaks against more."""
+    """Why no more than this work is allowed; "" if nothing speaks against more."""
     margin_c = NEAR_C + COOLER_C * is_held
     for zone in now.zones:
         trip_c = zone.throttle_c if work == "short" else zone.critical_c
@@ -113,7 +114,7 @@ def slowed(profile: DeviceProfile, now: Conditions) -> DeviceProfile:
 
 
 def in_words(now: Conditions) -> str:
-    """One line for a person: what is known."""
+    """What is known of the conditions, and what work they allow, as one line for a person."""
     parts = []
     if now.zones:
         hottest = max(now.zones, key=lambda zone: zone.celsius)
@@ -137,7 +138,8 @@ def in_words(now: Conditions) -> str:
 
 
 def read(root: Path = ROOT, *, with_jetson_stats: bool = False) -> Conditions:
-    """Now. with_jetson_stats: also ask jtop, where it is installed, which takes a second."""
+    """The conditions now. with_jetson_stats: also ask jtop, where it is installed, which takes a
+    second."""
     flags = _pi_flags(root)
     zones = tuple(_zones(root, PI_THROTTLE_C if flags is not None else None))
     is_throttled = _is_slowed(root) if flags is None else bool(flags & PI_THROTTLED)
@@ -180,7 +182,7 @@ def _zones(root: Path, default_throttle_c: float | None) -> Iterator[Zone]:
 
 
 def _celsius(file: Path) -> float | None:
-    """A file of thousandths of a degree."""
+    """Degrees of a file that holds thousandths; None: it cannot be read, or it is nonsense."""
     thousandths = read_int(file)
     if thousandths is None or not SENSIBLE_C[0] <= thousandths / 1000 <= SENSIBLE_C[1]:
         return None
@@ -188,7 +190,7 @@ def _celsius(file: Path) -> float | None:
 
 
 def _pi_flags(root: Path) -> int | None:
-    """What a Raspberry Pi's firmware says, a hexadecimal number."""
+    """The bits of get_throttled of a Raspberry Pi's firmware; None on other boards."""
     for folder in folders(root, "sys/devices/platform", "soc*/*firmware"):
         try:
             flags = int(read_text(folder / "get_throttled"), 16)
@@ -248,7 +250,7 @@ def _battery(root: Path) -> tuple[float | None, bool | None, float | None]:
 
 
 def _gpu_percent(root: Path) -> float | None:
-    """A Jetson's GPU; its file counts in thousandths."""
+    """The load of a Jetson's GPU, whose file counts in thousandths; None on other boards."""
     for name in GPU_LOADS:
         load = read_int(root / name)
         if load is not None and 0 <= load <= 1000:

@@ -21,7 +21,8 @@ OFFLINE_C = -256  # what jtop gives for a sensor that is switched off
 
 
 class JetsonStats(msgspec.Struct, frozen=True, kw_only=True):
-    """problem: why it tells nothing, one line; "" when it does, or is not installed."""
+    """What jtop tells. problem: why it tells nothing, one line; "" when it does, or when it is not
+    installed."""
 
     module: str = ""  # it knows the memory variant, which the device tree may not
     temperatures: dict[str, float] = {}  # degrees Celsius by sensor
@@ -31,7 +32,8 @@ class JetsonStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def jetson_stats() -> JetsonStats:
-    """Now. Nothing is known without the package; `problem` says what its service refuses."""
+    """What jtop tells now. Nothing is known without the package; `problem` says what its service
+    refuses."""
     try:
         from jtop import JtopException, jtop
     except (ImportError, OSError) as error:
@@ -75,7 +77,7 @@ def explained(message: str) -> str:
 
 
 def _told(ask: Callable[[], T]) -> T | None:
-    """None where this version of jtop, or this board, does not tell it."""
+    """The answer; None where this version of jtop, or this board, does not tell it."""
     try:
         return ask()
     except (AttributeError, LookupError, TypeError, ValueError):

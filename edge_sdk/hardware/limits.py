@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from edge_sdk.hardware.procfs import ROOT, meminfo, read_int, read_text, to_int
+from edge_sdk.hardware.procfs import ROOT, cgroups, meminfo, read_int, read_text, to_int
 from edge_sdk.protocol.messages import Bound
 
 PAGE_COUNTS = ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
@@ -61,18 +61,18 @@ def least_bound(
 
 
 def cgroup_bytes_left(root: Path = ROOT) -> int | None:
-    """What the tightest memory group above this process leaves, None where there is no limit.
+    """Bytes that the tightest memory group above this process leaves, None where there is no limit.
 
     Both versions are read: a hybrid system mounts v2 without controllers beside v1, and a
     controller is only ever in one of them. File pages, which the kernel can drop, count as free, as
     they do in the host's available memory."""
     left: list[int] = []
-    for group in _groups(root, "memory"):
+    for group in cgroups(root, "memory"):
         limit = read_int(group / "memory.limit_in_bytes")
         if limit is not None and 0 <= limit < NO_LIMIT_V1:
             usage = read_int(group / "memory.usage_in_bytes") or 0
             left.append(limit - usage + _file_bytes(group, "total_"))
-    for group in _groups(root, ""):
+    for group in cgroups(root, ""):
         limits = [read_int(group / name) for name in ("memory.max", "memory.high")]
         found = [limit for limit in limits if limit is not None and limit >= 0]
         if found:
@@ -91,35 +91,16 @@ def cores(root: Path = ROOT) -> float:
         allowed = [float(len(os.sched_getaffinity(0)))]
     else:
         allowed = [float(os.cpu_count() or 1)]
-    for group in _groups(root, "cpu"):
+    for group in cgroups(root, "cpu"):
         quota, period = (read_int(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
         if quota is not None and quota > 0 and period is not None and period > 0:
             allowed.append(quota / period)
-    for group in _groups(root, ""):
+    for group in cgroups(root, ""):
         words = read_text(group / "cpu.max").split()  # "50000 100000", "max 100000"
         match [to_int(word) for word in words]:
             case [int(quota), int(period)] if quota > 0 and period > 0:
                 allowed.append(quota / period)
     return min(allowed)
-
-
-def _groups(root: Path, controller: str) -> list[Path]:
-    """Directories of this process's group and its parents; controller "" is the v2 hierarchy.
-
-    In a container the path may name the host's tree; what does not exist here reads as no limit,
-    and the mount's own root carries the container's limit."""
-    mount = root / "sys/fs/cgroup"
-    if controller:
-        mount /= controller
-    elif (mount / "unified").is_dir():
-        mount /= "unified"
-    for line in read_text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if not path or controller not in controllers.split(","):
-            continue
-        parts = [] if ".." in path.split("/") else path.strip("/").split("/")
-        return [mount.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
-    return []
 
 
 def _read_stat(group: Path, key: str) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import platform
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.boards import Board, board_name
@@ -18,9 +17,6 @@ from edge_sdk.hardware.limits import cores, memory
 from edge_sdk.hardware.speed import SPEED_S, measure_gflops, measure_layer_s
 from edge_sdk.protocol.messages import DeviceProfile
 from edge_sdk.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 
 def measure(
@@ -30,7 +26,7 @@ def measure(
     device: str = "cpu",
     speed_s: float = SPEED_S,
 ) -> DeviceProfile:
-    """This device, now. Raises ConfigError for a cap below 1 byte.
+    """The profile of this device now. Raises ConfigError for a cap below 1 byte.
 
     own_bytes: memory of our own trainer that a new job would take over, so it counts as available.
     compute: measure gflops and layer_s of torch's `device` too (imports torch, about 1 s), gflops
@@ -89,5 +85,5 @@ def measured_board(profile: DeviceProfile, device: str) -> Board:
     }
     if profile.link_mbit_s is not None:
         source["link_mbit_s"] = f"Told by --link-mbit-s on {today}, not measured"
-    shared = set(Board.__struct_fields__) - {"source"}
+    shared = set(Board.__struct_fields__) - {"device_tree", "source"}
     return Board(**{name: getattr(profile, name) for name in shared}, source=source)

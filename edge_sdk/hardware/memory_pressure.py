@@ -8,11 +8,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_sdk.hardware.procfs import ROOT, read_text
+from edge_sdk.hardware.procfs import ROOT, cgroups, read_text
 
-STALLED = (
-    0.4  # of the last 10 s in which every task of the group, or of the system, waited for memory
-)
+# Of the last 10 s, the share in which every task of the group, or of the system, waited for memory.
+STALLED = 0.4
 # Pages read back from disk without a sign of progress. Importing torch takes 350 of them; thrashing
 # takes 500 a second from a fast disk.
 THRASHED_FAULTS = 5000
@@ -22,14 +21,14 @@ WAITED_FAULTS, COMPUTING = 100, 0.2
 
 
 class Usage(NamedTuple):
-    """Of a process since its start. faults: pages that it had to wait for."""
+    """What a process has used since its start. faults: pages that it had to wait for."""
 
     faults: int
     cpu_s: float
 
 
 def usage(pid: int, root: Path = ROOT) -> Usage:
-    """Zeros where the system does not tell."""
+    """What the process has used; zeros where the system does not tell."""
     stat = read_text(root / f"proc/{pid}/stat")
     fields = stat.rpartition(")")[2].split()  # the name before it may hold blanks
     if len(fields) < 13 or not all(fields[place].isdigit() for place in (9, 11, 12)):
@@ -51,14 +50,8 @@ def is_thrashing(pid: int, before: Usage | None, silent_s: float, root: Path = R
 def stalled_share(root: Path = ROOT) -> float:
     """The largest share of the last 10 s in which all tasks waited for memory at once, of the
     system or of a version 2 group above this process: 0 to 1, 0 where the kernel does not tell."""
-    files = [root / "proc/pressure/memory"]
-    for line in read_text(root / "proc/self/cgroup").splitlines():
-        if line.startswith("0::"):
-            parts = [part for part in line[3:].split("/") if part not in ("", "..")]
-            tree = root / "sys/fs/cgroup"
-            tree = tree / "unified" if (tree / "unified").is_dir() else tree
-            for depth in range(1, len(parts) + 1):
-                files.append(tree.joinpath(*parts[:depth], "memory.pressure"))
+    groups = cgroups(root, "")[:-1]  # the last is the mount, which is the system's or a container's
+    files = [root / "proc/pressure/memory", *(group / "memory.pressure" for group in groups)]
     return max(map(_full, files))
 
 

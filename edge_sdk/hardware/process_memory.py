@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edge_sdk.errors import CapacityError
+from edge_sdk.hardware.procfs import read_text
 from edge_sdk.helpers.text import one_line
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process since the last reset."""
+    """The largest resident memory of this process since the last `reset_peak`."""
     return _status("VmHWM")
 
 
@@ -41,17 +42,17 @@ def resident_bytes() -> int:
 
 
 def library_bytes() -> int:
-    """Resident bytes of files."""
+    """Resident bytes of library files' pages."""
     return _status("RssFile")
 
 
 def idle_library_bytes(work: Callable[[], object]) -> int:
-    """Resident bytes of files that `work` does not touch."""
+    """Resident bytes of library files' pages that `work` does not touch."""
     if not _clear(FORGET_FILE_PAGES):
         return 0
     work()
     is_file, sizes = False, dict.fromkeys(("Rss", "Referenced", "Anonymous"), 0)
-    for line in _read("smaps").splitlines():
+    for line in read_text(SELF / "smaps").splitlines():
         name, _, rest = line.partition(":")
         if found := MAPPING.match(line):
             is_file = found[1] != "0"
@@ -77,7 +78,7 @@ def trim() -> None:
 
 
 def _status(key: str) -> int:
-    found = re.search(rf"^{key}:\s+(\d+) kB", _read("status"), re.MULTILINE)
+    found = re.search(rf"^{key}:\s+(\d+) kB", read_text(SELF / "status"), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
 
 
@@ -89,16 +90,9 @@ def _clear(what: str) -> bool:
     return True
 
 
-def _read(name: str) -> str:
-    try:
-        return (SELF / name).read_text(errors="replace")
-    except OSError:
-        return ""
-
-
 @contextmanager
 def memory_errors(during: str) -> Iterator[None]:
-    """What torch's and Python's allocators raise, as CapacityError; other errors pass."""
+    """Turn what torch's and Python's allocators raise into CapacityError; other errors pass."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -32,7 +32,8 @@ def to_int(text: str) -> int | None:
 
 
 def folders(root: Path, path: str, pattern: str) -> Iterator[Path]:
-    """What matches in a folder, in order of the numbers at the names' ends; none without it."""
+    """The paths in a folder that match, in order of the numbers in their names; none where there is
+    no such folder."""
     try:
         found = list((root / path).glob(pattern))
     except OSError:
@@ -45,3 +46,23 @@ def meminfo(root: Path = ROOT) -> dict[str, int]:
     lines = read_text(root / "proc/meminfo").splitlines()
     found = (re.fullmatch(r"(\w+):\s+(\d{1,15}) kB", line.strip()) for line in lines)
     return {line[1]: 1024 * int(line[2]) for line in found if line}
+
+
+def cgroups(root: Path, controller: str) -> list[Path]:
+    """Folders of this process's control group and of those above it, up to the mount; controller
+    "": of version 2.
+
+    In a container the path may name the host's tree; what does not exist here reads as no limit,
+    and the mount's own root carries the container's limit."""
+    mount = root / "sys/fs/cgroup"
+    if controller:
+        mount /= controller
+    elif (mount / "unified").is_dir():
+        mount /= "unified"
+    for line in read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not path or controller not in controllers.split(","):
+            continue
+        parts = [] if ".." in path.split("/") else [part for part in path.split("/") if part]
+        return [mount.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return []

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from edge_sdk.errors import StoreError
+from edge_sdk.errors import EdgeError, StoreError
 
 # Time of the last change in ns, size in bytes, inode: a new key has the old one's length, and two
 # changes within a tick of the kernel's clock the same time.
@@ -208,15 +208,15 @@ def write_file(path: Path, content: bytes) -> None:
         raise StoreError(f"{path} cannot be written: {said}") from error
 
 
-def is_there(path: Path) -> bool:
-    """Raises StoreError where nobody can tell, as in a folder that may not be read; `exists` then
-    raises a foreign error or says no, by the version of Python."""
+def is_there(path: Path, kind: type[EdgeError] = StoreError) -> bool:
+    """Whether there is such a file or folder. Raises `kind` where nobody can tell, as in a folder
+    that may not be read; `exists` then raises a foreign error or says no, by Python's version."""
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a path that holds NUL
         return False
     except OSError as error:
-        raise StoreError(
+        raise kind(
             f"{path} cannot be looked at: {error.strerror}; give another path, or this user the "
             "right to it"
         ) from error

@@ -10,17 +10,19 @@ import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.helpers.interrupts import ends_by_interrupt
+from edge_sdk.helpers.text import one_line
 from edge_sdk.version import __version__
 
 OLDEST = (2, 1)  # as the extra in pyproject.toml
 
 
 def install(extra: str) -> str:
-    """What to do where a library of this extra is missing. The wheel's file by name: on the public
-    index, edge-sdk is another project's."""
+    """What to type for an extra of this package. Its wheel is named by the file: on the public
+    index its name is another project's."""
     return f'pip install "./edge_sdk-{__version__}-py3-none-any.whl[{extra}]"'
 
 
@@ -46,13 +48,26 @@ def require_torch(what: str) -> None:
 
 
 def is_too_old(version: str) -> bool:
-    """2.1.0a0+41361538.nv23.06 is not: NVIDIA's wheels of a release carry such names."""
+    """Whether this version of torch is too old. 2.1.0a0+41361538.nv23.06 is not: NVIDIA's wheels of
+    a release carry such names."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return found is None or (int(found[1]), int(found[2])) < OLDEST
 
 
 def oldest() -> str:
     return f"{OLDEST[0]}.{OLDEST[1]} or later"
+
+
+def optional_module(name: str, what: str, extra: str) -> Any:
+    """A module of a package that comes with an extra. Raises ConfigError, which says that `what`
+    needs it and how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        reason = f"does not load: {one_line(str(error))}"
+        if isinstance(error, ModuleNotFoundError):
+            reason = "is not installed"
+        raise ConfigError(f"{what} needs {name}, which {reason}; {install(extra)}") from error
 
 
 def _broken(what: str, error: Exception) -> str:
@@ -75,7 +90,8 @@ def import_module(name: str) -> None:
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Around imports of what runs rounds. Raises ConfigError where the extra is not installed."""
+    """A context for imports of what runs rounds. Raises ConfigError where the extra is not
+    installed."""
     try:
         with ends_by_interrupt():
             yield

@@ -90,13 +90,13 @@ def set_up(*, is_json: bool, is_debug: bool, form: str) -> None:
 
 
 def set_up_trainer() -> None:
-    """As the agent that started this process logs; its lines for people are bare."""
+    """Begin to log in a trainer as the agent that started it does; lines for people stay bare."""
     if os.environ.get(JSON_VARIABLE):
         set_up(is_json=True, is_debug=False, form="")
 
 
 def last_words(program: str, error: Exception) -> None:
-    """Why the program ends, as its last line."""
+    """Write why the program ends, as its last line."""
     if os.environ.get(JSON_VARIABLE):
         log.error("%s", error, extra=event("failed", code=getattr(error, "code", None)))
     else:
@@ -111,7 +111,8 @@ def _log_crash(
 
 
 def _message(record: logging.LogRecord) -> str:
-    """logging would answer arguments that do not fit with a traceback of many lines."""
+    """The record's message. Arguments that do not fit it are said so in one line; logging itself
+    would write a traceback."""
     arguments = record.args
     if isinstance(arguments, tuple):
         record.args = tuple(f"[{len(a)} bytes]" if isinstance(a, _BYTES) else a for a in arguments)
@@ -124,7 +125,7 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _plain(value: object) -> Any:
-    """What JSON can say; numbers that are not finite and all else become text."""
+    """The value as JSON can say it; numbers that are not finite and all else become text."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):

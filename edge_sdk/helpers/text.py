@@ -42,9 +42,10 @@ def parse_size(text: str) -> int:
 
 
 def checked_endpoint(text: str, flag: str) -> str:
-    """A TCP address. ZeroMQ takes any number for a port: it waits in vain, or listens elsewhere.
+    """The same text, if it is a TCP address; else ConfigError. ZeroMQ would take any number for a
+    port, and wait in vain or listen elsewhere.
 
-    Port 0 or * is any free one, for who listens. Raises ConfigError."""
+    Port 0 or * is any free one, for who listens."""
     found = _ENDPOINT.fullmatch(text)
     is_bound = flag == "--listen"
     if not found or (found[1] == "*" and not is_bound):

@@ -1,6 +1,6 @@
 """Inference with an exported model by onnxruntime, stopping at the first exit that is confident.
 
-    model = EarlyExit.load("model")          # a folder of edge-sdk export; thresholds as calibrated
+    model = EarlyExit.load("model")          # a folder of edge-sdk export; thresholds as chosen
     found = model.predict(x)                 # x (n, *input_shape); found.label, .exit, .confidence
 
 Stages are separate ONNX files, so what stops at exit 1 never runs stage 2. torch is never imported:
@@ -20,14 +20,14 @@ import numpy.typing as npt
 from edge_sdk.data.examples import Floats, Ints
 from edge_sdk.data.readers.scaling import scaled
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
-from edge_sdk.helpers.imports import install
+from edge_sdk.helpers.imports import optional_module
 from edge_sdk.helpers.text import one_line
 from edge_sdk.infer.model_folder import (
     ExportedModel,
     Measure,
-    read_calibration,
     read_file,
     read_model,
+    read_thresholds,
 )
 
 NEVER = 2.0  # a threshold above every confidence
@@ -64,21 +64,22 @@ class EarlyExit:
         threshold: float | Sequence[float] | None = None,
         measure: Measure | None = None,
     ) -> EarlyExit:
-        """threshold: one for all exits or one for each but the last; None: as calibrated, and
-        without a calibration NEVER. threads: of each stage; each keeps its own pool.
+        """Open a folder of edge-sdk export. threshold: one for all exits or one for each but the
+        last; None: as chosen by edge-sdk calibrate, else NEVER. threads: of each stage; each keeps
+        its own pool.
 
         Raises StoreError for a folder that is corrupt, changed or of another version, and
         ConfigError for thresholds that do not fit or if onnxruntime is not installed."""
         folder = Path(folder)
         model = read_model(folder)
-        calibration = read_calibration(folder, model) if threshold is None else None
-        if calibration:
-            if measure not in (None, calibration.measure):
+        chosen = read_thresholds(folder, model) if threshold is None else None
+        if chosen:
+            if measure not in (None, chosen.measure):
                 raise ConfigError(
-                    f"{folder} is calibrated for {calibration.measure}, not for {measure}; give a "
+                    f"{folder} is calibrated for {chosen.measure}, not for {measure}; give a "
                     "threshold, or calibrate again"
                 )
-            threshold, measure = calibration.thresholds, calibration.measure
+            threshold, measure = chosen.thresholds, chosen.measure
         thresholds = checked_thresholds(NEVER if threshold is None else threshold, model)
         sessions = tuple(
             open_session(read_file(folder, file), str(folder / file.name), threads)
@@ -88,9 +89,9 @@ class EarlyExit:
         return cls(model, sessions, thresholds, measure or "softmax")
 
     def predict(self, x: npt.NDArray[Any]) -> Prediction:
-        """x: (n, *input_shape) of float32 as the model was trained on, or of uint8 where model.json
-        says how integers are scaled. Raises ShapeError for another shape or dtype, DataError for
-        NaN or infinite values, StoreError if a stage fails."""
+        """Answer each example at its exit. x: (n, *input_shape) of float32 as in training, or of
+        uint8 where model.json says how integers are scaled. Raises ShapeError for another shape or
+        dtype, DataError for NaN or infinite values, StoreError if a stage fails."""
         features = checked_inputs(x, self.model)
         label, exit = np.zeros(len(x), np.int64), np.zeros(len(x), np.int64)
         confidence = np.zeros(len(x), np.float32)
@@ -154,7 +155,7 @@ def confidences(logits: Floats, measure: Measure) -> Floats:
 
 
 def checked_inputs(x: npt.NDArray[Any], model: ExportedModel) -> Floats:
-    """What stage 1 takes. Raises ShapeError, DataError."""
+    """The inputs as stage 1 takes them. Raises ShapeError, DataError."""
     shape = model.spec.input_shape
     expected = f"(n, {', '.join(map(str, shape))}) of float32"
     if not isinstance(x, np.ndarray) or x.shape[1:] != shape or x.ndim != len(shape) + 1:
@@ -178,7 +179,7 @@ def checked_inputs(x: npt.NDArray[Any], model: ExportedModel) -> Floats:
 
 
 def checked_thresholds(given: float | Sequence[float], model: ExportedModel) -> tuple[float, ...]:
-    """One per exit but the last. Raises ConfigError."""
+    """The thresholds, one for each exit but the last. Raises ConfigError."""
     wanted = model.spec.exit - 1
     values = [float(given)] * wanted if isinstance(given, int | float) else [*map(float, given)]
     if len(values) != wanted:
@@ -192,7 +193,8 @@ def checked_thresholds(given: float | Sequence[float], model: ExportedModel) -> 
 
 
 def open_session(content: bytes, where: str, threads: int = 1) -> Session:
-    """Raises ConfigError without onnxruntime, StoreError for what it cannot load."""
+    """onnxruntime's session for a stage. Raises ConfigError without that package, StoreError for
+    what it cannot load."""
     if threads < 1:
         raise ConfigError(f"{threads} threads, expected at least 1")
     runtime = onnx_runtime()
@@ -208,17 +210,8 @@ def open_session(content: bytes, where: str, threads: int = 1) -> Session:
 
 
 def onnx_runtime() -> Any:
-    """The package. Raises ConfigError if it is not installed."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        reason = f"does not load: {one_line(str(error))}"
-        if isinstance(error, ModuleNotFoundError):
-            reason = "is not installed"
-        raise ConfigError(
-            f"inference needs onnxruntime, which {reason}; {install('infer')}"
-        ) from error
-    return onnxruntime
+    """The package onnxruntime. Raises ConfigError if it is not installed."""
+    return optional_module("onnxruntime", "inference", "infer")
 
 
 def check_sessions(model: ExportedModel, sessions: Sequence[Session], folder: Path) -> None:

@@ -1,6 +1,6 @@
 """A trained model as ONNX: whole with one output per exit, and stage by stage for early exit.
 
-The model is first rewritten in layers that ONNX has, BatchNorm folded (models/plain.py). Then both
+The model is first rewritten in layers that ONNX has, BatchNorm folded (onnx_layers.py). Then both
 forms are run by onnxruntime and compared with the untouched torch model in eval mode; what differs
 by more than TOLERANCE is not written. torch's older exporter is used: the newer one needs
 onnxscript and takes ten times as long (7.6 s against 0.6 s for a cnn of three exits).
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from edge_sdk.data.examples import Examples, Floats
 from edge_sdk.errors import ConfigError, DataError, EdgeError, StoreError
 from edge_sdk.helpers.files import sha256_of, write_file, write_struct
-from edge_sdk.helpers.imports import install
+from edge_sdk.helpers.imports import optional_module
 from edge_sdk.helpers.text import one_line
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, open_session
 from edge_sdk.infer.model_folder import (
@@ -57,7 +57,7 @@ def export(
     *,
     examples: Examples | None = None,
 ) -> ExportedModel:
-    """Write the model of `spec` with these weights as an exported model (exported.py).
+    """Write the model of `spec` with these weights as an exported model (model_folder.py).
 
     examples: real inputs to check it on, and where the scaling of integers comes from; None: random
     inputs, and no scaling. Raises ConfigError for a model that cannot be built or exported, or if
@@ -92,8 +92,8 @@ def export(
 
 
 def cut(source: str | Path, exit: int, folder: str | Path) -> ExportedModel:
-    """An exported model's part up to `exit`, as another exported model. A calibration does not go
-    with it: it is of other exits. Raises ConfigError, StoreError."""
+    """An exported model's part up to `exit`, as another exported model. Chosen thresholds do not go
+    with it: they are of other exits. Raises ConfigError, StoreError."""
     check_packages()
     source = Path(source)
     model = read_model(source)
@@ -290,7 +290,7 @@ def _write(model: ExportedModel, whole: bytes, stages: Sequence[bytes], folder: 
 
 
 def _count(content: bytes, kind: str) -> int:
-    """Nodes of this kind in an ONNX graph."""
+    """How many nodes of this kind an ONNX graph has."""
     return sum(
         node.op_type == kind for node in _package("onnx").load_from_string(content).graph.node
     )
@@ -305,9 +305,4 @@ def _outputs_only(content: bytes, outputs: Sequence[str]) -> bytes:
 
 
 def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"exporting needs {name}, which is not installed; {install('export')}"
-        ) from error
+    return optional_module(name, "exporting", "export")

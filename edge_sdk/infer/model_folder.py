@@ -1,9 +1,9 @@
 """An exported model: a folder that inference reads, on any machine and without torch.
 
-    model.json        what it is (ExportedModel), its files with their SHA-256
-    whole.onnx        all exits at once: input -> exit_1 .. exit_n, for other runtimes
-    stage_1.onnx ...  one stage with its exit: input -> features, logits; the last: input -> logits
-    calibration.json  when to stop at which exit on this device (Calibration), once it is calibrated
+    model.json        what it is (ExportedModel), its files with their SHA-256 whole.onnx        all
+    exits at once: input -> exit_1 .. exit_n, for other runtimes stage_1.onnx ...  one stage with
+    its exit: input -> features, logits; the last: input -> logits calibration.json  when to stop at
+    which exit on this device (ExitThresholds), once that is chosen
 
 A file is used only if its SHA-256 is the one written down: half a copy is refused, not run.
 """
@@ -26,7 +26,7 @@ from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.messages import ModelSpec, Struct
 
 FORMAT: Literal[1] = 1
-MODEL, WHOLE, CALIBRATION = "model.json", "whole.onnx", "calibration.json"
+MODEL, WHOLE, THRESHOLDS = "model.json", "whole.onnx", "calibration.json"
 Measure: TypeAlias = Literal["softmax", "entropy"]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 T = TypeVar("T", bound=Struct)
@@ -79,7 +79,8 @@ class ExitThresholds(Struct, frozen=True, kw_only=True):
 
 
 def read_model(folder: Path) -> ExportedModel:
-    """Raises StoreError: no exported model there, corrupt, or of another version."""
+    """What the folder's model is. Raises StoreError: no exported model there, corrupt, or of
+    another version."""
     if not is_there(folder / MODEL):
         raise StoreError(
             f"{folder}: no {MODEL} there, expected a folder made by edge-sdk export or "
@@ -88,10 +89,10 @@ def read_model(folder: Path) -> ExportedModel:
     return _read(folder / MODEL, ExportedModel, "export the model again")
 
 
-def read_calibration(folder: Path, model: ExportedModel) -> ExitThresholds | None:
-    """None if the model was never calibrated here. Raises StoreError: corrupt, of another version
-    or of another model."""
-    path, step = folder / CALIBRATION, "run edge-sdk calibrate again"
+def read_thresholds(folder: Path, model: ExportedModel) -> ExitThresholds | None:
+    """The thresholds that were chosen for the model here, None if none were. Raises StoreError:
+    corrupt, of another version or of another model."""
+    path, step = folder / THRESHOLDS, "run edge-sdk calibrate again"
     if not is_there(path):
         return None
     found = _read(path, ExitThresholds, step)
@@ -102,7 +103,7 @@ def read_calibration(folder: Path, model: ExportedModel) -> ExitThresholds | Non
 
 
 def read_file(folder: Path, file: ModelFile) -> bytes:
-    """The content, checked against its SHA-256. Raises StoreError."""
+    """The content of a file of the folder, checked against its SHA-256. Raises StoreError."""
     step = "copy the folder again"
     content = _bytes(folder / file.name, step)
     if (got := sha256_of(content)) != file.sha256:
@@ -156,7 +157,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (MODEL, WHOLE, CALIBRATION) or (
+    return name in (MODEL, WHOLE, THRESHOLDS) or (
         name.startswith("stage_") and name.endswith(".onnx")
     )
 

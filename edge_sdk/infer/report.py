@@ -32,7 +32,7 @@ def write_report(
     """Write curve.csv, curve.md and, where matplotlib is installed, curve.png into `folder`.
 
     x: (n, *input_shape), y: (n,); about: what they are, for the heading. Raises StoreError where
-    the folder cannot be written, and what EarlyExit.predict and calibrate raise."""
+    the folder cannot be written, and what EarlyExit.predict and choose_thresholds raise."""
     answers = answers_of(engine, x, y, MEASURES)
     exit_s = exit_seconds(engine, x)
     curves = {measure: curve(answers[measure], exit_s) for measure in MEASURES}

@@ -22,8 +22,8 @@ from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.helpers.files import sha256_of, write_struct
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
 from edge_sdk.infer.model_folder import (
-    CALIBRATION,
     MODEL,
+    THRESHOLDS,
     ExitThresholds,
     ExportedModel,
     Measure,
@@ -57,11 +57,11 @@ class Answers:
     y: Ints
 
     def accuracies(self) -> list[float]:
-        """Of each exit, if all examples stopped there."""
+        """The accuracy of each exit, if all examples stopped there."""
         return [float((labels == self.y).mean()) for labels in self.labels]
 
 
-def calibrate(
+def choose_thresholds(
     folder: str | Path,
     x: npt.NDArray[Any],
     y: npt.NDArray[Any],
@@ -97,7 +97,7 @@ def calibrate(
         exit_shares=point.shares,
         threads=threads,
     )
-    write_struct(folder / CALIBRATION, found)
+    write_struct(folder / THRESHOLDS, found)
     return found
 
 
@@ -157,8 +157,8 @@ def curve(answers: Answers, exit_s: Sequence[float], grid: Sequence[float] = GRI
 def answers_of(
     engine: EarlyExit, x: npt.NDArray[Any], y: npt.NDArray[Any], measures: Sequence[Measure]
 ) -> dict[Measure, Answers]:
-    """By each measure, from one run of every example through every stage. Raises DataError for
-    labels that do not fit."""
+    """The answers by each measure, from one run of every example through every stage. Raises
+    DataError for labels that do not fit."""
     true = checked_labels(x, y, engine.model)
     logits = engine.all_exits(x)  # (exits, n, K)
     labels = logits.argmax(2).astype(np.int64)
@@ -167,7 +167,7 @@ def answers_of(
 
 
 def checked_labels(x: npt.NDArray[Any], y: npt.NDArray[Any], model: ExportedModel) -> Ints:
-    """y as (n,) int64. Raises DataError."""
+    """The labels y as (n,) int64. Raises DataError for those that do not fit the model."""
     num_classes = model.spec.num_classes
     labels = np.asarray(y)
     if labels.shape != x.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):

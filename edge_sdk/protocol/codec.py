@@ -18,7 +18,7 @@ _DECODE: Any = Message
 
 
 def encode(message: Message) -> bytes:
-    """One control frame. Raises ProtocolError when it exceeds MAX_CONTROL_BYTES."""
+    """The message as one control frame. Raises ProtocolError when it exceeds MAX_CONTROL_BYTES."""
     frame: bytes = msgpack.packb(msgspec.to_builtins(message))
     if len(frame) > MAX_CONTROL_BYTES:
         raise ProtocolError(
@@ -29,7 +29,7 @@ def encode(message: Message) -> bytes:
 
 
 def unpack(frame: bytes | memoryview) -> Any:
-    """msgpack to plain values under hard limits. Raises ProtocolError."""
+    """Plain values of a frame of msgpack, under hard limits. Raises ProtocolError."""
     size = len(frame)
     if size > MAX_CONTROL_BYTES:
         raise ProtocolError(
@@ -50,7 +50,7 @@ def unpack(frame: bytes | memoryview) -> Any:
 
 
 def decode(frame: bytes | memoryview) -> Message:
-    """Inverse of encode. Raises ProtocolError naming the field that is wrong."""
+    """The message of a control frame. Raises ProtocolError naming the field that is wrong."""
     plain = unpack(frame)
     if isinstance(plain, dict) and plain.get("protocol", PROTOCOL) != PROTOCOL:
         raise VersionError(
@@ -67,6 +67,7 @@ def decode(frame: bytes | memoryview) -> Message:
 
 
 def _quoted(value: object) -> str:
-    """Of what a peer sent only what is short: a repr of nested arrays recurses, and has no end."""
+    """A short value that a peer sent, quoted; of others only the type: the repr of nested arrays
+    recurses, and has no end."""
     is_short = isinstance(value, int) or (isinstance(value, str) and len(value) <= 40)
     return repr(value) if is_short else type(value).__name__

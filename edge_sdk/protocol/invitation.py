@@ -25,8 +25,9 @@ MAX_CHARACTERS = 1000
 
 @dataclass(frozen=True)
 class InvitationLine:
-    """name "": the device says its own. server_key: the coordinator's public key, secret: the
-    invitation's, both Z85 text as bytes. The secret never shows in a repr."""
+    """What an invitation says. name "": the device tells its own. server_key: the coordinator's
+    public key, secret: the invitation's, both Z85 text as bytes. The secret never shows in a
+    repr."""
 
     endpoint: str
     name: str
@@ -47,8 +48,8 @@ def encode_line(line: InvitationLine) -> str:
 
 
 def decode_line(text: str) -> InvitationLine:
-    """Blanks and line breaks in it do not matter. Raises ConfigError, which never quotes it: it is
-    a secret."""
+    """What the line says; blanks and line breaks in it do not matter. Raises ConfigError, which
+    never quotes the line: it is a secret."""
     from zmq.utils import z85
 
     text = "".join(text.split())

@@ -39,7 +39,8 @@ class Refused(LinkError):
 
 
 def join(line: InvitationLine, folder: Path, client_id: str) -> KeyPair:
-    """Use the invitation; the pair in `folder` that is admitted then, made if there was none.
+    """Use the invitation. Returns the pair of keys in `folder` that is admitted then, made if there
+    was none.
 
     Raises LinkError (Refused: by the coordinator), ConfigError."""
     keys = own_keys(folder)
@@ -67,8 +68,9 @@ def join(line: InvitationLine, folder: Path, client_id: str) -> KeyPair:
 
 
 def rotate(endpoint: str, server_key: bytes, folder: Path, client_id: str) -> KeyPair:
-    """The device's new pair, which is the one in the list and in `folder` then. Raises LinkError
-    (Refused: neither the old nor the new key is admitted), ConfigError."""
+    """Change the device's keys. Returns its new pair, which is then the one in the coordinator's
+    list and in `folder`. Raises LinkError (Refused: neither the old nor the new key is admitted),
+    ConfigError."""
     old = read_keys(folder, DEVICE_KEYS)
     new = next_keys(folder)
     try:
@@ -90,7 +92,8 @@ def rotate(endpoint: str, server_key: bytes, folder: Path, client_id: str) -> Ke
 
 
 def _ask(endpoint: str, keys: KeyPair, server_key: bytes, client_id: str, wanted: KeyPair) -> None:
-    """Let `wanted` be admitted by who has `keys`. Raises LinkError (Refused: it is not)."""
+    """Ask, with the right of `keys`, that `wanted` be admitted. Raises LinkError (Refused: it is
+    not)."""
     question = Join(client_id=client_id, public_key=wanted.public.decode())
     link = Link(endpoint, keys, server_key)
     try:
@@ -104,7 +107,7 @@ def _ask(endpoint: str, keys: KeyPair, server_key: bytes, client_id: str, wanted
 
 
 def _answer(link: Link, question: Join) -> Message:
-    """What comes back first. Raises LinkError."""
+    """Ask until something comes back, and return it. Raises LinkError."""
     give_up, ask_at, was_connected = time.monotonic() + CONNECT_S, 0.0, False
     while (now := time.monotonic()) < give_up:
         if now >= ask_at and link.send(question):
@@ -134,7 +137,7 @@ def _answer(link: Link, question: Join) -> Message:
 
 
 def _wait(link: Link, seconds: float, *, wants_to_send: bool) -> None:
-    """Until something came, or can be sent."""
+    """Wait until something came, or can be sent."""
     poller = zmq.Poller()
     for end in (link.socket, link.monitor):
         if end is not None:

@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.helpers.files import heir_of, sync, write_whole
+from edge_sdk.helpers.files import heir_of, is_there, sync, write_whole
+from edge_sdk.protocol.messages import CURVE_KEY
 
 DEVICE_KEYS = "device"  # names of the two pairs of files
 SERVER_KEYS = "server"
 MAKE = "make one with `keys`"
 NEXT_KEYS = f"{DEVICE_KEYS}.next"  # while a new pair of the device is not confirmed yet
-_TEXT = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
 
 @dataclass(frozen=True)
 class KeyPair:
-    """Z85 texts as bytes, as ZeroMQ takes them. The secret never shows in a repr."""
+    """Two CURVE keys, Z85 texts as bytes as ZeroMQ takes them. The secret never shows in a repr."""
 
     public: bytes
     secret: bytes
@@ -74,12 +74,12 @@ def own_keys(folder: Path, name: str = DEVICE_KEYS) -> KeyPair:
     A secret without its public key is what remains where making a pair was cut short. If it is not
     whole either, it has never been used and makes room for another."""
     secret_file = folder / f"{name}.secret"
-    if not _exists(secret_file):
+    if not is_there(secret_file, ConfigError):
         return make_keys(folder, name)
     try:
         secret = read_key(secret_file)
     except ConfigError as error:
-        if isinstance(error.__cause__, OSError) or _exists(folder / f"{name}.public"):
+        if isinstance(error.__cause__, OSError) or is_there(folder / f"{name}.public", ConfigError):
             raise
         try:
             secret_file.unlink(missing_ok=True)
@@ -97,7 +97,7 @@ def own_keys(folder: Path, name: str = DEVICE_KEYS) -> KeyPair:
 
 def has_keys(folder: Path, name: str) -> bool:
     """Whether both files are there. Raises ConfigError."""
-    return all(_exists(folder / f"{name}.{half}") for half in ("secret", "public"))
+    return all(is_there(folder / f"{name}.{half}", ConfigError) for half in ("secret", "public"))
 
 
 def next_keys(folder: Path) -> KeyPair:
@@ -114,7 +114,7 @@ def next_keys(folder: Path) -> KeyPair:
 
 
 def drop_next_keys(folder: Path) -> None:
-    """They are in no list. Raises ConfigError."""
+    """Remove the next pair, which is in no coordinator's list. Raises ConfigError."""
     try:
         for half in ("secret", "public"):
             (folder / f"{NEXT_KEYS}.{half}").unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def drop_next_keys(folder: Path) -> None:
 
 def has_next_keys(folder: Path) -> bool:
     """Whether a rotation was begun here and not finished."""
-    return _exists(folder / f"{NEXT_KEYS}.secret")
+    return is_there(folder / f"{NEXT_KEYS}.secret", ConfigError)
 
 
 def swap_keys(folder: Path) -> None:
@@ -139,7 +139,7 @@ def swap_keys(folder: Path) -> None:
 
 
 def write_public(folder: Path, name: str, key: bytes) -> None:
-    """NAME.public, in place of the one there. Raises ConfigError."""
+    """Write NAME.public in place of the one that is there. Raises ConfigError."""
     file = folder / f"{name}.public"
     try:
         write_whole(file, key + b"\n", mode=0o644, owner_ids=heir_of(folder))
@@ -147,15 +147,9 @@ def write_public(folder: Path, name: str, key: bytes) -> None:
         raise ConfigError(f"{file} cannot be written: {error}") from error
 
 
-def _exists(file: Path) -> bool:
-    try:
-        return file.exists()
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be looked at: {error}") from error
-
-
 def _write_new(file: Path, key: bytes, mode: int, owner_ids: tuple[int, int] | None) -> None:
-    """O_EXCL, and the owner by the open file: a link put there meanwhile is not followed."""
+    """Write a file that is not there yet. It is made with O_EXCL and given away by its handle, so a
+    link that is put there meanwhile is not followed."""
     handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(handle, "wb") as stream:
         if owner_ids:
@@ -166,8 +160,8 @@ def _write_new(file: Path, key: bytes, mode: int, owner_ids: tuple[int, int] | N
 
 
 def read_keys(folder: Path, name: str, advice: str = MAKE) -> KeyPair:
-    """Read both files. Raises ConfigError: missing (advice: what to do then), not a key, a secret
-    others can read, or two files that are not a pair."""
+    """The pair of both files. Raises ConfigError: missing (advice: what to do then), not a key, a
+    secret others can read, or two files that are not a pair."""
     import zmq
 
     secret_file = folder / f"{name}.secret"
@@ -189,7 +183,8 @@ def read_keys(folder: Path, name: str, advice: str = MAKE) -> KeyPair:
 
 
 def _is_halfway(folder: Path, name: str, own: bytes) -> bool:
-    """Whether swap_keys was cut short between its two files; then it is finished, where one may."""
+    """Whether swap_keys was cut short between its two files; if so it is finished here, where this
+    user may write."""
     file = folder / f"{name}.next.public"
     try:
         is_next = read_key(file) == own
@@ -215,7 +210,7 @@ def read_all_keys(
     if server_key is None:
         advice = f"copy the coordinator's {SERVER_KEYS}.public there, or give {flag}"
         return keys, read_key(folder / f"{SERVER_KEYS}.public", advice)
-    if _TEXT.fullmatch(server_key) and not os.path.exists(server_key):
+    if re.match(CURVE_KEY, server_key) and not os.path.exists(server_key):
         return keys, check_key(server_key, flag)
     try:
         return keys, read_key(Path(server_key), "it is in the coordinator's folder of keys")
@@ -226,7 +221,7 @@ def read_all_keys(
 
 
 def read_key(path: Path, advice: str = MAKE) -> bytes:
-    """One key from a file; advice: what to do where there is none. Raises ConfigError."""
+    """The key that a file holds; advice: what to do where there is none. Raises ConfigError."""
     try:
         text = path.read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:  # not ASCII, a path with a null byte
@@ -239,7 +234,7 @@ def read_key(path: Path, advice: str = MAKE) -> bytes:
 
 def check_key(text: str, where: str) -> bytes:
     """The key as bytes. Raises ConfigError unless it is Z85 of 32 bytes."""
-    if not _TEXT.fullmatch(text):
+    if not re.match(CURVE_KEY, text):
         raise ConfigError(f"{where} holds no key: expected 40 characters of Z85, got {len(text)}")
     from zmq.utils import z85
 

@@ -18,12 +18,12 @@ from edge_sdk.errors import LinkError, ProtocolError, VersionError
 from edge_sdk.protocol.codec import decode, encode
 from edge_sdk.protocol.keys import KeyPair
 from edge_sdk.protocol.messages import MAX_FRAME_BYTES, Fault, Message, Part
+from edge_sdk.protocol.timing import DEAD_MS
 
 log = logging.getLogger(__name__)
 PING_MS = 5_000  # ZeroMQ heartbeats, both ends
 RECONNECT_MAX_MS = 5_000  # between attempts to connect, doubled up to it
 PING_TIMEOUT_MS = 120_000  # a part of a slow link may take so long, and no PONG comes beside it
-DEAD_MS = 30_000  # nothing acknowledged by the other side's kernel for so long
 HIGH_WATER = 32  # messages queued per peer: a window of parts and some control
 MOST_AT_ONCE = 64  # messages read without a look at anything else
 ZERO_COPY_BYTES = 64 * 1024  # below it copying is cheaper than tracking the buffer
@@ -39,7 +39,7 @@ REFUSALS: dict[int, str] = {
 
 
 def set_common_options(socket: zmq.Socket[bytes]) -> None:
-    """What both ends of a link set."""
+    """Set the options that both ends of a link have."""
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.SNDHWM, HIGH_WATER)
     socket.set(zmq.RCVHWM, HIGH_WATER)
@@ -99,7 +99,7 @@ class Link:
         self.open()
 
     def open(self) -> None:
-        """A fresh socket; ZeroMQ connects and reconnects it in the background."""
+        """Make a new socket, which ZeroMQ connects and reconnects in the background."""
         self.close()
         socket = self._context.socket(zmq.DEALER)
         set_common_options(socket)
@@ -124,7 +124,8 @@ class Link:
             ) from error
 
     def close(self, *, is_final: bool = False) -> None:
-        """is_final: let what was sent leave, up to half a second, and end for good."""
+        """Close the socket. is_final: let what was sent leave, up to half a second, and end for
+        good."""
         if self.socket is not None and self.monitor is not None:
             self.socket.disable_monitor()
             self.monitor.close()  # an open one would keep the context from ending
@@ -134,7 +135,7 @@ class Link:
             self._context.term()
 
     def send(self, message: Message, payload: Payload | None = None) -> bool:
-        """False when there is no connection: nothing was sent then."""
+        """Send without blocking; whether there is a connection: without one nothing is sent."""
         if self.socket is None:
             return False
         try:
@@ -154,8 +155,9 @@ class Link:
         return parse_frames(frames)
 
     def messages(self) -> Iterator[tuple[Message, Payload | None]]:
-        """What is there now, up to a bound: the caller has more to look at. What breaks the
-        protocol is refused. Raises LinkError for a coordinator of another version."""
+        """The messages that are there now, at most MOST_AT_ONCE of them: the caller has more to
+        look at. What breaks the protocol is refused. Raises LinkError for a coordinator of another
+        version."""
         for _ in range(MOST_AT_ONCE):
             try:
                 received = self.receive()
@@ -170,8 +172,8 @@ class Link:
             yield received
 
     def wait(self, timeout_ms: int, other: Other | None = None) -> None:
-        """Until a message, an event of the link, or `other` is there to be read, or written if it
-        has something unsent."""
+        """Wait until a message, an event of the link, or `other` is there to be read, or written if
+        it has something unsent."""
         poller = zmq.Poller()
         if other is not None:
             poller.register(other, zmq.POLLIN | (zmq.POLLOUT if other.has_unsent else 0))
@@ -181,7 +183,8 @@ class Link:
         poller.poll(timeout_ms)
 
     def events(self) -> tuple[bool, str]:
-        """Since the last call: was the connection lost, and why it was refused ("" if not)."""
+        """Whether the connection was lost since the last call, and why it was refused, "" if
+        not."""
         is_lost, refusal = False, ""
         while self.monitor is not None and self.monitor.poll(0):
             event = parse_monitor_message(self.monitor.recv_multipart())["event"]

@@ -34,6 +34,7 @@ JobId: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Digest: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200, pattern=PLAIN_TEXT)]
 CLIENT_NAME = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+CLIENT_NAME_IN_WORDS = "1 to 64 letters, digits, dots, - or _"
 ClientId: TypeAlias = Annotated[str, Meta(pattern=CLIENT_NAME)]
 # A CURVE key as Z85 text; keys.check_key knows which of these are numbers of 32 bytes.
 CURVE_KEY = r"\A[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}\Z"
@@ -269,7 +270,7 @@ class Accepted(Struct, frozen=True, kw_only=True, tag="accepted"):
 
 
 class Fault(Struct, frozen=True, kw_only=True, tag="fault"):
-    """Either way: something named went wrong. round 0: not about a round.
+    """Either way: something went wrong, by its name in errors.py. round 0: not about a round.
 
     `detail` is often the text of a foreign error, so it is made one Line here."""
 

@@ -83,7 +83,7 @@ def check_shapes(
 
 
 def _some(names: Sequence[str]) -> str:
-    """At most five of them: a peer may name thousands."""
+    """The first five names and how many more there are: a peer may name thousands."""
     shown = ", ".join(names[:5]) or "none"
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
@@ -129,7 +129,7 @@ class Sender:
         return bytes(joined)
 
     def digest(self) -> str:
-        """Of the whole stream."""
+        """The digest of the whole stream."""
         return digest_of(self.part(index) for index in range(self.num_parts))
 
 
@@ -207,7 +207,7 @@ class Receiver:
         return first, self._requested - first
 
     def restart(self) -> None:
-        """The link broke or is silent: what has not arrived is asked for again."""
+        """After a lost connection: what has not arrived is to be asked for again."""
         self._requested = self.next_missing
 
     def add(self, index: int, payload: memoryview | bytes) -> bool:

@@ -1,1 +1,1 @@
-"""The training process: one job on local data."""
+"""The trainer, the process that the agent starts: one job at a time on local data."""

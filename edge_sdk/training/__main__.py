@@ -1,5 +1,5 @@
-"""Start of the training process, `python -m edge_sdk.training --fd N ...`: what is wrong before
-training, a missing torch too, reaches the agent as one line."""
+"""Start of the trainer, `python -m edge_sdk.training --fd N`: whatever is wrong before training, a
+missing torch too, reaches the agent as one line."""
 
 from __future__ import annotations
 

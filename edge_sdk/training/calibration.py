@@ -1,9 +1,9 @@
-"""A short calibration of this device: how much memory a training step takes beside what can be
-counted. It trains a few small models with the real trainer, takes a second or two, and is kept for
-the torch, board and cores that it was made with; where one of them differs it is made again.
+"""The memory calibration of this device: how much memory a training step takes beside what can be
+counted. It trains a few small models by the real training loop, takes a second or two, and is
+stored for the torch, board and cores that it was made with; where one differs it is made again.
 
 Peak = runtime + scratch + held + allowance x (saved activations + gradients). Held, saved and
-gradients are counted for each model (models/costs.py), the rest is measured here.
+gradients are counted for each model (capacity/counting.py), the rest is measured here.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ PROBES = ((_CNN, 16), (_VGG, 16), (_CNN, 64), (_VGG, 64), (_CNN, 160))
 
 
 class MemoryCalibration(Struct, frozen=True, kw_only=True):
-    """made_with: what it holds for, in words. allowance: peak over counted bytes of a step.
-    scratch_bytes: beside that, whatever the model. error: of the probes' predictions, the
-    largest, as a share of the largest prediction without runtime."""
+    """What was measured. made_with: what it holds for, in words. allowance: peak over counted bytes
+    of a step. scratch_bytes: beside that, whatever the model. error: of the probes' predictions,
+    the largest, as a share of the largest prediction without runtime."""
 
     made_with: str
     allowance: Annotated[float, Meta(ge=1, le=10)] = ALLOWANCE
@@ -58,10 +58,10 @@ class MemoryCalibration(Struct, frozen=True, kw_only=True):
     error: Annotated[float, Meta(ge=0, le=1)] = ERROR
 
 
-def calibrated(cache: Path | None, device: str, may_measure: bool) -> MemoryCalibration:
-    """The one in `cache` if it holds here, else a new one, which is kept there. Without
-    `may_measure`, memory for it, or on another device than the CPU: what was measured elsewhere. A
-    file that cannot be used is replaced."""
+def memory_calibration(cache: Path | None, device: str, may_measure: bool) -> MemoryCalibration:
+    """The calibration in the file `cache` if it holds here, else a new one, which is written there.
+    Without `may_measure`, memory for it, or on another device than the CPU: what was measured
+    elsewhere. A file that cannot be used is replaced."""
     here = made_with(device)
     if cache and (found := _read(cache)) and found.made_with == here:
         return found
@@ -86,23 +86,24 @@ def calibrated(cache: Path | None, device: str, may_measure: bool) -> MemoryCali
 
 
 def made_with(device: str) -> str:
-    """What a calibration depends on."""
+    """What a memory calibration depends on, in words."""
     parts = [f"edge-sdk {__version__}", f"torch {torch.__version__}", *board_name()]
     parts += [platform.machine(), f"{cores():g} cores", f"{torch.get_num_threads()} threads"]
     return ", ".join([*parts, device])
 
 
 class TrainerBaseline(msgspec.Struct, frozen=True, kw_only=True):
-    """What one needs before it has a model, here; allowance and error: as in a Calibration."""
+    """What a trainer needs here before it has a model; allowance, error: as in
+    MemoryCalibration."""
 
     runtime_bytes: int
     allowance: float
     error: float
 
 
-def trial(cache: Path) -> TrainerBaseline:
-    """This process as a trainer; for `edge-sdk plan`, in a process of its own."""
-    found = calibrated(cache, "cpu", may_measure=True)
+def trainer_baseline(cache: Path) -> TrainerBaseline:
+    """What this process needs as a trainer; for `edge-sdk plan`, in a process of its own."""
+    found = memory_calibration(cache, "cpu", may_measure=True)
     return TrainerBaseline(
         runtime_bytes=runtime_bytes()[0] + found.scratch_bytes,
         allowance=found.allowance,
@@ -140,7 +141,8 @@ def fit(probes: Sequence[tuple[int, int]]) -> tuple[float, int, float]:
 
 
 def _probe() -> Iterator[tuple[int, int]]:
-    """Counted bytes of a training step, and how much its job took beside what it holds."""
+    """Of each probe the counted bytes of a training step, and how many bytes its job took beside
+    what it holds."""
     if memory()[1] < PROBE_BYTES:
         log.warning("too little free memory to calibrate; figures measured elsewhere are used")
         return

@@ -20,8 +20,8 @@ from edge_sdk.errors import TrainerError
 
 
 def recomputed(stage: nn.Module, features: Tensor) -> Tensor:
-    """stage(features) with the same gradients bit by bit; of the graph only `features` is kept.
-    Good for one backward pass."""
+    """stage(features), with the same gradients bit by bit; of the graph only `features` stays in
+    memory. Good for one backward pass."""
     replay = _Replay(stage, features)
     with saved_tensors_hooks(replay.pack, replay.unpack):
         made: Tensor = stage(features)
@@ -29,8 +29,8 @@ def recomputed(stage: nn.Module, features: Tensor) -> Tensor:
 
 
 class _Replay:
-    """Instead of what the first run saves for its gradients only numbers are kept; the second run
-    saves the same in the same order."""
+    """Runs a stage a second time. Of the tensors that the first run saves for its gradients only
+    the order is remembered; the second run saves the same in the same order."""
 
     def __init__(self, stage: nn.Module, features: Tensor) -> None:
         self._stage, self._features = stage, features
@@ -43,7 +43,7 @@ class _Replay:
         return self._count
 
     def unpack(self, number: int) -> Tensor:
-        """Each is asked for once, so it goes as soon as its gradient is made."""
+        """A tensor that the first run saved. Each is asked for once, so it is dropped here."""
         if number not in self._again:
             self._run()
         return self._again.pop(number)
@@ -69,7 +69,7 @@ class _Replay:
 
 @contextmanager
 def _still_statistics(stage: nn.Module) -> Iterator[None]:
-    """BatchNorm runs as before, and its statistics are then what they were."""
+    """A context in which BatchNorm runs as ever, after which its statistics are what they were."""
     norms = [m for m in stage.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     buffers = [buffer for norm in norms for buffer in norm.buffers()]
     before = [buffer.clone() for buffer in buffers]

@@ -15,7 +15,8 @@ from edge_sdk.protocol.messages import Plan
 
 
 class Optimizer:
-    """Steps `parameters` in place by their .grad; state is made at the first step and dies with it.
+    """Steps `parameters` in place by their .grad. Its state is made at the first step, and freed
+    with the optimizer.
 
     Adam: Kingma and Ba 2015, betas 0.9 / 0.999, eps 1e-8. SGD: heavy-ball momentum.
     Weight decay is the L2 term added to the gradient."""

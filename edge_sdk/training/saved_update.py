@@ -1,10 +1,11 @@
-"""A finished update on the device's disk until the coordinator has accepted it, so that a reboot
-does not cost the training. One at a time: the folder grows to the size of one update.
+"""The saved update: a finished one lies on the device's disk until the coordinator has accepted it,
+so that a reboot does not cost the training. There is one at a time, so the folder grows to its
+size.
 
-A folder is one agent's: its name tells the device and the coordinator (device.kept_folder), and a
-lock on it, which ends with the process, keeps off a second agent that is told the same. Beside it
-stay those of the MOST_OTHERS coordinators that this device last trained for: a board may have no
-clock, so it is their number that is bounded and not their age."""
+A folder belongs to one agent. Its name tells the device and the coordinator
+(setup.saved_updates_folder); a lock on it, which ends with the process, keeps off a second agent
+that was told the same. Beside it stay the folders of the MOST_OTHERS coordinators that this device
+last trained for: a board may have no clock, so their number is bounded and not their age."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from edge_sdk.protocol.tensors import Sender, views
 log = logging.getLogger(__name__)
 MOST_OTHERS = 3
 DATA, ABOUT = "update.data", "update.json"
-FOLDER = re.compile(r"-[0-9a-f]{12}\Z")  # device.kept_folder's ends, before it the device's name
+COORDINATOR_MARK = re.compile(r"-[0-9a-f]{12}\Z")  # ends a folder's name, behind the device's name
 
 
 class _Finished(Struct, frozen=True, kw_only=True):
@@ -39,8 +40,8 @@ class _Finished(Struct, frozen=True, kw_only=True):
 
 
 class SavedUpdate:
-    """folder: this agent's own, made when needed; None: nothing is kept. What cannot be written or
-    read is as if it were not there: the device then trains again."""
+    """folder: this agent's own, made when needed; None: nothing is saved. An update that cannot be
+    written or read counts as not saved: the device then trains again."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -68,7 +69,8 @@ class SavedUpdate:
             self.forget()
 
     def load(self) -> tuple[Job, Update, Sender] | None:
-        """What was finished before this process began, if it is whole and memory does for it."""
+        """The saved update of a process before this one, with its job and tensors, if it is whole
+        and there is memory for it."""
         if self._folder is None:
             return None
         data, about = _files(self._folder)
@@ -101,13 +103,15 @@ class SavedUpdate:
             data.unlink(missing_ok=True)
 
     def _sync(self, *paths: Path) -> None:
-        """To the disk, as a board may lose power at any time, while the update is sent: a card
-        takes seconds for it. In any order, as the digest tells what is whole."""
+        """Write the files through to the disk, as a board may lose power at any time. A card takes
+        seconds for it, so the update is sent meanwhile; the order is free, as the digest tells
+        whether an update is whole."""
         self._syncing = threading.Thread(target=_synced, args=paths, daemon=True)
         self._syncing.start()
 
     def _lock(self, folder: Path) -> None:
-        """Until this object or its process is gone. Raises OSError: no folder, or another's."""
+        """Lock the folder until this object or its process is gone. Raises OSError if there is no
+        folder, or another agent has locked it."""
         if self._is_locked:
             return
         handle = os.open(folder, os.O_RDONLY)
@@ -133,12 +137,13 @@ def _synced(*paths: Path) -> None:
 
 
 def _forget_old_ones(folder: Path) -> None:
-    """But for the newest of this device's other folders, and those in use."""
+    """Remove this device's other folders, but for the newest of them and those in use."""
     try:
         others = [
             (other.stat().st_mtime_ns, other)
             for other in folder.parent.iterdir()
-            if other != folder and FOLDER.sub("", other.name) == FOLDER.sub("", folder.name)
+            if other != folder
+            and COORDINATOR_MARK.sub("", other.name) == COORDINATOR_MARK.sub("", folder.name)
         ]
     except OSError as error:
         log.debug("%s cannot be looked at: %s", folder.parent, error)
@@ -149,7 +154,7 @@ def _forget_old_ones(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Raises OSError, BlockingIOError while an agent has it."""
+    """Remove a folder. Raises OSError; BlockingIOError while an agent has locked it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         if lock(handle):
@@ -161,7 +166,8 @@ def _remove(folder: Path) -> None:
 
 
 def _read(data: Path, update: Update) -> Sender:
-    """The file's only copy in memory. Raises ValueError for a file of another size, OSError."""
+    """The update's tensors as views of the only copy of the file in memory. Raises ValueError for a
+    file of another size, OSError."""
     size = layout(update.tensors)[1]
     if data.stat().st_size != size:
         raise ValueError(f"{data} is not of {size} bytes")

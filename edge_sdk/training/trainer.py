@@ -1,9 +1,9 @@
-"""The only training loop: a job's model, plan and tensors in, an update out.
+"""Training a job: its model, plan and tensors in, the trained tensors out. There is no other loop.
 
 Segments are independent: each starts from the tensors received. They are trained deepest first, so
 the frozen prefix of a deep segment is the received one, and only then is a prefix changed. The
 features that a frozen prefix gives are computed once and reused over the epochs, if they fit a
-bound; else, or for a single epoch, every batch makes its own.
+bound. Features that do not fit, and those of a single epoch, are made for each batch anew.
 
 Two fields of the plan save memory. micro_batch: a batch goes through in parts of about equal size,
 whose gradients add up to the batch's; BatchNorm sees the parts. recompute: of all stages but a
@@ -22,8 +22,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from edge_sdk.data.examples import MIN_BATCH
-from edge_sdk.data.loading import Examples
+from edge_sdk.data.examples import MIN_BATCH, Examples, check_enough
 from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
 from edge_sdk.hardware import process_memory
 from edge_sdk.helpers.text import one_line
@@ -49,7 +48,7 @@ class Cancelled(TrainerError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What one job gave. tensors: those of the trained segments, by name, on the CPU."""
+    """What training one job gave. tensors: those of the trained segments, by name, on the CPU."""
 
     tensors: Tensors
     num_examples: int
@@ -70,12 +69,12 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     is_consuming: bool = False,
 ) -> TrainResult:
-    """Train the plan's segments on local data; a function of its arguments.
+    """Train the plan's segments on local data; the same arguments give the same tensors.
 
     tensors: what `needed_names` of the plan lists. cache_bytes: features of a frozen prefix that
-    take more are not kept over the epochs. is_consuming: `tensors` is emptied once the model has
-    them, so that they need not lie in memory twice. Raises ShapeError, DataError, Cancelled, and
-    TrainerError when a loss is not finite."""
+    take more memory are made again in every epoch. is_consuming: `tensors` is emptied once the
+    model has them, so that they need not lie in memory twice. Raises ShapeError, DataError,
+    Cancelled, and TrainerError when a loss is not finite."""
     process_memory.reset_peak()
     started = clock()
     check_segments(plan.segments, spec.exit)
@@ -178,8 +177,8 @@ def _forward(
     that one's gradient comes first, so running it again would save nothing."""
     logits = []
     for number, (stage, head) in enumerate(zip(stages, heads, strict=True), 1):
-        is_kept = not recompute or number == len(stages)
-        features = stage(features) if is_kept else recomputed(stage, features)
+        keeps_graph = not recompute or number == len(stages)
+        features = stage(features) if keeps_graph else recomputed(stage, features)
         logits.append(head(features))
     return logits
 
@@ -192,7 +191,8 @@ def _inputs(
     cache_bytes: int,
     should_stop: Callable[[], bool],
 ) -> Inputs:
-    """What the first trained stage takes of a batch: x, or what the frozen stages make of it."""
+    """A function from a batch's indices to what the first trained stage takes: x itself, or the
+    features that the frozen stages make of it."""
 
     @torch.no_grad()
     def make(batch: Tensor) -> Tensor:
@@ -215,8 +215,8 @@ def _features(
     cache_bytes: int,
     should_stop: Callable[[], bool],
 ) -> Tensor | None:
-    """What the frozen stages make of all x: (n, channels, ...), kept on the CPU. None: it would
-    take more than cache_bytes."""
+    """The features that the frozen stages make of all x, (n, channels, ...), on the CPU. None: they
+    would take more than cache_bytes."""
     one = frozen(moved(x[:1], device))
     if len(x) * one.numel() * one.element_size() > cache_bytes:
         return None
@@ -231,7 +231,7 @@ def _features(
 
 @torch.no_grad()
 def _count(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Rows: summed loss, correct, seen; a column per exit."""
+    """Of a batch, (3, exits): the summed loss, how many answers are right, how many there are."""
     stacked = torch.stack([logit.detach() for logit in logits])  # (E, B, K)
     log_p = stacked.log_softmax(-1).gather(-1, labels.expand(len(logits), -1).unsqueeze(-1))
     correct = (stacked.argmax(-1) == labels).sum(1)
@@ -240,13 +240,13 @@ def _count(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
 
 
 def _batches(n: int, batch_size: int, order: torch.Generator) -> list[Tensor]:
-    """A shuffled epoch; a rest too small for BatchNorm is left out."""
+    """The indices of a shuffled epoch's batches, without a rest that is too small for BatchNorm."""
     batches = torch.randperm(n, generator=order).split(batch_size)
     return [batch for batch in batches if len(batch) >= min(MIN_BATCH, batch_size)]
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of a --device flag, tried. Raises ConfigError."""
+    """torch's device of this name, once it has held a tensor. Raises ConfigError."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -258,17 +258,14 @@ def usable_device(name: str) -> torch.device:
 
 
 def _parts(batch: Tensor, micro_batch: int) -> Sequence[Tensor]:
-    """A batch in as few parts of about equal size as hold at most micro_batch each; 0: one part."""
+    """The batch cut into as few parts of about equal size as hold at most micro_batch examples
+    each; 0: the batch as one part."""
     return batch.tensor_split(math.ceil(len(batch) / micro_batch)) if micro_batch else (batch,)
 
 
 def check_fits(spec: ModelSpec, examples: Examples) -> None:
     """Raise DataError unless the examples can train the model."""
-    if len(examples) < MIN_BATCH:
-        raise DataError(
-            f"{len(examples)} local examples, at least {MIN_BATCH} are needed; add data or leave "
-            "this device out"
-        )
+    check_enough(examples, "this device's data")
     if tuple(examples.input_shape) != tuple(spec.input_shape):
         raise DataError(
             f"local examples are {tuple(examples.input_shape)}, the model takes "
@@ -282,6 +279,7 @@ def check_fits(spec: ModelSpec, examples: Examples) -> None:
 
 
 def pick_device(name: str) -> torch.device:
+    """torch's device of this name; "auto": CUDA where there is one. Raises ConfigError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return usable_device(name)

@@ -1,7 +1,8 @@
-"""The training process: the only part of a device that imports torch. Started by the agent through
-__main__.py, it ends when the agent's end of the pipe closes.
+"""The trainer's loop: what the agent asks of it over the pipe, and what it answers.
 
-It may be killed for memory at any time; the agent survives, reports and starts another.
+The trainer is the only process of a device that imports torch. It ends when the agent's end of the
+pipe closes. It may be killed for memory at any time; the agent survives, reports it and starts
+another trainer.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.protocol.messages import Fault, Fetch, Job, Part, Phase, Update
 from edge_sdk.protocol.tensors import Receiver, Sender, specs_of
 from edge_sdk.protocol.timing import clock, since
-from edge_sdk.training.calibration import MemoryCalibration, calibrated, runtime_bytes
+from edge_sdk.training.calibration import MemoryCalibration, memory_calibration, runtime_bytes
 from edge_sdk.training.saved_update import SavedUpdate
 from edge_sdk.training.trainer import TrainResult, train, usable_device
 
 log = logging.getLogger(__name__)
 WINDOW = 8  # parts asked for ahead: 4 MiB
 PROGRESS_S = 1.0  # between signs of life while training
-IDLE_S = 10.0  # and while waiting for messages; well below notify.THRASHING_S
+IDLE_S = 10.0  # and while waiting for messages; well below watchdog.THRASHING_S
 
 
-class Worker:
-    """Serves one pipe: inspects its data once, then estimates and trains as asked."""
+class TrainerLoop:
+    """Answers one agent: says once what the data are, then counts costs and trains as asked."""
 
     def __init__(
         self,
@@ -74,10 +75,10 @@ class Worker:
         self._sender: Sender | None = None
         self._started = clock()
         self._batches = 0  # of the job, trained or run through its frozen stages
-        self._told_at = 0.0
+        self._progress_at = 0.0  # time.monotonic() of the last sign of life
 
     def serve(self, gflops: float, layer_s: float) -> None:
-        """Handle messages until the agent is gone (EOFError)."""
+        """Answer messages until the agent is gone, which raises EOFError."""
         if finished := self._saved.load():
             self._job, self._update, self._sender = finished
         self._pipe.send(
@@ -98,13 +99,13 @@ class Worker:
                 with memory_errors("while training"):
                     self._handle(message, payload)
             except EdgeError as error:
-                if isinstance(message, Estimate):  # a job in hand, or what it made, is not lost
+                if isinstance(message, Estimate):  # no reason to lose the job in hand or its update
                     self._pipe.send(Fault(code=error.code, detail=str(error)))
                 else:
-                    self._fail(error.code, str(error))
+                    self._fail_job(error.code, str(error))
 
     def _next(self) -> tuple[PipeMessage, memoryview]:
-        """The next message, waiting for it with a sign of life now and then."""
+        """Wait for the next message, with a sign of life every IDLE_S."""
         if self._inbox:
             return self._inbox.popleft()
         while not select.select([self._pipe], [], [], IDLE_S)[0]:
@@ -112,41 +113,41 @@ class Worker:
         return self._pipe.receive()
 
     def _handle(self, message: PipeMessage, payload: memoryview) -> None:
-        if isinstance(message, Estimate):
-            costs = segment_costs_apart(
-                message.model,
-                message.plan,
-                len(self._examples),
-                self._runtime_bytes,
-                allowance=self._calibration.allowance,
-                error=self._calibration.error,
-            )
-            self._pipe.send(Estimated(model=message.model, costs=costs))
-        elif isinstance(message, Train):
-            self._forget()
-            self._job, self._cache_bytes, self._batches = message.job, message.cache_bytes, 0
-            self._receiver = Receiver(message.job.tensors)
-            self._started = clock()
-            self._ask()
-        elif isinstance(message, Part) and self._receiver and self._job:
-            if message.round == self._job.round:
+        round = self._job.round if self._job else 0  # of a message about the job in hand
+        match message:
+            case Estimate(model=model, plan=plan):
+                costs = segment_costs_apart(
+                    model,
+                    plan,
+                    len(self._examples),
+                    self._runtime_bytes,
+                    allowance=self._calibration.allowance,
+                    error=self._calibration.error,
+                )
+                self._pipe.send(Estimated(model=model, costs=costs))
+            case Train(job=job, cache_bytes=cache_bytes):
+                self._forget_job()
+                self._job, self._cache_bytes, self._batches = job, cache_bytes, 0
+                self._receiver = Receiver(job.tensors)
+                self._started = clock()
+                self._request_parts()
+            case Part() if self._receiver and message.round == round:
                 self._receiver.add(message.index, payload)
-                self._ask()
-        elif isinstance(message, Fetch) and self._sender and self._job:
-            if message.round == self._job.round:
-                self._send_parts(message)
-        elif isinstance(message, Cancel):
-            self._forget()
-            self._pipe.send(message)
-        elif isinstance(message, Resume):
-            if self._update:
+                self._request_parts()
+            case Fetch() if self._sender and message.round == round:
+                self._send_parts(self._sender, message)
+            case Cancel():
+                self._forget_job()
+                self._pipe.send(message)
+            case Resume() if self._update:
                 self._pipe.send(self._update)
-            elif self._receiver:
+            case Resume() if self._receiver:
                 self._receiver.restart()
-                self._ask()
+                self._request_parts()
 
-    def _ask(self) -> None:
-        """Say what is here and fetch what the window allows; train when everything is."""
+    def _request_parts(self) -> None:
+        """Say how many of the job's parts are here and ask for those that the window allows; train
+        once all of them are here."""
         assert self._receiver is not None
         assert self._job is not None
         have = self._receiver.num_received
@@ -159,7 +160,7 @@ class Worker:
         assert self._receiver is not None
         download = since(self._started)
         tensors = self._receiver.tensors()
-        self._receiver = None  # the trainer's model is the only copy while it trains
+        self._receiver = None  # the model that is trained is the only copy of the tensors
         self._tell_progress()
         result = train(
             job.model,
@@ -178,15 +179,14 @@ class Worker:
         self._saved.save(job, self._update, self._sender)
         self._pipe.send(self._update)
 
-    def _send_parts(self, fetch: Fetch) -> None:
-        assert self._sender is not None
-        for index in range(fetch.first, min(fetch.first + fetch.count, self._sender.num_parts)):
-            self._pipe.send(Part(round=fetch.round, index=index), self._sender.part(index))
+    def _send_parts(self, sender: Sender, fetch: Fetch) -> None:
+        for index in range(fetch.first, min(fetch.first + fetch.count, sender.num_parts)):
+            self._pipe.send(Part(round=fetch.round, index=index), sender.part(index))
 
     def _is_cancelled(self) -> bool:
-        """Whether the agent dropped the job; keeps what else it said. Called before every batch, so
-        it also tells how far training is. EOFError: agent gone."""
-        if time.monotonic() - self._told_at >= PROGRESS_S:
+        """Whether the agent dropped the job; its other messages wait. Asked before every batch, so
+        this also tells how far training is. Raises EOFError when the agent is gone."""
+        if time.monotonic() - self._progress_at >= PROGRESS_S:
             self._tell_progress()
         self._batches += 1
         while select.select([self._pipe], [], [], 0)[0]:
@@ -194,42 +194,43 @@ class Worker:
         return any(isinstance(message, Cancel | Train) for message, _ in self._inbox)
 
     def _tell_progress(self) -> None:
-        self._told_at = time.monotonic()
+        self._progress_at = time.monotonic()
         self._pipe.send(Progress(round=self._job.round if self._job else 0, batches=self._batches))
 
-    def _fail(self, code: str, detail: str) -> None:
+    def _fail_job(self, code: str, detail: str) -> None:
         round = self._job.round if self._job else 0
-        self._forget()
+        self._forget_job()
         self._pipe.send(Fault(code=code, detail=detail, round=round))
 
-    def _forget(self) -> None:
+    def _forget_job(self) -> None:
         if self._update:
             self._saved.forget()
         self._job = self._receiver = self._update = self._sender = None
 
 
 def prepare(pipe: Pipe, options: TrainerOptions) -> Callable[[], None]:
-    """Reads the data and trains a tiny job; what it returns serves the pipe until the agent is gone
-    (EOFError). Raises EdgeError for data or a device that cannot be used."""
+    """Read the data, train a tiny job and measure; what is returned then answers the agent until it
+    is gone, which raises EOFError. Raises EdgeError for data or a device that cannot be used."""
     if options.threads:
         torch.set_num_threads(options.threads)
     examples = check_enough(load_shard(options.data), options.data)
     device, may_measure = options.device, options.measure_compute
     usable_device(device)
     calibration_file = Path(options.calibration) if options.calibration else None
-    calibration = calibrated(calibration_file, device, may_measure)
-    # At every start: speed depends on what else runs.
+    calibration = memory_calibration(calibration_file, device, may_measure)
+    # Measured at every start: speed depends on what else runs.
     threads = torch.get_num_threads()
     gflops = measure_gflops(threads=threads, device=device) if may_measure else 0.0
     layer_s = measure_layer_s(threads=threads, device=device) if may_measure else 0.0
     saved = SavedUpdate(Path(options.saved_updates) if options.saved_updates else None)
-    return partial(Worker(pipe, examples, device, calibration, saved).serve, gflops, layer_s)
+    return partial(TrainerLoop(pipe, examples, device, calibration, saved).serve, gflops, layer_s)
 
 
 def make_update(
     job: Job, result: TrainResult, download: Phase, idle_bytes: int, digest: str
 ) -> Update:
-    """The message that goes ahead of the update's tensors. idle_bytes: resident, but not needed."""
+    """The message that goes ahead of the update's tensors. idle_bytes: resident memory that
+    training did not need, which its peak counts too."""
     return Update(
         job=job.id,
         digest=digest,

@@ -293,7 +293,8 @@ def test_regression_finds_a_planted_relation():
 
 def _without_deep(update):
     kept = {k: t for k, t in update.tensors.items() if stage_of(k)[1] == 1}
-    return dataclasses.replace(update, tensors=kept, segments=(Segment(first=1, last=1),))
+    arrived = replace(update.arrived, segments=(Segment(first=1, last=1),))
+    return dataclasses.replace(update, tensors=kept, arrived=arrived)
 
 
 def test_one_exit_or_no_name_is_no_generator(name):

@@ -14,7 +14,7 @@ from coordinator.methods.registry import METHODS, make_method
 from edge_sdk.errors import ConfigError
 from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import TensorSpec
-from tests.support.examples import answer, client, config, examples
+from tests.support.examples import answer, client, client_update, config, examples
 
 COHORT = [client("a", 1), client("b", 1), client("c", 2), client("d", 3)]
 PLAIN = ServerOptions(momentum=0.0, lr=1.0)
@@ -117,9 +117,8 @@ def test_client_without_a_tensor_has_no_influence_on_it(name, aggregation):
     updates = [answer(who, method.assign(who, 1)) for who in COHORT]
     method.aggregate(1, updates)
     weak = updates[0]
-    changed = dataclasses.replace(
-        weak, tensors={n: t + 100 for n, t in weak.tensors.items()}, num_examples=1000
-    )
+    far = {name: tensor + 100 for name, tensor in weak.tensors.items()}
+    changed = client_update(weak.client, far, weak.segments, num_examples=1000)
     other.aggregate(1, [changed, *updates[1:]])
     for key, tensor in method.current().items():
         is_owned = key in weak.tensors

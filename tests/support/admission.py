@@ -12,7 +12,7 @@ import zmq
 from coordinator.admission.client_list import Admission
 from coordinator.admission.invitations import Invitation, read_invitations, write_invitation
 from coordinator.cli.main import main as coordinate
-from coordinator.fleet.router import Router
+from coordinator.fleet.router import Received, Router
 from edge_sdk.protocol.invitation import InvitationLine
 from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys
 from edge_sdk.protocol.messages import Heartbeat
@@ -48,7 +48,7 @@ class Gate:
     def _listen(self) -> None:
         while self._is_open:
             _, received = self.router.receive(20)
-            if received is not None:
+            if isinstance(received, Received):
                 self.passed.append(f"{received.name} {type(received.message).__name__}")
                 self.router.send(received.route, Heartbeat())
 

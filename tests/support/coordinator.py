@@ -45,7 +45,7 @@ class ScriptedCoordinator:
         until = time.monotonic() + WAIT_S
         while (left_s := until - time.monotonic()) > 0:
             _, received = self.router.receive(int(1000 * left_s))
-            if received is not None:
+            if isinstance(received, Received):
                 self.route = received.route
                 return received
         raise AssertionError(f"nothing came for {WAIT_S} s")

@@ -47,13 +47,13 @@ def early_unimib(folder: Path) -> Path:
     return folder / "fall_data.mat"
 
 
-def later_unimib(folder: Path) -> Path:
+def later_unimib(folder: Path, kind: str = "fall") -> Path:
     """The same two samples in the later layout."""
     data = 19.6133 / 4 * np.arange(-12, 12).reshape(2, 12)
     labels = np.array([[3, 30, 1], [8, 1, 2]], dtype=np.float64)
-    savemat(folder / "fall_data.mat", {"fall_data": data})
-    savemat(folder / "fall_labels.mat", {"fall_labels": labels})
-    return folder / "fall_data.mat"
+    savemat(folder / f"{kind}_data.mat", {f"{kind}_data": data})
+    savemat(folder / f"{kind}_labels.mat", {f"{kind}_labels": labels})
+    return folder / f"{kind}_data.mat"
 
 
 def examples_of(y, shape=(1, 2, 2), num_classes=3, subject=None) -> Examples:

@@ -20,7 +20,8 @@ import zmq
 
 from coordinator.admission.client_list import Admission, add_client
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
-from coordinator.fleet.cohort import ServeOptions, ZmqCohort
+from coordinator.fleet.cohort import ZmqCohort
+from coordinator.fleet.flow_control import BUDGET_BYTES
 from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
 from edge_sdk.models.staged import trained_names
@@ -39,14 +40,12 @@ from edge_sdk.protocol.messages import (
     Message,
     Part,
     Phase,
-    Plan,
     Ready,
-    Segment,
     Update,
     Welcome,
 )
 from edge_sdk.protocol.tensors import Receiver, Sender, Tensors, specs_of
-from tests.support.examples import cnn
+from tests.support.examples import config
 
 WAIT_S = 30.0  # for what must come; the machine may be busy
 ANY_PORT = "tcp://127.0.0.1:*"
@@ -277,12 +276,41 @@ def asked_for(fetch: Fetch) -> range:
     return range(fetch.first, fetch.first + fetch.count)
 
 
+def make_cohort(
+    router: Any,
+    spool: Path,
+    *,
+    oldest: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+    next_round: int = 1,
+    give_up_after_s: float = 0.0,
+    budget_bytes: int = BUDGET_BYTES,
+    **settings: Any,
+) -> ZmqCohort:
+    """A cohort of the real kind for cnn(). oldest: rounds after which a late update is not taken
+    any more, 0: none is. settings: changes to those of the run."""
+    late = {"late": "accept", "staleness_half_life": oldest / 4} if oldest else {"late": "drop"}
+    run = config("owners-mean", **({"quorum": 1.0, "min_clients": 1} | late | settings))
+    assert run.oldest == oldest
+    return ZmqCohort(
+        router,
+        Spool(spool),
+        run,
+        run.model,
+        run="a run",
+        give_up_after_s=give_up_after_s,
+        budget_bytes=budget_bytes,
+        should_stop=should_stop,
+        next_round=next_round,
+    )
+
+
 class Coordinator:
     """The real Router and ZmqCohort. The cohort is used by one thread only, as it must be; what is
     asked of it comes back as a Future.
 
     folder: of keys and the client list; None: insecure. spool: of a coordinator that was there
-    before; None: a new one. next_round: see ZmqCohort. terms: changes to TERMS."""
+    before; None: a new one. next_round: see ZmqCohort. terms: as for make_cohort."""
 
     def __init__(
         self, folder: Path | None, names: Sequence[str], spool: Path | None = None,
@@ -298,23 +326,17 @@ class Coordinator:
                 add_client(folder / "clients", name, self.keys[name].public)
         admission = Admission(self.clients_file) if self.clients_file else None
         self.router = Router(ANY_PORT, self.keys.get("server"), admission)
-        fields: dict[str, Any] = {
-            "run": "a run",
-            "model": cnn(),
-            "plan": Plan(segments=(Segment(first=1, last=3),)),
-            "deadline_s": 0.0,
-            "grace_s": 600.0,
-            "quorum": 1.0,
-            "min_clients": len(names),
-        }
-        self.terms = ServeOptions(**(fields | terms))
         self.arrived: queue.Queue[Result] = queue.Queue()  # results, as the cohort yields them
         self._stopping = threading.Event()
         self._closing: Future[None] | None = None
         self._folder = TemporaryDirectory()
         self.spool = spool or Path(self._folder.name)
-        self._cohort = ZmqCohort(
-            self.router, self.terms, Spool(self.spool), self._stopping.is_set, next_round=next_round
+        self._cohort = make_cohort(
+            self.router,
+            self.spool,
+            should_stop=self._stopping.is_set,
+            next_round=next_round,
+            **({"min_clients": len(names)} | terms),
         )
         self._thread = ThreadPoolExecutor(1)
         self._devices: list[ScriptedDevice] = []

@@ -8,12 +8,14 @@ import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
-from coordinator.cohorts.base import Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import BLANK, ArrivedUpdate, Assignment, Client, ClientUpdate
 from coordinator.config import (
     AggregationOptions,
     GeneratorOptions,
@@ -22,7 +24,8 @@ from coordinator.config import (
     ServerOptions,
 )
 from edge_sdk.data.loading import Examples
-from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.protocol.messages import ModelSpec, Segment
+from edge_sdk.protocol.tensors import Tensors
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 # Two public keys in Z85.
@@ -114,15 +117,25 @@ def answer(
             else (0.1 * torch.randn(old.shape, generator=rng))
         )
         moved[spec.name] = old + step
-    return ClientUpdate(
-        client=who,
-        tensors=moved,
-        segments=job.plan.segments,
-        num_examples=num_examples,
-        num_steps=1,
-        exits=(),
-        phases={},
+    return client_update(who, moved, job.plan.segments, num_examples=num_examples)
+
+
+def client_update(
+    who: Client,
+    tensors: Tensors,
+    segments: tuple[Segment, ...],
+    *,
+    bytes_down: int = 0,
+    bytes_up: int = 0,
+    staleness: int = 0,
+    sent: Tensors | None = None,
+    **told: Any,
+) -> ClientUpdate:
+    """An update as an emulated client returns it. told: fields of its message."""
+    arrived = ArrivedUpdate(
+        update=replace(BLANK, **told), segments=segments, bytes_down=bytes_down, bytes_up=bytes_up
     )
+    return ClientUpdate(who, arrived, tensors, staleness, sent or {})
 
 
 def hash_of(name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,14 +22,27 @@ PLAN = Plan(segments=(Segment(first=2, last=2),))
 PARTS = 3
 
 
+class Mailbox:
+    """In the place of Sessions: whatever is sent goes to `send`."""
+
+    def __init__(self, send: Callable[[str, Any, Any], bool]) -> None:
+        self._send = send
+
+    def send(self, name: str, message: Any, payload: Any = None) -> bool:
+        return self._send(name, message, payload)
+
+    def says_ready(self, name: str, ready: Any) -> None:
+        """Nobody here keeps what a device can train."""
+
+
 class Room:
     """A desk and what it said. trained: what every device returns, PARTS parts."""
 
     def __init__(self, folder: Any, **options: Any) -> None:
         self.said: list[tuple[str, Any]] = []
         self.unreachable: set[str] = set()
-        budget = options.pop("credit", None) or Budget()
-        self.jobs = Jobs("a run", Spool(folder), budget, self._send, **options)
+        budget = options.pop("budget", None) or Budget()
+        self.jobs = Jobs("a run", Spool(folder), budget, Mailbox(self._send), **options)
         self.trained = {"stages.1.0.weight": floats(PARTS * PART_BYTES // 4 - 2, start=1.0)}
 
     def _send(self, name: str, message: Any, payload: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from coordinator.config import RunConfig
 from coordinator.methods.base import Metrics
 from coordinator.store.store import Store
 from edge_sdk.protocol.messages import DeviceProfile, ExitResult, ModelSpec, Phase, Segment
+from tests.support.examples import client_update
 
 CONFIG = RunConfig(
     method="stage-rotation",
@@ -53,53 +53,54 @@ def absence(of: Client, outcome: str, code: str, detail: str, down: int = 0) -> 
 
 
 def update(
-    of: Client, stages: tuple[int, ...], down: int, up: int, memory: int, retries: int = 0, /,
+    of: Client,
+    stages: tuple[int, ...],
+    down: int,
+    up: int,
+    memory: int,
+    retries: int = 0,
+    /,
+    micro_batch: int = 0,
+    recompute: bool = False,
     **times: tuple[float, float | None],
-) -> ClientUpdate:  # fmt: skip
+) -> ClientUpdate:
     """down, up: bytes. times: wall and CPU seconds by phase."""
-    return ClientUpdate(
-        client=of,
-        tensors={},
-        segments=segments(of, stages),
+    return client_update(
+        of,
+        {},
+        segments(of, stages),
         num_examples=10,
-        num_steps=1,
         exits=tuple(ExitResult(exit=stage, loss=1.0, accuracy=0.5) for stage in stages),
         phases={name: Phase(wall_s=wall, cpu_s=cpu) for name, (wall, cpu) in times.items()},
         peak_memory_bytes=memory,
         bytes_down=down,
         bytes_up=up,
         retries=retries,
+        micro_batch=micro_batch,
+        recompute=recompute,
     )
 
 
 ROUNDS: tuple[tuple[ClientUpdate | Absence, ...], ...] = (
     (
-        replace(
-            update(PI, (1, 3), 5_000_000, 2_500_000, 300, wait=(3.0, None), download=(0.01, 0.001),
-                   load=(0.2, 0.1), train=(2.0, 1.0), upload=(0.02, None)),
-            micro_batch=16,
-        ),
+        update(PI, (1, 3), 5_000_000, 2_500_000, 300, wait=(3.0, None), download=(0.01, 0.001),
+               load=(0.2, 0.1), train=(2.0, 1.0), upload=(0.02, None), micro_batch=16),
         update(NANO, (1, 2, 3), 10_000_000, 5_000_000, 0, download=(0.04, None),
                train=(4.0, None)),
         update(REAL, (1, 2), 1_000_000, 1_000_000, 700, 1, wait=(1.0, None), download=(0.5, 0.1),
                load=(0.3, 0.2), train=(8.0, 20.0), upload=(0.7, None)),
     ),
     (
-        replace(
-            update(PI, (1, 2), 10_000_000, 5_000_000, 500, wait=(5.0, None), download=(0.03, 0.001),
-                   load=(0.4, 0.2), train=(3.0, 2.0), upload=(0.04, None)),
-            micro_batch=8,
-            recompute=True,
-        ),
+        update(PI, (1, 2), 10_000_000, 5_000_000, 500, wait=(5.0, None), download=(0.03, 0.001),
+               load=(0.4, 0.2), train=(3.0, 2.0), upload=(0.04, None),
+               micro_batch=8, recompute=True),
         absence(NANO, "straggler", "late", "did not return in time", 2_000_000),
         absence(REAL, "failed", "trainer", "killed", 1_000_000),
     ),
     (
         absence(PI, "failed", "gone", "said nothing"),
         absence(NANO, "failed", "gone", "said nothing", 4_000_000),
-        replace(
-            update(REAL, (1, 2), 3_000_000, 3_000_000, 600, 2, train=(6.0, 18.0)), recompute=True
-        ),
+        update(REAL, (1, 2), 3_000_000, 3_000_000, 600, 2, train=(6.0, 18.0), recompute=True),
     ),
 )  # fmt: skip
 # accuracy in rounds 1 and 3 only, as with eval_every = 2

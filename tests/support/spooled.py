@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from coordinator.fleet.spool import ArrivedUpdate, Spool
+from coordinator.cohorts.base import ArrivedUpdate
+from coordinator.fleet.spool import Spool
 from edge_sdk.errors import StoreError
 from edge_sdk.protocol.messages import ExitResult, Segment, Update
 from edge_sdk.protocol.stream import PART_BYTES

@@ -49,12 +49,12 @@ def train_step(folder: Path) -> dict[str, Any]:
 def train_and_calibrate(folder: Path) -> dict[str, Any]:
     """The same, then the calibration that an agent of one thread finds where it keeps its own. Two
     of the five models: the others take a minute of an emulated core."""
-    from edge_sdk.agent.setup import calibration_file
+    from edge_sdk.agent.setup import memory_calibration_file
     from edge_sdk.training import calibration
 
     found = train_step(folder)
     calibration.PROBES = calibration.PROBES[:2]
-    made = calibration.calibrated(Path(calibration_file()), "cpu", may_measure=True)
+    made = calibration.memory_calibration(Path(memory_calibration_file()), "cpu", may_measure=True)
     return found | {"allowance": made.allowance, "scratch_bytes": made.scratch_bytes}
 
 

@@ -239,7 +239,7 @@ def test_memory_is_really_limited_and_the_agent_says_so(service):
     service.begin("Restart=no", check=False)
     assert service.shown("MemoryMax") == str((500 + 64) * 1024**2)
     assert service.shown("Result") == "exit-code"  # the agent's own, not a signal
-    assert "the training process was killed by signal 9, most likely for memory before it had " in (
+    assert "the trainer was killed by signal 9, most likely for memory before it had " in (
         service.journal()
     )
     machine.path("/srv/big.npz").unlink()

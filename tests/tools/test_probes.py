@@ -12,14 +12,13 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.cli.main import main as coordinator
-from coordinator.cohorts.base import ClientUpdate
 from coordinator.cohorts.population import Population
 from coordinator.store.store import Store
 from edge_sdk.data.loading import DataSet
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training.trainer import train
-from tests.support.examples import client, cnn, config, examples
+from tests.support.examples import client, client_update, cnn, config, examples
 from tools.experiments.__main__ import main
 from tools.experiments.probes import (
     BINS,
@@ -147,12 +146,14 @@ def test_probe_weighs_clients_as_the_run_does(weighting: str, want: float):
     strong = client("a", 3)
     sent = {"stages.2.0.weight": torch.zeros(2, 2)}
     updates = [
-        ClientUpdate(
-            client=strong, tensors={"stages.2.0.weight": torch.full((2, 2), value)},
-            segments=(Segment(first=1, last=3),), num_examples=n, num_steps=1, exits=(), phases={},
+        client_update(
+            strong,
+            {"stages.2.0.weight": torch.full((2, 2), value)},
+            (Segment(first=1, last=3),),
+            num_examples=n,
         )
         for n, value in ((1, 10.0), (3, 30.0))
-    ]  # fmt: skip
+    ]
     (made,) = generated(Repeater(), updates, sent, 1, weighting)
     assert torch.equal(made["stages.2.0.weight"], torch.full((2, 2), want))
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 from safetensors.torch import load, save_file
 from torch import Tensor
 
 from coordinator.aggregation.mean import OwnersMean
-from coordinator.cohorts.base import Client, ClientUpdate
+from coordinator.cohorts.base import BLANK, ArrivedUpdate, Client, ClientUpdate
 from edge_sdk.data.examples import Examples
 from edge_sdk.models import initial_tensors
 from edge_sdk.models.staged import stage_of
@@ -128,4 +129,5 @@ def shown(folder: Path, number: int, client: int, exit: int) -> ClientUpdate:
 def as_update(name: str, exit: int, tensors: Tensors) -> ClientUpdate:
     segments = (Segment(first=1, last=exit),)
     who = Client(id=name, exit=exit)
-    return ClientUpdate(who, tensors, segments, num_examples=1, num_steps=1, exits=(), phases={})
+    arrived = ArrivedUpdate(update=replace(BLANK, num_examples=1, num_steps=1), segments=segments)
+    return ClientUpdate(who, arrived, tensors)

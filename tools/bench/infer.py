@@ -33,7 +33,7 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, open_session
 from edge_sdk.infer.export import export, read_weights
 from edge_sdk.infer.model_folder import read_file, read_model
-from edge_sdk.infer.thresholds import calibrate
+from edge_sdk.infer.thresholds import choose_thresholds
 from tools.tables import made_by, print_table, write_csv
 
 LOSS = 0.01
@@ -92,7 +92,7 @@ def measured(
     order = np.random.default_rng(0).permutation(len(test))
     held, tried = (test.take(half[: args.limit]) for half in np.array_split(order, 2))
     export(spec, tensors, folder, examples=held)
-    done = calibrate(folder, held.x, held.y, accuracy_loss=LOSS)
+    done = choose_thresholds(folder, held.x, held.y, accuracy_loss=LOSS)
     ways = ways_of(folder, done.thresholds)
     labels, exits, cpu_s, wall_s = timed(ways, tried, args.repeats)
     name = Path(source).name

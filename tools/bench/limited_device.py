@@ -114,7 +114,7 @@ class Device:
         except TimeoutError as error:
             return {"died": str(error)}
         except (EOFError, OSError):
-            return {"died": f"the trainer {self._trainer.cause_of_death()}"}
+            return {"died": f"the trainer {self._trainer.wait_for_end()}"}
         finally:
             self._trainer.end()
 
@@ -153,7 +153,7 @@ class Device:
         except TimeoutError as error:
             return found | {"died": str(error)}
         except (EOFError, OSError):
-            return found | {"died": f"the trainer {self._trainer.cause_of_death()}"}
+            return found | {"died": f"the trainer {self._trainer.wait_for_end()}"}
         return found | {"peak_bytes": peak}
 
     def _train(self, segments: Segments, plan: Plan, cache_bytes: int) -> int:

@@ -139,7 +139,8 @@ def serve(
     from coordinator.admission.client_list import Admission
     from coordinator.aggregation.mean import OwnersMean
     from coordinator.cohorts.base import Assignment, ClientUpdate
-    from coordinator.fleet.cohort import ServeOptions, ZmqCohort
+    from coordinator.config import RunConfig
+    from coordinator.fleet.cohort import ZmqCohort
     from coordinator.fleet.router import Router
     from coordinator.fleet.spool import Spool
     from edge_sdk.protocol.tensors import specs_of
@@ -151,12 +152,16 @@ def serve(
         pair, admission = read_keys(Path(keys), "server"), Admission(Path(keys) / "clients")
     router = Router("tcp://127.0.0.1:*", pair, admission)
     print(router.endpoint, flush=True)
-    terms = ServeOptions(
-        run="bench", model=SPEC, plan=PLAN, deadline_s=0, grace_s=600, quorum=1.0,
+    config = RunConfig(
+        method="owners-mean",
+        model=SPEC,
+        rounds=rounds + 1,
+        quorum=1.0,
         min_clients=clients,
-    )  # fmt: skip
+        late="drop",
+    )
     spool = tempfile.TemporaryDirectory()
-    cohort = ZmqCohort(router, terms, Spool(Path(spool.name)))
+    cohort = ZmqCohort(router, Spool(Path(spool.name)), config, SPEC, run="bench")
     ready = cohort.clients()
     base = resident_mb("VmRSS")
     mark("base")
@@ -253,7 +258,7 @@ def client(name: str, endpoint: str, keys: str) -> int:
                         phases={"train": zero}, peak_memory_bytes=0, tensors=job.tensors,
                     )
                 )  # fmt: skip
-            else:  # as worker.Worker does
+            else:  # as training/worker does
                 more = asked - received <= WINDOW // 2
                 count = min(WINDOW - (asked - received), total - asked) if more else 0
                 link.send(Fetch(round=job.round, have=received, first=asked, count=count))

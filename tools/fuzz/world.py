@@ -28,7 +28,8 @@ from typing import Any, TypeAlias
 import torch
 
 from coordinator.cohorts.base import Assignment, Client, ClientUpdate
-from coordinator.fleet.cohort import ServeOptions, ZmqCohort
+from coordinator.config import RunConfig
+from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.open_job import make_job
 from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
@@ -70,13 +71,22 @@ NUM_ROUTES = 2 * UNREACHABLE
 # When it listened, which any message changes; sums over clients; what only reads tensors.
 NO_STATE = (
     "_router", "_num_heard", "_listened", "_looked", "_progress", "_used", "_queues", "_counters",
-    "_spool", "Sender",
+    "_spool", "_sessions", "Sender",
 )  # fmt: skip
 PROFILE = DeviceProfile(
     platform="generic", memory_total_bytes=2**32, memory_available_bytes=2**31, cores=4, gflops=10.0
 )
 MODEL = ModelSpec(family="cnn", input_shape=(1, 8, 8), num_classes=3, exit=3)
 PLAN = Plan(segments=(Segment(first=1, last=3),))
+CONFIG = RunConfig(
+    method="owners-mean",
+    model=MODEL,
+    rounds=ROUND,
+    grace_s=1e6,
+    quorum=1.0,
+    min_clients=len(JOINED),
+    staleness_half_life=0.5,
+)
 
 Act: TypeAlias = tuple[int, list[bytes]]  # route, the frames behind it
 
@@ -176,12 +186,8 @@ class World:
             World._router.socket.close()
         World._router.socket = self.socket = Socket(self._listen)  # type: ignore[assignment]
         World._router._admission = admitted(folder)
-        terms = ServeOptions(
-            run=RUN, model=MODEL, plan=PLAN, deadline_s=0.0, grace_s=1e6, quorum=1.0,
-            min_clients=len(JOINED), oldest=2,
-        )  # fmt: skip
         self._spool = Spool(folder / "spool")
-        self.cohort = ZmqCohort(World._router, terms, self._spool)
+        self.cohort = ZmqCohort(World._router, self._spool, CONFIG, MODEL, run=RUN)
         self.seen = seen or Seen()
         self.results: list[Any] = []
         self._is_judged = is_judged
@@ -363,7 +369,7 @@ def may_change(place: Place, faults: list[Fault]) -> bool:
         return True
     about_job = [fault for fault in faults if fault.round == ROUND]
     return any(fault.code != "round" for fault in about_job) or (
-        bool(about_job) and place[-1] == "awaits_ready"
+        bool(about_job) and place[-1] == "phase"
     )
 
 

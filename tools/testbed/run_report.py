@@ -16,7 +16,7 @@ from pathlib import Path
 
 from coordinator.config import read_config
 from coordinator.store.database import DATABASE, connect_to_read
-from coordinator.store.store import VERSION
+from coordinator.store.tables import VERSION
 from edge_sdk.errors import StoreError
 
 DEVICE_PHASES = ("wait", "download", "load", "train", "upload")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,30 +13,24 @@ import numpy.typing as npt
 
 from edge_sdk.data.examples import Examples, Scaling, bad, check_examples, mapped
 from edge_sdk.data.readers.scaling import PIXELS, image_examples, scaled, scaled_images
-from edge_sdk.errors import ConfigError
-from edge_sdk.helpers.imports import install
+from edge_sdk.data.readers.table import FileSet, register_reader
+from edge_sdk.helpers.imports import optional_module
 
 NPY = b"\x93NUMPY"  # first bytes of an .npy file
 DIGITS: Scaling = (8.0, 1.0)  # 0..16 to -1..1
 
 
-def _optional(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"this data needs {module}, which is not installed; run {install('data')}"
-        ) from error
-
-
-def read_digits() -> Examples:
-    digits = _optional("sklearn.datasets").load_digits()
+def read_digits(_: Sequence[Path] = ()) -> Examples:
+    """scikit-learn's own 1,797 digits of 8 x 8 pixels. Raises ConfigError without scikit-learn."""
+    digits = optional_module("sklearn.datasets", "this data", "data").load_digits()
     x = scaled(digits.images[:, None], *DIGITS)  # (n, 8, 8) in 0..16 -> (n, 1, 8, 8)
     y = digits.target.astype(np.int64)
     return check_examples(Examples(x, y, 10, scaling=DIGITS), "digits")
 
 
-def read_npz(path: Path) -> Examples:
+def read_npz(paths: Sequence[Path]) -> Examples:
+    """Arrays x and y, and perhaps num_classes, subject, scaling, see `checked_arrays`."""
+    (path,) = paths
     expected = "an .npz file with numeric arrays x and y"
     with mapped(path, expected), path.open("rb") as file:
         check_begin(path, file, b"PK", expected)
@@ -49,7 +43,8 @@ def read_npz(path: Path) -> Examples:
 
 
 def check_begin(path: Path, file: BinaryIO, begin: bytes, expected: str) -> None:
-    """What begins otherwise numpy takes for something else, a pickle too. Raises DataError."""
+    """Raise DataError unless the file begins so: numpy would take it for something else, a pickle
+    too."""
     found = file.read(6)
     file.seek(0)
     if not found.startswith(begin):
@@ -82,7 +77,7 @@ def checked_arrays(arrays: dict[str, npt.NDArray[Any]], where: str) -> Examples:
 
 
 def _scaling(array: npt.NDArray[Any] | None, where: str) -> Scaling | None:
-    """What `save_shard` noted of how float x came from integers."""
+    """How float x came from integers, as `save_shard` wrote it down. Raises DataError."""
     if array is None:
         return None
     if array.shape != (2,) or array.dtype.kind != "f" or not np.isfinite(array).all():
@@ -93,14 +88,13 @@ def _scaling(array: npt.NDArray[Any] | None, where: str) -> Scaling | None:
     return divisor, offset
 
 
-def first_file(folder: Path, *names: str) -> Path | None:
-    paths = (folder / f"{name}{ending}" for name in names for ending in ("", ".gz"))
-    return next((path for path in paths if path.is_file()), None)
-
-
-def read_idx_pair(images: Path) -> Examples:
+def read_idx(paths: Sequence[Path]) -> Examples:
+    """The first of these image files that is there, with the labels beside it; either may be packed
+    by gzip."""
+    images = next((path for path in paths if path.is_file()), paths[0])
     name = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    labels = first_file(images.parent, name)
+    beside = [images.with_name(f"{name}{ending}") for ending in ("", ".gz")]
+    labels = next((path for path in beside if path.is_file()), None)
     if labels is None:
         raise bad(images, "no labels", f"{name} or {name}.gz beside it", "copy it there")
     x = _read_idx(images, 3)[:, None]  # (n, H, W) -> (n, 1, H, W)
@@ -122,3 +116,36 @@ def _read_idx(path: Path, num_dims: int) -> npt.NDArray[np.uint8]:
         step = "empty or truncated, copy the file again"
         raise bad(path, f"{len(raw)} bytes", f"{num_bytes} for sizes {shape}, none 0", step)
     return np.frombuffer(raw, dtype=np.uint8, offset=header_bytes).reshape(shape)
+
+
+def _image_files(part: str) -> tuple[str, ...]:
+    names = (f"{part}-images-idx3-ubyte", f"{part}-images.idx3-ubyte")
+    return tuple(f"{name}{ending}" for name in names for ending in ("", ".gz"))
+
+
+def _folder_name(path: Path) -> str:
+    path = path.resolve()
+    return path.name if path.is_dir() else path.parent.name
+
+
+register_reader(
+    FileSet(name="digits", read=read_digits),
+    FileSet(
+        name="idx",
+        read=read_idx,
+        train=_image_files("train"),
+        test=_image_files("t10k"),
+        alone=("*images*idx3*",),
+        title=_folder_name,
+        rank=0,
+    ),
+    FileSet(
+        name="npz",
+        read=read_npz,
+        train=("train.npz",),
+        test=("test.npz",),
+        alone=("*.npz",),
+        title=lambda path: path.resolve().name if path.is_dir() else path.stem,
+        rank=2,
+    ),
+)

@@ -13,9 +13,11 @@ import numpy.typing as npt
 
 from edge_sdk.data.examples import Examples, bad, mapped
 from edge_sdk.data.readers.scaling import image_examples
+from edge_sdk.data.readers.table import FileSet, register_reader
 
 STL_SHAPE, CIFAR_SHAPE = (3, 96, 96), (3, 32, 32)
 CIFAR_PIXELS = 3 * 32 * 32
+BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))  # CIFAR-10's train part
 NUM_COARSE = 20  # superclasses of CIFAR-100
 
 
@@ -34,13 +36,14 @@ def read_stl_10(paths: Sequence[Path]) -> Examples:
 
 
 def read_cifar_10(paths: Sequence[Path]) -> Examples:
-    """Label, then the planes red, green, blue, each row by row; all files one after another."""
+    """Records of a label and the planes red, green, blue, each row by row; all files one after
+    another."""
     raw = np.concatenate([_records(path, 1 + CIFAR_PIXELS, "CIFAR-10 records") for path in paths])
     return image_examples(raw[:, 1:].reshape(-1, *CIFAR_SHAPE), raw[:, 0], 10, joined(paths))
 
 
 def read_cifar_100(paths: Sequence[Path]) -> Examples:
-    """As CIFAR-10, with the superclass before the class; classes are what is learned."""
+    """As `read_cifar_10`, with the superclass before the class; the classes are what is learned."""
     raw = np.concatenate([_records(path, 2 + CIFAR_PIXELS, "CIFAR-100 records") for path in paths])
     where = joined(paths)
     if raw[:, 0].max() >= NUM_COARSE:
@@ -50,7 +53,7 @@ def read_cifar_100(paths: Sequence[Path]) -> Examples:
 
 
 def joined(paths: Sequence[Path]) -> str:
-    """Files read as one, for messages."""
+    """The names of files that were read as one, for messages."""
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
 
 
@@ -63,3 +66,11 @@ def _records(path: Path, size: int, what: str) -> npt.NDArray[np.uint8]:
         step = "empty, truncated or of another data set, copy the file again"
         raise bad(path, f"{len(raw)} bytes", f"{expected}, a multiple above 0", step)
     return np.frombuffer(raw, dtype=np.uint8).reshape(-1, size)
+
+
+CIFAR_10_TRAIN = tuple(f"{name}.bin" for name in BATCHES)
+register_reader(
+    FileSet(name="stl-10", read=read_stl_10, train=("train_X.bin",), test=("test_X.bin",)),
+    FileSet(name="cifar-10", read=read_cifar_10, train=CIFAR_10_TRAIN, test=("test_batch.bin",)),
+    FileSet(name="cifar-100", read=read_cifar_100, train=("train.bin",), test=("test.bin",)),
+)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from edge_sdk.data.examples import Examples, Ints, bad, check_examples, mapped
 from edge_sdk.data.readers.scaling import image_examples, scaled
+from edge_sdk.data.readers.table import FileSet, register_reader
 
 TWO_G = 19.6133  # m/s^2, the range of the UniMiB SHAR sensor
 UNIMIB_CLASSES = {"fall": 8, "adl": 9, "acc": 17}
@@ -120,3 +121,18 @@ def _mat_elements(raw: memoryview) -> Iterator[tuple[int, memoryview]]:
             yield from _mat_elements(memoryview(zlib.decompress(content)))
         else:
             yield kind, content
+
+
+register_reader(
+    *(
+        FileSet(name=f"unimib-shar-{kind}", read=read_unimib, train=(f"{kind}_data.mat",))
+        for kind in UNIMIB_CLASSES
+    ),
+    FileSet(
+        name="svhn",
+        read=read_svhn,
+        train=("train_32x32.mat",),
+        test=("test_32x32.mat",),
+        alone=("extra_32x32.mat",),
+    ),
+)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.data.examples import Examples, bad, mapped
-from edge_sdk.data.readers.binary import CIFAR_PIXELS, CIFAR_SHAPE, joined
+from edge_sdk.data.readers.binary import BATCHES, CIFAR_PIXELS, CIFAR_SHAPE, joined
 from edge_sdk.data.readers.scaling import image_examples
+from edge_sdk.data.readers.table import FileSet, register_reader
 
 EXPECTED = "a CIFAR pickle of protocol 2: a dict with one uint8 array, lists, strings and integers"
 STEP = "copy the file again, or use the binary version"
@@ -175,14 +177,6 @@ ACTIONS: dict[str, Action] = {
 }
 
 
-def read_cifar_10_python(paths: Sequence[Path]) -> Examples:
-    return _read_cifar(paths, "labels", 10)
-
-
-def read_cifar_100_python(paths: Sequence[Path]) -> Examples:
-    return _read_cifar(paths, "fine_labels", 100)
-
-
 def _read_cifar(paths: Sequence[Path], key: str, num_classes: int) -> Examples:
     """data (n, 3072): the planes red, green, blue, each row by row; all files joined."""
     batches = [_read_batch(path, key) for path in paths]
@@ -221,3 +215,11 @@ def _read_dict(path: Path) -> dict[str, Any]:
         raise ValueError("an end with values left over")
     content: dict[str, Any] = machine.top(dict)
     return content
+
+
+read_cifar_10 = partial(_read_cifar, key="labels", num_classes=10)
+read_cifar_100 = partial(_read_cifar, key="fine_labels", num_classes=100)
+register_reader(
+    FileSet(name="cifar-10", read=read_cifar_10, train=BATCHES, test=("test_batch",)),
+    FileSet(name="cifar-100", read=read_cifar_100, train=("train",), test=("test",)),
+)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from coordinator.cohorts.base import Absence, ClientUpdate
+from coordinator.cohorts.base import Absence, ArrivedUpdate, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import AggregationOptions, GeneratorOptions
 from coordinator.fleet.flow_control import Budget
 from coordinator.fleet.jobs import Jobs
-from coordinator.fleet.spool import ArrivedUpdate, Spool
+from coordinator.fleet.spool import Spool
 from coordinator.methods.clipping import MEMORY
 from coordinator.methods.registry import make_method
 from coordinator.settings import checked
@@ -24,6 +24,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import ExitResult, Update
 from edge_sdk.protocol.tensors import Sender
 from tests.support.examples import ROBUST, answer, client, config, examples, options_of
+from tests.support.jobs import Mailbox
 from tools.bench.robust import accuracy
 
 
@@ -50,9 +51,8 @@ def test_update_that_is_not_finite_does_not_come_back_from_the_spool(tmp_path, v
     job = method.assign(who, 1)
 
     def jobs():
-        return Jobs(
-            "run", spool, Budget(2**20), lambda name, message, _: bool(sent.append(message))
-        )
+        note = Mailbox(lambda name, message, _: bool(sent.append(message)))
+        return Jobs("run", spool, Budget(2**20), note)
 
     jobs().give(who, job, 1, 0.0)
     trained = {spec.name: job.tensors[spec.name] for spec in job.returns}
@@ -67,7 +67,7 @@ def test_update_that_is_not_finite_does_not_come_back_from_the_spool(tmp_path, v
     arrived = ArrivedUpdate(
         update=update, segments=job.plan.segments, upload_s=0.0, bytes_down=0, bytes_up=0
     )
-    spool.keep(1, "a", arrived)
+    spool.save_update(1, "a", arrived)
     resumed = jobs()
     resumed.give(who, job, 1, 0.0)
     assert [type(found) for found in resumed.finished] == [ClientUpdate] * counts

@@ -12,7 +12,7 @@ from coordinator.aggregation.staleness import rebase_late_updates
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.config import RunConfig
 from edge_sdk.protocol.messages import Segment
-from tests.support.examples import client, config
+from tests.support.examples import client, client_update, config
 
 CURRENT = {
     "w": torch.tensor([10.0, 20.0]),
@@ -25,14 +25,11 @@ PARAMETERS = {"w"}
 
 
 def update(staleness: int) -> ClientUpdate:
-    return ClientUpdate(
-        client=client("a", 1),
-        tensors=dict(RETURNED),
-        segments=(Segment(first=1, last=1),),
+    return client_update(
+        client("a", 1),
+        dict(RETURNED),
+        (Segment(first=1, last=1),),
         num_examples=10,
-        num_steps=1,
-        exits=(),
-        phases={},
         round=3,
         staleness=staleness,
         sent=dict(SENT),
@@ -63,7 +60,7 @@ def test_movement_counts_half_after_the_half_life(staleness, half_life, share):
     assert found.tensors["mean"].tolist() == pytest.approx([4 + 4 * share])
     assert found.tensors["count"].item() == 5  # a counter, as it came
     assert (found.num_examples, found.round, found.staleness) == (10, 3, staleness)
-    assert found.digest == "d" * 32
+    assert found.told.digest == "d" * 32
 
 
 def test_nothing_that_came_in_is_changed():

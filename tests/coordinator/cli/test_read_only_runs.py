@@ -77,8 +77,8 @@ def test_a_log_that_cannot_be_read_there_is_not_left_out(folder, tmp_path):
         not_allowed_to_write(killed),
         pytest.raises(StoreError, match=r"cannot be read: .* copy the folder to where you may"),
     ):
-        Store.look(killed)
-    store = Store.look(killed)
+        Store.open_readonly(killed)
+    store = Store.open_readonly(killed)
     assert store.next_round() == 78
     store.close()
 
@@ -118,6 +118,6 @@ def test_what_holds_no_run_is_not_asked_to_be_resumed(tmp_path, capsys):
 
 def test_a_database_of_nothing_is_still_told(tmp_path, capsys):
     Path(tmp_path / "run.sqlite").write_bytes(b"not a database, " * 100)
-    for open_run in (Store.look, Store.resume):
+    for open_run in (Store.open_readonly, Store.resume):
         with pytest.raises(StoreError, match=r"is not a run's database: file is not a database"):
             open_run(tmp_path)

@@ -168,7 +168,7 @@ def test_sizes_and_times_are_short():
 def test_looking_needs_no_torch():
     code = (
         "import sys; sys.argv = ['edge-coordinator', 'status', '--run-dir', '/nowhere'];"
-        "from coordinator.cli import main; code = main();"
+        "from coordinator.cli.main import main; code = main();"
         "print(code, *{'torch', 'numpy', 'zmq', 'rich'} & set(sys.modules))"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -11,9 +11,7 @@ import pytest
 
 from coordinator.admission.client_list import remove_client
 from coordinator.fleet import sessions as devices_module
-from coordinator.fleet.cohort import ServeOptions, ZmqCohort
 from coordinator.fleet.router import Received
-from coordinator.fleet.spool import Spool
 from edge_sdk.protocol.keys import make_keys, read_keys
 from edge_sdk.protocol.messages import (
     PROTOCOL,
@@ -26,11 +24,10 @@ from edge_sdk.protocol.messages import (
     Ready,
     Welcome,
 )
-from tests.support.devices import WAIT_S, ScriptedDevice
-from tests.support.examples import cnn, rewrite
+from tests.support.devices import WAIT_S, ScriptedDevice, make_cohort
+from tests.support.examples import rewrite
 from tests.support.jobs_and_results import (
     BOTH,
-    STAGE_2,
     absence_of,
     assert_only_these_count,
     end,
@@ -210,8 +207,7 @@ class Lines:
 def test_pause_of_the_caller_is_no_answer_to_a_probe(tmp_path):
     """Between a probe and its answer the caller aggregates; nothing is heard meanwhile."""
     lines = Lines()
-    terms = ServeOptions("a run", cnn(), STAGE_2, 0.0, 600.0, 1.0, 1)
-    cohort = ZmqCohort(lines, terms, Spool(tmp_path))
+    cohort = make_cohort(lines, tmp_path)
     for session in ("1", "2"):
         said = ScriptedDevice.make_hello(SimpleNamespace(name="a", session=session))
         lines.said.append(Received(session.encode(), None, said, None))
@@ -222,9 +218,9 @@ def test_pause_of_the_caller_is_no_answer_to_a_probe(tmp_path):
     ]
     cohort._listened -= 5.0  # so long the caller was busy
     cohort._pump()
-    cohort.sessions.look(time.monotonic())
+    cohort.sessions.look(time.monotonic(), {})
     assert len(lines.sent) == 2  # it is not known yet who is there
-    cohort.sessions.look(time.monotonic() + 5.0 + devices_module.PROBE_S + 0.1)
+    cohort.sessions.look(time.monotonic() + 5.0 + devices_module.PROBE_S + 0.1, {})
     assert [(route, type(message)) for route, message in lines.sent[2:]] == [(b"2", Welcome)]
 
 
@@ -334,12 +330,11 @@ def test_a_key_that_is_replaced_while_it_claims_a_place_does_not_get_it(tmp_path
             return False
 
     lines = Replaced()
-    terms = ServeOptions("a run", cnn(), STAGE_2, 0.0, 600.0, 1.0, 1)
-    cohort = ZmqCohort(lines, terms, Spool(tmp_path))
+    cohort = make_cohort(lines, tmp_path)
     for session in ("1", "2"):
         said = ScriptedDevice.make_hello(SimpleNamespace(name="a", session=session))
         cohort.sessions.hello(Received(session.encode(), "a", said, None), said)
-    cohort.sessions.look(time.monotonic() + devices_module.PROBE_S + 0.1)
+    cohort.sessions.look(time.monotonic() + devices_module.PROBE_S + 0.1, {})
     route, refused = lines.sent[-1]
     assert (route, refused.code) == (b"2", "admission")
     assert cohort.sessions.all["a"].route == b"1"

@@ -20,6 +20,7 @@ from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.messages import Accepted, Fault, Job, Message, Part
 from edge_sdk.protocol.tensors import Sender
 from tests.support.devices import WAIT_S, Coordinator, ScriptedDevice
+from tests.support.jobs import Mailbox
 from tests.support.jobs_and_results import (
     BOTH,
     FLOATS_PER_PART,
@@ -117,7 +118,7 @@ def test_late_device_that_lost_its_job_is_free_again(make_coordinator, monkeypat
 
 def test_asynchronous_round_ends_with_its_quorum_and_the_others_go_on(make_coordinator):
     names = ("a", "b", "c", "d")
-    coordinator = make_coordinator(*names, quorum=0.5, is_async=True, oldest=8)
+    coordinator = make_coordinator(*names, quorum=0.5, mode="async", oldest=8)
     a, b, c, d = coordinator.gather()
     round = give_jobs(coordinator, a, b, c, d)
     end_well(round, a, b)
@@ -134,7 +135,7 @@ def test_asynchronous_round_ends_with_its_quorum_and_the_others_go_on(make_coord
 
 def test_asynchronous_run_does_not_wait_for_those_who_are_gone(make_coordinator, short_silence):
     """They may come back, but keep no other from getting a job: nobody would end their round."""
-    coordinator = make_coordinator(*BOTH, quorum=0.5, is_async=True, oldest=8)
+    coordinator = make_coordinator(*BOTH, quorum=0.5, mode="async", oldest=8)
     good, bad = coordinator.gather()
     round = give_jobs(coordinator, good, bad)
     talk_until_a_result(coordinator, good)
@@ -144,7 +145,7 @@ def test_asynchronous_run_does_not_wait_for_those_who_are_gone(make_coordinator,
 
 def test_device_that_failed_and_is_ready_while_nobody_takes_results(make_coordinator):
     names = ("a", "b", "c")
-    coordinator = make_coordinator(*names, quorum=0.3, is_async=True, oldest=8)
+    coordinator = make_coordinator(*names, quorum=0.3, mode="async", oldest=8)
     a, b, c = coordinator.gather()
     round = give_jobs(coordinator, a, b, c)
     end_well(round, a)
@@ -176,7 +177,7 @@ def test_an_update_that_comes_between_two_tries_of_a_round_counts_once(
     bad.ready()
     assert "bad" in {client.id for client in coordinator.clients().result(WAIT_S)}
     again = coordinator.train(work("bad"))
-    assert [result.job for result in again.result(WAIT_S)] == [bad.job.id]
+    assert [result.told.job for result in again.result(WAIT_S)] == [bad.job.id]
 
 
 # -- a coordinator that was restarted --------------------------------------------------------------
@@ -189,7 +190,7 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
     def open_desk() -> tuple[Jobs, list[tuple[str, Message]]]:
         sent: list[tuple[str, Message]] = []
         note = lambda name, message, _: sent.append((name, message)) or True  # noqa: E731
-        jobs = Jobs("a run", Spool(tmp_path), Budget(), note)
+        jobs = Jobs("a run", Spool(tmp_path), Budget(), Mailbox(note))
         for name in names:
             jobs.give(Client(id=name, exit=3, num_examples=10), job, 1, 0.0)
         return jobs, sent
@@ -212,7 +213,7 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
     assert sent[1][1] == given["half"]
     (again,) = jobs.finished
     assert again.client.id == "whole"
-    assert again.digest == before.digest
+    assert again.told.digest == before.told.digest
     assert all(torch.equal(again.tensors[name], trained[name]) for name in trained)
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.fleet import jobs as desk_module
-from coordinator.fleet.cohort import ServeOptions, ZmqCohort
 from coordinator.fleet.flow_control import Budget
 from coordinator.fleet.jobs import MOST_STALLS, Jobs
 from coordinator.fleet.router import Received
@@ -20,12 +19,12 @@ from coordinator.fleet.spool import Spool
 from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Heartbeat, Job, Message, Ready
 from edge_sdk.protocol.stream import PART_BYTES
-from tests.support.devices import WAIT_S, ScriptedDevice
-from tests.support.examples import client, cnn
+from tests.support.devices import WAIT_S, ScriptedDevice, make_cohort
+from tests.support.examples import client
+from tests.support.jobs import Mailbox
 from tests.support.jobs_and_results import (
     BOTH,
     FLOATS_PER_PART,
-    STAGE_2,
     absence_of,
     assert_about_round,
     assert_only_these_count,
@@ -102,8 +101,9 @@ class TalkingHub:
 
 def test_silent_device_is_dropped_though_messages_never_end(short_silence, tmp_path):
     until = time.monotonic() + WAIT_S
-    terms = ServeOptions("a run", cnn(), STAGE_2, 0.0, 600.0, 1.0, 2)
-    cohort = ZmqCohort(TalkingHub(), terms, Spool(tmp_path), lambda: time.monotonic() > until)
+    cohort = make_cohort(
+        TalkingHub(), tmp_path, min_clients=2, should_stop=lambda: time.monotonic() > until
+    )
     assert [client.id for client in cohort.clients()] == ["bad", "good"]
     results = list(cohort.train(work("good"), 1, 0.0))
     assert "said nothing for " in absence_of(results, "good", "failed", "gone").detail
@@ -223,7 +223,7 @@ def test_nobody_begins_to_upload_when_the_round_closes(tmp_path, quick_links):
     sent: list[tuple[str, Message]] = []
     spool, budget = Spool(tmp_path), Budget(2 * PART_BYTES)
     note = lambda name, message, _: sent.append((name, message)) or True  # noqa: E731
-    jobs = Jobs("a run", spool, budget, note, takes_late=False)
+    jobs = Jobs("a run", spool, budget, Mailbox(note), takes_late=False)
     job = assignment(FLOATS_PER_PART)  # two parts
     for name in BOTH:
         device = SimpleNamespace(name=name)
@@ -336,17 +336,9 @@ def test_round_without_its_quorum_gives_up(make_coordinator):
         round.result(WAIT_S)
 
 
-def test_needed_updates_of_a_round():
-    terms = ServeOptions("r", cnn(), STAGE_2, 0.0, 1.0, quorum=0.5, min_clients=1, min_updates=3)
-    assert [terms.needed(chosen) for chosen in (1, 2, 4, 6, 9)] == [1, 2, 3, 3, 5]
-
-
 def test_whoever_is_heard_at_work_is_progress(tmp_path):
     """A long job, or a long upload, is not "nothing changes"."""
-    cohort = ZmqCohort(
-        TalkingHub(), ServeOptions("r", cnn(), STAGE_2, 0.0, 0.0, 1.0, 1, give_up_after_s=60.0),
-        Spool(tmp_path),
-    )  # fmt: skip
+    cohort = make_cohort(TalkingHub(), tmp_path, give_up_after_s=60.0)
     hello = ScriptedDevice.make_hello(SimpleNamespace(name="a", session="1"))
     cohort.sessions.hello(Received(b"a", None, hello, None), hello)
     cohort.jobs.give(client("a", 2), assignment(), 1, 0.0)
@@ -370,8 +362,7 @@ def test_whoever_is_heard_at_work_is_progress(tmp_path):
 def test_rest_listens_and_looks_at_the_time_though_a_result_is_there(tmp_path):
     """Else who waits for the next round would turn in circles, and never give up."""
     router = TalkingHub()
-    terms = ServeOptions("r", cnn(), STAGE_2, 0.0, 0.0, 1.0, 1, give_up_after_s=60.0)
-    cohort = ZmqCohort(router, terms, Spool(tmp_path))
+    cohort = make_cohort(router, tmp_path, give_up_after_s=60.0)
     cohort.jobs.miss(client("a", 2), assignment())
     assert len(router.said) == 4
     assert cohort.rest(1)

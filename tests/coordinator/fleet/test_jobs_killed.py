@@ -34,6 +34,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.tensors import Sender, specs_of
 from tests.support.examples import cnn
+from tests.support.jobs import Mailbox
 
 MODES = ("late", "async", "drop")
 ROUNDS, OLDEST, DEVICES = 25, 3, 6
@@ -127,7 +128,7 @@ class Run:
             device.is_linked = False
         self.jobs = Jobs(
             "run", Spool(self.folder), Budget(),
-            lambda name, message, _: self.devices[name].hear(message),
+            Mailbox(lambda name, message, _: self.devices[name].hear(message)),
             takes_late=self.mode != "drop", was_counted=lambda job: self.counted[job] > 0,
         )  # fmt: skip
         self.jobs.resume(self.next)
@@ -169,7 +170,7 @@ class Run:
             chosen = [] if self.own(results) else self.choose()
         assert counted
         self.fuse.burn()  # the checkpoint
-        self.counted.update(r.job for r in results if isinstance(r, ClientUpdate))
+        self.counted.update(r.told.job for r in results if isinstance(r, ClientUpdate))
         self.next, self.participants_of = self.next + 1, {}
         self.fuse.burn()
 
@@ -192,8 +193,10 @@ class Run:
                 begin = float(result.round)
                 assert all(bool((t == begin).all()) for t in result.sent.values()), "another base"
                 assert all(bool((t == begin + 0.5).all()) for t in result.tensors.values())
-                jobs = [r.job for r in results if isinstance(r, ClientUpdate)]
-                assert [*jobs, *self.counted.elements()].count(result.job) == 0, "counted twice"
+                jobs = [r.told.job for r in results if isinstance(r, ClientUpdate)]
+                assert [*jobs, *self.counted.elements()].count(result.told.job) == 0, (
+                    "counted twice"
+                )
                 assert self.next - result.round <= OLDEST + 1
             results.append(result)
 
@@ -275,7 +278,7 @@ def test_what_was_accepted_counts_once(tmp_path, monkeypatch, mode, seed):
     fuse.left = None
     run.until(ROUNDS + OLDEST)  # undisturbed
     accepted = [job for device in run.devices.values() for job in device.accepted]
-    pending = {u.job for u in run.jobs.finished if isinstance(u, ClientUpdate)}
+    pending = {u.told.job for u in run.jobs.finished if isinstance(u, ClientUpdate)}
     assert len(accepted) == len(set(accepted)) > ROUNDS
     assert [job for job in accepted if run.counted[job] != (job not in pending)] == []
     run.jobs.clear_spool(run.next)

@@ -178,13 +178,13 @@ def test_time_to_come_back_begins_when_all_was_read(tmp_path, monkeypatch):
     before = Room(tmp_path)
     before.give("a")
     before.jobs.leave_open()
-    real, now = Spool.held, time.monotonic()
+    real, now = Spool.saved_jobs, time.monotonic()
 
     def slow(spool: Spool, round: int) -> Any:
         yield from real(spool, round)
         monkeypatch.setattr(time, "monotonic", lambda: now + 50.0)
 
-    monkeypatch.setattr(Spool, "held", slow)
+    monkeypatch.setattr(Spool, "saved_jobs", slow)
     after = Room(tmp_path)
     after.jobs.resume(2)
     assert after.jobs.open["a"].given == now + 50.0

@@ -18,7 +18,7 @@ from coordinator.cli.main import main as coordinate
 from coordinator.cohorts.base import Client
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import RotationOptions, RunConfig, read_config
-from coordinator.fleet.cohort import ServeOptions, ZmqCohort
+from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
 from coordinator.methods.registry import make_method
@@ -123,27 +123,25 @@ def test_devices_give_the_model_that_one_process_gives(
         seed=7,
         deadline_s=DEADLINE_S,
         rotation=RotationOptions(mode="add" if method == "stage-rotation" else "off"),
+        min_clients=3,
+        late="drop",
     )
     store = Store.create(tmp_path / "run", config, "serve")
     made = make_method(config)
-    terms = ServeOptions(
-        store.run,
-        made.spec,
-        config.plan(config.rounds),
-        DEADLINE_S,
-        config.grace_s,
-        config.quorum,
-        3,
-    )
     router = Router(
         world.endpoint, read_keys(world.keys, "server"), Admission(world.keys / "clients")
     )
     give_up = time.monotonic() + 90
     cohort = ZmqCohort(
-        router, terms, Spool(store.folder / SPOOL), lambda: time.monotonic() > give_up
+        router,
+        Spool(store.folder / SPOOL),
+        config,
+        made.spec,
+        run=store.run,
+        should_stop=lambda: time.monotonic() > give_up,
     )
     try:
-        run_rounds(store, made, cohort, world.test)
+        run_rounds(store, made, cohort, world.test, fleet=cohort)
     finally:
         store.close()
         cohort.close("run finished", is_final=False)
@@ -197,11 +195,11 @@ def test_a_killed_training_process_costs_one_update(world):
     a.wait_said("round 1: job")
     with a.held_in_training() as lost:
         a.trainer().kill()
-    a.wait_said("training process was killed by signal 9")
+    a.wait_said("trainer was killed by signal 9")
     with b.held_in_training() as held:
         a.wait_said("failed here before")  # with less: the kernel may have wanted memory
     assert (server.end(), a.end(), b.end()) == (0, 0, 0)
-    assert server.said("a reports trainer: the training process was killed by signal 9")
+    assert server.said("a reports trainer: the trainer was killed by signal 9")
     assert_every_round_once(world, 6)
     assert world.outcomes("b") == dict.fromkeys(range(1, 7), "ok")
     taken = {

@@ -15,9 +15,11 @@ from coordinator.cohorts.population import Population, choose_holders, group_exi
 from coordinator.cohorts.sampling import sample
 from coordinator.methods.base import Metrics
 from coordinator.methods.registry import make_method
+from coordinator.runs.asking import Asking
 from coordinator.runs.emulating import write_json
-from coordinator.runs.rounds import RoundReport, choose_first, gather, print_round, run_rounds
-from coordinator.store.store import RoundTotals, Store
+from coordinator.runs.rounds import RoundReport, print_round, run_rounds
+from coordinator.store.store import Store
+from coordinator.store.tables import RoundTotals
 from edge_sdk.errors import ConfigError, DataError, TrainerError
 from edge_sdk.protocol.messages import Plan, Segment
 from tests.support.examples import answer, client, cnn, config, examples
@@ -200,7 +202,8 @@ def test_round_that_lacks_updates_asks_as_many_others(tmp_path):
 
 
 class Turns:
-    """A cohort whose tries go as written: who is idle, then what comes of it."""
+    """A cohort whose tries go as written: who is idle, then what comes of it. needed, num_busy: as
+    of real devices."""
 
     def __init__(self, *turns: tuple[str, str], needed: int = 1, num_busy: int = 0) -> None:
         self._turns = deque(turns)
@@ -232,9 +235,8 @@ class Turns:
 def gathered(tmp_path, cohort, **settings):
     """One round: names of those whose updates counted."""
     store = Store.create(tmp_path, config("owners-mean", **settings), "serve")
-    chosen = choose_first(cohort, store.config, 1)
-    method = make_method(store.config)
-    results = list(gather(store, method, cohort, 1, chosen, len(chosen)))
+    asking = Asking(store, make_method(store.config), cohort, 1, fleet=cohort)
+    results = list(asking.results())
     store.close()
     return [result.client.id for result in results if isinstance(result, ClientUpdate)]
 

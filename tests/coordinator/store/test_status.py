@@ -30,7 +30,8 @@ from coordinator.store.status import (
     read_status,
     utc,
 )
-from coordinator.store.store import RoundTotals, Store
+from coordinator.store.store import Store
+from coordinator.store.tables import RoundTotals
 from edge_sdk.errors import EdgeError, QuorumError, StoreError
 from tests.support.examples import config, examples
 from tests.support.processes import ROOT

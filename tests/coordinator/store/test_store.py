@@ -10,20 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from coordinator.cohorts.base import Absence, ClientUpdate
+from coordinator.cohorts.base import Absence
 from coordinator.methods.base import Metrics
 from coordinator.store import checkpoints
 from coordinator.store.store import BEGUN, Store
 from edge_sdk.errors import StoreError
 from edge_sdk.protocol.messages import ExitResult, Phase, Segment
-from tests.support.examples import client, cnn, config
+from tests.support.examples import client, client_update, cnn, config
 
 
 def update(who, **changes):
+    segments = (Segment(first=1, last=1), Segment(first=3, last=3))
     settings = {
-        "client": who,
-        "tensors": {},
-        "segments": (Segment(first=1, last=1), Segment(first=3, last=3)),
         "num_examples": 10,
         "num_steps": 2,
         "exits": (ExitResult(exit=1, loss=0.5, accuracy=0.75),),
@@ -32,7 +30,7 @@ def update(who, **changes):
         "bytes_up": 40,
         "retries": 1,
     }
-    return ClientUpdate(**(settings | changes))
+    return client_update(who, {}, segments, **(settings | changes))
 
 
 def commit(store, number, state=None, results=()):

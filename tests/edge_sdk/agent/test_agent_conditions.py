@@ -54,7 +54,7 @@ def test_a_drained_device_sits_out_and_comes_back(tmp_path):
                 coordinator.expect(Heartbeat)
                 coordinator.expect(Heartbeat)
             assert lines.count == 1
-            status = device.agent._state.doing("there")
+            status = device.agent._state.status_line("there")
             assert "too hot or the battery too low for a job" in status
             coordinator.give(1, MODEL, WHOLE, job_tensors(WHOLE))
             fault = coordinator.wait_for(Fault)
@@ -160,7 +160,7 @@ def test_short_changes_nothing_where_there_are_no_deeper_stages(chooser):
 def test_a_job_that_fails_for_memory_while_the_device_rests_is_judged_by_its_own_peak(chooser):
     choose(chooser, FULL, 400)
     choose(chooser, NONE, 400)
-    assert "predicted 300.0 MiB" in chooser.failed(segments((1, 3)), 400 * 1024**2)
+    assert "predicted 300.0 MiB" in chooser.note_failure(segments((1, 3)), 400 * 1024**2)
     choose(chooser, FULL, 400)
     assert chooser.choice.exit == 2
 
@@ -221,6 +221,8 @@ def test_senses_remember_what_was_allowed():
 
 def test_the_status_line_of_a_resting_device():
     state = State(inspected=INSPECTED, welcome=welcome())
-    assert state.doing("there") == "connected to there, waiting for a job"
+    assert state.status_line("there") == "connected to there, waiting for a job"
     state.is_resting = True
-    assert state.doing("there").endswith("too hot or the battery too low for a job (see the log)")
+    assert state.status_line("there").endswith(
+        "too hot or the battery too low for a job (see the log)"
+    )

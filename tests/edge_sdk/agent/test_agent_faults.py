@@ -60,7 +60,7 @@ class Notes:
     def end_if_stuck(self, silent_s: float) -> bool:
         return False
 
-    def cause_of_death(self) -> str:
+    def wait_for_end(self) -> str:
         return "was killed by signal 9, most likely for memory"
 
 
@@ -89,7 +89,7 @@ class Started:
         return replace(PROFILE, memory_available_bytes=self.memory * MIB)
 
     def trainer_says(self, message: Any) -> None:
-        self.agent._from_trainer(message, memoryview(b""))
+        self.agent._on_trainer_message(message, memoryview(b""))
 
     @property
     def ready(self) -> tuple[int, str]:
@@ -207,7 +207,7 @@ def test_speed_is_measured_on_the_threads_of_training(monkeypatch, tmp_path):
     found = []
     monkeypatch.setattr(worker, "measure_gflops", lambda threads, device: found.append(threads))
     monkeypatch.setattr(worker, "measure_layer_s", lambda threads, device: found.append(threads))
-    monkeypatch.setattr(worker, "calibrated", lambda *_: MemoryCalibration(made_with=""))
+    monkeypatch.setattr(worker, "memory_calibration", lambda *_: MemoryCalibration(made_with=""))
     monkeypatch.setattr(worker, "runtime_bytes", lambda: (0, 0))
     save_shard(tmp_path / "d.npz", examples(8))
     before = worker.torch.get_num_threads()

@@ -176,7 +176,7 @@ def test_end_of_a_job_that_never_came_is_answered_with_what_it_can_do(settled):
 
 def test_frame_that_is_no_message(settled):
     coordinator, _ = settled
-    coordinator.hub.socket.send_multipart([coordinator.route, b"\xc1"])
+    coordinator.router.socket.send_multipart([coordinator.route, b"\xc1"])
     fault = coordinator.expect(Fault)
     assert (fault.code, fault.round) == ("protocol", 0)
     assert "not msgpack" in fault.detail

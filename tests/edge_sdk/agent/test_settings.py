@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk.agent.settings import EXPECTED, Settings, parse_config, read_config
+from edge_sdk.agent.settings import (
+    EXPECTED,
+    RunSettings,
+    Settings,
+    parse_config,
+    read_config,
+    settled,
+)
+from edge_sdk.agent.setup import default_keys
 from edge_sdk.cli import main, run
 from edge_sdk.errors import ConfigError
 
@@ -92,30 +100,29 @@ def test_files_that_cannot_be_read(tmp_path):
 # -- run --config ---------------------------------------------------------------------------------
 
 
-def settled(*flags: str) -> argparse.Namespace:
-    """What `edge-sdk run` would run with."""
-    parser = argparse.ArgumentParser()
-    run.add_run_command(parser.add_subparsers())
-    args = parser.parse_args(["run", *flags])
-    run.settle(args)
-    return args
-
-
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     (tmp_path / "c.toml").write_text(FULL)
-    args = settled("--config", str(tmp_path / "c.toml"), "--threads", "0", "--id", "other")
-    assert (args.threads, args.id) == (0, "other")
-    assert (args.data, args.memory_cap) == ("/srv/edge-sdk/data.npz", 3 * 1024**3 // 2)
-    assert (args.keys, args.insecure) == (Path("/var/lib/edge-sdk/keys"), True)
-    assert list(args.imports) == ["my_models"]
+    flags = {"threads": 0, "id": "other", "data": None}
+    found = settled(tmp_path / "c.toml", flags, Path("unused"))
+    assert (found.threads, found.id) == (0, "other")
+    assert (found.data, found.memory_cap) == ("/srv/edge-sdk/data.npz", 3 * 1024**3 // 2)
+    assert (found.keys, found.insecure) == (Path("/var/lib/edge-sdk/keys"), True)
+    assert found.imports == ("my_models",)
 
 
 def test_without_a_file_there_are_the_defaults(monkeypatch):
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/edge-sdk")
-    args = settled("--coordinator", "tcp://h:1", "--data", "digits", "--import", "a")
-    assert args.keys == Path("/var/lib/edge-sdk/keys")
-    assert (args.insecure, args.threads, args.device, args.imports) == (False, 0, "cpu", ["a"])
-    assert (args.id, args.memory_cap, args.server_key) == (None, None, None)
+    flags = {"coordinator": "tcp://h:1", "data": "digits", "imports": ["a"]}
+    found = settled(None, flags, default_keys())
+    assert found.keys == Path("/var/lib/edge-sdk/keys")
+    assert (found.insecure, found.threads, found.device, found.imports) == (False, 0, "cpu", ("a",))
+    assert (found.id, found.memory_cap, found.server_key) == (None, None, None)
+
+
+def test_every_setting_has_a_flag():
+    parser = argparse.ArgumentParser()
+    run.add_run_command(parser.add_subparsers())
+    assert set(RunSettings.__struct_fields__) <= vars(parser.parse_args(["run"])).keys()
 
 
 def test_coordinator_and_data_must_come_from_somewhere(tmp_path, capsys):

@@ -33,7 +33,7 @@ class Trainer:
     def receive(self) -> tuple[PipeMessage, memoryview]:
         return self.says.popleft(), memoryview(b"")
 
-    def cause_of_death(self) -> str:
+    def wait_for_end(self) -> str:
         return "ended"
 
 
@@ -81,7 +81,7 @@ def test_what_is_about_no_job_is_always_heard(supervisor, trainer):
 
 def test_one_that_died_answers_for_nothing(supervisor, trainer):
     supervisor.send(Cancel())
-    supervisor.bury()
+    supervisor.reap()
     supervisor.send(Cancel())  # there is no process
     supervisor.restart()
     assert heard(supervisor, trainer, FETCH) == [FETCH]

@@ -76,7 +76,7 @@ def manager(tmp_path):
 
 
 def turn(watchdog: Watchdog, now: float, has_job: bool = False, status: str = "waiting") -> None:
-    watchdog.turn(now, is_ready=True, has_job=has_job, status=status)
+    watchdog.notify(now, is_ready=True, has_job=has_job, status=status)
 
 
 def test_an_abstract_socket_is_reached():
@@ -114,13 +114,13 @@ def test_what_the_manager_did_not_take_is_said_again(tmp_path):
 
 def test_ready_and_status_are_told_when_they_change(manager):
     watchdog = Watchdog(Notifier(manager.address), now=100.0)
-    watchdog.turn(100.1, is_ready=False, has_job=False, status="reading the data")
+    watchdog.notify(100.1, is_ready=False, has_job=False, status="reading the data")
     assert manager.told() == ["STATUS=reading the data"]
     turn(watchdog, 100.2)
     assert manager.told() == ["READY=1", "STATUS=waiting"]
     turn(watchdog, 100.3)
     assert not manager.has_news()
-    watchdog.stopping()
+    watchdog.notify_stopping()
     watchdog.close()
     assert manager.told() == ["STOPPING=1", "STATUS=stopping"]
 
@@ -145,7 +145,7 @@ def test_with_a_job_only_the_trainers_messages_feed_it(manager):
     for second in range(102, 150):
         turn(watchdog, float(second), has_job=True)
     assert not manager.has_news()
-    watchdog.heard(150.0)
+    watchdog.note_alive(150.0)
     turn(watchdog, 150.1, has_job=True)
     assert manager.told() == ["WATCHDOG=1"]
     turn(watchdog, 155.0, has_job=True)
@@ -160,14 +160,14 @@ def test_the_watchdog_leaves_the_agent_time_to_end_a_silent_trainer():
 
 def test_the_status_line_says_what_the_device_does():
     state = State()
-    assert state.doing(ENDPOINT) == "reading the data"
+    assert state.status_line(ENDPOINT) == "reading the data"
     state.inspected = Inspected(
         num_examples=9, input_shape=(2,), num_classes=2, num_labels=2, runtime_bytes=0, gflops=0.0
     )
-    assert state.doing(ENDPOINT) == f"waiting for the coordinator {ENDPOINT}"
+    assert state.status_line(ENDPOINT) == f"waiting for the coordinator {ENDPOINT}"
     state.reopen_at = 5.0
-    assert "refused by the coordinator" in state.doing(ENDPOINT)
-    assert "starting another" in state.doing(ENDPOINT, is_restarting=True)
+    assert "refused by the coordinator" in state.status_line(ENDPOINT)
+    assert "starting another" in state.status_line(ENDPOINT, is_restarting=True)
 
 
 # -- the real agent and trainer -------------------------------------------------------------------
@@ -207,10 +207,10 @@ def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(
             monkeypatch.undo()
             assert (fault.round, fault.code) == (4, "trainer")
             assert fault.detail == (
-                "the training process said nothing for 1 s"
+                "the trainer said nothing for 1 s"
                 f"{', as memory was too short to get on,' * is_thrashing} and was ended by signal 9"
             )
-            wait_told(told, "STATUS=the training process ended; starting another")
+            wait_told(told, "STATUS=the trainer ended; starting another")
             coordinator.wait_for(Ready, lambda ready: "failed here before" in ready.reason)
         wait_told(told, "STOPPING=1")
     finally:

@@ -17,7 +17,7 @@ import msgspec, numpy
 from edge_sdk.hardware import process_memory
 from edge_sdk.data.loading import Examples
 from edge_sdk.models import initial_tensors
-from edge_sdk.training.calibration import calibrated, runtime_bytes
+from edge_sdk.training.calibration import memory_calibration, runtime_bytes
 from edge_sdk.capacity.counting import segment_costs_apart
 from edge_sdk.models.staged import needed_names
 from edge_sdk.training.trainer import train
@@ -28,7 +28,7 @@ plan = msgspec.json.decode(sys.argv[2], type=Plan)
 count = int(sys.argv[4])
 x = numpy.ones((count, *spec.input_shape), dtype=numpy.float32)
 examples = Examples(x, numpy.arange(count) % spec.num_classes, spec.num_classes)
-found = calibrated(None, "cpu", may_measure=True)
+found = memory_calibration(None, "cpu", may_measure=True)
 needed, libraries = runtime_bytes()
 costs = segment_costs_apart(
     spec, plan, count, needed + found.scratch_bytes, found.allowance, found.error

@@ -13,9 +13,10 @@ from coordinator.cli.serve import add_serve_command
 from edge_sdk.cli import main, plan
 from edge_sdk.cli.flags import option_flag, shape_flag
 from edge_sdk.errors import ConfigError, TrainerError
-from edge_sdk.hardware import conditions, speed
+from edge_sdk.hardware import conditions, measure
 from edge_sdk.hardware.boards import board
 from edge_sdk.hardware.conditions import Conditions, Zone
+from edge_sdk.helpers.text import parse_size
 from edge_sdk.version import __version__
 
 MiB = 1024**2
@@ -33,8 +34,8 @@ def fixed_runtime(monkeypatch):
 @pytest.fixture
 def fixed_speed(monkeypatch):
     """Not measured anew by every test; the two below do."""
-    monkeypatch.setattr(speed, "measure_gflops", lambda seconds, device: 12.5)
-    monkeypatch.setattr(speed, "measure_layer_s", lambda device: 2.5e-5)
+    monkeypatch.setattr(measure, "measure_gflops", lambda seconds, device: 12.5)
+    monkeypatch.setattr(measure, "measure_layer_s", lambda device: 2.5e-5)
 
 
 def test_measure_prints_json(capsys):
@@ -174,8 +175,8 @@ def test_plan_predicts_the_training_of_a_run_without_flags(capsys, fixed_runtime
 def test_plan_measures_each_thing_once_and_says_what_it_does(capsys, monkeypatch):
     done = []
     trainer = {"runtime_bytes": 230 * MiB, "allowance": 1.1, "error": 0.1}
-    monkeypatch.setattr(speed, "measure_gflops", lambda *_, **__: done.append("gflops") or 12.5)
-    monkeypatch.setattr(speed, "measure_layer_s", lambda **_: done.append("layer") or 2.5e-5)
+    monkeypatch.setattr(measure, "measure_gflops", lambda *_, **__: done.append("gflops") or 12.5)
+    monkeypatch.setattr(measure, "measure_layer_s", lambda **_: done.append("layer") or 2.5e-5)
     monkeypatch.setattr(plan, "_trial_trainer", lambda: done.append("trial") or dict(trainer))
     assert main.main([*PLAN, "--json"]) == 0
     captured = capsys.readouterr()
@@ -250,7 +251,7 @@ def test_debug_shows_the_traceback(at):
         (["measure", "--link-mbit-s", "nan"], "'nan', expected Mbit/s such as 94"),
         ([*PLAN, "--input", "8,8"], "expected sizes such as 1x28x28"),
         ([*PLAN, "--option", "channels"], "expected KEY=VALUE"),
-        ([*PLAN, "--examples", "1"], "at least 2"),
+        ([*PLAN, "--examples", "2"], "at least 3"),
         ([*PLAN, "--deadline", "-1"], "'-1', expected seconds"),
     ],
 )
@@ -265,7 +266,7 @@ def test_wrong_usage_is_status_2(capsys, arguments, message):
     ("text", "num_bytes"), [("1024", 1024), ("2k", 2048), ("512M", 512 * MiB), ("1.5G", 1536 * MiB)]
 )
 def test_sizes(text, num_bytes):
-    assert text.parse_size(text) == num_bytes
+    assert parse_size(text) == num_bytes
 
 
 @pytest.mark.parametrize(

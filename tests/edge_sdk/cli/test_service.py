@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from edge_sdk.agent.settings import EXPECTED, Settings, parse_config
-from edge_sdk.cli import main, systemd_unit
-from edge_sdk.cli import systemd_unit as cli_service
+from edge_sdk.cli import main, service, systemd_unit
 from edge_sdk.cli.systemd_unit import unit_text
 from edge_sdk.errors import ConfigError
 
@@ -217,7 +216,7 @@ def test_without_systemd_there_is_one_clear_line(capsys, action):
 def test_without_root_the_line_says_what_to_type(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(ConfigError, match=r"service install needs root; run sudo .*service instal"):
-        cli_service.check_root("service install")
+        service.check_root("service install")
 
 
 def test_the_status_screen():
@@ -227,14 +226,14 @@ def test_the_status_screen():
         "MemoryCurrent": "[not set]", "MemoryMax": "infinity", "NRestarts": "3",
         "Result": "exit-code", "ExecMainStatus": "1",
     }  # fmt: skip
-    assert cli_service.describe(found) == (
+    assert service.describe(found) == (
         "service   activating (auto-restart) since Sat 2026-11-21 12:00:00 UTC, enabled\n"
         "doing     -\n"
         "memory    - of at most -\n"
         "restarts  3, last result: exit-code (status 1; see edge-sdk service logs)"
     )
     found |= {"MemoryCurrent": str(3 * 1024**2), "MemoryMax": str(4 * 1024**2), "StatusText": "x"}
-    assert "memory    3.0 MiB of at most 4.0 MiB\n" in cli_service.describe(found)
+    assert "memory    3.0 MiB of at most 4.0 MiB\n" in service.describe(found)
 
 
 def test_a_config_that_the_service_does_not_see_is_refused():

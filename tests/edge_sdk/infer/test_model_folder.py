@@ -14,7 +14,7 @@ from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import write_file
 from edge_sdk.infer import model_folder
 from edge_sdk.infer.export import export
-from edge_sdk.infer.model_folder import check_target, new_folder, read_calibration, read_model
+from edge_sdk.infer.model_folder import check_target, new_folder, read_model, read_thresholds
 from tests.support.examples import one_line, two_exits
 from tests.support.other_user import not_allowed_to_write
 
@@ -73,7 +73,7 @@ def test_a_read_only_disk_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("read", [
-    read_model, check_target, lambda folder: read_calibration(folder, None),
+    read_model, check_target, lambda folder: read_thresholds(folder, None),
     lambda folder: new_folder(folder).__enter__(),
 ], ids=["model", "target", "calibration", "new"])  # fmt: skip
 def test_a_folder_that_cannot_be_looked_at_is_one_line(tmp_path, read):
@@ -87,7 +87,7 @@ def test_a_folder_that_cannot_be_looked_at_is_one_line(tmp_path, read):
 def test_a_folder_without_permission_is_one_line(model):
     model.chmod(0)
     try:
-        for read in (read_model, lambda folder: read_calibration(folder, None)):
+        for read in (read_model, lambda folder: read_thresholds(folder, None)):
             with pytest.raises(StoreError, match="cannot be looked at: Permission denied"):
                 read(model)
         with pytest.raises(StoreError, match="is no folder that can be read"):

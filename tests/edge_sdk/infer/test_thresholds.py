@@ -19,8 +19,8 @@ from edge_sdk.infer.thresholds import (
     GRID,
     Answers,
     answers_of,
-    calibrate,
     choose,
+    choose_thresholds,
     curve,
     exit_seconds,
 )
@@ -102,7 +102,7 @@ def test_calibration_is_kept_and_used(model):
     """Right at exit 1 are the first two, at exit 2 the third: all right needs a threshold above 1/2
     and at most 3/4; of those that are as fast the largest on the grid is taken."""
     folder, x = model
-    found = calibrate(folder, x, np.array([0, 0, 1]), accuracy=1.0)
+    found = choose_thresholds(folder, x, np.array([0, 0, 1]), accuracy=1.0)
     assert found.thresholds == (0.75,)
     assert (found.accuracy, found.deepest_accuracy) == (1.0, pytest.approx(1 / 3))
     assert found.exit_shares == pytest.approx((2 / 3, 1 / 3))
@@ -114,10 +114,10 @@ def test_calibration_is_kept_and_used(model):
 
 def test_a_refused_wish_keeps_the_calibration_there_was(model):
     folder, x = model
-    calibrate(folder, x, np.array([0, 0, 1]), accuracy=1.0)
+    choose_thresholds(folder, x, np.array([0, 0, 1]), accuracy=1.0)
     before = (folder / "calibration.json").read_bytes()
     with pytest.raises(ConfigError, match="not reachable"):
-        calibrate(folder, x, np.array([1, 1, 0]), accuracy=0.9)
+        choose_thresholds(folder, x, np.array([1, 1, 0]), accuracy=0.9)
     assert (folder / "calibration.json").read_bytes() == before
 
 
@@ -130,7 +130,7 @@ def test_a_refused_wish_keeps_the_calibration_there_was(model):
 def test_labels_that_do_not_fit_are_refused(model, y, said):
     folder, x = model
     with pytest.raises(DataError) as refused:
-        calibrate(folder, x, y, accuracy=0.5)
+        choose_thresholds(folder, x, y, accuracy=0.5)
     assert said in str(refused.value)
 
 

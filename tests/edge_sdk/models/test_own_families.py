@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coordinator.cohorts.base import ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import (
     DistillOptions,
@@ -23,7 +22,7 @@ from coordinator.store.store import Store
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import StagedModel, build, initial_tensors, register_family
 from edge_sdk.protocol.messages import ModelSpec, Segment
-from tests.support.examples import client, examples
+from tests.support.examples import client, client_update, examples
 
 WIDTH = 6
 
@@ -143,7 +142,7 @@ def test_only_weights_are_too_large_to_learn_from(value, expected):
         "stages.0.mask": torch.tensor([True]),
     }
     segments = (Segment(first=1, last=1),)
-    assert is_learnable(ClientUpdate(client("a", 1), tensors, segments, 1, 1, (), {})) is expected
+    assert is_learnable(client_update(client("a", 1), tensors, segments)) is expected
 
 
 def test_parameters_that_cannot_be_trained_are_refused():

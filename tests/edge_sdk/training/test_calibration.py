@@ -11,7 +11,7 @@ from edge_sdk.hardware import process_memory
 from edge_sdk.models import build
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training import calibration
-from edge_sdk.training.calibration import MemoryCalibration, calibrated, fit
+from edge_sdk.training.calibration import MemoryCalibration, fit, memory_calibration
 
 MB = 10**6
 MiB = 1024**2
@@ -55,16 +55,16 @@ def probes(monkeypatch):
 
 def test_made_once_and_kept_until_torch_or_board_change(tmp_path, probes, monkeypatch):
     cache = tmp_path / "cache" / "calibration.json"
-    first = calibrated(cache, "cpu", may_measure=True)
+    first = memory_calibration(cache, "cpu", may_measure=True)
     assert (first.allowance, first.scratch_bytes) == (pytest.approx(1.2), 8 * MB)
-    assert calibrated(cache, "cpu", may_measure=True) == first
-    assert calibrated(cache, "cpu", may_measure=False) == first  # a trainer started again
+    assert memory_calibration(cache, "cpu", may_measure=True) == first
+    assert memory_calibration(cache, "cpu", may_measure=False) == first  # a trainer started again
     assert len(probes) == 1
     monkeypatch.setattr(calibration.torch, "__version__", "9.9")
-    assert "torch 9.9" in calibrated(cache, "cpu", may_measure=True).made_with
+    assert "torch 9.9" in memory_calibration(cache, "cpu", may_measure=True).made_with
     assert len(probes) == 2
     monkeypatch.setattr(calibration, "board_name", lambda: ("raspberry-pi-4", "Pi 4 B"))
-    assert "Pi 4 B" in calibrated(cache, "cpu", may_measure=True).made_with
+    assert "Pi 4 B" in memory_calibration(cache, "cpu", may_measure=True).made_with
     assert len(probes) == 3
 
 
@@ -75,7 +75,7 @@ def test_made_once_and_kept_until_torch_or_board_change(tmp_path, probes, monkey
 def test_a_file_that_cannot_be_used_is_replaced(tmp_path, probes, content, caplog):
     cache = tmp_path / "calibration.json"
     cache.write_bytes(content)
-    made = calibrated(cache, "cpu", may_measure=True)
+    made = memory_calibration(cache, "cpu", may_measure=True)
     assert msgspec.json.decode(cache.read_bytes(), type=MemoryCalibration) == made
     assert f"calibration {cache} cannot be used and is made again" in caplog.text
 
@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_written_costs_the_next_start_a_calibration(
     tmp_path, probes, caplog
 ):
     (tmp_path / "file").write_text("")
-    made = calibrated(tmp_path / "file" / "calibration.json", "cpu", may_measure=True)
+    made = memory_calibration(tmp_path / "file" / "calibration.json", "cpu", may_measure=True)
     assert made.scratch_bytes == 8 * MB
     assert "calibration not kept, the next start makes it again" in caplog.text
 
@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written_costs_the_next_start_a_calibration(
 @pytest.mark.parametrize(("device", "may_measure"), [("cpu", False), ("cuda", True)])
 def test_figures_from_elsewhere_where_nothing_is_measured(tmp_path, probes, device, may_measure):
     cache = tmp_path / "calibration.json"
-    made = calibrated(cache, device, may_measure=may_measure)
+    made = memory_calibration(cache, device, may_measure=may_measure)
     assert made == MemoryCalibration(made_with=made.made_with)
     assert not probes
     assert not cache.exists()
@@ -100,14 +100,14 @@ def test_figures_from_elsewhere_where_nothing_is_measured(tmp_path, probes, devi
 
 def test_nothing_is_measured_where_memory_is_short(monkeypatch, caplog):
     monkeypatch.setattr(calibration, "memory", lambda: (0, 100 * MiB, "host"))
-    made = calibrated(None, "cpu", may_measure=True)
+    made = memory_calibration(None, "cpu", may_measure=True)
     assert made.allowance == calibration.ALLOWANCE
     assert "too little free memory to calibrate" in caplog.text
 
 
 def test_a_trial_trainer_needs_more_than_its_scratch(tmp_path, probes, caplog):
     caplog.set_level(logging.INFO)
-    found = calibration.trial(tmp_path / "calibration.json")
+    found = calibration.trainer_baseline(tmp_path / "calibration.json")
     assert found.allowance == pytest.approx(1.2)
     assert 50 * MB < found.runtime_bytes - 8 * MB <= process_memory.resident_bytes() + 50 * MB
     assert "calibrated: memory of a step is 1.20 of what is counted and 7.6 MiB" in caplog.text

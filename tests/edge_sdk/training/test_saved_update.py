@@ -15,13 +15,13 @@ import torch
 from msgspec.structs import replace
 
 from edge_sdk.agent.pipe import Estimate, Inspected, Pipe, Resume
-from edge_sdk.agent.setup import kept_folder
+from edge_sdk.agent.setup import saved_updates_folder
 from edge_sdk.protocol.messages import ExitResult, Fault, Job, Phase, Plan, Segment, Update
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import Sender, specs_of
 from edge_sdk.training.calibration import MemoryCalibration
 from edge_sdk.training.saved_update import SavedUpdate
-from edge_sdk.training.worker import Worker
+from edge_sdk.training.worker import TrainerLoop
 from tests.support.devices import floats
 from tests.support.examples import cnn, examples
 
@@ -121,7 +121,7 @@ sys.stdin.read()
 
 
 def test_lock_ends_with_its_process_though_a_fork_of_it_lives(folder):
-    """As when a training process is killed while its child counts costs."""
+    """As when a trainer is killed while a fork of it counts costs."""
     program = [sys.executable, "-c", FORKS, str(folder)]
     with subprocess.Popen(program, stdin=subprocess.PIPE) as process:
         assert process.wait() == 0
@@ -132,15 +132,17 @@ def test_folders_are_told_apart_by_device_and_coordinator(monkeypatch, tmp_path)
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
     here, moved = "tcp://here:5555", "tcp://moved:5555"
     keys = (None, b"k" * 40)
-    folder = kept_folder("pi-1", here, keys)
+    folder = saved_updates_folder("pi-1", here, keys)
     assert Path(folder).parent == tmp_path / "updates"
     assert Path(folder).name.startswith("pi-1-")
-    assert kept_folder("pi-1", moved, keys) == folder  # a restart after a change of address
+    assert (
+        saved_updates_folder("pi-1", moved, keys) == folder
+    )  # a restart after a change of address
     others = [
-        kept_folder("pi-2", here, keys),
-        kept_folder("pi-1", here, (None, b"K" * 40)),
-        kept_folder("pi-1", here, (None, None)),
-        kept_folder("pi-1", moved, (None, None)),
+        saved_updates_folder("pi-2", here, keys),
+        saved_updates_folder("pi-1", here, (None, b"K" * 40)),
+        saved_updates_folder("pi-1", here, (None, None)),
+        saved_updates_folder("pi-1", moved, (None, None)),
     ]
     assert len({folder, *others}) == 5
 
@@ -211,11 +213,11 @@ def test_costs_that_cannot_be_counted_do_not_cost_the_update(folder):
     agent.send(Estimate(model=replace(JOB.model, family="none such"), plan=JOB.plan))
     agent.send(Resume())
     ours.shutdown(socket.SHUT_WR)
-    worker = Worker(
+    loop = TrainerLoop(
         Pipe(theirs), examples(), "cpu", MemoryCalibration(made_with=""), SavedUpdate(folder)
     )
     with pytest.raises(EOFError):
-        worker.serve(0.0, 0.0)
+        loop.serve(0.0, 0.0)
     theirs.close()  # nothing more comes
     inspected, fault, update = (agent.receive()[0] for _ in range(3))
     ours.close()
@@ -224,16 +226,18 @@ def test_costs_that_cannot_be_counted_do_not_cost_the_update(folder):
     assert isinstance(fault, Fault)
     assert fault.round == 0  # it is about no job
     assert update == finished()[0]
-    del worker  # whose folder it is
+    del loop  # whose folder it is
     assert SavedUpdate(folder).load() is not None
 
 
 def test_only_the_newest_of_other_coordinators_stay(monkeypatch, tmp_path):
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
-    folders = [Path(kept_folder("pi", f"tcp://h:{port}", (None, None))) for port in range(7)]
+    folders = [
+        Path(saved_updates_folder("pi", f"tcp://h:{port}", (None, None))) for port in range(7)
+    ]
     strangers = [
         folders[0].with_name("not-ours"),
-        Path(kept_folder("pi-2", "tcp://h", (None, None))),
+        Path(saved_updates_folder("pi-2", "tcp://h", (None, None))),
     ]
     for stranger in strangers:
         stranger.mkdir(parents=True)
@@ -271,7 +275,9 @@ def test_what_is_kept_reaches_the_disk(tmp_path, monkeypatch):
 
 def test_an_old_folder_that_cannot_be_removed_costs_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
-    folders = [Path(kept_folder("pi", f"tcp://h:{port}", (None, None))) for port in range(6)]
+    folders = [
+        Path(saved_updates_folder("pi", f"tcp://h:{port}", (None, None))) for port in range(6)
+    ]
     for folder in folders[:5]:
         folder.mkdir(parents=True)
     real = os.open
