@@ -76,10 +76,15 @@ class Client:
         cap = None if memory_cap is None else str(memory_cap)
         modules = imports if isinstance(imports, str) else tuple(imports)
         given = {
-            "coordinator": coordinator or "", "id": id, "insecure": insecure, "memory_cap": cap,
-            "threads": threads, "device": device, "import": modules,
+            "coordinator": coordinator or "",
+            "id": id,
+            "insecure": insecure,
+            "memory_cap": cap,
+            "threads": threads,
+            "device": device,
+            "import": modules,
             "ignore_conditions": ignore_conditions,
-        }  # fmt: skip
+        }
         for name, value in given.items():
             check_value(name, value, "imports" if name == "import" else name)
         _check_modules(modules)

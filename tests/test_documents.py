@@ -58,10 +58,11 @@ PARSED = {
     "edge-sdk plan --model cnn --data my-data.npz": "takes half a minute; has tests of its own",
     "edge-sdk join LINE": "needs a coordinator that serves; run by examples/two_devices.sh",
     "edge-sdk run --config ~/.config/edge-sdk/config.toml --data my-data.npz": "the same",
-    "edge-coordinator serve --run-dir runs/first --test my-test.npz --min-clients 4 --rounds 50":
-        "waits for four devices; run with two by examples/two_devices.sh",
+    "edge-coordinator serve --run-dir runs/first --test my-test.npz --min-clients 4 --rounds 50": (
+        "waits for four devices; run with two by examples/two_devices.sh"
+    ),
     "edge-coordinator status --run-dir runs/first": "tells of a run that was served; the same",
-}  # fmt: skip
+}
 FOREIGN = {
     "make": "takes minutes; targets and flags are checked by test_make_commands_are_real",
     "python3 -m venv": "makes an environment",
@@ -230,13 +231,17 @@ def packages(name: str) -> set[str]:
     return {f"{path.parent.name}/" for path in (ROOT / name).glob("*/__init__.py")}
 
 
-@pytest.mark.parametrize(("file", "heading", "known"), [
-    ("README.md", "Methods", {*METHODS, "hypemefed --paper"}),
-    ("docs/methods.md", "Methods", {*METHODS, "hypemefed --paper"}),
-    ("docs/methods.md", "Models", set(FAMILIES)),
-    ("docs/methods.md", "**Generation", set(GENERATORS) - {"none"}),
-    ("docs/security.md", "Harmful updates", set(RULES)),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "heading", "known"),
+    [
+        ("README.md", "Methods", {*METHODS, "hypemefed --paper"}),
+        ("docs/methods.md", "Methods", {*METHODS, "hypemefed --paper"}),
+        ("docs/methods.md", "Models", set(FAMILIES)),
+        ("docs/methods.md", "**Generation", set(GENERATORS) - {"none"}),
+        ("docs/security.md", "Harmful updates", set(RULES)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_a_table_has_a_row_for_each(file, heading, known):
     assert sorted(first_cells((ROOT / file).read_text(), heading)) == sorted(known)
 

@@ -99,8 +99,12 @@ def test_two_devices_train_over_encrypted_links(tmp_path):
     try:
         ended = subprocess.run(
             [FOLDER / "two_devices.sh", tmp_path / "new"],
-            capture_output=True, text=True, env=known, timeout=3 * PATIENCE_S, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            env=known,
+            timeout=3 * PATIENCE_S,
+            check=False,
+        )
         logs = [path.read_text()[-1000:] for path in (tmp_path / "new").glob("*.log")]
         assert ended.returncode == 0, "\n".join([ended.stderr, *logs])
     finally:

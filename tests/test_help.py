@@ -83,11 +83,17 @@ def test_version(name, capsys):
     assert capsys.readouterr().out == f"{name} {__version__}\n"
 
 
-@pytest.mark.parametrize("words", [
-    ["edge_sdk.cli", "doctor"], ["edge_sdk.cli", "doctor", "--json"],
-    ["edge_sdk.cli", "--help"], ["coordinator.cli", "serve", "--help"],
-    ["coordinator.cli", "--version"],
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["edge_sdk.cli", "doctor"],
+        ["edge_sdk.cli", "doctor", "--json"],
+        ["edge_sdk.cli", "--help"],
+        ["coordinator.cli", "serve", "--help"],
+        ["coordinator.cli", "--version"],
+    ],
+    ids=" ".join,
+)
 def test_a_closed_pipe_ends_a_command_quietly(words):
     reader, writer = os.pipe()
     os.close(reader)

@@ -13,8 +13,17 @@ from tests.support.processes import ROOT, World, mapped_libraries
 
 HEAVY = ("torch", "numpy", "ray", "sklearn", "scipy", "rich", "safetensors", "coordinator", "tools")
 LIGHT_ROOMS = ("agent", "cli", "hardware", "helpers", "protocol")
-LIGHT_FILES = ("capacity/costs", "capacity/choice", "capacity/chooser", "infer/model_folder",
-               "training/__main__", "client", "errors", "version", "__init__")  # fmt: skip
+LIGHT_FILES = (
+    "capacity/costs",
+    "capacity/choice",
+    "capacity/chooser",
+    "infer/model_folder",
+    "training/__main__",
+    "client",
+    "errors",
+    "version",
+    "__init__",
+)
 HEAVY_FILES = ("protocol/tensors",)
 
 
@@ -83,11 +92,17 @@ def test_commands_of_one_answer_import_nothing_heavy_in_the_coordinator(tmp_path
     """Nor do the flags of those that run rounds: --help and wrong usage come at once."""
     key = "a" * 40
     asked = [
-        (["keys"], 0), (["clients", "add", "a", key], 0), (["clients", "list"], 0),
-        (["clients", "pending"], 0), (["clients", "remove", "a"], 0),
-        (["invite", "--endpoint", "tcp://host:5555"], 0), (["status", "--run-dir", "."], 1),
-        (["serve", "--help"], 0), (["emulate", "--method", "no"], 2), (["export", "--help"], 0),
-    ]  # fmt: skip
+        (["keys"], 0),
+        (["clients", "add", "a", key], 0),
+        (["clients", "list"], 0),
+        (["clients", "pending"], 0),
+        (["clients", "remove", "a"], 0),
+        (["invite", "--endpoint", "tcp://host:5555"], 0),
+        (["status", "--run-dir", "."], 1),
+        (["serve", "--help"], 0),
+        (["emulate", "--method", "no"], 2),
+        (["export", "--help"], 0),
+    ]
     code = (
         "import sys\nfrom coordinator.cli.main import main\nfound = []\n"
         f"for argv in {[argv for argv, _ in asked]!r}:\n"
@@ -96,9 +111,13 @@ def test_commands_of_one_answer_import_nothing_heavy_in_the_coordinator(tmp_path
         f"print(found, sorted({set(HEAVY) - {'coordinator'}!r} & set(sys.modules)))"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert ended.stdout.splitlines()[-1] == f"{[status for _, status in asked]} []", ended.stderr
 
 

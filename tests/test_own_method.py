@@ -21,9 +21,24 @@ from tests.support.examples import client, cnn, config
 from tests.support.processes import ROOT, read_rows
 
 SMALL = [
-    "emulate", "--data", "digits", "--examples", "120", "--test-examples", "30", "--split", "iid",
-    "--clients", "4", "--groups", "1,1,2", "--epochs", "1", "--option", "channels=4,4,4",
-]  # fmt: skip
+    "emulate",
+    "--data",
+    "digits",
+    "--examples",
+    "120",
+    "--test-examples",
+    "30",
+    "--split",
+    "iid",
+    "--clients",
+    "4",
+    "--groups",
+    "1,1,2",
+    "--epochs",
+    "1",
+    "--option",
+    "channels=4,4,4",
+]
 OWN = {  # by module: what it registers, its flag, a value and another
     "own_method": ("--method", "warm-up", "--shallow", "1", "3"),
     "own_rule": ("--aggregation", "geometric-median", "--steps", "2", "3"),
@@ -81,13 +96,17 @@ def test_help_has_the_flags_of_what_is_named(capsys, module):
     assert f"  {flag} " not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--shallow", "-1"], "--shallow is -1: Expected `int` >= 0"),
-    (["--paper"], "method 'warm-up' has no settings of a paper; leave --paper out"),
-    (["--generator", "svd-mlp"], "method 'warm-up' generates nothing"),
-    (["--rotation", "add"], "method 'warm-up' has the same stages for everybody"),
-    (["--import", "no_such_module"], "--import no_such_module: No module named"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--shallow", "-1"], "--shallow is -1: Expected `int` >= 0"),
+        (["--paper"], "method 'warm-up' has no settings of a paper; leave --paper out"),
+        (["--generator", "svd-mlp"], "method 'warm-up' generates nothing"),
+        (["--rotation", "add"], "method 'warm-up' has the same stages for everybody"),
+        (["--import", "no_such_module"], "--import no_such_module: No module named"),
+    ],
+    ids=str,
+)
 def test_what_does_not_go_together_is_one_line(capsys, flags, said):
     assert main([*SMALL, "--import", "own_method", "--method", "warm-up", *flags]) == 1
     error = capsys.readouterr().err

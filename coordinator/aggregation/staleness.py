@@ -19,9 +19,11 @@ from edge_sdk.protocol.tensors import Tensors
 
 
 def rebase_late_updates(
-    updates: Iterable[ClientUpdate], current: Mapping[str, Tensor], parameters: set[str],
+    updates: Iterable[ClientUpdate],
+    current: Mapping[str, Tensor],
+    parameters: set[str],
     half_life: float,
-) -> Iterator[ClientUpdate]:  # fmt: skip
+) -> Iterator[ClientUpdate]:
     """The updates, late ones as if they had begun from `current`. parameters: names of those."""
     for update in updates:
         if update.staleness:

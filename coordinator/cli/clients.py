@@ -62,8 +62,11 @@ def add_clients_command(commands: Any) -> None:
         "edge-coordinator clients list",
         "edge-coordinator clients remove pi-1",
     )
-    parser.add_argument("action", choices=("add", "remove", "list", "pending"),
-        help="pending: keys of devices that were turned away, the last one at the end")  # fmt: skip
+    parser.add_argument(
+        "action",
+        choices=("add", "remove", "list", "pending"),
+        help="pending: keys of devices that were turned away, the last one at the end",
+    )
     parser.add_argument("name", nargs="?", help="of the device")
     parser.add_argument("public_key", nargs="?", help="40 characters, as `edge-sdk keys` prints")
     _add_folder_flags(parser)
@@ -72,8 +75,11 @@ def add_clients_command(commands: Any) -> None:
 
 def _add_folder_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", type=path_flag, default=Path("keys"), help="folder of keys")
-    parser.add_argument("--clients-file", type=path_flag,
-        help="default KEYS/clients; invitations and pending keys lie beside it")  # fmt: skip
+    parser.add_argument(
+        "--clients-file",
+        type=path_flag,
+        help="default KEYS/clients; invitations and pending keys lie beside it",
+    )
 
 
 def run_clients(args: argparse.Namespace) -> int:
@@ -160,8 +166,11 @@ def add_invite_command(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--name", help="the only name it admits; default: what the device calls itself")
-    add("--endpoint", metavar="tcp://HOST:PORT",
-        help=f"where devices reach it; default this host's address, port {PORT}")  # fmt: skip
+    add(
+        "--endpoint",
+        metavar="tcp://HOST:PORT",
+        help=f"where devices reach it; default this host's address, port {PORT}",
+    )
     add("--valid", type=hours_flag, default=24.0, metavar="HOURS", help="default %(default)g")
     _add_folder_flags(parser)
     parser.set_defaults(run=run_invite)

@@ -24,8 +24,14 @@ def add_export_command(commands: Any) -> None:
     part.add_argument("--exit", type=int, help="deepest exit to keep, default all")
     part.add_argument("--client", metavar="ID", help="the part that this client can run")
     add("--data", help="real examples to check it on, default the run's own test set")
-    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="Python module that registers your model families")  # fmt: skip
+    add(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python module that registers your model families",
+    )
     parser.set_defaults(run=run_export)
 
 

@@ -182,22 +182,35 @@ def _client_lines(clients: Sequence[ClientState], age_s: float) -> list[str]:
     head = "client,phase,exit,round,down,up,updates,last seen,platform,address,faults"
     rows = [
         [
-            client.name, client.phase, str(client.exit or "-"), str(client.round or "-"),
-            size(client.bytes_down), size(client.bytes_up), str(client.updates),
-            lasting(client.last_seen_s + age_s), client.platform or "-", client.address or "-",
+            client.name,
+            client.phase,
+            str(client.exit or "-"),
+            str(client.round or "-"),
+            size(client.bytes_down),
+            size(client.bytes_up),
+            str(client.updates),
+            lasting(client.last_seen_s + age_s),
+            client.platform or "-",
+            client.address or "-",
             _counted(client.faults) + f" duplicates {client.duplicates}" * bool(client.duplicates),
         ]
         for client in clients
-    ]  # fmt: skip
+    ]
     return ["", f"{len(clients)} clients: {_counted(phases)}", *table(head, rows)]
 
 
 def _round_cells(row: RoundRow) -> list[str]:
     accuracy = " / ".join(f"{100 * share:.1f}" for share in row.accuracy)
     return [
-        str(row.round), f"{row.returned} of {row.chosen}", str(row.stragglers), str(row.failures),
-        size(row.bytes_down), size(row.bytes_up), f"{row.wall_s:.1f}", accuracy or "-",
-    ]  # fmt: skip
+        str(row.round),
+        f"{row.returned} of {row.chosen}",
+        str(row.stragglers),
+        str(row.failures),
+        size(row.bytes_down),
+        size(row.bytes_up),
+        f"{row.wall_s:.1f}",
+        accuracy or "-",
+    ]
 
 
 def table(head: str, rows: Iterable[Sequence[str]]) -> list[str]:

@@ -14,13 +14,32 @@ from typing import Literal, TypeAlias
 Outcome: TypeAlias = Literal["accepted", "stale", "late", "failed"]
 MAX_CLIENTS = 10_000
 OTHER = "other"
-CODES = frozenset({
-    # errors.py
-    "error", "config", "data", "tensors", "capacity", "trainer", "link", "protocol", "version",
-    "store", "quorum",
-    # of the link and of rounds
-    "admission", "cancelled", "duplicate", "gone", "hello", "late", "restarted", "round", "stalled",
-})  # fmt: skip
+CODES = frozenset(
+    {
+        # errors.py
+        "error",
+        "config",
+        "data",
+        "tensors",
+        "capacity",
+        "trainer",
+        "link",
+        "protocol",
+        "version",
+        "store",
+        "quorum",
+        # of the link and of rounds
+        "admission",
+        "cancelled",
+        "duplicate",
+        "gone",
+        "hello",
+        "late",
+        "restarted",
+        "round",
+        "stalled",
+    }
+)
 
 
 def known_code(code: str) -> str:

@@ -94,9 +94,14 @@ class Spool:
         _put(self._path(round, client, "json"), arrived)
 
     def save_job(
-        self, client: Client, job: Job, returns: tuple[TensorSpec, ...], sender: Sender,
-        *, outlives: bool,
-    ) -> None:  # fmt: skip
+        self,
+        client: Client,
+        job: Job,
+        returns: tuple[TensorSpec, ...],
+        sender: Sender,
+        *,
+        outlives: bool,
+    ) -> None:
         """Keep a job that goes on after its round. sender: of the tensors that it began from."""
         base = self._path(job.round, client.id, "base")
         digest = self._digests.get(sender) or self._digests.setdefault(sender, sender.digest())

@@ -180,8 +180,11 @@ class UpdateRegression:
         for number, stage in self._stages.items():
             held = with_prefix(state, f"{number}/")
             shapes: dict[str, tuple[int | None, ...]] = {
-                "rows": (None, None), "mean": (1, None), "z": (None, None), "gain": (2,),
-            }  # fmt: skip
+                "rows": (None, None),
+                "mean": (1, None),
+                "z": (None, None),
+                "gain": (2,),
+            }
             if "memory/basis" in held:  # none before the first update
                 shapes["memory/basis"] = (None, stage.basis.width)
             check_shapes(held, shapes, f"checkpoint, update-regression of stage {number}")

@@ -53,9 +53,12 @@ class NormClip:
         self._seed = seed
 
     def clipped(
-        self, round: int, updates: Iterable[ClientUpdate], sent: Mapping[str, Tensor],
+        self,
+        round: int,
+        updates: Iterable[ClientUpdate],
+        sent: Mapping[str, Tensor],
         metrics: Metrics,
-    ) -> Iterator[ClientUpdate]:  # fmt: skip
+    ) -> Iterator[ClientUpdate]:
         """The updates, those too long shortened, as soon as their bounds are known. When all have
         been taken, `metrics` has the figure `clipped_updates` and the norms are remembered."""
         bounds = self._bounds()
@@ -99,9 +102,14 @@ class NormClip:
         return stage_of(name)[1] - 1, 0 if name in self._parameters else 1
 
     def _shortened(
-        self, round: int, update: ClientUpdate, norms: Mapping[Group, float],
-        bounds: Mapping[Group, float], sent: Mapping[str, Tensor], metrics: Metrics,
-    ) -> ClientUpdate:  # fmt: skip
+        self,
+        round: int,
+        update: ClientUpdate,
+        norms: Mapping[Group, float],
+        bounds: Mapping[Group, float],
+        sent: Mapping[str, Tensor],
+        metrics: Metrics,
+    ) -> ClientUpdate:
         shares = {g: bounds[g] / norm for g, norm in norms.items() if norm > bounds[g]}
         if not shares:
             return update
@@ -109,8 +117,13 @@ class NormClip:
         for (stage, kind), share in shares.items():
             log.info(
                 "round %d: %s moved the %s of stage %d by %.3g, clipped to %.3g times that",
-                round, update.client.id, KINDS[kind], stage + 1, norms[stage, kind], share,
-            )  # fmt: skip
+                round,
+                update.client.id,
+                KINDS[kind],
+                stage + 1,
+                norms[stage, kind],
+                share,
+            )
         tensors = dict(update.tensors)
         for name, tensor in update.tensors.items():
             if (group := self._group(name, tensor)) in shares:

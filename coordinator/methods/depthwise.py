@@ -162,7 +162,10 @@ def is_learnable(update: ClientUpdate) -> bool:
         if (largest := float(tensor.abs().max())) > MAX_WEIGHT:
             log.warning(
                 "%s: %s reaches %.1g, more than %.0g; the generator leaves its update out",
-                update.client.id, name, largest, MAX_WEIGHT,
-            )  # fmt: skip
+                update.client.id,
+                name,
+                largest,
+                MAX_WEIGHT,
+            )
             return False
     return True

@@ -97,10 +97,14 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
     with ExitStack() as stack:
         cohort = stack.enter_context(
             emulated_cohort(
-                population, config, clients,
-                device=device, processes=settings.processes, imports=settings.imports,
+                population,
+                config,
+                clients,
+                device=device,
+                processes=settings.processes,
+                imports=settings.imports,
             )
-        )  # fmt: skip
+        )
         folder = settings.folder
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
@@ -109,9 +113,14 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         stack.callback(store.close)
         store.is_temporary = settings.folder is None
         run_rounds(
-            store, method, cohort, data.test,
-            device=device, should_stop=lambda: bool(stopping), report=print_round,
-        )  # fmt: skip
+            store,
+            method,
+            cohort,
+            data.test,
+            device=device,
+            should_stop=lambda: bool(stopping),
+            report=print_round,
+        )
         if not store.is_finished:
             log.info("stopped; round %d was next, %s", store.next_round(), store.way_on())
             return
@@ -152,9 +161,14 @@ def emulated_cohort(
         return
     check_processes(processes, device)
     with ProcessCohort(
-        shards, exits, num_exits, processes,
-        holders=holders, imports=imports, threads=torch.get_num_threads(),
-    ) as cohort:  # fmt: skip
+        shards,
+        exits,
+        num_exits,
+        processes,
+        holders=holders,
+        imports=imports,
+        threads=torch.get_num_threads(),
+    ) as cohort:
         yield cohort
 
 

@@ -35,9 +35,13 @@ def export_served(method: Method, examples: Examples | None, folder: Path | None
 
 
 def export_run(
-    folder: Path, out: Path, *, client_id: str | None = None, exit: int | None = None,
+    folder: Path,
+    out: Path,
+    *,
+    client_id: str | None = None,
+    exit: int | None = None,
     data: str | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write a run's served model, or a client's part of it, or its first exits, as ONNX. data: to
     check it on, by default the run's own test set. Raises EdgeError."""
     check_export(out)

@@ -48,9 +48,17 @@ class Monitor:
     ) -> None:
         now, pid = utc(), os.getpid()
         self.latest = Snapshot(
-            run=run, phase="starting", round=0, rounds=rounds, pid=pid, host=socket.gethostname(),
-            process=identity(pid), started_utc=now, phase_utc=now, written_utc=now,
-        )  # fmt: skip
+            run=run,
+            phase="starting",
+            round=0,
+            rounds=rounds,
+            pid=pid,
+            host=socket.gethostname(),
+            process=identity(pid),
+            started_utc=now,
+            phase_utc=now,
+            written_utc=now,
+        )
         self._file = StatusFile(folder / FILE)
         self._look = look
         self._clock = clock

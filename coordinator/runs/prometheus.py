@@ -83,9 +83,11 @@ def families(snapshot: Snapshot) -> Iterator[Any]:
     yield _gauge("rounds_planned", "Rounds of the whole run.", snapshot.rounds)
     yield _gauge("last_round_seconds", "Duration of the last round.", snapshot.last_round_s)
     yield SummaryMetricFamily(
-        f"{PREFIX}round_seconds", "Durations of the rounds since the start.",
-        count_value=snapshot.rounds_done, sum_value=snapshot.rounds_s,
-    )  # fmt: skip
+        f"{PREFIX}round_seconds",
+        "Durations of the rounds since the start.",
+        count_value=snapshot.rounds_done,
+        sum_value=snapshot.rounds_s,
+    )
     now = {phase: phase == snapshot.phase for phase in get_args(RunPhase)}
     yield _labelled("phase", "1 for what the run does now.", "phase", now)
     by_phase = {phase: clients[phase] for phase in get_args(ClientPhase)}

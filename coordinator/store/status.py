@@ -40,9 +40,17 @@ ClientPhase: TypeAlias = Literal[
     "duplicate",  # another live device claims its key; who was there first is being asked
 ]
 RunPhase: TypeAlias = Literal[
-    "starting", "waiting for devices", "round open", "aggregating", "evaluating", "saving",
-    "finished", "gave up", "stopped", "failed",
-]  # fmt: skip
+    "starting",
+    "waiting for devices",
+    "round open",
+    "aggregating",
+    "evaluating",
+    "saving",
+    "finished",
+    "gave up",
+    "stopped",
+    "failed",
+]
 Health: TypeAlias = Literal["running", "finished", "dead", "unknown"]
 
 

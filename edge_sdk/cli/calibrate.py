@@ -21,11 +21,16 @@ def add_calibrate_command(commands: Any) -> None:
     add_model_arguments(parser)
     wish = parser.add_mutually_exclusive_group(required=True)
     wish.add_argument("--accuracy", type=float, metavar="SHARE", help="at least, e.g. 0.85")
-    wish.add_argument("--accuracy-loss", type=float, metavar="SHARE",
-                      help="at most so much below the deepest exit, e.g. 0.01")  # fmt: skip
+    wish.add_argument(
+        "--accuracy-loss",
+        type=float,
+        metavar="SHARE",
+        help="at most so much below the deepest exit, e.g. 0.01",
+    )
     wish.add_argument("--latency-ms", type=float, metavar="MS", help="mean of an example, at most")
-    parser.add_argument("--measure", choices=get_args(Measure), default="softmax",
-                        help="of an exit's confidence")  # fmt: skip
+    parser.add_argument(
+        "--measure", choices=get_args(Measure), default="softmax", help="of an exit's confidence"
+    )
     parser.set_defaults(run=run_calibrate)
 
 
@@ -48,13 +53,15 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
     x, y = read_labelled(args.model, args.data, args.skip, args.limit)
     found = choose_thresholds(
-        args.model, x, y,
+        args.model,
+        x,
+        y,
         accuracy=args.accuracy,
         accuracy_loss=args.accuracy_loss,
         latency_s=None if args.latency_ms is None else args.latency_ms / 1e3,
         measure=args.measure,
         threads=args.threads,
-    )  # fmt: skip
+    )
     shares = ", ".join(f"{100 * share:.1f}" for share in found.exit_shares)
     thresholds = ", ".join(f"{value:g}" for value in found.thresholds) or "anything"
     print(

@@ -121,10 +121,12 @@ def check_torch(device: str = "cpu", probe: str = TORCH_PROBE) -> Finding:
         return Finding("torch", "fail", str(error), "is the disk failing, or memory too small?")
     if done.returncode == -signal.SIGILL:
         return Finding(
-            "torch", "fail", "it dies of an illegal instruction (SIGILL): not built for this CPU",
+            "torch",
+            "fail",
+            "it dies of an illegal instruction (SIGILL): not built for this CPU",
             "install a version that is: pip install 'torch>=2.8,<2.10' (2.10 needs ARMv8.1, a "
             "Raspberry Pi 4 is ARMv8.0)",
-        )  # fmt: skip
+        )
     if done.returncode:
         last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
         if done.returncode == -signal.SIGKILL:

@@ -27,8 +27,14 @@ def add_export_command(commands: Any) -> None:
     add("--out", type=Path, required=True, help="folder to write")
     add("--exit", type=int, help="deepest exit to keep, default all")
     add("--data", help="real examples to check it on, default random inputs; not for a folder")
-    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="Python module that registers your model families")  # fmt: skip
+    add(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python module that registers your model families",
+    )
     parser.set_defaults(run=run_export)
 
 

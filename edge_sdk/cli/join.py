@@ -45,10 +45,19 @@ def add_join_command(commands: Any) -> None:
         "edge-sdk join - --id pi-1",
     )
     add = parser.add_argument
-    add("line", nargs="+", metavar="LINE", help="as `edge-coordinator invite` prints it; - asks "
-        "for it, or reads it from a pipe, so that no list of processes shows it")  # fmt: skip
-    add("--config", type=path_flag, metavar="FILE",
-        help="written, for `run --config`; default the service's, else your own")  # fmt: skip
+    add(
+        "line",
+        nargs="+",
+        metavar="LINE",
+        help="as `edge-coordinator invite` prints it; - asks "
+        "for it, or reads it from a pipe, so that no list of processes shows it",
+    )
+    add(
+        "--config",
+        type=path_flag,
+        metavar="FILE",
+        help="written, for `run --config`; default the service's, else your own",
+    )
     _add_own_flags(parser)
     parser.set_defaults(run=run_join)
 
@@ -64,8 +73,11 @@ def add_keys_command(commands: Any) -> None:
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="take id and keys from there")
     _add_own_flags(parser)
-    add("--rotate", action="store_true",
-        help="change the pair of an admitted device, on the coordinator too")  # fmt: skip
+    add(
+        "--rotate",
+        action="store_true",
+        help="change the pair of an admitted device, on the coordinator too",
+    )
     add("--coordinator", metavar="tcp://HOST:PORT", help="with --rotate, default the config's")
     add("--server-key", help="with --rotate: its public key or file, default KEYS/server.public")
     parser.set_defaults(run=run_keys)
@@ -86,8 +98,10 @@ def run_join(args: argparse.Namespace) -> int:
     folder = (args.keys or Path(settings.keys or default_keys())).absolute()
     server_file = folder / f"{SERVER_KEYS}.public"
     values: dict[str, str | bool] = {
-        "coordinator": line.endpoint, "keys": str(folder), "id": client_id
-    }  # fmt: skip
+        "coordinator": line.endpoint,
+        "keys": str(folder),
+        "id": client_id,
+    }
     if settings.server_key:  # of another coordinator, or the same
         values["server_key"] = str(server_file)
     if settings.insecure:

@@ -57,10 +57,19 @@ def add_run_command(commands: Any) -> None:
     add_memory_cap(training)
     add("--threads", type=whole_flag(0, MAX_THREADS), help="torch threads, default all cores")
     add("--device", help="cpu or cuda, where training runs; default cpu")
-    add("--import", dest="imports", action="append", metavar="MODULE",
-        help="Python module that registers your model families")  # fmt: skip
-    add("--ignore-conditions", action="store_true", default=None,
-        help="train the same when hot, throttled or on a low battery")  # fmt: skip
+    add(
+        "--import",
+        dest="imports",
+        action="append",
+        metavar="MODULE",
+        help="Python module that registers your model families",
+    )
+    add(
+        "--ignore-conditions",
+        action="store_true",
+        default=None,
+        help="train the same when hot, throttled or on a low battery",
+    )
     add = parser.add_argument_group("emulation").add_argument
     add("--board", help="emulate this board: its memory, speed and link instead of this machine's")
     add("--host-gflops", type=float, default=0.0, help="with --board: speed of one thread here")

@@ -21,9 +21,18 @@ from edge_sdk.helpers.text import mebibytes
 
 log = logging.getLogger(__name__)
 STATUS = (
-    "LoadState", "UnitFileState", "ActiveState", "SubState", "StateChangeTimestamp", "StatusText",
-    "MemoryCurrent", "MemoryMax", "NRestarts", "Result", "ExecMainStatus",
-)  # fmt: skip
+    "LoadState",
+    "UnitFileState",
+    "ActiveState",
+    "SubState",
+    "StateChangeTimestamp",
+    "StatusText",
+    "MemoryCurrent",
+    "MemoryMax",
+    "NRestarts",
+    "Result",
+    "ExecMainStatus",
+)
 
 
 def add_service_command(commands: Any) -> None:
@@ -56,8 +65,13 @@ def add_service_command(commands: Any) -> None:
     remove.add_argument("--purge", action="store_true", help="delete config, keys and cache too")
     remove.set_defaults(run=run_remove)
     for action in (install, remove):
-        action.add_argument("--root", type=Path, default=ROOT, metavar="DIR",
-            help="a system's folder instead of this system; systemctl is not called")  # fmt: skip
+        action.add_argument(
+            "--root",
+            type=Path,
+            default=ROOT,
+            metavar="DIR",
+            help="a system's folder instead of this system; systemctl is not called",
+        )
 
     status = add_command(
         actions,

@@ -36,8 +36,17 @@ PI_THROTTLE_C = 80.0
 # slow the cores like bit 2.
 PI_UNDER_VOLTAGE, PI_THROTTLED = 0b1, 0b1110
 # Cooling devices that work by slowing the processor; others are fans. "balanced": Jetsons.
-SLOWING = ("cpufreq", "thermal-cpufreq", "thermal-devfreq", "devfreq", "processor", "cpu-balanced",
-           "gpu-balanced", "cpu-throttle", "gpu-throttle")  # fmt: skip
+SLOWING = (
+    "cpufreq",
+    "thermal-cpufreq",
+    "thermal-devfreq",
+    "devfreq",
+    "processor",
+    "cpu-balanced",
+    "gpu-balanced",
+    "cpu-throttle",
+    "gpu-throttle",
+)
 BATTERY_STATES = ("Charging", "Discharging", "Not charging", "Full")  # else not known
 FIXED = "PMIC"  # a sensor of the Jetson Nano and TX that always gives 100 degrees
 GPU_LOADS = ("sys/devices/gpu.0/load", "sys/devices/platform/gpu.0/load")

@@ -22,13 +22,35 @@ from typing import Any, Literal, TypeAlias
 log = logging.getLogger(__name__)
 Kind: TypeAlias = Literal[
     # of a device's link to the coordinator
-    "joined", "back", "gone", "ready", "duplicate", "refused", "stranger", "fault",
+    "joined",
+    "back",
+    "gone",
+    "ready",
+    "duplicate",
+    "refused",
+    "stranger",
+    "fault",
     # of a round and the run
-    "started", "waiting", "round_opened", "round_closed", "update_accepted", "update_late",
-    "update_failed", "finished", "stopped", "failed", "status_lost",
+    "started",
+    "waiting",
+    "round_opened",
+    "round_closed",
+    "update_accepted",
+    "update_late",
+    "update_failed",
+    "finished",
+    "stopped",
+    "failed",
+    "status_lost",
     # of a device's own log, besides ready, finished and failed: events.py
-    "connected", "chosen", "job", "trained", "accepted", "lost", "ended",
-]  # fmt: skip
+    "connected",
+    "chosen",
+    "job",
+    "trained",
+    "accepted",
+    "lost",
+    "ended",
+]
 Field: TypeAlias = str | float | None
 JSON_VARIABLE = "EDGE_SDK_LOG_JSON"  # set for the trainer, which writes to the agent's stderr
 FIXED = ("ts", "level", "logger", "event", "message", "exception")

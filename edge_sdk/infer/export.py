@@ -200,11 +200,15 @@ def _traced(module: nn.Module, x: Tensor, outputs: Sequence[str], what: str) -> 
         warnings.filterwarnings("ignore", "Exporting a model to ONNX with a batch_size other")
         try:
             torch.onnx.export(
-                module, (x,), file,
-                input_names=["input"], output_names=list(outputs),
+                module,
+                (x,),
+                file,
+                input_names=["input"],
+                output_names=list(outputs),
                 dynamic_axes={name: {0: "n"} for name in ("input", *outputs)},
-                opset_version=OPSET, **options,
-            )  # fmt: skip
+                opset_version=OPSET,
+                **options,
+            )
         except Exception as error:  # a user's family may hold anything
             raise ConfigError(
                 f"{what} cannot be written as ONNX: {one_line(str(error))}; use other layers"

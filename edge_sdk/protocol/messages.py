@@ -54,8 +54,14 @@ Role: TypeAlias = Literal["weight", "mask", "correction", "teacher"]
 Distill: TypeAlias = Literal["none", "deep-to-shallow", "shallow-to-deep", "mutual"]
 Dtype: TypeAlias = Literal["float32", "float64", "float16", "int64", "int32", "uint8", "bool"]
 ITEM_BYTES: dict[str, int] = {
-    "float32": 4, "float64": 8, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1,
-}  # fmt: skip
+    "float32": 4,
+    "float64": 8,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "uint8": 1,
+    "bool": 1,
+}
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -315,6 +321,18 @@ class Joined(Struct, frozen=True, kw_only=True, tag="joined"):
 
 
 Message: TypeAlias = (
-    Hello | Welcome | Ready | Job | Fetch | Part | Update | Accepted | Fault | Heartbeat | Probe
-    | Bye | Join | Joined
-)  # fmt: skip
+    Hello
+    | Welcome
+    | Ready
+    | Job
+    | Fetch
+    | Part
+    | Update
+    | Accepted
+    | Fault
+    | Heartbeat
+    | Probe
+    | Bye
+    | Join
+    | Joined
+)

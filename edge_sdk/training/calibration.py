@@ -41,9 +41,12 @@ PROBE_BYTES = 192 * 1024**2  # free memory below which the probes, which take 60
 
 _CNN = ModelSpec(family="cnn", input_shape=(1, 28, 28), num_classes=10, exit=3)
 _VGG = ModelSpec(
-    family="vgg", input_shape=(3, 18, 25), num_classes=10, exit=3,
+    family="vgg",
+    input_shape=(3, 18, 25),
+    num_classes=10,
+    exit=3,
     options={"channels": (16, 32, 64, 128)},
-)  # fmt: skip
+)
 PROBES = ((_CNN, 16), (_VGG, 16), (_CNN, 64), (_VGG, 64), (_CNN, 160))
 
 
@@ -74,8 +77,10 @@ def memory_calibration(cache: Path | None, device: str, may_measure: bool) -> Me
     )
     log.info(
         "calibrated: memory of a step is %.2f of what is counted and %s, within %.0f %%",
-        made.allowance, mebibytes(made.scratch_bytes), 100 * made.error,
-    )  # fmt: skip
+        made.allowance,
+        mebibytes(made.scratch_bytes),
+        100 * made.error,
+    )
     if cache:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,22 @@ FAULT_PATIENCE_S = 180.0  # a device that is back may be waiting out its longest
 CHECKPOINT = re.compile(r"round-(\d{6})\.safetensors")
 PHASES = ("download", "train", "upload")
 LARGE, SMALL = ("128,256", 1_843_792), ("8,8", 12_000)  # channels of two stages, bytes
-FLAGS = ("--method", "owners-mean", "--exits", "2", "--optimizer", "sgd", "--lr", "0.05",
-         "--quorum", "1.0", "--eval-every", "1000000", "--rounds", "100000")  # fmt: skip
+FLAGS = (
+    "--method",
+    "owners-mean",
+    "--exits",
+    "2",
+    "--optimizer",
+    "sgd",
+    "--lr",
+    "0.05",
+    "--quorum",
+    "1.0",
+    "--eval-every",
+    "1000000",
+    "--rounds",
+    "100000",
+)
 
 
 class Bed(World):
@@ -36,9 +50,16 @@ class Bed(World):
     "" (none), "tmpfs" or "ext4"."""
 
     def __init__(
-        self, folder: Path, net: Net, num_devices: int, flags: Sequence[str] = (), *,
-        model: tuple[str, int] = LARGE, mount: str = "", mount_mib: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        net: Net,
+        num_devices: int,
+        flags: Sequence[str] = (),
+        *,
+        model: tuple[str, int] = LARGE,
+        mount: str = "",
+        mount_mib: int = 0,
+    ) -> None:
         super().__init__(folder, num_devices)
         self.net = net
         self.flags = [*FLAGS, "--option", f"channels={model[0]}", *flags]
@@ -53,10 +74,16 @@ class Bed(World):
         if mount:
             self._mount(mount, mount_mib)
             self._reader = subprocess.Popen(
-                [*net.hosts[0].inside(mount=True), sys.executable, "-m", "tests.chaos.rows",
-                 str(self.run_dir)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            )  # fmt: skip
+                [
+                    *net.hosts[0].inside(mount=True),
+                    sys.executable,
+                    "-m",
+                    "tests.chaos.rows",
+                    str(self.run_dir),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
         self._has_run = False
         self._is_over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -103,9 +130,13 @@ class Bed(World):
         return self.device(name)
 
     def _device(
-        self, name: str, link: int, prefix: Sequence[str], environment: dict[str, str],
+        self,
+        name: str,
+        link: int,
+        prefix: Sequence[str],
+        environment: dict[str, str],
         suffix: str = "",
-    ) -> Running:  # fmt: skip
+    ) -> Running:
         cache = self.folder / name / f"cache{suffix}"
         own = {"CACHE_DIRECTORY": str(cache)}
         inside = self.net.hosts[link].inside(*_texts(own | environment))
@@ -116,9 +147,20 @@ class Bed(World):
         """A real device: it measures itself and keeps what it has trained over a restart."""
         home = self.folder / name
         return [
-            "run", "--coordinator", self.endpoint, "--data", str(home / "data.npz"), "--id", name,
-            "--keys", str(home), "--threads", "1", "--ignore-conditions", *flags,
-        ]  # fmt: skip
+            "run",
+            "--coordinator",
+            self.endpoint,
+            "--data",
+            str(home / "data.npz"),
+            "--id",
+            name,
+            "--keys",
+            str(home),
+            "--threads",
+            "1",
+            "--ignore-conditions",
+            *flags,
+        ]
 
     def start_all(self) -> None:
         self.serve_until_listening()
@@ -322,9 +364,13 @@ def _texts(environment: dict[str, str]) -> list[str]:
 
 @contextlib.contextmanager
 def bed_of(
-    folder: Path, num_devices: int, *flags: str, congestion: str = CONGESTION[0], spare: int = 0,
+    folder: Path,
+    num_devices: int,
+    *flags: str,
+    congestion: str = CONGESTION[0],
+    spare: int = 0,
     **options: Any,
-) -> Iterator[Bed]:  # fmt: skip
+) -> Iterator[Bed]:
     """A Bed on a network of its own with spare links. Where the block fails, the logs' ends go to
     stderr."""
     with (

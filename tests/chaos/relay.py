@@ -47,9 +47,15 @@ class Relay:
     """hosts: open TUN devices, the coordinator's first. Delays and queues in seconds."""
 
     def __init__(
-        self, hosts: list[int], *, delay_s: float, loss: float, rate_bit_s: float, queue_s: float,
+        self,
+        hosts: list[int],
+        *,
+        delay_s: float,
+        loss: float,
+        rate_bit_s: float,
+        queue_s: float,
         seed: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._hosts = hosts
         self._delay_s, self._queue_s = delay_s, queue_s
         self._random = random.Random(seed)

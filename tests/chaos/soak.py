@@ -173,9 +173,12 @@ def table(faults: Sequence[Fault]) -> list[dict[str, object]]:
 
 
 def whole(
-    faults: Sequence[Fault], ledger: Ledger, differences: Mapping[int, float], late: int,
+    faults: Sequence[Fault],
+    ledger: Ledger,
+    differences: Mapping[int, float],
+    late: int,
     lasted_s: float,
-) -> dict[str, object]:  # fmt: skip
+) -> dict[str, object]:
     """The line for all of them: the books, and the model."""
     books = "; ".join(ledger.problems) or "nothing lost, nothing counted twice"
     outcome = (

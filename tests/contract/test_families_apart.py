@@ -21,12 +21,15 @@ def test_training_neither_crashes_nor_hangs_with_avx2():
 BEGUN = "print('input (1, 2)', flush=True); import os, signal, sys; "
 
 
-@pytest.mark.parametrize(("then", "told"), [
-    ("os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV in input (1, 2)\n"),
-    ("os.abort()", "ended by SIGABRT in input (1, 2)\n"),
-    ("sys.exit('no such input')", "exit status 1 in input (1, 2)\nno such input\n"),
-    ("pass", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("then", "told"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV in input (1, 2)\n"),
+        ("os.abort()", "ended by SIGABRT in input (1, 2)\n"),
+        ("sys.exit('no such input')", "exit status 1 in input (1, 2)\nno such input\n"),
+        ("pass", ""),
+    ],
+)
 def test_a_fault_tells_how_and_where(then, told):
     assert fault_apart(["-c", BEGUN + then], {}, 60.0) == told
 

@@ -24,11 +24,17 @@ SPECS = {
     "cnn-2": cnn(2, (4, 5)),
     "cnn-10": cnn(10, (4,) * 10),
     "vgg": ModelSpec(
-        family="vgg", input_shape=(3, 16), num_classes=3, exit=3,
+        family="vgg",
+        input_shape=(3, 16),
+        num_classes=3,
+        exit=3,
         options={"channels": (3, 4, 5, 6)},
     ),
     "resnet18": ModelSpec(
-        family="resnet18", input_shape=(1, 8, 8), num_classes=3, exit=3,
+        family="resnet18",
+        input_shape=(1, 8, 8),
+        num_classes=3,
+        exit=3,
         options={"channels": (3, 4, 5, 6), "blocks": (1, 1, 1, 1)},
     ),
     "mlp": ModelSpec(
@@ -37,7 +43,7 @@ SPECS = {
     "lstm": ModelSpec(
         family="lstm", input_shape=(3, 9), num_classes=3, exit=2, options={"hidden": 5}
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=NAMES)
@@ -51,9 +57,12 @@ def options(name, **changes):
 
 def hypemefed(name, spec=None, rotation="off", **changes):
     settings = config(
-        "hypemefed", model=spec or cnn(), server=ServerOptions(serve="last"),
-        generator=options(name, **changes), rotation=RotationOptions(mode=rotation),
-    )  # fmt: skip
+        "hypemefed",
+        model=spec or cnn(),
+        server=ServerOptions(serve="last"),
+        generator=options(name, **changes),
+        rotation=RotationOptions(mode=rotation),
+    )
     return make_method(settings)
 
 

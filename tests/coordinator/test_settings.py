@@ -38,11 +38,19 @@ def test_flags_are_the_described_fields():
     assert flags_of(RunConfig)["rounds"].default is None
 
 
-@pytest.mark.parametrize(("path", "flag"), [
-    ("epochs", "--epochs"), ("deadline_s", "--deadline"), ("server.lr", "--server-lr"),
-    ("generator.epochs", "--fit-epochs"), ("generator.own.part", "--part"),
-    ("model.options", "--option"), ("population.alpha", "--alpha"), ("generator.lr", "--lr"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "flag"),
+    [
+        ("epochs", "--epochs"),
+        ("deadline_s", "--deadline"),
+        ("server.lr", "--server-lr"),
+        ("generator.epochs", "--fit-epochs"),
+        ("generator.own.part", "--part"),
+        ("model.options", "--option"),
+        ("population.alpha", "--alpha"),
+        ("generator.lr", "--lr"),
+    ],
+)
 def test_every_setting_has_a_name_on_the_command_line(path, flag):
     assert flag_of(path) == flag
 

@@ -79,9 +79,12 @@ def test_arrays_and_an_own_family_train_a_run(world, shards_folder, tmp_path, mo
         modes.update(stat.S_IMODE(path.stat().st_mode) for path in shards_folder.rglob("*"))
 
     client(
-        (shard.x, shard.y), world.endpoint, **home_of(world),
-        imports=["family_of_test_client"], on_event=on_event,
-    ).run()  # fmt: skip
+        (shard.x, shard.y),
+        world.endpoint,
+        **home_of(world),
+        imports=["family_of_test_client"],
+        on_event=on_event,
+    ).run()
     assert server.end() == 0
     assert world.outcomes("a") == {1: "ok", 2: "ok"}
     one_round = ["job", "trained", "accepted"]
@@ -128,9 +131,14 @@ def test_the_example_program(world):
     program = [sys.executable, str(ROOT / "examples" / "client.py"), world.endpoint]
     server = world.serve("--rounds", "1")
     ended = subprocess.run(
-        [*program, "x.npy", "y.npy"], capture_output=True, text=True, cwd=home, check=False,
-        env=environment(world.mark) | {"PYTHONPATH": str(ROOT)}, timeout=3 * PATIENCE_S,
-    )  # fmt: skip
+        [*program, "x.npy", "y.npy"],
+        capture_output=True,
+        text=True,
+        cwd=home,
+        check=False,
+        env=environment(world.mark) | {"PYTHONPATH": str(ROOT)},
+        timeout=3 * PATIENCE_S,
+    )
     assert ended.returncode == 0, ended.stderr
     assert server.end() == 0
     lines = ended.stdout.splitlines()

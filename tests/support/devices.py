@@ -313,9 +313,13 @@ class Coordinator:
     before; None: a new one. next_round: see ZmqCohort. terms: as for make_cohort."""
 
     def __init__(
-        self, folder: Path | None, names: Sequence[str], spool: Path | None = None,
-        next_round: int = 1, **terms: Any,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path | None,
+        names: Sequence[str],
+        spool: Path | None = None,
+        next_round: int = 1,
+        **terms: Any,
+    ) -> None:
         self.folder = folder
         self.names = tuple(names)
         self.keys: dict[str, KeyPair] = {}

@@ -90,8 +90,11 @@ def two_exits() -> tuple[ModelSpec, dict[str, torch.Tensor]]:
     for stage in (0, 1):
         tensors[f"stages.{stage}.{1 - stage}.weight"] = torch.eye(2)
         for name, value in (
-            ("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1 - 1e-5),
-        ):  # fmt: skip
+            ("weight", 1.0),
+            ("bias", 0.0),
+            ("running_mean", 0.0),
+            ("running_var", 1 - 1e-5),
+        ):
             tensors[f"stages.{stage}.{2 - stage}.{name}"] = torch.full((2,), value)
         tensors[f"exits.{stage}.bias"] = torch.zeros(2)
     tensors["exits.0.weight"] = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])

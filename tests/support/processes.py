@@ -158,11 +158,27 @@ class World:
     def serve_flags(self, *flags: str) -> list[str]:
         """Later flags win, so `flags` may replace any of these."""
         return [
-            "serve", "--method", "stage-rotation", "--test", str(self.folder / "test.npz"),
-            "--listen", self.endpoint, "--keys", str(self.keys), "--run-dir", str(self.run_dir),
-            "--min-clients", str(len(self.shards)), "--batch-size", "16", "--epochs", "1",
-            "--device", "cpu", *flags,
-        ]  # fmt: skip
+            "serve",
+            "--method",
+            "stage-rotation",
+            "--test",
+            str(self.folder / "test.npz"),
+            "--listen",
+            self.endpoint,
+            "--keys",
+            str(self.keys),
+            "--run-dir",
+            str(self.run_dir),
+            "--min-clients",
+            str(len(self.shards)),
+            "--batch-size",
+            "16",
+            "--epochs",
+            "1",
+            "--device",
+            "cpu",
+            *flags,
+        ]
 
     def serve(self, *flags: str) -> Running:
         command = ["coordinator.cli", *self.serve_flags(*flags)]
@@ -171,10 +187,23 @@ class World:
     def device_flags(self, name: str, *flags: str) -> list[str]:
         home = self.folder / name
         return [
-            "run", "--coordinator", self.endpoint, "--data", str(home / "data.npz"), "--id", name,
-            "--keys", str(home), "--board", "raspberry-pi-4", "--host-gflops", HOST_GFLOPS,
-            "--threads", "1", *flags,
-        ]  # fmt: skip
+            "run",
+            "--coordinator",
+            self.endpoint,
+            "--data",
+            str(home / "data.npz"),
+            "--id",
+            name,
+            "--keys",
+            str(home),
+            "--board",
+            "raspberry-pi-4",
+            "--host-gflops",
+            HOST_GFLOPS,
+            "--threads",
+            "1",
+            *flags,
+        ]
 
     def device(self, name: str, *flags: str) -> Running:
         return self.start(

@@ -83,17 +83,49 @@ def update(
 
 ROUNDS: tuple[tuple[ClientUpdate | Absence, ...], ...] = (
     (
-        update(PI, (1, 3), 5_000_000, 2_500_000, 300, wait=(3.0, None), download=(0.01, 0.001),
-               load=(0.2, 0.1), train=(2.0, 1.0), upload=(0.02, None), micro_batch=16),
-        update(NANO, (1, 2, 3), 10_000_000, 5_000_000, 0, download=(0.04, None),
-               train=(4.0, None)),
-        update(REAL, (1, 2), 1_000_000, 1_000_000, 700, 1, wait=(1.0, None), download=(0.5, 0.1),
-               load=(0.3, 0.2), train=(8.0, 20.0), upload=(0.7, None)),
+        update(
+            PI,
+            (1, 3),
+            5_000_000,
+            2_500_000,
+            300,
+            wait=(3.0, None),
+            download=(0.01, 0.001),
+            load=(0.2, 0.1),
+            train=(2.0, 1.0),
+            upload=(0.02, None),
+            micro_batch=16,
+        ),
+        update(NANO, (1, 2, 3), 10_000_000, 5_000_000, 0, download=(0.04, None), train=(4.0, None)),
+        update(
+            REAL,
+            (1, 2),
+            1_000_000,
+            1_000_000,
+            700,
+            1,
+            wait=(1.0, None),
+            download=(0.5, 0.1),
+            load=(0.3, 0.2),
+            train=(8.0, 20.0),
+            upload=(0.7, None),
+        ),
     ),
     (
-        update(PI, (1, 2), 10_000_000, 5_000_000, 500, wait=(5.0, None), download=(0.03, 0.001),
-               load=(0.4, 0.2), train=(3.0, 2.0), upload=(0.04, None),
-               micro_batch=8, recompute=True),
+        update(
+            PI,
+            (1, 2),
+            10_000_000,
+            5_000_000,
+            500,
+            wait=(5.0, None),
+            download=(0.03, 0.001),
+            load=(0.4, 0.2),
+            train=(3.0, 2.0),
+            upload=(0.04, None),
+            micro_batch=8,
+            recompute=True,
+        ),
         absence(NANO, "straggler", "late", "did not return in time", 2_000_000),
         absence(REAL, "failed", "trainer", "killed", 1_000_000),
     ),
@@ -102,14 +134,19 @@ ROUNDS: tuple[tuple[ClientUpdate | Absence, ...], ...] = (
         absence(NANO, "failed", "gone", "said nothing", 4_000_000),
         update(REAL, (1, 2), 3_000_000, 3_000_000, 600, 2, train=(6.0, 18.0), recompute=True),
     ),
-)  # fmt: skip
+)
 # accuracy in rounds 1 and 3 only, as with eval_every = 2
 VALUES: tuple[dict[str, float], ...] = (
     {"accuracy_exit_1": 0.2, "accuracy_served_exit_1": 0.2, "accuracy_exit_2": 0.3, "error": 9.0},
     {"error": 8.0},
-    {"accuracy_exit_1": 0.5, "accuracy_served_exit_1": 0.4, "accuracy_exit_2": 0.7, "error": 0.25,
-     "gap": float("nan")},
-)  # fmt: skip
+    {
+        "accuracy_exit_1": 0.5,
+        "accuracy_served_exit_1": 0.4,
+        "accuracy_exit_2": 0.7,
+        "error": 0.25,
+        "gap": float("nan"),
+    },
+)
 
 
 def commit(store: Store, round: int) -> None:

@@ -26,27 +26,54 @@ HOSTILE = 'a" b\\ \n c \x1b[2J {x="1"} \u2028'
 COHORT = CohortState(
     clients=(
         ClientState(
-            name="pi-1", phase="upload", address="10.0.0.7", platform="raspberry-pi-4", exit=2,
-            round=3, bytes_down=5_000_000, bytes_up=1_234, last_seen_s=1.5, updates=2,
-            faults={"tensors": 1}, duplicates=1,
+            name="pi-1",
+            phase="upload",
+            address="10.0.0.7",
+            platform="raspberry-pi-4",
+            exit=2,
+            round=3,
+            bytes_down=5_000_000,
+            bytes_up=1_234,
+            last_seen_s=1.5,
+            updates=2,
+            faults={"tensors": 1},
+            duplicates=1,
         ),
         ClientState(name="pi-2", phase="away", last_seen_s=7200.0),
     ),
-    chosen=4, needed=2, returned=1, bytes_in_flight=10, budget_bytes=64, spool_bytes=7,
-    bytes_down=100, bytes_up=200, updates_accepted=5, updates_late=1, updates_stale=3,
+    chosen=4,
+    needed=2,
+    returned=1,
+    bytes_in_flight=10,
+    budget_bytes=64,
+    spool_bytes=7,
+    bytes_down=100,
+    bytes_up=200,
+    updates_accepted=5,
+    updates_late=1,
+    updates_stale=3,
     updates_failed=2,
-    faults={"tensors": 3, "gone": 1, OTHER: 2}, strangers=9,
-)  # fmt: skip
+    faults={"tensors": 3, "gone": 1, OTHER: 2},
+    strangers=9,
+)
 
 
 def snapshot(**changes: Any) -> Snapshot:
     """Of this process, now."""
     now, pid = utc(), os.getpid()
     fields: dict[str, Any] = {
-        "run": "1a2b", "phase": "round open", "round": 3, "rounds": 50, "pid": pid,
-        "host": os.uname().nodename, "process": identity(pid), "started_utc": now,
-        "phase_utc": now, "written_utc": now, "cohort": COHORT,
-    }  # fmt: skip
+        "run": "1a2b",
+        "phase": "round open",
+        "round": 3,
+        "rounds": 50,
+        "pid": pid,
+        "host": os.uname().nodename,
+        "process": identity(pid),
+        "started_utc": now,
+        "phase_utc": now,
+        "written_utc": now,
+        "cohort": COHORT,
+    }
     return Snapshot(**(fields | changes))
 
 

@@ -27,14 +27,28 @@ QEMU_SUITE = "trixie"  # 10.0; 7.2 of bookworm dies in onnxruntime 1.28 and late
 PACKAGES = "python3,python3-venv,libgomp1,libstdc++6,dash,coreutils,ca-certificates"
 # Wheels with what they depend on: pip evaluates markers for this machine, not for the other.
 WHEELS = (
-    "pip==26.3", "numpy==2.4.6", "pyzmq==27.3.0", "msgpack==1.2.4", "msgspec==0.22.0",
-    "psutil==7.2.2", "onnxruntime==1.31.1", "protobuf==7.36.2", "flatbuffers==25.12.19",
+    "pip==26.3",
+    "numpy==2.4.6",
+    "pyzmq==27.3.0",
+    "msgpack==1.2.4",
+    "msgspec==0.22.0",
+    "psutil==7.2.2",
+    "onnxruntime==1.31.1",
+    "protobuf==7.36.2",
+    "flatbuffers==25.12.19",
     "packaging==26.3",
-)  # fmt: skip
+)
 TORCH = (
-    "torch==2.9.1", "filelock==4.2.11", "typing_extensions==4.16.0", "sympy==1.14.0",
-    "mpmath==1.3.0", "networkx==3.6.1", "jinja2==3.1.6", "markupsafe==3.0.4", "fsspec==2026.9.0",
-)  # fmt: skip
+    "torch==2.9.1",
+    "filelock==4.2.11",
+    "typing_extensions==4.16.0",
+    "sympy==1.14.0",
+    "mpmath==1.3.0",
+    "networkx==3.6.1",
+    "jinja2==3.1.6",
+    "markupsafe==3.0.4",
+    "fsspec==2026.9.0",
+)
 BUILD = ("hatchling==1.27.0",)
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_26", "manylinux2014")
 SITE = f"usr/local/lib/python{PYTHON}/dist-packages"
@@ -42,8 +56,13 @@ TORCH_SITE = "usr/local/lib/torch"  # apart, so that a device without it is the 
 VENV = "/srv/session/venv"  # of the emulated system, with the package in it
 BUILD_S = 900.0
 NAMESPACES = ("--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child")
-TOOLS = {"mmdebstrap": "mmdebstrap", "apt-get": "apt", "unshare": "util-linux",
-         "setpriv": "util-linux", "chroot": "coreutils"}  # fmt: skip
+TOOLS = {
+    "mmdebstrap": "mmdebstrap",
+    "apt-get": "apt",
+    "unshare": "util-linux",
+    "setpriv": "util-linux",
+    "chroot": "coreutils",
+}
 
 
 class CannotBuild(Exception):
@@ -97,15 +116,26 @@ def _make(folder: Path) -> None:
     with ThreadPoolExecutor() as pool:
         jobs = [
             pool.submit(
-                _run, "mmdebstrap", "--arch=arm64", "--variant=extract",
-                f"--include={PACKAGES}", SUITE, str(folder / "root"), mirror,
+                _run,
+                "mmdebstrap",
+                "--arch=arm64",
+                "--variant=extract",
+                f"--include={PACKAGES}",
+                SUITE,
+                str(folder / "root"),
+                mirror,
             ),
             pool.submit(
-                _run, "mmdebstrap", "--variant=extract", "--include=qemu-user", QEMU_SUITE,
-                str(folder / "qemu"), mirror,
+                _run,
+                "mmdebstrap",
+                "--variant=extract",
+                "--include=qemu-user",
+                QEMU_SUITE,
+                str(folder / "qemu"),
+                mirror,
             ),
             pool.submit(_fetch, wheels),
-        ]  # fmt: skip
+        ]
         for job in jobs:
             job.result()
     (folder / "qemu/usr/bin/qemu-aarch64").rename(folder / "qemu-aarch64")
@@ -126,16 +156,23 @@ def _fetch(folder: Path) -> None:
     other = [part for name in PLATFORMS for part in ("--platform", f"{name}_aarch64")]
     other += ["--python-version", PYTHON, "--only-binary=:all:", "--no-deps"]
     for name, wanted, flags in (
-        ("base", WHEELS, other), ("torch", TORCH, other), ("build", BUILD, []),
-    ):  # fmt: skip
+        ("base", WHEELS, other),
+        ("torch", TORCH, other),
+        ("build", BUILD, []),
+    ):
         pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-conflicts")
         _run(*pip, *flags, "--target", str(folder / name), *wanted)
 
 
 def _mirror() -> str:
     """Where this machine's own apt gets Debian from."""
-    listed = _run("apt-get", "indextargets", "--format", "$(ORIGIN) $(COMPONENT) $(SUITE) $(SITE) "
-                  "$(REPO_URI)", "Created-By: Packages")  # fmt: skip
+    listed = _run(
+        "apt-get",
+        "indextargets",
+        "--format",
+        "$(ORIGIN) $(COMPONENT) $(SUITE) $(SITE) $(REPO_URI)",
+        "Created-By: Packages",
+    )
     for line in listed.splitlines():
         origin, component, *rest = line.split()
         if (origin, component) == ("Debian", "main") and "security" not in line:
@@ -147,9 +184,13 @@ def _run(*command: str) -> str:
     """Its output. Raises CannotBuild with the last line of what went wrong."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=BUILD_S,
+            command,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=BUILD_S,
             check=False,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired as error:
         raise CannotBuild(f"{command[0]} took more than {BUILD_S:g} s") from error
     if done.returncode:
@@ -170,17 +211,30 @@ class Arm:
         """Those words as a command of this machine, which ends with the process that starts it."""
         path = f"PYTHONPATH=/{TORCH_SITE}" if torch else "PYTHONPATH="
         return [
-            "setpriv", "--pdeathsig=KILL", "unshare", *NAMESPACES,
-            "bash", str(ROOT / "tests/system/enter_arm64.sh"), str(self._cache / "root"),
-            str(self._cache / "qemu-aarch64"), CPU, str(self.session), path, *words,
-        ]  # fmt: skip
+            "setpriv",
+            "--pdeathsig=KILL",
+            "unshare",
+            *NAMESPACES,
+            "bash",
+            str(ROOT / "tests/system/enter_arm64.sh"),
+            str(self._cache / "root"),
+            str(self._cache / "qemu-aarch64"),
+            CPU,
+            str(self.session),
+            path,
+            *words,
+        ]
 
     def run(self, *words: str, torch: bool = False, timeout_s: float = 600.0) -> str:
         """Its output; an AssertionError with all that it said if it fails."""
         done = subprocess.run(
-            self.command(*words, torch=torch), capture_output=True, text=True,
-            stdin=subprocess.DEVNULL, timeout=timeout_s, check=False,
-        )  # fmt: skip
+            self.command(*words, torch=torch),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=timeout_s,
+            check=False,
+        )
         assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
@@ -188,14 +242,31 @@ class Arm:
         """As on a Jetson: a venv that sees the system's packages, then pip."""
         wheels = self.session / "wheels"
         subprocess.run(
-            [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-             "--no-index", "--wheel-dir", str(wheels), str(ROOT)],
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "wheel",
+                "--quiet",
+                "--no-deps",
+                "--no-build-isolation",
+                "--no-index",
+                "--wheel-dir",
+                str(wheels),
+                str(ROOT),
+            ],
             env=os.environ | {"PYTHONPATH": str(self._cache / "build")},
-            check=True, timeout=BUILD_S,
-        )  # fmt: skip
+            check=True,
+            timeout=BUILD_S,
+        )
         (wheel,) = wheels.glob("edge_sdk-*.whl")
         self.run("python3", "-m", "venv", "--system-site-packages", "--without-pip", VENV)
         self.installed = self.run(
-            f"{VENV}/bin/python", "-m", "pip", "install", "--no-index",
-            f"/srv/session/wheels/{wheel.name}[torch,infer]", torch=True,
-        )  # fmt: skip
+            f"{VENV}/bin/python",
+            "-m",
+            "pip",
+            "install",
+            "--no-index",
+            f"/srv/session/wheels/{wheel.name}[torch,infer]",
+            torch=True,
+        )

@@ -18,9 +18,14 @@ SPEC = ModelSpec(
 )
 # Exits 1 and 2 jointly, stage 3 alone over the frozen prefix: all that a device trains.
 PLAN = Plan(
-    segments=(Segment(first=1, last=2), Segment(first=3, last=3)), epochs=2, batch_size=16,
-    optimizer="sgd", momentum=0.9, lr=0.05, seed=3,
-)  # fmt: skip
+    segments=(Segment(first=1, last=2), Segment(first=3, last=3)),
+    epochs=2,
+    batch_size=16,
+    optimizer="sgd",
+    momentum=0.9,
+    lr=0.05,
+    seed=3,
+)
 
 
 def train_step(folder: Path) -> dict[str, Any]:
@@ -64,9 +69,14 @@ def link(folder: Path, endpoint: str) -> dict[str, Any]:
     assert connection.socket is not None
     connection.socket.poll(60_000, 2)  # POLLOUT: connected and encrypted
     hello = Hello(
-        protocol=PROTOCOL, client_id="a", session="first", profile=measure(compute=False),
-        num_examples=1, input_shape=(1, 8, 8), num_classes=2,
-    )  # fmt: skip
+        protocol=PROTOCOL,
+        client_id="a",
+        session="first",
+        profile=measure(compute=False),
+        num_examples=1,
+        input_shape=(1, 8, 8),
+        num_classes=2,
+    )
     assert connection.send(hello), "not connected"
     num_parts = 0
     while connection.socket.poll(60_000):

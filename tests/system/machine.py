@@ -66,12 +66,28 @@ class Machine:
         packages = next(path for path in sys.path if path.endswith("site-packages"))
         with (self._folder / "boot.log").open("wb") as log:
             self._boot = subprocess.Popen(
-                ["sh", "-c", join, "sh", *map(str, self._groups), "--",
-                 "setpriv", "--pdeathsig=KILL",  # the machine ends with this process
-                 "unshare", *namespaces, "--fork", "--kill-child",
-                 "bash", str(ROOT / "tests/system/boot.sh"), str(root), packages],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            )  # fmt: skip
+                [
+                    "sh",
+                    "-c",
+                    join,
+                    "sh",
+                    *map(str, self._groups),
+                    "--",
+                    "setpriv",
+                    "--pdeathsig=KILL",  # the machine ends with this process
+                    "unshare",
+                    *namespaces,
+                    "--fork",
+                    "--kill-child",
+                    "bash",
+                    str(ROOT / "tests/system/boot.sh"),
+                    str(root),
+                    packages,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         try:
             wait_until(self._has_booted, "systemd has booted", BOOT_S)
             self._install_package()
@@ -97,10 +113,28 @@ class Machine:
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            ["nsenter", "--target", str(self.pid), "--mount", "--uts", "--ipc", "--net", "--pid",
-             "--cgroup", "env", "-i", "PATH=/usr/sbin:/usr/bin", "HOME=/root", *command],
-            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=400, check=False,
-        )  # fmt: skip
+            [
+                "nsenter",
+                "--target",
+                str(self.pid),
+                "--mount",
+                "--uts",
+                "--ipc",
+                "--net",
+                "--pid",
+                "--cgroup",
+                "env",
+                "-i",
+                "PATH=/usr/sbin:/usr/bin",
+                "HOME=/root",
+                *command,
+            ],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=400,
+            check=False,
+        )
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
         return done
 

@@ -148,8 +148,9 @@ def test_a_job_gives_the_losses_and_weights_that_it_gives_here(arm, world, train
     write_job(arm.session / "native", world)
     native = arm64_programs.train_step(arm.session / "native")
     assert (trained["machine"], trained["torch"].partition("+")[0]) == (
-        "aarch64", TORCH[0].partition("==")[2]
-    )  # fmt: skip
+        "aarch64",
+        TORCH[0].partition("==")[2],
+    )
     assert trained["num_steps"] == native["num_steps"]
     assert len(trained["losses"]) == 3  # one for each exit
     assert all(map(math.isfinite, trained["losses"]))
@@ -174,9 +175,16 @@ def test_inference_answers_as_here(arm, world):
     np.save(arm.session / "x.npy", x)
     threshold = float(np.median(EarlyExit.load(model, threshold=0).predict(x).confidence))
     arm.run(
-        EDGE_SDK, "infer", "/srv/session/model", "--data", "/srv/session/x.npy",
-        "--threshold", str(threshold), "--out", "/srv/session/predictions.csv",
-    )  # fmt: skip
+        EDGE_SDK,
+        "infer",
+        "/srv/session/model",
+        "--data",
+        "/srv/session/x.npy",
+        "--threshold",
+        str(threshold),
+        "--out",
+        "/srv/session/predictions.csv",
+    )
     here = EarlyExit.load(model, threshold=threshold).predict(x)
     with (arm.session / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -195,9 +203,21 @@ def test_two_devices_and_a_coordinator_train_a_round(arm, world, trained):
     for name in world.shards:
         folder = f"{WORLD}/{name}"
         command = arm.command(
-            EDGE_SDK, "run", "--coordinator", world.endpoint, "--data", f"{folder}/data.npz",
-            "--id", name, "--keys", folder, "--threads", "1", "--once", torch=True,
-        )  # fmt: skip
+            EDGE_SDK,
+            "run",
+            "--coordinator",
+            world.endpoint,
+            "--data",
+            f"{folder}/data.npz",
+            "--id",
+            name,
+            "--keys",
+            folder,
+            "--threads",
+            "1",
+            "--once",
+            torch=True,
+        )
         devices.append(world.start(name, command, program=()))
     try:
         world.wait_round(1, PATIENCE_S)
@@ -210,8 +230,9 @@ def test_two_devices_and_a_coordinator_train_a_round(arm, world, trained):
     assert all(min(profile["gflops"], profile["layer_s"]) > 0 for profile in profiles)
     assert not any(profile["is_emulated"] for profile in profiles)
     assert (made["allowance"], made["scratch_bytes"]) == (
-        trained["allowance"], trained["scratch_bytes"]
-    )  # fmt: skip
+        trained["allowance"],
+        trained["scratch_bytes"],
+    )
     assert json.loads(calibration.read_text()) == made, "the devices made another"
     (accuracy,) = world.rows("SELECT value FROM metrics WHERE name = 'accuracy_exit_3'")
     assert 0 <= accuracy[0] <= 1

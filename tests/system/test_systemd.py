@@ -204,8 +204,11 @@ def test_a_trainer_that_is_stuck_in_a_job_starves_the_watchdog(service):
     with log.open("wb") as output:
         coordinator = subprocess.Popen(
             machine.in_its_network(sys.executable, "-m", "coordinator.cli", *flags),
-            stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment(world.mark),
-        )  # fmt: skip
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env=environment(world.mark),
+        )
     try:
         before = service.restarts()
         service.wait_doing(r"round \d+: [1-9]\d* batches done")
@@ -248,8 +251,21 @@ def test_memory_is_really_limited_and_the_agent_says_so(service):
 def test_only_its_own_folders_can_be_written(service):
     machine = service.machine
     own = ["/var/lib/edge-sdk", "/var/cache/edge-sdk", "/tmp", "/dev/shm"]
-    others = ["/", "/etc", "/etc/edge-sdk", "/usr", "/opt/edge-sdk", "/var", "/var/lib", "/srv",
-              "/home", "/root", "/run", "/sys/fs/cgroup/memory", "/proc/sys/kernel"]  # fmt: skip
+    others = [
+        "/",
+        "/etc",
+        "/etc/edge-sdk",
+        "/usr",
+        "/opt/edge-sdk",
+        "/var",
+        "/var/lib",
+        "/srv",
+        "/home",
+        "/root",
+        "/run",
+        "/sys/fs/cgroup/memory",
+        "/proc/sys/kernel",
+    ]
     machine.path("/srv").chmod(0o777)  # not even what everyone may write
     (site,) = machine.path(PREFIX).glob("lib/*/site-packages")
     (site / "probe.py").write_text(PROBE.format(folders=own + others))

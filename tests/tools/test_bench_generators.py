@@ -24,10 +24,18 @@ def test_rows_are_measured_and_written(updates, tmp_path, capsys):
     target = tmp_path / "generators.csv"
     bench.main(
         [
-            "--models", "tiny", "--rounds", "2", "--generators", "naive-mlp,update-regression",
-            "--updates", str(updates), "--csv", str(target),
+            "--models",
+            "tiny",
+            "--rounds",
+            "2",
+            "--generators",
+            "naive-mlp,update-regression",
+            "--updates",
+            str(updates),
+            "--csv",
+            str(target),
         ]
-    )  # fmt: skip
+    )
     head, *lines = target.read_text().splitlines()
     assert head.startswith("# python -m tools.bench.generators --rounds 2; commit ")
     naive, linear = csv.DictReader(lines)
@@ -41,10 +49,18 @@ def test_rows_are_measured_and_written(updates, tmp_path, capsys):
 def test_what_does_not_fit_is_computed(updates, capsys):
     bench.main(
         [
-            "--models", "tiny", "--rounds", "2", "--generators", "svd-mlp",
-            "--updates", str(updates), "--memory-gb", "0.0001",
+            "--models",
+            "tiny",
+            "--rounds",
+            "2",
+            "--generators",
+            "svd-mlp",
+            "--updates",
+            str(updates),
+            "--memory-gb",
+            "0.0001",
         ]
-    )  # fmt: skip
+    )
     assert "| tiny | svd-mlp | computed, not run |" in capsys.readouterr().out
 
 

@@ -30,9 +30,13 @@ sys.stdin.readline()
 
 def row(system: str, round_s: float, peak: int, growth: int) -> dict[str, object]:
     return {
-        "system": system, "MB": 50, "clients": 16, "round_s": round_s, "server_peak_MB": peak,
+        "system": system,
+        "MB": 50,
+        "clients": 16,
+        "round_s": round_s,
+        "server_peak_MB": peak,
         "server_growth_MB": growth,
-    }  # fmt: skip
+    }
 
 
 def test_a_tree_counts_what_its_children_hold_and_burn() -> None:
@@ -52,9 +56,11 @@ def test_a_tree_counts_what_its_children_hold_and_burn() -> None:
 
 @pytest.mark.parametrize(
     ("round_s", "peak", "said"),
-    [(2.0, 250, ["10.0 times", "aim 8: reached", "aim 5 %: reached"]),
-     (4.0, 400, ["5.0 times", "aim 8: not reached", "aim 5 %: not reached"])],
-)  # fmt: skip
+    [
+        (2.0, 250, ["10.0 times", "aim 8: reached", "aim 5 %: reached"]),
+        (4.0, 400, ["5.0 times", "aim 8: not reached", "aim 5 %: not reached"]),
+    ],
+)
 def test_the_aim_is_judged_by_the_absolute_peak(
     round_s: float, peak: int, said: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

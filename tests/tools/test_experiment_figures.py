@@ -85,5 +85,9 @@ def test_panels_are_few_and_even():
     assert sorted(sizes) == [5, 6, 6]
     assert even_chunks([], MAX_LINES) == []
     assert sorted(["iid", "1e4", "0.5", "subject", "1"], key=alpha_order) == [
-        "0.5", "1", "1e4", "iid", "subject",
-    ]  # fmt: skip
+        "0.5",
+        "1",
+        "1e4",
+        "iid",
+        "subject",
+    ]

@@ -19,11 +19,15 @@ def test_rows_by_hand(tmp_path: Path):
         2: evaluated(2, (0.9, 0.9), (0.9, 0.9)),
         6: evaluated(6, (0.2, 0.50), (0.3, 0.6), stages_trained=300, peak_memory_bytes=7e6),
         8: evaluated(
-            8, (0.4, 0.54), (0.5, 0.7), stages_trained=500, peak_memory_bytes=5e6,
+            8,
+            (0.4, 0.54),
+            (0.5, 0.7),
+            stages_trained=500,
+            peak_memory_bytes=5e6,
             seconds={"fit": 3.0, "generate": 1.0, "aggregate": 0.5},
             figures={"generator_bytes": 4e6},
         ),
-    }  # fmt: skip
+    }
     write(tmp_path, "svd-mlp-k25", 0, [(none | some)[n] for n in range(1, 9)], flags="--rank 25")
     (row,) = all_rows(tmp_path)
     assert (row["label"], row["seed"], row["rounds"], row["rank"]) == ("svd-mlp-k25", 0, 8, 25.0)
@@ -63,8 +67,10 @@ def test_what_is_missing_is_an_empty_cell(tmp_path: Path):
     assert (unknown["served_final"], unknown["served_exit_1"]) == ("", "")
     assert main(["table", "--out", str(tmp_path)]) == 0
     assert [line["label"] for line in table_lines(all_rows(tmp_path))] == [
-        "fedavg-s", "fedavg-l", "owners-mean",
-    ]  # fmt: skip
+        "fedavg-s",
+        "fedavg-l",
+        "owners-mean",
+    ]
 
 
 def test_paired_difference_and_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -142,9 +142,13 @@ def test_a_real_grid_of_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert sorted(path.name for path in out.iterdir()) == [f"{name}.json", f"{name}.record.json"]
     record = json.loads((out / f"{name}.record.json").read_text())
     assert record["cell"] == {
-        "grid": "digits", "label": "owners-mean", "data": "digits", "regime": "even",
-        "alpha": "0.5", "seed": 0,
-    }  # fmt: skip
+        "grid": "digits",
+        "label": "owners-mean",
+        "data": "digits",
+        "regime": "even",
+        "alpha": "0.5",
+        "seed": 0,
+    }
     assert record["command"].endswith("--examples 500 --test-examples 50 --epochs 1")
     (row,) = all_rows(out)
     assert (row["rounds"], row["served_final"] is not None) == (1, True)

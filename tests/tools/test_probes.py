@@ -85,8 +85,11 @@ def test_probe_cka_writes_its_figure(tmp_path: Path, capsys: pytest.CaptureFixtu
     with (tmp_path / "cka.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["seed"], row["loss"]) for row in rows] == [
-        ("0", "joint"), ("0", "deepest"), ("1", "joint"), ("1", "deepest"),
-    ]  # fmt: skip
+        ("0", "joint"),
+        ("0", "deepest"),
+        ("1", "joint"),
+        ("1", "deepest"),
+    ]
     assert (tmp_path / "cka.png").exists()
 
 

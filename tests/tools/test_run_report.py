@@ -105,10 +105,18 @@ def test_real_board_is_wall_clock(store: Store):
 
 
 def test_board_without_scale_and_link_has_no_seconds(tmp_path: Path):
-    bare = Client("bare", 1, profile=DeviceProfile(
-        platform="generic", memory_total_bytes=1, memory_available_bytes=1, cores=1.0, gflops=1.0,
-        is_emulated=True,
-    ))  # fmt: skip
+    bare = Client(
+        "bare",
+        1,
+        profile=DeviceProfile(
+            platform="generic",
+            memory_total_bytes=1,
+            memory_available_bytes=1,
+            cores=1.0,
+            gflops=1.0,
+            is_emulated=True,
+        ),
+    )
     store = Store.create(tmp_path, CONFIG, "serve")
     store.record_clients([bare])
     list(

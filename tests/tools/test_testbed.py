@@ -110,28 +110,32 @@ def test_interrupted_it_leaves_no_process_behind(testbed, tmp_path):
     assert "Traceback" not in coordinator
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--devices", "raspberry-pi-4"], "'raspberry-pi-4' is not BOARD=COUNT"),
-    (["--devices", "raspberry-pi-4=0"], "'raspberry-pi-4=0' is not BOARD=COUNT"),
-    (["--devices", "raspberry-pi-4=1,raspberry-pi-4=1"], "names a board twice"),
-    (["--devices", "abacus=2"], "unknown board 'abacus'; known: "),
-    (["--devices", "abacus.toml=2"], "board file abacus.toml: No such file"),
-    (["--devices", "a board.toml=2"], "--devices a board.toml: rename it"),
-    (["--devices", "generic=1,my/generic.toml=1"], "names a board twice"),
-    (["--data", "nowhere"], "nowhere"),
-    (["--rounds", "0"], "--rounds is 0: Expected `int` >= 1"),
-    (["--participants", "0"], "--participants is 0"),
-    (["--epochs", "0"], "--epochs is 0"),
-    (["--batch-size", "1"], "--batch-size is 1"),
-    (["--lr", "nan"], "--lr is nan"),
-    (["--seed", "-1"], "--seed is -1"),
-    (["--alpha", "0"], "alpha is 0.0"),
-    (["--exits", "0"], "--exits is 0"),
-    (["--model", "abacus"], "unknown model family 'abacus'"),
-    (["--", "--quorum", "2"], "--quorum is 2.0"),
-    (["--", "--import", "no_such_module"], "--import no_such_module"),
-    (["--", "--resume"], "holds no run"),
-], ids=lambda value: value[1] if isinstance(value, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--devices", "raspberry-pi-4"], "'raspberry-pi-4' is not BOARD=COUNT"),
+        (["--devices", "raspberry-pi-4=0"], "'raspberry-pi-4=0' is not BOARD=COUNT"),
+        (["--devices", "raspberry-pi-4=1,raspberry-pi-4=1"], "names a board twice"),
+        (["--devices", "abacus=2"], "unknown board 'abacus'; known: "),
+        (["--devices", "abacus.toml=2"], "board file abacus.toml: No such file"),
+        (["--devices", "a board.toml=2"], "--devices a board.toml: rename it"),
+        (["--devices", "generic=1,my/generic.toml=1"], "names a board twice"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--rounds", "0"], "--rounds is 0: Expected `int` >= 1"),
+        (["--participants", "0"], "--participants is 0"),
+        (["--epochs", "0"], "--epochs is 0"),
+        (["--batch-size", "1"], "--batch-size is 1"),
+        (["--lr", "nan"], "--lr is nan"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--alpha", "0"], "alpha is 0.0"),
+        (["--exits", "0"], "--exits is 0"),
+        (["--model", "abacus"], "unknown model family 'abacus'"),
+        (["--", "--quorum", "2"], "--quorum is 2.0"),
+        (["--", "--import", "no_such_module"], "--import no_such_module"),
+        (["--", "--resume"], "holds no run"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
 def test_bad_flags_are_one_line(tmp_path, capsys, flags, said):
     unread = [] if "--data" in flags else ["--data", "never-read"]
     assert main([*FLAGS, "--run-dir", str(tmp_path / "run"), *unread, *flags]) == 1
@@ -142,10 +146,18 @@ def test_bad_flags_are_one_line(tmp_path, capsys, flags, said):
     assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
-@pytest.mark.parametrize("flags", [
-    ["--method", "fedavgx"], ["--deadline", "-1"], ["--deadline", "soon"], ["--deadline", "nan"],
-    ["--", "--mode", "fast"], ["--option", "channels"],
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "fedavgx"],
+        ["--deadline", "-1"],
+        ["--deadline", "soon"],
+        ["--deadline", "nan"],
+        ["--", "--mode", "fast"],
+        ["--option", "channels"],
+    ],
+    ids=" ".join,
+)
 def test_wrong_usage_is_told_with_the_flag(tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as ended:
         main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--data", "never-read", *flags])

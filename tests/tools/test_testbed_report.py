@@ -121,8 +121,12 @@ def test_a_reader_that_has_enough_is_no_error(store: Store, flags: list[str]):
     with open(writing, "wb") as closed:
         ended = subprocess.run(
             [sys.executable, *script, str(store.folder), *flags],
-            stdout=closed, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT,
-        )  # fmt: skip
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
     assert (ended.returncode, ended.stderr) == (0, "")
 
 

@@ -40,20 +40,29 @@ ROOT = Path(__file__).resolve().parents[2]
 GROUPS = Path("/sys/fs/cgroup/memory")
 MODELS = {
     "vgg": ModelSpec(
-        family="vgg", input_shape=(3, 32, 32), num_classes=10, exit=3,
+        family="vgg",
+        input_shape=(3, 32, 32),
+        num_classes=10,
+        exit=3,
         options={"channels": (96, 192, 384, 768)},
     ),
     "cnn": ModelSpec(
-        family="cnn", input_shape=(3, 96, 96), num_classes=10, exit=3,
+        family="cnn",
+        input_shape=(3, 96, 96),
+        num_classes=10,
+        exit=3,
         options={"channels": (64, 128, 256)},
     ),
     # not looked at while predictions were made
     "resnet18": ModelSpec(family="resnet18", input_shape=(3, 32, 32), num_classes=10, exit=3),
     "cnn-112": ModelSpec(
-        family="cnn", input_shape=(3, 112, 112), num_classes=10, exit=3,
+        family="cnn",
+        input_shape=(3, 112, 112),
+        num_classes=10,
+        exit=3,
         options={"channels": (48, 96, 192)},
     ),
-}  # fmt: skip
+}
 SEGMENTS = ((1, 1), (1, 2), (1, 3), (2, 2), (3, 3))
 MB = 10**6
 Result = dict[str, Any]
@@ -80,8 +89,10 @@ class Bench:
         task = Task(spec=MODELS[model], plan=plan, folder=str(folder))
         subprocess.run(
             [sys.executable, "-m", "tools.bench.limited_device", "prepare"],
-            input=msgspec.json.encode(task), cwd=ROOT, check=True,
-        )  # fmt: skip
+            input=msgspec.json.encode(task),
+            cwd=ROOT,
+            check=True,
+        )
         return task
 
     def run(self, task: Task, limit_mb: int | None) -> Result:
@@ -97,13 +108,17 @@ class Bench:
         try:
             done = subprocess.run(
                 ["sh", "-c", join, sys.executable],
-                input=msgspec.json.encode(task), cwd=ROOT, capture_output=True, check=False,
+                input=msgspec.json.encode(task),
+                cwd=ROOT,
+                capture_output=True,
+                check=False,
                 env={
-                    **os.environ, "PYTHONPATH": f"{self._site}:{ROOT}",
+                    **os.environ,
+                    "PYTHONPATH": f"{self._site}:{ROOT}",
                     "PYTHONDONTWRITEBYTECODE": "1",
                 },
                 timeout=3 * self._patience_s,
-            )  # fmt: skip
+            )
         except subprocess.TimeoutExpired:
             return {"died": "the device itself was stuck"}
         finally:
@@ -161,15 +176,22 @@ def judged(
             trains = bool(truth[segment]) and limit >= truth[segment]
             is_run = segment in {tuple(s) for s in found.get("trained", [])}
             yield {
-                "model": model, "batch": batch_size, "limit_mb": limit,
+                "model": model,
+                "batch": batch_size,
+                "limit_mb": limit,
                 "segment": "-".join(map(str, segment)),
-                "predicted_mb": _mb(row.get("peak_bytes")), "error_mb": _mb(row.get("error_bytes")),
-                "micro_batch": row.get("micro_batch", ""), "recompute": row.get("recompute", ""),
-                "chooser": says, "trains": trains, "agrees": says == trains, "run": is_run,
+                "predicted_mb": _mb(row.get("peak_bytes")),
+                "error_mb": _mb(row.get("error_bytes")),
+                "micro_batch": row.get("micro_batch", ""),
+                "recompute": row.get("recompute", ""),
+                "chooser": says,
+                "trains": trains,
+                "agrees": says == trains,
+                "run": is_run,
                 "outcome": found.get("died", "trained") if is_run or not rows else "",
                 "job_predicted_mb": _mb(found.get("predicted_bytes")) if is_run else "",
                 "job_measured_mb": _mb(found.get("peak_bytes")) if is_run else "",
-            }  # fmt: skip
+            }
 
 
 def _mb(num_bytes: int | None) -> str:

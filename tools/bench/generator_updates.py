@@ -41,9 +41,12 @@ class Case:
 
     def spec(self) -> ModelSpec:
         return ModelSpec(
-            family=self.family, input_shape=self.input_shape, num_classes=self.num_classes,
-            exit=max(EXITS), options=self.options,
-        )  # fmt: skip
+            family=self.family,
+            input_shape=self.input_shape,
+            num_classes=self.num_classes,
+            exit=max(EXITS),
+            options=self.options,
+        )
 
 
 MODELS = {

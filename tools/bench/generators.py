@@ -63,10 +63,26 @@ GENERATORS = {
     "update-regression": GeneratorOptions(name="update-regression", rank=12),
 }
 FIELDS = (
-    "model", "generator", "how", "rounds", "parameters", "peak_MB", "generator_MB", "observe_s",
-    "fit_s", "generate_s", "round_s", "memory_saved_%", "times_faster", "error_2", "error_3",
-    "moved_2", "moved_3", "mean_moved_2", "mean_moved_3",
-)  # fmt: skip
+    "model",
+    "generator",
+    "how",
+    "rounds",
+    "parameters",
+    "peak_MB",
+    "generator_MB",
+    "observe_s",
+    "fit_s",
+    "generate_s",
+    "round_s",
+    "memory_saved_%",
+    "times_faster",
+    "error_2",
+    "error_3",
+    "moved_2",
+    "moved_3",
+    "mean_moved_2",
+    "mean_moved_3",
+)
 Row = dict[str, object]
 
 
@@ -117,10 +133,19 @@ def run_row(model: str, generator: str, folder: Path, args: argparse.Namespace) 
     if float(str(sizes["peak_MB"])) > 1e3 * args.memory_gb:
         return row
     command = [
-        sys.executable, "-m", "tools.bench.generators", "--row", model, generator,
-        "--updates", str(folder.resolve()),
-        "--rounds", str(args.rounds), "--device", args.device,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "tools.bench.generators",
+        "--row",
+        model,
+        generator,
+        "--updates",
+        str(folder.resolve()),
+        "--rounds",
+        str(args.rounds),
+        "--device",
+        args.device,
+    ]
     try:
         ran = subprocess.run(
             command, capture_output=True, text=True, timeout=args.limit_s, cwd=ROOT, check=False

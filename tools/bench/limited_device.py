@@ -133,9 +133,13 @@ class Device:
         chooser.costs = self._until(Estimated).costs
         profile = measure(own_bytes=self._trainer.own_bytes(), compute=False)
         welcome = Welcome(
-            protocol=PROTOCOL, run="0", model=task.spec, plan=task.plan, deadline_s=0.0,
+            protocol=PROTOCOL,
+            run="0",
+            model=task.spec,
+            plan=task.plan,
+            deadline_s=0.0,
             heartbeat_s=1.0,
-        )  # fmt: skip
+        )
         chooser.choose(profile, welcome, inspected.num_examples)
         choice = chooser.choice
         assert choice is not None

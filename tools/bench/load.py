@@ -109,13 +109,37 @@ def coordinator(
     width = model_width(args.megabytes)
     link = ["--insecure"] if args.link == "plain" else ["--keys", str(folder)]
     command = [
-        sys.executable, "-m", "coordinator.cli", "serve", "--method", "fedavg-l",
-        "--model", "mlp", "--exits", "2", "--option", f"widths={width},{width}",
-        "--input", str(INPUTS), "--classes", str(CLASSES), "--rounds", str(args.rounds),
-        "--min-clients", str(clients), "--quorum", "1", "--device", "cpu",
-        "--listen", "tcp://127.0.0.1:*", "--run-dir", str(folder / "run"), *link,
+        sys.executable,
+        "-m",
+        "coordinator.cli",
+        "serve",
+        "--method",
+        "fedavg-l",
+        "--model",
+        "mlp",
+        "--exits",
+        "2",
+        "--option",
+        f"widths={width},{width}",
+        "--input",
+        str(INPUTS),
+        "--classes",
+        str(CLASSES),
+        "--rounds",
+        str(args.rounds),
+        "--min-clients",
+        str(clients),
+        "--quorum",
+        "1",
+        "--device",
+        "cpu",
+        "--listen",
+        "tcp://127.0.0.1:*",
+        "--run-dir",
+        str(folder / "run"),
+        *link,
         *args.serve_flags,
-    ]  # fmt: skip
+    ]
     log = folder / "coordinator.log"
     with log.open("wb") as file:
         server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
@@ -157,11 +181,24 @@ def run_fleets(
     fleets = []
     for index in range(number):
         command = [
-            sys.executable, "-m", "tools.bench.light_fleet", endpoint, "--input", str(INPUTS),
-            "--classes", str(CLASSES), "--from", str(starts[index]),
-            "--count", str(starts[index + 1] - starts[index]), "--part-s", str(args.part_s),
-            "--slow", str(args.slow if index == 0 else 0), *flags,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "tools.bench.light_fleet",
+            endpoint,
+            "--input",
+            str(INPUTS),
+            "--classes",
+            str(CLASSES),
+            "--from",
+            str(starts[index]),
+            "--count",
+            str(starts[index + 1] - starts[index]),
+            "--part-s",
+            str(args.part_s),
+            "--slow",
+            str(args.slow if index == 0 else 0),
+            *flags,
+        ]
         fleets.append(subprocess.Popen(command, stdout=subprocess.PIPE))
     try:
         return [json.loads(fleet.communicate()[0]) for fleet in fleets]

@@ -93,9 +93,10 @@ def measure(
         server = stack.enter_context(
             subprocess.Popen(
                 [*me, "--serve", str(megabytes), str(clients), str(rounds), keys],
-                stdout=subprocess.PIPE, text=True,
+                stdout=subprocess.PIPE,
+                text=True,
             )
-        )  # fmt: skip
+        )
         assert server.stdout is not None
         endpoint = server.stdout.readline().strip()
         for number in range(clients):
@@ -207,9 +208,14 @@ def client(name: str, endpoint: str, keys: str) -> int:
         platform="bench", memory_total_bytes=1, memory_available_bytes=1, cores=1, gflops=1
     )
     hello = Hello(
-        protocol=PROTOCOL, client_id=name, session="s", profile=profile, num_examples=1,
-        input_shape=(1, 1), num_classes=2,
-    )  # fmt: skip
+        protocol=PROTOCOL,
+        client_id=name,
+        session="s",
+        profile=profile,
+        num_examples=1,
+        input_shape=(1, 1),
+        num_classes=2,
+    )
     while not link.send(hello):
         time.sleep(0.05)
     job: Job | None = None
@@ -253,11 +259,17 @@ def client(name: str, endpoint: str, keys: str) -> int:
                 digest = digest_of([data])
                 link.send(
                     Update(
-                        job=job.id, digest=digest, round=job.round, num_examples=1,
-                        num_steps=1, exits=(RESULT,),
-                        phases={"train": zero}, peak_memory_bytes=0, tensors=job.tensors,
+                        job=job.id,
+                        digest=digest,
+                        round=job.round,
+                        num_examples=1,
+                        num_steps=1,
+                        exits=(RESULT,),
+                        phases={"train": zero},
+                        peak_memory_bytes=0,
+                        tensors=job.tensors,
                     )
-                )  # fmt: skip
+                )
             else:  # as training/worker does
                 more = asked - received <= WINDOW // 2
                 count = min(WINDOW - (asked - received), total - asked) if more else 0

@@ -54,8 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         ended = subprocess.run(
             [python(), "-m", "tools.fuzz.child", args.target]
             + [str(value) for value in (args.inputs, args.seed, args.minutes)],
-            cwd=ROOT, stderr=errors, env=environment(),
-        )  # fmt: skip
+            cwd=ROOT,
+            stderr=errors,
+            env=environment(),
+        )
     found = PROGRESS.findall(log.read_text(errors="replace"))
     result = folder / "result.json"
     if not result.exists():
@@ -64,10 +66,16 @@ def main(argv: list[str] | None = None) -> int:
     told = json.loads(result.read_text())
     counters, features, corpus = found[-1] if found else (0, 0, 0)
     row = {
-        "target": args.target, "seed": args.seed, **told, "counters": counters,
-        "features": features, "corpus": corpus, "wall_s": round(time.monotonic() - started),
-        "commit": commit(), "machine": machine(),
-    }  # fmt: skip
+        "target": args.target,
+        "seed": args.seed,
+        **told,
+        "counters": counters,
+        "features": features,
+        "corpus": corpus,
+        "wall_s": round(time.monotonic() - started),
+        "commit": commit(),
+        "machine": machine(),
+    }
     for name, value in row.items():
         print(f"{name:>16}  {value}")
     if str(args.csv) not in ("", "."):

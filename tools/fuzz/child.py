@@ -98,13 +98,18 @@ class Run:
 
     def told(self) -> dict[str, Any]:
         return {
-            "inputs": self.seen.inputs, "sequences": self.sequences,
-            "seconds": round(time.monotonic() - self.started), "cpu_s": round(time.process_time()),
-            "refused": self.seen.refused, "accepted": self.accepted, "updates": self.seen.updates,
-            "changes": self.seen.changes, "failures": len(self.failures),
+            "inputs": self.seen.inputs,
+            "sequences": self.sequences,
+            "seconds": round(time.monotonic() - self.started),
+            "cpu_s": round(time.process_time()),
+            "refused": self.seen.refused,
+            "accepted": self.accepted,
+            "updates": self.seen.updates,
+            "changes": self.seen.changes,
+            "failures": len(self.failures),
             "slowest_ms": round(self.slowest_ms, 1),
             "answers": " ".join(f"{k}:{n}" for k, n in self.seen.answers.most_common()),
-        }  # fmt: skip
+        }
 
     def write(self, name: str, told: dict[str, Any]) -> None:
         write_whole(self.folder / f"{name}.json", json.dumps(told), is_synced=False)

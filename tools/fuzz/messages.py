@@ -37,9 +37,12 @@ def drawn_frames(each: int, number: int) -> list[bytes]:
         frames.append(encode(message))
 
     options = settings(
-        max_examples=each, phases=[Phase.generate], database=None, deadline=None,
+        max_examples=each,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     for strategy in strategies().values():
         seed(number)(options(given(strategy)(take)))()
     return frames
@@ -91,9 +94,12 @@ def _floats(info: kinds.FloatType) -> Strategy:
     least = info.ge if info.ge is not None else info.gt
     most = info.le if info.le is not None else info.lt
     return st.floats(
-        least, most, exclude_min=info.gt is not None, exclude_max=info.lt is not None,
+        least,
+        most,
+        exclude_min=info.gt is not None,
+        exclude_max=info.lt is not None,
         allow_nan=least is None and most is None,
-    )  # fmt: skip
+    )
 
 
 def _texts(info: kinds.StrType) -> Strategy:

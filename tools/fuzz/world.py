@@ -70,9 +70,18 @@ UNREACHABLE = 2 * len(SENDERS)  # added to a route: answers cannot be sent
 NUM_ROUTES = 2 * UNREACHABLE
 # When it listened, which any message changes; sums over clients; what only reads tensors.
 NO_STATE = (
-    "_router", "_num_heard", "_listened", "_looked", "_progress", "_used", "_queues", "_counters",
-    "_spool", "_sessions", "Sender",
-)  # fmt: skip
+    "_router",
+    "_num_heard",
+    "_listened",
+    "_looked",
+    "_progress",
+    "_used",
+    "_queues",
+    "_counters",
+    "_spool",
+    "_sessions",
+    "Sender",
+)
 PROFILE = DeviceProfile(
     platform="generic", memory_total_bytes=2**32, memory_available_bytes=2**31, cores=4, gflops=10.0
 )
@@ -156,20 +165,29 @@ def assignment() -> Assignment:
 
 def make_hello(name: str, **changes: Any) -> Hello:
     fields: dict[str, Any] = {
-        "protocol": PROTOCOL, "client_id": name, "session": f"{name} 1", "profile": PROFILE,
-        "num_examples": 10, "input_shape": (1, 8, 8), "num_classes": 3,
-    }  # fmt: skip
+        "protocol": PROTOCOL,
+        "client_id": name,
+        "session": f"{name} 1",
+        "profile": PROFILE,
+        "num_examples": 10,
+        "input_shape": (1, 8, 8),
+        "num_classes": 3,
+    }
     return Hello(**(fields | changes))
 
 
 def make_update(name: str, **changes: Any) -> Update:
     fields: dict[str, Any] = {
-        "job": job_of(name).id, "digest": digest_of(name),
-        "round": ROUND, "num_examples": 10, "num_steps": 2,
+        "job": job_of(name).id,
+        "digest": digest_of(name),
+        "round": ROUND,
+        "num_examples": 10,
+        "num_steps": 2,
         "exits": tuple(ExitResult(exit=exit, loss=0.5, accuracy=0.5) for exit in (1, 2, 3)),
-        "phases": {"train": Phase(wall_s=1.0)}, "peak_memory_bytes": 0,
+        "phases": {"train": Phase(wall_s=1.0)},
+        "peak_memory_bytes": 0,
         "tensors": specs_of_update(),
-    }  # fmt: skip
+    }
     return Update(**(fields | changes))
 
 

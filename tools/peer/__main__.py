@@ -59,8 +59,11 @@ ROUND_S = 900
 LEAST_FREE_BYTES = 10**9  # a cell is stopped below this
 # models resident in all processes together, per client, and MB of one client's processes at rest
 NEEDS = {
-    "curve": (2, 40), "plain": (2, 40), "flower-grpc": (22, 80), "flower-superlink": (10, 400),
-}  # fmt: skip
+    "curve": (2, 40),
+    "plain": (2, 40),
+    "flower-grpc": (22, 80),
+    "flower-superlink": (10, 400),
+}
 
 
 class CellError(Exception):
@@ -79,8 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--csv", type=Path)
     add("--resume", action="store_true", help="keep the rows of --csv, measure what lacks")
     add("--cell", nargs=4, metavar=("SYSTEM", "MB", "CLIENTS", "ROUNDS"), help=argparse.SUPPRESS)
-    add("--serve", nargs=5, metavar=("MB", "CLIENTS", "ROUNDS", "KEYS", "MARKS"),
-        help=argparse.SUPPRESS)  # fmt: skip
+    add(
+        "--serve",
+        nargs=5,
+        metavar=("MB", "CLIENTS", "ROUNDS", "KEYS", "MARKS"),
+        help=argparse.SUPPRESS,
+    )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what it started ends with it
     if args.serve:
@@ -336,16 +343,25 @@ def start_superlink(stack: contextlib.ExitStack, cell: Cell) -> Watch:
     )
     environment["FLWR_HOME"] = str(cell.folder)
     command = [
-        "flower-superlink", "--insecure", "--port", str(port),
+        "flower-superlink",
+        "--insecure",
+        "--port",
+        str(port),
         "--disable-runtime-dependency-installation",
-    ]  # fmt: skip
+    ]
     server = stack.enter_context(started(command, env=environment, stderr=log, stdout=log))
     trees = []
     for number, own_port in enumerate(ports):
         command = [
-            "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
-            "--port", str(own_port), "--node-config", f"number={number}",
-        ]  # fmt: skip
+            "flower-supernode",
+            "--insecure",
+            "--superlink",
+            f"127.0.0.1:{port}",
+            "--port",
+            str(own_port),
+            "--node-config",
+            f"number={number}",
+        ]
         one = stack.enter_context(started(command, env=environment, stderr=log, stdout=log))
         trees.append(Tree(one.pid))
     app = shutil.copytree(APP, cell.folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
@@ -372,9 +388,13 @@ def submit(command: list[str], environment: dict[str, str]) -> None:
     give_up = time.monotonic() + START_S
     while True:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False,
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
             executable=shutil.which(command[0], path=environment["PATH"]),
-        )  # fmt: skip
+        )
         if done.returncode == 0:
             return
         if time.monotonic() > give_up:

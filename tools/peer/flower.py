@@ -32,9 +32,13 @@ class MarkedFedAvg(FedAvg):
 
     def __init__(self, megabytes: int, clients: int, marks: Path) -> None:
         super().__init__(
-            fraction_fit=1.0, fraction_evaluate=0.0, min_fit_clients=clients,
-            min_available_clients=clients, min_evaluate_clients=0, accept_failures=False,
-        )  # fmt: skip
+            fraction_fit=1.0,
+            fraction_evaluate=0.0,
+            min_fit_clients=clients,
+            min_available_clients=clients,
+            min_evaluate_clients=0,
+            accept_failures=False,
+        )
         self._megabytes, self._clients, self._marks = megabytes, clients, marks
         self.model: list[np.ndarray] = []
         self.last: Parameters | None = None

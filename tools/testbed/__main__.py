@@ -14,62 +14,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from coordinator.admission.client_list import add_client
 from coordinator.cli.arguments import CommandParser
 from coordinator.cli.serve import add_serve_command, serve_settings
-from coordinator.cohorts.population import split_shards
 from coordinator.methods.registry import METHODS
 from coordinator.runs.serving import check_serve
-from coordinator.store.status import read_status
 from edge_sdk.capacity.costs import seconds
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.cli.flags import DEFAULT_EPOCHS, duration_flag, option_flag
-from edge_sdk.data.loading import Examples, load, load_dataset, save_shard
+from edge_sdk.data.loading import load
 from edge_sdk.data.partition import check_alpha
-from edge_sdk.errors import ConfigError, EdgeError, StoreError
-from edge_sdk.hardware.boards import OWN_NAME, board
-from edge_sdk.hardware.measure import emulated
+from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.hardware.boards import board
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.models import build
-from edge_sdk.protocol.keys import make_keys
-from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan, Segment
+from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from tools.testbed.boards import DEFAULT_DEVICES, Device, Host, parse_devices, prepare
+from tools.testbed.progress import follow, tell
 
-DEFAULT_DEVICES = "raspberry-pi-4=4,jetson-nano=4,jetson-tx2=4"
 START_S = 60.0  # for the coordinator to listen
 FAREWELL_S = 20.0  # for devices to end after the run
-
-
-@dataclass(frozen=True)
-class Host:
-    """This machine, one thread: training GFLOP/s, and seconds of a layer beside its arithmetic."""
-
-    gflops: float
-    layer_s: float
-
-
-@dataclass(frozen=True, eq=False)
-class Device:
-    """One emulated board: its name, the board's name or file, its own folder and data."""
-
-    name: str
-    board: str
-    profile: DeviceProfile
-    folder: Path
-    examples: Examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,15 +72,26 @@ def make_parser() -> argparse.ArgumentParser:
     add("--participants", type=int, help="devices per round, default all")
     add("--model", default="cnn")
     add("--exits", type=int, default=3)
-    add("--option", type=option_text, action="append", default=[], metavar="KEY=VALUE",
-        help="model option")  # fmt: skip
+    add(
+        "--option",
+        type=option_text,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="model option",
+    )
     add("--epochs", type=int, default=DEFAULT_EPOCHS)
     add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=2e-3)
     add("serve", nargs="*", help="after --: flags of edge-coordinator serve, e.g. -- --mode async")
-    add("--deadline", type=deadline_flag, default="auto", metavar="SECONDS",
+    add(
+        "--deadline",
+        type=deadline_flag,
+        default="auto",
+        metavar="SECONDS",
         help="board seconds that a job may take; auto: the least with which every device can train "
-        "exit 1; 0: none")  # fmt: skip
+        "exit 1; 0: none",
+    )
     return parser
 
 
@@ -169,11 +153,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def tell(console: Console, text: str) -> None:
-    """A line, now: somebody waits."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def check_flags(args: argparse.Namespace, folder: Path) -> None:
     """Refuse what the coordinator or a board would refuse, before data is read or anything is
     written. Raises ConfigError."""
@@ -200,49 +179,6 @@ def check_model(args: argparse.Namespace) -> None:
         options=dict(map(option_flag, args.option)),
     )
     build(spec)
-
-
-def prepare(args: argparse.Namespace, folder: Path, host: Host) -> list[Device]:
-    """Shards, keys and folders: what somebody would carry to each board."""
-    data = load_dataset(args.data, args.seed, args.examples)
-    platforms = parse_devices(args.devices)
-    boards = {f"{short(b)}-{i}": b for b, count in platforms for i in range(1, count + 1)}
-    profiles = {b: emulated(board(b), host.gflops, host.layer_s) for b, _ in platforms}
-    shards = split_shards(
-        data.train, len(boards), split="dirichlet", alpha=args.alpha, seed=args.seed
-    )
-    keys = folder / "keys"
-    make_keys(keys, "server")
-    save_shard(folder / "test.npz", data.test)
-    devices = []
-    for (name, file), shard in zip(boards.items(), shards, strict=True):
-        device = Device(name, file, profiles[file], folder / "devices" / name, shard)
-        pair = make_keys(device.folder, "device")
-        shutil.copy(keys / "server.public", device.folder)
-        add_client(keys / "clients", name, pair.public)
-        save_shard(device.folder / "data.npz", shard)
-        devices.append(device)
-    return devices
-
-
-def parse_devices(text: str) -> list[tuple[str, int]]:
-    """[(board, count)] from "raspberry-pi-4=4,my.toml=4". Raises ConfigError."""
-    found = []
-    for part in text.split(","):
-        name, equals, count = part.strip().rpartition("=")
-        if not equals or not count.isdecimal() or int(count) < 1:
-            raise ConfigError(f"--devices {part!r} is not BOARD=COUNT, e.g. {DEFAULT_DEVICES}")
-        if name.endswith(".toml") and not OWN_NAME.fullmatch(short(name)):
-            raise ConfigError(f"--devices {name}: rename it, letters, digits, dots, - and _ only")
-        found.append((name.strip(), int(count)))
-    if len({short(name) for name, _ in found}) < len(found):
-        raise ConfigError(f"--devices {text!r} names a board twice")
-    return found
-
-
-def short(name_or_path: str) -> str:
-    """A board's name, also of a file's path: my-pi of boards/my-pi.toml."""
-    return Path(name_or_path).name.removesuffix(".toml")
 
 
 def choose_deadline(args: argparse.Namespace, devices: Sequence[Device]) -> float:
@@ -273,14 +209,36 @@ def serve_command(
 ) -> list[str]:
     """Without what was not given: a flag beats the method's own value (defaults.py)."""
     command = [
-        "serve", "--method", args.method, "--test", str(folder / "test.npz"),
-        "--rounds", str(args.rounds), "--seed", str(args.seed), "--model", args.model,
-        "--exits", str(args.exits), "--epochs", str(args.epochs),
-        "--batch-size", str(args.batch_size), "--lr", str(args.lr),
-        "--listen", "tcp://127.0.0.1:*", "--keys", str(folder / "keys"),
-        "--min-clients", str(num_devices), "--deadline", str(deadline_s),
-        "--run-dir", str(folder),
-    ]  # fmt: skip
+        "serve",
+        "--method",
+        args.method,
+        "--test",
+        str(folder / "test.npz"),
+        "--rounds",
+        str(args.rounds),
+        "--seed",
+        str(args.seed),
+        "--model",
+        args.model,
+        "--exits",
+        str(args.exits),
+        "--epochs",
+        str(args.epochs),
+        "--batch-size",
+        str(args.batch_size),
+        "--lr",
+        str(args.lr),
+        "--listen",
+        "tcp://127.0.0.1:*",
+        "--keys",
+        str(folder / "keys"),
+        "--min-clients",
+        str(num_devices),
+        "--deadline",
+        str(deadline_s),
+        "--run-dir",
+        str(folder),
+    ]
     command += [part for option in args.option for part in ("--option", option)]
     if args.participants is not None:
         command += ["--participants", str(args.participants)]
@@ -299,11 +257,25 @@ def coordinator(
 @contextlib.contextmanager
 def device_process(device: Device, endpoint: str, host: Host) -> Iterator[subprocess.Popen[bytes]]:
     command = [
-        "run", "--coordinator", endpoint, "--data", str(device.folder / "data.npz"),
-        "--id", device.name, "--keys", str(device.folder), "--board", device.board,
-        "--host-gflops", str(host.gflops), "--host-layer-us", str(1e6 * host.layer_s),
-        "--threads", "1", "--once",
-    ]  # fmt: skip
+        "run",
+        "--coordinator",
+        endpoint,
+        "--data",
+        str(device.folder / "data.npz"),
+        "--id",
+        device.name,
+        "--keys",
+        str(device.folder),
+        "--board",
+        device.board,
+        "--host-gflops",
+        str(host.gflops),
+        "--host-layer-us",
+        str(1e6 * host.layer_s),
+        "--threads",
+        "1",
+        "--once",
+    ]
     with process("edge_sdk.cli", command, device.folder / "device.log") as child:
         yield child
 
@@ -373,77 +345,6 @@ def announce(
         f"of {args.data}\nmethod {args.method}, {args.rounds} rounds, deadline of a job {limit}, "
         f"CURVE on {endpoint}",
     )
-
-
-def follow(
-    console: Console,
-    folder: Path,
-    server: subprocess.Popen[bytes],
-    boards: dict[Device, subprocess.Popen[bytes]],
-    num_rounds: int,
-) -> None:
-    """Show rounds as they are committed, until the coordinator ends. Raises ConfigError when a
-    board ends early, or cannot take part and so keeps the first round from beginning."""
-    columns = [
-        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("{task.fields[accuracy]}"),
-    ]  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("rounds", total=num_rounds, accuracy="boards are starting")
-        seen = ready = 0
-        while True:
-            has_ended = server.poll() is not None
-            finished, accuracy = latest_round(folder)
-            if not seen and ready < (ready := max(ready, num_ready(folder))):
-                progress.update(task, accuracy=f"{ready} of {len(boards)} boards are ready")
-                if not console.is_terminal:
-                    tell(console, f"{ready} of {len(boards)} boards are ready")
-            if finished > seen:
-                seen = finished
-                progress.update(task, completed=finished, accuracy=accuracy)
-                if not console.is_terminal:
-                    tell(console, f"round {finished}: {accuracy}")
-            if has_ended:
-                return
-            for device, process in boards.items():
-                trouble = last_error(device)
-                if process.poll() not in (None, 0) or (seen == 0 and trouble):
-                    raise ConfigError(f"{device.name}: {trouble or 'ended early, see its log'}")
-            time.sleep(0.3)
-
-
-def num_ready(folder: Path) -> int:
-    """Boards that have told the coordinator what they can train."""
-    with contextlib.suppress(StoreError):  # there is no new status yet
-        if status := read_status(folder):
-            return sum(client.exit > 0 for client in status.cohort.clients)
-    return 0
-
-
-def last_error(device: Device) -> str:
-    """The last error line of a device's log, without its time; "" if there is none."""
-    lines = (device.folder / "device.log").read_text(errors="replace").splitlines()
-    errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
-    errors += [line for line in lines if line.startswith("edge-sdk: ")]
-    return errors[-1] if errors else ""
-
-
-def latest_round(folder: Path) -> tuple[int, str]:
-    """The last committed round and its served accuracy per exit as text."""
-    try:
-        with contextlib.closing(
-            sqlite3.connect((folder / "run.sqlite").as_uri() + "?mode=ro", uri=True)
-        ) as db:
-            (finished,) = db.execute("SELECT COALESCE(MAX(round), 0) FROM rounds").fetchone()
-            rows = db.execute(
-                "SELECT value FROM metrics WHERE round = ? AND name LIKE 'accuracy_served_exit_%'"
-                " ORDER BY name",
-                (finished,),
-            ).fetchall()
-    except sqlite3.Error:
-        return 0, ""
-    shares = " / ".join(f"{100 * value:.1f}" for (value,) in rows)
-    return finished, f"served accuracy per exit {shares} %" if shares else ""
 
 
 if __name__ == "__main__":

@@ -22,9 +22,17 @@ from edge_sdk.data.readers.table import FileSet, register_reader
 TWO_G = 19.6133  # m/s^2, the range of the UniMiB SHAR sensor
 UNIMIB_CLASSES = {"fall": 8, "adl": 9, "acc": 17}
 MAT_DTYPES = {  # by the type numbers of MATLAB 5 files, little endian
-    1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8",
-    12: "<i8", 13: "<u8",
-}  # fmt: skip
+    1: "i1",
+    2: "u1",
+    3: "<i2",
+    4: "<u2",
+    5: "<i4",
+    6: "<u4",
+    7: "<f4",
+    9: "<f8",
+    12: "<i8",
+    13: "<u8",
+}
 MAT_MATRIX, MAT_COMPRESSED = 14, 15
 
 

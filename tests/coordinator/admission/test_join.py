@@ -144,17 +144,42 @@ def refused_joins() -> list:
         add_client(gate.clients, "other", listed.encode())
 
     return [
-        pytest.param("pi-1", Join(client_id="pi-2", public_key=new_key()), add,
-                     "this invitation is for 'pi-1', not for 'pi-2'", id="another name"),
-        pytest.param(None, Join(client_id="taken", public_key=new_key()), add,
-                     "the name 'taken' is taken by another key", id="taken name"),
-        pytest.param("taken", Join(client_id="taken", public_key=new_key()), add,
-                     "the name 'taken' is taken by another key", id="invited, but taken"),
-        pytest.param(None, Join(client_id="new", public_key=listed), add,
-                     "this device's key is in the list already, as 'other'", id="listed key"),
-        pytest.param(None, Join(client_id="new", public_key="#" * 40), add,
-                     "join holds no key: 40 characters, but not Z85", id="not a key"),
-    ]  # fmt: skip
+        pytest.param(
+            "pi-1",
+            Join(client_id="pi-2", public_key=new_key()),
+            add,
+            "this invitation is for 'pi-1', not for 'pi-2'",
+            id="another name",
+        ),
+        pytest.param(
+            None,
+            Join(client_id="taken", public_key=new_key()),
+            add,
+            "the name 'taken' is taken by another key",
+            id="taken name",
+        ),
+        pytest.param(
+            "taken",
+            Join(client_id="taken", public_key=new_key()),
+            add,
+            "the name 'taken' is taken by another key",
+            id="invited, but taken",
+        ),
+        pytest.param(
+            None,
+            Join(client_id="new", public_key=listed),
+            add,
+            "this device's key is in the list already, as 'other'",
+            id="listed key",
+        ),
+        pytest.param(
+            None,
+            Join(client_id="new", public_key="#" * 40),
+            add,
+            "join holds no key: 40 characters, but not Z85",
+            id="not a key",
+        ),
+    ]
 
 
 @pytest.mark.parametrize(("name", "question", "prepare", "said"), refused_joins())
@@ -204,11 +229,22 @@ def test_an_invitations_key_may_do_nothing_else(gate, tmp_path):
     join(line, tmp_path / "pi", "pi")  # and it is as good as before
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("client_id", ""), ("client_id", "-pi"), ("client_id", "a b"), ("client_id", "a" * 65),
-    ("client_id", "pi\n"), ("client_id", None), ("public_key", "a" * 39), ("public_key", "a" * 41),
-    ("public_key", "a" * 40 + "\n"), ("public_key", '"' * 40), ("public_key", b"a" * 40),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("client_id", ""),
+        ("client_id", "-pi"),
+        ("client_id", "a b"),
+        ("client_id", "a" * 65),
+        ("client_id", "pi\n"),
+        ("client_id", None),
+        ("public_key", "a" * 39),
+        ("public_key", "a" * 41),
+        ("public_key", "a" * 40 + "\n"),
+        ("public_key", '"' * 40),
+        ("public_key", b"a" * 40),
+    ],
+)
 def test_a_malformed_join_is_refused_by_its_field(gate, field, value):
     device = gate.device(pair_of(gate.invite()))
     good = {"type": "join", "client_id": "pi", "public_key": new_key()}

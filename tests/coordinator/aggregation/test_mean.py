@@ -98,10 +98,13 @@ def test_served_average_is_never_fed_back():
     assert server.served()["w"].item() == pytest.approx(14.31 / 2.71)
 
 
-@pytest.mark.parametrize(("optimizer", "second"), [
-    ("fedadam", 0.99 * 0.01 + 0.01 * 4.0),  # tau^2 = 0.01 at first
-    ("fedyogi", 0.01 + 0.01 * 4.0),  # 4 is larger: it grows by 0.01 * 4
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("optimizer", "second"),
+    [
+        ("fedadam", 0.99 * 0.01 + 0.01 * 4.0),  # tau^2 = 0.01 at first
+        ("fedyogi", 0.01 + 0.01 * 4.0),  # 4 is larger: it grows by 0.01 * 4
+    ],
+)
 def test_adaptive_server_by_hand(optimizer, second):
     options = ServerOptions(
         optimizer=optimizer, momentum=0.9, lr=0.5, beta2=0.99, tau=0.1, serve="last"
@@ -132,9 +135,14 @@ def test_yogi_lets_the_second_moment_fall_slowly():
     assert falls["fedadam"] > 100 * falls["fedyogi"]
 
 
-@pytest.mark.parametrize("options", [
-    ServerOptions(lr=1000, momentum=0.5), ServerOptions(optimizer="fedyogi", lr=1000, tau=0.1),
-], ids=lambda options: options.optimizer)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ServerOptions(lr=1000, momentum=0.5),
+        ServerOptions(optimizer="fedyogi", lr=1000, tau=0.1),
+    ],
+    ids=lambda options: options.optimizer,
+)
 def test_a_step_that_is_not_finite_changes_nothing(options):
     """1000 * 3e36 is above float32's 3.4e38; of 3e36 alone the square is. The next step is taken
     as if the refused one had never been asked for."""

@@ -31,15 +31,18 @@ def aggregate(options, updates, sent):
 # --- rules, by hand ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "trim", "want"), [
-    (5, 0.0, 220.0),  # (1 + 2 + 3 + 94 + 1000) / 5
-    (5, 0.1, 33.0),  # one at each end: (2 + 3 + 94) / 3
-    (5, 0.4, 3.0),  # two at each end
-    (5, 0.49, 3.0),  # three would leave nothing: the median
-    (4, 0.4, 2.5),  # two would leave nothing: (2 + 3) / 2
-    (2, 0.1, 1.5),
-    (1, 0.49, 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "trim", "want"),
+    [
+        (5, 0.0, 220.0),  # (1 + 2 + 3 + 94 + 1000) / 5
+        (5, 0.1, 33.0),  # one at each end: (2 + 3 + 94) / 3
+        (5, 0.4, 3.0),  # two at each end
+        (5, 0.49, 3.0),  # three would leave nothing: the median
+        (4, 0.4, 2.5),  # two would leave nothing: (2 + 3) / 2
+        (2, 0.1, 1.5),
+        (1, 0.49, 1.0),
+    ],
+)
 def test_trimmed_mean_by_hand(n, trim, want):
     values = [1.0, 2.0, 3.0, 94.0, 1000.0][:n]
     found = aggregate(options_of("trimmed-mean", trim), [([v], 1.0) for v in values], [0.0])

@@ -59,10 +59,16 @@ def test_update_that_is_not_finite_does_not_come_back_from_the_spool(tmp_path, v
     name = "exits.0.2.bias"
     stream = Sender(trained | {name: torch.full_like(trained[name], value)})
     update = Update(
-        job=sent[0].id, digest=stream.digest(), round=1, num_examples=10, num_steps=1, phases={},
-        exits=(ExitResult(exit=1, loss=1.0, accuracy=0.5),), peak_memory_bytes=0,
+        job=sent[0].id,
+        digest=stream.digest(),
+        round=1,
+        num_examples=10,
+        num_steps=1,
+        phases={},
+        exits=(ExitResult(exit=1, loss=1.0, accuracy=0.5),),
+        peak_memory_bytes=0,
         tensors=stream.specs,
-    )  # fmt: skip
+    )
     spool.storage(1, "a")(stream.total_bytes).write(0, stream.part(0))
     arrived = ArrivedUpdate(
         update=update, segments=job.plan.segments, upload_s=0.0, bytes_down=0, bytes_up=0

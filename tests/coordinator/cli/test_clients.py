@@ -26,12 +26,15 @@ def test_invite_prints_one_line_and_says_the_rest_beside(gate, capsys):
     assert printed.out.count("\n") == 1
     line = decode_line(printed.out)
     assert (line.endpoint, line.name, line.server_key) == (
-        "tcp://fl.example:7777", "pi-1", gate.keys.public,
-    )  # fmt: skip
+        "tcp://fl.example:7777",
+        "pi-1",
+        gate.keys.public,
+    )
     assert re.fullmatch(
         r"edge-coordinator: for pi-1, until 20\d\d-\d\d-\d\d \d\d:\d\d UTC; on the device: "
-        r"edge-sdk join LINE\n", printed.err,
-    )  # fmt: skip
+        r"edge-sdk join LINE\n",
+        printed.err,
+    )
     (kept,) = read_invitations(gate.invitations)
     assert kept.name == "pi-1"
     assert time.time() + 1700 < kept.expires < time.time() + 1801
@@ -69,20 +72,28 @@ def test_invite_says_when_the_name_is_taken(gate, capsys):
     assert "pi-1 is in the list: only its present key can use this" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--name", "../etc"], "--name '../etc' is not 1 to 64 letters"),
-    (["--name", ""], "--name '' is not 1 to 64 letters"),
-    (["--endpoint", "h:1"], "--endpoint 'h:1' is not tcp://HOST:PORT"),
-    (["--endpoint", "tcp://*:5555"], "'tcp://*:5555' is no address that a device can connect to"),
-    (["--endpoint", "tcp://0.0.0.0:5555"], "is no address that a device can connect to"),
-    (["--endpoint", "tcp://h:0"], "port outside 1 to 65535"),
-    (["--endpoint", "tcp://hé:1"], "is not ASCII"),
-    (["--keys", "nowhere"], "nowhere/server.public cannot be read"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--name", "../etc"], "--name '../etc' is not 1 to 64 letters"),
+        (["--name", ""], "--name '' is not 1 to 64 letters"),
+        (["--endpoint", "h:1"], "--endpoint 'h:1' is not tcp://HOST:PORT"),
+        (
+            ["--endpoint", "tcp://*:5555"],
+            "'tcp://*:5555' is no address that a device can connect to",
+        ),
+        (["--endpoint", "tcp://0.0.0.0:5555"], "is no address that a device can connect to"),
+        (["--endpoint", "tcp://h:0"], "port outside 1 to 65535"),
+        (["--endpoint", "tcp://hé:1"], "is not ASCII"),
+        (["--keys", "nowhere"], "nowhere/server.public cannot be read"),
+    ],
+    ids=str,
+)
 def test_an_invitation_that_cannot_be_made(gate, capsys, flags, said):
     before = gate.clients.read_text()
-    status = coordinate(["invite", "--keys", str(gate.clients.parent), "--endpoint", "tcp://h:1",
-                         *flags])  # fmt: skip
+    status = coordinate(
+        ["invite", "--keys", str(gate.clients.parent), "--endpoint", "tcp://h:1", *flags]
+    )
     printed = capsys.readouterr()
     assert (status, printed.out) == (1, "")
     assert said in one_line(printed.err, "edge-coordinator")
@@ -172,11 +183,15 @@ def test_pending_keys_are_shown_until_they_are_added(gate, capsys):
     assert "remove the file" in one_line(capsys.readouterr().err, "edge-coordinator")
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    (None, "there is no such file; make it with `edge-coordinator clients add` or `invite`\n"),
-    ("folder", "Is a directory; expected a text file that this user may read\n"),
-    (b"# \xe9", "byte 3 is not ASCII; expected lines of `NAME PUBLIC_KEY`\n"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no such file; make it with `edge-coordinator clients add` or `invite`\n"),
+        ("folder", "Is a directory; expected a text file that this user may read\n"),
+        (b"# \xe9", "byte 3 is not ASCII; expected lines of `NAME PUBLIC_KEY`\n"),
+    ],
+    ids=str,
+)
 def test_a_list_that_cannot_be_read_is_one_line_with_the_next_step(gate, capsys, content, said):
     gate.clients.unlink()
     if content == "folder":
@@ -188,21 +203,28 @@ def test_a_list_that_cannot_be_read_is_one_line_with_the_next_step(gate, capsys,
     assert printed.endswith(f"client list {gate.clients} cannot be read: {said}")
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["add"], "clients add needs NAME and PUBLIC_KEY"),
-    (["add", "pi-1"], "clients add needs NAME and PUBLIC_KEY"),
-    (["remove"], "clients remove needs NAME"),
-    (["remove", "pi-1", "key"], "clients remove needs NAME"),
-    (["list", "pi-1"], "clients list needs nothing more"),
-    (["pending", "pi-1"], "clients pending needs nothing more"),
-    (["add", "pi-1", "short"], "PUBLIC_KEY holds no key: expected 40 characters"),
-    (["add", "a b", new_key()], "client name 'a b' is not"),
-    (["remove", "pi-1"], "no client 'pi-1' in"),
-    (["remove", "pi-1", "--keys", "nowhere"], "there is no folder nowhere"),
-    (["pending", "--keys", "nowhere"], "there is no folder nowhere; give --keys or --clients-file"),
-    (["pending", "--keys", "/dev/null"], "there is no folder /dev/null; give --keys"),
-    (["list", "--keys", "nowhere"], "client list nowhere/clients cannot be read"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["add"], "clients add needs NAME and PUBLIC_KEY"),
+        (["add", "pi-1"], "clients add needs NAME and PUBLIC_KEY"),
+        (["remove"], "clients remove needs NAME"),
+        (["remove", "pi-1", "key"], "clients remove needs NAME"),
+        (["list", "pi-1"], "clients list needs nothing more"),
+        (["pending", "pi-1"], "clients pending needs nothing more"),
+        (["add", "pi-1", "short"], "PUBLIC_KEY holds no key: expected 40 characters"),
+        (["add", "a b", new_key()], "client name 'a b' is not"),
+        (["remove", "pi-1"], "no client 'pi-1' in"),
+        (["remove", "pi-1", "--keys", "nowhere"], "there is no folder nowhere"),
+        (
+            ["pending", "--keys", "nowhere"],
+            "there is no folder nowhere; give --keys or --clients-file",
+        ),
+        (["pending", "--keys", "/dev/null"], "there is no folder /dev/null; give --keys"),
+        (["list", "--keys", "nowhere"], "client list nowhere/clients cannot be read"),
+    ],
+    ids=str,
+)
 def test_wrong_words_are_one_clear_line(gate, capsys, words, said):
     before = gate.clients.read_text()
     assert coordinate(["clients", "--keys", str(gate.clients.parent), *words]) == 1

@@ -17,9 +17,24 @@ from coordinator.cli.main import main
 from coordinator.store.lock import RunLock
 
 EMULATE = [
-    "emulate", "--data", "digits", "--clients", "6", "--groups", "2,2,2", "--rounds", "2",
-    "--participants", "4", "--batch-size", "8", "--epochs", "1", "--examples", "300",
-]  # fmt: skip
+    "emulate",
+    "--data",
+    "digits",
+    "--clients",
+    "6",
+    "--groups",
+    "2,2,2",
+    "--rounds",
+    "2",
+    "--participants",
+    "4",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "1",
+    "--examples",
+    "300",
+]
 
 
 @pytest.mark.parametrize("method", ["hypemefed", "stage-rotation"])
@@ -43,15 +58,18 @@ def test_emulate_prints_a_line_a_round_and_writes_json(tmp_path, capsys, method)
         assert first["bytes_up"] + second["bytes_up"] < first["bytes_down"] + second["bytes_down"]
 
 
-@pytest.mark.parametrize(("flags", "momentum", "lr", "distill"), [
-    ([], 0.5, 0.75, "auto"),
-    (["--server-optimizer", "fedyogi"], 0.9, 0.01, "auto"),
-    (["--server-optimizer", "fedadam", "--server-lr", "0.5"], 0.9, 0.5, "auto"),
-    (["--method", "owners-mean", "--server-optimizer", "fedadam"], 0.9, 0.01, "none"),
-    (["--method", "owners-mean"], 0.0, 1.0, "none"),
-    (["--paper"], 0.0, 1.0, "none"),
-    (["--paper", "--server-optimizer", "fedadam"], 0.9, 0.01, "none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "momentum", "lr", "distill"),
+    [
+        ([], 0.5, 0.75, "auto"),
+        (["--server-optimizer", "fedyogi"], 0.9, 0.01, "auto"),
+        (["--server-optimizer", "fedadam", "--server-lr", "0.5"], 0.9, 0.5, "auto"),
+        (["--method", "owners-mean", "--server-optimizer", "fedadam"], 0.9, 0.01, "none"),
+        (["--method", "owners-mean"], 0.0, 1.0, "none"),
+        (["--paper"], 0.0, 1.0, "none"),
+        (["--paper", "--server-optimizer", "fedadam"], 0.9, 0.01, "none"),
+    ],
+)
 def test_defaults_follow_method_and_optimizer(tmp_path, flags, momentum, lr, distill):
     """An adaptive server with fedavgm's lr of 1 moves every weight by about 1: 10 % accuracy."""
     out = tmp_path / "out.json"
@@ -76,44 +94,48 @@ def test_run_folder_resumes_and_holds_the_model(tmp_path, capsys):
         assert "exits.2.2.weight" in file.keys()  # noqa: SIM118
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--data", "nowhere"], "nowhere"),
-    (["--model", "resnet99"], "known: cnn, lstm, mlp, resnet18, vgg"),
-    (["--groups", "1,2"], "groups 1,2"),
-    (["--groups", "a,b"], "--groups 'a,b'"),
-    (["--option", "depth=3"], "no option depth"),
-    (["--option", "channels=4"], "channels"),
-    (["--batch-size", "1"], "--batch-size is 1: Expected `int` >= 2"),
-    (["--gain", "2"], "--gain is 2.0"),
-    (["--rounds", "0"], "--rounds is 0: Expected `int` >= 1"),
-    (["--participants", "0"], "--participants is 0"),
-    (["--fit-epochs", "0"], "--fit-epochs is 0"),
-    (["--distill-ramp", "-1"], "--distill-ramp is -1"),
-    (["--rank", "0"], "--rank is 0"),
-    (["--hidden", "1000000000000000"], "--hidden is 1000000000000000"),
-    (["--server-lr", "inf"], "--server-lr is inf: Expected `float` <= 1000"),
-    (["--epochs", "200000"], "--epochs is 200000: Expected `int` <= 100000"),
-    (["--batch-size", "2000000"], "--batch-size is 2000000: Expected `int` <= 1000000"),
-    (["--lr", "inf"], "--lr is inf"),
-    (["--weight-decay", "1e7"], "--weight-decay is 10000000.0"),
-    (["--prox-mu", "1e7"], "--prox-mu is 10000000.0"),
-    (["--exit-weights", "1,1e7,1"], "--exit-weights is (1.0, 10000000.0, 1.0): Expected"),
-    (["--exit-weights", "0,0,0"], "--exit-weights are all 0"),
-    (["--method", "stage-rotation", "--rotation", "off"], "--rotation off is owners-mean"),
-    (["--method", "fedavg-l", "--rotation", "add"], "--rotation add has no place there"),
-    (["--option", "channels=1000000,1000000,4"], "out of memory making hypemefed"),
-    (["--option", "channels=99999999999999999999,4,4"], "channels"),
-    (["--device", "meta"], "--device 'meta' is not supported; use cpu or cuda"),
-    (["--device", "mps"], "--device 'mps'"),
-    (["--device", "cuda:99"], "--device 'cuda:99'"),
-    (["--out", "."], "--out . is no file"),
-    (["--out", "/dev/null"], "--out /dev/null is no file"),
-    (["--resume"], "--resume needs --run-dir"),
-    (["--device", "tpu7"], "--device"),
-    (["--alpha", "-1"], "alpha"),
-    (["--exits", "0"], "exit"),
-    (["--split", "subject"], "subject"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--model", "resnet99"], "known: cnn, lstm, mlp, resnet18, vgg"),
+        (["--groups", "1,2"], "groups 1,2"),
+        (["--groups", "a,b"], "--groups 'a,b'"),
+        (["--option", "depth=3"], "no option depth"),
+        (["--option", "channels=4"], "channels"),
+        (["--batch-size", "1"], "--batch-size is 1: Expected `int` >= 2"),
+        (["--gain", "2"], "--gain is 2.0"),
+        (["--rounds", "0"], "--rounds is 0: Expected `int` >= 1"),
+        (["--participants", "0"], "--participants is 0"),
+        (["--fit-epochs", "0"], "--fit-epochs is 0"),
+        (["--distill-ramp", "-1"], "--distill-ramp is -1"),
+        (["--rank", "0"], "--rank is 0"),
+        (["--hidden", "1000000000000000"], "--hidden is 1000000000000000"),
+        (["--server-lr", "inf"], "--server-lr is inf: Expected `float` <= 1000"),
+        (["--epochs", "200000"], "--epochs is 200000: Expected `int` <= 100000"),
+        (["--batch-size", "2000000"], "--batch-size is 2000000: Expected `int` <= 1000000"),
+        (["--lr", "inf"], "--lr is inf"),
+        (["--weight-decay", "1e7"], "--weight-decay is 10000000.0"),
+        (["--prox-mu", "1e7"], "--prox-mu is 10000000.0"),
+        (["--exit-weights", "1,1e7,1"], "--exit-weights is (1.0, 10000000.0, 1.0): Expected"),
+        (["--exit-weights", "0,0,0"], "--exit-weights are all 0"),
+        (["--method", "stage-rotation", "--rotation", "off"], "--rotation off is owners-mean"),
+        (["--method", "fedavg-l", "--rotation", "add"], "--rotation add has no place there"),
+        (["--option", "channels=1000000,1000000,4"], "out of memory making hypemefed"),
+        (["--option", "channels=99999999999999999999,4,4"], "channels"),
+        (["--device", "meta"], "--device 'meta' is not supported; use cpu or cuda"),
+        (["--device", "mps"], "--device 'mps'"),
+        (["--device", "cuda:99"], "--device 'cuda:99'"),
+        (["--out", "."], "--out . is no file"),
+        (["--out", "/dev/null"], "--out /dev/null is no file"),
+        (["--resume"], "--resume needs --run-dir"),
+        (["--device", "tpu7"], "--device"),
+        (["--alpha", "-1"], "alpha"),
+        (["--exits", "0"], "exit"),
+        (["--split", "subject"], "subject"),
+    ],
+    ids=str,
+)
 def test_bad_settings_are_one_clear_line(capsys, flags, said):
     assert main([*EMULATE, *flags]) == 1
     captured = capsys.readouterr()
@@ -122,34 +144,42 @@ def test_bad_settings_are_one_clear_line(capsys, flags, said):
     assert captured.err.count("\n") == 1, captured.err
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--rounds", "0"], "--rounds is 0"),
-    (["--exits", "0"], "--exits is 0"),
-    (["--alpha", "0"], "Dirichlet alpha is 0.0"),
-    (["--holders", "nan"], "--holders nan, expected a share"),
-    (["--clients", "0", "--groups", "0"], "--clients is 0, expected at least 1"),
-    (["--groups", "1,2"], "groups 1,2 need to sum to 6"),
-    (["--model", "resnet99"], "known: cnn, lstm, mlp, resnet18, vgg"),
-    (["--method", "stage-rotation", "--rotation", "off"], "--rotation off is owners-mean"),
-    (["--out", "."], "--out . is no file"),
-    (["--run-dir", "nowhere", "--resume"], "nowhere holds no run"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--exits", "0"], "--exits is 0"),
+        (["--alpha", "0"], "Dirichlet alpha is 0.0"),
+        (["--holders", "nan"], "--holders nan, expected a share"),
+        (["--clients", "0", "--groups", "0"], "--clients is 0, expected at least 1"),
+        (["--groups", "1,2"], "groups 1,2 need to sum to 6"),
+        (["--model", "resnet99"], "known: cnn, lstm, mlp, resnet18, vgg"),
+        (["--method", "stage-rotation", "--rotation", "off"], "--rotation off is owners-mean"),
+        (["--out", "."], "--out . is no file"),
+        (["--run-dir", "nowhere", "--resume"], "nowhere holds no run"),
+    ],
+    ids=str,
+)
 def test_wrong_values_are_told_before_data_is_read(capsys, flags, said):
     assert main([*EMULATE, "--data", "nowhere", *flags]) == 1
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--rounds", "0"], "--rounds is 0"),
-    (["--quorum", "2"], "--quorum is 2.0"),
-    (["--method", "fedavg-s", "--rotation", "add"], "--rotation add has no place there"),
-    (["--model", "resnet99"], "unknown model family"),
-    (["--listen", "5555"], "tcp://HOST:PORT"),
-    (["--metrics", "9464"], "HOST:PORT"),
-    (["--memory-budget", "10"], "--memory-budget is 10 bytes"),
-    (["--keys", "no-keys"], "server.public"),
-    (["--resume"], "holds no run"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--quorum", "2"], "--quorum is 2.0"),
+        (["--method", "fedavg-s", "--rotation", "add"], "--rotation add has no place there"),
+        (["--model", "resnet99"], "unknown model family"),
+        (["--listen", "5555"], "tcp://HOST:PORT"),
+        (["--metrics", "9464"], "HOST:PORT"),
+        (["--memory-budget", "10"], "--memory-budget is 10 bytes"),
+        (["--keys", "no-keys"], "server.public"),
+        (["--resume"], "holds no run"),
+    ],
+    ids=str,
+)
 def test_serve_tells_wrong_values_before_data_is_read(tmp_path, capsys, flags, said):
     run = ["--run-dir", str(tmp_path / "run"), "--test", "nowhere"]
     assert main(["serve", *run, *flags]) == 1
@@ -164,11 +194,20 @@ def test_wrong_usage_exits_with_two(capsys):
     assert "hypemefed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [
-    ["--threads", "99999999999999999999"], ["--threads", "0"], ["--processes", "0"],
-    ["--personalise", "200000"], ["--run-dir", ""], ["--out", ""], ["--option", "channels"],
-    ["--option", "channels=4,"],
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--threads", "99999999999999999999"],
+        ["--threads", "0"],
+        ["--processes", "0"],
+        ["--personalise", "200000"],
+        ["--run-dir", ""],
+        ["--out", ""],
+        ["--option", "channels"],
+        ["--option", "channels=4,"],
+    ],
+    ids=str,
+)
 def test_values_that_no_run_can_have_are_wrong_usage(capsys, flags):
     with pytest.raises(SystemExit) as stop:
         main([*EMULATE, *flags])
@@ -223,10 +262,15 @@ def test_late_updates_cannot_be_dropped_in_an_asynchronous_run(tmp_path, capsys)
     assert "--memory-budget is 10 bytes, expected at least 1048576" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [
-    ["--give-up-after", "-1"], ["--give-up-after", "nan"], ["--memory-budget", "much"],
-    ["--input", "a"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--give-up-after", "-1"],
+        ["--give-up-after", "nan"],
+        ["--memory-budget", "much"],
+        ["--input", "a"],
+    ],
+)
 def test_serve_values_out_of_range_are_wrong_usage(tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as stopped:
         main(["serve", "--run-dir", str(tmp_path / "run"), *flags])
@@ -298,8 +342,11 @@ def test_ctrl_c_ends_a_run_of_several_processes_after_the_round(tmp_path):
     flags = ["--rounds", "500", "--run-dir", str(tmp_path / "run"), "--processes", "2"]
     running = subprocess.Popen(
         [sys.executable, "-m", "coordinator.cli", *EMULATE, *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     with running:
         assert running.stdout.readline().startswith("round 1: 4 of 4 returned")
         os.killpg(running.pid, signal.SIGINT)
@@ -358,8 +405,12 @@ def test_default_and_paper_settings(tmp_path):
     assert paper["server"]["serve"] == "last"
     assert (paper["server"]["momentum"], paper["server"]["lr"]) == (0.0, 1.0)
     assert {k: paper["generator"][k] for k in ("name", "rank", "hidden", "epochs", "lr")} == {
-        "name": "svd-mlp", "rank": 100, "hidden": 512, "epochs": 25, "lr": 5e-4,
-    }  # fmt: skip
+        "name": "svd-mlp",
+        "rank": 100,
+        "hidden": 512,
+        "epochs": 25,
+        "lr": 5e-4,
+    }
     own = settings(tmp_path, "--paper", "--rank", "7", "--serve", "ema")["config"]
     assert (own["generator"]["rank"], own["server"]["serve"]) == (7, "ema")
 
@@ -373,8 +424,11 @@ def test_personalised_accuracy_is_told_by_group(tmp_path, capsys):
     content = settings(tmp_path, "--personalise", "1")
     groups = content["personalised"]["groups"]
     assert {name: group["clients"] for name, group in groups.items()} == {
-        "all": 6, "exit 1": 2, "exit 2": 2, "exit 3": 2,
-    }  # fmt: skip
+        "all": 6,
+        "exit 1": 2,
+        "exit 2": 2,
+        "exit 3": 2,
+    }
     assert "exit 1: 2 clients, accuracy on their own hold-outs" in capsys.readouterr().out
     assert content["config"]["holdout"] == 0.2
 

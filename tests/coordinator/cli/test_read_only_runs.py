@@ -95,8 +95,13 @@ def test_a_read_only_file_system(folder, tmp_path):
         pytest.skip("a folder cannot be bound read-only: needs root and unshare")
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*bound, sys.executable, *command], capture_output=True, text=True,
-                              check=False, cwd=ROOT)  # fmt: skip
+        return subprocess.run(
+            [*bound, sys.executable, *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+        )
 
     ended = run("-m", "tools.testbed.report", str(folder))
     assert ended.returncode == 0, ended.stderr

@@ -17,15 +17,25 @@ def start(folder: Path, *arguments: str, **settings) -> subprocess.CompletedProc
     path = f"{folder / 'path'}{os.pathsep}{ROOT}"
     return subprocess.run(
         [sys.executable, "-m", "coordinator.cli", *arguments],
-        stderr=subprocess.PIPE, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": path},
-        timeout=120, **settings,
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path},
+        timeout=120,
+        **settings,
+    )
 
 
-@pytest.mark.parametrize("arguments", [
-    ["serve"], ["emulate"], ["export", "--run", "run", "--out", "model"],
-    ["emulate", "--import", "torch"],
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve"],
+        ["emulate"],
+        ["export", "--run", "run", "--out", "model"],
+        ["emulate", "--import", "torch"],
+    ],
+    ids=" ".join,
+)
 def test_ctrl_c_while_torch_is_imported_ends_it_quietly(tmp_path, arguments):
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "torch.py").write_text(SWALLOWED)

@@ -39,18 +39,38 @@ def test_a_table_for_people(tmp_path, capsys):
     assert status(told(tmp_path, reason="the disk is full")) == 0
     text = capsys.readouterr().out
     for words in (
-        "run 1a2b in", "round open, round 3 of 50", f"process {os.getpid()} runs",
-        "1 of 4 returned, 2 needed", "5 updates accepted, 1 late (3 counted afterwards), 2 failed",
+        "run 1a2b in",
+        "round open, round 3 of 50",
+        f"process {os.getpid()} runs",
+        "1 of 4 returned, 2 needed",
+        "5 updates accepted, 1 late (3 counted afterwards), 2 failed",
         "the disk is full",
-        "100 B sent, 200 B received", "strangers refused 9", "faults: gone 1, other 2, tensors 3",
+        "100 B sent, 200 B received",
+        "strangers refused 9",
+        "faults: gone 1, other 2, tensors 3",
         "2 clients: away 1, upload 1",
-    ):  # fmt: skip
+    ):
         assert words in text
     rows = [line.split() for line in text.splitlines()]
     assert [
-        "pi-1", "upload", "2", "3", "5.0", "MB", "1.2", "kB", "2", "2", "s", "raspberry-pi-4",
-        "10.0.0.7", "tensors", "1", "duplicates", "1",
-    ] in rows  # fmt: skip
+        "pi-1",
+        "upload",
+        "2",
+        "3",
+        "5.0",
+        "MB",
+        "1.2",
+        "kB",
+        "2",
+        "2",
+        "s",
+        "raspberry-pi-4",
+        "10.0.0.7",
+        "tensors",
+        "1",
+        "duplicates",
+        "1",
+    ] in rows
     assert any(row[:2] == ["pi-2", "away"] and "120" in row for row in rows)
 
 
@@ -65,25 +85,32 @@ def test_json_for_programs(tmp_path, capsys):
     assert found["rounds"] == []
 
 
-@pytest.mark.parametrize(("changes", "code", "said"), [
-    ({}, 0, "runs"),
-    ({"phase": "finished", "process": "1"}, 0, "finished"),
-    ({"process": "1"}, 3, "is gone; go on with --resume"),
-    ({"phase": "gave up", "process": "1"}, 3, "gave up"),
-    ({"host": "elsewhere", "written_utc": utc() - timedelta(hours=2)}, 4, "on elsewhere"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        ({}, 0, "runs"),
+        ({"phase": "finished", "process": "1"}, 0, "finished"),
+        ({"process": "1"}, 3, "is gone; go on with --resume"),
+        ({"phase": "gave up", "process": "1"}, 3, "gave up"),
+        ({"host": "elsewhere", "written_utc": utc() - timedelta(hours=2)}, 4, "on elsewhere"),
+    ],
+    ids=str,
+)
 def test_the_exit_code_says_how_it_stands(tmp_path, capsys, changes, code, said):
     assert status(told(tmp_path, **changes)) == code
     assert said in capsys.readouterr().out
     assert status(tmp_path, "--json") == code
 
 
-@pytest.mark.parametrize(("prepare", "said"), [
-    (lambda folder: None, "holds no run; give the --run-dir"),
-    (lambda folder: folder.rmdir(), "holds no run"),
-    (lambda folder: (folder / FILE).write_text("{"), "status.json cannot be read"),
-    (lambda folder: (folder / FILE).mkdir(), "status.json cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (lambda folder: None, "holds no run; give the --run-dir"),
+        (lambda folder: folder.rmdir(), "holds no run"),
+        (lambda folder: (folder / FILE).write_text("{"), "status.json cannot be read"),
+        (lambda folder: (folder / FILE).mkdir(), "status.json cannot be read"),
+    ],
+)
 def test_no_run_is_one_line(tmp_path, capsys, prepare, said):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -158,11 +185,19 @@ def test_bad_seconds_are_wrong_usage(tmp_path, text, capsys):
 
 def test_sizes_and_times_are_short():
     assert [size(n) for n in (0, 999, 1000, 1.25e6, 3e9)] == [
-        "0 B", "999 B", "1.0 kB", "1.2 MB", "3.0 GB",
-    ]  # fmt: skip
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "1.2 MB",
+        "3.0 GB",
+    ]
     assert [lasting(s) for s in (0, 599, 600, 35_999, 36_000)] == [
-        "0 s", "599 s", "10 min", "600 min", "10 h",
-    ]  # fmt: skip
+        "0 s",
+        "599 s",
+        "10 min",
+        "600 min",
+        "10 h",
+    ]
 
 
 def test_looking_needs_no_torch():

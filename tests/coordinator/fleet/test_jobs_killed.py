@@ -51,8 +51,12 @@ class Fuse:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left: int | None = None
         for owner, name in (
-            (os, "replace"), (os, "link"), (os, "pwrite"), (os, "ftruncate"), (Path, "unlink"),
-        ):  # fmt: skip
+            (os, "replace"),
+            (os, "link"),
+            (os, "pwrite"),
+            (os, "ftruncate"),
+            (Path, "unlink"),
+        ):
             monkeypatch.setattr(owner, name, self._burning(getattr(owner, name)))
         monkeypatch.setattr(spool_module, "write_whole", self._leaving(spool_module.write_whole))
 
@@ -127,10 +131,13 @@ class Run:
         for device in self.devices.values():
             device.is_linked = False
         self.jobs = Jobs(
-            "run", Spool(self.folder), Budget(),
+            "run",
+            Spool(self.folder),
+            Budget(),
             Mailbox(lambda name, message, _: self.devices[name].hear(message)),
-            takes_late=self.mode != "drop", was_counted=lambda job: self.counted[job] > 0,
-        )  # fmt: skip
+            takes_late=self.mode != "drop",
+            was_counted=lambda job: self.counted[job] > 0,
+        )
         self.jobs.resume(self.next)
         self.model: dict[str, torch.Tensor] = {}
 
@@ -257,10 +264,16 @@ class Run:
     def upload(self, device: Device, job: Job, trained: dict[str, torch.Tensor]) -> None:
         sender = Sender(trained)
         update = Update(
-            job=job.id, digest=sender.digest(), round=job.round, num_examples=1, num_steps=1,
+            job=job.id,
+            digest=sender.digest(),
+            round=job.round,
+            num_examples=1,
+            num_steps=1,
             exits=tuple(ExitResult(exit=e, loss=0.5, accuracy=0.5) for e in (1, 2)[: len(trained)]),
-            phases={}, peak_memory_bytes=0, tensors=sender.specs,
-        )  # fmt: skip
+            phases={},
+            peak_memory_bytes=0,
+            tensors=sender.specs,
+        )
         self.jobs.on_message(device.name, update, None)
         if device.job is job and self.dice.random() < 0.8:
             part = Part(round=job.round, index=0)

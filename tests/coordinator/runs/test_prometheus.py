@@ -69,18 +69,34 @@ def test_prometheus_gets_the_latest_snapshot():
     with serving(state) as server:
         found = scrape(server.port)
     expected = {
-        ("round", ""): 3, ("rounds_planned", ""): 50, ("last_round_seconds", ""): 3.5,
-        ("round_seconds_count", ""): 2, ("round_seconds_sum", ""): 7.5,
-        ("phase", "round open"): 1, ("phase", "aggregating"): 0, ("run_info", "1a2b"): 1,
-        ("clients", "upload"): 1, ("clients", "away"): 1, ("clients", "ready"): 0,
-        ("round_chosen", ""): 4, ("round_needed", ""): 2, ("round_returned", ""): 1,
-        ("bytes_in_flight", ""): 10, ("memory_budget_bytes", ""): 64, ("spool_bytes", ""): 7,
-        ("bytes_sent_total", ""): 100, ("bytes_received_total", ""): 200,
-        ("updates_total", "accepted"): 5, ("updates_total", "late"): 1,
-        ("updates_total", "failed"): 2, ("strangers_refused_total", ""): 9,
-        ("faults_total", "tensors"): 3, ("faults_total", "gone"): 1, ("faults_total", OTHER): 2,
+        ("round", ""): 3,
+        ("rounds_planned", ""): 50,
+        ("last_round_seconds", ""): 3.5,
+        ("round_seconds_count", ""): 2,
+        ("round_seconds_sum", ""): 7.5,
+        ("phase", "round open"): 1,
+        ("phase", "aggregating"): 0,
+        ("run_info", "1a2b"): 1,
+        ("clients", "upload"): 1,
+        ("clients", "away"): 1,
+        ("clients", "ready"): 0,
+        ("round_chosen", ""): 4,
+        ("round_needed", ""): 2,
+        ("round_returned", ""): 1,
+        ("bytes_in_flight", ""): 10,
+        ("memory_budget_bytes", ""): 64,
+        ("spool_bytes", ""): 7,
+        ("bytes_sent_total", ""): 100,
+        ("bytes_received_total", ""): 200,
+        ("updates_total", "accepted"): 5,
+        ("updates_total", "late"): 1,
+        ("updates_total", "failed"): 2,
+        ("strangers_refused_total", ""): 9,
+        ("faults_total", "tensors"): 3,
+        ("faults_total", "gone"): 1,
+        ("faults_total", OTHER): 2,
         ("faults_total", "stalled"): 0,
-    }  # fmt: skip
+    }
     assert {key: found.get(key) for key in expected} == expected
     assert found["start_time_seconds", ""] == pytest.approx(state.started_utc.timestamp())
     assert found["status_timestamp_seconds", ""] == pytest.approx(state.written_utc.timestamp())
@@ -129,11 +145,27 @@ def test_two_servers_have_figures_of_their_own_and_a_port_is_free_again():
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-@pytest.mark.parametrize("text", [
-    "", "9464", ":9464", "localhost", "localhost:", "localhost:x", "localhost:65536", "a:b:1",
-    "localhost:-1", "http://localhost:9464", "localhost:9464/metrics", "local host:9464",
-    "localhost:9464\n", "localhost:٣", "[::1]", "[::1:9464",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "9464",
+        ":9464",
+        "localhost",
+        "localhost:",
+        "localhost:x",
+        "localhost:65536",
+        "a:b:1",
+        "localhost:-1",
+        "http://localhost:9464",
+        "localhost:9464/metrics",
+        "local host:9464",
+        "localhost:9464\n",
+        "localhost:٣",
+        "[::1]",
+        "[::1:9464",
+    ],
+)
 def test_a_bad_address_is_one_line(text):
     with pytest.raises(ConfigError, match="is not HOST:PORT, e.g. 127.0.0.1:9464"):
         metrics_flag(text)
@@ -261,8 +293,9 @@ def test_a_client_is_seen_in_each_of_its_phases(make_coordinator):
     assert found.bytes_down == 2 * layout(job.tensors)[1]
     assert (found.bytes_up, found.clients[0].bytes_up, found.clients[0].updates) == (size, size, 1)
     assert [(client.phase, client.round) for client in found.clients] == [
-        ("ready", 0), ("connected", 0),
-    ]  # fmt: skip
+        ("ready", 0),
+        ("connected", 0),
+    ]
     assert found.clients[1].faults == {OTHER: 1}
     assert [client.address for client in found.clients] == ["127.0.0.1", "127.0.0.1"]
     a.send(Bye())

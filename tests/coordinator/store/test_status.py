@@ -92,11 +92,18 @@ def test_another_file_is_never_written_through_a_link(tmp_path, caplog):
     assert (tmp_path / "precious").read_text() == "kept"
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b'{"run": "a"}', b"\xff",
-    msgspec.json.encode(snapshot()).replace(b'"round open"', b'"dancing"'),
-    msgspec.json.encode(snapshot()).replace(b'+00:00"', b'"').replace(b'Z"', b'"'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"run": "a"}',
+        b"\xff",
+        msgspec.json.encode(snapshot()).replace(b'"round open"', b'"dancing"'),
+        msgspec.json.encode(snapshot()).replace(b'+00:00"', b'"').replace(b'Z"', b'"'),
+    ],
+)
 def test_a_broken_file_is_one_line(tmp_path, content):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(StoreError, match=r"status\.json cannot be read"):
@@ -158,15 +165,19 @@ def test_who_is_asked_is_told_with_the_first_message_of_the_round(tmp_path):
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize(("error", "is_finished", "phase", "reason"), [
-    (None, True, "finished", ""),
-    (None, False, "stopped", ""),
-    (Stopped(), False, "stopped", ""),
-    (KeyboardInterrupt(), False, "stopped", ""),
-    (QuorumError("nobody came"), False, "gave up", "nobody came"),
-    (StoreError("disk full"), False, "failed", "StoreError: disk full"),
-    (ValueError("a bug"), True, "failed", "ValueError: a bug"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "is_finished", "phase", "reason"),
+    [
+        (None, True, "finished", ""),
+        (None, False, "stopped", ""),
+        (Stopped(), False, "stopped", ""),
+        (KeyboardInterrupt(), False, "stopped", ""),
+        (QuorumError("nobody came"), False, "gave up", "nobody came"),
+        (StoreError("disk full"), False, "failed", "StoreError: disk full"),
+        (ValueError("a bug"), True, "failed", "ValueError: a bug"),
+    ],
+    ids=str,
+)
 def test_how_a_run_ended_is_told(tmp_path, error, is_finished, phase, reason):
     monitor, _ = monitored(tmp_path)
     raised = contextlib.nullcontext()
@@ -188,8 +199,12 @@ def test_rounds_are_counted_and_logged(tmp_path, caplog):
     assert (last.rounds_done, last.rounds_s, last.last_round_s) == (2, 5.5, 3.5)
     said = caplog.records[-1]
     assert (said.event, said.round, said.chosen, said.returned, said.bytes_up) == (
-        "round_closed", 2, 4, 3, 20,
-    )  # fmt: skip
+        "round_closed",
+        2,
+        4,
+        3,
+        20,
+    )
 
 
 def test_the_loop_names_its_phases(tmp_path):
@@ -198,9 +213,12 @@ def test_the_loop_names_its_phases(tmp_path):
     told_phases: list[tuple[str, int]] = []
     run = Store.create(tmp_path / "run", settings, "emulate")
     run_rounds(
-        run, make_method(settings), in_process(), examples(6),
+        run,
+        make_method(settings),
+        in_process(),
+        examples(6),
         phase=lambda phase, round: told_phases.append((phase, round)),
-    )  # fmt: skip
+    )
     run.close()
     first = ["waiting for devices", "round open", "aggregating", "saving"]
     second = [*first[:3], "evaluating", "saving"]

@@ -181,8 +181,11 @@ def test_what_a_kill_while_writing_left_is_deleted(tmp_path):
     commit(again, 2)
     again.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".tmp-of-somebody", "round-000001.safetensors", "round-000002.safetensors", "run.sqlite",
-    ]  # fmt: skip
+        ".tmp-of-somebody",
+        "round-000001.safetensors",
+        "round-000002.safetensors",
+        "run.sqlite",
+    ]
     plain = (tmp_path / ".tmp-of-somebody").stat().st_mode
     assert (tmp_path / "round-000002.safetensors").stat().st_mode == plain
 

@@ -79,9 +79,15 @@ class Started:
             ),
         )
         read = Inspected(
-            num_examples=24, input_shape=(1, 8, 8), num_classes=3, num_labels=3, runtime_bytes=0,
-            gflops=1.0, layer_s=0.0, finished=finished,
-        )  # fmt: skip
+            num_examples=24,
+            input_shape=(1, 8, 8),
+            num_classes=3,
+            num_labels=3,
+            runtime_bytes=0,
+            gflops=1.0,
+            layer_s=0.0,
+            finished=finished,
+        )
         self.trainer_says(read)
         self.agent._on_welcome(welcome())
 
@@ -236,9 +242,16 @@ def test_what_was_trained_is_told_once_by_this_start(monkeypatch, caplog, finish
         started.trainer_says(Estimated(model=MODEL, costs=COSTS))
         started.agent._on_job(JOB)
     update = Update(
-        job=JOB.id, digest="d" * 32, round=4, num_examples=24, num_steps=3, exits=(),
-        phases={"train": Phase(wall_s=1.0)}, peak_memory_bytes=0, tensors=(),
-    )  # fmt: skip
+        job=JOB.id,
+        digest="d" * 32,
+        round=4,
+        num_examples=24,
+        num_steps=3,
+        exits=(),
+        phases={"train": Phase(wall_s=1.0)},
+        peak_memory_bytes=0,
+        tensors=(),
+    )
     with caplog.at_level("INFO", "edge_sdk.agent.agent"):
         for _ in range(2):  # again, on a new connection
             started.trainer_says(update)

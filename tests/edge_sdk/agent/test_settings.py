@@ -62,11 +62,11 @@ def test_an_empty_file_sets_nothing():
         ('import = [".x"]', "key import: got ['.x'], expected a list of module names"),
         ('server_key = "server.public"', 'key server_key: got "server.public", expected the coord'),
         ('id = "a b"', 'key id: got "a b", expected a name of 1 to 64 letters'),
-        ('data = "here/data.npz"', "key data: got \"here/data.npz\", expected the absolute path"),
+        ('data = "here/data.npz"', 'key data: got "here/data.npz", expected the absolute path'),
         ('keys = "keys"', 'key keys: got "keys", expected the absolute path of the folder'),
         ('device = "gpu"', 'key device: got "gpu", expected "cpu" or "cuda"'),
-        ('coordinator = "host:5555"', "key coordinator: got \"host:5555\", expected the coordi"),
-        ('coordinator = "tcp://h:70000"', "key coordinator: got \"tcp://h:70000\", expected"),
+        ('coordinator = "host:5555"', 'key coordinator: got "host:5555", expected the coordi'),
+        ('coordinator = "tcp://h:70000"', 'key coordinator: got "tcp://h:70000", expected'),
         ("coordinator = 5", "line 1, key coordinator: got 5, expected the coordinator's address"),
         ("# a\n\nthread = 2", "line 3, key thread: there is no such key; did you mean threads?"),
         ("x = 2", "line 1, key x: there is no such key; known are coordinator, data, id"),
@@ -75,9 +75,9 @@ def test_an_empty_file_sets_nothing():
         ("id = pi-1", 'line 1: Invalid value in "id = pi-1"; a line is KEY = VALUE'),
         ("import = [\n'a',", "line 2: "),
         ("id = 'a'\nid = 'b'", "line 2: Cannot overwrite a value"),
-        (f'id = "{"x" * 200}"', 'xxx..., expected a name of 1 to 64'),
+        (f'id = "{"x" * 200}"', "xxx..., expected a name of 1 to 64"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_one_line_with_line_and_key(text, said):
     with pytest.raises(ConfigError) as caught:
         parse_config(text, "/etc/file.toml")

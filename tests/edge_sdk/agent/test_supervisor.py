@@ -54,9 +54,15 @@ def heard(supervisor: Supervisor, trainer: Trainer, *says: PipeMessage) -> list[
     return [received[0] for received in found if received is not None]
 
 
-@pytest.mark.parametrize("stale", [
-    FETCH, Part(round=4, index=1), Fault(code="capacity", detail="no memory", round=4),
-], ids=lambda message: type(message).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "stale",
+    [
+        FETCH,
+        Part(round=4, index=1),
+        Fault(code="capacity", detail="no memory", round=4),
+    ],
+    ids=lambda message: type(message).__name__,
+)
 def test_nothing_of_a_dropped_job_fails_the_next_of_its_round(supervisor, trainer, stale):
     assert heard(supervisor, trainer, stale) == [stale]
     supervisor.send(Cancel())
@@ -73,9 +79,10 @@ def test_every_dropped_job_is_answered_for_itself(supervisor, trainer):
 def test_what_is_about_no_job_is_always_heard(supervisor, trainer):
     supervisor.send(Cancel())
     others = (
-        Progress(round=4, batches=2), Estimated(model=MODEL, costs=()),
+        Progress(round=4, batches=2),
+        Estimated(model=MODEL, costs=()),
         Fault(code="capacity", detail="costs could not be counted"),
-    )  # fmt: skip
+    )
     assert heard(supervisor, trainer, *others) == list(others)
 
 

@@ -120,10 +120,12 @@ def with_levers(first: int, last: int, saved_mebibytes: int) -> SegmentCost:
     operations again, where stages are run again."""
     saved = saved_mebibytes * 1024**2
     return replace(
-        cost(first, last, 100), batch_size=32, recompute_flops_per_example=0.5e9,
+        cost(first, last, 100),
+        batch_size=32,
+        recompute_flops_per_example=0.5e9,
         moments=(Moment(example_bytes=saved / 32),),
         recompute_moments=(Moment(example_bytes=saved / 5 / 32),),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,12 @@ def saved_bytes(cost: SegmentCost) -> int:
 
 def test_prefixes_then_single_stages():
     assert list(by_segment(replace(CNN, exit=3, options={}))) == [
-        (1, 1), (1, 2), (1, 3), (2, 2), (3, 3)
-    ]  # fmt: skip
+        (1, 1),
+        (1, 2),
+        (1, 3),
+        (2, 2),
+        (3, 3),
+    ]
 
 
 def test_counted_on_one_thread(monkeypatch):

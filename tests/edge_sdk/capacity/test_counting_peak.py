@@ -109,8 +109,9 @@ def test_predicted_peak_with_and_without_a_cache():
 
 
 def test_a_wide_first_stage_needs_its_gradient_beside_what_is_saved():
-    spec = ModelSpec(family="cnn", input_shape=(3, 64, 64), num_classes=10, exit=1,
-                     options={"channels": (32,)})  # fmt: skip
+    spec = ModelSpec(
+        family="cnn", input_shape=(3, 64, 64), num_classes=10, exit=1, options={"channels": (32,)}
+    )
     plan = Plan(segments=(Segment(first=1, last=1),), batch_size=64, optimizer="adam")
     predicted, peak = predicted_and_measured(spec, plan, 128, 0)
     assert peak <= predicted <= 1.15 * peak

@@ -23,13 +23,17 @@ def lone(tmp_path):
         yield world
 
 
-@pytest.mark.parametrize(("spoil", "said"), [
-    (lambda home: (home / "device.secret").unlink(), "device.secret cannot be read"),
-    (lambda home: (home / "device.public").unlink(), "device.public cannot be read"),
-    (lambda home: (home / "server.public").unlink(), "server.public cannot be read"),
-    (lambda home: (home / "device.secret").chmod(0o644), "chmod 600"),
-    (lambda home: (home / "device.secret").write_text("no key"), "device.secret holds no key"),
-], ids=["no secret", "no public", "no server", "readable by others", "not a key"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda home: (home / "device.secret").unlink(), "device.secret cannot be read"),
+        (lambda home: (home / "device.public").unlink(), "device.public cannot be read"),
+        (lambda home: (home / "server.public").unlink(), "server.public cannot be read"),
+        (lambda home: (home / "device.secret").chmod(0o644), "chmod 600"),
+        (lambda home: (home / "device.secret").write_text("no key"), "device.secret holds no key"),
+    ],
+    ids=["no secret", "no public", "no server", "readable by others", "not a key"],
+)
 def test_device_keys_are_checked(lone, spoil, said):
     spoil(lone.folder / "a")
     ended = run_cli("edge_sdk.cli", *lone.device_flags("a"))
@@ -37,21 +41,25 @@ def test_device_keys_are_checked(lone, spoil, said):
     assert said in one_line(ended.stderr, "edge-sdk")
 
 
-@pytest.mark.parametrize(("flags", "status", "said"), [
-    (["--coordinator", "localhost:5555"], 1, "tcp://HOST:PORT"),
-    (["--coordinator", "http://localhost:5555"], 1, "tcp://HOST:PORT"),
-    (["--coordinator", "tcp://localhost"], 1, "tcp://HOST:PORT"),
-    (["--coordinator", "tcp://localhost:99999"], 1, "1 to 65535"),
-    (["--board", "abacus"], 1, "raspberry-pi-4"),
-    (["--id", "../../etc"], 1, "--id"),
-    (["--server-key", "short"], 1, "--server-key"),
-    (["--data", "nowhere.npz"], 1, "nowhere.npz"),
-    (["--import", "no_such_module"], 1, "--import no_such_module: No module named"),
-    (["--device", "meta"], 1, "--device 'meta' is not supported; use cpu or cuda"),
-    (["--memory-cap", "much"], 2, "512M"),
-    (["--threads", "99999999999999999999"], 2, "from 0 to 1024"),
-    (["--keys", ""], 2, "expected a path"),
-], ids=lambda value: value[1] if isinstance(value, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "status", "said"),
+    [
+        (["--coordinator", "localhost:5555"], 1, "tcp://HOST:PORT"),
+        (["--coordinator", "http://localhost:5555"], 1, "tcp://HOST:PORT"),
+        (["--coordinator", "tcp://localhost"], 1, "tcp://HOST:PORT"),
+        (["--coordinator", "tcp://localhost:99999"], 1, "1 to 65535"),
+        (["--board", "abacus"], 1, "raspberry-pi-4"),
+        (["--id", "../../etc"], 1, "--id"),
+        (["--server-key", "short"], 1, "--server-key"),
+        (["--data", "nowhere.npz"], 1, "nowhere.npz"),
+        (["--import", "no_such_module"], 1, "--import no_such_module: No module named"),
+        (["--device", "meta"], 1, "--device 'meta' is not supported; use cpu or cuda"),
+        (["--memory-cap", "much"], 2, "512M"),
+        (["--threads", "99999999999999999999"], 2, "from 0 to 1024"),
+        (["--keys", ""], 2, "expected a path"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
 def test_device_flags_are_checked(lone, flags, status, said):
     ended = run_cli("edge_sdk.cli", *lone.device_flags("a", *flags))
     assert ended.returncode == status, ended.stderr
@@ -68,16 +76,20 @@ def test_a_tiny_shard_is_refused_by_its_own_device(lone):
     assert "2 examples, at least 3" in one_line(ended.stderr, "edge-sdk")
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--model", "resnet99"], "known: cnn, lstm, mlp, resnet18, vgg"),
-    (["--option", "depth=3"], "no option depth"),
-    (["--listen", "5555"], "tcp://HOST:PORT"),
-    (["--listen", "tcp://203.0.113.7:5555"], "cannot listen on tcp://203.0.113.7:5555"),
-    (["--test", "nowhere.npz"], "nowhere.npz"),
-    (["--clients-file", "nowhere"], "clients add"),
-    (["--quorum", "2"], "quorum"),
-    (["--resume"], "holds no run"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model", "resnet99"], "known: cnn, lstm, mlp, resnet18, vgg"),
+        (["--option", "depth=3"], "no option depth"),
+        (["--listen", "5555"], "tcp://HOST:PORT"),
+        (["--listen", "tcp://203.0.113.7:5555"], "cannot listen on tcp://203.0.113.7:5555"),
+        (["--test", "nowhere.npz"], "nowhere.npz"),
+        (["--clients-file", "nowhere"], "clients add"),
+        (["--quorum", "2"], "quorum"),
+        (["--resume"], "holds no run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_coordinator_flags_are_checked_before_a_run_begins(lone, capsys, flags, said):
     assert coordinate(lone.serve_flags(*flags)) == 1
     assert said in one_line(capsys.readouterr().err, "edge-coordinator")
@@ -101,8 +113,21 @@ def test_coordinator_keys_and_port_are_checked(lone, capsys):
 
 
 def test_a_run_folder_is_resumed_only_as_it_was_begun(lone, capsys):
-    coordinate(["emulate", "--data", str(lone.folder / "test.npz"), "--clients", "2", "--groups",
-                "2", "--rounds", "1", "--run-dir", str(lone.run_dir)])  # fmt: skip
+    coordinate(
+        [
+            "emulate",
+            "--data",
+            str(lone.folder / "test.npz"),
+            "--clients",
+            "2",
+            "--groups",
+            "2",
+            "--rounds",
+            "1",
+            "--run-dir",
+            str(lone.run_dir),
+        ]
+    )
     capsys.readouterr()
     assert coordinate(lone.serve_flags()) == 1
     assert "holds a run already" in one_line(capsys.readouterr().err, "edge-coordinator")

@@ -77,14 +77,21 @@ V1 = "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t1\t1\t1\nmemory\t0\t72
     [
         ({"sys/fs/cgroup/cgroup.controllers": "cpuset cpu io memory pids\n"}, "ok", ""),
         ({"proc/cgroups": V1.format(1)}, "ok", ""),
-        ({"proc/cgroups": V1.format(0), "sys/fs/cgroup/cgroup.controllers": "cpu io pids",
-          "boot/firmware/cmdline.txt": "console=tty1"}, "warn",
-         "add cgroup_enable=memory cgroup_memory=1 to the one line of /boot/firmware/cmdline.txt"),
+        (
+            {
+                "proc/cgroups": V1.format(0),
+                "sys/fs/cgroup/cgroup.controllers": "cpu io pids",
+                "boot/firmware/cmdline.txt": "console=tty1",
+            },
+            "warn",
+            "add cgroup_enable=memory cgroup_memory=1 to the one line of "
+            "/boot/firmware/cmdline.txt",
+        ),
         ({"boot/cmdline.txt": "console=tty1"}, "warn", "line of /boot/cmdline.txt and reboot"),
         ({}, "warn", "line of the kernel command line and reboot"),
     ],
     ids=["version 2", "version 1", "Raspberry Pi OS", "an older one", "another"],
-)  # fmt: skip
+)
 def test_memory_cgroup(tmp_path, files, outcome, advice):
     finding = doctor.check_memory_group(lay(tmp_path, files))
     assert finding.outcome == outcome
@@ -118,13 +125,19 @@ RELEASE = "# R{} (release), REVISION: {}, GCID: 1, BOARD: generic, EABI: aarch64
     [
         ({"proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.4\0"}, "ok", "this is none"),
         (MODEL, "warn", "jetson-orin-nano without JetPack"),
-        (MODEL | {"etc/nv_tegra_release": RELEASE.format(36, "4.3")}, "ok",
-         "JetPack 6 (Jetson Linux 36.4.3), no jetson-stats"),
-        (MODEL | {"etc/nv_tegra_release": RELEASE.format(32, "7.1")}, "warn",
-         "JetPack 4 (Jetson Linux 32.7.1)"),
+        (
+            MODEL | {"etc/nv_tegra_release": RELEASE.format(36, "4.3")},
+            "ok",
+            "JetPack 6 (Jetson Linux 36.4.3), no jetson-stats",
+        ),
+        (
+            MODEL | {"etc/nv_tegra_release": RELEASE.format(32, "7.1")},
+            "warn",
+            "JetPack 4 (Jetson Linux 32.7.1)",
+        ),
     ],
     ids=["none", "without JetPack", "JetPack 6", "JetPack 4"],
-)  # fmt: skip
+)
 def test_jetson(tmp_path, files, outcome, found):
     finding = doctor.check_jetson(lay(tmp_path, files))
     assert (finding.outcome, finding.found) == (outcome, found)
@@ -163,11 +176,15 @@ BATTERY = {"sys/class/power_supply/B/type": "Battery", "sys/class/power_supply/B
         (HOT | {FLAGS: "0"}, "warn", "short work, as cpu-thermal is at 79 °C", "cool it"),
         ({FLAGS: "4"}, "warn", "throttled: short work", "cool it"),
         ({FLAGS: "50005"}, "warn", "throttled, under-voltage: short", "the supply is too weak"),
-        (BATTERY | {"sys/class/power_supply/B/status": "Discharging"}, "warn",
-         "battery 8 %, discharging: no work", "charge it"),
+        (
+            BATTERY | {"sys/class/power_supply/B/status": "Discharging"},
+            "warn",
+            "battery 8 %, discharging: no work",
+            "charge it",
+        ),
         (BATTERY | {"sys/class/power_supply/B/status": "Charging"}, "ok", "full work", ""),
     ],
-)  # fmt: skip
+)
 def test_conditions(tmp_path, files, outcome, found, advice):
     finding = doctor.check_conditions(lay(tmp_path, files))
     assert finding.outcome == outcome
@@ -283,6 +300,17 @@ def test_the_command_prints_all_and_fails_if_one_does(tmp_path, capsys, quick_to
     findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert "line 1, key threads: got -1" in findings["config"]["found"]
     assert list(findings) == [
-        "system", "python", "config", "torch", "memory", "memory cgroup", "clock", "disk",
-        "jetson", "conditions", "data", "keys", "coordinator",
-    ]  # fmt: skip
+        "system",
+        "python",
+        "config",
+        "torch",
+        "memory",
+        "memory cgroup",
+        "clock",
+        "disk",
+        "jetson",
+        "conditions",
+        "data",
+        "keys",
+        "coordinator",
+    ]

@@ -120,15 +120,20 @@ def test_join_writes_the_services_config_where_there_is_one(gate, home, capsys, 
     assert f"next: set data in {service}, then sudo edge-sdk service install --start" in said
 
 
-@pytest.mark.parametrize(("config", "said"), [
-    ("nonsense\n", "line 1"),
-    ('color = "red"\n', "there is no such key"),
-    ('id = """\npi"""\n', "cannot be changed by a program; set in it coordinator = "),
-    (None, "cannot be read"),
-    (b"\xff", "cannot be read"),
-], ids=str)  # fmt: skip
-def test_a_config_that_cannot_be_changed_uses_no_invitation(gate, home, capsys, tmp_path, config,
-                                                            said):  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("nonsense\n", "line 1"),
+        ('color = "red"\n', "there is no such key"),
+        ('id = """\npi"""\n', "cannot be changed by a program; set in it coordinator = "),
+        (None, "cannot be read"),
+        (b"\xff", "cannot be read"),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_changed_uses_no_invitation(
+    gate, home, capsys, tmp_path, config, said
+):
     line = invited(gate, capsys)
     path = tmp_path / "device.toml"
     if config is None:
@@ -141,13 +146,17 @@ def test_a_config_that_cannot_be_changed_uses_no_invitation(gate, home, capsys, 
     assert not home.exists(), "no keys were made"
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["nonsense"], "this is no invitation"),
-    (["edge-join-2-AAAA"], "an invitation of version 2, this edge-sdk reads version 1"),
-    (["edge-join-1-AAAA"], "the invitation is damaged"),
-    (["LINE", "--id", "pi-2"], "the invitation is for 'pi-1', --id says 'pi-2'"),
-    (["LINE", "--keys", "/dev/null/keys"], "keys"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nonsense"], "this is no invitation"),
+        (["edge-join-2-AAAA"], "an invitation of version 2, this edge-sdk reads version 1"),
+        (["edge-join-1-AAAA"], "the invitation is damaged"),
+        (["LINE", "--id", "pi-2"], "the invitation is for 'pi-1', --id says 'pi-2'"),
+        (["LINE", "--keys", "/dev/null/keys"], "keys"),
+    ],
+    ids=str,
+)
 def test_a_join_that_cannot_be_is_one_clear_line(gate, home, capsys, words, said):
     line = invited(gate, capsys, "--name", "pi-1").strip()
     assert on_device(["join", *[word.replace("LINE", line) for word in words]]) == 1
@@ -277,11 +286,15 @@ def test_keys_are_rotated_by_flags_alone(gate, home, capsys, tmp_path):
     assert gate.names() == {"pi-1": read_keys(folder, "device").public} != {"pi-1": old.public}
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (("id", "pi-2"), "this key is that of 'pi-1', join says 'pi-2'"),
-    (("insecure", True), "says insecure = true: there is no key to change"),
-    (("keys", "/nowhere"), "/nowhere/device.public cannot be read"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("id", "pi-2"), "this key is that of 'pi-1', join says 'pi-2'"),
+        (("insecure", True), "says insecure = true: there is no key to change"),
+        (("keys", "/nowhere"), "/nowhere/device.public cannot be read"),
+    ],
+    ids=str,
+)
 def test_keys_that_cannot_be_rotated(gate, home, capsys, change, said):
     assert on_device(["join", invited(gate, capsys, "--name", "pi-1")]) == 0
     config, before = home / "config.toml", gate.names()
@@ -338,8 +351,15 @@ def test_a_device_that_joined_takes_part(tmp_path):
         a = world.device("a", "--once")
         server.wait_said("listening on")
         config = world.folder / "b" / "config.toml"
-        joined = run_cli("edge_sdk.cli", "join", printed.stdout, "--config", str(config),
-                         "--keys", str(world.folder / "b"))  # fmt: skip
+        joined = run_cli(
+            "edge_sdk.cli",
+            "join",
+            printed.stdout,
+            "--config",
+            str(config),
+            "--keys",
+            str(world.folder / "b"),
+        )
         assert joined.returncode == 0, joined.stderr
         flags = world.device_flags("b", "--once", "--config", str(config))
         for flag in ("--coordinator", "--id", "--keys"):

@@ -31,8 +31,11 @@ def start(
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("library", ["msgspec", "zmq"])
@@ -61,18 +64,28 @@ def test_ctrl_c_during_the_imports_ends_as_a_shell_expects(tmp_path, module):
     assert (done.returncode, done.stderr) == (130, "")
 
 
-@pytest.mark.parametrize("arguments", [
-    ["measure"], ["plan", "--model", "cnn", "--input", "1x8x8", "--classes", "10"],
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["measure"],
+        ["plan", "--model", "cnn", "--input", "1x8x8", "--classes", "10"],
+    ],
+    ids=" ".join,
+)
 def test_ctrl_c_while_torch_is_imported_ends_it_quietly(tmp_path, arguments):
     done = start(tmp_path, "torch", SWALLOWED, *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-@pytest.mark.parametrize("arguments", [
-    ["infer", "model"], ["calibrate", "model", "--accuracy-loss", "0.01"],
-    ["infer-report", "model", "--out", "report"],
-], ids=lambda words: words[0])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["infer", "model"],
+        ["calibrate", "model", "--accuracy-loss", "0.01"],
+        ["infer-report", "model", "--out", "report"],
+    ],
+    ids=lambda words: words[0],
+)
 def test_ctrl_c_while_onnxruntime_is_imported_ends_it_quietly(tmp_path, arguments):
     done = start(tmp_path, "onnxruntime", SWALLOWED, *arguments, "--data", "x.npz")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -83,8 +83,13 @@ def test_measure_saves_a_board_that_plan_takes(capsys, tmp_path):
     for name in ("platform", "machine", "cores", "gflops", "layer_s", "memory_total_bytes"):
         assert getattr(saved, name) == measured[name]
     assert set(saved.source) == {
-        "memory_total_bytes", "memory_available_bytes", "cores", "gflops", "layer_s", "link_mbit_s"
-    }  # fmt: skip
+        "memory_total_bytes",
+        "memory_available_bytes",
+        "cores",
+        "gflops",
+        "layer_s",
+        "link_mbit_s",
+    }
     for name, text in saved.source.items():
         told = (
             ("Told by --link-mbit-s on 2",) if name == "link_mbit_s" else ("Measured on 2", VERSION)

@@ -28,10 +28,20 @@ def lines(unit: str) -> list[str]:
 def test_the_unit_starts_this_installation_and_has_no_placeholder_left():
     unit = unit_text(Settings(), COMMAND, CONFIG)
     assert f"ExecStart={COMMAND[0]} run --config {CONFIG}" in unit
-    assert not [line for line in lines(unit) if "@" in line and "=@system-service" not in line
-                and "=~@privileged" not in line]  # fmt: skip
-    for line in ("Type=notify", "DynamicUser=yes", "OOMPolicy=continue", "KillMode=mixed",
-                 "Restart=on-failure", "WatchdogSec=600s", "ProtectSystem=strict"):  # fmt: skip
+    assert not [
+        line
+        for line in lines(unit)
+        if "@" in line and "=@system-service" not in line and "=~@privileged" not in line
+    ]
+    for line in (
+        "Type=notify",
+        "DynamicUser=yes",
+        "OOMPolicy=continue",
+        "KillMode=mixed",
+        "Restart=on-failure",
+        "WatchdogSec=600s",
+        "ProtectSystem=strict",
+    ):
         assert line in lines(unit)
 
 
@@ -97,8 +107,10 @@ def test_systemd_finds_nothing_wrong_and_little_exposed(tmp_path, settings):
     assert (verified.returncode, verified.stderr) == (0, "")  # an unknown key is only a warning
     rated = run(
         [ANALYZE, "security", "--offline=yes", "--threshold=25", "--no-pager", unit],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert rated.returncode == 0, rated.stdout + rated.stderr
 
 
@@ -111,8 +123,9 @@ def installed(root: Path, *flags: str) -> int:
 
 def test_a_new_installation_in_a_folder(tmp_path, capsys):
     assert installed(tmp_path) == 0
-    files = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")
-                   if not file.is_dir())  # fmt: skip
+    files = sorted(
+        str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if not file.is_dir()
+    )
     assert files == [
         "etc/edge-sdk/config.toml",
         "etc/systemd/system/edge-sdk.service",
@@ -128,8 +141,9 @@ def test_the_config_that_is_written_documents_every_key(tmp_path):
     installed(tmp_path)
     text = (tmp_path / "etc/edge-sdk/config.toml").read_text()
     assert parse_config(text, "new").given() == {"keys": "/var/lib/edge-sdk/keys"}
-    every = "\n".join(line.removeprefix("#") for line in text.splitlines()
-                      if not line.startswith("# "))  # fmt: skip
+    every = "\n".join(
+        line.removeprefix("#") for line in text.splitlines() if not line.startswith("# ")
+    )
     every = every.replace("tcp://HOST:5555", "tcp://host:5555")
     assert set(EXPECTED) == {line.split(" = ")[0] for line in every.splitlines() if line}
     parse_config(every, "all of it")
@@ -221,11 +235,17 @@ def test_without_root_the_line_says_what_to_type(monkeypatch):
 
 def test_the_status_screen():
     found = {
-        "UnitFileState": "enabled", "ActiveState": "activating", "SubState": "auto-restart",
-        "StateChangeTimestamp": "Sat 2026-11-21 12:00:00 UTC", "StatusText": "",
-        "MemoryCurrent": "[not set]", "MemoryMax": "infinity", "NRestarts": "3",
-        "Result": "exit-code", "ExecMainStatus": "1",
-    }  # fmt: skip
+        "UnitFileState": "enabled",
+        "ActiveState": "activating",
+        "SubState": "auto-restart",
+        "StateChangeTimestamp": "Sat 2026-11-21 12:00:00 UTC",
+        "StatusText": "",
+        "MemoryCurrent": "[not set]",
+        "MemoryMax": "infinity",
+        "NRestarts": "3",
+        "Result": "exit-code",
+        "ExecMainStatus": "1",
+    }
     assert service.describe(found) == (
         "service   activating (auto-restart) since Sat 2026-11-21 12:00:00 UTC, enabled\n"
         "doing     -\n"

@@ -68,40 +68,48 @@ def spoilt(value: float) -> np.ndarray:
     return x
 
 
-@pytest.mark.parametrize(("data", "said"), [
-    ((X, Y, Y), "a tuple of 3"),
-    (X, "got ndarray, expected a path, (x, y) arrays, or a Dataset"),
-    (None, "got NoneType"),
-    ({"x": X, "y": Y}, "got dict"),
-    (Endless(), "got Endless, expected"),
-    ((X[:, 0, 0], Y), "x of shape (12, 8), float32, expected (n, C, H, W)"),
-    ((X.astype(int), Y), "x of dtype int64"),
-    ((X, Y.astype(float)), "y of dtype float64, expected integers"),
-    ((X, Y - 1), "labels from -1 to 1"),
-    ((X, Y[:-1]), "y of shape (11,)"),
-    ((spoilt(np.nan), Y), "first at 5"),
-    ((spoilt(1.0).astype(float) * 1e300, Y), "NaN or infinite values in 12"),
-    ((X[:0], Y[:0]), "empty data"),
-    ((X[:2], Y[:2]), "2 examples, at least 3"),
-    (([[1.0], [1.0, 2.0]], [0, 0]), "got ValueError"),
-    (Items(), "a length of 0"),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ((X, Y, Y), "a tuple of 3"),
+        (X, "got ndarray, expected a path, (x, y) arrays, or a Dataset"),
+        (None, "got NoneType"),
+        ({"x": X, "y": Y}, "got dict"),
+        (Endless(), "got Endless, expected"),
+        ((X[:, 0, 0], Y), "x of shape (12, 8), float32, expected (n, C, H, W)"),
+        ((X.astype(int), Y), "x of dtype int64"),
+        ((X, Y.astype(float)), "y of dtype float64, expected integers"),
+        ((X, Y - 1), "labels from -1 to 1"),
+        ((X, Y[:-1]), "y of shape (11,)"),
+        ((spoilt(np.nan), Y), "first at 5"),
+        ((spoilt(1.0).astype(float) * 1e300, Y), "NaN or infinite values in 12"),
+        ((X[:0], Y[:0]), "empty data"),
+        ((X[:2], Y[:2]), "2 examples, at least 3"),
+        (([[1.0], [1.0, 2.0]], [0, 0]), "got ValueError"),
+        (Items(), "a length of 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_data_are_checked_before_anything_runs(data, said):
     with pytest.raises(DataError) as caught:
         client(data)
     assert said in one_line(caught.value)
 
 
-@pytest.mark.parametrize(("items", "said"), [
-    ([(X[0], 0), (X[1], 1), (X[2, :, :4], 2)], "data[2]: got (1, 4, 8) of float32"),
-    ([(X[0], 0), (X[1], 1), X[2]], "data[2]: got ValueError"),
-    ([(X[0], 0), (X[1], 0.5), (X[2], 1)], "data[1]: got TypeError"),
-    ([(X[0], 0), (X[1], -1), (X[2], 1)], "labels from -1 to 1"),
-    ([(X[0, 0, 0], 0)] * 3, "x of shape (3, 8)"),
-    ([(spoilt(np.inf)[5], 0)] * 3, "infinite values in 3 examples"),
-    ([(X[0].astype(int), 0)] * 3, "data[0]: got an input of int64"),
-    ([(X[0, :0], 0)] * 3, "data[0]: got an empty input"),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        ([(X[0], 0), (X[1], 1), (X[2, :, :4], 2)], "data[2]: got (1, 4, 8) of float32"),
+        ([(X[0], 0), (X[1], 1), X[2]], "data[2]: got ValueError"),
+        ([(X[0], 0), (X[1], 0.5), (X[2], 1)], "data[1]: got TypeError"),
+        ([(X[0], 0), (X[1], -1), (X[2], 1)], "labels from -1 to 1"),
+        ([(X[0, 0, 0], 0)] * 3, "x of shape (3, 8)"),
+        ([(spoilt(np.inf)[5], 0)] * 3, "infinite values in 3 examples"),
+        ([(X[0].astype(int), 0)] * 3, "data[0]: got an input of int64"),
+        ([(X[0, :0], 0)] * 3, "data[0]: got an empty input"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_items_are_checked_before_anything_runs(items, said):
     with pytest.raises(DataError) as caught:
         client(Items(*items)).run()
@@ -118,19 +126,27 @@ def test_a_full_disk_is_one_line():
 # -- the other arguments --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"coordinator": "localhost:5555"}, 'coordinator: got "localhost:5555", expected the coordin'),
-    ({"coordinator": None}, "coordinator: got"),
-    ({"id": "a b"}, 'id: got "a b", expected a name'),
-    ({"memory_cap": "much"}, 'memory_cap: got "much"'),
-    ({"threads": -1}, "threads: got -1, expected a number from 0"),
-    ({"device": "meta"}, 'device: got "meta"'), ({"ignore_conditions": 1}, "ns: got 1, expected"),
-    ({"imports": "my_models"}, "imports: got \"my_models\", expected a list"),
-    ({"imports": ["__main__"]}, "put the model family into a module of its own"),
-    ({"imports": ["no_such_module_anywhere"]}, "no module 'no_such_module_anywhere'"),
-    ({"imports": ["no_such_module.anywhere"]}, "no module 'no_such_module.anywhere'"),
-    ({"insecure": False, "keys": "nowhere"}, "device.public cannot be read"),
-], ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"coordinator": "localhost:5555"},
+            'coordinator: got "localhost:5555", expected the coordin',
+        ),
+        ({"coordinator": None}, "coordinator: got"),
+        ({"id": "a b"}, 'id: got "a b", expected a name'),
+        ({"memory_cap": "much"}, 'memory_cap: got "much"'),
+        ({"threads": -1}, "threads: got -1, expected a number from 0"),
+        ({"device": "meta"}, 'device: got "meta"'),
+        ({"ignore_conditions": 1}, "ns: got 1, expected"),
+        ({"imports": "my_models"}, 'imports: got "my_models", expected a list'),
+        ({"imports": ["__main__"]}, "put the model family into a module of its own"),
+        ({"imports": ["no_such_module_anywhere"]}, "no module 'no_such_module_anywhere'"),
+        ({"imports": ["no_such_module.anywhere"]}, "no module 'no_such_module.anywhere'"),
+        ({"insecure": False, "keys": "nowhere"}, "device.public cannot be read"),
+    ],
+    ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
+)
 def test_arguments_are_checked(options, said):
     with pytest.raises(ConfigError) as caught:
         client(**options)
@@ -144,8 +160,13 @@ def test_a_program_that_imports_itself_does_not_start_itself_for_ever(tmp_path):
         f"Client('{NOWHERE}', data=(x, np.arange(3)), insecure=True, imports=['program']).run()\n"
     )
     ended = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, check=False, cwd=tmp_path,
-        env=environment("self") | {"PYTHONPATH": str(ROOT)}, timeout=PATIENCE_S,
-    )  # fmt: skip
+        [sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment("self") | {"PYTHONPATH": str(ROOT)},
+        timeout=PATIENCE_S,
+    )
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith("edge_sdk.errors.TrainerError: a module of")

@@ -288,9 +288,15 @@ def test_reasons_in_words(now, reason):
 
 def test_in_words():
     now = Conditions(
-        zones=(Zone("CPU", 50.0), Zone("GPU", 61.2)), is_throttled=True, is_under_voltage=True,
-        battery_percent=20, is_discharging=False, power_w=5.12, gpu_percent=3.0, problem="jtop?",
-    )  # fmt: skip
+        zones=(Zone("CPU", 50.0), Zone("GPU", 61.2)),
+        is_throttled=True,
+        is_under_voltage=True,
+        battery_percent=20,
+        is_discharging=False,
+        power_w=5.12,
+        gpu_percent=3.0,
+        problem="jtop?",
+    )
     assert in_words(now) == (
         "GPU 61 °C, throttled, under-voltage, battery 20 %, not discharging, 5.1 W, GPU 3 % busy, "
         "jtop?: short work, as the board is throttled"

@@ -77,9 +77,15 @@ def test_killed_between_any_two_steps_the_old_or_the_new_is_there(tmp_path, befo
     assert {later for *_, later in killed} == {"0"}, "the next writer removes what was left"
 
 
-@pytest.mark.parametrize(("umask", "wanted", "got"), [
-    (0o027, None, 0o640), (0o000, None, 0o666), (0o000, 0o600, 0o600), (0o077, 0o644, 0o644),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("umask", "wanted", "got"),
+    [
+        (0o027, None, 0o640),
+        (0o000, None, 0o666),
+        (0o000, 0o600, 0o600),
+        (0o077, 0o644, 0o644),
+    ],
+)
 def test_modes(tmp_path, umask, wanted, got):
     """Also of a draft that another mode was left to, and while it is written: never wider."""
     path = tmp_path / "file"

@@ -33,9 +33,17 @@ STATES = {
 COMMANDS = {
     "edge-sdk plan": ["plan", "--model", "cnn", "--input", "1x8x8", "--classes", "10"],
     "edge-sdk export": ["export", "model.safetensors", "--out", "model"],
-    "training": ["run", "--coordinator", "tcp://127.0.0.1:9", "--data", "shard.npz", "--insecure",
-                 "--id", "a"],
-}  # fmt: skip
+    "training": [
+        "run",
+        "--coordinator",
+        "tcp://127.0.0.1:9",
+        "--data",
+        "shard.npz",
+        "--insecure",
+        "--id",
+        "a",
+    ],
+}
 
 
 def run(
@@ -49,8 +57,12 @@ def run(
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         env=os.environ | {"PYTHONPATH": f"{folder / 'path'}{os.pathsep}{ROOT}"},
-        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("what", COMMANDS)
@@ -105,9 +117,16 @@ def test_the_coordinators_command_without_its_extra(tmp_path):
 
 @pytest.mark.parametrize(
     ("version", "is_too_old"),
-    [("2.1.0", False), ("2.13.0+cpu", False), ("10.0", False), ("2.1.0a0+41361538.nv23.06", False),
-     ("2.0.1", True), ("1.13.1", True), ("unknown", True)],
-)  # fmt: skip
+    [
+        ("2.1.0", False),
+        ("2.13.0+cpu", False),
+        ("10.0", False),
+        ("2.1.0a0+41361538.nv23.06", False),
+        ("2.0.1", True),
+        ("1.13.1", True),
+        ("unknown", True),
+    ],
+)
 def test_versions(version, is_too_old):
     assert imports.is_too_old(version) is is_too_old
 

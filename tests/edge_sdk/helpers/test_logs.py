@@ -15,9 +15,16 @@ from edge_sdk.helpers.logs import JsonFormatter, Kind, event
 from tests.support.processes import ROOT, environment
 
 HOSTILE = [
-    "two\nlines", "\r\n{\"event\": \"joined\"}", "\x1b[2J\x00\x7f", "\u2028\u2029\x85", "\ud800",
-    '"}', "é 中", "%s %d %", "",
-]  # fmt: skip
+    "two\nlines",
+    '\r\n{"event": "joined"}',
+    "\x1b[2J\x00\x7f",
+    "\u2028\u2029\x85",
+    "\ud800",
+    '"}',
+    "é 中",
+    "%s %d %",
+    "",
+]
 
 
 def kind_of(value: object) -> str:
@@ -39,9 +46,14 @@ def test_a_line_names_time_level_logger_event_message_and_fields():
     line = parsed("%s joined", "pi-1", **event("joined", client="pi-1", round=3, bytes_up=7))
     assert line.pop("ts").endswith("+00:00")
     assert line == {
-        "level": "warning", "logger": "test.logs", "event": "joined", "message": "pi-1 joined",
-        "client": "pi-1", "round": 3, "bytes_up": 7,
-    }  # fmt: skip
+        "level": "warning",
+        "logger": "test.logs",
+        "event": "joined",
+        "message": "pi-1 joined",
+        "client": "pi-1",
+        "round": 3,
+        "bytes_up": 7,
+    }
 
 
 def test_the_time_is_utc():
@@ -65,10 +77,19 @@ class Silent:
         raise RuntimeError("no text")
 
 
-@pytest.mark.parametrize(("value", "shown"), [
-    (float("nan"), "nan"), (float("inf"), "inf"), (True, True), (None, None), (1.5, 1.5),
-    ((1, 2), "(1, 2)"), (Silent(), "[Silent that does not print: RuntimeError]"),
-], ids=kind_of)  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        (True, True),
+        (None, None),
+        (1.5, 1.5),
+        ((1, 2), "(1, 2)"),
+        (Silent(), "[Silent that does not print: RuntimeError]"),
+    ],
+    ids=kind_of,
+)
 def test_every_value_has_a_form(value, shown):
     assert parsed("x", figure=value)["figure"] == shown
 
@@ -110,8 +131,10 @@ def test_fields_do_not_replace_what_every_line_has():
 def test_what_is_not_known_is_left_out():
     assert event("gone") == {"event": "gone"}
     assert event("fault", client="a", code="tensors") == {
-        "event": "fault", "client": "a", "code": "tensors",
-    }  # fmt: skip
+        "event": "fault",
+        "client": "a",
+        "code": "tensors",
+    }
 
 
 PROGRAM = """
@@ -129,8 +152,12 @@ warnings.warn("careful\\nnow")
 def lines_of(end: str) -> list[dict]:
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(end=end)],
-        capture_output=True, text=True, cwd=ROOT, env=environment("logs"), check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment("logs"),
+        check=False,
+    )
     assert not ended.stdout
     return [json.loads(line) for line in ended.stderr.splitlines()]
 
@@ -138,8 +165,10 @@ def lines_of(end: str) -> list[dict]:
 def test_a_program_says_only_json_even_as_it_crashes():
     joined, odd, warned, crash = lines_of("raise KeyError('a\\nb')")
     assert (joined["event"], joined["client"], joined["message"]) == (
-        "joined", "pi-1", "two\nlines",
-    )  # fmt: skip
+        "joined",
+        "pi-1",
+        "two\nlines",
+    )
     assert "do not fit" in odd["message"]
     assert (warned["logger"], warned["event"]) == ("py.warnings", "log")
     assert (crash["event"], crash["level"]) == ("failed", "critical")
@@ -174,11 +203,25 @@ def test_every_event_that_is_logged_is_a_known_one():
 def test_a_device_logs_json_to_its_last_line(tmp_path):
     ended = subprocess.run(
         [
-            sys.executable, "-m", "edge_sdk.cli", "run", "--log-json", "--insecure", "--id", "pi-1",
-            "--coordinator", "tcp://127.0.0.1:1", "--data", str(tmp_path / "no\nwhere.npz"),
+            sys.executable,
+            "-m",
+            "edge_sdk.cli",
+            "run",
+            "--log-json",
+            "--insecure",
+            "--id",
+            "pi-1",
+            "--coordinator",
+            "tcp://127.0.0.1:1",
+            "--data",
+            str(tmp_path / "no\nwhere.npz"),
         ],
-        capture_output=True, text=True, cwd=ROOT, env=environment("logs"), check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment("logs"),
+        check=False,
+    )
     lines = [json.loads(line) for line in ended.stderr.splitlines()]
     assert ended.returncode == 1
     assert (lines[0]["level"], lines[0]["event"]) == ("warning", "log")  # insecure

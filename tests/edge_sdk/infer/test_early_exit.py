@@ -121,17 +121,21 @@ def test_no_examples_give_no_predictions(folder):
     assert EarlyExit.load(folder, threshold=0.7).predict(X[:0]).label.shape == (0,)
 
 
-@pytest.mark.parametrize(("x", "error", "said"), [
-    (X[0], ShapeError, "shape (2,), expected (n, 2) of float32; a single one is x[None]"),
-    (X[:, :1], ShapeError, "shape (3, 1)"),
-    (X[None], ShapeError, "shape (1, 3, 2)"),
-    (X.astype(np.float64), ShapeError, "float64"),
-    (X.astype(np.uint8), ShapeError, "uint8"),
-    ([[1.0, 0.0]], ShapeError, "list"),
-    (np.array([[1, 0], [np.nan, 0]], np.float32), DataError, "1 of 2 examples, first at 1"),
-    (np.array([[np.inf, 0]], np.float32), DataError, "NaN or infinite"),
-    (np.array([[3e38, 3e38]], np.float32), DataError, "NaN or infinite logits"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("x", "error", "said"),
+    [
+        (X[0], ShapeError, "shape (2,), expected (n, 2) of float32; a single one is x[None]"),
+        (X[:, :1], ShapeError, "shape (3, 1)"),
+        (X[None], ShapeError, "shape (1, 3, 2)"),
+        (X.astype(np.float64), ShapeError, "float64"),
+        (X.astype(np.uint8), ShapeError, "uint8"),
+        ([[1.0, 0.0]], ShapeError, "list"),
+        (np.array([[1, 0], [np.nan, 0]], np.float32), DataError, "1 of 2 examples, first at 1"),
+        (np.array([[np.inf, 0]], np.float32), DataError, "NaN or infinite"),
+        (np.array([[3e38, 3e38]], np.float32), DataError, "NaN or infinite logits"),
+    ],
+    ids=str,
+)
 def test_wrong_inputs_are_refused(folder, x, error, said):
     with pytest.raises(error) as refused:
         EarlyExit.load(folder).predict(x)
@@ -200,10 +204,16 @@ def test_a_folder_that_is_not_as_exported_is_one_line(folder, kind, capsys):
 
 def test_calibration_counts_for_its_own_model_only(folder):
     fields = {
-        "measure": "entropy", "thresholds": (0.1,), "wanted": "accuracy 1", "num_examples": 3,
-        "accuracy": 1.0, "deepest_accuracy": 1.0, "latency_s": 0.1, "exit_shares": (1.0, 0.0),
+        "measure": "entropy",
+        "thresholds": (0.1,),
+        "wanted": "accuracy 1",
+        "num_examples": 3,
+        "accuracy": 1.0,
+        "deepest_accuracy": 1.0,
+        "latency_s": 0.1,
+        "exit_shares": (1.0, 0.0),
         "threads": 1,
-    }  # fmt: skip
+    }
     own = sha256_of((folder / "model.json").read_bytes())
     write_struct(folder / "calibration.json", ExitThresholds(model_sha256=own, **fields))
     engine = EarlyExit.load(folder)
@@ -261,15 +271,18 @@ def test_inputs_without_labels_have_no_accuracy(folder, tmp_path, capsys):
     assert "has no labels" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--data", "nowhere"], "nowhere"),
-    (["--data", "nowhere.npy"], "nowhere.npy"),
-    (["--data", "DATA", "--skip", "12"], "no examples are left"),
-    (["--data", "DATA", "--limit", "0"], "--limit 0"),
-    (["--data", "DATA", "--threads", "0"], "0 threads"),
-    (["--data", "DATA", "--threshold", "-1"], "at least 0"),
-    (["--data", "digits"], "labels from 0 to 9, the model knows 0 to 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "nowhere.npy"], "nowhere.npy"),
+        (["--data", "DATA", "--skip", "12"], "no examples are left"),
+        (["--data", "DATA", "--limit", "0"], "--limit 0"),
+        (["--data", "DATA", "--threads", "0"], "0 threads"),
+        (["--data", "DATA", "--threshold", "-1"], "at least 0"),
+        (["--data", "digits"], "labels from 0 to 9, the model knows 0 to 2"),
+    ],
+)
 def test_bad_flags_are_one_clear_line(labelled, capsys, flags, said):
     folder, path, _ = labelled
     flags = [str(path) if flag == "DATA" else flag for flag in flags]

@@ -31,9 +31,13 @@ def test_batch_norm_folds_into_the_layer_before_it():
     chain = nn.Sequential(nn.Linear(1, 1), norm)
     with torch.no_grad():
         for tensor, value in (
-            (chain[0].weight, 2), (chain[0].bias, 1), (norm.running_mean, 3),
-            (norm.running_var, 4), (norm.weight, 5), (norm.bias, 7),
-        ):  # fmt: skip
+            (chain[0].weight, 2),
+            (chain[0].bias, 1),
+            (norm.running_mean, 3),
+            (norm.running_var, 4),
+            (norm.weight, 5),
+            (norm.bias, 7),
+        ):
             tensor.fill_(value)
     fold_batch_norms_(chain)
     assert isinstance(chain[1], nn.Identity)
@@ -44,9 +48,13 @@ def test_batch_norm_folds_into_the_layer_before_it():
 def test_batch_norm_that_is_not_behind_a_layer_stays():
     """Behind a pool, as the first layer, or normalising by the batch: nothing to fold into."""
     chain = nn.Sequential(
-        nn.BatchNorm2d(1), nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.BatchNorm2d(2),
-        nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, track_running_stats=False),
-    ).eval()  # fmt: skip
+        nn.BatchNorm2d(1),
+        nn.Conv2d(1, 2, 3),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(2),
+        nn.Conv2d(2, 2, 1),
+        nn.BatchNorm2d(2, track_running_stats=False),
+    ).eval()
     kinds = [type(layer) for layer in chain]
     fold_batch_norms_(chain)
     assert [type(layer) for layer in chain] == kinds
@@ -84,9 +92,13 @@ def family(monkeypatch, stage):
     return ModelSpec(family="odd", input_shape=(1, 4, 4), num_classes=2, exit=1)
 
 
-@pytest.mark.parametrize(("kind", "said"), [
-    ("len", "does the model take len()"), ("calls", "differ from torch by"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("len", "does the model take len()"),
+        ("calls", "differ from torch by"),
+    ],
+)
 def test_a_model_that_onnx_computes_otherwise_is_refused(tmp_path, monkeypatch, kind, said):
     spec = family(monkeypatch, Odd(kind))
     with pytest.raises(StoreError) as refused:
@@ -194,9 +206,12 @@ def test_from_a_run_to_a_device(tmp_path, capsys):
     flags = ["--clients", "4", "--groups", "2,1,1", "--rounds", "1", "--examples", "120"]
     common = ["--data", "digits", "--batch-size", "8", "--epochs", "1", "--seed", "3"]
     option = ["--option", "channels=4,5,6", "--test-examples", "50", "--method", "owners-mean"]
-    assert coordinate(
-        ["emulate", *flags, *common, *option, "--run-dir", str(run), "--export", str(whole)]
-    ) == 0  # fmt: skip
+    assert (
+        coordinate(
+            ["emulate", *flags, *common, *option, "--run-dir", str(run), "--export", str(whole)]
+        )
+        == 0
+    )
     assert "wrote" in capsys.readouterr().out.splitlines()[-1]
     made = read_model(whole)
     assert (made.spec.exit, made.scaling, made.checked_on) == (3, (8.0, 1.0), "50 examples")

@@ -72,10 +72,16 @@ def test_a_read_only_disk_is_one_line(tmp_path, monkeypatch):
         write_file(tmp_path / "p.csv", b"new")
 
 
-@pytest.mark.parametrize("read", [
-    read_model, check_target, lambda folder: read_thresholds(folder, None),
-    lambda folder: new_folder(folder).__enter__(),
-], ids=["model", "target", "calibration", "new"])  # fmt: skip
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_model,
+        check_target,
+        lambda folder: read_thresholds(folder, None),
+        lambda folder: new_folder(folder).__enter__(),
+    ],
+    ids=["model", "target", "calibration", "new"],
+)
 def test_a_folder_that_cannot_be_looked_at_is_one_line(tmp_path, read):
     with pytest.raises(StoreError) as refused:
         read(tmp_path / TOO_LONG)

@@ -52,16 +52,20 @@ def test_the_curve_counts_what_each_threshold_would_have_done():
     assert ANSWERS.accuracies() == [2 / 4, 3 / 4]
 
 
-@pytest.mark.parametrize(("wish", "threshold"), [
-    ({"accuracy": 0.5}, 0.0),
-    ({"accuracy": 0.75}, 0.7),  # 0.85 and never reach it too, later
-    ({"accuracy_loss": 0.25}, 0.0),
-    ({"accuracy_loss": 0.2}, 0.7),
-    ({"latency_s": 1.0}, 0.0),
-    ({"latency_s": 1.9}, 0.0),  # 0.5 is no better, and slower
-    ({"latency_s": 2.0}, 0.7),
-    ({"latency_s": 9.0}, 0.7),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("wish", "threshold"),
+    [
+        ({"accuracy": 0.5}, 0.0),
+        ({"accuracy": 0.75}, 0.7),  # 0.85 and never reach it too, later
+        ({"accuracy_loss": 0.25}, 0.0),
+        ({"accuracy_loss": 0.2}, 0.7),
+        ({"latency_s": 1.0}, 0.0),
+        ({"latency_s": 1.9}, 0.0),  # 0.5 is no better, and slower
+        ({"latency_s": 2.0}, 0.7),
+        ({"latency_s": 9.0}, 0.7),
+    ],
+    ids=str,
+)
 def test_the_best_threshold_for_a_wish(wish, threshold):
     every = {"accuracy": None, "accuracy_loss": None, "latency_s": None}
     point, _ = choose(POINTS, 0.75, **(every | wish))
@@ -121,12 +125,16 @@ def test_a_refused_wish_keeps_the_calibration_there_was(model):
     assert (folder / "calibration.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(("y", "said"), [
-    (np.array([0, 0]), "labels are (2,)"),
-    (np.array([0.0, 0, 1]), "float64"),
-    (np.array([0, 0, 2]), "the model knows 0 to 1"),
-    (np.array([0, -1, 1]), "labels from -1"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("y", "said"),
+    [
+        (np.array([0, 0]), "labels are (2,)"),
+        (np.array([0.0, 0, 1]), "float64"),
+        (np.array([0, 0, 2]), "the model knows 0 to 1"),
+        (np.array([0, -1, 1]), "labels from -1"),
+    ],
+    ids=str,
+)
 def test_labels_that_do_not_fit_are_refused(model, y, said):
     folder, x = model
     with pytest.raises(DataError) as refused:
@@ -202,8 +210,10 @@ def test_report_has_a_row_per_threshold_and_a_plot(labelled, tmp_path, capsys):
     out = tmp_path / "report"
     assert main(["infer-report", *labelled, "--out", str(out)]) == 0
     assert [line.rsplit("/")[-1] for line in capsys.readouterr().out.split()] == [
-        "curve.csv", "curve.md", "curve.png",
-    ]  # fmt: skip
+        "curve.csv",
+        "curve.md",
+        "curve.png",
+    ]
     with (out / "curve.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * len(GRID)
@@ -223,7 +233,8 @@ def test_report_without_matplotlib_is_a_table_and_one_line(labelled, tmp_path, c
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["infer-report", *labelled, "--out", str(tmp_path / "report")]) == 0
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
-        "curve.csv", "curve.md",
-    ]  # fmt: skip
+        "curve.csv",
+        "curve.md",
+    ]
     (said,) = [record.message for record in caplog.records]
     assert said == "no curve.png: matplotlib is not installed; pip install matplotlib"

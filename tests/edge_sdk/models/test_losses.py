@@ -24,12 +24,15 @@ def test_joint_exit_loss_wants_a_weight_per_exit():
         joint_exit_loss([torch.zeros(1, 2)] * 2, torch.tensor([0]), [1.0])
 
 
-@pytest.mark.parametrize(("weights", "first", "last", "want"), [
-    ((), 1, 2, [1, 1]),
-    ((1, 0, 2), 2, 3, [0, 2]),
-    ((1, 0, 2), 2, 2, [1]),
-    ((0, 0, 2), 1, 2, [1, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weights", "first", "last", "want"),
+    [
+        ((), 1, 2, [1, 1]),
+        ((1, 0, 2), 2, 3, [0, 2]),
+        ((1, 0, 2), 2, 2, [1]),
+        ((0, 0, 2), 1, 2, [1, 1]),
+    ],
+)
 def test_exit_weights_of_a_segment(weights, first, last, want):
     plan = Plan(segments=(Segment(first=1, last=3),), exit_weights=weights)
     assert list(exit_weights(plan, first, last)) == want

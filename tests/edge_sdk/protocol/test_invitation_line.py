@@ -24,19 +24,26 @@ def test_a_line_does_not_show_its_secret():
     assert LINE.secret.decode() not in repr(LINE) + str(LINE) + f"{[LINE]}"
 
 
-@pytest.mark.parametrize(("spoil", "said"), [
-    (lambda text: "", "this is no invitation: .*got 0 other characters"),
-    (lambda text: text.removeprefix("edge-"), "this is no invitation"),
-    (lambda text: text + "!", "this is no invitation"),
-    (lambda text: text + "é", "this is no invitation"),
-    (lambda text: text + "A" * 1000, "this is no invitation"),
-    (lambda text: text[:-1], "the invitation is damaged"),
-    (lambda text: text[:40], "the invitation is damaged"),
-    (lambda text: text[:12], "the invitation is damaged"),
-    (lambda text: text[:50] + "AAAA" + text[54:], "the invitation is damaged"),
-    (lambda text: text.replace("-1-", "-2-", 1), "an invitation of version 2, this .* version 1"),
-    (lambda text: text.replace("-1-", "-999999999999-", 1), "this is no invitation"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda text: "", "this is no invitation: .*got 0 other characters"),
+        (lambda text: text.removeprefix("edge-"), "this is no invitation"),
+        (lambda text: text + "!", "this is no invitation"),
+        (lambda text: text + "é", "this is no invitation"),
+        (lambda text: text + "A" * 1000, "this is no invitation"),
+        (lambda text: text[:-1], "the invitation is damaged"),
+        (lambda text: text[:40], "the invitation is damaged"),
+        (lambda text: text[:12], "the invitation is damaged"),
+        (lambda text: text[:50] + "AAAA" + text[54:], "the invitation is damaged"),
+        (
+            lambda text: text.replace("-1-", "-2-", 1),
+            "an invitation of version 2, this .* version 1",
+        ),
+        (lambda text: text.replace("-1-", "-999999999999-", 1), "this is no invitation"),
+    ],
+    ids=str,
+)
 def test_a_line_that_is_none_is_one_clear_error(spoil, said):
     text = spoil(encode_line(LINE))
     with pytest.raises(ConfigError, match=said) as caught:
@@ -44,12 +51,15 @@ def test_a_line_that_is_none_is_one_clear_error(spoil, said):
     assert encode_line(LINE)[60:80] not in str(caught.value), "a part of the secret"
 
 
-@pytest.mark.parametrize(("endpoint", "name", "said"), [
-    ("ipc:///tmp/x", "", "endpoint 'ipc:///tmp/x' is not tcp://HOST:PORT"),
-    ("tcp://h:0", "", "port outside"),
-    ("tcp://h:1", "../etc", "no device's name"),
-    ("tcp://h:1", "a b", "no device's name"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("endpoint", "name", "said"),
+    [
+        ("ipc:///tmp/x", "", "endpoint 'ipc:///tmp/x' is not tcp://HOST:PORT"),
+        ("tcp://h:0", "", "port outside"),
+        ("tcp://h:1", "../etc", "no device's name"),
+        ("tcp://h:1", "a b", "no device's name"),
+    ],
+)
 def test_a_whole_line_may_still_say_nonsense(endpoint, name, said):
     with pytest.raises(ConfigError, match=said):
         decode_line(encode_line(InvitationLine(endpoint, name, LINE.server_key, LINE.secret)))

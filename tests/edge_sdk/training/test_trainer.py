@@ -20,12 +20,16 @@ from tests.support.examples import cnn, examples
 PREFIX = (Segment(first=1, last=3),)
 
 
-@pytest.mark.parametrize("changes", [
-    {"optimizer": "adam"},
-    {"optimizer": "adam", "weight_decay": 0.1},
-    {"optimizer": "sgd"},
-    {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adam"},
+        {"optimizer": "adam", "weight_decay": 0.1},
+        {"optimizer": "sgd"},
+        {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01},
+    ],
+    ids=str,
+)
 def test_optimizer_equals_torch(changes):
     plan = Plan(segments=PREFIX, lr=0.05, **changes)
     start = [torch.randn(3, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64)]
@@ -115,9 +119,15 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole():
     )
     data, tensors = examples(24, shape=(2, 5)), initial_tensors(spec, 0)
     plan = Plan(
-        segments=(Segment(first=1, last=2),), batch_size=12, optimizer="sgd", lr=0.1, epochs=2,
-        prox_mu=0.5, distill="mutual", distill_weight=0.5,
-    )  # fmt: skip
+        segments=(Segment(first=1, last=2),),
+        batch_size=12,
+        optimizer="sgd",
+        lr=0.1,
+        epochs=2,
+        prox_mu=0.5,
+        distill="mutual",
+        distill_weight=0.5,
+    )
     whole = train(spec, plan, tensors, data)
     parts = train(spec, replace(plan, micro_batch=5), tensors, data)
     assert parts.num_steps == whole.num_steps == 4
