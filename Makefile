@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 .DEFAULT_GOAL := help
 
-.PHONY: help venv testbed test test-edge test-chaos fuzz lint format clean
+.PHONY: help venv testbed test test-edge test-chaos docs bench fuzz lint format clean
 
 help: ## this list; flags for a command go into ARGS, e.g. make testbed ARGS="--rounds 5"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; \
@@ -38,6 +38,14 @@ fuzz: $(STAMP) ## 200,000 hostile inputs for the wire, guided by coverage
 
 test-chaos: $(STAMP) ## broken links, processes, clocks and disks: 20 minutes, as root
 	$(BIN)/python -m pytest tests/chaos $(ARGS)
+
+docs: $(STAMP) ## every command, flag, link, table and example of the documents, tried
+	$(BIN)/python -m pytest tests/test_documents.py tests/test_extending.py tests/test_examples.py $(ARGS)
+
+bench: $(STAMP) ## short forms of the benchmarks of wire, load and memory; the whole: docs/results
+	$(BIN)/python -m tools.bench.wire --megabytes 10 --clients 4 --csv build/bench/wire.csv
+	$(BIN)/python -m tools.bench.load --clients 10 --rounds 3 --csv build/bench/load.csv
+	$(BIN)/python -m tools.bench.memory --models cnn --batches 8 --runs 1 --csv build/bench/memory.csv
 
 lint: $(STAMP) ## format, rules and types, checked
 	$(BIN)/ruff format --check .

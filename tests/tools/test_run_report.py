@@ -92,7 +92,7 @@ def test_not_measured_is_never_zero(store: Store):
     check(download, [1.0, 1.0, 1.0], [0.04, 0.04, 0.04])  # 10e6 x 8 / 80e6; absences: no phases
     check(train, [], [4.0, 4.0, 4.0])
     assert (train.board.count, train.wall.count) == (0, 1)
-    assert nano.tally.peak_memory_bytes is None
+    assert nano.totals.peak_memory_bytes is None
 
 
 def test_real_board_is_wall_clock(store: Store):
@@ -139,8 +139,8 @@ def test_server_phases(store: Store):
 
 
 def test_counts_bytes_and_memory(store: Store):
-    nano, real, pi = (platform.tally for platform in platforms(store))
-    everything = read_run(store.folder).tally
+    nano, real, pi = (platform.totals for platform in platforms(store))
+    everything = read_run(store.folder).totals
     assert [t.participations for t in (nano, real, pi, everything)] == [3, 3, 3, 9]
     assert [t.returned for t in (nano, real, pi, everything)] == [1, 2, 2, 5]
     assert [t.stragglers for t in (nano, real, pi, everything)] == [1, 0, 0, 1]

@@ -65,7 +65,7 @@ def test_json_has_the_same_content(store: Store, capsys: pytest.CaptureFixture[s
     found = json.loads(capsys.readouterr().out)
     assert (found["rounds"], found["figures"]) == (3, {"error": 0.25, "gap": None})
     nano = found["platforms"][0]
-    assert nano["tally"]["bytes_down_each"] == 16e6 / 3  # not rounded
+    assert nano["totals"]["bytes_down_each"] == 16e6 / 3  # not rounded
     nothing = {"count": 0, "p50_s": None, "p95_s": None, "max_s": None}
     wait = {"phase": "wait", "source": "wall clock", "board": nothing, "wall": nothing}
     assert nano["phases"][0] == wait
@@ -109,7 +109,7 @@ def test_in_process_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (bytes_up,) = db.execute("SELECT SUM(bytes_up) FROM rounds").fetchone()
         (longest_s,) = db.execute("SELECT MAX(wall_s) FROM phases WHERE phase = 'train'").fetchone()
     db.close()
-    assert report.tally.bytes_up_a_round == bytes_up / 2
+    assert report.totals.bytes_up_a_round == bytes_up / 2
     assert report.platforms[0].phases[3].board.max_s == longest_s
 
 

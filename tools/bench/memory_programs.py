@@ -133,7 +133,7 @@ PROGRAMS: dict[str, Callable[..., Figures]] = {
     "import torch": import_torch,
     "torch.optim loop": optim_loop,
     "numpy only": read_inputs,
-    "edge_sdk.infer.early_exit, onnxruntime": predict_onnx,
+    "edge_sdk.infer, onnxruntime": predict_onnx,
     "torch": predict_torch,
 }
 

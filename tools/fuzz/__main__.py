@@ -1,6 +1,6 @@
 """Fuzz what comes from the network, guided by coverage: `python -m tools.fuzz decode|handler`.
 
-decode: one control frame through wire.decode and transport.parse_frames. handler: sequences of
+decode: one control frame through codec.decode and link.parse_frames. handler: sequences of
 frame lists through the real Router, ZmqCohort and all behind them, in the middle of a round; see
 fuzz_world for what must hold after each.
 

@@ -207,7 +207,7 @@ def choose_deadline(args: argparse.Namespace, devices: Sequence[Device]) -> floa
 def serve_command(
     args: argparse.Namespace, folder: Path, num_devices: int, deadline_s: float
 ) -> list[str]:
-    """Without what was not given: a flag beats the method's own value (defaults.py)."""
+    """Without what was not given: a flag beats the method's own value."""
     command = [
         "serve",
         "--method",

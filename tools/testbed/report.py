@@ -85,14 +85,17 @@ def print_report(report: Report) -> None:
     head = "seconds,count,p50,p95,max,wall p50,wall p95,wall max,from"
     print_table(head, rows)
 
-    tallies = [*zip(names, (p.tally for p in report.platforms), strict=True), ("all", report.tally)]
+    all_totals = [
+        *zip(names, (p.totals for p in report.platforms), strict=True),
+        ("all", report.totals),
+    ]
     rows = []
-    for name, t in tallies:
+    for name, t in all_totals:
         sizes = (t.bytes_down_each, t.bytes_up_each, t.bytes_down_a_round, t.bytes_up_a_round)
         rows.append([name, *map(_size, (*sizes, t.peak_memory_bytes))])
     print_table("bytes,down/client,up/client,down/round,up/round,peak memory", rows)
     rows = []
-    for name, t in tallies:
+    for name, t in all_totals:
         codes = ", ".join(f"{code} {count}" for code, count in t.failures.items())
         failed = str(sum(t.failures.values())) + f" ({codes})" * bool(codes)
         counts = (t.participations, t.returned, t.stragglers, t.retries)

@@ -96,7 +96,7 @@ class Platform:
     is_emulated: bool
     clients: int
     phases: list[PhaseTime]
-    tally: Totals
+    totals: Totals
     trained: list[Trained]
     levers: list[Levers]  # of every device that returned an update
 
@@ -125,7 +125,7 @@ class Report:
     rounds_planned: int
     platforms: list[Platform]
     server: list[PhaseTime]
-    tally: Totals
+    totals: Totals
     accuracy: list[Accuracy]
     figures: dict[str, float | None]
 
@@ -178,7 +178,7 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
         rounds_planned=config.rounds,
         platforms=[_platform(groups[key], phases, rounds) for key in sorted(groups)],
         server=_phase_times(SERVER_PHASES, server, {}),
-        tally=_tally(participations, rounds),
+        totals=_totals(participations, rounds),
         accuracy=_accuracies(metrics),
         figures={
             name: value
@@ -213,7 +213,7 @@ def _platform(
         is_emulated=is_emulated,
         clients=len({participation["client_id"] for participation in participations}),
         phases=_phase_times(DEVICE_PHASES, times, EMULATED if is_emulated else {}),
-        tally=_tally(participations, rounds),
+        totals=_totals(participations, rounds),
         trained=[
             Trained(stage, is_alone, len(set(names)), len(names))
             for (is_alone, stage), names in sorted(users.items())
@@ -297,7 +297,7 @@ def _phase_times(
     return found
 
 
-def _tally(participations: Sequence[sqlite3.Row], rounds: int) -> Totals:
+def _totals(participations: Sequence[sqlite3.Row], rounds: int) -> Totals:
     down, up = (
         sum(participation[name] for participation in participations)
         for name in ("bytes_down", "bytes_up")

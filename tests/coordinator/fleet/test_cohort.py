@@ -17,7 +17,7 @@ import torch
 
 from coordinator.admission.client_list import Admission
 from coordinator.cohorts.base import ClientUpdate
-from coordinator.fleet import cohort as cohort_zmq
+from coordinator.fleet import cohort as cohort_module
 from coordinator.fleet.router import Router
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.codec import MAX_CONTROL_BYTES, encode
@@ -71,7 +71,7 @@ def test_close_says_bye(coordinator, devices):
 
 
 def test_close_waits_for_the_answers(coordinator, devices, monkeypatch):
-    monkeypatch.setattr(cohort_zmq, "FAREWELL_S", WAIT_S)
+    monkeypatch.setattr(cohort_module, "FAREWELL_S", WAIT_S)
     closing = coordinator.begin_close("run finished")
     good, bad = devices
     for device in devices:
@@ -88,7 +88,7 @@ def test_stop_in_mid_round(coordinator, devices):
     devices[0].finish()
     devices[1].take_job()
     coordinator.close("coordinator stopped")
-    assert isinstance(round.exception(WAIT_S), cohort_zmq.Stopped)
+    assert isinstance(round.exception(WAIT_S), cohort_module.Stopped)
     for device in devices:
         assert device.expect(Bye) == Bye(reason="coordinator stopped")
 

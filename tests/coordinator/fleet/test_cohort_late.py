@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coordinator.cohorts.base import Client, ClientUpdate
-from coordinator.fleet import cohort as cohort_zmq
+from coordinator.fleet import cohort as cohort_module
 from coordinator.fleet import sessions as devices_module
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.flow_control import Budget
@@ -236,7 +236,7 @@ def test_restarted_coordinator_goes_on_with_what_devices_have(make_coordinator, 
     held.take_job()
     job = lost.take_job()
     first.close("coordinator stopped")
-    assert isinstance(round.exception(WAIT_S), cohort_zmq.Stopped)
+    assert isinstance(round.exception(WAIT_S), cohort_module.Stopped)
 
     second = make_coordinator(*names, is_insecure=True, spool=spool)
     second.ask(lambda cohort: cohort.expect(clients, 3)).result(WAIT_S)
@@ -261,7 +261,7 @@ def test_late_update_that_had_arrived_outlives_the_coordinator(make_coordinator,
     good.take_job()
     bad.return_update()
     first.close("coordinator stopped")
-    assert isinstance(round.exception(WAIT_S), cohort_zmq.Stopped)
+    assert isinstance(round.exception(WAIT_S), cohort_module.Stopped)
 
     second = make_coordinator(*BOTH, quorum=0.5, oldest=2, next_round=2, **terms)
     second.ask(lambda cohort: cohort.expect([Client(id="good", exit=3, num_examples=10)], 1))
@@ -302,7 +302,7 @@ def test_resumed_run_goes_on_with_a_quorum_a_new_one_needs_all(
     make_coordinator, next_round, monkeypatch
 ):
     """After it had waited for the others for as long as a device may be silent."""
-    monkeypatch.setattr(cohort_zmq, "SILENCE_S", 0.3)
+    monkeypatch.setattr(cohort_module, "SILENCE_S", 0.3)
     terms = {"is_insecure": True, "quorum": 0.5, "give_up_after_s": 1.0}
     coordinator = make_coordinator(*BOTH, next_round=next_round, **terms)
     waiting = coordinator.clients()
@@ -340,7 +340,7 @@ def test_resumed_round_needs_a_quorum_of_those_who_were_chosen(make_coordinator)
 
 
 def test_run_killed_in_its_first_round_needs_a_quorum_for_the_second(make_coordinator, monkeypatch):
-    monkeypatch.setattr(cohort_zmq, "SILENCE_S", 0.3)
+    monkeypatch.setattr(cohort_module, "SILENCE_S", 0.3)
     terms = {"quorum": 0.5, "give_up_after_s": 3.0, "grace_s": 0.1}
     coordinator = make_coordinator(*BOTH, is_insecure=True, **terms)
     known = [Client(id=name, exit=3, num_examples=10) for name in BOTH]

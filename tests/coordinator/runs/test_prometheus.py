@@ -18,7 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator.cli.main import main
-from coordinator.fleet import cohort as cohort_zmq
+from coordinator.fleet import cohort as cohort_module
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.counters import CODES, OTHER
 from coordinator.runs.prometheus import MetricsServer, metrics_flag
@@ -206,7 +206,7 @@ def test_without_the_package_its_extra_is_named(monkeypatch):
 
 @pytest.fixture
 def make_coordinator(tmp_path, monkeypatch) -> Iterator[Callable[..., Coordinator]]:
-    monkeypatch.setattr(cohort_zmq, "FAREWELL_S", 0.0)  # the devices here do not answer a bye
+    monkeypatch.setattr(cohort_module, "FAREWELL_S", 0.0)  # the devices here do not answer a bye
     made: list[Coordinator] = []
 
     def make(**terms: Any) -> Coordinator:
