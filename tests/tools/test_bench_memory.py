@@ -28,7 +28,7 @@ def test_every_process_is_measured(tmp_path, capsys):
     assert peak["agent, waiting for its coordinator"] < peak["import torch"] / 2  # no torch in it
     # torch.optim imports torch._dynamo
     assert peak["import torch"] < peak["trainer"] < peak["torch.optim loop"]
-    onnx = peak["inference: edge_sdk.infer.early_exit, onnxruntime"]
+    onnx = peak["inference: edge_sdk.infer, onnxruntime"]
     assert peak["inference: numpy only"] < onnx < peak["inference: torch"]
     trainer, loop = by_process["trainer"], by_process["torch.optim loop"]
     assert float(trainer["of_loop"]) == pytest.approx(

@@ -84,7 +84,7 @@ def read_inputs(folder: str) -> Figures:
 
 
 def predict_onnx(folder: str) -> Figures:
-    """edge_sdk.infer.early_exit, every example through all stages."""
+    """edge_sdk.infer, every example through all stages."""
     import numpy as np
 
     from edge_sdk.infer.early_exit import NEVER, EarlyExit
