@@ -104,6 +104,16 @@ def test_rooms_import_downwards_only(package):
     assert not upward_imports(package, ROOT)
 
 
+MOST_LINES = {"edge_sdk": 400, "coordinator": 400, "tools": 450, "tests": 450}
+
+
+@pytest.mark.parametrize("folder", MOST_LINES)
+def test_a_file_can_be_read_at_once(folder):
+    lines = {file: len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py")}
+    long = [f"{file}: {n}" for file, n in lines.items() if n > MOST_LINES[folder]]
+    assert not long, "the design wants a change: a file for each subject"
+
+
 @pytest.mark.parametrize("package", FLOORS)
 def test_every_room_says_what_it_is_for(package):
     for file in (ROOT / package).glob("*/__init__.py"):

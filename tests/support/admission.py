@@ -1,4 +1,4 @@
-"""A coordinator's hub with its lists, for tests of who may join; `gate` and `member` of conftest.py
+"""A router with its lists, for tests of who may join; `gate` and `member` of conftest.py
 are made with it."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINE = InvitationLine("tcp://192.0.2.1:5555", "pi-1", *(zmq.curve_keypair()))
 
 
 class Gate:
-    """A coordinator's hub that takes messages in a thread of its own; what passes it is kept.
+    """A coordinator's router that takes messages in a thread of its own; what passes it is kept.
 
     folder: of its keys and lists, made here."""
 

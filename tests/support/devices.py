@@ -1,7 +1,7 @@
 """Devices driven step by step from a test, and the real coordinator at the other end of their link.
 
 Nothing sleeps: every wait is for a message and ends after WAIT_S. The other way round:
-scripted_coordinator.py.
+support/coordinator.py.
 """
 
 from __future__ import annotations

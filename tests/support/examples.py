@@ -179,3 +179,7 @@ def mode_of(path: Path) -> int:
 
 def options_of(rule: str, trim: float = 0.1) -> AggregationOptions:
     return AggregationOptions(rule=rule, trim=trim)
+
+
+def scalars(**values: float) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([value]) for name, value in values.items()}

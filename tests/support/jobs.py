@@ -1,4 +1,4 @@
-"""A desk without a network: what is sent is written down, what devices say is put in by hand."""
+"""Open jobs without a network: what is sent is written down, what devices say is put in by hand."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Mailbox:
         """Nobody here keeps what a device can train."""
 
 
-class Room:
-    """A desk and what it said. trained: what every device returns, PARTS parts."""
+class JobsBed:
+    """Jobs, and what they said. trained: what every device returns, PARTS parts."""
 
     def __init__(self, folder: Any, **options: Any) -> None:
         self.said: list[tuple[str, Any]] = []
@@ -94,8 +94,8 @@ class Room:
         self.parts(range(PARTS), name)
 
 
-def assert_is_the_update(room: Room, result: Any, staleness_round: int = 1) -> None:
+def assert_is_the_update(bed: JobsBed, result: Any, staleness_round: int = 1) -> None:
     assert isinstance(result, ClientUpdate)
     assert result.round == staleness_round
-    for name, tensor in room.trained.items():
+    for name, tensor in bed.trained.items():
         assert torch.equal(result.tensors[name], tensor)

@@ -112,33 +112,33 @@ def test_parts_there_and_back_encrypted(arm, world):
     parts = [rng.bytes(512 * 1024) for _ in range(4)]
     returned: dict[int, bytes] = {}
     hellos: list[Hello] = []
-    hub = Router(ANY_PORT, read_keys(world.keys, "server"), Admission(world.keys / "clients"))
+    router = Router(ANY_PORT, read_keys(world.keys, "server"), Admission(world.keys / "clients"))
     is_done = threading.Event()
 
     def serve() -> None:
         while not is_done.is_set():
-            _, received = hub.receive(100)
+            _, received = router.receive(100)
             if received is None:
                 continue
             assert received.name == "a"
             if isinstance(received.message, Hello):
                 hellos.append(received.message)
                 for index, part in enumerate(parts):
-                    assert hub.send(received.route, Part(round=1, index=index), part)
+                    assert router.send(received.route, Part(round=1, index=index), part)
             elif isinstance(received.message, Part):
                 assert received.payload is not None
                 returned[received.message.index] = bytes(received.payload)
                 if len(returned) == len(parts):
-                    assert hub.send(received.route, Accepted(round=1))
+                    assert router.send(received.route, Accepted(round=1))
 
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        said = arm.run(PYTHON, PROGRAMS, "link", f"{WORLD}/a", hub.endpoint)
+        said = arm.run(PYTHON, PROGRAMS, "link", f"{WORLD}/a", router.endpoint)
     finally:
         is_done.set()
         thread.join()
-        hub.close()
+        router.close()
     assert json.loads(said) == {"num_parts": 4}
     assert [hello.profile.machine for hello in hellos] == ["aarch64"]
     assert [returned[index] == part for index, part in enumerate(parts)] == [True] * 4

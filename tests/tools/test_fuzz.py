@@ -204,7 +204,7 @@ def test_memory_does_not_grow_with_messages():
     for played in range(8):
         one.play(acts)
         if played in (1, 7):
-            sizes.append(len(snapshot_state(one.cohort, ["_hub", "_spool"])))
+            sizes.append(len(snapshot_state(one.cohort, ["_router", "_spool"])))
     assert seen.inputs == 8 * len(acts)
     assert sizes[1] - sizes[0] < 6 * 5  # a count may take more bytes; one route a round is more
 

@@ -108,7 +108,9 @@ def read_runs(folder: Path) -> list[Run]:
         if record and content and content.get("rounds"):
             runs.append(Run(record["cell"], record, content["rounds"]))
     if not runs:
-        raise DataError(f"{folder} holds no results; make some with `experiments.py run --out`")
+        raise DataError(
+            f"{folder} holds no results; make some with `python -m tools.experiments run --out`"
+        )
     return runs
 
 
@@ -368,7 +370,7 @@ def read_rows(path: Path) -> list[Row]:
     needed = {*SETTING, "label", "seed", "served_final", "last_final", "commit", "machine"}
     if not read or (lacking := needed - set(read[0])):
         got = f"lacks {', '.join(sorted(lacking))}" if read else "has no rows"
-        raise ConfigError(f"--csv {path} {got}; write it with `experiments.py rows`")
+        raise ConfigError(f"--csv {path} {got}; write it with `python -m tools.experiments rows`")
     texts = {*SETTING, "label", "seed", "commit", "machine"}
     return [
         {k: v if k in texts else float(v) if v else None for k, v in row.items()} for row in read

@@ -2,7 +2,7 @@
 
 decode: one control frame through codec.decode and link.parse_frames. handler: sequences of
 frame lists through the real Router, ZmqCohort and all behind them, in the middle of a round; see
-fuzz_world for what must hold after each.
+world.py for what must hold after each.
 
 Needs atheris (libFuzzer for Python), which gets its own environment under build/; everything else
 comes from the environment that this is run with. A failing input lies in build/fuzz/TARGET/ with
@@ -118,7 +118,9 @@ def append(path: Path, row: dict[str, object]) -> None:
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         if is_new:
-            file.write("# python -m tools.fuzz TARGET --inputs N --seed S; see README.md\n")
+            file.write(
+                "# python -m tools.fuzz TARGET --inputs N --seed S; see docs/results/fuzz.md\n"
+            )
         writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
         if is_new:
             writer.writeheader()

@@ -2,8 +2,8 @@
 
 Runs with the Python of the peer's virtual environment: Flower and numpy only.
 
-    peer_flower.py server ADDRESS MB CLIENTS ROUNDS MARKS
-    peer_flower.py client ADDRESS NUMBER
+    flower.py server ADDRESS MB CLIENTS ROUNDS MARKS
+    flower.py client ADDRESS NUMBER
 
 MARKS is a named pipe. It is told, one line each with the monotonic time: "base" when all clients
 are there and the model is not, "begin" and "end" of each round, "done" or "failed:WHY".

@@ -32,7 +32,7 @@ def judge(rows: list[dict[str, object]]) -> None:
 
 
 def markdown(rows: list[dict[str, object]]) -> str:
-    """The main columns, as README.md shows them."""
+    """The main columns, as docs/results/peer.md shows them."""
     lines = [
         "| MB x clients | system | s a round | of the floor | CPU s server, clients "
         "| server MB (growth) | largest client MB | wire MB |",

@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--rounds", type=int, default=20)
     add("--devices", default=DEFAULT_DEVICES, help="BOARD|FILE.toml=COUNT,..., default %(default)s")
-    add("--data", default="digits", help="digits, or a folder or file; see README.md")
+    add("--data", default="digits", help="digits, or a folder or file; see docs/data.md")
     add("--examples", type=int, help="use a stratified subset of the training data")
     add("--method", default="hypemefed", choices=METHODS)
     add("--seed", type=int, default=0)

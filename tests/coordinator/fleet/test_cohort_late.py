@@ -187,7 +187,7 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
     """The coordinator is killed when one update is there and half of another."""
     job, names = assignment(FLOATS_PER_PART), ("whole", "half")
 
-    def open_desk() -> tuple[Jobs, list[tuple[str, Message]]]:
+    def open_jobs() -> tuple[Jobs, list[tuple[str, Message]]]:
         sent: list[tuple[str, Message]] = []
         note = lambda name, message, _: sent.append((name, message)) or True  # noqa: E731
         jobs = Jobs("a run", Spool(tmp_path), Budget(), Mailbox(note))
@@ -195,7 +195,7 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
             jobs.give(Client(id=name, exit=3, num_examples=10), job, 1, 0.0)
         return jobs, sent
 
-    jobs, sent = open_desk()
+    jobs, sent = open_jobs()
     given = dict(sent)
     trained = {spec.name: job.tensors[spec.name] + 1 for spec in job.returns}
     sender = Sender(trained)
@@ -205,7 +205,7 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
         for index in range(parts):
             jobs.on_message(name, Part(round=1, index=index), sender.part(index))
     (before,) = jobs.finished
-    jobs, sent = open_desk()  # the same state makes the same jobs
+    jobs, sent = open_jobs()  # the same state makes the same jobs
     assert [(name, type(message)) for name, message in sent] == [
         ("whole", Accepted),
         ("half", Job),

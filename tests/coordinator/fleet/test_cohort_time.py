@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from coordinator.cohorts.base import Absence, Client, ClientUpdate
-from coordinator.fleet import jobs as desk_module
+from coordinator.fleet import jobs as jobs_module
 from coordinator.fleet.flow_control import Budget
 from coordinator.fleet.jobs import MOST_STALLS, Jobs
 from coordinator.fleet.router import Received
@@ -307,7 +307,7 @@ def test_lost_job_is_sent_again(coordinator, devices, monkeypatch):
     bad.expect(Job)  # but say that it was lost
     bad.ping()
     bad.stays_quiet()  # it may still be on its way
-    monkeypatch.setattr(desk_module, "RESEND_S", 0.0)
+    monkeypatch.setattr(jobs_module, "RESEND_S", 0.0)
     bad.ping()
     bad.take_job()
     bad.ping(1)

@@ -18,7 +18,7 @@ from coordinator.fleet.job_phases import (
 )
 from coordinator.fleet.state import client_phase
 from edge_sdk.protocol.messages import Fetch, Ready
-from tests.support.jobs import PARTS, Room
+from tests.support.jobs import PARTS, JobsBed
 
 WAITED_FOR = set(OPEN) - {JobPhase.LATE, JobPhase.LATE_LOST}
 ENDS = {JobEvent.ACCEPTED, JobEvent.ABANDONED}
@@ -67,29 +67,29 @@ def test_status_page_shows_every_phase(phase, shown):
 
 
 @pytest.fixture
-def room(tmp_path):
-    made = Room(tmp_path)
+def bed(tmp_path):
+    made = JobsBed(tmp_path)
     made.give()
     return made
 
 
-def phase(room: Room) -> JobPhase:
-    return room.jobs.open["a"].phase
+def phase(bed: JobsBed) -> JobPhase:
+    return bed.jobs.open["a"].phase
 
 
-def has(room: Room, parts: int) -> None:
-    room.jobs.on_message("a", Fetch(round=1, have=parts, first=parts, count=0), None)
+def has(bed: JobsBed, parts: int) -> None:
+    bed.jobs.on_message("a", Fetch(round=1, have=parts, first=parts, count=0), None)
 
 
-def test_a_job_is_downloaded_trained_uploaded_and_counted(room):
-    open_job = room.jobs.open["a"]
+def test_a_job_is_downloaded_trained_uploaded_and_counted(bed):
+    open_job = bed.jobs.open["a"]
     seen = [open_job.phase]
     for parts in (1, PARTS + 1):  # one more goes down: stage 1 is in a part of its own
-        has(room, parts)
+        has(bed, parts)
         seen.append(open_job.phase)
-    room.announce()
+    bed.announce()
     seen.append(open_job.phase)
-    room.parts(range(PARTS))
+    bed.parts(range(PARTS))
     seen.append(open_job.phase)
     assert seen == [
         JobPhase.DOWNLOAD,
@@ -100,31 +100,31 @@ def test_a_job_is_downloaded_trained_uploaded_and_counted(room):
     ]
 
 
-def test_a_lost_job_begins_anew_or_goes_on_where_it_was(room):
-    room.announce()
-    room.parts([0])
-    room.jobs.on_return("a", 0, None)  # its program was started again
-    assert phase(room) is JobPhase.LOST
-    room.jobs.on_return("a", 1, room.job().id)  # and had kept the update
-    assert phase(room) is JobPhase.UPLOAD
-    room.jobs.on_return("a", 0, None)
-    room.jobs.on_ready("a", Ready(exit=3))
-    assert phase(room) is JobPhase.DOWNLOAD
+def test_a_lost_job_begins_anew_or_goes_on_where_it_was(bed):
+    bed.announce()
+    bed.parts([0])
+    bed.jobs.on_return("a", 0, None)  # its program was started again
+    assert phase(bed) is JobPhase.LOST
+    bed.jobs.on_return("a", 1, bed.job().id)  # and had kept the update
+    assert phase(bed) is JobPhase.UPLOAD
+    bed.jobs.on_return("a", 0, None)
+    bed.jobs.on_ready("a", Ready(exit=3))
+    assert phase(bed) is JobPhase.DOWNLOAD
 
 
-def test_a_late_job_stays_late_and_a_lost_one_is_given_up_then(room):
-    open_job = room.jobs.open["a"]
-    room.jobs.on_message("a", room.update(room.job(), None), None)
-    room.jobs.close(1)
+def test_a_late_job_stays_late_and_a_lost_one_is_given_up_then(bed):
+    open_job = bed.jobs.open["a"]
+    bed.jobs.on_message("a", bed.update(bed.job(), None), None)
+    bed.jobs.close(1)
     assert open_job.phase is JobPhase.LATE
-    room.jobs.on_return("a", 1, room.job().id)
+    bed.jobs.on_return("a", 1, bed.job().id)
     assert open_job.phase is JobPhase.LATE
-    room.jobs.on_return("a", 0, None)
+    bed.jobs.on_return("a", 0, None)
     assert open_job.phase is JobPhase.GIVEN_UP
-    room.give(round=2)
-    again = room.jobs.open["a"]
-    room.jobs.on_return("a", 0, None)
-    room.jobs.close(2)
+    bed.give(round=2)
+    again = bed.jobs.open["a"]
+    bed.jobs.on_return("a", 0, None)
+    bed.jobs.close(2)
     assert again.phase is JobPhase.LATE_LOST
-    room.jobs.on_ready("a", Ready(exit=3))
+    bed.jobs.on_ready("a", Ready(exit=3))
     assert again.phase is JobPhase.GIVEN_UP

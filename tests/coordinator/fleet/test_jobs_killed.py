@@ -1,4 +1,4 @@
-"""A desk and its spool against devices that do anything, killed at any write to the disk.
+"""Open jobs and their spool against devices that do anything, killed at any write to the disk.
 
 Whatever happens: an update that a device was told is accepted counts in exactly one committed
 round, with what its job began from; and nothing stays on the disk that nobody needs.

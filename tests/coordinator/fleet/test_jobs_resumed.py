@@ -15,17 +15,17 @@ from coordinator.fleet.spool import Spool
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Job, Part
 from tests.support.devices import floats
 from tests.support.examples import client
-from tests.support.jobs import PARTS, PLAN, Room, assert_is_the_update
+from tests.support.jobs import PARTS, PLAN, JobsBed, assert_is_the_update
 
 
 def test_whole_upload_outlives_the_coordinator(tmp_path):
-    before = Room(tmp_path)
+    before = JobsBed(tmp_path)
     before.give("a")
     before.give("b")
     before.finish("a")
     before.announce("b")
     before.parts([0, 1], "b")
-    after = Room(tmp_path)  # nothing was closed: it was killed
+    after = JobsBed(tmp_path)  # nothing was closed: it was killed
     after.give("a")
     after.give("b")
     (result,) = after.jobs.finished
@@ -42,21 +42,21 @@ def test_whole_upload_outlives_the_coordinator(tmp_path):
 
 
 def test_upload_of_another_job_is_not_taken_from_the_spool(tmp_path):
-    before = Room(tmp_path)
+    before = JobsBed(tmp_path)
     before.give()
     before.finish()
-    after = Room(tmp_path)
+    after = JobsBed(tmp_path)
     after.give(plan=replace(PLAN, seed=1))
     assert not after.jobs.finished
     assert after.to("a", Job)
 
 
 def test_late_update_outlives_the_coordinator_too(tmp_path):
-    before = Room(tmp_path)
+    before = JobsBed(tmp_path)
     before.give("a")
     before.jobs.close(1)
     before.finish("a")
-    after = Room(tmp_path)
+    after = JobsBed(tmp_path)
     after.jobs.resume(2)
     (result,) = after.jobs.finished
     assert_is_the_update(after, result)
@@ -67,11 +67,11 @@ def test_late_update_outlives_the_coordinator_too(tmp_path):
 
 
 def test_late_update_of_a_committed_round_is_not_counted_again(tmp_path):
-    before = Room(tmp_path)
+    before = JobsBed(tmp_path)
     before.give("a")
     before.jobs.close(1)
     before.finish("a")
-    after = Room(tmp_path, was_counted=lambda job: job == before.job("a").id)
+    after = JobsBed(tmp_path, was_counted=lambda job: job == before.job("a").id)
     after.jobs.resume(3)
     assert not after.jobs.finished
     after.jobs.on_return("a", 1, before.job("a").id)
@@ -80,12 +80,12 @@ def test_late_update_of_a_committed_round_is_not_counted_again(tmp_path):
 
 def test_update_that_outlives_its_round_outlives_the_coordinator_too(tmp_path):
     """Asynchronous: nobody has closed its round, and nobody gives its job again."""
-    before = Room(tmp_path)
+    before = JobsBed(tmp_path)
     before.give("a", round=1)
     before.jobs.leave_open()
     before.finish("a")
     assert before.to("a", Accepted)
-    after = Room(tmp_path)
+    after = JobsBed(tmp_path)
     after.jobs.resume(2)
     (result,) = after.jobs.finished
     assert_is_the_update(after, result)
@@ -96,13 +96,13 @@ def test_update_that_outlives_its_round_outlives_the_coordinator_too(tmp_path):
 def test_job_in_hand_outlives_the_coordinator(tmp_path, is_late):
     """A device that was late, or goes on beyond its round, has its update ready only after the
     coordinator was killed: it counts."""
-    before = Room(tmp_path)
+    before = JobsBed(tmp_path)
     before.give("a")
     before.jobs.close(1) if is_late else before.jobs.leave_open()
     before.announce("a")
     before.parts([0], "a")  # the rest is lost
     job = before.job("a")
-    after = Room(tmp_path)
+    after = JobsBed(tmp_path)
     after.jobs.resume(2)
     after.jobs.expire(1)
     after.jobs.clear_spool(2)
@@ -118,10 +118,10 @@ def test_job_in_hand_outlives_the_coordinator(tmp_path, is_late):
 
 
 def test_late_job_whose_download_was_cut_goes_on_after_a_restart(tmp_path):
-    before = Room(tmp_path)
+    before = JobsBed(tmp_path)
     before.give("a")
     before.jobs.close(1)
-    after = Room(tmp_path)
+    after = JobsBed(tmp_path)
     after.jobs.resume(2)
     after.jobs.on_return("a", 1, before.job("a").id)
     after.jobs.on_message("a", Fetch(round=1, have=1, first=1, count=PARTS), None)
@@ -129,10 +129,10 @@ def test_late_job_whose_download_was_cut_goes_on_after_a_restart(tmp_path):
 
 
 def test_late_job_that_is_too_old_after_a_restart_is_given_up(tmp_path):
-    before = Room(tmp_path)
+    before = JobsBed(tmp_path)
     before.give("a")
     before.jobs.close(1)
-    after = Room(tmp_path)
+    after = JobsBed(tmp_path)
     after.jobs.resume(4)
     after.jobs.expire(2)
     assert [fault.code for fault in after.to("a", Fault)] == ["late"]
@@ -141,12 +141,12 @@ def test_late_job_that_is_too_old_after_a_restart_is_given_up(tmp_path):
 
 
 def test_asynchronous_job_whose_device_has_gone_is_late_after_a_restart_too(tmp_path):
-    before = Room(tmp_path)
+    before = JobsBed(tmp_path)
     before.give("a")
     before.jobs.leave_open()
     before.jobs.on_gone("a", "gone", "its link broke")
     job = before.job("a")
-    after = Room(tmp_path)
+    after = JobsBed(tmp_path)
     after.jobs.resume(2)
     assert after.jobs.num_open == 0, "nobody waits for it twice"
     after.jobs.on_return("a", 1, job.id)
@@ -157,7 +157,7 @@ def test_asynchronous_job_whose_device_has_gone_is_late_after_a_restart_too(tmp_
 
 def test_jobs_that_began_from_the_same_share_it_after_a_restart_too(tmp_path, monkeypatch):
     """Asynchronous; none of the devices is back in time."""
-    before = Room(tmp_path)
+    before = JobsBed(tmp_path)
     job, names = before.assignment(), [f"d{number}" for number in range(9)]
     for name in names:
         before.jobs.give(dataclasses.replace(client(name, 3), num_examples=10), job, 1, 0.0)
@@ -165,7 +165,7 @@ def test_jobs_that_began_from_the_same_share_it_after_a_restart_too(tmp_path, mo
     read: list[int] = []
     real = spool_module.digest_of
     monkeypatch.setattr(spool_module, "digest_of", lambda parts: (read.append(1), real(parts))[1])
-    after = Room(tmp_path)
+    after = JobsBed(tmp_path)
     after.jobs.resume(2)
     assert len(read) == 1, "read once"
     for name in names:
@@ -175,7 +175,7 @@ def test_jobs_that_began_from_the_same_share_it_after_a_restart_too(tmp_path, mo
 
 
 def test_time_to_come_back_begins_when_all_was_read(tmp_path, monkeypatch):
-    before = Room(tmp_path)
+    before = JobsBed(tmp_path)
     before.give("a")
     before.jobs.leave_open()
     real, now = Spool.saved_jobs, time.monotonic()
@@ -185,6 +185,6 @@ def test_time_to_come_back_begins_when_all_was_read(tmp_path, monkeypatch):
         monkeypatch.setattr(time, "monotonic", lambda: now + 50.0)
 
     monkeypatch.setattr(Spool, "saved_jobs", slow)
-    after = Room(tmp_path)
+    after = JobsBed(tmp_path)
     after.jobs.resume(2)
     assert after.jobs.open["a"].given == now + 50.0

@@ -120,18 +120,18 @@ def test_refused_key_is_tried_again(tmp_path):
     names = ("server", "device", "other")
     keys = {name: make_keys(tmp_path, name) for name in names}
     add_client(tmp_path / "clients", "other", keys["other"].public)
-    hub = Router(ANY_PORT, keys["server"], Admission(tmp_path / "clients"))
+    router = Router(ANY_PORT, keys["server"], Admission(tmp_path / "clients"))
     data = tmp_path / "shard.npz"
     save_shard(data, examples(24))
     with listening("does not know this device's key") as lines:
-        device = Device(Link(hub.endpoint, keys["device"], keys["server"].public), data)
+        device = Device(Link(router.endpoint, keys["device"], keys["server"].public), data)
         try:
             lines.wait_for_one()
             add_client(tmp_path / "clients", "device", keys["device"].public)
-            _, received = hub.receive(int(1000 * WAIT_S))
+            _, received = router.receive(int(1000 * WAIT_S))
         finally:
             device.stop()
-            hub.close()
+            router.close()
     assert received is not None
     assert (received.name, type(received.message)) == ("device", Hello)
 

@@ -247,21 +247,21 @@ def test_keys_that_the_services_user_cannot_read(tmp_path, monkeypatch):
 def test_a_coordinator_that_knows_this_device_and_one_that_does_not(tmp_path):
     server, device = make_keys(tmp_path, "server"), make_keys(tmp_path, "device")
     add_client(tmp_path / "clients", "other", server.public)
-    hub = Router(ANY_PORT, server, Admission(tmp_path / "clients"))
+    router = Router(ANY_PORT, server, Admission(tmp_path / "clients"))
     keys = read_all_keys(tmp_path, None)
     try:
-        without = doctor.check_coordinator(hub.endpoint, None, is_insecure=False)
+        without = doctor.check_coordinator(router.endpoint, None, is_insecure=False)
         assert (without.outcome, without.advice) == ("warn", "make keys")
-        stranger = doctor.check_coordinator(hub.endpoint, keys, is_insecure=False)
+        stranger = doctor.check_coordinator(router.endpoint, keys, is_insecure=False)
         assert stranger.outcome == "fail"
         assert "does not know this device's key" in stranger.found
         assert stranger.advice == "add its public key to the coordinator's list"
-        plain = doctor.check_coordinator(hub.endpoint, None, is_insecure=True)
+        plain = doctor.check_coordinator(router.endpoint, None, is_insecure=True)
         assert "do not agree on encryption" in plain.found
         add_client(tmp_path / "clients", "pi-1", device.public)
-        assert doctor.check_coordinator(hub.endpoint, keys, is_insecure=False).outcome == "ok"
+        assert doctor.check_coordinator(router.endpoint, keys, is_insecure=False).outcome == "ok"
     finally:
-        hub.close()
+        router.close()
 
 
 def test_a_coordinator_that_is_not_there():

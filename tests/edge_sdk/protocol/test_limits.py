@@ -72,7 +72,7 @@ def test_the_largest_control_frame_fits_the_transport(is_encrypted):
 
 
 def test_the_types_of_messages_can_be_dropped():
-    # msgspec 0.22 aborts at the end of the process over some unions; see wire.Option.
+    # msgspec 0.22 aborts at the end of the process over some unions; see messages.Option.
     code = (
         "from edge_sdk.agent import pipe; from edge_sdk.protocol import codec, messages;"
         "codec.decode(codec.encode(messages.Bye()))"
