@@ -14,8 +14,7 @@ from edge_sdk.capacity.costs import Moment, SegmentCost, examples_at_once, in_pa
 from edge_sdk.capacity.counting import segment_costs, segment_costs_apart
 from edge_sdk.capacity.flops import FlopCounter
 from edge_sdk.errors import CapacityError, ConfigError
-from edge_sdk.models import FAMILIES, build
-from edge_sdk.models.cnn import build_cnn
+from edge_sdk.models import FAMILIES, Family, build
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
@@ -50,11 +49,14 @@ def test_prefixes_then_single_stages():
 def test_counted_on_one_thread(monkeypatch):
     seen, before = [], torch.get_num_threads()
 
-    def build_watched(spec):
-        seen.append(torch.get_num_threads())
-        return build_cnn(spec)
+    cnn = FAMILIES["cnn"]
 
-    monkeypatch.setitem(FAMILIES, "watched", build_watched)
+    def build_watched(spec, options):
+        seen.append(torch.get_num_threads())
+        return cnn.build(spec, options)
+
+    watched = {"watched": Family(build_watched, cnn.options)}
+    monkeypatch.setattr(FAMILIES, "_entries", FAMILIES._entries | watched)
     torch.set_num_threads(3)
     try:
         by_segment(replace(CNN, family="watched"))
