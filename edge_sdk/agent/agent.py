@@ -332,15 +332,15 @@ class Agent:
 
     def _on_trainer_death(self) -> None:
         """Report how the trainer ended; if it was killed at work, choose less from now on."""
-        state, (cause, pause_s) = self._state, self._trainer.reap()
-        detail = f"the trainer {cause}"
+        state, (ending, pause_s) = self._state, self._trainer.reap()
+        detail = f"the trainer {ending.how}"
         if state.inspected is None:
             raise TrainerError(f"{detail} before it had read its data; ask edge-sdk doctor why")
         round = state.job.round if state.job else 0
         self._tell(events.failed(f"{detail}; another in {pause_s:.0f} s", "trainer", round))
         self._chooser.costs = ()  # until the next one has counted them, no exit can be trained
         if state.job and not state.is_trained:
-            self._fail_job("trainer", detail, is_memory="signal 9" in cause)
+            self._fail_job("trainer", detail, is_memory=ending.is_for_memory)
         self._tell_choice()
 
     def _restart_trainer(self, now: float) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from msgspec.structs import replace
 
@@ -24,6 +25,15 @@ from edge_sdk.protocol.messages import Fault, Fetch, Part, Update
 
 RESTART_S = 1.0  # pause before another trainer, doubles to RESTART_MAX_S
 RESTART_MAX_S = 60.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a trainer ended. is_for_memory: it was killed, by the system or because it did not get
+    on, so its job is taken to be too large for the memory."""
+
+    how: str
+    is_for_memory: bool
 
 
 class TrainerProcess:
@@ -123,14 +133,13 @@ class TrainerProcess:
         has_thrashed = is_thrashing(self._process.pid, self._usage, silent_s)
         if silent_s <= (THRASHING_S if has_thrashed else SILENT_S):
             return False
-        # Signal 9: both count as a lack of memory.
         why = ", as memory was too short to get on," if has_thrashed else ""
         self._verdict = f"said nothing for {silent_s:.0f} s{why} and was ended by signal 9"
         self._process.kill()
         return True
 
-    def wait_for_end(self) -> str:
-        """Wait for the end of the process, which its closed pipe has announced; how it ended."""
+    def wait_for_end(self) -> Ending:
+        """Wait for the end of the process, which its closed pipe has announced."""
         self._pipe.close()
         try:
             status = self._process.wait(10)
@@ -138,10 +147,11 @@ class TrainerProcess:
             self._process.kill()
             status = self._process.wait()
         if self._verdict:
-            return self._verdict
+            return Ending(self._verdict, is_for_memory=True)
         if status == -signal.SIGKILL:
-            return "was killed by signal 9, most likely for memory"
-        return f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
+            return Ending("was killed by signal 9, most likely for memory", is_for_memory=True)
+        how = f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        return Ending(how, is_for_memory=False)
 
 
 class Supervisor:
@@ -189,12 +199,12 @@ class Supervisor:
         """Whether the process was killed for having said nothing for so long: then reap() it."""
         return self.process is not None and self.process.end_if_stuck(silent_s)
 
-    def reap(self) -> tuple[str, float]:
+    def reap(self) -> tuple[Ending, float]:
         """Collect a process that has ended: how it ended, and seconds until another is started."""
         assert self.process is not None
-        cause, self.process = self.process.wait_for_end(), None
+        ending, self.process = self.process.wait_for_end(), None
         self._num_cancels = 0
-        return cause, self._put_off()
+        return ending, self._put_off()
 
     def restart(self) -> None:
         """Start another process. Raises TrainerError if that fails; `restart_at` is then the time

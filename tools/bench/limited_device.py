@@ -114,7 +114,7 @@ class Device:
         except TimeoutError as error:
             return {"died": str(error)}
         except (EOFError, OSError):
-            return {"died": f"the trainer {self._trainer.wait_for_end()}"}
+            return {"died": f"the trainer {self._trainer.wait_for_end().how}"}
         finally:
             self._trainer.end()
 
@@ -157,7 +157,7 @@ class Device:
         except TimeoutError as error:
             return found | {"died": str(error)}
         except (EOFError, OSError):
-            return found | {"died": f"the trainer {self._trainer.wait_for_end()}"}
+            return found | {"died": f"the trainer {self._trainer.wait_for_end().how}"}
         return found | {"peak_bytes": peak}
 
     def _train(self, segments: Segments, plan: Plan, cache_bytes: int) -> int:

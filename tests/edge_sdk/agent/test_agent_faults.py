@@ -23,7 +23,7 @@ from edge_sdk.agent.pipe import (
     Train,
     TrainerOptions,
 )
-from edge_sdk.agent.trainer_process import TrainerProcess
+from edge_sdk.agent.trainer_process import Ending, TrainerProcess
 from edge_sdk.capacity.chooser import Chooser
 from edge_sdk.data.loading import save_shard
 from edge_sdk.errors import TrainerError
@@ -60,8 +60,8 @@ class Notes:
     def end_if_stuck(self, silent_s: float) -> bool:
         return False
 
-    def wait_for_end(self) -> str:
-        return "was killed by signal 9, most likely for memory"
+    def wait_for_end(self) -> Ending:
+        return Ending("was killed by signal 9, most likely for memory", is_for_memory=True)
 
 
 class Started:

@@ -8,7 +8,7 @@ import pytest
 
 from edge_sdk.agent import trainer_process
 from edge_sdk.agent.pipe import Cancel, Estimated, PipeMessage, Progress, TrainerOptions
-from edge_sdk.agent.trainer_process import Supervisor
+from edge_sdk.agent.trainer_process import Ending, Supervisor
 from edge_sdk.protocol.messages import Fault, Fetch, Part
 from tests.support.agent import MODEL
 
@@ -33,8 +33,8 @@ class Trainer:
     def receive(self) -> tuple[PipeMessage, memoryview]:
         return self.says.popleft(), memoryview(b"")
 
-    def wait_for_end(self) -> str:
-        return "ended"
+    def wait_for_end(self) -> Ending:
+        return Ending("ended", is_for_memory=False)
 
 
 @pytest.fixture
