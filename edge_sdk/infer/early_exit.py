@@ -9,6 +9,7 @@ tests/test_light.py.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +211,10 @@ def open_session(content: bytes, where: str, threads: int = 1) -> Session:
 
 
 def onnx_runtime() -> Any:
-    """The package onnxruntime. Raises ConfigError if it is not installed."""
+    """The package onnxruntime. From 1.29 on it reports its use to its maker unless this variable is
+    set before it is imported: data about a device leave it only where its owner sets it to 0.
+    Raises ConfigError if it is not installed."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     return optional_module("onnxruntime", "inference", "infer")
 
 

@@ -146,7 +146,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         f"(one {os.cpu_count()}-core machine plays {len(devices)} boards and the coordinator)\n"
         f"run: {folder}\nmodel: {folder / 'model.safetensors'}\n"
         f"logs: {folder / 'coordinator.log'}, {folder / 'devices'}/*/device.log\n"
-        f"again: python -m tools.testbed.report {folder}",
+        f"again: {sys.executable} -m tools.testbed.report {folder}",
         soft_wrap=True,
         highlight=False,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -332,3 +333,21 @@ def test_inference_never_loads_torch(labelled):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert ended.stdout.splitlines()[-1] == "False True"
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_reported"), [({}, False), ({"ORT_DISABLE_TELEMETRY": "0"}, True)]
+)
+def test_onnxruntime_reports_nothing_unless_asked_to(tmp_path, asked, is_reported):
+    """What it would send it keeps under the user's cache first."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    code = "from edge_sdk.infer.early_exit import onnx_runtime; onnx_runtime()"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"HOME": str(tmp_path)} | asked,
+        cwd=ROOT,
+        check=True,
+    )
+    if is_reported and not any(tmp_path.rglob("*")):
+        pytest.skip("this build of onnxruntime reports nothing anyway")
+    assert bool(list(tmp_path.rglob("*.onnxruntime*"))) == is_reported
