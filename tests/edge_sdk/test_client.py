@@ -28,14 +28,14 @@ from tests.support.processes import PATIENCE_S, ROOT, World, environment
 
 pytestmark = pytest.mark.usefixtures("shards_folder")
 FAMILY = """
-from edge_sdk.models import register_family
-from edge_sdk.models.mlp import build_mlp
+import msgspec
+from edge_sdk import models
 from edge_sdk.protocol.messages import ModelSpec
 
 def build(spec: ModelSpec):
-    return build_mlp(spec)
+    return models.build(msgspec.structs.replace(spec, family="mlp"))
 
-register_family("mine", build)
+models.register_family("mine", build)
 """
 
 
