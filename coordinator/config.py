@@ -117,8 +117,7 @@ class RotationOptions(Options, frozen=True, kw_only=True):
         int, Meta(ge=0, le=100), told("at most a round, 0: all", "--rotation-stages")
     ] = 1
     draw: Annotated[
-        Literal["uniform", "needy"],
-        told("needy: rather stages with few owners", "--rotation-draw"),
+        Literal["uniform", "needy"], told("needy: rather stages with few owners", "--rotation-draw")
     ] = "uniform"
 
 

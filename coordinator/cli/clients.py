@@ -38,10 +38,7 @@ MOST_HOURS = 24.0 * 366
 
 def add_keys_command(commands: Any) -> None:
     parser = add_command(
-        commands,
-        "keys",
-        "make the coordinator's key pair",
-        "edge-coordinator keys --keys keys",
+        commands, "keys", "make the coordinator's key pair", "edge-coordinator keys --keys keys"
     )
     parser.add_argument("--keys", type=path_flag, default=Path("keys"), help="folder of keys")
     parser.set_defaults(run=run_keys)

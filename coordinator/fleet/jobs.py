@@ -18,13 +18,7 @@ from coordinator.fleet.counters import Counters
 from coordinator.fleet.endings import Endings
 from coordinator.fleet.flow_control import Budget, LinkRates
 from coordinator.fleet.job_phases import JobEvent, JobPhase
-from coordinator.fleet.open_job import (
-    OpenJob,
-    Senders,
-    check_update,
-    check_values,
-    make_job,
-)
+from coordinator.fleet.open_job import OpenJob, Senders, check_update, check_values, make_job
 from coordinator.fleet.sessions import Sessions
 from coordinator.fleet.spool import Spool
 from coordinator.fleet.transfers import Transfers

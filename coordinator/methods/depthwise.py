@@ -56,9 +56,7 @@ class DepthAveraging:
         down = {name: held[name] for name in needed_names(held, segments)}
         up = {name: held[name] for name in trained_names(held, segments)}
         plan = replace(
-            config.plan(round),
-            segments=segments,
-            seed=job_seed(config.seed, round, client.id),
+            config.plan(round), segments=segments, seed=job_seed(config.seed, round, client.id)
         )
         if config.distill.direction == "auto" and self._owners[-1] >= SCARCE * self._owners[0]:
             plan = replace(plan, distill="none", distill_weight=0.0)

@@ -54,10 +54,7 @@ def main() -> int:
         RunConfig(
             method="hypemefed",
             model=ModelSpec(
-                family="cnn",
-                input_shape=train.input_shape,
-                num_classes=train.num_classes,
-                exit=3,
+                family="cnn", input_shape=train.input_shape, num_classes=train.num_classes, exit=3
             ),
             rounds=args.rounds,
             participants=10,
