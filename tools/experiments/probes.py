@@ -27,6 +27,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from coordinator.aggregation.mean import OwnersMean
+from coordinator.cli.arguments import REPEATED
 from coordinator.cohorts.base import ClientUpdate, Cohort
 from coordinator.cohorts.population import Population, emulated_clients
 from coordinator.cohorts.sampling import job_seed, sample
@@ -64,14 +65,7 @@ def add_command(commands: Any) -> None:
     add("--test-examples", type=int, help="of the held-out data, whose features are compared")
     add("--model", default="cnn")
     add("--exits", type=int, default=3)
-    add(
-        "--option",
-        type=option_flag,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="model option",
-    )
+    add("--option", type=option_flag, metavar="KEY=VALUE", help="model option", **REPEATED)
     add("--epochs", type=int, default=5)
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=1e-3)

@@ -62,25 +62,15 @@ from tools.fuzz.state import Place, changes, is_owned, shown, snapshot_state
 
 RUN, ROUND = "fuzz", 7
 STEP_S = 0.9  # of the clock, between two looks of the coordinator
-MEMORY = (
-    "/dev/shm"  # where the spool lies if there is such a thing: a disk is not what is looked at
-)
+# Where the spool lies if there is such a thing: a disk is not what is looked at.
+MEMORY = "/dev/shm"
 JOINED = ("idle", "told", "training", "uploading", "done", HONEST)
 UNREACHABLE = 2 * len(SENDERS)  # added to a route: answers cannot be sent
 NUM_ROUTES = 2 * UNREACHABLE
 # When it listened, which any message changes; sums over clients; what only reads tensors.
 NO_STATE = (
-    "_router",
-    "_num_heard",
-    "_listened",
-    "_looked",
-    "_progress",
-    "_used",
-    "_queues",
-    "_counters",
-    "_spool",
-    "_sessions",
-    "Sender",
+    *("_router", "_num_heard", "_listened", "_looked", "_progress", "_used", "_queues"),
+    *("_counters", "_spool", "_sessions", "Sender"),
 )
 PROFILE = DeviceProfile(
     platform="generic", memory_total_bytes=2**32, memory_available_bytes=2**31, cores=4, gflops=10.0

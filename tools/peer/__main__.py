@@ -342,26 +342,13 @@ def start_superlink(stack: contextlib.ExitStack, cell: Cell) -> Watch:
         f'[superlink.peer]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     environment["FLWR_HOME"] = str(cell.folder)
-    command = [
-        "flower-superlink",
-        "--insecure",
-        "--port",
-        str(port),
-        "--disable-runtime-dependency-installation",
-    ]
+    command = ["flower-superlink", "--insecure", "--port", str(port)]
+    command += ["--disable-runtime-dependency-installation"]
     server = stack.enter_context(started(command, env=environment, stderr=log, stdout=log))
     trees = []
     for number, own_port in enumerate(ports):
-        command = [
-            "flower-supernode",
-            "--insecure",
-            "--superlink",
-            f"127.0.0.1:{port}",
-            "--port",
-            str(own_port),
-            "--node-config",
-            f"number={number}",
-        ]
+        command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
+        command += ["--port", str(own_port), "--node-config", f"number={number}"]
         one = stack.enter_context(started(command, env=environment, stderr=log, stdout=log))
         trees.append(Tree(one.pid))
     app = shutil.copytree(APP, cell.folder / "app", ignore=shutil.ignore_patterns("__pycache__"))

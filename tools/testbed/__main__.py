@@ -24,7 +24,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from coordinator.cli.arguments import CommandParser
+from coordinator.cli.arguments import REPEATED, CommandParser
 from coordinator.cli.serve import add_serve_command, serve_settings
 from coordinator.methods.registry import METHODS
 from coordinator.runs.serving import check_serve
@@ -72,14 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--participants", type=int, help="devices per round, default all")
     add("--model", default="cnn")
     add("--exits", type=int, default=3)
-    add(
-        "--option",
-        type=option_text,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="model option",
-    )
+    add("--option", type=option_text, metavar="KEY=VALUE", help="model option", **REPEATED)
     add("--epochs", type=int, default=DEFAULT_EPOCHS)
     add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=2e-3)
@@ -208,37 +201,12 @@ def serve_command(
     args: argparse.Namespace, folder: Path, num_devices: int, deadline_s: float
 ) -> list[str]:
     """Without what was not given: a flag beats the method's own value (defaults.py)."""
-    command = [
-        "serve",
-        "--method",
-        args.method,
-        "--test",
-        str(folder / "test.npz"),
-        "--rounds",
-        str(args.rounds),
-        "--seed",
-        str(args.seed),
-        "--model",
-        args.model,
-        "--exits",
-        str(args.exits),
-        "--epochs",
-        str(args.epochs),
-        "--batch-size",
-        str(args.batch_size),
-        "--lr",
-        str(args.lr),
-        "--listen",
-        "tcp://127.0.0.1:*",
-        "--keys",
-        str(folder / "keys"),
-        "--min-clients",
-        str(num_devices),
-        "--deadline",
-        str(deadline_s),
-        "--run-dir",
-        str(folder),
-    ]
+    command = ["serve", "--listen", "tcp://127.0.0.1:*", "--run-dir", str(folder)]
+    command += ["--keys", str(folder / "keys"), "--test", str(folder / "test.npz")]
+    command += ["--method", args.method, "--rounds", str(args.rounds), "--seed", str(args.seed)]
+    command += ["--model", args.model, "--exits", str(args.exits), "--lr", str(args.lr)]
+    command += ["--epochs", str(args.epochs), "--batch-size", str(args.batch_size)]
+    command += ["--min-clients", str(num_devices), "--deadline", str(deadline_s)]
     command += [part for option in args.option for part in ("--option", option)]
     if args.participants is not None:
         command += ["--participants", str(args.participants)]
@@ -256,26 +224,10 @@ def coordinator(
 
 @contextlib.contextmanager
 def device_process(device: Device, endpoint: str, host: Host) -> Iterator[subprocess.Popen[bytes]]:
-    command = [
-        "run",
-        "--coordinator",
-        endpoint,
-        "--data",
-        str(device.folder / "data.npz"),
-        "--id",
-        device.name,
-        "--keys",
-        str(device.folder),
-        "--board",
-        device.board,
-        "--host-gflops",
-        str(host.gflops),
-        "--host-layer-us",
-        str(1e6 * host.layer_s),
-        "--threads",
-        "1",
-        "--once",
-    ]
+    command = ["run", "--coordinator", endpoint, "--data", str(device.folder / "data.npz")]
+    command += ["--id", device.name, "--keys", str(device.folder), "--board", device.board]
+    command += ["--host-gflops", str(host.gflops), "--host-layer-us", str(1e6 * host.layer_s)]
+    command += ["--threads", "1", "--once"]
     with process("edge_sdk.cli", command, device.folder / "device.log") as child:
         yield child
 
