@@ -161,7 +161,6 @@ def serve_rounds(
                     method,
                     cohort,
                     test,
-                    fleet=cohort,
                     device=device,
                     should_stop=lambda: bool(stopping),
                     report=report,
