@@ -63,7 +63,12 @@ class Flag:
 
     @property
     def destination(self) -> str:
-        return self.name.lstrip("-").replace("-", "_")
+        return destination(self.name)
+
+
+def destination(flag: str) -> str:
+    """Where argparse keeps the value of a flag."""
+    return flag.lstrip("-").replace("-", "_")
 
 
 def flags_of(kind: type[msgspec.Struct]) -> dict[str, Flag]:

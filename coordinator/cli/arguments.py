@@ -1,7 +1,7 @@
 """Flags that `emulate` and `serve` share, and what they become.
 
-Neither this nor another cli_*.py imports torch or numpy, which takes two seconds: a command's flags
-are read first, and what it needs is imported when it runs, in `heavy_imports`."""
+No file of cli/ imports torch or numpy, which takes two seconds: a command's flags are read first,
+and what it needs is imported when it runs, in `heavy_imports`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS, defaults_of
 from coordinator.presets import PRESETS, find_preset
 from coordinator.registry import Kind
-from coordinator.settings import flag_of, flags_of, numbers
+from coordinator.settings import destination, flag_of, flags_of, numbers
 from edge_sdk.cli.flags import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
@@ -167,7 +167,9 @@ class CommandParser(argparse.ArgumentParser):
             self.set_defaults(**{"generator": generator, **preset})
             chosen = parse(args)[0]
             values = defaults_of(chosen.method, **which, generator=chosen.generator)
-            self.set_defaults(**{_destination(path): values[path] for path in values} | preset)
+            self.set_defaults(
+                **{destination(flag_of(path)): values[path] for path in values} | preset
+            )
             self._add_own_flags(chosen)
             return parse(args, namespace)
 
@@ -193,7 +195,3 @@ def _named(args: Sequence[str]) -> argparse.Namespace:
     found = parser.parse_known_args(args)[0]
     found.imports = [module for module in found.imports if module]
     return found
-
-
-def _destination(path: str) -> str:
-    return flag_of(path).lstrip("-").replace("-", "_")

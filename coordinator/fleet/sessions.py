@@ -36,7 +36,6 @@ class Session:
     ready: Ready | None = None
     rival: Received | None = None
     rival_since: float = 0.0
-    num_rivals: int = 0
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,6 @@ class Sessions:
             extra = event("duplicate", client=name, address=where)
             log.warning("%s, asked from %s", detail, where, extra=extra)
             session.rival = None
-            session.num_rivals += 1
             self._counters.of(name).duplicates += 1
             self.refuse(rival.route, "duplicate", detail)
         elif now - session.rival_since > max(PROBE_S, patience_s):
@@ -228,13 +226,7 @@ class Sessions:
         is_same = old is not None and old.hello.session == hello.session
         ready = old.ready if old is not None and is_same else None
         self._names[received.route] = name
-        self.all[name] = Session(
-            received.route,
-            hello,
-            time.monotonic(),
-            received.address,
-            num_rivals=old.num_rivals if old else 0,
-        )
+        self.all[name] = Session(received.route, hello, time.monotonic(), received.address)
         self.says_ready(name, ready)
         platform, counts = hello.profile.platform, self._counters.of(name)
         counts.address, counts.platform = received.address, platform

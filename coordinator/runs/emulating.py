@@ -242,8 +242,8 @@ def write_json(store: Store, population: Population, path: Path, extra: Mapping[
 
 def client_costs(store: Store) -> dict[int, dict[str, int]]:
     """By round: `stages_trained`, the sum over participants of examples x stages x epochs, and
-    `peak_memory_bytes`, the largest that capacity.py predicts for a client of the shallowest exit,
-    its runtime and data left out (one process emulates all: what it takes says nothing)."""
+    `peak_memory_bytes`, the largest that capacity/costs.py predicts for a client of the shallowest
+    exit, its runtime and data left out (one process emulates all: what it takes says nothing)."""
     config, trained = store.config, store.trained()
     if not trained:
         return {}

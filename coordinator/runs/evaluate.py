@@ -19,15 +19,12 @@ from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.training.trainer import train
 
+AT_ONCE = 100  # examples
+
 
 @torch.no_grad()
 def accuracy_per_exit(
-    spec: ModelSpec,
-    tensors: Tensors,
-    examples: Examples,
-    *,
-    device: str | torch.device = "cpu",
-    batch_size: int = 100,
+    spec: ModelSpec, tensors: Tensors, examples: Examples, *, device: str | torch.device = "cpu"
 ) -> list[float]:
     """Share of `examples` that each exit gets right, exit 1 first. Every example counts."""
     model = build(spec)
@@ -35,7 +32,7 @@ def accuracy_per_exit(
     model.ready(device).eval()
     correct = torch.zeros(spec.exit, dtype=torch.int64)
     x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
-    for features, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+    for features, labels in zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True):
         logits: list[Tensor] = model(moved(features, device))
         for exit, logit in enumerate(logits):
             correct[exit] += (logit.argmax(1).cpu() == labels).sum()
