@@ -158,12 +158,7 @@ def is_learnable(update: ClientUpdate) -> bool:
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         if (largest := float(tensor.abs().max())) > MAX_WEIGHT:
-            log.warning(
-                "%s: %s reaches %.1g, more than %.0g; the generator leaves its update out",
-                update.client.id,
-                name,
-                largest,
-                MAX_WEIGHT,
-            )
+            said = "%s: %s reaches %.1g, more than %.0g; the generator leaves its update out"
+            log.warning(said, update.client.id, name, largest, MAX_WEIGHT)
             return False
     return True

@@ -77,13 +77,9 @@ def personalised_accuracy(
     ):
         if len(holdout) == 0:
             raise DataError(f"client {number} has no hold-out examples; leave it out")
-        part = replace(spec, exit=exit)
-        job = replace(
-            plan,
-            segments=(Segment(first=1, last=exit),),
-            epochs=epochs,
-            seed=job_seed(plan.seed, 0, f"personalise/{number}"),
-        )
+        part, segments = replace(spec, exit=exit), (Segment(first=1, last=exit),)
+        seed = job_seed(plan.seed, 0, f"personalise/{number}")
+        job = replace(plan, segments=segments, epochs=epochs, seed=seed)
         held = {name: tensor for name, tensor in tensors.items() if stage_of(name)[1] <= exit}
         before = accuracy_per_exit(part, held, holdout, device=device)[-1]
         tuned = train(part, job, held, shard, device=device).tensors

@@ -78,11 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory-gb", type=float, default=10.0)
     parser.add_argument("--limit-s", type=float, default=1500.0, help="for one row")
-    parser.add_argument(
-        "--updates",
-        type=Path,
-        help="folder to keep updates and rows in; what is there is not made again",
-    )
+    said = "folder to keep updates and rows in; what is there is not made again"
+    parser.add_argument("--updates", type=Path, help=said)
     parser.add_argument("--csv", type=Path, help="write the table here too")
     parser.add_argument("--row", nargs=2, metavar=("MODEL", "GENERATOR"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

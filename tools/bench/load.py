@@ -45,6 +45,8 @@ INPUTS, CLASSES = 1000, 10
 SAMPLE_S = 0.1
 PATIENCE_S = 60.0
 TICKS = os.sysconf("SC_CLK_TCK")
+SERVER_PHASES = """SELECT phase, SUM(COALESCE(cpu_s, wall_s)) FROM phases
+    WHERE round = ? AND client_id IS NULL GROUP BY phase"""
 Row = dict[str, Any]
 
 
@@ -230,13 +232,7 @@ def read_rounds(run_dir: Path) -> list[Row]:
         db.row_factory = sqlite3.Row
         rows = [dict(row) for row in db.execute("SELECT * FROM rounds ORDER BY round")]
         for row in rows:
-            row["phases"] = dict(
-                db.execute(
-                    "SELECT phase, SUM(COALESCE(cpu_s, wall_s)) FROM phases "
-                    "WHERE round = ? AND client_id IS NULL GROUP BY phase",
-                    (row["round"],),
-                )
-            )
+            row["phases"] = dict(db.execute(SERVER_PHASES, (row["round"],)))
     return rows
 
 

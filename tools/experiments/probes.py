@@ -94,20 +94,10 @@ def run_cka(args: argparse.Namespace) -> int:
     rows = []
     for seed in whole_numbers(args.seeds, "--seeds"):
         data = load_dataset(args.data, seed, args.examples, args.test_examples)
-        spec = ModelSpec(
-            family=args.model,
-            input_shape=data.train.input_shape,
-            num_classes=data.train.num_classes,
-            exit=args.exits,
-            options=dict(args.option),
-        )
-        plan = Plan(
-            segments=(Segment(first=1, last=args.exits),),
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            lr=args.lr,
-            seed=seed,
-        )
+        fits: Any = {"input_shape": data.train.input_shape, "num_classes": data.train.num_classes}
+        spec = ModelSpec(family=args.model, exit=args.exits, options=dict(args.option), **fits)
+        local: Any = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
+        plan = Plan(segments=(Segment(first=1, last=args.exits),), seed=seed, **local)
         rows += cka_rows(spec, plan, data, args.start == "same")
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(args.out / "cka.csv", rows)

@@ -297,13 +297,9 @@ def start_ours(stack: contextlib.ExitStack, cell: Cell) -> Watch:
     assert server.stdout is not None
     endpoint = server.stdout.readline().decode().strip()
     client = [sys.executable, str(Path(wire.__file__)), "--client"]
-    return Watch(
-        Tree(server.pid),
-        [
-            Tree(stack.enter_context(started([*client, f"c{number}", endpoint, keys])).pid)
-            for number in range(cell.clients)
-        ],
-    )
+    commands = [[*client, f"c{number}", endpoint, keys] for number in range(cell.clients)]
+    trees = [Tree(stack.enter_context(started(command)).pid) for command in commands]
+    return Watch(Tree(server.pid), trees)
 
 
 def serve(megabytes: str, clients: str, rounds: str, keys: str, marks: str) -> int:
