@@ -155,20 +155,13 @@ def emulated_cohort(
     shards = {client.id: client.shard for client in clients}
     exits = {client.id: client.exit for client in clients}
     holders = choose_holders(exits, population.holders, config.seed)
-    num_exits = config.model.exit
+    here = InProcessCohort(shards, exits, config.model.exit, device, holders)
     if processes == 1:
-        yield InProcessCohort(shards, exits, num_exits, device, holders)
+        yield here
         return
     check_processes(processes, device)
-    with ProcessCohort(
-        shards,
-        exits,
-        num_exits,
-        processes,
-        holders=holders,
-        imports=imports,
-        threads=torch.get_num_threads(),
-    ) as cohort:
+    threads = torch.get_num_threads()
+    with ProcessCohort(here, processes, imports=imports, threads=threads) as cohort:
         yield cohort
 
 

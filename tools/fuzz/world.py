@@ -154,30 +154,16 @@ def assignment() -> Assignment:
 
 
 def make_hello(name: str, **changes: Any) -> Hello:
-    fields: dict[str, Any] = {
-        "protocol": PROTOCOL,
-        "client_id": name,
-        "session": f"{name} 1",
-        "profile": PROFILE,
-        "num_examples": 10,
-        "input_shape": (1, 8, 8),
-        "num_classes": 3,
-    }
+    fields: dict[str, Any] = {"protocol": PROTOCOL, "client_id": name, "session": f"{name} 1"}
+    fields |= {"profile": PROFILE, "num_examples": 10, "input_shape": (1, 8, 8), "num_classes": 3}
     return Hello(**(fields | changes))
 
 
 def make_update(name: str, **changes: Any) -> Update:
-    fields: dict[str, Any] = {
-        "job": job_of(name).id,
-        "digest": digest_of(name),
-        "round": ROUND,
-        "num_examples": 10,
-        "num_steps": 2,
-        "exits": tuple(ExitResult(exit=exit, loss=0.5, accuracy=0.5) for exit in (1, 2, 3)),
-        "phases": {"train": Phase(wall_s=1.0)},
-        "peak_memory_bytes": 0,
-        "tensors": specs_of_update(),
-    }
+    results = tuple(ExitResult(exit=exit, loss=0.5, accuracy=0.5) for exit in (1, 2, 3))
+    fields: dict[str, Any] = {"job": job_of(name).id, "digest": digest_of(name), "round": ROUND}
+    fields |= {"num_examples": 10, "num_steps": 2, "exits": results, "peak_memory_bytes": 0}
+    fields |= {"phases": {"train": Phase(wall_s=1.0)}, "tensors": specs_of_update()}
     return Update(**(fields | changes))
 
 
