@@ -104,9 +104,8 @@ class Jobs:
 
     def miss(self, client: Client, assignment: Assignment) -> None:
         """Note as failed a participant that left between being chosen and being given its job."""
-        self.finished.append(
-            Absence(client, assignment.plan.segments, "failed", "gone", "left before its job")
-        )
+        why = ("failed", "gone", "left before its job")
+        self.finished.append(Absence(client, assignment.plan.segments, *why))
 
     def close(self, round: int) -> None:
         """End the round without those who are still waited for: they are told, or may be late."""

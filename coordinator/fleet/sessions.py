@@ -156,9 +156,8 @@ class Sessions:
         for name, session in list(self.all.items()):
             if not self._router.is_admitted(name):
                 self.refuse(session.route, "admission", NOT_ADMITTED)
-                happened.append(
-                    self.leave(name, "its key is not admitted any more", may_return=False)
-                )
+                said = "its key is not admitted any more"
+                happened.append(self.leave(name, said, may_return=False))
             elif session.rival is not None:
                 if hello := self._settle(name, session, now, patience_s.get(name, 0.0)):
                     happened.append(hello)

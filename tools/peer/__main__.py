@@ -348,10 +348,8 @@ def start_superlink(stack: contextlib.ExitStack, cell: Cell) -> Watch:
         one = stack.enter_context(started(command, env=environment, stderr=log, stdout=log))
         trees.append(Tree(one.pid))
     app = shutil.copytree(APP, cell.folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
-    config = (
-        f"megabytes={cell.megabytes} clients={cell.clients} rounds={cell.rounds} "
-        f"marks='{cell.marks}'"
-    )
+    config = f"megabytes={cell.megabytes} clients={cell.clients} rounds={cell.rounds}"
+    config += f" marks='{cell.marks}'"
     submit(["flwr", "run", str(app), "peer", "--run-config", config], environment)
     return Watch(Tree(server.pid), trees)
 
