@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -117,8 +117,7 @@ class RotationOptions(Options, frozen=True, kw_only=True):
         int, Meta(ge=0, le=100), told("at most a round, 0: all", "--rotation-stages")
     ] = 1
     draw: Annotated[
-        Literal["uniform", "needy"],
-        told("needy: rather stages with few owners", "--rotation-draw"),
+        Literal["uniform", "needy"], told("needy: rather stages with few owners", "--rotation-draw")
     ] = "uniform"
 
 
@@ -196,6 +195,7 @@ class RunConfig(Options, frozen=True, kw_only=True):
     def plan(self, round: int) -> Plan:
         """The training that devices are asked for in a round; segments and seed are set per job.
         The last round's costs most: it is what devices count with."""
+        direction = self.distill.direction
         return Plan(
             segments=(Segment(first=1, last=self.model.exit),),
             epochs=self.epochs,
@@ -206,15 +206,20 @@ class RunConfig(Options, frozen=True, kw_only=True):
             exit_weights=self.exit_weights,
             weight_decay=self.weight_decay,
             prox_mu=self.prox_mu,
-            distill="shallow-to-deep"
-            if self.distill.direction == "auto"
-            else self.distill.direction,
+            distill="shallow-to-deep" if direction == "auto" else direction,
             distill_weight=self.distill.weight_at(round),
             distill_temperature=self.distill.temperature,
         )
 
     def to_json(self) -> str:
         return msgspec.json.encode(self).decode()
+
+
+PARTS: dict[str, type[Options]] = {
+    name: kind
+    for name, kind in get_type_hints(RunConfig).items()
+    if isinstance(kind, type) and issubclass(kind, Options)
+}
 
 
 def read_config(text: str, where: str) -> RunConfig:

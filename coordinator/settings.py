@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from coordinator.config import Options, Own, RunConfig
+from coordinator.config import PARTS, Options, Own, RunConfig
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.messages import Plan
@@ -63,7 +63,12 @@ class Flag:
 
     @property
     def destination(self) -> str:
-        return self.name.lstrip("-").replace("-", "_")
+        return destination(self.name)
+
+
+def destination(flag: str) -> str:
+    """Where argparse keeps the value of a flag."""
+    return flag.lstrip("-").replace("-", "_")
 
 
 def flags_of(kind: type[msgspec.Struct]) -> dict[str, Flag]:
@@ -151,9 +156,8 @@ def flag_of(path: str) -> str:
     if path in OTHER_FLAGS:
         return OTHER_FLAGS[path]
     *part, field = path.split(".")
-    kind: Any = get_type_hints(RunConfig).get(part[0]) if part else RunConfig
-    is_struct = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-    flags = flags_of(kind) if is_struct and len(part) < 2 else {}
+    kind = PARTS.get(".".join(part)) if part else RunConfig
+    flags = flags_of(kind) if kind else {}
     return flags[field].name if field in flags else "--" + field.replace("_", "-")
 
 

@@ -50,10 +50,7 @@ def made_by(command: str, *about: str) -> str:
 
 
 def write_csv(
-    path: Path,
-    rows: Sequence[Mapping[str, object]],
-    note: str = "",
-    columns: Iterable[str] = (),
+    path: Path, rows: Sequence[Mapping[str, object]], note: str = "", columns: Iterable[str] = ()
 ) -> None:
     """note: the first line, see made_by. columns: their order; default that of their appearance.
     What a row lacks, and None, is an empty cell."""

@@ -113,11 +113,7 @@ def forget_pending(path: Path, public_key: bytes) -> None:
     try:
         with locked(path.parent):
             known = read_pending(path)
-            left = [
-                pending_key
-                for pending_key in known
-                if pending_key.public_key != public_key.decode()
-            ]
+            left = [pending for pending in known if pending.public_key != public_key.decode()]
             if left != known:
                 write_private(path, left)
     except (OSError, ConfigError) as error:

@@ -1,7 +1,7 @@
 """Flags that `emulate` and `serve` share, and what they become.
 
-Neither this nor another cli_*.py imports torch or numpy, which takes two seconds: a command's flags
-are read first, and what it needs is imported when it runs, in `heavy_imports`."""
+No file of cli/ imports torch or numpy, which takes two seconds: a command's flags are read first,
+and what it needs is imported when it runs, in `heavy_imports`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ from typing import Any
 import msgspec
 
 from coordinator.aggregation.registry import RULES
-from coordinator.config import (
-    AggregationOptions,
-    DistillOptions,
-    GeneratorOptions,
-    Options,
-    RotationOptions,
-    RunConfig,
-    ServerOptions,
-)
+from coordinator.config import PARTS, Options, RunConfig
 from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS, defaults_of
 from coordinator.presets import PRESETS, find_preset
 from coordinator.registry import Kind
-from coordinator.settings import flag_of, flags_of, numbers
+from coordinator.settings import destination, flag_of, flags_of, numbers
 from edge_sdk.cli.flags import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
@@ -43,15 +35,11 @@ RUN = ["rounds", "participants", "seed", "eval_every", "eval_tail"]
 LOCAL = ["epochs", "batch_size", "lr", "optimizer", "momentum", "weight_decay"]
 LOSS = ["prox_mu", "exit_weights"]
 SHARED = [*RUN, *LOCAL, *LOSS, "weighting"]
-PARTS: dict[str, type[Options]] = {  # of RunConfig
-    "aggregation": AggregationOptions,
-    "server": ServerOptions,
-    "generator": GeneratorOptions,
-    "rotation": RotationOptions,
-    "distill": DistillOptions,
-}
+# What a field of one of PARTS may name
+NAMES: dict[str, Iterable[str]] = {"rule": RULES, "name": GENERATORS}
 OWN_VALUES = "a method or generator has values of its own for some where no flag is given"
 IMPORT = "Python module that registers model families, methods, ... of your own"
+REPEATED: Any = {"action": "append", "default": []}  # of a flag that may be given again
 ANY_DATA: Any = {"input_shape": (1, 1, 1), "num_classes": 2}  # of a model until the data is read
 
 
@@ -73,20 +61,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="cnn", help="model family")
     add("--exits", type=int, default=3, help="number of exits of the whole model")
-    each: Any = {"action": "append", "default": []}
-    add("--option", type=option_flag, metavar="KEY=VALUE", help="model option", **each)
-    add("--import", dest="imports", metavar="MODULE", help=IMPORT, **each)
+    add("--option", type=option_flag, metavar="KEY=VALUE", help="model option", **REPEATED)
+    add("--import", dest="imports", metavar="MODULE", help=IMPORT, **REPEATED)
     group = parser.add_argument_group("local training")
     defaults = {"epochs": DEFAULT_EPOCHS, "batch_size": DEFAULT_BATCH_SIZE}
     add_flags(group, RunConfig, [*LOCAL, *LOSS], defaults=defaults)
     group = parser.add_argument_group("aggregation", description=OWN_VALUES)
     add_flags(group, RunConfig, ("weighting",))
-    add_flags(group, AggregationOptions, choices={"rule": RULES})
-    add_flags(group, ServerOptions)
+    for part in ("aggregation", "server"):
+        add_flags(group, PARTS[part], choices=NAMES)
     group = parser.add_argument_group("stages that few clients train", description=OWN_VALUES)
-    add_flags(group, GeneratorOptions, choices={"name": GENERATORS})
-    add_flags(group, RotationOptions)
-    add_flags(group, DistillOptions)
+    for part in ("generator", "rotation", "distill"):
+        add_flags(group, PARTS[part], choices=NAMES)
 
 
 def add_flags(
@@ -181,7 +167,9 @@ class CommandParser(argparse.ArgumentParser):
             self.set_defaults(**{"generator": generator, **preset})
             chosen = parse(args)[0]
             values = defaults_of(chosen.method, **which, generator=chosen.generator)
-            self.set_defaults(**{_destination(path): values[path] for path in values} | preset)
+            self.set_defaults(
+                **{destination(flag_of(path)): values[path] for path in values} | preset
+            )
             self._add_own_flags(chosen)
             return parse(args, namespace)
 
@@ -207,7 +195,3 @@ def _named(args: Sequence[str]) -> argparse.Namespace:
     found = parser.parse_known_args(args)[0]
     found.imports = [module for module in found.imports if module]
     return found
-
-
-def _destination(path: str) -> str:
-    return flag_of(path).lstrip("-").replace("-", "_")

@@ -38,10 +38,7 @@ MOST_HOURS = 24.0 * 366
 
 def add_keys_command(commands: Any) -> None:
     parser = add_command(
-        commands,
-        "keys",
-        "make the coordinator's key pair",
-        "edge-coordinator keys --keys keys",
+        commands, "keys", "make the coordinator's key pair", "edge-coordinator keys --keys keys"
     )
     parser.add_argument("--keys", type=path_flag, default=Path("keys"), help="folder of keys")
     parser.set_defaults(run=run_keys)
@@ -75,11 +72,8 @@ def add_clients_command(commands: Any) -> None:
 
 def _add_folder_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", type=path_flag, default=Path("keys"), help="folder of keys")
-    parser.add_argument(
-        "--clients-file",
-        type=path_flag,
-        help="default KEYS/clients; invitations and pending keys lie beside it",
-    )
+    said = "default KEYS/clients; invitations and pending keys lie beside it"
+    parser.add_argument("--clients-file", type=path_flag, help=said)
 
 
 def run_clients(args: argparse.Namespace) -> int:
@@ -145,14 +139,11 @@ def _print_pending(path: Path) -> None:
     """Standard output gets KEY FIRST LAST TRIES, times in UTC, for `clients add NAME KEY`."""
     _check_folder(path.parent)
     known = parse_clients(read_list(path), str(path))
-    pending = [
-        pending_key
-        for pending_key in read_pending(path.with_name("pending"))
-        if pending_key.public_key.encode() not in known
-    ]
-    for pending_key in pending:
-        first, last = (in_words(when) for when in (pending_key.first, pending_key.last))
-        print(f"{pending_key.public_key}  first {first}, last {last}, tries {pending_key.tries}")
+    found = read_pending(path.with_name("pending"))
+    pending = [key for key in found if key.public_key.encode() not in known]
+    for key in pending:
+        first, last = in_words(key.first), in_words(key.last)
+        print(f"{key.public_key}  first {first}, last {last}, tries {key.tries}")
     if not pending:
         _say("no keys are pending; a device's shows here once `serve` has turned it away")
 
@@ -166,11 +157,8 @@ def add_invite_command(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--name", help="the only name it admits; default: what the device calls itself")
-    add(
-        "--endpoint",
-        metavar="tcp://HOST:PORT",
-        help=f"where devices reach it; default this host's address, port {PORT}",
-    )
+    said = f"where devices reach it; default this host's address, port {PORT}"
+    add("--endpoint", metavar="tcp://HOST:PORT", help=said)
     add("--valid", type=hours_flag, default=24.0, metavar="HOURS", help="default %(default)g")
     _add_folder_flags(parser)
     parser.set_defaults(run=run_invite)

@@ -16,6 +16,10 @@ from edge_sdk.errors import DataError
 from edge_sdk.helpers.imports import heavy_imports
 
 SUBSETS = ("examples", "test_examples")  # fields of RunConfig
+PERSONALISE = (
+    "at the end, fine-tune the model at every client; each keeps a fifth of its examples "
+    "for testing"
+)
 
 
 def add_emulate_command(commands: Any) -> None:
@@ -34,21 +38,10 @@ def add_emulate_command(commands: Any) -> None:
     add("--groups", default="17,17,16", help="clients per exit, shallow first")
     add("--split", choices=SPLITS, default="dirichlet", help="of the data among clients")
     add("--alpha", type=float, default=0.5, help="Dirichlet label skew")
-    add(
-        "--holders",
-        type=float,
-        default=1.0,
-        metavar="SHARE",
-        help="share of the weak clients that can hold a deeper stage",
-    )
+    said = "share of the weak clients that can hold a deeper stage"
+    add("--holders", type=float, default=1.0, metavar="SHARE", help=said)
     add("--processes", type=whole_flag(1, 1024), default=1, help="clients trained at once")
-    add(
-        "--personalise",
-        type=whole_flag(1, 100_000),
-        metavar="EPOCHS",
-        help="at the end, fine-tune the model at every client; each keeps a fifth of its examples "
-        "for testing",
-    )
+    add("--personalise", type=whole_flag(1, 100_000), metavar="EPOCHS", help=PERSONALISE)
     group = parser.add_argument_group("watching and results")
     group.add_argument("--out", type=path_flag, help="write the rounds as JSON here")
     add_export_flag(group)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from coordinator.cli.arguments import REPEATED
 from edge_sdk.cli.flags import add_command
 from edge_sdk.helpers.imports import heavy_imports
 
@@ -24,14 +25,8 @@ def add_export_command(commands: Any) -> None:
     part.add_argument("--exit", type=int, help="deepest exit to keep, default all")
     part.add_argument("--client", metavar="ID", help="the part that this client can run")
     add("--data", help="real examples to check it on, default the run's own test set")
-    add(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="Python module that registers your model families",
-    )
+    said = "Python module that registers your model families"
+    add("--import", dest="imports", metavar="MODULE", help=said, **REPEATED)
     parser.set_defaults(run=run_export)
 
 

@@ -38,13 +38,8 @@ def add_serve_command(commands: Any) -> None:
     add("--keys", type=path_flag, default=Path("keys"), help="folder of keys")
     add("--clients-file", type=path_flag, help="admitted devices, default KEYS/clients")
     add("--insecure", action="store_true", help="no encryption, admit everybody")
-    add(
-        "--memory-budget",
-        type=size_flag,
-        default=BUDGET_BYTES,
-        metavar="SIZE",
-        help="of parts on their way at once, e.g. 256M; default 64M",
-    )
+    said = "of parts on their way at once, e.g. 256M; default 64M"
+    add("--memory-budget", type=size_flag, default=BUDGET_BYTES, metavar="SIZE", help=said)
     add = parser.add_argument_group("data").add_argument
     add("--test", help="common test set: a data source, its test part or else all of it")
     add("--input", type=shape_flag, metavar="1x28x28", help="without --test: shape of an example")

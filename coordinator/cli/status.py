@@ -60,13 +60,8 @@ def add_status_command(commands: Any) -> None:
     add("--run-dir", type=path_flag, required=True, metavar="DIR", help="folder of the run")
     add("--json", action="store_true", help="one JSON object on one line")
     add("--watch", type=seconds_flag, metavar="SECONDS", help="again and again until the run ends")
-    add(
-        "--rounds",
-        type=whole_flag(0, 10**6),
-        default=ROUNDS,
-        metavar="N",
-        help="last rounds to show, default 5",
-    )
+    said = "last rounds to show, default 5"
+    add("--rounds", type=whole_flag(0, 10**6), default=ROUNDS, metavar="N", help=said)
     parser.set_defaults(run=run_status)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from edge_sdk.protocol.messages import (
     DeviceProfile,
@@ -144,3 +144,21 @@ class Cohort(Protocol):
     def rest(self, tries: int) -> bool:
         """Wait before a round that lacks updates is tried again, after so many tries in vain. False
         if the next try would end like the last."""
+
+
+@runtime_checkable
+class Fleet(Cohort, Protocol):
+    """A cohort of real devices, which may be at work beyond the end of a round and over a restart
+    of the coordinator: it knows of each, and is asked."""
+
+    @property
+    def needed(self) -> int:
+        """Updates that the round needs."""
+
+    @property
+    def num_busy(self) -> int:
+        """Clients with a job in hand."""
+
+    def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
+        """A round begins. These clients had been asked in it before a restart, the first num_chosen
+        because they were chosen."""

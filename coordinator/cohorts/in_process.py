@@ -47,12 +47,7 @@ class InProcessCohort:
             can_hold = holders is None or name in holders
             deeper = tuple(range(exits[name] + 1, num_exits + 1)) if can_hold else ()
             self._clients.append(
-                Client(
-                    id=name,
-                    exit=exits[name],
-                    stages=deeper,
-                    num_examples=len(shard),
-                )
+                Client(id=name, exit=exits[name], stages=deeper, num_examples=len(shard))
             )
 
     def clients(self) -> Sequence[Client]:

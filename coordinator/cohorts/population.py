@@ -1,4 +1,4 @@
-"""`edge-coordinator emulate`: the rounds of a real run over clients in this process.
+"""The clients of `edge-coordinator emulate`: who they are, and what data each has.
 
 For experiments: shards, groups, sampling and initial weights are functions of the seed alone, so
 methods compared under one seed see the same of everything.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -23,29 +23,22 @@ _shards: dict[str, Examples] = {}  # of a worker process, set once when it start
 
 
 class ProcessCohort:
-    """InProcessCohort with `processes` workers, each with a copy of all shards. Jobs and updates
-    cross as numpy arrays; at most 2 x processes updates are held at once. Close it, or use `with`.
+    """The clients of `inner`, trained by `processes` workers, each with a copy of all shards. Jobs
+    and updates cross as numpy arrays; at most 2 x processes updates are held at once. Close it, or
+    use `with`.
 
-    imports: modules that register model families."""
+    imports: modules that register model families. threads: torch's, of each worker."""
 
     def __init__(
-        self,
-        shards: Mapping[str, Examples],
-        exits: Mapping[str, int],
-        num_exits: int,
-        processes: int,
-        *,
-        holders: Collection[str] | None = None,
-        imports: Sequence[str] = (),
-        threads: int = 1,
+        self, inner: InProcessCohort, processes: int, *, imports: Sequence[str] = (), threads: int
     ) -> None:
-        self._inner = InProcessCohort(shards, exits, num_exits, holders=holders)
+        self._inner = inner
         self._processes = processes
         self._pool = ProcessPoolExecutor(
             processes,
             multiprocessing.get_context("spawn"),
             initializer=_start,
-            initargs=(dict(shards), tuple(imports), threads),
+            initargs=(dict(inner.shards), tuple(imports), threads),
         )
 
     def clients(self) -> Sequence[Client]:

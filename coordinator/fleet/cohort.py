@@ -230,9 +230,7 @@ class ZmqCohort:
             self._at_hand, self._progress = RoundAtHand(round), time.monotonic()
             self.jobs.expire(round - self._config.oldest)
             self.jobs.clear_spool(round)
-        here = self.jobs.returned(
-            round
-        )  # came between two tries of the round: nobody is asked twice
+        here = self.jobs.returned(round)  # between two tries of the round: nobody is asked twice
         work = {name: job for name, job in work.items() if name not in here}
         at_work = self.num_busy if self._is_async else 0
         known = self._expected | {client.id: client for client in self._idle_clients()}

@@ -11,35 +11,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from edge_sdk import errors
+
 Outcome: TypeAlias = Literal["accepted", "stale", "late", "failed"]
 MAX_CLIENTS = 10_000
 OTHER = "other"
-CODES = frozenset(
-    {
-        # errors.py
-        "error",
-        "config",
-        "data",
-        "tensors",
-        "capacity",
-        "trainer",
-        "link",
-        "protocol",
-        "version",
-        "store",
-        "quorum",
-        # of the link and of rounds
-        "admission",
-        "cancelled",
-        "duplicate",
-        "gone",
-        "hello",
-        "late",
-        "restarted",
-        "round",
-        "stalled",
-    }
-)
+OF_ERRORS = {
+    kind.code
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, errors.EdgeError)
+}
+OF_ROUNDS = {"admission", "duplicate", "gone", "hello", "late", "restarted", "round", "stalled"}
+CODES = frozenset({*OF_ERRORS, *OF_ROUNDS, "cancelled"})
 
 
 def known_code(code: str) -> str:

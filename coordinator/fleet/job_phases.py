@@ -36,14 +36,7 @@ class JobEvent(Enum):
     ABANDONED = "the device fails, or the job comes too late"
 
 
-OPEN = DOWNLOAD, TRAIN, UPLOAD, LOST, LATE, LATE_LOST = (
-    JobPhase.DOWNLOAD,
-    JobPhase.TRAIN,
-    JobPhase.UPLOAD,
-    JobPhase.LOST,
-    JobPhase.LATE,
-    JobPhase.LATE_LOST,
-)
+OPEN = DOWNLOAD, TRAIN, UPLOAD, LOST, LATE, LATE_LOST = tuple(JobPhase)[:6]
 COUNTED, GIVEN_UP, NEVER = JobPhase.COUNTED, JobPhase.GIVEN_UP, None
 TABLE: dict[JobEvent, tuple[JobPhase | None, ...]] = {  # one column for each phase in OPEN
     JobEvent.HAS_ALL_PARTS: (TRAIN, TRAIN, UPLOAD, LOST, LATE, LATE_LOST),

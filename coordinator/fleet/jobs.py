@@ -18,13 +18,7 @@ from coordinator.fleet.counters import Counters
 from coordinator.fleet.endings import Endings
 from coordinator.fleet.flow_control import Budget, LinkRates
 from coordinator.fleet.job_phases import JobEvent, JobPhase
-from coordinator.fleet.open_job import (
-    OpenJob,
-    Senders,
-    check_update,
-    check_values,
-    make_job,
-)
+from coordinator.fleet.open_job import OpenJob, Senders, check_update, check_values, make_job
 from coordinator.fleet.sessions import Sessions
 from coordinator.fleet.spool import Spool
 from coordinator.fleet.transfers import Transfers
@@ -110,9 +104,8 @@ class Jobs:
 
     def miss(self, client: Client, assignment: Assignment) -> None:
         """Note as failed a participant that left between being chosen and being given its job."""
-        self.finished.append(
-            Absence(client, assignment.plan.segments, "failed", "gone", "left before its job")
-        )
+        why = ("failed", "gone", "left before its job")
+        self.finished.append(Absence(client, assignment.plan.segments, *why))
 
     def close(self, round: int) -> None:
         """End the round without those who are still waited for: they are told, or may be late."""

@@ -66,9 +66,8 @@ class _Credentials:
             return True
         self.num_refused += 1
         key = public_key.decode()
-        log.warning(
-            "refused a device with unknown public key %s", key, extra=event("stranger", key=key)
-        )
+        extra = event("stranger", key=key)
+        log.warning("refused a device with unknown public key %s", key, extra=extra)
         self._admission.pending.note(public_key)
         return False
 

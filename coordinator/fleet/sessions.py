@@ -36,7 +36,6 @@ class Session:
     ready: Ready | None = None
     rival: Received | None = None
     rival_since: float = 0.0
-    num_rivals: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,8 @@ class Sessions:
         for name, session in list(self.all.items()):
             if not self._router.is_admitted(name):
                 self.refuse(session.route, "admission", NOT_ADMITTED)
-                happened.append(
-                    self.leave(name, "its key is not admitted any more", may_return=False)
-                )
+                said = "its key is not admitted any more"
+                happened.append(self.leave(name, said, may_return=False))
             elif session.rival is not None:
                 if hello := self._settle(name, session, now, patience_s.get(name, 0.0)):
                     happened.append(hello)
@@ -210,7 +208,6 @@ class Sessions:
             extra = event("duplicate", client=name, address=where)
             log.warning("%s, asked from %s", detail, where, extra=extra)
             session.rival = None
-            session.num_rivals += 1
             self._counters.of(name).duplicates += 1
             self.refuse(rival.route, "duplicate", detail)
         elif now - session.rival_since > max(PROBE_S, patience_s):
@@ -228,13 +225,7 @@ class Sessions:
         is_same = old is not None and old.hello.session == hello.session
         ready = old.ready if old is not None and is_same else None
         self._names[received.route] = name
-        self.all[name] = Session(
-            received.route,
-            hello,
-            time.monotonic(),
-            received.address,
-            num_rivals=old.num_rivals if old else 0,
-        )
+        self.all[name] = Session(received.route, hello, time.monotonic(), received.address)
         self.says_ready(name, ready)
         platform, counts = hello.profile.platform, self._counters.of(name)
         counts.address, counts.platform = received.address, platform

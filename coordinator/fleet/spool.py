@@ -13,9 +13,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -23,14 +22,14 @@ import torch
 from torch import Tensor
 
 from coordinator.cohorts.base import ArrivedUpdate, Client
-from edge_sdk.errors import EdgeError, StoreError
+from coordinator.store.lock import writing
+from edge_sdk.errors import EdgeError
 from edge_sdk.helpers.files import write_whole
 from edge_sdk.protocol.messages import Job, Struct, TensorSpec
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout
 from edge_sdk.protocol.tensors import Sender, Tensors, views
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class SavedJob(Struct, frozen=True, kw_only=True):
@@ -49,22 +48,18 @@ class PartFile:
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self._path, self._num_bytes = path, num_bytes
-        _checked(
-            path, lambda: _opened(path, os.O_CREAT, lambda file: os.ftruncate(file, num_bytes))
-        )
+        with _opened(path, os.O_CREAT) as file:
+            os.ftruncate(file, num_bytes)
 
     def write(self, start: int, payload: memoryview | bytes) -> None:
-        def put(file: int) -> None:
+        with _opened(self._path) as file:
             written = 0
             while written < len(payload):  # a full disk takes some, then nothing
                 written += os.pwrite(file, payload[written:], start + written)
 
-        _checked(self._path, lambda: _opened(self._path, 0, put))
-
     def whole(self) -> Tensor:
-        if not self._num_bytes:
-            return torch.empty(0, dtype=torch.uint8)
-        return _checked(self._path, lambda: _mapped(self._path, self._num_bytes))
+        with writing(self._path):
+            return _mapped(self._path, self._num_bytes)
 
 
 class Spool:
@@ -73,7 +68,8 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        _checked(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._free = sorted(folder.glob("free-*"))
         self._digests: WeakKeyDictionary[Sender, str] = WeakKeyDictionary()
         self._bases: WeakKeyDictionary[Sender, Path] = WeakKeyDictionary()  # a file of each
@@ -84,7 +80,8 @@ class Spool:
         def make(num_bytes: int) -> PartFile:
             path = self._path(round, client, "data")
             if self._free and not path.exists():
-                _checked(path, lambda: os.replace(self._free.pop(), path))
+                with writing(path):
+                    os.replace(self._free.pop(), path)
             return PartFile(path, num_bytes)
 
         return make
@@ -109,22 +106,23 @@ class Spool:
         if same != base:
             for other in [other for other, path in self._bases.items() if path == base]:
                 del self._bases[other]
-
-        def put() -> None:
-            if same == base and base.exists():
-                return
-            base.unlink(missing_ok=True)  # never written over: others may share it
-            with suppress(OSError):
-                if same:
-                    os.link(same, base)
-                    return
-            with base.open("wb") as file:
-                file.writelines(sender.part(index) for index in range(sender.num_parts))
-            self._bases[sender] = base
-
-        _checked(base, put)
+        with writing(base):
+            self._write_base(base, same, sender)
         held = SavedJob(client=client, job=job, returns=returns, base=digest, outlives=outlives)
         _put(base.with_suffix(".seat"), held)
+
+    def _write_base(self, base: Path, same: Path | None, sender: Sender) -> None:
+        """same: the file that has these bytes already, if one has."""
+        if same == base and base.exists():
+            return
+        base.unlink(missing_ok=True)  # never written over: others may share it
+        with suppress(OSError):
+            if same:
+                os.link(same, base)
+                return
+        with base.open("wb") as file:
+            file.writelines(sender.part(index) for index in range(sender.num_parts))
+        self._bases[sender] = base
 
     def adopt_job(self, held: SavedJob, sender: Sender) -> None:
         """Take the files of a job that saved_jobs() has found for those of this sender's tensors,
@@ -200,7 +198,8 @@ class Spool:
 
 def _put(path: Path, what: Struct) -> None:
     """Write the file whole or not at all."""
-    _checked(path, lambda: write_whole(path, msgspec.json.encode(what), is_synced=False))
+    with writing(path):
+        write_whole(path, msgspec.json.encode(what), is_synced=False)
 
 
 def _stream(path: Path, specs: tuple[TensorSpec, ...], digest: str) -> Tensors:
@@ -212,27 +211,21 @@ def _stream(path: Path, specs: tuple[TensorSpec, ...], digest: str) -> Tensors:
     with path.open("rb") as file:
         if digest and digest_of(iter(lambda: file.read(PART_BYTES), b"")) != digest:
             raise OSError(f"{path} is damaged")
-    return views(specs, _mapped(path, size) if size else torch.empty(0, dtype=torch.uint8))
+    return views(specs, _mapped(path, size))
 
 
-def _opened(path: Path, flags: int, act: Callable[[int], None]) -> None:
-    """Open the file for this act alone: one descriptor for every upload would be too many."""
-    file = os.open(path, os.O_WRONLY | flags, 0o600)
-    try:
-        act(file)
-    finally:
-        os.close(file)
+@contextmanager
+def _opened(path: Path, flags: int = 0) -> Iterator[int]:
+    """The file, open for this act alone: one descriptor for every upload would be too many."""
+    with writing(path):
+        file = os.open(path, os.O_WRONLY | flags, 0o600)
+        try:
+            yield file
+        finally:
+            os.close(file)
 
 
 def _mapped(path: Path, num_bytes: int) -> Tensor:
+    if not num_bytes:
+        return torch.empty(0, dtype=torch.uint8)
     return torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
-
-
-def _checked(path: Path, act: Callable[[], T]) -> T:
-    try:
-        return act()
-    except (OSError, RuntimeError) as error:
-        raise StoreError(
-            f"{path} cannot be written: {error}; free space or make it writable; go on with "
-            "--resume"
-        ) from error

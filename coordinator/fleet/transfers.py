@@ -67,9 +67,8 @@ class Transfers:
         now = time.monotonic()
         for name in self._budget.holders():
             open_job = self._open_jobs.get(name)
-            if open_job is None or now - open_job.moved <= open_job.patience_s(
-                self._budget.held(name)
-            ):
+            held = self._budget.held(name)
+            if open_job is None or now - open_job.moved <= open_job.patience_s(held):
                 continue
             self._budget.drop(name)
             open_job.link_rate.stalled()

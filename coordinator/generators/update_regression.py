@@ -179,12 +179,8 @@ class UpdateRegression:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for number, stage in self._stages.items():
             held = with_prefix(state, f"{number}/")
-            shapes: dict[str, tuple[int | None, ...]] = {
-                "rows": (None, None),
-                "mean": (1, None),
-                "z": (None, None),
-                "gain": (2,),
-            }
+            shapes: dict[str, tuple[int | None, ...]] = {"mean": (1, None), "gain": (2,)}
+            shapes |= dict.fromkeys(("rows", "z"), (None, None))
             if "memory/basis" in held:  # none before the first update
                 shapes["memory/basis"] = (None, stage.basis.width)
             check_shapes(held, shapes, f"checkpoint, update-regression of stage {number}")

@@ -115,15 +115,9 @@ class NormClip:
             return update
         metrics.values["clipped_updates"] += 1
         for (stage, kind), share in shares.items():
-            log.info(
-                "round %d: %s moved the %s of stage %d by %.3g, clipped to %.3g times that",
-                round,
-                update.client.id,
-                KINDS[kind],
-                stage + 1,
-                norms[stage, kind],
-                share,
-            )
+            said = "round %d: %s moved the %s of stage %d by %.3g, clipped to %.3g times that"
+            what = (KINDS[kind], stage + 1, norms[stage, kind], share)
+            log.info(said, round, update.client.id, *what)
         tensors = dict(update.tensors)
         for name, tensor in update.tensors.items():
             if (group := self._group(name, tensor)) in shares:

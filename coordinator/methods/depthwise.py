@@ -56,9 +56,7 @@ class DepthAveraging:
         down = {name: held[name] for name in needed_names(held, segments)}
         up = {name: held[name] for name in trained_names(held, segments)}
         plan = replace(
-            config.plan(round),
-            segments=segments,
-            seed=job_seed(config.seed, round, client.id),
+            config.plan(round), segments=segments, seed=job_seed(config.seed, round, client.id)
         )
         if config.distill.direction == "auto" and self._owners[-1] >= SCARCE * self._owners[0]:
             plan = replace(plan, distill="none", distill_weight=0.0)
@@ -160,12 +158,7 @@ def is_learnable(update: ClientUpdate) -> bool:
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         if (largest := float(tensor.abs().max())) > MAX_WEIGHT:
-            log.warning(
-                "%s: %s reaches %.1g, more than %.0g; the generator leaves its update out",
-                update.client.id,
-                name,
-                largest,
-                MAX_WEIGHT,
-            )
+            said = "%s: %s reaches %.1g, more than %.0g; the generator leaves its update out"
+            log.warning(said, update.client.id, name, largest, MAX_WEIGHT)
             return False
     return True

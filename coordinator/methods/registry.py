@@ -49,12 +49,9 @@ def make_config(
     """A run's settings from Python, with the method's defaults as on the command line; what
     `settings` gives, a field or a whole part of RunConfig, stands."""
     plain = RunConfig(method=method, model=model, **settings)
-    defaults = defaults_of(
-        method,
-        is_paper=is_paper,
-        optimizer=plain.server.optimizer,
-        generator=plain.generator.name if "generator" in settings else "",
-    )
+    which = {"generator": plain.generator.name} if "generator" in settings else {}
+    optimizer = plain.server.optimizer
+    defaults = defaults_of(method, is_paper=is_paper, optimizer=optimizer, **which)
     return changed(plain, {k: v for k, v in defaults.items() if k.split(".")[0] not in settings})
 
 

@@ -5,40 +5,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from coordinator.cohorts.base import Absence, Client, ClientUpdate, Cohort
+from coordinator.cohorts.base import Absence, Client, ClientUpdate, Cohort, Fleet
 from coordinator.cohorts.quorum import updates_needed
 from coordinator.cohorts.sampling import sample
 from coordinator.methods.base import Method
 from coordinator.store.store import Store
 from edge_sdk.errors import TrainerError
 
-if TYPE_CHECKING:
-    from coordinator.fleet.cohort import ZmqCohort
-
 log = logging.getLogger(__name__)
 
 
 class Asking:
     """One round. Making it draws the participants, and may wait for devices; a round that was cut
-    short has those of before.
+    short has those of before. A fleet is told whom such a round had asked; in asynchronous mode it
+    knows who is still at work for a round before."""
 
-    fleet: the cohort, where it is of real devices: it is told whom a round that was cut short had
-    asked, and in asynchronous mode it knows who is still at work for a round before."""
-
-    def __init__(
-        self,
-        store: Store,
-        method: Method,
-        cohort: Cohort,
-        round: int,
-        fleet: ZmqCohort | None = None,
-    ) -> None:
+    def __init__(self, store: Store, method: Method, cohort: Cohort, round: int) -> None:
         self._store = store
         self._method = method
         self._cohort = cohort
         self._round = round
+        fleet = cohort if isinstance(cohort, Fleet) else None
         self._asynchronous = fleet if store.config.mode == "async" else None
         self._counted: set[str] = set()
         self._failed: set[str] = set()

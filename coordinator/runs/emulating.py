@@ -155,20 +155,13 @@ def emulated_cohort(
     shards = {client.id: client.shard for client in clients}
     exits = {client.id: client.exit for client in clients}
     holders = choose_holders(exits, population.holders, config.seed)
-    num_exits = config.model.exit
+    here = InProcessCohort(shards, exits, config.model.exit, device, holders)
     if processes == 1:
-        yield InProcessCohort(shards, exits, num_exits, device, holders)
+        yield here
         return
     check_processes(processes, device)
-    with ProcessCohort(
-        shards,
-        exits,
-        num_exits,
-        processes,
-        holders=holders,
-        imports=imports,
-        threads=torch.get_num_threads(),
-    ) as cohort:
+    threads = torch.get_num_threads()
+    with ProcessCohort(here, processes, imports=imports, threads=threads) as cohort:
         yield cohort
 
 
@@ -242,8 +235,8 @@ def write_json(store: Store, population: Population, path: Path, extra: Mapping[
 
 def client_costs(store: Store) -> dict[int, dict[str, int]]:
     """By round: `stages_trained`, the sum over participants of examples x stages x epochs, and
-    `peak_memory_bytes`, the largest that capacity.py predicts for a client of the shallowest exit,
-    its runtime and data left out (one process emulates all: what it takes says nothing)."""
+    `peak_memory_bytes`, the largest that capacity/costs.py predicts for a client of the shallowest
+    exit, its runtime and data left out (one process emulates all: what it takes says nothing)."""
     config, trained = store.config, store.trained()
     if not trained:
         return {}

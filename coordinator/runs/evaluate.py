@@ -19,15 +19,12 @@ from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.training.trainer import train
 
+AT_ONCE = 100  # examples
+
 
 @torch.no_grad()
 def accuracy_per_exit(
-    spec: ModelSpec,
-    tensors: Tensors,
-    examples: Examples,
-    *,
-    device: str | torch.device = "cpu",
-    batch_size: int = 100,
+    spec: ModelSpec, tensors: Tensors, examples: Examples, *, device: str | torch.device = "cpu"
 ) -> list[float]:
     """Share of `examples` that each exit gets right, exit 1 first. Every example counts."""
     model = build(spec)
@@ -35,7 +32,7 @@ def accuracy_per_exit(
     model.ready(device).eval()
     correct = torch.zeros(spec.exit, dtype=torch.int64)
     x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
-    for features, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+    for features, labels in zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True):
         logits: list[Tensor] = model(moved(features, device))
         for exit, logit in enumerate(logits):
             correct[exit] += (logit.argmax(1).cpu() == labels).sum()
@@ -80,13 +77,9 @@ def personalised_accuracy(
     ):
         if len(holdout) == 0:
             raise DataError(f"client {number} has no hold-out examples; leave it out")
-        part = replace(spec, exit=exit)
-        job = replace(
-            plan,
-            segments=(Segment(first=1, last=exit),),
-            epochs=epochs,
-            seed=job_seed(plan.seed, 0, f"personalise/{number}"),
-        )
+        part, segments = replace(spec, exit=exit), (Segment(first=1, last=exit),)
+        seed = job_seed(plan.seed, 0, f"personalise/{number}")
+        job = replace(plan, segments=segments, epochs=epochs, seed=seed)
         held = {name: tensor for name, tensor in tensors.items() if stage_of(name)[1] <= exit}
         before = accuracy_per_exit(part, held, holdout, device=device)[-1]
         tuned = train(part, job, held, shard, device=device).tensors

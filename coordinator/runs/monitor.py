@@ -72,9 +72,8 @@ class Monitor:
     def phase(self, phase: RunPhase, round: int | None = None, reason: str = "") -> None:
         """The run does something else now. round: None where it is the same."""
         number = self.latest.round if round is None else round
-        self.latest = replace(
-            self.latest, phase=phase, round=number, reason=reason, phase_utc=utc()
-        )
+        now = utc()
+        self.latest = replace(self.latest, phase=phase, round=number, reason=reason, phase_utc=now)
         self._tell()
         if phase == "round open":  # who is asked is known at the next message
             self._due = self._clock()

@@ -3,8 +3,8 @@
 What is asked reads one reference, so a scrape never waits for the thread that runs the rounds, nor
 that one for a scrape. There are no labels with clients' names: a thousand devices would be a
 thousand series for each figure, and who looks for one device finds it with `status`. Labels are
-phases, outcomes and the codes of tally.CODES, all of them always there, so the number of series is
-fixed. Nobody is asked who they are and nothing is encrypted: listen on an address of your own.
+phases, outcomes and the codes of counters.CODES, all of them always there, so the number of series
+is fixed. Nobody is asked who they are and nothing is encrypted: listen on an address of your own.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,9 +23,6 @@ from edge_sdk.data.loading import Examples
 from edge_sdk.errors import ShapeError, StoreError
 from edge_sdk.models import build
 from edge_sdk.protocol.timing import clock, since
-
-if TYPE_CHECKING:
-    from coordinator.fleet.cohort import ZmqCohort
 
 
 def is_evaluated(config: RunConfig, round: int) -> bool:
@@ -50,22 +46,20 @@ def run_rounds(
     cohort: Cohort,
     test: Examples | None,
     *,
-    fleet: ZmqCohort | None = None,
     device: str | torch.device = "cpu",
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[RoundReport], None] = lambda _: None,
     phase: Callable[[RunPhase, int], None] = lambda *_: None,
 ) -> None:
-    """Run the rounds that the store's run still lacks. fleet: the cohort, where it is of real
-    devices. `phase` is told what the run does from now on, and its round. Raises what store and
-    cohort raise, and TrainerError when nobody returns anything; every finished round is kept
-    then."""
+    """Run the rounds that the store's run still lacks. `phase` is told what the run does from now
+    on, and its round. Raises what store and cohort raise, and TrainerError when nobody returns
+    anything; every finished round is kept then."""
     config = store.config
     load_state(store, method)
     parameters = {name for name, _ in build(method.spec).named_parameters()}
     while (round := store.next_round()) <= config.rounds and not should_stop():
         phase("waiting for devices", round)
-        asking = Asking(store, method, cohort, round, fleet)  # draws who takes part; may wait
+        asking = Asking(store, method, cohort, round)  # draws who takes part; may wait
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
         phase("round open", round)
         results = store.record_results(round, _closing(asking.results(), round, phase))

@@ -93,11 +93,9 @@ def serve(config: RunConfig, settings: ServeSettings) -> None:
         config = checked(shaped(config, test.input_shape, test.num_classes))
     method = make_method(config, device)  # a model that cannot be built begins no run
     with ExitStack() as stack:
-        metrics = (
-            stack.enter_context(closing(MetricsServer(settings.metrics)))
-            if settings.metrics is not None
-            else None
-        )
+        metrics = MetricsServer(settings.metrics) if settings.metrics is not None else None
+        if metrics:
+            stack.enter_context(closing(metrics))
         router = Router(checked_endpoint(settings.endpoint, "--listen"), keys, admission)
         try:
             store = open_store(settings.folder, config, "serve", settings.is_resumed)
@@ -161,7 +159,6 @@ def serve_rounds(
                     method,
                     cohort,
                     test,
-                    fleet=cohort,
                     device=device,
                     should_stop=lambda: bool(stopping),
                     report=report,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edge_sdk.errors import StoreError
@@ -11,18 +13,25 @@ from edge_sdk.helpers.files import lock
 LOCK = "lock"
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What fails meanwhile is a StoreError about this file or folder."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise StoreError(
+            f"{path} cannot be written: {error}; free space or make it writable; go on with "
+            "--resume"
+        ) from error
+
+
 class RunLock:
     """Raises StoreError if another process has it, or the folder cannot be written."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / LOCK
-        try:
+        with writing(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise StoreError(
-                f"{path} cannot be written: {error}; free space or make it writable; go on with "
-                "--resume"
-            ) from error
         try:
             lock(self._file)
             os.ftruncate(self._file, 0)

@@ -11,6 +11,8 @@ import msgspec
 from coordinator.store.database import DATABASE, connect_to_read
 from edge_sdk.errors import StoreError
 
+ACCURACIES = "SELECT name, value FROM metrics WHERE round = ? AND name GLOB 'accuracy_exit_*'"
+
 
 class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     """One committed round. accuracy: of each exit on the test set; () where it was not measured."""
@@ -45,12 +47,7 @@ def _read(db: sqlite3.Connection, count: int) -> list[RoundRow]:
     rows = [dict(zip(names, row, strict=True)) for row in db.execute(statement, (count,))]
     found = []
     for row in reversed(rows):
-        values = dict(
-            db.execute(
-                "SELECT name, value FROM metrics WHERE round = ? AND name GLOB 'accuracy_exit_*'",
-                (row["round"],),
-            )
-        )
+        values = dict(db.execute(ACCURACIES, (row["round"],)))
         exits = sorted(int(name.rpartition("_")[2]) for name in values)
         accuracy = tuple(values[f"accuracy_exit_{exit}"] for exit in exits)
         found.append(RoundRow(**row, accuracy=accuracy))

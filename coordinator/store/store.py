@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 KEPT_CHECKPOINTS = 2
 BEGUN = "begun.json"
 SPOOL = "spool"
+SECONDS = "SELECT phase, SUM(COALESCE(cpu_s, wall_s)) FROM phases WHERE round = ? GROUP BY phase"
 
 
 class Store:
@@ -163,19 +164,12 @@ class Store:
         for row in self._read(f"SELECT round, {', '.join(totals)} FROM rounds ORDER BY round"):
             round = row[0]
             values = dict(self._read("SELECT name, value FROM metrics WHERE round = ?", round))
-            seconds = dict(
-                self._read(
-                    "SELECT phase, SUM(COALESCE(cpu_s, wall_s)) FROM phases WHERE round = ?"
-                    " GROUP BY phase",
-                    round,
-                )
-            )
             rounds.append(
                 {
                     "round": round,
                     "accuracy": _per_exit(values, "accuracy_exit_"),
                     "accuracy_served": _per_exit(values, "accuracy_served_exit_"),
-                    "seconds": seconds,
+                    "seconds": dict(self._read(SECONDS, round)),
                     **dict(zip(totals, row[1:], strict=True)),
                     "figures": {k: v for k, v in values.items() if not k.startswith("accuracy")},
                 }

@@ -38,30 +38,19 @@ from tools.tables import made_by, write_csv
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+def _model(family: str, side: int, **options: Any) -> ModelSpec:
+    shape = (3, side, side)
+    return ModelSpec(family=family, input_shape=shape, num_classes=10, exit=3, options=options)
+
+
 MODELS = {
-    "vgg": ModelSpec(
-        family="vgg",
-        input_shape=(3, 32, 32),
-        num_classes=10,
-        exit=3,
-        options={"channels": (96, 192, 384, 768)},
-    ),
-    "cnn": ModelSpec(
-        family="cnn",
-        input_shape=(3, 96, 96),
-        num_classes=10,
-        exit=3,
-        options={"channels": (64, 128, 256)},
-    ),
+    "vgg": _model("vgg", 32, channels=(96, 192, 384, 768)),
+    "cnn": _model("cnn", 96, channels=(64, 128, 256)),
     # not looked at while predictions were made
-    "resnet18": ModelSpec(family="resnet18", input_shape=(3, 32, 32), num_classes=10, exit=3),
-    "cnn-112": ModelSpec(
-        family="cnn",
-        input_shape=(3, 112, 112),
-        num_classes=10,
-        exit=3,
-        options={"channels": (48, 96, 192)},
-    ),
+    "resnet18": _model("resnet18", 32),
+    "cnn-112": _model("cnn", 112, channels=(48, 96, 192)),
 }
 SEGMENTS = ((1, 1), (1, 2), (1, 3), (2, 2), (3, 3))
 MB = 10**6

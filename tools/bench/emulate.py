@@ -14,7 +14,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -54,10 +54,7 @@ def main() -> int:
         RunConfig(
             method="hypemefed",
             model=ModelSpec(
-                family="cnn",
-                input_shape=train.input_shape,
-                num_classes=train.num_classes,
-                exit=3,
+                family="cnn", input_shape=train.input_shape, num_classes=train.num_classes, exit=3
             ),
             rounds=args.rounds,
             participants=10,
@@ -85,12 +82,8 @@ def row(
 ) -> dict[str, object]:
     """phases: CPU seconds, summed over clients and processes."""
     parts = {f"{name}_s": f"{value / rounds:.3f}" for name, value in sorted(phases.items())}
-    return {
-        "what": what,
-        "rounds_per_min": f"{60 * rounds / taken_s:.1f}",
-        "of_bare": f"{taken_s / bare_s:.2f}",
-        **parts,
-    }
+    pace, share = f"{60 * rounds / taken_s:.1f}", f"{taken_s / bare_s:.2f}"
+    return {"what": what, "rounds_per_min": pace, "of_bare": share, **parts}
 
 
 def emulated_rounds(
@@ -129,12 +122,8 @@ def bare_rounds(config: RunConfig, population: Population, train: Examples) -> f
             chosen = sample(cohort.clients(), config.participants, seed=config.seed, round=number)
             work = {client.id: method.assign(client, number) for client in chosen}
             total_s += sum(bare_job(job, cohort.shards[name]) for name, job in work.items())
-            updates: Iterator[ClientUpdate] = (
-                update
-                for update in cohort.train(work, number, 0.0)
-                if isinstance(update, ClientUpdate)
-            )
-            method.aggregate(number, updates)
+            results = cohort.train(work, number, 0.0)
+            method.aggregate(number, (r for r in results if isinstance(r, ClientUpdate)))
     return total_s
 
 

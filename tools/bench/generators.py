@@ -63,25 +63,9 @@ GENERATORS = {
     "update-regression": GeneratorOptions(name="update-regression", rank=12),
 }
 FIELDS = (
-    "model",
-    "generator",
-    "how",
-    "rounds",
-    "parameters",
-    "peak_MB",
-    "generator_MB",
-    "observe_s",
-    "fit_s",
-    "generate_s",
-    "round_s",
-    "memory_saved_%",
-    "times_faster",
-    "error_2",
-    "error_3",
-    "moved_2",
-    "moved_3",
-    "mean_moved_2",
-    "mean_moved_3",
+    *("model", "generator", "how", "rounds", "parameters", "peak_MB", "generator_MB"),
+    *("observe_s", "fit_s", "generate_s", "round_s", "memory_saved_%", "times_faster"),
+    *("error_2", "error_3", "moved_2", "moved_3", "mean_moved_2", "mean_moved_3"),
 )
 Row = dict[str, object]
 
@@ -94,11 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory-gb", type=float, default=10.0)
     parser.add_argument("--limit-s", type=float, default=1500.0, help="for one row")
-    parser.add_argument(
-        "--updates",
-        type=Path,
-        help="folder to keep updates and rows in; what is there is not made again",
-    )
+    said = "folder to keep updates and rows in; what is there is not made again"
+    parser.add_argument("--updates", type=Path, help=said)
     parser.add_argument("--csv", type=Path, help="write the table here too")
     parser.add_argument("--row", nargs=2, metavar=("MODEL", "GENERATOR"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -132,20 +113,9 @@ def run_row(model: str, generator: str, folder: Path, args: argparse.Namespace) 
         return row | json.loads(kept.read_text())
     if float(str(sizes["peak_MB"])) > 1e3 * args.memory_gb:
         return row
-    command = [
-        sys.executable,
-        "-m",
-        "tools.bench.generators",
-        "--row",
-        model,
-        generator,
-        "--updates",
-        str(folder.resolve()),
-        "--rounds",
-        str(args.rounds),
-        "--device",
-        args.device,
-    ]
+    command = [sys.executable, "-m", "tools.bench.generators", "--row", model, generator]
+    command += ["--updates", str(folder.resolve())]
+    command += ["--rounds", str(args.rounds), "--device", args.device]
     try:
         ran = subprocess.run(
             command, capture_output=True, text=True, timeout=args.limit_s, cwd=ROOT, check=False

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import zmq
 
@@ -24,6 +25,8 @@ from edge_sdk.protocol.keys import KeyPair
 from edge_sdk.protocol.link import Payload, parse_frames, send_frames, set_common_options
 from edge_sdk.protocol.messages import Message, Part
 from tools.light_client import HELLO_MAX_S, LightClient
+
+End: TypeAlias = "tuple[LightClient, zmq.Socket[bytes]]"
 
 
 class Fleet:
@@ -46,12 +49,12 @@ class Fleet:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._busy_until: dict[LightClient, float] = {}  # sending parts slowly
-        self._ends: dict[int, tuple[LightClient, zmq.Socket[bytes]]] = {}
+        self._ends: dict[int, End] = {}
         for client, keys in clients:
             socket = self._connected(endpoint, keys, server_key)
-            self._ends[socket.FD] = client, socket
+            self._ends[socket.FD] = end = (client, socket)
             self._epoll.register(socket.FD, select.EPOLLIN)
-            self._after(0.0, functools.partial(self._beat, client, socket))
+            self._after(0.0, functools.partial(self._beat, end))
 
     def _connected(
         self, endpoint: str, keys: KeyPair | None, server_key: bytes | None
@@ -79,7 +82,7 @@ class Fleet:
         while not should_stop() and not all(client.is_over for client in self.clients):
             pause_s = self._timers[0][0] - time.monotonic() if self._timers else 1.0
             for number, _ in self._epoll.poll(min(1.0, max(0.0, pause_s))):
-                self._drain(*self._ends[number])
+                self._drain(self._ends[number])
             while self._timers and self._timers[0][0] <= time.monotonic():
                 heapq.heappop(self._timers)[2]()
 
@@ -92,25 +95,27 @@ class Fleet:
     def _after(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), action))
 
-    def _beat(self, client: LightClient, socket: zmq.Socket[bytes]) -> None:
+    def _beat(self, end: End) -> None:
         """Hello until welcomed, then heartbeats."""
+        client, _ = end
         if client.is_over:
             return
         if client.welcome is None:
             pause_s = client.hello_pause_s * random.uniform(0.8, 1.2)
-            if self._send(client, socket, client.hello(), None):
+            if self._send(end, client.hello(), None):
                 client.counts["hellos"] += 1
                 client.hello_pause_s = min(HELLO_MAX_S, 1.3 * client.hello_pause_s)
         else:
             pause_s = client.welcome.heartbeat_s
-            if not self._send(client, socket, client.heartbeat(), None):
+            if not self._send(end, client.heartbeat(), None):
                 client.welcome, pause_s = None, 0.0
-        self._after(pause_s, functools.partial(self._beat, client, socket))
-        self._drain(client, socket)
+        self._after(pause_s, functools.partial(self._beat, end))
+        self._drain(end)
 
-    def _drain(self, client: LightClient, socket: zmq.Socket[bytes]) -> None:
+    def _drain(self, end: End) -> None:
         """Everything that came, until there is nothing: only then does the socket's descriptor tell
         of what comes next."""
+        client, socket = end
         while True:
             try:
                 frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -119,35 +124,25 @@ class Fleet:
             for message, payload in client.on_message(*parse_frames(frames)):
                 part_s = self._part_s(client) if isinstance(message, Part) else 0.0
                 if part_s:
-                    self._send_later(client, socket, message, payload, part_s)
+                    self._send_later(end, message, payload, part_s)
                 else:
-                    self._send(client, socket, message, payload)
+                    self._send(end, message, payload)
 
     def _send_later(
-        self,
-        client: LightClient,
-        socket: zmq.Socket[bytes],
-        message: Message,
-        payload: Payload | None,
-        seconds: float,
+        self, end: End, message: Message, payload: Payload | None, seconds: float
     ) -> None:
         """After what this client has to send already."""
 
         def send() -> None:
-            self._send(client, socket, message, payload)
-            self._drain(client, socket)
+            self._send(end, message, payload)
+            self._drain(end)
 
-        now = time.monotonic()
+        client, now = end[0], time.monotonic()
         self._busy_until[client] = max(now, self._busy_until.get(client, now)) + seconds
         self._after(self._busy_until[client] - now, send)
 
-    def _send(
-        self,
-        client: LightClient,
-        socket: zmq.Socket[bytes],
-        message: Message,
-        payload: Payload | None,
-    ) -> bool:
+    def _send(self, end: End, message: Message, payload: Payload | None) -> bool:
+        client, socket = end
         try:
             send_frames(socket, [], message, payload)
         except zmq.Again:

@@ -45,6 +45,8 @@ INPUTS, CLASSES = 1000, 10
 SAMPLE_S = 0.1
 PATIENCE_S = 60.0
 TICKS = os.sysconf("SC_CLK_TCK")
+SERVER_PHASES = """SELECT phase, SUM(COALESCE(cpu_s, wall_s)) FROM phases
+    WHERE round = ? AND client_id IS NULL GROUP BY phase"""
 Row = dict[str, Any]
 
 
@@ -108,38 +110,12 @@ def coordinator(
 ) -> Iterator[subprocess.Popen[bytes]]:
     width = model_width(args.megabytes)
     link = ["--insecure"] if args.link == "plain" else ["--keys", str(folder)]
-    command = [
-        sys.executable,
-        "-m",
-        "coordinator.cli",
-        "serve",
-        "--method",
-        "fedavg-l",
-        "--model",
-        "mlp",
-        "--exits",
-        "2",
-        "--option",
-        f"widths={width},{width}",
-        "--input",
-        str(INPUTS),
-        "--classes",
-        str(CLASSES),
-        "--rounds",
-        str(args.rounds),
-        "--min-clients",
-        str(clients),
-        "--quorum",
-        "1",
-        "--device",
-        "cpu",
-        "--listen",
-        "tcp://127.0.0.1:*",
-        "--run-dir",
-        str(folder / "run"),
-        *link,
-        *args.serve_flags,
-    ]
+    command = [sys.executable, "-m", "coordinator.cli", "serve", "--method", "fedavg-l", *link]
+    command += ["--model", "mlp", "--exits", "2", "--option", f"widths={width},{width}"]
+    command += ["--input", str(INPUTS), "--classes", str(CLASSES), "--device", "cpu"]
+    command += ["--rounds", str(args.rounds), "--min-clients", str(clients), "--quorum", "1"]
+    command += ["--listen", "tcp://127.0.0.1:*", "--run-dir", str(folder / "run")]
+    command += args.serve_flags
     log = folder / "coordinator.log"
     with log.open("wb") as file:
         server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
@@ -180,25 +156,11 @@ def run_fleets(
     flags = ["--clients", str(folder / "pairs"), f"--server-key={key.decode()}"] if key else []
     fleets = []
     for index in range(number):
-        command = [
-            sys.executable,
-            "-m",
-            "tools.bench.light_fleet",
-            endpoint,
-            "--input",
-            str(INPUTS),
-            "--classes",
-            str(CLASSES),
-            "--from",
-            str(starts[index]),
-            "--count",
-            str(starts[index + 1] - starts[index]),
-            "--part-s",
-            str(args.part_s),
-            "--slow",
-            str(args.slow if index == 0 else 0),
-            *flags,
-        ]
+        count = starts[index + 1] - starts[index]
+        command = [sys.executable, "-m", "tools.bench.light_fleet", endpoint, *flags]
+        command += ["--input", str(INPUTS), "--classes", str(CLASSES), "--part-s", str(args.part_s)]
+        command += ["--from", str(starts[index]), "--count", str(count)]
+        command += ["--slow", str(args.slow if index == 0 else 0)]
         fleets.append(subprocess.Popen(command, stdout=subprocess.PIPE))
     try:
         return [json.loads(fleet.communicate()[0]) for fleet in fleets]
@@ -270,13 +232,7 @@ def read_rounds(run_dir: Path) -> list[Row]:
         db.row_factory = sqlite3.Row
         rows = [dict(row) for row in db.execute("SELECT * FROM rounds ORDER BY round")]
         for row in rows:
-            row["phases"] = dict(
-                db.execute(
-                    "SELECT phase, SUM(COALESCE(cpu_s, wall_s)) FROM phases "
-                    "WHERE round = ? AND client_id IS NULL GROUP BY phase",
-                    (row["round"],),
-                )
-            )
+            row["phases"] = dict(db.execute(SERVER_PHASES, (row["round"],)))
     return rows
 
 

@@ -61,20 +61,8 @@ MODELS = {
 STEPS, PREDICTIONS = 3, 50
 LOSS_TOLERANCE = 0.02  # relative; float32 sums in another order, three Adam steps
 COLUMNS = (
-    "process",
-    "model",
-    "exit",
-    "batch",
-    "rss_mb",
-    "pss_mb",
-    "uss_mb",
-    "peak_mb",
-    "bound_mb",
-    "of_bound",
-    "of_loop",
-    "start_cpu_s",
-    "count_cpu_s",
-    "cpu_ms",
+    *("process", "model", "exit", "batch", "rss_mb", "pss_mb", "uss_mb", "peak_mb"),
+    *("bound_mb", "of_bound", "of_loop", "start_cpu_s", "count_cpu_s", "cpu_ms"),
 )
 DIGITS = {"start_cpu_s": 2, "count_cpu_s": 2, "of_bound": 3, "of_loop": 3, "cpu_ms": 3}
 Figures = dict[str, Any]
@@ -133,22 +121,9 @@ def agent_rows(folder: Path, runs: int) -> list[Figures]:
 
 def idle_agent(folder: Path) -> tuple[Figures, Figures]:
     """`edge-sdk run` once it waits for a coordinator that is not there, and its trainer."""
-    command = [
-        sys.executable,
-        "-m",
-        "edge_sdk.cli",
-        "run",
-        "--id",
-        "bench",
-        "--keys",
-        str(folder),
-        "--coordinator",
-        f"tcp://127.0.0.1:{free_port()}",
-        "--data",
-        str(folder / "idle.npz"),
-        "--threads",
-        "1",
-    ]
+    command = [sys.executable, "-m", "edge_sdk.cli", "run", "--id", "bench", "--threads", "1"]
+    command += ["--coordinator", f"tcp://127.0.0.1:{free_port()}"]
+    command += ["--keys", str(folder), "--data", str(folder / "idle.npz")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as agent:
         assert agent.stderr is not None
         try:

@@ -1,5 +1,5 @@
-"""The processes that memory.py measures beside the product's own. Each imports only what its
-kind needs, does its work once and prints its figures as JSON.
+"""The processes that tools/bench/memory.py measures beside the product's own. Each imports only
+what its kind needs, does its work once and prints its figures as JSON.
 
     python -m tools.bench.memory_programs KIND [ARGUMENT ...]
 """

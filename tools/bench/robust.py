@@ -83,22 +83,18 @@ def accuracy(
     *,
     rounds: int,
     factor: float = SIGN_FLIP,
-    seed: int = 0,
 ) -> list[float]:
     """Of the last global model on the test set, exit 1 first."""
-    train = data.train
+    train, rotates = data.train, method_name == "stage-rotation"
     config = RunConfig(
         method=method_name,
         model=ModelSpec(
             family="cnn", input_shape=train.input_shape, num_classes=train.num_classes, exit=3
         ),
         rounds=rounds,
-        seed=seed,
         server=ServerOptions(serve="last"),
         aggregation=options,
-        rotation=RotationOptions(mode="add", stages=0)
-        if method_name == "stage-rotation"
-        else RotationOptions(),
+        rotation=RotationOptions(mode="add" if rotates else "off", stages=0 if rotates else 1),
     )
     method = make_method(config)
     clients = emulated_clients(POPULATION, config, train)

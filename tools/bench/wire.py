@@ -90,13 +90,9 @@ def measure(
         if keys != "-":
             make_client_list(Path(folder), clients)
         me = [sys.executable, __file__]
-        server = stack.enter_context(
-            subprocess.Popen(
-                [*me, "--serve", str(megabytes), str(clients), str(rounds), keys],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
+        command = [*me, "--serve", str(megabytes), str(clients), str(rounds), keys]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        server = stack.enter_context(process)
         assert server.stdout is not None
         endpoint = server.stdout.readline().strip()
         for number in range(clients):
@@ -186,12 +182,8 @@ def serve(
         assert all(torch.equal(new[name], model[name]) for name in model)
         del mean, new
     mark("done")
-    figures = {
-        "round_s": statistics.median(seconds[1:]),
-        "cpu_s": statistics.median(cpu[1:]),
-        "base_MB": base,
-        "peak_MB": resident_mb("VmHWM"),
-    }
+    figures = {"round_s": statistics.median(seconds[1:]), "cpu_s": statistics.median(cpu[1:])}
+    figures |= {"base_MB": base, "peak_MB": resident_mb("VmHWM")}
     cohort.close("bench finished", is_final=True)
     print(json.dumps(figures), flush=True)
     return 0
@@ -253,10 +245,8 @@ def client(name: str, endpoint: str, keys: str) -> int:
         if job and isinstance(message, Job | Part):
             total = num_parts(len(data))
             if received == total:
-                zero = Phase(wall_s=0.0)
-                have = Fetch(round=job.round, have=total, first=total, count=0)
-                link.send(have)
-                digest = digest_of([data])
+                link.send(Fetch(round=job.round, have=total, first=total, count=0))
+                zero, digest = Phase(wall_s=0.0), digest_of([data])
                 link.send(
                     Update(
                         job=job.id,

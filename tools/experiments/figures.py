@@ -94,9 +94,8 @@ def run_plot(args: argparse.Namespace) -> int:
         of_setting = [row for row in rows if setting_of(row) == setting]
         name, title = "-".join(setting), in_words(setting)
         draw(args.figures / f"accuracy-{name}.png", accuracy_panels(here, title), ROUNDS_SERVED)
-        draw(
-            args.figures / f"weights-{name}.png", weight_panels(here, title, "error"), ROUNDS_ERROR
-        )
+        panels = weight_panels(here, title, "error")
+        draw(args.figures / f"weights-{name}.png", panels, ROUNDS_ERROR)
         panels = weight_panels(here, title, "deviation_error")
         draw(args.figures / f"deviations-{name}.png", panels, ROUNDS_DEVIATION)
         panels, axes = rank_panels(of_setting, title)

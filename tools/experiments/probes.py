@@ -27,6 +27,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from coordinator.aggregation.mean import OwnersMean
+from coordinator.cli.arguments import REPEATED
 from coordinator.cohorts.base import ClientUpdate, Cohort
 from coordinator.cohorts.population import Population, emulated_clients
 from coordinator.cohorts.sampling import job_seed, sample
@@ -64,14 +65,7 @@ def add_command(commands: Any) -> None:
     add("--test-examples", type=int, help="of the held-out data, whose features are compared")
     add("--model", default="cnn")
     add("--exits", type=int, default=3)
-    add(
-        "--option",
-        type=option_flag,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="model option",
-    )
+    add("--option", type=option_flag, metavar="KEY=VALUE", help="model option", **REPEATED)
     add("--epochs", type=int, default=5)
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=1e-3)
@@ -100,20 +94,10 @@ def run_cka(args: argparse.Namespace) -> int:
     rows = []
     for seed in whole_numbers(args.seeds, "--seeds"):
         data = load_dataset(args.data, seed, args.examples, args.test_examples)
-        spec = ModelSpec(
-            family=args.model,
-            input_shape=data.train.input_shape,
-            num_classes=data.train.num_classes,
-            exit=args.exits,
-            options=dict(args.option),
-        )
-        plan = Plan(
-            segments=(Segment(first=1, last=args.exits),),
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            lr=args.lr,
-            seed=seed,
-        )
+        fits: Any = {"input_shape": data.train.input_shape, "num_classes": data.train.num_classes}
+        spec = ModelSpec(family=args.model, exit=args.exits, options=dict(args.option), **fits)
+        local: Any = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
+        plan = Plan(segments=(Segment(first=1, last=args.exits),), seed=seed, **local)
         rows += cka_rows(spec, plan, data, args.start == "same")
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(args.out / "cka.csv", rows)

@@ -268,9 +268,7 @@ def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> list[float
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def interval(
-    differences: Sequence[float],
-) -> tuple[float | None, float | None, float | None, int]:
+def interval(differences: Sequence[float]) -> tuple[float | None, float | None, float | None, int]:
     """Mean, the two ends of its 95 % interval, and how many differences there are."""
     count = len(differences)
     if count == 0:

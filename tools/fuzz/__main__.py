@@ -64,18 +64,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"the fuzzer ended with {ended.returncode} before its time, see {log}")
         return 1
     told = json.loads(result.read_text())
-    counters, features, corpus = found[-1] if found else (0, 0, 0)
-    row = {
-        "target": args.target,
-        "seed": args.seed,
-        **told,
-        "counters": counters,
-        "features": features,
-        "corpus": corpus,
-        "wall_s": round(time.monotonic() - started),
-        "commit": commit(),
-        "machine": machine(),
-    }
+    covered = zip(
+        ("counters", "features", "corpus"), found[-1] if found else (0, 0, 0), strict=True
+    )
+    row = {"target": args.target, "seed": args.seed, **told, **dict(covered)}
+    wall_s = round(time.monotonic() - started)
+    row |= {"wall_s": wall_s, "commit": commit(), "machine": machine()}
     for name, value in row.items():
         print(f"{name:>16}  {value}")
     if str(args.csv) not in ("", "."):

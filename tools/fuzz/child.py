@@ -174,16 +174,9 @@ def main() -> None:
         seeds += [path.read_bytes() for path in REGRESSIONS.glob(f"{target}-*.bin")]
         for number, data in enumerate(seeds):
             (corpus / f"seed-{number:03}").write_bytes(data)
-        options = [
-            f"-seed={seed}",
-            "-max_len=16384",
-            "-timeout=120",
-            "-rss_limit_mb=4096",
-            "-len_control=0",
-        ]
-        atheris.Setup(
-            [sys.argv[0], *options, str(corpus)], run, custom_mutator=mutator(target, pool)
-        )
+        options = [f"-seed={seed}", "-max_len=16384", "-timeout=120", "-len_control=0"]
+        command = [sys.argv[0], *options, "-rss_limit_mb=4096", str(corpus)]
+        atheris.Setup(command, run, custom_mutator=mutator(target, pool))
         gc.freeze()  # torch's 180,000 objects need not be looked through again and again
         atheris.Fuzz()
 

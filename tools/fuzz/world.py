@@ -62,25 +62,15 @@ from tools.fuzz.state import Place, changes, is_owned, shown, snapshot_state
 
 RUN, ROUND = "fuzz", 7
 STEP_S = 0.9  # of the clock, between two looks of the coordinator
-MEMORY = (
-    "/dev/shm"  # where the spool lies if there is such a thing: a disk is not what is looked at
-)
+# Where the spool lies if there is such a thing: a disk is not what is looked at.
+MEMORY = "/dev/shm"
 JOINED = ("idle", "told", "training", "uploading", "done", HONEST)
 UNREACHABLE = 2 * len(SENDERS)  # added to a route: answers cannot be sent
 NUM_ROUTES = 2 * UNREACHABLE
 # When it listened, which any message changes; sums over clients; what only reads tensors.
 NO_STATE = (
-    "_router",
-    "_num_heard",
-    "_listened",
-    "_looked",
-    "_progress",
-    "_used",
-    "_queues",
-    "_counters",
-    "_spool",
-    "_sessions",
-    "Sender",
+    *("_router", "_num_heard", "_listened", "_looked", "_progress", "_used", "_queues"),
+    *("_counters", "_spool", "_sessions", "Sender"),
 )
 PROFILE = DeviceProfile(
     platform="generic", memory_total_bytes=2**32, memory_available_bytes=2**31, cores=4, gflops=10.0
@@ -164,30 +154,16 @@ def assignment() -> Assignment:
 
 
 def make_hello(name: str, **changes: Any) -> Hello:
-    fields: dict[str, Any] = {
-        "protocol": PROTOCOL,
-        "client_id": name,
-        "session": f"{name} 1",
-        "profile": PROFILE,
-        "num_examples": 10,
-        "input_shape": (1, 8, 8),
-        "num_classes": 3,
-    }
+    fields: dict[str, Any] = {"protocol": PROTOCOL, "client_id": name, "session": f"{name} 1"}
+    fields |= {"profile": PROFILE, "num_examples": 10, "input_shape": (1, 8, 8), "num_classes": 3}
     return Hello(**(fields | changes))
 
 
 def make_update(name: str, **changes: Any) -> Update:
-    fields: dict[str, Any] = {
-        "job": job_of(name).id,
-        "digest": digest_of(name),
-        "round": ROUND,
-        "num_examples": 10,
-        "num_steps": 2,
-        "exits": tuple(ExitResult(exit=exit, loss=0.5, accuracy=0.5) for exit in (1, 2, 3)),
-        "phases": {"train": Phase(wall_s=1.0)},
-        "peak_memory_bytes": 0,
-        "tensors": specs_of_update(),
-    }
+    results = tuple(ExitResult(exit=exit, loss=0.5, accuracy=0.5) for exit in (1, 2, 3))
+    fields: dict[str, Any] = {"job": job_of(name).id, "digest": digest_of(name), "round": ROUND}
+    fields |= {"num_examples": 10, "num_steps": 2, "exits": results, "peak_memory_bytes": 0}
+    fields |= {"phases": {"train": Phase(wall_s=1.0)}, "tensors": specs_of_update()}
     return Update(**(fields | changes))
 
 

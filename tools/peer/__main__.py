@@ -297,13 +297,9 @@ def start_ours(stack: contextlib.ExitStack, cell: Cell) -> Watch:
     assert server.stdout is not None
     endpoint = server.stdout.readline().decode().strip()
     client = [sys.executable, str(Path(wire.__file__)), "--client"]
-    return Watch(
-        Tree(server.pid),
-        [
-            Tree(stack.enter_context(started([*client, f"c{number}", endpoint, keys])).pid)
-            for number in range(cell.clients)
-        ],
-    )
+    commands = [[*client, f"c{number}", endpoint, keys] for number in range(cell.clients)]
+    trees = [Tree(stack.enter_context(started(command)).pid) for command in commands]
+    return Watch(Tree(server.pid), trees)
 
 
 def serve(megabytes: str, clients: str, rounds: str, keys: str, marks: str) -> int:
@@ -342,33 +338,18 @@ def start_superlink(stack: contextlib.ExitStack, cell: Cell) -> Watch:
         f'[superlink.peer]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     environment["FLWR_HOME"] = str(cell.folder)
-    command = [
-        "flower-superlink",
-        "--insecure",
-        "--port",
-        str(port),
-        "--disable-runtime-dependency-installation",
-    ]
+    command = ["flower-superlink", "--insecure", "--port", str(port)]
+    command += ["--disable-runtime-dependency-installation"]
     server = stack.enter_context(started(command, env=environment, stderr=log, stdout=log))
     trees = []
     for number, own_port in enumerate(ports):
-        command = [
-            "flower-supernode",
-            "--insecure",
-            "--superlink",
-            f"127.0.0.1:{port}",
-            "--port",
-            str(own_port),
-            "--node-config",
-            f"number={number}",
-        ]
+        command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
+        command += ["--port", str(own_port), "--node-config", f"number={number}"]
         one = stack.enter_context(started(command, env=environment, stderr=log, stdout=log))
         trees.append(Tree(one.pid))
     app = shutil.copytree(APP, cell.folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
-    config = (
-        f"megabytes={cell.megabytes} clients={cell.clients} rounds={cell.rounds} "
-        f"marks='{cell.marks}'"
-    )
+    config = f"megabytes={cell.megabytes} clients={cell.clients} rounds={cell.rounds}"
+    config += f" marks='{cell.marks}'"
     submit(["flwr", "run", str(app), "peer", "--run-config", config], environment)
     return Watch(Tree(server.pid), trees)
 

@@ -24,14 +24,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from coordinator.cli.arguments import CommandParser
+from coordinator.cli.arguments import REPEATED, CommandParser
 from coordinator.cli.serve import add_serve_command, serve_settings
 from coordinator.methods.registry import METHODS
 from coordinator.runs.serving import check_serve
 from edge_sdk.capacity.costs import seconds
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.cli.flags import DEFAULT_EPOCHS, duration_flag, option_flag
-from edge_sdk.data.loading import load
+from edge_sdk.data.loading import Examples, load
 from edge_sdk.data.partition import check_alpha
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.hardware.boards import board
@@ -72,14 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--participants", type=int, help="devices per round, default all")
     add("--model", default="cnn")
     add("--exits", type=int, default=3)
-    add(
-        "--option",
-        type=option_text,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="model option",
-    )
+    add("--option", type=option_text, metavar="KEY=VALUE", help="model option", **REPEATED)
     add("--epochs", type=int, default=DEFAULT_EPOCHS)
     add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=2e-3)
@@ -125,17 +118,22 @@ def run(args: argparse.Namespace, console: Console) -> int:
     tell(console, f"starting the coordinator and {len(devices)} boards, each with a trainer")
     with contextlib.ExitStack() as stack:
         stack.enter_context(terminating())
-        server = stack.enter_context(coordinator(args, folder, len(devices), deadline_s))
+        command = serve_command(args, folder, len(devices), deadline_s)
+        log = folder / "coordinator.log"
+        server = stack.enter_context(process("coordinator.cli", command, log))
         endpoint = wait_for_endpoint(folder, server)
-        boards = [stack.enter_context(device_process(d, endpoint, host)) for d in devices]
+        boards = []
+        for device in devices:
+            command, log = device_command(device, endpoint, host), device.folder / "device.log"
+            boards.append(stack.enter_context(process("edge_sdk.cli", command, log)))
         announce(console, args, devices, deadline_s, endpoint)
         prepared = time.monotonic()
         follow(console, folder, server, dict(zip(devices, boards, strict=True)), args.rounds)
         trained = time.monotonic()
         deadline = trained + FAREWELL_S
-        for process in boards:
+        for child in boards:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.1, deadline - time.monotonic()))
+                child.wait(max(0.1, deadline - time.monotonic()))
     if server.returncode:
         tail = (folder / "coordinator.log").read_text().splitlines()[-5:]
         raise ConfigError(f"coordinator ended with {server.returncode}: " + " | ".join(tail))
@@ -171,14 +169,15 @@ def check_flags(args: argparse.Namespace, folder: Path) -> None:
 def check_model(args: argparse.Namespace) -> None:
     """Refuse a model that cannot be built before anything is written. Raises ConfigError."""
     _, train, _ = load(args.data)
-    spec = ModelSpec(
-        family=args.model,
-        input_shape=train.input_shape,
-        num_classes=train.num_classes,
-        exit=args.exits,
-        options=dict(map(option_flag, args.option)),
+    build(spec_of(args, train, args.exits))
+
+
+def spec_of(args: argparse.Namespace, examples: Examples, exit: int) -> ModelSpec:
+    options = dict(map(option_flag, args.option))
+    shape, num_classes = examples.input_shape, examples.num_classes
+    return ModelSpec(
+        family=args.model, input_shape=shape, num_classes=num_classes, exit=exit, options=options
     )
-    build(spec)
 
 
 def choose_deadline(args: argparse.Namespace, devices: Sequence[Device]) -> float:
@@ -188,14 +187,7 @@ def choose_deadline(args: argparse.Namespace, devices: Sequence[Device]) -> floa
         return float(args.deadline)
     if args.method == "fedavg-l":
         return 0.0  # everyone trains the whole model, however long it takes
-    shape = devices[0].examples.input_shape
-    spec = ModelSpec(
-        family=args.model,
-        input_shape=tuple(shape),
-        num_classes=devices[0].examples.num_classes,
-        exit=1,
-        options=dict(map(option_flag, args.option)),
-    )
+    spec = spec_of(args, devices[0].examples, 1)
     plan = Plan(segments=(Segment(first=1, last=1),), batch_size=args.batch_size)
     slowest = 0.0
     for device in devices:
@@ -208,76 +200,23 @@ def serve_command(
     args: argparse.Namespace, folder: Path, num_devices: int, deadline_s: float
 ) -> list[str]:
     """Without what was not given: a flag beats the method's own value."""
-    command = [
-        "serve",
-        "--method",
-        args.method,
-        "--test",
-        str(folder / "test.npz"),
-        "--rounds",
-        str(args.rounds),
-        "--seed",
-        str(args.seed),
-        "--model",
-        args.model,
-        "--exits",
-        str(args.exits),
-        "--epochs",
-        str(args.epochs),
-        "--batch-size",
-        str(args.batch_size),
-        "--lr",
-        str(args.lr),
-        "--listen",
-        "tcp://127.0.0.1:*",
-        "--keys",
-        str(folder / "keys"),
-        "--min-clients",
-        str(num_devices),
-        "--deadline",
-        str(deadline_s),
-        "--run-dir",
-        str(folder),
-    ]
+    command = ["serve", "--listen", "tcp://127.0.0.1:*", "--run-dir", str(folder)]
+    command += ["--keys", str(folder / "keys"), "--test", str(folder / "test.npz")]
+    command += ["--method", args.method, "--rounds", str(args.rounds), "--seed", str(args.seed)]
+    command += ["--model", args.model, "--exits", str(args.exits), "--lr", str(args.lr)]
+    command += ["--epochs", str(args.epochs), "--batch-size", str(args.batch_size)]
+    command += ["--min-clients", str(num_devices), "--deadline", str(deadline_s)]
     command += [part for option in args.option for part in ("--option", option)]
     if args.participants is not None:
         command += ["--participants", str(args.participants)]
     return command + args.serve
 
 
-@contextlib.contextmanager
-def coordinator(
-    args: argparse.Namespace, folder: Path, num_devices: int, deadline_s: float
-) -> Iterator[subprocess.Popen[bytes]]:
-    command = serve_command(args, folder, num_devices, deadline_s)
-    with process("coordinator.cli", command, folder / "coordinator.log") as child:
-        yield child
-
-
-@contextlib.contextmanager
-def device_process(device: Device, endpoint: str, host: Host) -> Iterator[subprocess.Popen[bytes]]:
-    command = [
-        "run",
-        "--coordinator",
-        endpoint,
-        "--data",
-        str(device.folder / "data.npz"),
-        "--id",
-        device.name,
-        "--keys",
-        str(device.folder),
-        "--board",
-        device.board,
-        "--host-gflops",
-        str(host.gflops),
-        "--host-layer-us",
-        str(1e6 * host.layer_s),
-        "--threads",
-        "1",
-        "--once",
-    ]
-    with process("edge_sdk.cli", command, device.folder / "device.log") as child:
-        yield child
+def device_command(device: Device, endpoint: str, host: Host) -> list[str]:
+    command = ["run", "--coordinator", endpoint, "--data", str(device.folder / "data.npz")]
+    command += ["--id", device.name, "--keys", str(device.folder), "--board", device.board]
+    command += ["--host-gflops", str(host.gflops), "--host-layer-us", str(1e6 * host.layer_s)]
+    return [*command, "--threads", "1", "--once"]
 
 
 @contextlib.contextmanager

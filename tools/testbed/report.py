@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from coordinator.cli.status import shown, size
 from edge_sdk.errors import EdgeError
 from tools.testbed.run_report import PhaseTime, Report, read_run
 
@@ -139,9 +140,7 @@ def print_table(head: str, rows: list[list[str]]) -> None:
 
     Names come from devices: what would control the terminal is shown as "?"."""
     lines = [head.split(",")]
-    lines += [
-        ["".join(c if c.isprintable() else "?" for c in cell) for cell in row] for row in rows
-    ]
+    lines += [list(map(shown, row)) for row in rows]
     columns = zip(*(line for line in lines if len(line) > 1), strict=True)
     widths = [max(map(len, column)) for column in columns]
     print()
@@ -171,10 +170,7 @@ def _figure(value: float | None, form: str) -> str:
 
 
 def _size(num_bytes: float | None) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes and num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {unit}"
-    return _figure(num_bytes, ".0f") + " B" * (num_bytes is not None)
+    return MISSING if num_bytes is None else size(num_bytes)
 
 
 if __name__ == "__main__":

@@ -162,12 +162,10 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
     config = read_config(run["config"], str(folder / DATABASE))
     phases = db.execute("SELECT round, client_id, phase, wall_s, cpu_s FROM phases").fetchall()
     metrics = db.execute("SELECT round, name, value FROM metrics ORDER BY round, name").fetchall()
-    participations = db.execute(PARTICIPATIONS).fetchall()
+    rows = db.execute(PARTICIPATIONS).fetchall()
     groups: dict[tuple[str, int], list[sqlite3.Row]] = {}
-    for participation in participations:
-        groups.setdefault((participation["platform"], participation["is_emulated"]), []).append(
-            participation
-        )
+    for row in rows:
+        groups.setdefault((row["platform"], row["is_emulated"]), []).append(row)
     server = [(name, wall_s, wall_s) for _, client, name, wall_s, _ in phases if client is None]
     return Report(
         run=run["run"],
@@ -178,7 +176,7 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
         rounds_planned=config.rounds,
         platforms=[_platform(groups[key], phases, rounds) for key in sorted(groups)],
         server=_phase_times(SERVER_PHASES, server, {}),
-        totals=_totals(participations, rounds),
+        totals=_totals(rows, rounds),
         accuracy=_accuracies(metrics),
         figures={
             name: value
@@ -188,45 +186,40 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
     )
 
 
-def _platform(
-    participations: list[sqlite3.Row], phases: list[sqlite3.Row], rounds: int
-) -> Platform:
-    by_key = {
-        (participation["round"], participation["client_id"]): participation
-        for participation in participations
-    }
+def _platform(rows: list[sqlite3.Row], phases: list[sqlite3.Row], rounds: int) -> Platform:
+    by_key = {(row["round"], row["client_id"]): row for row in rows}
     times = [
         (phase, board_seconds(by_key[round, client], phase, wall_s, cpu_s), wall_s)
         for round, client, phase, wall_s, cpu_s in phases
         if (round, client) in by_key
     ]
     users: dict[tuple[bool, int], list[str]] = {}
-    for participation in participations:
-        if participation["outcome"] != "ok":
+    for row in rows:
+        if row["outcome"] != "ok":
             continue
-        prefix, alone = split_segments(participation["segments"])
+        prefix, alone = split_segments(row["segments"])
         for key in [(False, prefix)] * (prefix > 0) + [(True, stage) for stage in alone]:
-            users.setdefault(key, []).append(participation["client_id"])
-    is_emulated = bool(participations[0]["is_emulated"])
+            users.setdefault(key, []).append(row["client_id"])
+    is_emulated = bool(rows[0]["is_emulated"])
     return Platform(
-        platform=participations[0]["platform"],
+        platform=rows[0]["platform"],
         is_emulated=is_emulated,
-        clients=len({participation["client_id"] for participation in participations}),
+        clients=len({row["client_id"] for row in rows}),
         phases=_phase_times(DEVICE_PHASES, times, EMULATED if is_emulated else {}),
-        totals=_totals(participations, rounds),
+        totals=_totals(rows, rounds),
         trained=[
             Trained(stage, is_alone, len(set(names)), len(names))
             for (is_alone, stage), names in sorted(users.items())
         ],
-        levers=_levers(participations),
+        levers=_levers(rows),
     )
 
 
-def _levers(participations: Sequence[sqlite3.Row]) -> list[Levers]:
+def _levers(rows: Sequence[sqlite3.Row]) -> list[Levers]:
     returned: dict[str, list[sqlite3.Row]] = {}
-    for participation in participations:
-        if participation["outcome"] == "ok":
-            returned.setdefault(participation["client_id"], []).append(participation)
+    for row in rows:
+        if row["outcome"] == "ok":
+            returned.setdefault(row["client_id"], []).append(row)
     found = []
     for client_id, updates in sorted(returned.items()):
         parts = [update["micro_batch"] for update in updates if update["micro_batch"]]
@@ -235,27 +228,17 @@ def _levers(participations: Sequence[sqlite3.Row]) -> list[Levers]:
     return found
 
 
-def board_seconds(
-    participation: sqlite3.Row, phase: str, wall_s: float, cpu_s: float | None
-) -> float | None:
+def board_seconds(row: sqlite3.Row, phase: str, wall_s: float, cpu_s: float | None) -> float | None:
     """Seconds of a phase on the board: wall clock of a real one, and of every `wait`.
 
     Emulated: load and train are CPU seconds here x cpu_scale, transfers are the participation's
     bytes x 8 / (link_mbit_s x 1e6). None where profile or run lack what that takes."""
-    source = EMULATED.get(phase, WALL) if participation["is_emulated"] else WALL
+    source = EMULATED.get(phase, WALL) if row["is_emulated"] else WALL
     if source == CPU:
-        return (
-            cpu_s * participation["cpu_scale"]
-            if cpu_s is not None and participation["cpu_scale"]
-            else None
-        )
+        return cpu_s * row["cpu_scale"] if cpu_s is not None and row["cpu_scale"] else None
     if source == LINK:
-        num_bits = 8 * participation["bytes_down" if phase == "download" else "bytes_up"]
-        return (
-            num_bits / (participation["link_mbit_s"] * 1e6)
-            if participation["link_mbit_s"]
-            else None
-        )
+        num_bits = 8 * row["bytes_down" if phase == "download" else "bytes_up"]
+        return num_bits / (row["link_mbit_s"] * 1e6) if row["link_mbit_s"] else None
     return wall_s
 
 
@@ -297,31 +280,21 @@ def _phase_times(
     return found
 
 
-def _totals(participations: Sequence[sqlite3.Row], rounds: int) -> Totals:
-    down, up = (
-        sum(participation[name] for participation in participations)
-        for name in ("bytes_down", "bytes_up")
-    )
-    outcomes = Counter(participation["outcome"] for participation in participations)
-    failures = Counter(
-        participation["code"]
-        for participation in participations
-        if participation["outcome"] == "failed"
-    )
+def _totals(rows: Sequence[sqlite3.Row], rounds: int) -> Totals:
+    down, up = (sum(row[name] for row in rows) for name in ("bytes_down", "bytes_up"))
+    outcomes = Counter(row["outcome"] for row in rows)
+    failures = Counter(row["code"] for row in rows if row["outcome"] == "failed")
     return Totals(
-        participations=len(participations),
+        participations=len(rows),
         returned=outcomes["ok"],
         stragglers=outcomes["straggler"],
         failures=dict(sorted(failures.items())),
-        retries=sum(participation["retries"] for participation in participations),
-        bytes_down_each=down / max(1, len(participations)),
-        bytes_up_each=up / max(1, len(participations)),
+        retries=sum(row["retries"] for row in rows),
+        bytes_down_each=down / max(1, len(rows)),
+        bytes_up_each=up / max(1, len(rows)),
         bytes_down_a_round=down / rounds,
         bytes_up_a_round=up / rounds,
-        peak_memory_bytes=max(
-            (participation["peak_memory_bytes"] for participation in participations), default=0
-        )
-        or None,
+        peak_memory_bytes=max((row["peak_memory_bytes"] for row in rows), default=0) or None,
     )
 
 

@@ -162,8 +162,8 @@ def test_two_programs_with_one_key_the_first_stays(coordinator, devices):
     second.send(Heartbeat())
     assert second.expect(Fault).code == "hello"  # it has not become anybody
     end_well(round, bad, good)
-    rivals = coordinator.ask(lambda cohort: cohort.sessions.all["bad"].num_rivals)
-    assert rivals.result(WAIT_S) == 1
+    (state,) = coordinator.ask(lambda cohort: cohort.snapshot().clients[:1]).result(WAIT_S)
+    assert (state.name, state.duplicates) == ("bad", 1)
 
 
 def test_program_that_does_not_answer_loses_its_place(coordinator, devices, monkeypatch):

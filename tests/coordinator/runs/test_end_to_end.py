@@ -141,7 +141,7 @@ def test_devices_give_the_model_that_one_process_gives(
         should_stop=lambda: time.monotonic() > give_up,
     )
     try:
-        run_rounds(store, made, cohort, world.test, fleet=cohort)
+        run_rounds(store, made, cohort, world.test)
     finally:
         store.close()
         cohort.close("run finished", is_final=False)

@@ -235,7 +235,7 @@ class Turns:
 def gathered(tmp_path, cohort, **settings):
     """One round: names of those whose updates counted."""
     store = Store.create(tmp_path, config("owners-mean", **settings), "serve")
-    asking = Asking(store, make_method(store.config), cohort, 1, fleet=cohort)
+    asking = Asking(store, make_method(store.config), cohort, 1)
     results = list(asking.results())
     store.close()
     return [result.client.id for result in results if isinstance(result, ClientUpdate)]
