@@ -1,6 +1,6 @@
 """One run's settings: frozen, made once in the CLI, stored with the run.
 
-A field with `told` has a flag: its name, type, default and help are those of the field.
+A field with `flag` has a flag: its name, type, default and help are those of the field.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Frozen, checked settings."""
 
 
-def told(help: str, flag: str = "", metavar: str = "") -> Meta:
-    """flag: of the command line, by default the field's name with dashes."""
-    return Meta(description=help, extra={"flag": flag, "metavar": metavar})
+def flag(help: str, name: str = "", metavar: str = "") -> Meta:
+    """Makes a field a flag of the command line. name: by default the field's, with dashes."""
+    return Meta(description=help, extra={"flag": name, "metavar": metavar})
 
 
 CLIP = "bound an update's movement to FACTOR medians of earlier ones, 0: off"
@@ -57,15 +57,17 @@ class ServerOptions(Options, frozen=True, kw_only=True):
 
     optimizer: Annotated[
         Literal["fedavgm", "fedadam", "fedyogi"],
-        told("of the step from the global model to the aggregate", "--server-optimizer"),
+        flag("of the step from the global model to the aggregate", "--server-optimizer"),
     ] = "fedavgm"
-    momentum: Annotated[Decay, told("of that step", "--server-momentum")] = 0.0
-    lr: Annotated[Rate, told("fedadam, fedyogi: about a weight's step", "--server-lr")] = 1.0
+    momentum: Annotated[Decay, flag("momentum of the server's step", "--server-momentum")] = 0.0
+    lr: Annotated[Rate, flag("fedadam, fedyogi: about a weight's step", "--server-lr")] = 1.0
     beta2: Decay = 0.99
     tau: Rate = 1e-3
-    damping: Annotated[Share, told("0 owners' mean, 1 stale copy")] = 0.0
-    ema: Annotated[Decay, told("decay of the served average")] = 0.8
-    serve: Annotated[Literal["ema", "last"], told("that average, or the last global model")] = "ema"
+    damping: Annotated[Share, flag("0 owners' mean, 1 stale copy")] = 0.0
+    ema: Annotated[Decay, flag("decay of the served average")] = 0.8
+    serve: Annotated[
+        Literal["ema", "last"], flag("serve the moving average, or the last model")
+    ] = "ema"
 
 
 # A step of fedadam or fedyogi is about lr per weight, whatever the aggregate's: 1 would ruin a
@@ -80,9 +82,9 @@ class AggregationOptions(Options, frozen=True, kw_only=True):
     trim: share of a tensor's owners that trimmed-mean leaves out at each end of every coordinate.
     own: what a rule has beside these."""
 
-    rule: Annotated[str, told("how updates become one model", "--aggregation")] = "mean"
-    trim: Annotated[float, Meta(ge=0, lt=0.5), told("trimmed-mean: share at each end")] = 0.1
-    clip: Annotated[float, Meta(ge=0, le=1e6), told(CLIP, metavar="FACTOR")] = 0.0
+    rule: Annotated[str, flag("how updates become one model", "--aggregation")] = "mean"
+    trim: Annotated[float, Meta(ge=0, lt=0.5), flag("trimmed-mean: share at each end")] = 0.1
+    clip: Annotated[float, Meta(ge=0, le=1e6), flag(CLIP, metavar="FACTOR")] = 0.0
     own: Own = UNSET
 
 
@@ -93,16 +95,16 @@ class GeneratorOptions(Options, frozen=True, kw_only=True):
     generate: "conv" main weights only, "conv+bn" every parameter of a stage, "all" exits too.
     gain: weight of a generated tensor against a trained one; 0 is the owners' mean exactly."""
 
-    name: Annotated[str, told("what fills stages that a client lacks", "--generator")] = "none"
-    generate: Annotated[Literal["conv", "conv+bn", "all"], told("which tensors")] = "conv"
-    gain: Annotated[Share, told("weight of generated tensors, 0 to 1")] = 1.0
-    rank: Annotated[Size, told("of factors, or of update-regression's memory")] = 100
-    hidden: Annotated[Size, told("width of the networks")] = 512
-    epochs: Annotated[Size, told("of the networks, each round", "--fit-epochs")] = 25
+    name: Annotated[str, flag("what fills stages that a client lacks", "--generator")] = "none"
+    generate: Annotated[Literal["conv", "conv+bn", "all"], flag("which tensors")] = "conv"
+    gain: Annotated[Share, flag("weight of generated tensors, 0 to 1")] = 1.0
+    rank: Annotated[Size, flag("of factors, or of update-regression's memory")] = 100
+    hidden: Annotated[Size, flag("width of the networks")] = 512
+    epochs: Annotated[Size, flag("of the networks, each round", "--fit-epochs")] = 25
     lr: Rate = 5e-4
-    owners_per_step: Annotated[int, Meta(ge=0, le=2**16), told("0: all in one step")] = 0
+    owners_per_step: Annotated[int, Meta(ge=0, le=2**16), flag("0: all in one step")] = 0
     memory_rows: Annotated[
-        int, Meta(ge=4, le=2**16), told("updates that update-regression remembers")
+        int, Meta(ge=4, le=2**16), flag("updates that update-regression remembers")
     ] = 30
     own: Own = UNSET
 
@@ -112,12 +114,13 @@ class RotationOptions(Options, frozen=True, kw_only=True):
     client's prefix, at most `stages` a round (0: all that it can hold and has time for); replace:
     one instead of it. draw: needy favours stages with few owners."""
 
-    mode: Annotated[Literal["off", "add", "replace"], told(ROTATION, "--rotation")] = "off"
+    mode: Annotated[Literal["off", "add", "replace"], flag(ROTATION, "--rotation")] = "off"
     stages: Annotated[
-        int, Meta(ge=0, le=100), told("at most a round, 0: all", "--rotation-stages")
+        int, Meta(ge=0, le=100), flag("at most a round, 0: all", "--rotation-stages")
     ] = 1
     draw: Annotated[
-        Literal["uniform", "needy"], told("needy: rather stages with few owners", "--rotation-draw")
+        Literal["uniform", "needy"],
+        flag("needy: rather stages with few owners", "--rotation-draw"),
     ] = "uniform"
 
 
@@ -128,11 +131,11 @@ class DistillOptions(Options, frozen=True, kw_only=True):
 
     direction: Annotated[
         Literal["none", "deep-to-shallow", "shallow-to-deep", "mutual", "auto"],
-        told("between a client's exits", "--distill"),
+        flag("between a client's exits", "--distill"),
     ] = "none"
-    weight: Annotated[float, Meta(ge=0, le=1000), told("in the loss", "--distill-weight")] = 1.0
-    temperature: Annotated[Rate, told("of the softmax", "--distill-temperature")] = 1.0
-    ramp_rounds: Annotated[int, Meta(ge=0), told("rounds to the full weight", "--distill-ramp")] = (
+    weight: Annotated[float, Meta(ge=0, le=1000), flag("in the loss", "--distill-weight")] = 1.0
+    temperature: Annotated[Rate, flag("of the softmax", "--distill-temperature")] = 1.0
+    ramp_rounds: Annotated[int, Meta(ge=0), flag("rounds to the full weight", "--distill-ramp")] = (
         10
     )
 
@@ -153,31 +156,33 @@ class RunConfig(Options, frozen=True, kw_only=True):
     method: str
     model: ModelSpec  # exit = the number of exits of the whole model
     data: str = ""  # what the common test set comes from
-    rounds: Annotated[Index, told("of the whole run")]
-    participants: Annotated[Index | None, told("clients per round, default all")] = None
-    epochs: Annotated[Index, told("local epochs")] = 1
-    batch_size: Annotated[int, Meta(ge=2), told("of a local step")] = 32
-    lr: Annotated[float, Meta(gt=0), told("of local steps")] = 1e-3
-    optimizer: Annotated[Literal["sgd", "adam"], told("of local steps")] = "adam"
-    momentum: Annotated[Decay, told("of local SGD")] = 0.0
-    seed: Annotated[int, Meta(ge=0, lt=2**31), told("of every draw")] = 0
-    eval_every: Annotated[Index, told("rounds from one evaluation to the next")] = 1
-    eval_tail: Annotated[Index, told("last rounds that are always evaluated")] = 1
-    deadline_s: Annotated[Seconds, told(DEADLINE, "--deadline")] = 0.0  # 0: none
-    grace_s: Annotated[float, Meta(gt=0, le=10**9), told(GRACE, "--grace")] = 600.0
-    quorum: Annotated[Share, told("share of participants that must return")] = 0.0  # at least one
-    min_updates: Annotated[Index, told("and so many of them at least")] = 1
-    mode: Annotated[Literal["sync", "async"], told(MODE)] = "sync"
-    late: Annotated[Literal["accept", "drop"], told(LATE)] = "accept"
-    staleness_half_life: Annotated[Rate, told(HALF_LIFE, metavar="ROUNDS")] = 2.0
-    min_clients: Annotated[Index, told("devices to wait for before the first round")] = 1
-    exit_weights: Annotated[tuple[NotNegative, ...], told(EXIT_WEIGHTS)] = ()
-    weight_decay: Annotated[NotNegative, told("added to the gradient, times the weights")] = 0.0
-    prox_mu: Annotated[NotNegative, told("FedProx's pull to the received weights")] = 0.0
-    weighting: Annotated[Literal["examples", "equal"], told("of clients")] = "examples"
+    rounds: Annotated[Index, flag("of the whole run")]
+    participants: Annotated[Index | None, flag("clients per round, default all")] = None
+    epochs: Annotated[Index, flag("local epochs")] = 1
+    batch_size: Annotated[int, Meta(ge=2), flag("of a local step")] = 32
+    lr: Annotated[float, Meta(gt=0), flag("of local steps")] = 1e-3
+    optimizer: Annotated[Literal["sgd", "adam"], flag("of local steps")] = "adam"
+    momentum: Annotated[Decay, flag("of local SGD")] = 0.0
+    seed: Annotated[int, Meta(ge=0, lt=2**31), flag("of all random draws")] = 0
+    eval_every: Annotated[Index, flag("rounds from one evaluation to the next")] = 1
+    eval_tail: Annotated[Index, flag("last rounds that are always evaluated")] = 1
+    deadline_s: Annotated[Seconds, flag(DEADLINE, "--deadline")] = 0.0  # 0: none
+    grace_s: Annotated[float, Meta(gt=0, le=10**9), flag(GRACE, "--grace")] = 600.0
+    quorum: Annotated[Share, flag("share of participants that must return")] = 0.0  # at least one
+    min_updates: Annotated[Index, flag("and so many of them at least")] = 1
+    mode: Annotated[Literal["sync", "async"], flag(MODE)] = "sync"
+    late: Annotated[Literal["accept", "drop"], flag(LATE)] = "accept"
+    staleness_half_life: Annotated[Rate, flag(HALF_LIFE, metavar="ROUNDS")] = 2.0
+    min_clients: Annotated[Index, flag("devices to wait for before the first round")] = 1
+    exit_weights: Annotated[tuple[NotNegative, ...], flag(EXIT_WEIGHTS)] = ()
+    weight_decay: Annotated[NotNegative, flag("added to the gradient, times the weights")] = 0.0
+    prox_mu: Annotated[NotNegative, flag("FedProx's pull to the received weights")] = 0.0
+    weighting: Annotated[
+        Literal["examples", "equal"], flag("of a client in the mean: its examples, or equal")
+    ] = "examples"
     population: str = ""  # emulated clients: count, groups, split; a resumed run must have the same
-    examples: Annotated[Index | None, told("stratified subset of the training data")] = None
-    test_examples: Annotated[Index | None, told("stratified subset of the test data")] = None
+    examples: Annotated[Index | None, flag("stratified subset of the training data")] = None
+    test_examples: Annotated[Index | None, flag("stratified subset of the test data")] = None
     server: ServerOptions = ServerOptions()
     aggregation: AggregationOptions = AggregationOptions()
     generator: GeneratorOptions = GeneratorOptions()

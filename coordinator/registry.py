@@ -31,7 +31,7 @@ class Registered(Generic[Made]):
     check: Callable[[RunConfig], None] | None = None
 
 
-class Kind(Registry[Registered[Made]]):
+class PartRegistry(Registry[Registered[Made]]):
     """All methods, or all rules, or all generators; built-in ones lie beside `file`."""
 
     def __init__(self, kind: str, function: str, package: str, file: str) -> None:

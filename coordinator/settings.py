@@ -72,7 +72,7 @@ def destination(flag: str) -> str:
 
 
 def flags_of(kind: type[msgspec.Struct]) -> dict[str, Flag]:
-    """By field, in order: of those that are described with `told` (config.py)."""
+    """By field, in order: of those that are described with `flag` (config.py)."""
     hints = get_type_hints(kind, include_extras=True)
     found = ((info, _flag(info, hints[info.name])) for info in msgspec.structs.fields(kind))
     return {info.name: flag for info, flag in found if flag}

@@ -6,12 +6,12 @@ PYTHONPATH=examples edge-coordinator emulate --import own_generator --generator 
 from collections import Counter
 from typing import Annotated
 
-from coordinator.config import Options, Share, told
+from coordinator.config import Options, Share, flag
 from coordinator.generators.registry import register_generator
 
 
 class HalfWay(Options, frozen=True, kw_only=True):
-    part: Annotated[Share, told("of the owners' movement")] = 0.5
+    part: Annotated[Share, flag("of the owners' movement")] = 0.5
 
 
 @register_generator("half-way", options=HalfWay, defaults={"generator.generate": "all"})

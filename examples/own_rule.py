@@ -16,11 +16,11 @@ from torch import Tensor
 from coordinator.aggregation.mean import Kernel, OwnersMean
 from coordinator.aggregation.registry import register_rule
 from coordinator.aggregation.robust import RobustMean, squared_distance
-from coordinator.config import AggregationOptions, Options, told
+from coordinator.config import AggregationOptions, Options, flag
 
 
 class Weiszfeld(Options, frozen=True, kw_only=True):
-    steps: Annotated[int, Meta(ge=1, le=100), told("towards the geometric median")] = 4
+    steps: Annotated[int, Meta(ge=1, le=100), flag("towards the geometric median")] = 4
 
 
 @register_rule("geometric-median", options=Weiszfeld)

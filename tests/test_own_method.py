@@ -129,8 +129,8 @@ def test_a_name_and_a_flag_that_are_taken_are_refused(tmp_path, capsys, monkeypa
         f"{body}@register_method('fedavg-s')\ndef mine(config, device): ...\n"
     )
     (tmp_path / "taken_flag.py").write_text(
-        f"{body}from typing import Annotated\nfrom coordinator.config import Options, told\n"
-        "class Own(Options, frozen=True):\n    lr: Annotated[float, told('of mine')] = 1.0\n"
+        f"{body}from typing import Annotated\nfrom coordinator.config import Options, flag\n"
+        "class Own(Options, frozen=True):\n    lr: Annotated[float, flag('of mine')] = 1.0\n"
         "@register_method('taken-flag', options=Own)\ndef mine(config, device, own): ...\n"
     )
     assert main([*SMALL, "--import", "taken_name"]) == 1

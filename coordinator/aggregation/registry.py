@@ -12,12 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coordinator.config import AggregationOptions
-from coordinator.registry import Kind
+from coordinator.registry import PartRegistry
 
 if TYPE_CHECKING:
     from coordinator.aggregation.mean import Kernel
 
-RULES: Kind[Kernel] = Kind("aggregation rule", "register_rule", "coordinator.aggregation", __file__)
+RULES: PartRegistry[Kernel] = PartRegistry(
+    "aggregation rule", "register_rule", "coordinator.aggregation", __file__
+)
 register_rule = RULES.register
 
 

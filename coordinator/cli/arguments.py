@@ -16,7 +16,7 @@ from coordinator.config import PARTS, Options, RunConfig
 from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS, defaults_of
 from coordinator.presets import PRESETS, find_preset
-from coordinator.registry import Kind
+from coordinator.registry import PartRegistry
 from coordinator.settings import destination, flag_of, flags_of, numbers
 from edge_sdk.cli.flags import (
     DEFAULT_BATCH_SIZE,
@@ -128,7 +128,7 @@ def run_config(args: argparse.Namespace, fields: Sequence[str], **settings: Any)
 def own_kinds(args: argparse.Namespace) -> dict[str, type[Options]]:
     """What the chosen method, rule and generator have of their own, by the part of RunConfig that
     holds it; "" for RunConfig itself."""
-    chosen: tuple[tuple[str, Kind[Any], str], ...] = (
+    chosen: tuple[tuple[str, PartRegistry[Any], str], ...] = (
         ("", METHODS, args.method),
         ("aggregation", RULES, args.aggregation),
         ("generator", GENERATORS, args.generator),

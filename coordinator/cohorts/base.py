@@ -85,7 +85,7 @@ class ClientUpdate:
     sent: Tensors = field(default_factory=dict)
 
     @property
-    def told(self) -> Update:
+    def message(self) -> Update:
         """The participant's own message."""
         return self.arrived.update
 
@@ -95,11 +95,11 @@ class ClientUpdate:
 
     @property
     def num_examples(self) -> int:
-        return self.told.num_examples
+        return self.message.num_examples
 
     @property
     def round(self) -> int:
-        return self.told.round
+        return self.message.round
 
     @property
     def bytes_down(self) -> int:
@@ -114,7 +114,7 @@ class ClientUpdate:
         """The times that the participant told, and that of the upload."""
         upload_s = self.arrived.upload_s
         upload = {} if upload_s is None else {"upload": Phase(wall_s=upload_s)}
-        return dict(self.told.phases) | upload
+        return dict(self.message.phases) | upload
 
 
 @dataclass(frozen=True)

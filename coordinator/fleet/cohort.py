@@ -185,11 +185,11 @@ class ZmqCohort:
                 yield result
                 del result  # no reference stays here
                 self._num_heard = 0  # messages waited for the caller
-            if not jobs.num_open or (self._is_async and returned >= needed):
+            if not jobs.awaited or (self._is_async and returned >= needed):
                 jobs.leave_open()
                 return
             overdue_s = time.monotonic() - started - deadline_s - self._config.grace_s
-            is_hopeless = returned + jobs.num_open < needed  # too many have failed
+            is_hopeless = returned + len(jobs.awaited) < needed  # too many have failed
             if overdue_s > 0 and (returned >= needed or is_hopeless):
                 self._drain()  # what came while the caller aggregated is not late
                 if not jobs.finished:
@@ -282,12 +282,12 @@ class ZmqCohort:
         name = result.client.id
         if isinstance(result, ClientUpdate):
             is_stale = result.round != round
-            self._counters.result(name, "stale" if is_stale else "accepted")
+            self._counters.count_result(name, "stale" if is_stale else "accepted")
             if not is_stale or self._is_async:
                 self._at_hand.returned.add(name)
             return
-        self._counters.fault(name, result.code)
-        self._counters.result(name, "late" if result.outcome == "straggler" else "failed")
+        self._counters.count_fault(name, result.code)
+        self._counters.count_result(name, "late" if result.outcome == "straggler" else "failed")
 
     def _drain(self) -> None:
         """Handle what came while the caller did not listen, up to a result, which is taken before
@@ -309,8 +309,8 @@ class ZmqCohort:
         now = time.monotonic()
         if (gap := now - self._listened) > LISTENING_GAP_S:
             self._progress += gap
-            self.sessions.paused(gap)
-            self.jobs.paused(gap)
+            self.sessions.forgive_pause(gap)
+            self.jobs.forgive_pause(gap)
         has_message, received = self._router.receive(0)
         self._num_heard += 1
         if not has_message or self._num_heard > self._many:  # all that came has been heard
@@ -327,7 +327,7 @@ class ZmqCohort:
 
     def _look(self, now: float) -> None:
         """See after sessions, participants that are not connected, and transfers that stalled."""
-        for happened in self.sessions.look(now, self.jobs.transfers.patience_s()):
+        for happened in self.sessions.check_links(now, self.jobs.transfers.patience_s()):
             self._tell_jobs(happened)
         for name in self.jobs.awaited - self.sessions.all.keys():
             if now - self.jobs.open[name].given > SILENCE_S:
@@ -346,11 +346,11 @@ class ZmqCohort:
 
     def _handle(self, received: Received | Outcast) -> None:
         if isinstance(received, Outcast):
-            self._tell_jobs(self.sessions.outcast(received.route))
+            self._tell_jobs(self.sessions.on_outcast(received.route))
             return
         route, message = received.route, received.message
         if isinstance(message, Hello):
-            self._tell_jobs(self.sessions.hello(received, message))
+            self._tell_jobs(self.sessions.on_hello(received, message))
             return
         found = self.sessions.on_route(route)
         if found is None:
@@ -381,7 +381,7 @@ class ZmqCohort:
         extra = event("fault", client=name, code=fault.code, round=fault.round)
         log.warning("%s reports %s: %s", name, one_line(fault.code), fault.detail, extra=extra)
         if name not in self.jobs.awaited:  # else it counts as its absence
-            self._counters.fault(name, fault.code)
+            self._counters.count_fault(name, fault.code)
         if not fault.round and fault.code in OF_NO_JOB:
             self.jobs.on_gone(name, fault.code, fault.detail, may_return=False)
         else:
@@ -395,4 +395,4 @@ class ZmqCohort:
             extra = event("ready", client=name, exit=ready.exit)
             log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason, extra=extra)
         self.jobs.on_ready(name, ready)  # first: what fails here was before this ready
-        self.sessions.says_ready(name, ready)
+        self.sessions.set_ready(name, ready)

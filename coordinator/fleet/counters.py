@@ -60,19 +60,19 @@ class Counters:
             return ClientCounts()
         return self.clients.setdefault(name, ClientCounts())
 
-    def fault(self, name: str | None, code: str) -> None:
+    def count_fault(self, name: str | None, code: str) -> None:
         """Count a fault. name: None for a device that has not said hello."""
         self.faults[known_code(code)] += 1
         if name is not None:
             self.of(name).faults[known_code(code)] += 1
 
-    def result(self, name: str, outcome: Outcome) -> None:
+    def count_result(self, name: str, outcome: Outcome) -> None:
         """Count a participation. accepted: its update counts in its own round; stale: in a later
         one, after it had been late in its own."""
         self.of(name).updates += outcome in ("accepted", "stale")
         self.updates[outcome] += 1
 
-    def moved(self, name: str, bytes_down: int, bytes_up: int) -> None:
+    def count_bytes(self, name: str, bytes_down: int, bytes_up: int) -> None:
         """Count the bytes that were moved for a job that a client is through with."""
         counts = self.of(name)
         counts.bytes_down += bytes_down

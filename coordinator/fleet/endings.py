@@ -29,14 +29,14 @@ class Endings:
         """Whether the update of this job counts."""
         return self._last.get(name) == (job, True) or self._was_counted(job)
 
-    def tell(self, name: str, message: Accepted | Fault) -> None:
+    def send_or_keep(self, name: str, message: Accepted | Fault) -> None:
         if not self._sessions.send(name, message):
             self._unheard[name] = message
 
     def tell_again(self, name: str) -> None:
         """The device is heard of: it hears what it could not be told."""
         if message := self._unheard.pop(name, None):
-            self.tell(name, message)
+            self.send_or_keep(name, message)
 
     def forget_unheard(self, name: str) -> None:
         """The device has another job, or says itself which one it has."""

@@ -35,13 +35,13 @@ class LinkRate:
     def __init__(self) -> None:
         self.rate = 0.0
 
-    def moved(self, num_bytes: int, seconds: float) -> None:
+    def note_moved(self, num_bytes: int, seconds: float) -> None:
         """num_bytes took so long, from when they were asked for or the ones before had come. Times
         are averaged, not rates: parts that waited in a queue come in a burst."""
         now = max(seconds, 1e-6) / num_bytes
         self.rate = 1 / (0.7 / self.rate + 0.3 * now) if self.rate else 1 / now
 
-    def stalled(self) -> None:
+    def halve(self) -> None:
         """The link did not keep its own pace: half of it is expected from now on, of a quick link
         no more than UNKNOWN_RATE."""
         self.rate = min(UNKNOWN_RATE, (self.rate or UNKNOWN_RATE) / 2)
@@ -107,7 +107,7 @@ class Budget:
         """So many more of the client's parts are under way."""
         self._begun.add(name)
         held = self.held(name)
-        self.arrived(name, held)  # all of a client's parts count on one side
+        self.release(name, held)  # all of a client's parts count on one side
         if held + parts:
             self._held[name] = is_slow, held + parts
             self._used[is_slow] += held + parts
@@ -119,7 +119,7 @@ class Budget:
     def held(self, name: str) -> int:
         return self._held.get(name, (False, 0))[1]
 
-    def arrived(self, name: str, parts: int) -> None:
+    def release(self, name: str, parts: int) -> None:
         """So many of the client's parts are under way no more; at most those that were."""
         is_slow, held = self._held.pop(name, (False, 0))
         left = max(0, held - parts)
@@ -129,7 +129,7 @@ class Budget:
 
     def drop(self, name: str) -> None:
         """The client's transfer is over or broken: it waits for nothing, nothing is under way."""
-        self.arrived(name, self.held(name))
+        self.release(name, self.held(name))
         self._begun.discard(name)
         if name in self._waiting:
             self._waiting.discard(name)

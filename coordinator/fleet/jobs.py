@@ -65,12 +65,8 @@ class Jobs:
         self._awaited: set[str] = set()
 
     @property
-    def num_open(self) -> int:
-        """Participants of the round that are still waited for."""
-        return len(self._awaited)
-
-    @property
     def awaited(self) -> frozenset[str]:
+        """The participants of the round that it still waits for."""
         return frozenset(self._awaited)
 
     def returned(self, round: int) -> set[str]:
@@ -199,7 +195,7 @@ class Jobs:
         if open_job.is_late:
             self._end(open_job, counts=False)  # it has lost the job that nobody waits for
         else:
-            open_job.happens(JobEvent.LOST)
+            open_job.advance(JobEvent.LOST)
 
     def on_ready(self, name: str, ready: Ready) -> None:
         """A device that has no job in hand, but ought to, gets it again."""
@@ -231,12 +227,12 @@ class Jobs:
     def on_gone(self, name: str, code: str, why: str, *, may_return: bool = True) -> None:
         """Nothing is heard of the device. If it may return, its update may still come: late."""
         if open_job := self.open.get(name):
-            self.transfers.lost(open_job)
+            self.transfers.drop_link(open_job)
             if not (open_job.is_late and may_return):
                 self._absent(open_job, "failed", code, why, stays=may_return)
             self.transfers.pump()
 
-    def paused(self, seconds: float) -> None:
+    def forgive_pause(self, seconds: float) -> None:
         """The coordinator did not listen for so long: no device is late, or slow, because of it."""
         now = time.monotonic()
         for open_job in self.open.values():
@@ -246,7 +242,7 @@ class Jobs:
     def check_stalls(self) -> None:
         """Ask again for parts that a link's own pace would have brought by now. A participant that
         was asked MOST_STALLS times in vain has failed."""
-        for open_job in self.transfers.stalled():
+        for open_job in self.transfers.take_stalled():
             open_job.stalls += open_job.receiver is not None  # what it asked for may still reach it
             if open_job.stalls == MOST_STALLS:
                 detail = f"its update stopped after {open_job.bytes_up} bytes"
@@ -270,7 +266,7 @@ class Jobs:
             self._refuse(open_job, error)
             return
         open_job.bytes_up += len(payload)
-        self.transfers.arrived(open_job)
+        self.transfers.note_part(open_job)
         if receiver.is_complete:
             self._complete(open_job, receiver)
         else:
@@ -292,7 +288,7 @@ class Jobs:
         if update.job != open_job.job.id:  # of a job that another state of this run gave
             why = f"round {open_job.round} has another job now"
             self._answer(open_job.name, "round", why, open_job.round)
-            open_job.happens(JobEvent.LOST)
+            open_job.advance(JobEvent.LOST)
             return
         if open_job.update is not None and open_job.update.digest == update.digest:
             return  # told again after a reconnect
@@ -317,7 +313,7 @@ class Jobs:
         except EdgeError as error:
             self._refuse(open_job, error)
             return
-        arrived = open_job.arrived()
+        arrived = open_job.as_arrived()
         self._spool.save_update(open_job.round, open_job.name, arrived)
         self._count(open_job, arrived, tensors)
 
@@ -325,7 +321,7 @@ class Jobs:
         extra = event("update_accepted", client=open_job.name, round=open_job.round)
         log.info("round %d: the update of %s counts", open_job.round, open_job.name, extra=extra)
         self._end(open_job, counts=True)
-        self._endings.tell(open_job.name, Accepted(round=open_job.round))
+        self._endings.send_or_keep(open_job.name, Accepted(round=open_job.round))
         client, sent = open_job.client, open_job.assignment.tensors
         self.finished.append(ClientUpdate(client, arrived, tensors, sent=sent))
 
@@ -343,10 +339,10 @@ class Jobs:
         log.warning("round %d: %s %s: %s: %s", *about, extra=extra)
         if not open_job.is_late:
             if code != "gone":  # before the device says anything else, as that it is ready
-                self._sessions.says_ready(open_job.name, None)
+                self._sessions.set_ready(open_job.name, None)
             self.finished.append(open_job.absence(outcome, code, detail))
         if stays and (self._takes_late or code == "gone"):  # the round may be open still
-            open_job.happens(JobEvent.WAITING_ENDED)
+            open_job.advance(JobEvent.WAITING_ENDED)
             if self._takes_late:
                 self._save(open_job)
             self._awaited.discard(open_job.name)
@@ -360,9 +356,9 @@ class Jobs:
 
     def _end(self, open_job: OpenJob, *, counts: bool) -> None:
         """The job is closed; what has arrived of an update that does not count is deleted."""
-        open_job.happens(JobEvent.ACCEPTED if counts else JobEvent.ABANDONED)
+        open_job.advance(JobEvent.ACCEPTED if counts else JobEvent.ABANDONED)
         self.open.pop(open_job.name)
-        self._counters.moved(open_job.name, open_job.bytes_down, open_job.bytes_up)
+        self._counters.count_bytes(open_job.name, open_job.bytes_down, open_job.bytes_up)
         self._awaited.discard(open_job.name)
         self.budget.drop(open_job.name)
         self._endings.note(open_job.name, open_job.job.id, counts=counts)
@@ -389,4 +385,4 @@ class Jobs:
 
     def _fault(self, name: str, code: str, detail: str, round: int) -> None:
         """Tell a device that its job has ended, now or when it is heard of."""
-        self._endings.tell(name, Fault(code=code, detail=detail, round=round))
+        self._endings.send_or_keep(name, Fault(code=code, detail=detail, round=round))

@@ -70,7 +70,7 @@ class OpenJob:
         """The device has not got the job, or no more, and has not said `ready` since."""
         return self.phase in (JobPhase.LOST, JobPhase.LATE_LOST)
 
-    def happens(self, event: JobEvent) -> None:
+    def advance(self, event: JobEvent) -> None:
         self.phase = phase_after(self.phase, event)
 
     @property
@@ -85,7 +85,7 @@ class OpenJob:
 
     def note_moved(self, num_bytes: int) -> None:
         now = time.monotonic()
-        self.link_rate.moved(num_bytes, now - self.moved)
+        self.link_rate.note_moved(num_bytes, now - self.moved)
         self.moved = now
 
     def confirm(self, have: int) -> int:
@@ -96,7 +96,7 @@ class OpenJob:
             self.note_moved(arrived * PART_BYTES)
         self.have = have
         has_all = have == self.sender.num_parts
-        self.happens(JobEvent.HAS_ALL_PARTS if has_all else JobEvent.LACKS_PARTS)
+        self.advance(JobEvent.HAS_ALL_PARTS if has_all else JobEvent.LACKS_PARTS)
         return arrived
 
     def request(self, first: int, count: int) -> bool:
@@ -120,7 +120,7 @@ class OpenJob:
         if left := self.requested.popleft()[1:]:
             self.requested.appendleft(left)
 
-    def arrived(self) -> ArrivedUpdate:
+    def as_arrived(self) -> ArrivedUpdate:
         """The update that was announced, now that all of it is here."""
         assert self.update is not None
         return ArrivedUpdate(
@@ -145,22 +145,22 @@ class OpenJob:
     def announce(self, update: Update, receiver: Receiver) -> None:
         """The update is as asked for; its parts go to the receiver."""
         self.update, self.receiver, self.announced = update, receiver, time.monotonic()
-        self.happens(JobEvent.ANNOUNCED)
+        self.advance(JobEvent.ANNOUNCED)
 
     def reconnect(self) -> None:
         """The device's link is another one, or lost: nothing is under way any more."""
         self.have = None
         self.requested.clear()
         self.mismatched_since, self.stalls = None, 0
-        self.happens(JobEvent.LINK_CHANGED)
+        self.advance(JobEvent.LINK_CHANGED)
         if self.receiver is not None:
             self.receiver.restart()
-            self.happens(JobEvent.ANNOUNCED)
+            self.advance(JobEvent.ANNOUNCED)
 
     def give_again(self) -> None:
         """The device begins its job anew."""
         self.update = self.receiver = None
-        self.happens(JobEvent.GIVEN_AGAIN)
+        self.advance(JobEvent.GIVEN_AGAIN)
         self.reconnect()
         self.times_given += 1
 

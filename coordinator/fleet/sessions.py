@@ -71,7 +71,7 @@ class Sessions:
 
     def refuse(self, route: bytes, code: str, detail: str) -> None:
         """Answer with a Fault that is not about a round."""
-        self._counters.fault(self._names.get(route), code)
+        self._counters.count_fault(self._names.get(route), code)
         log.debug("fault to a device: %s: %s", code, detail, extra=event("refused", code=code))
         self._router.send(route, Fault(code=code, detail=detail))
 
@@ -100,7 +100,7 @@ class Sessions:
             return f"{len(ready.stage_s)} stage_s for {len(ready.stages)} stages"
         return ""
 
-    def says_ready(self, name: str, ready: Ready | None) -> None:
+    def set_ready(self, name: str, ready: Ready | None) -> None:
         """Note what a device can train now; None if it must say so anew."""
         if session := self.all.get(name):
             session.ready = ready
@@ -109,7 +109,7 @@ class Sessions:
             else:
                 self.ready.discard(name)
 
-    def hello(self, received: Received, hello: Hello) -> Hello | None:
+    def on_hello(self, received: Received, hello: Hello) -> Hello | None:
         """Give a device its place, unless it may not have it, has it, or another live one does. The
         hello if it has it anew."""
         route, name = received.route, hello.client_id
@@ -143,13 +143,13 @@ class Sessions:
                 return None
         return self._place(received, hello)
 
-    def paused(self, seconds: float) -> None:
+    def forgive_pause(self, seconds: float) -> None:
         """The coordinator did not listen for so long: that is no device's silence."""
         for session in self.all.values():
             session.seen += seconds
             session.rival_since += seconds
 
-    def look(self, now: float, patience_s: Mapping[str, float]) -> list[Hello | Gone]:
+    def check_links(self, now: float, patience_s: Mapping[str, float]) -> list[Hello | Gone]:
         """See after devices that are silent, whose key was revoked, or whose place another claims.
         patience_s: by client, how long it may say nothing because a part is on its way."""
         happened: list[Hello | Gone] = []
@@ -165,12 +165,12 @@ class Sessions:
                 happened.append(self.leave(name, f"said nothing for {now - session.seen:.0f} s"))
         return happened
 
-    def outcast(self, route: bytes) -> Gone | None:
+    def on_outcast(self, route: bytes) -> Gone | None:
         """A message came over this route under a key that is not admitted any more: whoever's link
         it is loses it."""
         if (found := self.on_route(route)) is None:
             return None
-        self._counters.fault(found[0], "admission")
+        self._counters.count_fault(found[0], "admission")
         return self.leave(found[0], "its key is not admitted any more")
 
     def leave(self, name: str, why: str, *, may_return: bool = True) -> Gone:
@@ -226,7 +226,7 @@ class Sessions:
         ready = old.ready if old is not None and is_same else None
         self._names[received.route] = name
         self.all[name] = Session(received.route, hello, time.monotonic(), received.address)
-        self.says_ready(name, ready)
+        self.set_ready(name, ready)
         platform, counts = hello.profile.platform, self._counters.of(name)
         counts.address, counts.platform = received.address, platform
         extra = event("back" if is_same else "joined", client=name, address=received.address)

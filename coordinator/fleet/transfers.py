@@ -38,13 +38,13 @@ class Transfers:
         if not open_job.request(fetch.first, fetch.count):
             return False
         if arrived := open_job.confirm(fetch.have):
-            self._budget.arrived(open_job.name, arrived)
+            self._budget.release(open_job.name, arrived)
         self.ask(open_job)
         return True
 
-    def arrived(self, open_job: OpenJob) -> None:
+    def note_part(self, open_job: OpenJob) -> None:
         """A new part of the job's update is here."""
-        self._budget.arrived(open_job.name, 1)
+        self._budget.release(open_job.name, 1)
         open_job.stalls = 0
         open_job.note_moved(PART_BYTES)
 
@@ -55,14 +55,14 @@ class Transfers:
         if open_job.receiver is not None:
             self.ask(open_job)
 
-    def lost(self, open_job: OpenJob) -> None:
+    def drop_link(self, open_job: OpenJob) -> None:
         """The device is gone: its parts are not under way, and it is not asked for any."""
         if self._budget.held(open_job.name):
-            open_job.link_rate.stalled()
+            open_job.link_rate.halve()
         self.break_off(open_job)
         self._budget.drop(open_job.name)
 
-    def stalled(self) -> Iterator[OpenJob]:
+    def take_stalled(self) -> Iterator[OpenJob]:
         """Jobs whose parts would have come by now at their link's own pace."""
         now = time.monotonic()
         for name in self._budget.holders():
@@ -71,7 +71,7 @@ class Transfers:
             if open_job is None or now - open_job.moved <= open_job.patience_s(held):
                 continue
             self._budget.drop(name)
-            open_job.link_rate.stalled()
+            open_job.link_rate.halve()
             open_job.moved = now
             yield open_job
 

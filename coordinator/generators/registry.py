@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coordinator.config import GeneratorOptions
-from coordinator.registry import Kind
+from coordinator.registry import PartRegistry
 from edge_sdk.protocol.messages import ModelSpec
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from coordinator.generators.base import Generator
 
-GENERATORS: Kind[Generator | None] = Kind(
+GENERATORS: PartRegistry[Generator | None] = PartRegistry(
     "generator", "register_generator", "coordinator.generators", __file__
 )
 register_generator = GENERATORS.register

@@ -21,7 +21,7 @@ from coordinator.config import RunConfig
 from coordinator.generators.base import Generator
 from coordinator.methods.base import Metrics
 from coordinator.methods.clipping import NormClip
-from coordinator.methods.rotation import Rule
+from coordinator.methods.rotation import SegmentRule
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.staged import needed_names, stage_of, trained_names
@@ -37,7 +37,9 @@ MAX_WEIGHT = 1e6  # of what generators learn from; squares and products of it st
 class DepthAveraging:
     """rule: the segments that a client trains in a round."""
 
-    def __init__(self, config: RunConfig, rule: Rule, generator: Generator | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, rule: SegmentRule, generator: Generator | None = None
+    ) -> None:
         self.spec = config.model
         self._config = config
         self._rule = rule

@@ -11,17 +11,17 @@ from msgspec.structs import replace
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.depthwise import DepthAveraging
-from coordinator.methods.registry import Device, register_method
+from coordinator.methods.registry import TorchDevice, register_method
 from coordinator.methods.rotation import fixed
 
 
 @register_method("fedavg-s")
-def fedavg_s(config: RunConfig, device: Device) -> Method:
+def fedavg_s(config: RunConfig, device: TorchDevice) -> Method:
     shallow = replace(config.model, exit=1)
     config = replace(config, model=shallow, exit_weights=config.exit_weights[:1])
     return DepthAveraging(config, fixed(1))
 
 
 @register_method("fedavg-l")
-def fedavg_l(config: RunConfig, device: Device) -> Method:
+def fedavg_l(config: RunConfig, device: TorchDevice) -> Method:
     return DepthAveraging(config, fixed(config.model.exit))

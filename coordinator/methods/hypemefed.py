@@ -15,7 +15,7 @@ from coordinator.config import RunConfig
 from coordinator.generators.registry import make_generator
 from coordinator.methods.base import Method
 from coordinator.methods.depthwise import DepthAveraging
-from coordinator.methods.registry import Device, register_method
+from coordinator.methods.registry import TorchDevice, register_method
 from coordinator.methods.rotation import rotation
 
 BEST = {
@@ -39,7 +39,7 @@ PAPER = {
 
 
 @register_method("hypemefed", defaults=BEST, paper=PAPER, uses=("rotation", "generator"))
-def hypemefed(config: RunConfig, device: Device) -> Method:
+def hypemefed(config: RunConfig, device: TorchDevice) -> Method:
     generator = make_generator(config.model, config.generator, config.seed, device)
     rule = rotation(config.rotation, config.seed, config.deadline_s)
     return DepthAveraging(config, rule, generator)

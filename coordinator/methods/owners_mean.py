@@ -6,10 +6,10 @@ from __future__ import annotations
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.depthwise import DepthAveraging
-from coordinator.methods.registry import Device, register_method
+from coordinator.methods.registry import TorchDevice, register_method
 from coordinator.methods.rotation import rotation
 
 
 @register_method("owners-mean", uses=("rotation",))
-def owners_mean(config: RunConfig, device: Device) -> Method:
+def owners_mean(config: RunConfig, device: TorchDevice) -> Method:
     return DepthAveraging(config, rotation(config.rotation, config.seed, config.deadline_s))

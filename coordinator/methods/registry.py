@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from coordinator.aggregation.registry import RULES
 from coordinator.config import ADAPTIVE, RunConfig
 from coordinator.generators.registry import GENERATORS
-from coordinator.registry import Kind
+from coordinator.registry import PartRegistry
 from coordinator.settings import changed
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.process_memory import memory_errors
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
     from coordinator.methods.base import Method
 
-Device: TypeAlias = "str | torch.device"
-METHODS: Kind[Method] = Kind("method", "register_method", "coordinator.methods", __file__)
+TorchDevice: TypeAlias = "str | torch.device"
+METHODS: PartRegistry[Method] = PartRegistry(
+    "method", "register_method", "coordinator.methods", __file__
+)
 register_method = METHODS.register
 
 
@@ -79,7 +81,7 @@ def check_method(config: RunConfig) -> None:
     find_family(config.model.family)
 
 
-def make_method(config: RunConfig, device: Device = "cpu") -> Method:
+def make_method(config: RunConfig, device: TorchDevice = "cpu") -> Method:
     """The method that the settings name. Raises ConfigError as `check_method`, and for a model that
     cannot be built."""
     check_method(config)

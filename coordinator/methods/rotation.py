@@ -20,15 +20,15 @@ from coordinator.config import RotationOptions
 from edge_sdk.protocol.messages import Segment
 
 # (client, round, owners of each stage so far) -> segments
-Rule: TypeAlias = Callable[[Client, int, Sequence[float]], tuple[Segment, ...]]
+SegmentRule: TypeAlias = Callable[[Client, int, Sequence[float]], tuple[Segment, ...]]
 
 
-def fixed(exit: int) -> Rule:
+def fixed(exit: int) -> SegmentRule:
     """Stages up to `exit` for everybody, whatever it can hold."""
     return lambda client, round, owners: (Segment(first=1, last=exit),)
 
 
-def rotation(options: RotationOptions, seed: int, deadline_s: float = 0.0) -> Rule:
+def rotation(options: RotationOptions, seed: int, deadline_s: float = 0.0) -> SegmentRule:
     """deadline_s: of a round; 0: none."""
 
     def rule(client: Client, round: int, owners: Sequence[float]) -> tuple[Segment, ...]:

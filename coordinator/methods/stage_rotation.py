@@ -6,7 +6,7 @@ from __future__ import annotations
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.owners_mean import owners_mean
-from coordinator.methods.registry import Device, register_method
+from coordinator.methods.registry import TorchDevice, register_method
 from edge_sdk.errors import ConfigError
 
 
@@ -24,5 +24,5 @@ def check_rotates(config: RunConfig) -> None:
     uses=("rotation",),
     check=check_rotates,
 )
-def stage_rotation(config: RunConfig, device: Device) -> Method:
+def stage_rotation(config: RunConfig, device: TorchDevice) -> Method:
     return owners_mean(config, device)

@@ -8,9 +8,9 @@ from msgspec.structs import replace
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.owners_mean import owners_mean
-from coordinator.methods.registry import Device, register_method
+from coordinator.methods.registry import TorchDevice, register_method
 
 
 @register_method("stale-copy", uses=("rotation",))
-def stale_copy(config: RunConfig, device: Device) -> Method:
+def stale_copy(config: RunConfig, device: TorchDevice) -> Method:
     return owners_mean(replace(config, server=replace(config.server, damping=1.0)), device)

@@ -62,19 +62,19 @@ class Monitor:
         self._file = StatusFile(folder / FILE)
         self._look = look
         self._clock = clock
-        self._tell()
+        self._publish()
 
     def tick(self) -> None:
         """Tell again if it is time; to be called at every message."""
         if self._clock() >= self._due:
-            self._tell()
+            self._publish()
 
     def phase(self, phase: RunPhase, round: int | None = None, reason: str = "") -> None:
         """The run does something else now. round: None where it is the same."""
         number = self.latest.round if round is None else round
         now = utc()
         self.latest = replace(self.latest, phase=phase, round=number, reason=reason, phase_utc=now)
-        self._tell()
+        self._publish()
         if phase == "round open":  # who is asked is known at the next message
             self._due = self._clock()
 
@@ -116,7 +116,7 @@ class Monitor:
         else:
             self.phase("finished" if is_finished() else "stopped")
 
-    def _tell(self) -> None:
+    def _publish(self) -> None:
         self.latest = replace(self.latest, cohort=self._look(), written_utc=utc())
-        self._file.tell(self.latest)
+        self._file.write(self.latest)
         self._due = self._clock() + TELL_S

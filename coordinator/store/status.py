@@ -118,7 +118,7 @@ class StatusFile:
         self.path = path
         self._has_failed = False
 
-    def tell(self, snapshot: Snapshot) -> None:
+    def write(self, snapshot: Snapshot) -> None:
         """Replace the file; after an OSError the last one stays."""
         try:
             content = msgspec.json.encode(snapshot)

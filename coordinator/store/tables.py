@@ -21,7 +21,7 @@ PARTICIPATIONS = """round INTEGER, client_id TEXT, exit INTEGER, segments TEXT,
     bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,
     exits TEXT, micro_batch INTEGER, recompute INTEGER, staleness INTEGER, job TEXT, digest TEXT"""
 COLUMNS = {column.split()[0] for column in PARTICIPATIONS.split(",")}
-TOLD = COLUMNS & set(Update.__struct_fields__) - {"round"}  # that is the one it counts in
+FROM_UPDATE = COLUMNS & set(Update.__struct_fields__) - {"round"}  # that is the one it counts in
 SCHEMA = f"""
 CREATE TABLE runs (version INTEGER, run TEXT, created_utc TEXT, config TEXT, kind TEXT);
 CREATE TABLE clients (client_id TEXT PRIMARY KEY, exit INTEGER, stages TEXT,
@@ -77,17 +77,17 @@ def participation_row(round: int, result: ClientUpdate | Absence) -> dict[str, o
     row |= {"exit": result.client.exit, "segments": _segments(result.segments)}
     row |= {"bytes_down": result.bytes_down, "bytes_up": result.bytes_up}
     match result:
-        case ClientUpdate(told=told, staleness=staleness):
+        case ClientUpdate(message=message, staleness=staleness):
             row |= {"outcome": "ok", "code": "", "detail": "", "staleness": staleness}
         case Absence(outcome=outcome, code=code, detail=detail):
-            told = BLANK
+            message = BLANK
             row |= {"outcome": outcome, "code": code, "detail": detail, "staleness": 0}
-    return row | {name: _value(getattr(told, name)) for name in TOLD}
+    return row | {name: _value(getattr(message, name)) for name in FROM_UPDATE}
 
 
-def _value(told: object) -> object:
+def _value(value: object) -> object:
     """As SQLite keeps it: lists and structs as JSON."""
-    return told if isinstance(told, int | float | str) else msgspec.json.encode(told).decode()
+    return value if isinstance(value, int | float | str) else msgspec.json.encode(value).decode()
 
 
 def _segments(segments: Sequence[Segment]) -> str:

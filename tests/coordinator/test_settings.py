@@ -7,16 +7,16 @@ from typing import Annotated
 import pytest
 from msgspec import UNSET, Meta
 
-from coordinator.config import Options, RunConfig, ServerOptions, told
+from coordinator.config import Options, RunConfig, ServerOptions, flag
 from coordinator.settings import changed, differences, flag_of, flags_of, own_options, shaped
 from edge_sdk.errors import ConfigError, DataError
 from tests.support.examples import config
 
 
 class Mine(Options, frozen=True, kw_only=True):
-    size: Annotated[int, Meta(ge=1, le=9), told("of it", flag="--my-size", metavar="N")] = 3
-    is_slow: Annotated[bool, told("slowly")] = False
-    shares: Annotated[tuple[float, ...], told("of each")] = (0.5, 0.5)
+    size: Annotated[int, Meta(ge=1, le=9), flag("of it", name="--my-size", metavar="N")] = 3
+    is_slow: Annotated[bool, flag("slowly")] = False
+    shares: Annotated[tuple[float, ...], flag("of each")] = (0.5, 0.5)
     silent: int = 7
 
 

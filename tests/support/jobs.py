@@ -31,7 +31,7 @@ class Mailbox:
     def send(self, name: str, message: Any, payload: Any = None) -> bool:
         return self._send(name, message, payload)
 
-    def says_ready(self, name: str, ready: Any) -> None:
+    def set_ready(self, name: str, ready: Any) -> None:
         """Nobody here keeps what a device can train."""
 
 

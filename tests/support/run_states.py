@@ -78,7 +78,7 @@ def snapshot(**changes: Any) -> Snapshot:
 
 
 def told(folder: Path, **changes: Any) -> Path:
-    StatusFile(folder / FILE).tell(snapshot(**changes))
+    StatusFile(folder / FILE).write(snapshot(**changes))
     return folder
 
 

@@ -60,7 +60,7 @@ def test_movement_counts_half_after_the_half_life(staleness, half_life, share):
     assert found.tensors["mean"].tolist() == pytest.approx([4 + 4 * share])
     assert found.tensors["count"].item() == 5  # a counter, as it came
     assert (found.num_examples, found.round, found.staleness) == (10, 3, staleness)
-    assert found.told.digest == "d" * 32
+    assert found.message.digest == "d" * 32
 
 
 def test_nothing_that_came_in_is_changed():

@@ -8,19 +8,19 @@ from typing import Annotated, Literal
 import pytest
 
 from coordinator.cli.arguments import add_flags, taken
-from coordinator.config import Options, told
+from coordinator.config import Options, flag
 from edge_sdk.errors import ConfigError
 
 
 class Every(Options, frozen=True, kw_only=True):
     """One field of each type that a flag can have."""
 
-    size: Annotated[int, told("of it")] = 3
-    share: Annotated[float | None, told("of all")] = None
-    is_slow: Annotated[bool, told("slowly")] = True
-    kind: Annotated[Literal["round", "flat"], told("of wheel")] = "flat"
-    name: Annotated[str, told("of somebody", metavar="WHO")] = "nobody"
-    shares: Annotated[tuple[float, ...], told("of each")] = (0.5, 2.0)
+    size: Annotated[int, flag("of it")] = 3
+    share: Annotated[float | None, flag("of all")] = None
+    is_slow: Annotated[bool, flag("slowly")] = True
+    kind: Annotated[Literal["round", "flat"], flag("of wheel")] = "flat"
+    name: Annotated[str, flag("of somebody", metavar="WHO")] = "nobody"
+    shares: Annotated[tuple[float, ...], flag("of each")] = (0.5, 2.0)
     silent: int = 7
 
 

@@ -61,7 +61,7 @@ def test_round_of_two(coordinator, devices):
     assert update.bytes_down == 16 + 524288 + 16 + 12
     assert update.bytes_up == 524288 + 16 + 12
     assert list(update.phases) == ["train", "upload"]
-    assert (update.num_examples, update.told.num_steps) == (10, 2)
+    assert (update.num_examples, update.message.num_steps) == (10, 2)
 
 
 def test_close_says_bye(coordinator, devices):

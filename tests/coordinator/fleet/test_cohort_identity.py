@@ -218,9 +218,9 @@ def test_pause_of_the_caller_is_no_answer_to_a_probe(tmp_path):
     ]
     cohort._listened -= 5.0  # so long the caller was busy
     cohort._pump()
-    cohort.sessions.look(time.monotonic(), {})
+    cohort.sessions.check_links(time.monotonic(), {})
     assert len(lines.sent) == 2  # it is not known yet who is there
-    cohort.sessions.look(time.monotonic() + 5.0 + devices_module.PROBE_S + 0.1, {})
+    cohort.sessions.check_links(time.monotonic() + 5.0 + devices_module.PROBE_S + 0.1, {})
     assert [(route, type(message)) for route, message in lines.sent[2:]] == [(b"2", Welcome)]
 
 
@@ -333,8 +333,8 @@ def test_a_key_that_is_replaced_while_it_claims_a_place_does_not_get_it(tmp_path
     cohort = make_cohort(lines, tmp_path)
     for session in ("1", "2"):
         said = ScriptedDevice.make_hello(SimpleNamespace(name="a", session=session))
-        cohort.sessions.hello(Received(session.encode(), "a", said, None), said)
-    cohort.sessions.look(time.monotonic() + devices_module.PROBE_S + 0.1, {})
+        cohort.sessions.on_hello(Received(session.encode(), "a", said, None), said)
+    cohort.sessions.check_links(time.monotonic() + devices_module.PROBE_S + 0.1, {})
     route, refused = lines.sent[-1]
     assert (route, refused.code) == (b"2", "admission")
     assert cohort.sessions.all["a"].route == b"1"

@@ -177,7 +177,7 @@ def test_an_update_that_comes_between_two_tries_of_a_round_counts_once(
     bad.ready()
     assert "bad" in {client.id for client in coordinator.clients().result(WAIT_S)}
     again = coordinator.train(work("bad"))
-    assert [result.told.job for result in again.result(WAIT_S)] == [bad.job.id]
+    assert [result.message.job for result in again.result(WAIT_S)] == [bad.job.id]
 
 
 # -- a coordinator that was restarted --------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_update_that_had_arrived_before_the_stop_is_not_asked_for_again(tmp_path
     assert sent[1][1] == given["half"]
     (again,) = jobs.finished
     assert again.client.id == "whole"
-    assert again.told.digest == before.told.digest
+    assert again.message.digest == before.message.digest
     assert all(torch.equal(again.tensors[name], trained[name]) for name in trained)
 
 

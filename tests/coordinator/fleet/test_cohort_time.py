@@ -236,7 +236,7 @@ def test_nobody_begins_to_upload_when_the_round_closes(tmp_path, quick_links):
     jobs.close(1)
     assert [(name, type(message)) for name, message in sent] == [("bad", Fault), ("good", Fault)]
     assert [type(result) for result in jobs.finished] == [Absence, Absence]
-    assert (jobs.num_open, jobs.open, budget.bytes_under_way) == (0, {}, 0)
+    assert (len(jobs.awaited), jobs.open, budget.bytes_under_way) == (0, {}, 0)
     assert not list(tmp_path.iterdir())  # nothing is left of what will not count
 
 
@@ -340,7 +340,7 @@ def test_whoever_is_heard_at_work_is_progress(tmp_path):
     """A long job, or a long upload, is not "nothing changes"."""
     cohort = make_cohort(TalkingHub(), tmp_path, give_up_after_s=60.0)
     hello = ScriptedDevice.make_hello(SimpleNamespace(name="a", session="1"))
-    cohort.sessions.hello(Received(b"a", None, hello, None), hello)
+    cohort.sessions.on_hello(Received(b"a", None, hello, None), hello)
     cohort.jobs.give(client("a", 2), assignment(), 1, 0.0)
     device, open_job = cohort.sessions.all["a"], cohort.jobs.open["a"]
     cohort._progress -= 61

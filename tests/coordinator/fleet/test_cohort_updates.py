@@ -178,7 +178,7 @@ def test_update_trained_anew_takes_the_place_of_the_first(coordinator, devices):
     heard_until_now(bad)
     bad.trained = {name: tensor + 1 for name, tensor in bad.trained.items()}
     results = end_well(round, bad, good)
-    assert update_of(results, "bad").told.digest != update_of(results, "good").told.digest
+    assert update_of(results, "bad").message.digest != update_of(results, "good").message.digest
 
 
 def test_update_after_failing_is_refused(coordinator, devices):

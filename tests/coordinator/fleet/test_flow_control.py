@@ -35,7 +35,7 @@ def test_budget_holds_whatever_happens(budget_parts, events):
             held.pop(name, None)
             waiting.discard(name)
         elif event == "arrived":
-            budget.arrived(name, count)
+            budget.release(name, count)
             held[name] = max(0, held.get(name, 0) - count)
         elif turn := budget.next():
             who, may = turn
@@ -58,9 +58,9 @@ def test_budget_holds_whatever_happens(budget_parts, events):
 def test_what_arrived_is_free_and_the_rest_is_not():
     budget = Budget(8 * PART_BYTES)
     budget.take("a", 5, False)
-    budget.arrived("a", 2)
+    budget.release("a", 2)
     assert (budget.held("a"), budget.bytes_under_way) == (3, 3 * PART_BYTES)
-    budget.arrived("a", 9)  # more than it had
+    budget.release("a", 9)  # more than it had
     assert (budget.held("a"), budget.bytes_under_way) == (0, 0)
     assert budget.holders() == []
 
@@ -105,7 +105,7 @@ def test_slow_links_get_half_and_leave_the_rest_to_others():
     assert budget.next() == ("quick", 4)
     budget.take("quick", 4, False)
     assert budget.next() is None
-    budget.arrived("slower", 1)
+    budget.release("slower", 1)
     assert budget.next() == ("slow", 1)
 
 
@@ -138,21 +138,21 @@ def test_all_of_a_clients_parts_are_on_one_side():
 
 def test_pace_is_the_mean_of_times():
     link_rate = LinkRate()
-    link_rate.moved(1000, 1.0)
+    link_rate.note_moved(1000, 1.0)
     assert link_rate.rate == pytest.approx(1000.0)
-    link_rate.moved(1000, 4.0)  # 0.7 * 1 ms + 0.3 * 4 ms = 1.9 ms a byte
+    link_rate.note_moved(1000, 4.0)  # 0.7 * 1 ms + 0.3 * 4 ms = 1.9 ms a byte
     assert link_rate.rate == pytest.approx(1000 / 1.9)
-    link_rate.moved(1000, 0.0)  # in a burst: 0.7 * 1.9 ms
+    link_rate.note_moved(1000, 0.0)  # in a burst: 0.7 * 1.9 ms
     assert link_rate.rate == pytest.approx(1000 / 1.33, rel=1e-3)
 
 
 def test_window_follows_the_pace():
     link_rate = LinkRate()
     assert (link_rate.is_slow, link_rate.window) == (False, SLOW_WINDOW)  # not known yet
-    link_rate.moved(PART_BYTES, 0.5)
+    link_rate.note_moved(PART_BYTES, 0.5)
     assert (link_rate.is_slow, link_rate.window) == (False, WINDOW)
     slow = LinkRate()
-    slow.moved(PART_BYTES, 2.0)
+    slow.note_moved(PART_BYTES, 2.0)
     assert (slow.is_slow, slow.window) == (True, SLOW_WINDOW)
 
 
@@ -160,16 +160,16 @@ def test_patience_follows_the_pace(monkeypatch):
     link_rate = LinkRate()
     # LINK_S + 4 * 2^19 bytes / 2^14 bytes a second = 128 s more
     assert link_rate.patience_s(PART_BYTES) == LINK_S + 128.0
-    link_rate.moved(PART_BYTES, 10.0)
+    link_rate.note_moved(PART_BYTES, 10.0)
     assert link_rate.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 80.0)
-    link_rate.stalled()  # 52 KB/s was its pace: it is taken for one that was not measured
+    link_rate.halve()  # 52 KB/s was its pace: it is taken for one that was not measured
     assert link_rate.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 256.0)
-    link_rate.stalled()
+    link_rate.halve()
     assert link_rate.patience_s(2 * PART_BYTES) == pytest.approx(LINK_S + 512.0)
     quick = LinkRate()
-    quick.moved(PART_BYTES, 0.01)
+    quick.note_moved(PART_BYTES, 0.01)
     # 2^19 bytes at 2^13 bytes a second, to which it may fall
     assert quick.patience_s(8 * PART_BYTES) == LINK_S + 64.0
     fresh = LinkRate()
-    fresh.stalled()  # never measured: half of what it was taken for
+    fresh.halve()  # never measured: half of what it was taken for
     assert fresh.rate == credit_module.UNKNOWN_RATE / 2

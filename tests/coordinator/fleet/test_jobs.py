@@ -58,7 +58,7 @@ def test_late_update_is_taken_after_its_round(bed):
     assert isinstance(absence, Absence)
     assert (absence.outcome, absence.code) == ("straggler", "late")
     assert not bed.to("a", Fault)
-    assert bed.jobs.num_open == 0
+    assert len(bed.jobs.awaited) == 0
     bed.jobs.clear_spool(2)
     bed.parts([1, 2])
     assert_is_the_update(bed, bed.jobs.finished[1])
@@ -222,9 +222,9 @@ def test_time_in_which_nobody_listens_is_nobodys(bed):
     open_job.given -= 100.0
     open_job.moved -= 100.0
     moved = open_job.moved
-    bed.jobs.paused(60.0)
+    bed.jobs.forgive_pause(60.0)
     assert open_job.moved == moved + 60.0
-    bed.jobs.paused(60.0)  # a job given at the end of the pause was not given after now
+    bed.jobs.forgive_pause(60.0)  # a job given at the end of the pause was not given after now
     assert max(open_job.given, open_job.moved) <= time.monotonic()
 
 

@@ -177,14 +177,14 @@ class Run:
             chosen = [] if self.own(results) else self.choose()
         assert counted
         self.fuse.burn()  # the checkpoint
-        self.counted.update(r.told.job for r in results if isinstance(r, ClientUpdate))
+        self.counted.update(r.message.job for r in results if isinstance(r, ClientUpdate))
         self.next, self.participants_of = self.next + 1, {}
         self.fuse.burn()
 
     def gather(self, results: list[ClientUpdate | Absence]) -> None:
         for step in range(10_000):
             self.take(results)
-            if not self.jobs.num_open or (self.mode == "async" and self.own(results)):
+            if not self.jobs.awaited or (self.mode == "async" and self.own(results)):
                 self.jobs.leave_open()
                 return
             if step > 30 and not self.jobs.finished and self.dice.random() < 0.2:
@@ -200,8 +200,8 @@ class Run:
                 begin = float(result.round)
                 assert all(bool((t == begin).all()) for t in result.sent.values()), "another base"
                 assert all(bool((t == begin + 0.5).all()) for t in result.tensors.values())
-                jobs = [r.told.job for r in results if isinstance(r, ClientUpdate)]
-                assert [*jobs, *self.counted.elements()].count(result.told.job) == 0, (
+                jobs = [r.message.job for r in results if isinstance(r, ClientUpdate)]
+                assert [*jobs, *self.counted.elements()].count(result.message.job) == 0, (
                     "counted twice"
                 )
                 assert self.next - result.round <= OLDEST + 1
@@ -291,7 +291,7 @@ def test_what_was_accepted_counts_once(tmp_path, monkeypatch, mode, seed):
     fuse.left = None
     run.until(ROUNDS + OLDEST)  # undisturbed
     accepted = [job for device in run.devices.values() for job in device.accepted]
-    pending = {u.told.job for u in run.jobs.finished if isinstance(u, ClientUpdate)}
+    pending = {u.message.job for u in run.jobs.finished if isinstance(u, ClientUpdate)}
     assert len(accepted) == len(set(accepted)) > ROUNDS
     assert [job for job in accepted if run.counted[job] != (job not in pending)] == []
     run.jobs.clear_spool(run.next)

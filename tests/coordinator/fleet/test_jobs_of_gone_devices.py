@@ -19,12 +19,12 @@ def bed(tmp_path):
 def test_an_upload_begins_at_the_pace_of_its_own_way(bed):
     """What comes down in a blink may go up in minutes."""
     bed.give()
-    bed.jobs.open["a"].link_rate.moved(PART_BYTES, 0.001)
+    bed.jobs.open["a"].link_rate.note_moved(PART_BYTES, 0.001)
     bed.announce()
     open_job = bed.jobs.open["a"]
     assert open_job.link_rate.rate == 0.0
     assert bed.to("a", Fetch)[-1].count == SLOW_WINDOW
-    open_job.link_rate.moved(PART_BYTES, 60.0)
+    open_job.link_rate.note_moved(PART_BYTES, 60.0)
     assert open_job.link_rates.down.rate > SLOW_RATE > open_job.link_rates.up.rate
 
 

@@ -106,7 +106,7 @@ def test_job_in_hand_outlives_the_coordinator(tmp_path, is_late):
     after.jobs.resume(2)
     after.jobs.expire(1)
     after.jobs.clear_spool(2)
-    assert after.jobs.num_open == (not is_late)
+    assert len(after.jobs.awaited) == (not is_late)
     after.jobs.on_return("a", 1, job.id)
     assert not after.to("a", Fault)
     after.jobs.on_message("a", after.update(job), None)
@@ -148,7 +148,7 @@ def test_asynchronous_job_whose_device_has_gone_is_late_after_a_restart_too(tmp_
     job = before.job("a")
     after = JobsBed(tmp_path)
     after.jobs.resume(2)
-    assert after.jobs.num_open == 0, "nobody waits for it twice"
+    assert len(after.jobs.awaited) == 0, "nobody waits for it twice"
     after.jobs.on_return("a", 1, job.id)
     after.jobs.on_message("a", after.update(job), None)
     after.parts(range(PARTS))
@@ -171,7 +171,7 @@ def test_jobs_that_began_from_the_same_share_it_after_a_restart_too(tmp_path, mo
     for name in names:
         after.jobs.on_gone(name, "gone", "is not connected")
     assert len({path.stat().st_ino for path in tmp_path.glob("*.base")}) == 1
-    assert after.jobs.num_open == 0
+    assert len(after.jobs.awaited) == 0
 
 
 def test_time_to_come_back_begins_when_all_was_read(tmp_path, monkeypatch):

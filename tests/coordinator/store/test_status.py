@@ -56,7 +56,7 @@ def test_what_is_written_is_read_by_everybody(tmp_path):
 
 def test_a_full_disk_is_one_line_and_the_last_file_stays(tmp_path, caplog, monkeypatch):
     file = StatusFile(tmp_path / FILE)
-    file.tell(snapshot(round=1))
+    file.write(snapshot(round=1))
     replace_file = os.replace
 
     def full(*_: object) -> None:
@@ -64,17 +64,17 @@ def test_a_full_disk_is_one_line_and_the_last_file_stays(tmp_path, caplog, monke
 
     monkeypatch.setattr(os, "replace", full)
     for round in (2, 3):
-        file.tell(snapshot(round=round))
+        file.write(snapshot(round=round))
     (said,) = caplog.records
     assert "the run goes on" in said.message
     assert said.event == "status_lost"
     assert read_status(tmp_path).round == 1
     assert os.listdir(tmp_path) == [FILE], "no draft is left"
     monkeypatch.setattr(os, "replace", replace_file)
-    file.tell(snapshot(round=4))
+    file.write(snapshot(round=4))
     assert read_status(tmp_path).round == 4
     monkeypatch.setattr(os, "replace", full)
-    file.tell(snapshot(round=5))
+    file.write(snapshot(round=5))
     assert len(caplog.records) == 2, "it worked in between, so it is said again"
 
 
@@ -263,9 +263,9 @@ def test_of_another_machine_only_what_it_told_lately_counts():
 def test_codes_of_peers_are_counted_within_bounds():
     counters = Counters()
     for number in range(1000):
-        counters.fault("pi-1", f"made up {number}")
-    counters.fault("pi-1", "tensors")
-    counters.fault(None, "protocol")
+        counters.count_fault("pi-1", f"made up {number}")
+    counters.count_fault("pi-1", "tensors")
+    counters.count_fault(None, "protocol")
     assert counters.faults == {OTHER: 1000, "tensors": 1, "protocol": 1}
     assert counters.of("pi-1").faults == {OTHER: 1000, "tensors": 1}
 
@@ -273,8 +273,8 @@ def test_codes_of_peers_are_counted_within_bounds():
 def test_strangers_names_are_counted_within_bounds():
     counters = Counters()
     for number in range(MAX_CLIENTS + 50):
-        counters.result(f"client-{number}", "accepted")
-        counters.moved(f"client-{number}", 1, 2)
+        counters.count_result(f"client-{number}", "accepted")
+        counters.count_bytes(f"client-{number}", 1, 2)
     assert len(counters.clients) == MAX_CLIENTS
     assert counters.updates["accepted"] == counters.bytes_down == MAX_CLIENTS + 50
 
