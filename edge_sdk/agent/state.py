@@ -38,8 +38,7 @@ def hello(
 
 @dataclass
 class State:
-    """What the agent knows of its trainer, its coordinator and its job. Times are those of
-    time.monotonic()."""
+    """What the agent knows of trainer, coordinator and job. Times are those of time.monotonic()."""
 
     inspected: Inspected | None = None  # None: the trainer has not read its data yet
     welcome: Welcome | None = None  # None: not connected, or not welcomed yet

@@ -2,8 +2,7 @@
 
 Each check is a small function that returns a Finding and raises nothing; `root` is "/" but in
 tests. Torch is never imported here: another process is asked, as on a CPU that lacks instructions
-which torch was built for it dies of SIGILL (torch 2.10 on a Raspberry Pi 4).
-"""
+which torch was built for it dies of SIGILL (torch 2.10 on a Raspberry Pi 4)."""
 
 from __future__ import annotations
 

@@ -21,17 +21,8 @@ from edge_sdk.helpers.text import mebibytes
 
 log = logging.getLogger(__name__)
 STATUS = (
-    "LoadState",
-    "UnitFileState",
-    "ActiveState",
-    "SubState",
-    "StateChangeTimestamp",
-    "StatusText",
-    "MemoryCurrent",
-    "MemoryMax",
-    "NRestarts",
-    "Result",
-    "ExecMainStatus",
+    "LoadState,UnitFileState,ActiveState,SubState,StateChangeTimestamp,StatusText,"
+    "MemoryCurrent,MemoryMax,NRestarts,Result,ExecMainStatus"
 )
 
 
@@ -74,17 +65,11 @@ def add_service_command(commands: Any) -> None:
         )
 
     status = add_command(
-        actions,
-        "status",
-        "what it does, memory, restarts",
-        "edge-sdk service status",
+        actions, "status", "what it does, memory, restarts", "edge-sdk service status"
     )
     status.set_defaults(run=run_status)
     logs = add_command(
-        actions,
-        "logs",
-        "its lines in the journal",
-        "edge-sdk service logs --lines 200",
+        actions, "logs", "its lines in the journal", "edge-sdk service logs --lines 200"
     )
     logs.add_argument("--follow", "-f", action="store_true", help="go on with new ones")
     logs.add_argument("--lines", "-n", type=int, default=50, help="the last so many")
@@ -93,10 +78,7 @@ def add_service_command(commands: Any) -> None:
 
 def add_doctor_command(commands: Any) -> None:
     parser = add_command(
-        commands,
-        "doctor",
-        "check all that a device needs, say what to do",
-        "edge-sdk doctor",
+        commands, "doctor", "check all that a device needs, say what to do", "edge-sdk doctor"
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="default the one join wrote")
     parser.add_argument("--json", action="store_true", help="one JSON array")

@@ -1,8 +1,7 @@
 """torch is an extra of this package: inference needs none, and a Jetson's comes from NVIDIA.
 
 What trains or counts asks here first, so that a torch that is missing, broken or too old is one
-line instead of a traceback. Importing this module imports no torch.
-"""
+line instead of a traceback. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -90,8 +89,7 @@ def import_module(name: str) -> None:
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """A context for imports of what runs rounds. Raises ConfigError where the extra is not
-    installed."""
+    """A context for imports of what runs rounds. Raises ConfigError without the extra."""
     try:
         with ends_by_interrupt():
             yield

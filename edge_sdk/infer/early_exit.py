@@ -4,8 +4,7 @@
     found = model.predict(x)                 # x (n, *input_shape); found.label, .exit, .confidence
 
 Stages are separate ONNX files, so what stops at exit 1 never runs stage 2. torch is never imported:
-tests/test_light.py.
-"""
+tests/test_light.py."""
 
 from __future__ import annotations
 
@@ -120,9 +119,8 @@ class EarlyExit:
         try:
             *made, logits = self.sessions[number - 1].run(names, {"input": features})
         except Exception as error:  # onnxruntime's errors have no common base
-            raise StoreError(
-                f"stage {number} failed: {one_line(str(error))}; export the model again"
-            ) from error
+            step = "export the model again"
+            raise StoreError(f"stage {number} failed: {one_line(str(error))}; {step}") from error
         if not np.isfinite(logits).all():
             raise DataError(f"exit {number} gave NaN or infinite logits; are the inputs scaled?")
         return (features if is_last else made[0]), logits
@@ -183,18 +181,15 @@ def checked_thresholds(given: float | Sequence[float], model: ExportedModel) -> 
     wanted = model.spec.exit - 1
     values = [float(given)] * wanted if isinstance(given, int | float) else [*map(float, given)]
     if len(values) != wanted:
-        raise ConfigError(
-            f"{len(values)} thresholds for {model.spec.exit} exits, expected {wanted}: one for "
-            "each but the last"
-        )
+        limit = f"expected {wanted}: one for each but the last"
+        raise ConfigError(f"{len(values)} thresholds for {model.spec.exit} exits, {limit}")
     if not all(value >= 0 for value in values):  # refuses NaN too
         raise ConfigError(f"thresholds {values}, expected numbers of at least 0")
     return tuple(values)
 
 
 def open_session(content: bytes, where: str, threads: int = 1) -> Session:
-    """onnxruntime's session for a stage. Raises ConfigError without that package, StoreError for
-    what it cannot load."""
+    """onnxruntime's session for a stage. Raises ConfigError without it, StoreError if it fails."""
     if threads < 1:
         raise ConfigError(f"{threads} threads, expected at least 1")
     runtime = onnx_runtime()
@@ -204,9 +199,8 @@ def open_session(content: bytes, where: str, threads: int = 1) -> Session:
     try:
         return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common base
-        raise StoreError(
-            f"{where} cannot be loaded: {one_line(str(error))}; export the model again"
-        ) from error
+        step = "export the model again"
+        raise StoreError(f"{where} cannot be loaded: {one_line(str(error))}; {step}") from error
 
 
 def onnx_runtime() -> Any:

@@ -5,8 +5,7 @@
     its exit: input -> features, logits; the last: input -> logits calibration.json  when to stop at
     which exit on this device (ExitThresholds), once that is chosen
 
-A file is used only if its SHA-256 is the one written down: half a copy is refused, not run.
-"""
+A file is used only if its SHA-256 is the one written down: half a copy is refused, not run."""
 
 from __future__ import annotations
 
@@ -79,13 +78,10 @@ class ExitThresholds(Struct, frozen=True, kw_only=True):
 
 
 def read_model(folder: Path) -> ExportedModel:
-    """What the folder's model is. Raises StoreError: no exported model there, corrupt, or of
-    another version."""
+    """What the folder's model is. Raises StoreError: none there, corrupt, or of another version."""
     if not is_there(folder / MODEL):
-        raise StoreError(
-            f"{folder}: no {MODEL} there, expected a folder made by edge-sdk export or "
-            "edge-coordinator export"
-        )
+        wanted = "expected a folder made by edge-sdk export or edge-coordinator export"
+        raise StoreError(f"{folder}: no {MODEL} there, {wanted}")
     return _read(folder / MODEL, ExportedModel, "export the model again")
 
 
@@ -107,10 +103,8 @@ def read_file(folder: Path, file: ModelFile) -> bytes:
     step = "copy the folder again"
     content = _bytes(folder / file.name, step)
     if (got := sha256_of(content)) != file.sha256:
-        raise StoreError(
-            f"{folder / file.name}: SHA-256 {got[:12]}..., expected {file.sha256[:12]}...: changed "
-            f"or cut off; {step}"
-        )
+        wanted = f"expected {file.sha256[:12]}...: changed or cut off; {step}"
+        raise StoreError(f"{folder / file.name}: SHA-256 {got[:12]}..., {wanted}")
     return content
 
 
@@ -182,10 +176,8 @@ def _read(path: Path, kind: type[T], step: str) -> T:
         plain: Any = msgspec.json.decode(content)
         if isinstance(plain, dict) and plain.get("format", FORMAT) != FORMAT:
             got = one_line(repr(plain["format"]), 40)
-            raise StoreError(
-                f"{path} has format {got}, this edge-sdk reads {FORMAT}; use the version that "
-                f"wrote it, or {step}"
-            )
+            advice = f"use the version that wrote it, or {step}"
+            raise StoreError(f"{path} has format {got}, this edge-sdk reads {FORMAT}; {advice}")
         return msgspec.convert(plain, kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise StoreError(f"{path} refused: {one_line(str(error))}; {step}") from error

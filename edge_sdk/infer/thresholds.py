@@ -2,8 +2,7 @@
 
 Every example goes through all stages once; what each threshold would have done is then counted. The
 same threshold holds for all exits. Latency is not assumed: `predict` is timed here at batch 1 for
-each exit that an example may stop at.
-"""
+each exit that an example may stop at."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ bound. Features that do not fit, and those of a single epoch, are made for each 
 Two fields of the plan save memory. micro_batch: a batch goes through in parts of about equal size,
 whose gradients add up to the batch's; BatchNorm sees the parts. recompute: of all stages but a
 segment's last only the input is kept, and the stage runs again when its gradient is wanted: the
-same update bit by bit, for at most a third more operations.
-"""
+same update bit by bit, for at most a third more operations."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 The trainer is the only process of a device that imports torch. It ends when the agent's end of the
 pipe closes. It may be killed for memory at any time; the agent survives, reports it and starts
-another trainer.
-"""
+another trainer."""
 
 from __future__ import annotations
 
