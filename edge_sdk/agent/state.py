@@ -114,8 +114,7 @@ class State:
             return f"round {self.job.round}: {self.batches} batches done"
         if self.welcome is None:
             return f"waiting for the coordinator {endpoint}"
+        what = "waiting for a job"
         if self.is_resting:
-            return (
-                f"connected to {endpoint}, too hot or the battery too low for a job (see the log)"
-            )
-        return f"connected to {endpoint}, waiting for a job"
+            what = "too hot or the battery too low for a job (see the log)"
+        return f"connected to {endpoint}, {what}"

@@ -97,10 +97,9 @@ class Chooser:
         self._bound_bytes = int(LESS * max(0, peak - runtime))
         self._failed_bytes = available_bytes
         stages = ", ".join(f"{segment.first}-{segment.last}" for segment in segments)
-        return (
-            f"training stages {stages} failed for memory, predicted {mebibytes(peak)}; at most "
-            f"{mebibytes(runtime + self._bound_bytes)} from now on"
-        )
+        limit = f"at most {mebibytes(runtime + self._bound_bytes)} from now on"
+        failed = f"training stages {stages} failed for memory"
+        return f"{failed}, predicted {mebibytes(peak)}; {limit}"
 
     def _rows(self) -> Sequence[Row]:
         return self.choice.rows if self.choice else ()

@@ -168,12 +168,8 @@ def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, in
         shard = load_shard(args.data)
         data_bytes = shard.x.nbytes + shard.y.nbytes
         num_examples = args.examples or len(shard)
-        return (
-            args.input or shard.input_shape,
-            shard.num_classes if args.classes is None else args.classes,
-            num_examples,
-            data_bytes,
-        )
+        num_classes = shard.num_classes if args.classes is None else args.classes
+        return args.input or shard.input_shape, num_classes, num_examples, data_bytes
     if args.input is None or args.classes is None:
         args.usage_error("give --input and --classes, or --data to take them from")
     num_examples = args.examples or DEFAULT_EXAMPLES
@@ -233,14 +229,11 @@ def _table(
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:-1], strict=True)]
-            + [line[-1]]
-        )
-        for line in lines
-    )
+    shown = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        shown.append("  ".join([line[0].ljust(widths[0]), *cells[1:-1], line[-1]]))
+    return "\n".join(shown)
 
 
 def _explain(costs: Sequence[SegmentCost], profile: DeviceProfile) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 from pathlib import Path
@@ -14,7 +13,7 @@ import msgspec
 from edge_sdk.agent.settings import DEFAULT_CONFIG, default_config, parse_config
 from edge_sdk.agent.setup import default_keys
 from edge_sdk.cli import doctor, systemd_unit
-from edge_sdk.cli.flags import add_command
+from edge_sdk.cli.flags import add_command, print_json
 from edge_sdk.cli.systemd_unit import ROOT
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import mebibytes
@@ -92,7 +91,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     findings = doctor.examine(config.absolute() if is_there else None, default_keys())
     done = doctor.report(findings, (lambda line: None) if args.json else print)
     if args.json:
-        print(json.dumps(msgspec.to_builtins(done), indent=2))
+        print_json(msgspec.to_builtins(done))
     return int(any(finding.outcome == "fail" for finding in done))
 
 

@@ -67,10 +67,8 @@ def explained(message: str) -> str:
         what = line.partition(". ")[0]
     else:
         what = f"its service has version {told[1]}, the package of this Python {told[2]}"
-    return (
-        f"jetson-stats: {what}; install one version for both (sudo pip install -U jetson-stats), "
-        "then sudo jtop --install-service"
-    )
+    both = "install one version for both (sudo pip install -U jetson-stats)"
+    return f"jetson-stats: {what}; {both}, then sudo jtop --install-service"
 
 
 def _told(ask: Callable[[], T]) -> T | None:

@@ -162,11 +162,9 @@ def checked_inputs(x: npt.NDArray[Any], model: ExportedModel) -> Floats:
     if x.dtype == np.uint8 and model.scaling:
         return scaled(x, *model.scaling)
     if x.dtype != np.float32:
-        raise ShapeError(
-            f"inputs are {x.dtype}, expected {expected}"
-            + (", or uint8" if model.scaling else "")
-            + "; scale them as the training data were"
-        )
+        wanted = f"{expected}, or uint8" if model.scaling else expected
+        step = "scale them as the training data were"
+        raise ShapeError(f"inputs are {x.dtype}, expected {wanted}; {step}")
     is_bad = ~np.isfinite(x).all(axis=tuple(range(1, x.ndim)))  # (n,)
     if is_bad.any():
         raise DataError(

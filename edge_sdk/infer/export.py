@@ -74,7 +74,7 @@ def export(
     made = ExportedModel(
         spec=spec,
         opset=OPSET,
-        batch_norms=_count(whole, "BatchNormalization"),
+        batch_norms=_batch_norms(whole),
         scaling=None if examples is None else examples.scaling,
         whole=ModelFile(name=WHOLE, sha256=sha256_of(whole)),
         stages=_stage_files(stages),
@@ -101,14 +101,13 @@ def cut(source: str | Path, exit: int, folder: str | Path) -> ExportedModel:
     contents = [read_file(source, file) for file in model.stages]
     check_target(Path(folder))
     x = _inputs(model.spec, None)
-    whole = _outputs_only(
-        read_file(source, model.whole), [f"exit_{number}" for number in range(1, exit + 1)]
-    )
+    exits = [f"exit_{number}" for number in range(1, exit + 1)]
+    whole = _outputs_only(read_file(source, model.whole), exits)
     stages = [*contents[: exit - 1], _outputs_only(contents[exit - 1], ["logits"])]
     made = replace(
         model,
         spec=replace(model.spec, exit=exit),
-        batch_norms=_count(whole, "BatchNormalization"),
+        batch_norms=_batch_norms(whole),
         whole=ModelFile(name=WHOLE, sha256=sha256_of(whole)),
         stages=_stage_files(stages),
     )
@@ -285,11 +284,10 @@ def _write(model: ExportedModel, whole: bytes, stages: Sequence[bytes], folder: 
         write_struct(draft / MODEL, model)
 
 
-def _count(content: bytes, kind: str) -> int:
-    """How many nodes of this kind an ONNX graph has."""
-    return sum(
-        node.op_type == kind for node in _package("onnx").load_from_string(content).graph.node
-    )
+def _batch_norms(content: bytes) -> int:
+    """How many BatchNormalization nodes an ONNX graph has."""
+    nodes = _package("onnx").load_from_string(content).graph.node
+    return sum(node.op_type == "BatchNormalization" for node in nodes)
 
 
 def _outputs_only(content: bytes, outputs: Sequence[str]) -> bytes:

@@ -1,9 +1,9 @@
 """An exported model: a folder that inference reads, on any machine and without torch.
 
-    model.json        what it is (ExportedModel), its files with their SHA-256 whole.onnx        all
-    exits at once: input -> exit_1 .. exit_n, for other runtimes stage_1.onnx ...  one stage with
-    its exit: input -> features, logits; the last: input -> logits calibration.json  when to stop at
-    which exit on this device (ExitThresholds), once that is chosen
+    model.json        what it is (ExportedModel), its files with their SHA-256
+    whole.onnx        all exits at once: input -> exit_1 .. exit_n, for other runtimes
+    stage_1.onnx ...  one stage with its exit: input -> features, logits; the last: input -> logits
+    calibration.json  when to stop at which exit on this device (ExitThresholds), once chosen
 
 A file is used only if its SHA-256 is the one written down: half a copy is refused, not run."""
 
@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -26,6 +27,7 @@ from edge_sdk.protocol.messages import ModelSpec, Struct
 
 FORMAT: Literal[1] = 1
 MODEL, WHOLE, THRESHOLDS = "model.json", "whole.onnx", "calibration.json"
+STAGES = "stage_*.onnx"
 Measure: TypeAlias = Literal["softmax", "entropy"]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 T = TypeVar("T", bound=Struct)
@@ -113,7 +115,12 @@ def check_target(folder: Path) -> None:
     empty folder, or an exported model and nothing else."""
     if not is_there(folder):
         return
-    strange = [name for name in _names(folder) if not _is_ours(name)]
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise StoreError(f"{folder} is no folder that can be read: {error}") from error
+    ours = (MODEL, WHOLE, THRESHOLDS)
+    strange = [name for name in names if name not in ours and not fnmatchcase(name, STAGES)]
     if strange:
         raise StoreError(
             f"{folder} holds {strange[0]}, which is no part of an exported model; choose a new "
@@ -148,19 +155,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
             if not folder.exists():
                 os.rename(old, folder)
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_ours(name: str) -> bool:
-    return name in (MODEL, WHOLE, THRESHOLDS) or (
-        name.startswith("stage_") and name.endswith(".onnx")
-    )
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise StoreError(f"{folder} is no folder that can be read: {error}") from error
 
 
 def _bytes(path: Path, step: str) -> bytes:

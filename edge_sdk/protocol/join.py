@@ -109,7 +109,7 @@ def _answer(link: Link, question: Join) -> Message:
             ask_at = now + AGAIN_S
             if not was_connected:
                 was_connected, give_up = True, now + ANSWER_S
-        _wait(link, 0.5, wants_to_send=time.monotonic() >= ask_at)
+        link.wait(500, wants_to_send=time.monotonic() >= ask_at)
         if refusal := link.events()[1]:
             raise Refused(refusal)
         try:
@@ -129,13 +129,3 @@ def _answer(link: Link, question: Join) -> Message:
         f"{link.endpoint} is not reached for {CONNECT_S:g} s; is the coordinator running, is the "
         "address right, does a firewall drop it? try again, nothing is lost by that"
     )
-
-
-def _wait(link: Link, seconds: float, *, wants_to_send: bool) -> None:
-    """Wait until something came, or can be sent."""
-    poller = zmq.Poller()
-    for end in (link.socket, link.monitor):
-        if end is not None:
-            is_link = end is link.socket
-            poller.register(end, zmq.POLLIN | (zmq.POLLOUT if is_link and wants_to_send else 0))
-    poller.poll(int(1000 * seconds))

@@ -166,15 +166,18 @@ class Link:
                 return
             yield received
 
-    def wait(self, timeout_ms: int, other: Other | None = None) -> None:
+    def wait(
+        self, timeout_ms: int, other: Other | None = None, *, wants_to_send: bool = False
+    ) -> None:
         """Wait until a message, an event of the link, or `other` is there to be read, or written if
-        it has something unsent."""
+        it has something unsent, or the link if `wants_to_send`."""
         poller = zmq.Poller()
         if other is not None:
             poller.register(other, zmq.POLLIN | (zmq.POLLOUT if other.has_unsent else 0))
         for end in (self.socket, self.monitor):
             if end is not None:
-                poller.register(end, zmq.POLLIN)
+                is_written = wants_to_send and end is self.socket
+                poller.register(end, zmq.POLLIN | (zmq.POLLOUT if is_written else 0))
         poller.poll(timeout_ms)
 
     def events(self) -> tuple[bool, str]:

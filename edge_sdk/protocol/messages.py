@@ -319,19 +319,7 @@ class Joined(Struct, frozen=True, kw_only=True, tag="joined"):
     client_id: ClientId
 
 
-Message: TypeAlias = (
-    Hello
-    | Welcome
-    | Ready
-    | Job
-    | Fetch
-    | Part
-    | Update
-    | Accepted
-    | Fault
-    | Heartbeat
-    | Probe
-    | Bye
-    | Join
-    | Joined
-)
+ToCoordinator: TypeAlias = Hello | Ready | Update | Join
+ToDevice: TypeAlias = Welcome | Job | Accepted | Probe | Joined
+EitherWay: TypeAlias = Fetch | Part | Fault | Heartbeat | Bye
+Message: TypeAlias = ToCoordinator | ToDevice | EitherWay
