@@ -1,8 +1,7 @@
 """edge-sdk: the device side of federated learning on unequal edge devices.
 
 Importing this package loads nothing heavy; torch comes with `edge_sdk.training.trainer` and
-`edge_sdk.models` only.
-"""
+`edge_sdk.models` only."""
 
 from __future__ import annotations
 

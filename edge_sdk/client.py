@@ -99,7 +99,7 @@ class Client:
             device=device,
             imports=tuple(modules),
         )
-        self._secrets = device_secrets(settings.keys, settings.server_key, insecure, "server_key")
+        self._secrets = device_secrets(settings, "server_key")
         self._data = _checked_data(data)
         client_id = checked_id(id, "id")
         self._options = AgentOptions(

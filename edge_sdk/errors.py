@@ -13,8 +13,7 @@
     └── StoreError       a run's or model's folder: another version, full disk, corrupt file
 
 Each message is one line: what, where, got, expected, next step. `code` is what travels in a
-`Fault`, so both ends name a fault alike.
-"""
+`Fault`, so both ends name a fault alike."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The resident process of a device: link, identity, choice of depth, and a trainer that may die.
 
 It never imports torch or numpy and never holds a tensor: it passes parts between the link and the
-trainer. One loop; nothing in it waits for training, so heartbeats never do.
-"""
+trainer. One loop; nothing in it waits for training, so heartbeats never do."""
 
 from __future__ import annotations
 
@@ -115,8 +114,7 @@ class Agent:
             self._on_coordinator_message(message, payload)
 
     def _on_time(self, now: float) -> None:
-        """Say hello until welcomed, then heartbeats; do what was put off until now; end a trainer
-        that is stuck."""
+        """Say hello until welcomed, then heartbeats; do what is due; end a stuck trainer."""
         state = self._state
         if self._trainer.end_if_stuck(self._watchdog.silent_s(now)):
             self._on_trainer_death()
@@ -184,8 +182,7 @@ class Agent:
                 self._on_bye(message)
 
     def _on_bye(self, bye: Bye) -> None:
-        """The job in hand is dropped only if the run is over: a coordinator that will be back goes
-        on with it."""
+        """Only a run that is over ends the job in hand: a coordinator that will be back goes on."""
         said = f"coordinator: {bye.reason or 'bye'}"
         if bye.is_final:
             self._end_job()
@@ -259,8 +256,7 @@ class Agent:
         state.welcome = None
 
     def _end_job(self) -> None:
-        """The job is accepted, refused or dropped: the trainer forgets it, the device is ready for
-        another."""
+        """The job is accepted, refused or dropped: trainer and device are free for another."""
         state = self._state
         if state.job:
             self._trainer.send(Cancel())

@@ -76,8 +76,7 @@ def connected(welcome: Welcome) -> Event:
 
 
 def chosen(choice: Choice, *, is_resting: bool = False) -> Event:
-    """A choice of exit. is_resting: the device is not too small; it waits to cool or to be
-    charged."""
+    """A choice of exit. is_resting: none for now, as the device has to cool or to be charged."""
     if is_resting:
         return Event("chosen", choice.reason, level=logging.WARNING)
     if not choice.exit:

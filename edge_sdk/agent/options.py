@@ -45,8 +45,7 @@ class Senses:
         return profile
 
     def look(self, profile: DeviceProfile) -> tuple[DeviceProfile, Allowance]:
-        """The profile, slowed as throttling slows a board that trains on its CPU, and the work that
-        conditions allow."""
+        """The profile, slowed as throttling slows training on a CPU, and the work allowed."""
         if self._options.conditions is None:
             return profile, FULL
         now = self._options.conditions()

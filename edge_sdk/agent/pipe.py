@@ -1,8 +1,7 @@
 """Messages between the agent and its trainer, over a socket pair on one machine.
 
 The agent passes Part, Fetch and Update through unchanged, so tensors never lie in the agent; the
-other messages stand here. On the socket a message is two lengths, its msgpack, and a payload.
-"""
+other messages stand here. On the socket a message is two lengths, its msgpack, and a payload."""
 
 from __future__ import annotations
 
@@ -98,20 +97,9 @@ class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
     batches: Count = 0
 
 
-PipeMessage: TypeAlias = (
-    TrainerOptions
-    | Inspected
-    | Estimate
-    | Estimated
-    | Train
-    | Cancel
-    | Resume
-    | Progress
-    | Fetch
-    | Part
-    | Update
-    | Fault
-)
+ToTrainer: TypeAlias = TrainerOptions | Estimate | Train | Cancel | Resume
+ToAgent: TypeAlias = Inspected | Estimated | Progress | Update
+PipeMessage: TypeAlias = ToTrainer | ToAgent | Fetch | Part | Fault
 _DECODER: msgspec.msgpack.Decoder[PipeMessage] = msgspec.msgpack.Decoder(PipeMessage)
 _ENCODER = msgspec.msgpack.Encoder()
 

@@ -1,8 +1,7 @@
 """The settings of `edge-sdk run` as a file, by default the service's /etc/edge-sdk/config.toml.
 
 The keys are the flags' names with _ for -. A flag on the command line wins over the file. Whatever
-is wrong with a file becomes one line: file, line, key, what it says, what is expected.
-"""
+is wrong with a file becomes one line: file, line, key, what it says, what is expected."""
 
 from __future__ import annotations
 
@@ -44,8 +43,7 @@ FilePath = Annotated[str, Meta(pattern=r"\A/")]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a config file may say. None: it says nothing of it. memory_cap is a size such as
-    "512M"."""
+    """What a config file may say. None: nothing of it. memory_cap is a size such as "512M"."""
 
     coordinator: Name | None = None
     data: Annotated[str, Meta(pattern=r"\A(/.*|[^/]+)\Z")] | None = None
@@ -96,8 +94,7 @@ def settled(config: Path | None, flags: Mapping[str, Any], default_keys: Path) -
 
 
 def read_config(path: Path) -> Settings:
-    """The settings of a file. Raises ConfigError if it cannot be read, is not TOML, or says what is
-    not allowed."""
+    """The settings of a file. Raises ConfigError: unreadable, no TOML, or a value not allowed."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -150,12 +147,11 @@ def with_values(text: str, values: Mapping[str, str | bool], where: str) -> str:
 
 def template() -> str:
     """The text of a config file to begin with: every key in a comment that explains it."""
-    return (Path(__file__).parent / "config.toml.in").read_text(encoding="utf-8")
+    return Path(__file__).with_name("config.toml.in").read_text(encoding="utf-8")
 
 
 def write_config(path: Path, text: str) -> None:
-    """Whole or not at all; the mode of the file that is there, else readable by everyone. Raises
-    ConfigError."""
+    """Whole or not at all, in the old file's mode, else readable by all. Raises ConfigError."""
     path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,22 +39,19 @@ def make_agent(endpoint: str, secrets: Secrets, options: AgentOptions) -> Agent:
 
 
 def checked_id(name: str | None, flag: str) -> str:
-    """The device's name, None: its host name. flag: what an error tells to give. Raises
-    ConfigError."""
+    """The name, or the host's for None. flag: what an error tells to give. Raises ConfigError."""
     client_id = name or socket.gethostname()
     if not re.match(CLIENT_NAME, client_id):
         raise ConfigError(f"device name {client_id!r} is not {CLIENT_NAME_IN_WORDS}; give {flag}")
     return client_id
 
 
-def device_secrets(
-    folder: Path, server_key: str | None, is_insecure: bool, server_key_flag: str
-) -> Secrets:
-    """The keys of the folder; with is_insecure there are none. Raises ConfigError."""
-    if is_insecure:
+def device_secrets(settings: RunSettings, server_key_flag: str) -> Secrets:
+    """The keys of the settings' folder; insecure: none. Raises ConfigError."""
+    if settings.insecure:
         log.warning("insecure: nothing is encrypted and anybody can pretend to be this device")
         return None, None
-    return read_all_keys(folder, server_key, server_key_flag)
+    return read_all_keys(settings.keys, settings.server_key, server_key_flag)
 
 
 def trainer_options(
@@ -98,8 +95,4 @@ def saved_updates_folder(client_id: str, endpoint: str, secrets: Secrets) -> str
 
 def measure_here(cap_bytes: int | None) -> Callable[[int], DeviceProfile]:
     """The function by which the agent measures this machine, within a cap on memory."""
-    return partial(_measure, cap_bytes)
-
-
-def _measure(cap_bytes: int | None, own_bytes: int) -> DeviceProfile:
-    return measure(cap_bytes, own_bytes, compute=False)
+    return partial(measure, cap_bytes, compute=False)

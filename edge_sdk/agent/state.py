@@ -38,8 +38,7 @@ def hello(
 
 @dataclass
 class State:
-    """What the agent knows of its trainer, its coordinator and its job. Times are those of
-    time.monotonic()."""
+    """What the agent knows of trainer, coordinator and job. Times are those of time.monotonic()."""
 
     inspected: Inspected | None = None  # None: the trainer has not read its data yet
     welcome: Welcome | None = None  # None: not connected, or not welcomed yet
@@ -115,8 +114,7 @@ class State:
             return f"round {self.job.round}: {self.batches} batches done"
         if self.welcome is None:
             return f"waiting for the coordinator {endpoint}"
+        what = "waiting for a job"
         if self.is_resting:
-            return (
-                f"connected to {endpoint}, too hot or the battery too low for a job (see the log)"
-            )
-        return f"connected to {endpoint}, waiting for a job"
+            what = "too hot or the battery too low for a job (see the log)"
+        return f"connected to {endpoint}, {what}"

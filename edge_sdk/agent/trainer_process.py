@@ -38,8 +38,7 @@ class Ending:
 
 class TrainerProcess:
     """A running `edge_sdk.training`. Sending never blocks: what the process does not take yet
-    waits here, so that the agent can always read what it says. Raises TrainerError where the system
-    starts no process."""
+    waits here, so the agent can always read what it says. Raises TrainerError if none starts."""
 
     def __init__(self, options: TrainerOptions, search_path: Sequence[str] = ()) -> None:
         ours, theirs = socket.socketpair()
@@ -109,8 +108,7 @@ class TrainerProcess:
         return received
 
     def own_bytes(self) -> int:
-        """Bytes of memory that the process holds, without library pages: those count as available
-        already."""
+        """Bytes that the process holds, without library pages: those count as available already."""
         import psutil
 
         try:
@@ -126,8 +124,7 @@ class TrainerProcess:
         self._process.wait()
 
     def end_if_stuck(self, silent_s: float) -> bool:
-        """Kill the process if it has said nothing for so long that it cannot be getting on; whether
-        that was done."""
+        """Kill a process that, silent for so long, must be stuck; whether that was done."""
         if silent_s <= min(SILENT_S, THRASHING_S):
             return False
         has_thrashed = is_thrashing(self._process.pid, self._usage, silent_s)
@@ -207,8 +204,7 @@ class Supervisor:
         return ending, self._put_off()
 
     def restart(self) -> None:
-        """Start another process. Raises TrainerError if that fails; `restart_at` is then the time
-        of the next try."""
+        """Start another process. Raises TrainerError: the next try is at `restart_at`."""
         self.restart_at = None
         try:
             options = replace(self._options, measure_compute=False)
@@ -217,8 +213,7 @@ class Supervisor:
             raise TrainerError(f"{error}; again in {self._put_off():.0f} s") from error
 
     def mark_well(self) -> None:
-        """The process has done a whole job, so its next death has another cause than those that the
-        pause grew for."""
+        """The process has done a whole job, so its next death is none that the pause grew for."""
         self._pause_s = RESTART_S
 
     def end(self) -> None:

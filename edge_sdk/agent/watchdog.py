@@ -2,8 +2,7 @@
 
 The watchdog is fed by progress only: without a job the agent's loop is progress, with one only what
 the trainer says, which it does at least every few steps. A trainer that is silent for SILENT_S is
-ended by the agent itself, so the watchdog, twice as long, is for an agent that is stuck.
-"""
+ended by the agent itself, so the watchdog, twice as long, is for an agent that is stuck."""
 
 from __future__ import annotations
 

@@ -43,8 +43,7 @@ class Chooser:
         self._counted_with = math.inf if is_complete else available_bytes
 
     def begin_recount(self, available_bytes: int) -> bool:
-        """Whether to count again, as memory has grown since not all could be counted. It is said
-        once for every growth."""
+        """Whether memory has grown since not all could be counted; said once for every growth."""
         if available_bytes <= GROWN * self._counted_with:
             return False
         self._counted_with = available_bytes
@@ -98,10 +97,9 @@ class Chooser:
         self._bound_bytes = int(LESS * max(0, peak - runtime))
         self._failed_bytes = available_bytes
         stages = ", ".join(f"{segment.first}-{segment.last}" for segment in segments)
-        return (
-            f"training stages {stages} failed for memory, predicted {mebibytes(peak)}; at most "
-            f"{mebibytes(runtime + self._bound_bytes)} from now on"
-        )
+        limit = f"at most {mebibytes(runtime + self._bound_bytes)} from now on"
+        failed = f"training stages {stages} failed for memory"
+        return f"{failed}, predicted {mebibytes(peak)}; {limit}"
 
     def _rows(self) -> Sequence[Row]:
         return self.choice.rows if self.choice else ()
@@ -143,8 +141,7 @@ class Chooser:
 
 
 def _within(choice: Choice, allowance: Allowance) -> Choice:
-    """The choice cut down to the work that conditions allow. Its rows stay: a job may be
-    running."""
+    """The choice within the work that conditions allow. Its rows stay: a job may be running."""
     if allowance.work == "none":
         reason = f"sitting out: {allowance.reason}"
         return replace(choice, exit=0, stages=(), prefix_s=0.0, stage_s=(), reason=reason)
@@ -166,8 +163,7 @@ def ready_message(choice: Choice) -> Ready:
 
 
 def _facts(choice: Choice) -> Ready:
-    """The choice without its reason, which names the memory available: that changes all the time,
-    and is no news."""
+    """The choice without its reason: it names the memory available, which is no news."""
     return replace(ready_message(choice), reason="")
 
 

@@ -100,8 +100,7 @@ def in_parts(cost: SegmentCost, micro_batch: int) -> SegmentCost:
 
 
 def recomputing(cost: SegmentCost) -> SegmentCost:
-    """The same segment with its stages run again for their gradients. Raises CapacityError where
-    that saves nothing."""
+    """The same segment, its stages run again. Raises CapacityError where that saves nothing."""
     if cost.recompute_moments is None:
         raise CapacityError(f"stages {cost.first}-{cost.last} have nothing to run again")
     return replace(

@@ -2,8 +2,7 @@
 
 What autograd saves for a step and how that grows with the batch is read off steps of 2 and of 4
 examples; the bytes of any other batch follow (test_counting.py compares them). A segment is
-counted on the model as its job has it, so counting takes less memory than training it.
-"""
+counted on the model as its job has it, so counting takes less memory than training it."""
 
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -32,6 +32,17 @@ from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
 FEW = 2  # examples of the smaller step; BatchNorm wants two
 LAST = 0  # instead of a stage's number: what is saved by a segment's last stage, exits and loss
+
+
+class Step(NamedTuple):
+    """What a training step goes through. named: the parameters of stages and heads. weights: of
+    the exits."""
+
+    stages: nn.ModuleList
+    heads: nn.ModuleList
+    named: dict[str, nn.Parameter]
+    weights: Sequence[float]
+    plan: Plan
 
 
 def segment_costs(
@@ -150,14 +161,14 @@ def _cost(
     held = dict([*model.named_parameters(), *model.named_buffers()])
     needed, trained = needed_names(held, [segment]), trained_names(held, [segment])
     batch = max(2, min(plan.batch_size, num_examples))
-    weights = exit_weights(plan, first, last)
 
     frozen = list(model.stages[: first - 1])
     with FlopCounter() as frozen_flops:
         features, widest = _freeze(frozen, moved(torch.zeros(FEW, *spec.input_shape), "cpu"))
-    whole, again = moments(stages, heads, named, features, weights, plan)
+    step = Step(stages, heads, named, exit_weights(plan, first, last), plan)
+    whole, again = moments(step, features)
     with FlopCounter() as flops:
-        _forward(stages, heads, named, features, weights, plan)
+        _forward(step, features)
     with FlopCounter() as again_flops, torch.no_grad():
         nn.Sequential(*stages[:-1])(features)
     gradient_bytes = num_bytes(named.values())
@@ -207,22 +218,23 @@ def optimizer_copies(plan: Plan) -> int:
 
 def of_whole_step(model: StagedModel, plan: Plan, x: Tensor) -> tuple[int, int]:
     """Bytes that training the whole model on batches like x (B, ...) holds from its second step on,
-    and what a step takes beside that: saved activations, gradients, and a kernel's copy of one
-    weight."""
-    named = dict(model.named_parameters())
-    weights = exit_weights(plan, 1, len(model.stages))
-    whole, _ = moments(model.stages, model.exits, named, x[:FEW].clone(), weights, plan)
-    most = max(moment.at(len(x), 1) for moment in whole)
-    gradient_bytes = num_bytes(named.values())
+    and what a step takes beside: activations, gradients, a kernel's copy of one weight."""
+    step = whole_step(model, plan)
+    most = max(moment.at(len(x), 1) for moment in moments(step, x[:FEW].clone())[0])
+    gradient_bytes = num_bytes(step.named.values())
     held = num_bytes(model.tensors().values()) + optimizer_copies(plan) * gradient_bytes
     return held, most + gradient_bytes
 
 
 def autograd_bytes(model: StagedModel, plan: Plan, x: Tensor) -> int:
     """What autograd saves for a step of the whole model on a batch x (B, ...)."""
+    return _saved(whole_step(model, plan), x)["all"]
+
+
+def whole_step(model: StagedModel, plan: Plan) -> Step:
     named = dict(model.named_parameters())
     weights = exit_weights(plan, 1, len(model.stages))
-    return _saved(model.stages, model.exits, named, x, weights, plan)["all"]
+    return Step(model.stages, model.exits, named, weights, plan)
 
 
 def widest_bytes(tensors: Iterable[Tensor]) -> int:
@@ -261,20 +273,13 @@ def _freeze(frozen: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
     return features, widest
 
 
-def moments(
-    stages: nn.ModuleList,
-    heads: nn.ModuleList,
-    named: dict[str, nn.Parameter],
-    features: Tensor,
-    weights: Sequence[float],
-    plan: Plan,
-) -> tuple[list[Moment], list[Moment]]:
+def moments(step: Step, features: Tensor) -> tuple[list[Moment], list[Moment]]:
     """The moments of a backward pass, one for each stage, from the last to the first; and the same
     where stages are run again. features: (FEW, ...), what the first of the stages takes. How bytes
     grow with the batch is seen in steps of FEW examples and of twice as many."""
-    few = _saved(stages, heads, named, features, weights, plan)
-    more = moved(torch.cat([features, features]), "cpu")
-    twice = _saved(stages, heads, named, more, weights, plan)
+    stages, heads = step.stages, step.heads
+    few = _saved(step, features)
+    twice = _saved(step, moved(torch.cat([features, features]), "cpu"))
     order = [LAST, *range(len(stages) - 1, 0, -1)]
     largest = [widest_bytes([*stages[-1].parameters(), *heads.parameters()])]
     largest += [widest_bytes(stages[number - 1].parameters()) for number in order[1:]]
@@ -283,13 +288,8 @@ def moments(
         found = []
         for number, weight_bytes in zip(order, largest, strict=True):
             grown = bytes_of(twice, number) - bytes_of(few, number)
-            found.append(
-                Moment(
-                    fixed_bytes=bytes_of(few, number) - grown,
-                    example_bytes=grown / FEW,
-                    weight_bytes=weight_bytes,
-                )
-            )
+            fixed, each = bytes_of(few, number) - grown, grown / FEW
+            found.append(Moment(fixed_bytes=fixed, example_bytes=each, weight_bytes=weight_bytes))
         return found
 
     return growing(_whole), growing(_again)
@@ -298,11 +298,9 @@ def moments(
 def _whole(sizes: Counter[str], number: int) -> int:
     """A stage's backward pass makes a gradient as large as the stage's largest activation, when
     what later stages saved is gone."""
-    later = (
-        0
-        if number == LAST
-        else sizes[f"{LAST}"] + sum(sizes[f"{n}"] for n in range(number + 1, sizes["stages"]))
-    )
+    later = 0
+    if number != LAST:
+        later = sizes[f"{LAST}"] + sum(sizes[f"{n}"] for n in range(number + 1, sizes["stages"]))
     return sizes["all"] - later + sizes[f"widest {number}"]
 
 
@@ -313,20 +311,13 @@ def _again(sizes: Counter[str], number: int) -> int:
     return inputs + sizes[f"{number}"] + sizes[f"widest {number}"]
 
 
-def _saved(
-    stages: nn.ModuleList,
-    heads: nn.ModuleList,
-    named: dict[str, nn.Parameter],
-    features: Tensor,
-    weights: Sequence[float],
-    plan: Plan,
-) -> Counter[str]:
+def _saved(step: Step, features: Tensor) -> Counter[str]:
     """Bytes that autograd saves in one step, every storage once and the parameters not at all:
     "all"; by stage (LAST for all that follows) what is saved beside the stages' inputs, a stage's
     own output, made a second time, included; its "widest" tensor; each stage's "input". And how
     many "stages" there are."""
     storages: dict[int, tuple[int, int]] = {}  # address: bytes, and the stage that saved them
-    own = {parameter.untyped_storage()._cdata for parameter in named.values()}
+    own = {parameter.untyped_storage()._cdata for parameter in step.named.values()}
     inputs: list[torch.UntypedStorage] = []
     where = LAST
 
@@ -340,13 +331,13 @@ def _saved(
 
     def enter(number: int, given: Tensor) -> None:
         nonlocal where
-        where = number if number < len(stages) else LAST
+        where = number if number < len(step.stages) else LAST
         if number:
             inputs.append(given.untyped_storage())
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = _forward(stages, heads, named, features, weights, plan, enter)
-    sizes = Counter(stages=len(stages), all=sum(size for size, _ in storages.values()))
+        loss = _forward(step, features, enter)
+    sizes = Counter(stages=len(step.stages), all=sum(size for size, _ in storages.values()))
     sizes.update({f"input {n}": storage.nbytes() for n, storage in enumerate(inputs, 1)})
     input_addresses = {storage._cdata for storage in inputs}
     for address, (size, stage) in storages.items():
@@ -360,15 +351,12 @@ def _saved(
 
 
 def _forward(
-    stages: nn.ModuleList,
-    heads: nn.ModuleList,
-    named: dict[str, nn.Parameter],
+    step: Step,
     features: Tensor,
-    weights: Sequence[float],
-    plan: Plan,
     enter: Callable[[int, Tensor], None] = lambda number, features: None,
 ) -> Tensor:
     """A step's loss. enter: called before a stage with its number from 1, after it with LAST."""
+    stages, heads, named, weights, plan = step
     labels = torch.zeros(len(features), dtype=torch.int64)
     anchor = {k: w.detach().clone() for k, w in named.items()} if plan.prox_mu else {}
     logits = []

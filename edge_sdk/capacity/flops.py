@@ -2,8 +2,7 @@
 
 The products of convolutions, linear and recurrent layers count, and nothing else: that is all but a
 few percent. torch's own FlopCounterMode counts the same (test_counting.py), but imports
-torch._dynamo for it: 75 MB and 2 s.
-"""
+torch._dynamo for it: 75 MB and 2 s."""
 
 from __future__ import annotations
 

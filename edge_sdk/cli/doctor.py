@@ -2,8 +2,7 @@
 
 Each check is a small function that returns a Finding and raises nothing; `root` is "/" but in
 tests. Torch is never imported here: another process is asked, as on a CPU that lacks instructions
-which torch was built for it dies of SIGILL (torch 2.10 on a Raspberry Pi 4).
-"""
+which torch was built for it dies of SIGILL (torch 2.10 on a Raspberry Pi 4)."""
 
 from __future__ import annotations
 
@@ -294,10 +293,9 @@ def check_keys(
 def _keys_advice(folder: Path) -> str:
     if os.geteuid() != 0 and not os.access(folder, os.X_OK):
         return "run the doctor with sudo, if the keys are the service's"
-    return (
-        f"edge-sdk join LINE, with an invitation; or edge-sdk keys --keys {folder} makes this "
-        "device's, and server.public comes from the coordinator"
-    )
+    own = f"edge-sdk keys --keys {folder} makes this device's"
+    both = f"{own}, and server.public comes from the coordinator"
+    return f"edge-sdk join LINE, with an invitation; or {both}"
 
 
 def check_coordinator(
@@ -324,9 +322,7 @@ def check_coordinator(
     return Finding(name, "ok", f"{endpoint} takes this device's connection")
 
 
-def handshake(
-    endpoint: str, keys: tuple[KeyPair, bytes] | None, timeout_s: float = CONNECT_S
-) -> str:
+def handshake(endpoint: str, keys: tuple[KeyPair, bytes] | None) -> str:
     """Why the coordinator refuses this device; "" when it does not. Nothing is sent."""
     import zmq
 
@@ -335,7 +331,7 @@ def handshake(
     pair, server_key = keys or (None, None)
     link = Link(endpoint, pair, server_key)
     try:
-        until = time.monotonic() + timeout_s
+        until = time.monotonic() + CONNECT_S
         while time.monotonic() < until:
             if link.socket and link.socket.poll(100, zmq.POLLOUT):
                 return ""  # only a finished handshake makes a connection that takes messages
@@ -343,7 +339,7 @@ def handshake(
                 return refusal
     finally:
         link.close(is_final=True)
-    return f"no handshake within {timeout_s:g} s; is it an edge-coordinator?"
+    return f"no handshake within {CONNECT_S:g} s; is it an edge-coordinator?"
 
 
 def report(findings: Iterator[Finding], show: Callable[[str], None]) -> list[Finding]:

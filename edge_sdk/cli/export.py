@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.cli.flags import add_command
+from edge_sdk.cli.flags import add_command, add_imports
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.infer.model_folder import described
@@ -27,20 +27,13 @@ def add_export_command(commands: Any) -> None:
     add("--out", type=Path, required=True, help="folder to write")
     add("--exit", type=int, help="deepest exit to keep, default all")
     add("--data", help="real examples to check it on, default random inputs; not for a folder")
-    add(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="Python module that registers your model families",
-    )
+    add_imports(parser)
     parser.set_defaults(run=run_export)
 
 
 def run_export(args: argparse.Namespace) -> int:
     require_torch("edge-sdk export")
-    for module in args.imports:
+    for module in args.imports or ():
         import_module(module)
     from edge_sdk.infer.export import cut, export, prefix, read_weights
 

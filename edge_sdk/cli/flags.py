@@ -18,8 +18,7 @@ DEFAULT_EPOCHS, DEFAULT_BATCH_SIZE = 2, 32
 
 
 def tell(step: str) -> None:
-    """What a command is doing that takes seconds, for who waits: a line on stderr, as stdout is for
-    results."""
+    """Say what a command does for seconds: a line on stderr, as stdout is for results."""
     print(f"edge-sdk: {step}", file=sys.stderr, flush=True)
 
 
@@ -54,14 +53,19 @@ def add_memory_cap(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_imports(parser: argparse._ActionsContainer) -> None:
+    """--import MODULE, any number of times: a list `imports`, or None."""
+    said = "Python module that registers your model families"
+    parser.add_argument("--import", dest="imports", action="append", metavar="MODULE", help=said)
+
+
 def whole_flag(least: int, most: int) -> Callable[[str], int]:
     """A whole number within bounds, for argparse."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}, expected a whole number from {least} to {most}"
-            )
+            wanted = f"expected a whole number from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r}, {wanted}")
         return int(text)
 
     return parse
@@ -105,8 +109,7 @@ def shape_flag(text: str) -> tuple[int, ...]:
 
 
 def option_flag(text: str) -> tuple[str, Any]:
-    """("channels", (16, 32)) of channels=16,32; also a number, true, false, else text; for
-    argparse."""
+    """("channels", (16, 32)) of channels=16,32; also number, true, false, text; for argparse."""
     key, _, value = text.partition("=")
     if not (key and value):
         raise argparse.ArgumentTypeError(f"{text!r}, expected KEY=VALUE, e.g. channels=32,64,128")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from edge_sdk.cli.flags import add_command
+from edge_sdk.cli.flags import add_command, print_json
 from edge_sdk.helpers.files import write_file
 from edge_sdk.helpers.interrupts import ends_by_interrupt
 from edge_sdk.infer.model_folder import Measure
@@ -72,9 +71,9 @@ def run_infer(args: argparse.Namespace) -> int:
         write_predictions(found, args.out)
     result = summary(engine, found, times_s, y)
     if args.json:
-        print(json.dumps(result, indent=2))
-        return 0
-    print(describe(engine, result))
+        print_json(result)
+    else:
+        print(describe(engine, result))
     return 0
 
 

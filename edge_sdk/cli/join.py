@@ -39,10 +39,7 @@ from edge_sdk.protocol.keys import (
 
 def add_join_command(commands: Any) -> None:
     parser = add_command(
-        commands,
-        "join",
-        "be admitted by a coordinator that invited",
-        "edge-sdk join - --id pi-1",
+        commands, "join", "be admitted by a coordinator that invited", "edge-sdk join - --id pi-1"
     )
     add = parser.add_argument
     add(
@@ -151,8 +148,7 @@ def _given_line(words: list[str]) -> str:
 
 
 def _present_config(path: Path) -> tuple[str, Settings]:
-    """The config file's text and settings; where there is no file, the template's text. Raises
-    ConfigError."""
+    """The config file's text and settings; without a file the template's. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -2,13 +2,11 @@
 
 A subcommand is one `add_*_command(subparsers)` that sets `run`, a function of the parsed
 arguments; COMMANDS lists them. An EdgeError becomes one line and exit status 1, wrong usage 2;
-`--debug` shows the traceback instead.
-"""
+`--debug` shows the traceback instead."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 
 from edge_sdk.cli.calibrate import add_calibrate_command, add_infer_report_command
@@ -74,7 +72,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

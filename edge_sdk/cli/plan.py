@@ -27,6 +27,7 @@ from edge_sdk.cli.flags import (
     DEFAULT_EPOCHS,
     Subparsers,
     add_command,
+    add_imports,
     add_memory_cap,
     duration_flag,
     option_flag,
@@ -46,12 +47,9 @@ from edge_sdk.helpers.text import mebibytes
 from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan
 
 DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells
-
 PLAN_SPEED_S = 0.3  # of sampling GFLOPS: three samples do for a prediction
-
 # A trial is for memory alone: threads that wait sleep, else on busy cores they compute for seconds.
 IDLE_WAITING = {"OMP_WAIT_POLICY": "passive"}
-
 TRIAL = """
 import pathlib, sys, msgspec
 from edge_sdk.training.calibration import trainer_baseline
@@ -80,14 +78,7 @@ def add_plan_command(subparsers: Subparsers) -> None:
         metavar="KEY=VALUE",
         help="of the model, e.g. channels=16,32,64",
     )
-    model.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="Python module that registers your model families",
-    )
+    add_imports(model)
     training = parser.add_argument_group("training")
     training.add_argument("--data", help="data set; gives --input, --classes and --examples")
     training.add_argument(
@@ -106,7 +97,7 @@ def add_plan_command(subparsers: Subparsers) -> None:
 
 def run_plan(args: argparse.Namespace) -> int:
     require_torch("edge-sdk plan")
-    for module in args.imports:
+    for module in args.imports or ():
         import_module(module)
     input_shape, num_classes, num_examples, data_bytes = _local_data(args)
     spec = checked(
@@ -162,9 +153,8 @@ def checked(kind: type[Any], **fields: Any) -> Any:
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(
-            f"{kind.__name__} refused: {error}; correct the flag of that name"
-        ) from error
+        step = "correct the flag of that name"
+        raise ConfigError(f"{kind.__name__} refused: {error}; {step}") from error
 
 
 def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, int]:
@@ -178,12 +168,8 @@ def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, in
         shard = load_shard(args.data)
         data_bytes = shard.x.nbytes + shard.y.nbytes
         num_examples = args.examples or len(shard)
-        return (
-            args.input or shard.input_shape,
-            shard.num_classes if args.classes is None else args.classes,
-            num_examples,
-            data_bytes,
-        )
+        num_classes = shard.num_classes if args.classes is None else args.classes
+        return args.input or shard.input_shape, num_classes, num_examples, data_bytes
     if args.input is None or args.classes is None:
         args.usage_error("give --input and --classes, or --data to take them from")
     num_examples = args.examples or DEFAULT_EXAMPLES
@@ -243,14 +229,11 @@ def _table(
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:-1], strict=True)]
-            + [line[-1]]
-        )
-        for line in lines
-    )
+    shown = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        shown.append("  ".join([line[0].ljust(widths[0]), *cells[1:-1], line[-1]]))
+    return "\n".join(shown)
 
 
 def _explain(costs: Sequence[SegmentCost], profile: DeviceProfile) -> str:

@@ -22,7 +22,14 @@ from edge_sdk.agent.setup import (
     measure_here,
     trainer_options,
 )
-from edge_sdk.cli.flags import MAX_THREADS, add_command, add_memory_cap, path_flag, whole_flag
+from edge_sdk.cli.flags import (
+    MAX_THREADS,
+    add_command,
+    add_imports,
+    add_memory_cap,
+    path_flag,
+    whole_flag,
+)
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import board
@@ -57,13 +64,7 @@ def add_run_command(commands: Any) -> None:
     add_memory_cap(training)
     add("--threads", type=whole_flag(0, MAX_THREADS), help="torch threads, default all cores")
     add("--device", help="cpu or cuda, where training runs; default cpu")
-    add(
-        "--import",
-        dest="imports",
-        action="append",
-        metavar="MODULE",
-        help="Python module that registers your model families",
-    )
+    add_imports(training)
     add(
         "--ignore-conditions",
         action="store_true",
@@ -88,7 +89,7 @@ def run_device(args: argparse.Namespace) -> int:
             args.usage_error(f"give --{name}, or a --config FILE that sets {name}")
     client_id = checked_id(settings.id, "--id")
     endpoint = checked_endpoint(settings.coordinator or "", "--coordinator")
-    secrets = device_secrets(settings.keys, settings.server_key, settings.insecure, "--server-key")
+    secrets = device_secrets(settings, "--server-key")
     if not settings.insecure and has_next_keys(settings.keys):
         log.warning("a change of this device's key was cut short: run edge-sdk keys --rotate again")
     is_emulated = args.board is not None

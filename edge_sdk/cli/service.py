@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 from pathlib import Path
@@ -14,24 +13,15 @@ import msgspec
 from edge_sdk.agent.settings import DEFAULT_CONFIG, default_config, parse_config
 from edge_sdk.agent.setup import default_keys
 from edge_sdk.cli import doctor, systemd_unit
-from edge_sdk.cli.flags import add_command
+from edge_sdk.cli.flags import add_command, print_json
 from edge_sdk.cli.systemd_unit import ROOT
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import mebibytes
 
 log = logging.getLogger(__name__)
 STATUS = (
-    "LoadState",
-    "UnitFileState",
-    "ActiveState",
-    "SubState",
-    "StateChangeTimestamp",
-    "StatusText",
-    "MemoryCurrent",
-    "MemoryMax",
-    "NRestarts",
-    "Result",
-    "ExecMainStatus",
+    "LoadState,UnitFileState,ActiveState,SubState,StateChangeTimestamp,StatusText,"
+    "MemoryCurrent,MemoryMax,NRestarts,Result,ExecMainStatus"
 )
 
 
@@ -74,17 +64,11 @@ def add_service_command(commands: Any) -> None:
         )
 
     status = add_command(
-        actions,
-        "status",
-        "what it does, memory, restarts",
-        "edge-sdk service status",
+        actions, "status", "what it does, memory, restarts", "edge-sdk service status"
     )
     status.set_defaults(run=run_status)
     logs = add_command(
-        actions,
-        "logs",
-        "its lines in the journal",
-        "edge-sdk service logs --lines 200",
+        actions, "logs", "its lines in the journal", "edge-sdk service logs --lines 200"
     )
     logs.add_argument("--follow", "-f", action="store_true", help="go on with new ones")
     logs.add_argument("--lines", "-n", type=int, default=50, help="the last so many")
@@ -93,10 +77,7 @@ def add_service_command(commands: Any) -> None:
 
 def add_doctor_command(commands: Any) -> None:
     parser = add_command(
-        commands,
-        "doctor",
-        "check all that a device needs, say what to do",
-        "edge-sdk doctor",
+        commands, "doctor", "check all that a device needs, say what to do", "edge-sdk doctor"
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="default the one join wrote")
     parser.add_argument("--json", action="store_true", help="one JSON array")
@@ -110,7 +91,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     findings = doctor.examine(config.absolute() if is_there else None, default_keys())
     done = doctor.report(findings, (lambda line: None) if args.json else print)
     if args.json:
-        print(json.dumps(msgspec.to_builtins(done), indent=2))
+        print_json(msgspec.to_builtins(done))
     return int(any(finding.outcome == "fail" for finding in done))
 
 

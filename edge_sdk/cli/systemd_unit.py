@@ -49,10 +49,7 @@ def unit_text(
     joined = [group for group in groups if is_gpu or group not in GPU_GROUPS]
     # Before systemd 253 ProtectClock allows the clock's device files only: it would hide the GPU's.
     devices = [] if is_gpu else ["PrivateDevices=yes", "DevicePolicy=closed", "ProtectClock=yes"]
-    if joined:
-        devices.append(f"SupplementaryGroups={' '.join(joined)}")
-    else:
-        devices.append("PrivateUsers=yes")
+    devices.append(f"SupplementaryGroups={' '.join(joined)}" if joined else "PrivateUsers=yes")
     cap = settings.cap_bytes
     values = {
         "COMMAND": " ".join(map(quoted, command)),
@@ -62,13 +59,12 @@ def unit_text(
         "MEMORY_MAX": SHARE if cap is None else str(cap + AGENT_BYTES),
         "DEVICES": "\n".join(devices),
     }
-    text = _template("edge-sdk.service.in")
+    text = Path(__file__).with_name("edge-sdk.service.in").read_text(encoding="utf-8")
     return re.sub("@([A-Z_]+)@", lambda found: values[found[1]], text)
 
 
 def quoted(word: str) -> str:
-    """A word as ExecStart takes it: systemd sees no specifier or variable in it, and its blanks do
-    not part it."""
+    """A word for ExecStart, in which systemd sees no specifier, no variable and no second word."""
     word = word.replace("\\", "\\\\").replace("%", "%%").replace("$", "$$").replace('"', '\\"')
     return f'"{word}"' if re.search(r"[\s\"'\\;]", word) else word
 
@@ -149,8 +145,7 @@ def ensure_config(root: Path, config: Path) -> tuple[Settings, bool]:
 
 
 def remove(root: Path, *, with_state: bool) -> list[Path]:
-    """Stop, disable and delete the unit; with_state: config, keys and cache too. What was
-    deleted."""
+    """Stop, disable and delete the unit; with_state: also config, keys, cache. What is gone."""
     unit = under(root, UNIT)
     if root == ROOT and unit.exists():
         systemctl("disable", "--now", "--quiet", NAME)
@@ -205,15 +200,13 @@ def systemd_version() -> int:
 def check_running_systemd() -> None:
     """Raises ConfigError where systemd does not run this machine."""
     if not Path("/run/systemd/system").is_dir():
-        raise ConfigError(
-            "this machine is not run by systemd; use `edge-sdk run`, or --root DIR to write the "
-            "service into a system's folder"
-        )
+        step = "use `edge-sdk run`, or --root DIR to write the service into a system's folder"
+        raise ConfigError(f"this machine is not run by systemd; {step}")
 
 
-def shown(properties: Sequence[str]) -> dict[str, str]:
-    """Properties of the service as `systemctl show` gives them. Raises ConfigError."""
-    lines = systemctl("show", NAME, f"--property={','.join(properties)}").splitlines()
+def shown(properties: str) -> dict[str, str]:
+    """Properties of the service, named with commas between. Raises ConfigError."""
+    lines = systemctl("show", NAME, f"--property={properties}").splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
@@ -221,7 +214,3 @@ def existing_groups(root: Path = ROOT) -> list[str]:
     """The groups of this system that a service may need: the GPU's, and that of jetson-stats."""
     known = {line.partition(":")[0] for line in read_text(root / "etc/group").splitlines()}
     return [group for group in (*GPU_GROUPS, "jtop") if group in known]
-
-
-def _template(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")

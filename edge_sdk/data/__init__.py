@@ -10,18 +10,9 @@ if TYPE_CHECKING:
     from edge_sdk.data.loading import DataSet, load, load_dataset, load_shard, load_test, save_shard
 
 __all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "load_test", "save_shard"]
-_HOMES = {
-    "DataSet": "edge_sdk.data.loading",
-    "Examples": "edge_sdk.data.examples",
-    "load": "edge_sdk.data.loading",
-    "load_dataset": "edge_sdk.data.loading",
-    "load_shard": "edge_sdk.data.loading",
-    "load_test": "edge_sdk.data.loading",
-    "save_shard": "edge_sdk.data.loading",
-}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in __all__:
+        return getattr(import_module("edge_sdk.data.loading"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,8 +2,7 @@
 
 The trainer is another process, and may be started again after it died for memory, so it reads
 a shard from the disk, as `--data` gives it one. A Dataset is read item by item to a file, not
-into an array: the program never holds it as a whole.
-"""
+into an array: the program never holds it as a whole."""
 
 from __future__ import annotations
 
@@ -35,9 +34,7 @@ Source: TypeAlias = Examples | Dataset
 
 
 def checked_source(data: object) -> Source:
-    """Arrays checked whole; of a Dataset only its length, the rest when it is read.
-
-    Raises DataError."""
+    """Arrays checked whole; of a Dataset its length, the rest when it is read. Raises DataError."""
     if isinstance(data, tuple):
         if len(data) != 2:
             raise bad("data", f"a tuple of {len(data)}", "(x, y)", "give inputs and labels")

@@ -1,7 +1,6 @@
 """Dividing examples: stratified parts, and shards for clients, all drawn from a seed.
 
-Each purpose has a random stream of its own, so that one draw never depends on another.
-"""
+Each purpose has a random stream of its own, so that one draw never depends on another."""
 
 from __future__ import annotations
 

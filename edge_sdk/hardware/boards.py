@@ -114,9 +114,8 @@ def board(name_or_path: str) -> Board:
         files = board_files()
         if name_or_path not in files:
             known = ", ".join(sorted(files))
-            raise ConfigError(
-                f"unknown board {name_or_path!r}; known: {known}; or give the path of a .toml file"
-            )
+            step = "or give the path of a .toml file"
+            raise ConfigError(f"unknown board {name_or_path!r}; known: {known}; {step}")
         path = files[name_or_path]
     try:
         found = msgspec.convert(toml.loads(path.read_bytes().decode()), Board)
@@ -131,16 +130,13 @@ def board(name_or_path: str) -> Board:
 
 
 def save_path(name_or_path: str) -> Path:
-    """Where a board is saved: FILE.toml as it is given, NAME in the user's own folder. Raises
-    ConfigError."""
+    """Where a board is saved: FILE.toml as given, NAME in your own folder. Raises ConfigError."""
     path = Path(name_or_path)
     if path.suffix == ".toml":
         return path
     if not OWN_NAME.fullmatch(name_or_path):
-        raise ConfigError(
-            f"board name {name_or_path!r}: expected 1 to 60 letters, digits, dots, - or _, or the "
-            "path of a .toml file"
-        )
+        wanted = "expected 1 to 60 letters, digits, dots, - or _, or the path of a .toml file"
+        raise ConfigError(f"board name {name_or_path!r}: {wanted}")
     if (board_folder() / f"{name_or_path}.toml").exists():
         raise ConfigError(f"{name_or_path} is a board of this package; choose another name")
     return own_folder() / f"{name_or_path}.toml"
@@ -159,10 +155,8 @@ def save_board(board: Board, path: Path, *, is_forced: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, board_text(board), mode=0o644)
     except OSError as error:
-        raise ConfigError(
-            f"board file {path} cannot be written: {error.strerror}; give the path of a .toml file "
-            "in a folder that can be written to"
-        ) from error
+        why = f"{error.strerror}; give the path of a .toml file in a folder that can be written to"
+        raise ConfigError(f"board file {path} cannot be written: {why}") from error
 
 
 def board_text(board: Board) -> str:

@@ -4,11 +4,11 @@ A device that is hot or runs down does less instead of breaking: `allowed` says 
 deeper stages beside the prefix) or none, with the reason in words. It is asked while the device is
 idle; a job that runs goes on. All is read from /sys, cheap enough for every heartbeat; on a Jetson
 `read(with_jetson_stats=True)` adds what jetson-stats knows beside it, power draw and GPU load,
-which decide nothing. What cannot be read, or reads as nonsense, is unknown and allows full work.
-"""
+which decide nothing. What cannot be read, or reads as nonsense, is unknown and allows full work."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -36,17 +36,7 @@ PI_THROTTLE_C = 80.0
 # slow the cores like bit 2.
 PI_UNDER_VOLTAGE, PI_THROTTLED = 0b1, 0b1110
 # Cooling devices that work by slowing the processor; others are fans. "balanced": Jetsons.
-SLOWING = (
-    "cpufreq",
-    "thermal-cpufreq",
-    "thermal-devfreq",
-    "devfreq",
-    "processor",
-    "cpu-balanced",
-    "gpu-balanced",
-    "cpu-throttle",
-    "gpu-throttle",
-)
+SLOWING = re.compile("(thermal-)?(cpufreq|devfreq)|processor|(cpu|gpu)-(balanced|throttle)")
 BATTERY_STATES = ("Charging", "Discharging", "Not charging", "Full")  # else not known
 FIXED = "PMIC"  # a sensor of the Jetson Nano and TX that always gives 100 degrees
 GPU_LOADS = ("sys/devices/gpu.0/load", "sys/devices/platform/gpu.0/load")
@@ -147,8 +137,7 @@ def in_words(now: Conditions) -> str:
 
 
 def read(root: Path = ROOT, *, with_jetson_stats: bool = False) -> Conditions:
-    """The conditions now. with_jetson_stats: also ask jtop, where it is installed, which takes a
-    second."""
+    """The conditions now. with_jetson_stats: ask jtop too, if installed, which takes a second."""
     flags = _pi_flags(root)
     zones = tuple(_zones(root, PI_THROTTLE_C if flags is not None else None))
     is_throttled = _is_slowed(root) if flags is None else bool(flags & PI_THROTTLED)
@@ -215,7 +204,7 @@ def _is_slowed(root: Path) -> bool | None:
     states = [
         read_int(folder / "cur_state")
         for folder in folders(root, "sys/class/thermal", "cooling_device*")
-        if read_text(folder / "type").lower().startswith(SLOWING)
+        if SLOWING.match(read_text(folder / "type").lower())
     ]
     known = [state for state in states if state is not None]
     return any(state > 0 for state in known) if known else None

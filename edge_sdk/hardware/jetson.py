@@ -2,8 +2,7 @@
 
 Asking opens a connection and waits for the service's next sample, about a second: for `measure` and
 `doctor`, not for a heartbeat. The package is licensed under the AGPL: an extra, imported only here,
-inside a function.
-"""
+inside a function."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ OFFLINE_C = -256  # what jtop gives for a sensor that is switched off
 
 
 class JetsonStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What jtop tells. problem: why it tells nothing, one line; "" when it does, or when it is not
-    installed."""
+    """What jtop tells. problem: why it tells nothing; "" when it does, or is not installed."""
 
     module: str = ""  # it knows the memory variant, which the device tree may not
     temperatures: dict[str, float] = {}  # degrees Celsius by sensor
@@ -32,8 +30,7 @@ class JetsonStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def jetson_stats() -> JetsonStats:
-    """What jtop tells now. Nothing is known without the package; `problem` says what its service
-    refuses."""
+    """What jtop tells now: nothing without the package; problem: what its service refuses."""
     try:
         from jtop import JtopException, jtop
     except (ImportError, OSError) as error:
@@ -70,10 +67,8 @@ def explained(message: str) -> str:
         what = line.partition(". ")[0]
     else:
         what = f"its service has version {told[1]}, the package of this Python {told[2]}"
-    return (
-        f"jetson-stats: {what}; install one version for both (sudo pip install -U jetson-stats), "
-        "then sudo jtop --install-service"
-    )
+    both = "install one version for both (sudo pip install -U jetson-stats)"
+    return f"jetson-stats: {what}; {both}, then sudo jtop --install-service"
 
 
 def _told(ask: Callable[[], T]) -> T | None:

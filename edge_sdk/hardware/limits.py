@@ -10,9 +10,7 @@ from edge_sdk.hardware.procfs import ROOT, cgroups, meminfo, read_int, read_text
 from edge_sdk.protocol.messages import Bound
 
 PAGE_COUNTS = ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
-
 NO_LIMIT_V1 = 2**60  # cgroup v1 writes "no limit" as a huge page-aligned number
-
 # Left free beside a trainer: parts of a job in the agent's hands, the kernel's page tables. Our
 # estimate; predictions are right to a few MB at best.
 SPARE_BYTES = 4 * 1024**2
@@ -82,15 +80,15 @@ def cgroup_bytes_left(root: Path = ROOT) -> int | None:
 
 
 def _file_bytes(group: Path, prefix: str) -> int:
-    return sum(_read_stat(group, f"{prefix}{kind}_file") for kind in ("active", "inactive"))
+    wanted = (f"{prefix}active_file", f"{prefix}inactive_file")
+    lines = (line.partition(" ") for line in read_text(group / "memory.stat").splitlines())
+    return sum(to_int(value) or 0 for name, _, value in lines if name in wanted)
 
 
 def cores(root: Path = ROOT) -> float:
     """CPU cores this process may use: the least of its affinity and the cgroups' CPU quotas."""
-    if hasattr(os, "sched_getaffinity"):
-        allowed = [float(len(os.sched_getaffinity(0)))]
-    else:
-        allowed = [float(os.cpu_count() or 1)]
+    has_affinity = hasattr(os, "sched_getaffinity")
+    allowed = [float(len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)]
     for group in cgroups(root, "cpu"):
         quota, period = (read_int(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
         if quota is not None and quota > 0 and period is not None and period > 0:
@@ -101,11 +99,3 @@ def cores(root: Path = ROOT) -> float:
             case [int(quota), int(period)] if quota > 0 and period > 0:
                 allowed.append(quota / period)
     return min(allowed)
-
-
-def _read_stat(group: Path, key: str) -> int:
-    for line in read_text(group / "memory.stat").splitlines():
-        name, _, value = line.partition(" ")
-        if name == key:
-            return to_int(value) or 0
-    return 0

@@ -3,8 +3,7 @@
 Memory is the least of three bounds: what the host has free, what every cgroup above this process
 leaves (psutil and os.cpu_count() are blind to those), and the user's cap. Measuring it reads a few
 small files, cheap enough for every heartbeat of the agent; only compute imports torch.
-`root` is "/" but in tests, which lay out their own /proc and /sys.
-"""
+`root` is "/" but in tests, which lay out their own /proc and /sys."""
 
 from __future__ import annotations
 
@@ -17,6 +16,8 @@ from edge_sdk.hardware.limits import cores, memory
 from edge_sdk.hardware.speed import SPEED_S, measure_gflops, measure_layer_s
 from edge_sdk.protocol.messages import DeviceProfile
 from edge_sdk.version import __version__
+
+SHARED = set(Board.__struct_fields__) - {"device_tree", "source"}  # fields, with DeviceProfile
 
 
 def measure(
@@ -54,19 +55,10 @@ def emulated(board: Board, host_gflops: float, host_layer_s: float = 0.0) -> Dev
     One CPU second of work here is host_gflops / board.gflops seconds on the board. A board whose
     layer_s was not measured gets the host's, scaled like its arithmetic."""
     cpu_scale = host_gflops / board.gflops
-    return DeviceProfile(
-        platform=board.platform,
-        board=board.board,
-        machine=board.machine,
-        memory_total_bytes=board.memory_total_bytes,
-        memory_available_bytes=board.memory_available_bytes,
-        cores=board.cores,
-        gflops=board.gflops,
-        layer_s=host_layer_s * cpu_scale if board.layer_s is None else board.layer_s,
-        link_mbit_s=board.link_mbit_s,
-        is_emulated=True,
-        cpu_scale=cpu_scale,
-    )
+    figures = {name: getattr(board, name) for name in SHARED}
+    if board.layer_s is None:
+        figures["layer_s"] = host_layer_s * cpu_scale
+    return DeviceProfile(**figures, is_emulated=True, cpu_scale=cpu_scale)
 
 
 def measured_board(profile: DeviceProfile, device: str) -> Board:
@@ -85,5 +77,4 @@ def measured_board(profile: DeviceProfile, device: str) -> Board:
     }
     if profile.link_mbit_s is not None:
         source["link_mbit_s"] = f"Told by --link-mbit-s on {today}, not measured"
-    shared = set(Board.__struct_fields__) - {"device_tree", "source"}
-    return Board(**{name: getattr(profile, name) for name in shared}, source=source)
+    return Board(**{name: getattr(profile, name) for name in SHARED}, source=source)

@@ -5,6 +5,7 @@ no second step in 9 minutes)."""
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ THRASHED_FAULTS = 5000
 # A slow disk gives 10 a second (1 MB/s, seen). The process then hardly computes; in a step of
 # training it does nothing else.
 WAITED_FAULTS, COMPUTING = 100, 0.2
+FULL = re.compile(r"^full (?:.* )?avg10=(\d+(?:\.\d+)?)(?: |$)", re.MULTILINE)
 
 
 class Usage(NamedTuple):
@@ -56,11 +58,5 @@ def stalled_share(root: Path = ROOT) -> float:
 
 
 def _full(path: Path) -> float:
-    for line in read_text(path).splitlines():
-        words = dict(word.split("=", 1) for word in line.split() if "=" in word)
-        if line.startswith("full "):
-            try:
-                return float(words["avg10"]) / 100
-            except (KeyError, ValueError):
-                return 0.0
-    return 0.0
+    found = FULL.search(read_text(path))
+    return float(found[1]) / 100 if found else 0.0

@@ -3,8 +3,7 @@
 A process resides in memory with its own pages and with those of library files. The kernel drops a
 file's page when it needs room and reads it again when it is touched, so what a trainer needs is its
 own pages and the library pages that its steps touch, not all that happen to lie there: with torch
-2.13 on x86 that is 250 MB resident, 190 MB needed.
-"""
+2.13 on x86 that is 250 MB resident, 190 MB needed."""
 
 from __future__ import annotations
 
@@ -98,7 +97,5 @@ def memory_errors(during: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        raise CapacityError(
-            f"out of memory {during}: {one_line(str(error))}; a smaller model, batch or generator "
-            "needs less"
-        ) from error
+        step = "a smaller model, batch or generator needs less"
+        raise CapacityError(f"out of memory {during}: {one_line(str(error))}; {step}") from error

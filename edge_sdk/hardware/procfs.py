@@ -32,8 +32,7 @@ def to_int(text: str) -> int | None:
 
 
 def folders(root: Path, path: str, pattern: str) -> Iterator[Path]:
-    """The paths in a folder that match, in order of the numbers in their names; none where there is
-    no such folder."""
+    """The matching paths in a folder, if it is there, in order of the numbers in their names."""
     try:
         found = list((root / path).glob(pattern))
     except OSError:

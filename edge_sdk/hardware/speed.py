@@ -14,14 +14,8 @@ from edge_sdk.hardware.limits import cores
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-
 SPEED_S = 0.5  # of sampling GFLOPS
-
-LAYER_STEPS, LAYER_S = (
-    50,
-    0.25,
-)  # sampled for layer_s: so many steps, or as many as that time allows
-
+LAYER_STEPS, LAYER_S = 50, 0.25  # sampled for layer_s: so many, or as many as that time allows
 LEAST_LAYER_STEPS = 9
 
 
@@ -76,8 +70,8 @@ def measure_layer_s(threads: int | None = None, device: str = "cpu") -> float:
     with torch_threads(threads or max(1, math.ceil(cores()))):
         layers: list[nn.Module] = []
         for _ in range(blocks):
-            layers += [torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.BatchNorm2d(2)]
-            layers.append(torch.nn.ReLU())
+            conv = torch.nn.Conv2d(2, 2, 3, padding=1)
+            layers += [conv, torch.nn.BatchNorm2d(2), torch.nn.ReLU()]
         stack = torch.nn.Sequential(*layers).to(device)
         images = torch.ones(2, 2, 4, 4, device=device, requires_grad=True)
         _steps_per_s(stack, images, at_least_s=0.0)  # warm up

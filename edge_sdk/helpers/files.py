@@ -3,8 +3,7 @@ or the new one and never a mix.
 
 The content goes into a draft beside the file, `.NAME.0.new`, which then takes the file's name. A
 draft is locked while it is written, so what a killed writer left is told from what another writes
-just now: the next writer removes the first, and for the second takes the next number.
-"""
+just now: the next writer removes the first, and for the second takes the next number."""
 
 from __future__ import annotations
 
@@ -131,8 +130,7 @@ def sync(path: Path) -> None:
 
 def lock(handle: int, *, is_patient: bool = False) -> bool:
     """Take the lock of an open file or folder until it is closed, also by the process's end. False:
-    its file system has no locks, as some NFS. Raises BlockingIOError if another holds it and
-    is_patient is not set."""
+    its file system has no locks, as some NFS. Raises BlockingIOError if held, unless is_patient."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if is_patient else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -216,10 +214,8 @@ def is_there(path: Path, kind: type[EdgeError] = StoreError) -> bool:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # a path that holds NUL
         return False
     except OSError as error:
-        raise kind(
-            f"{path} cannot be looked at: {error.strerror}; give another path, or this user the "
-            "right to it"
-        ) from error
+        step = "give another path, or this user the right to it"
+        raise kind(f"{path} cannot be looked at: {error.strerror}; {step}") from error
     return True
 
 

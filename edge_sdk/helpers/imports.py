@@ -1,8 +1,7 @@
 """torch is an extra of this package: inference needs none, and a Jetson's comes from NVIDIA.
 
 What trains or counts asks here first, so that a torch that is missing, broken or too old is one
-line instead of a traceback. Importing this module imports no torch.
-"""
+line instead of a traceback. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -37,12 +36,11 @@ def require_torch(what: str) -> None:
     try:
         with ends_by_interrupt():
             import torch
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise ConfigError(_broken(what, error)) from error
-        raise ConfigError(f"{what} needs torch, which is not installed; {INSTALL}") from error
     except (ImportError, OSError) as error:  # OSError: a library of CUDA is missing
-        raise ConfigError(_broken(what, error)) from error
+        reason = f"does not load: {' '.join(str(error).split())}; install it again: "
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            reason = "is not installed; "
+        raise ConfigError(f"{what} needs torch, which {reason}{INSTALL}") from error
     if is_too_old(torch.__version__):
         raise ConfigError(f"{what} needs torch {oldest()}, this is {torch.__version__}; {INSTALL}")
 
@@ -70,11 +68,6 @@ def optional_module(name: str, what: str, extra: str) -> Any:
         raise ConfigError(f"{what} needs {name}, which {reason}; {install(extra)}") from error
 
 
-def _broken(what: str, error: Exception) -> str:
-    said = " ".join(str(error).split())
-    return f"{what} needs torch, which does not load: {said}; install it again: {INSTALL}"
-
-
 def import_module(name: str) -> None:
     """Import a module for what it registers. Raises EdgeError: ConfigError, or the module's own."""
     try:
@@ -90,8 +83,7 @@ def import_module(name: str) -> None:
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """A context for imports of what runs rounds. Raises ConfigError where the extra is not
-    installed."""
+    """A context for imports of what runs rounds. Raises ConfigError without the extra."""
     try:
         with ends_by_interrupt():
             yield

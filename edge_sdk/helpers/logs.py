@@ -4,8 +4,7 @@ A line says `event`, one of Kind or "log" where a program has no more to know th
 its fields: log.info("pi-1 joined", extra=event("joined", client="pi-1")). What a peer sent cannot
 break a line: JSON is written in ASCII, so every line break in it is an escape. Secrets stay out:
 keys are bytes in this code, and bytes are shown by their number only, as are fields that are named
-like one. Imports nothing heavy: the agent logs too.
-"""
+like one. Imports nothing heavy: the agent logs too."""
 
 from __future__ import annotations
 
@@ -20,37 +19,16 @@ from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
 log = logging.getLogger(__name__)
-Kind: TypeAlias = Literal[
-    # of a device's link to the coordinator
-    "joined",
-    "back",
-    "gone",
-    "ready",
-    "duplicate",
-    "refused",
-    "stranger",
-    "fault",
-    # of a round and the run
-    "started",
-    "waiting",
-    "round_opened",
-    "round_closed",
-    "update_accepted",
-    "update_late",
-    "update_failed",
-    "finished",
-    "stopped",
-    "failed",
-    "status_lost",
-    # of a device's own log, besides ready, finished and failed: events.py
-    "connected",
-    "chosen",
-    "job",
-    "trained",
-    "accepted",
-    "lost",
-    "ended",
+OfLink: TypeAlias = Literal[  # a device's, to the coordinator
+    "joined", "back", "gone", "ready", "duplicate", "refused", "stranger", "fault"
 ]
+OfRound: TypeAlias = Literal[
+    "round_opened", "round_closed", "update_accepted", "update_late", "update_failed"
+]
+OfRun: TypeAlias = Literal["started", "waiting", "finished", "stopped", "failed", "status_lost"]
+# Of a device's own log, besides ready, finished and failed: events.py.
+OfDevice: TypeAlias = Literal["connected", "chosen", "job", "trained", "accepted", "lost", "ended"]
+Kind: TypeAlias = Literal[OfLink, OfRound, OfRun, OfDevice]
 Field: TypeAlias = str | float | None
 JSON_VARIABLE = "EDGE_SDK_LOG_JSON"  # set for the trainer, which writes to the agent's stderr
 FIXED = ("ts", "level", "logger", "event", "message", "exception")
@@ -68,8 +46,7 @@ def event(
     code: str | None = None,
     **figures: Field,
 ) -> dict[str, Field]:
-    """For `extra=` of a line of log; what is None is left out. Raises ValueError for a field that
-    every line has already."""
+    """For `extra=` of a line of log, without None. Raises ValueError for a field of every line."""
     if clashing := _CLASHING.intersection(figures):
         raise ValueError(f"a line of log has {sorted(clashing)} already; name these otherwise")
     given = {"event": kind, "client": client, "round": round, "code": code, **figures}

@@ -7,8 +7,7 @@ A file registers what it holds with a call at its top level, or a decorator:
 
 Those of a package are found by reading its files for such lines: to import them all would take the
 seconds of torch before `--help` is printed. A file is imported when one of its names is asked for.
-What users write is registered when their module is imported (`--import MODULE`).
-"""
+What users write is registered when their module is imported (`--import MODULE`)."""
 
 from __future__ import annotations
 
@@ -62,9 +61,8 @@ class Registry(Generic[Entry]):
         if name in self._entries and self._entries[name] == entry:
             return
         if name in self._entries or self._modules.get(name, module) != module:
-            raise ConfigError(
-                f"{self.kind} {name!r} is registered already; choose another name in {module}"
-            )
+            step = f"choose another name in {module}"
+            raise ConfigError(f"{self.kind} {name!r} is registered already; {step}")
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> Entry:

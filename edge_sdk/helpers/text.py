@@ -6,13 +6,14 @@ import re
 
 from edge_sdk.errors import ConfigError
 
+UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+_ENDPOINT = re.compile(r"tcp://[^/\s]+:(\*|[0-9]{1,5})")
+
 
 def one_line(text: str, max_length: int = 200) -> str:
-    """`text` with all that does not print escaped; cut in the middle, as errors end with a place
-    or what to do next."""
+    """`text` with what does not print escaped; cut in the middle, as errors end with advice."""
     if not text.isprintable():
-        shown = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        text = "".join(shown)
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     if len(text) <= max_length:
         return text
     tail = max_length // 3
@@ -21,12 +22,6 @@ def one_line(text: str, max_length: int = 200) -> str:
 
 def mebibytes(num_bytes: int) -> str:
     return f"{num_bytes / 1024**2:.1f} MiB"
-
-
-_ENDPOINT = re.compile(r"tcp://[^/\s]+:(\*|[0-9]{1,5})")
-
-
-UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 
 
 def parse_size(text: str) -> int:

@@ -9,14 +9,9 @@ if TYPE_CHECKING:
     from edge_sdk.infer.early_exit import NEVER, EarlyExit, Prediction
 
 __all__ = ["NEVER", "EarlyExit", "Prediction"]
-_HOMES = {
-    "EarlyExit": "edge_sdk.infer.early_exit",
-    "NEVER": "edge_sdk.infer.early_exit",
-    "Prediction": "edge_sdk.infer.early_exit",
-}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in __all__:
+        return getattr(import_module("edge_sdk.infer.early_exit"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,8 +4,7 @@
     found = model.predict(x)                 # x (n, *input_shape); found.label, .exit, .confidence
 
 Stages are separate ONNX files, so what stops at exit 1 never runs stage 2. torch is never imported:
-tests/test_light.py.
-"""
+tests/test_light.py."""
 
 from __future__ import annotations
 
@@ -121,9 +120,8 @@ class EarlyExit:
         try:
             *made, logits = self.sessions[number - 1].run(names, {"input": features})
         except Exception as error:  # onnxruntime's errors have no common base
-            raise StoreError(
-                f"stage {number} failed: {one_line(str(error))}; export the model again"
-            ) from error
+            step = "export the model again"
+            raise StoreError(f"stage {number} failed: {one_line(str(error))}; {step}") from error
         if not np.isfinite(logits).all():
             raise DataError(f"exit {number} gave NaN or infinite logits; are the inputs scaled?")
         return (features if is_last else made[0]), logits
@@ -165,11 +163,9 @@ def checked_inputs(x: npt.NDArray[Any], model: ExportedModel) -> Floats:
     if x.dtype == np.uint8 and model.scaling:
         return scaled(x, *model.scaling)
     if x.dtype != np.float32:
-        raise ShapeError(
-            f"inputs are {x.dtype}, expected {expected}"
-            + (", or uint8" if model.scaling else "")
-            + "; scale them as the training data were"
-        )
+        wanted = f"{expected}, or uint8" if model.scaling else expected
+        step = "scale them as the training data were"
+        raise ShapeError(f"inputs are {x.dtype}, expected {wanted}; {step}")
     is_bad = ~np.isfinite(x).all(axis=tuple(range(1, x.ndim)))  # (n,)
     if is_bad.any():
         raise DataError(
@@ -184,18 +180,15 @@ def checked_thresholds(given: float | Sequence[float], model: ExportedModel) -> 
     wanted = model.spec.exit - 1
     values = [float(given)] * wanted if isinstance(given, int | float) else [*map(float, given)]
     if len(values) != wanted:
-        raise ConfigError(
-            f"{len(values)} thresholds for {model.spec.exit} exits, expected {wanted}: one for "
-            "each but the last"
-        )
+        limit = f"expected {wanted}: one for each but the last"
+        raise ConfigError(f"{len(values)} thresholds for {model.spec.exit} exits, {limit}")
     if not all(value >= 0 for value in values):  # refuses NaN too
         raise ConfigError(f"thresholds {values}, expected numbers of at least 0")
     return tuple(values)
 
 
 def open_session(content: bytes, where: str, threads: int = 1) -> Session:
-    """onnxruntime's session for a stage. Raises ConfigError without that package, StoreError for
-    what it cannot load."""
+    """onnxruntime's session for a stage. Raises ConfigError without it, StoreError if it fails."""
     if threads < 1:
         raise ConfigError(f"{threads} threads, expected at least 1")
     runtime = onnx_runtime()
@@ -205,9 +198,8 @@ def open_session(content: bytes, where: str, threads: int = 1) -> Session:
     try:
         return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common base
-        raise StoreError(
-            f"{where} cannot be loaded: {one_line(str(error))}; export the model again"
-        ) from error
+        step = "export the model again"
+        raise StoreError(f"{where} cannot be loaded: {one_line(str(error))}; {step}") from error
 
 
 def onnx_runtime() -> Any:

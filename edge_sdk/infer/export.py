@@ -3,8 +3,7 @@
 The model is first rewritten in layers that ONNX has, BatchNorm folded (onnx_layers.py). Then both
 forms are run by onnxruntime and compared with the untouched torch model in eval mode; what differs
 by more than TOLERANCE is not written. torch's older exporter is used: the newer one needs
-onnxscript and takes ten times as long (7.6 s against 0.6 s for a cnn of three exits).
-"""
+onnxscript and takes ten times as long (7.6 s against 0.6 s for a cnn of three exits)."""
 
 from __future__ import annotations
 
@@ -75,7 +74,7 @@ def export(
     made = ExportedModel(
         spec=spec,
         opset=OPSET,
-        batch_norms=_count(whole, "BatchNormalization"),
+        batch_norms=_batch_norms(whole),
         scaling=None if examples is None else examples.scaling,
         whole=ModelFile(name=WHOLE, sha256=sha256_of(whole)),
         stages=_stage_files(stages),
@@ -102,14 +101,13 @@ def cut(source: str | Path, exit: int, folder: str | Path) -> ExportedModel:
     contents = [read_file(source, file) for file in model.stages]
     check_target(Path(folder))
     x = _inputs(model.spec, None)
-    whole = _outputs_only(
-        read_file(source, model.whole), [f"exit_{number}" for number in range(1, exit + 1)]
-    )
+    exits = [f"exit_{number}" for number in range(1, exit + 1)]
+    whole = _outputs_only(read_file(source, model.whole), exits)
     stages = [*contents[: exit - 1], _outputs_only(contents[exit - 1], ["logits"])]
     made = replace(
         model,
         spec=replace(model.spec, exit=exit),
-        batch_norms=_count(whole, "BatchNormalization"),
+        batch_norms=_batch_norms(whole),
         whole=ModelFile(name=WHOLE, sha256=sha256_of(whole)),
         stages=_stage_files(stages),
     )
@@ -144,10 +142,8 @@ def read_weights(path: Path) -> tuple[ModelSpec, Tensors]:
     except errors as error:
         raise StoreError(f"{path}: {one_line(str(error))}, expected {expected}") from error
     except KeyError as error:
-        raise StoreError(
-            f"{path} does not say what model it is of, expected {expected}; for a checkpoint use "
-            "edge-coordinator export --run"
-        ) from error
+        wanted = f"expected {expected}; for a checkpoint use edge-coordinator export --run"
+        raise StoreError(f"{path} does not say what model it is of, {wanted}") from error
     except msgspec.MsgspecError as error:
         raise StoreError(f"{path}: {error}; made by another version of edge-sdk?") from error
 
@@ -210,9 +206,8 @@ def _traced(module: nn.Module, x: Tensor, outputs: Sequence[str], what: str) -> 
                 **options,
             )
         except Exception as error:  # a user's family may hold anything
-            raise ConfigError(
-                f"{what} cannot be written as ONNX: {one_line(str(error))}; use other layers"
-            ) from error
+            why = f"{one_line(str(error))}; use other layers"
+            raise ConfigError(f"{what} cannot be written as ONNX: {why}") from error
     content: bytes = file.getvalue()
     return content
 
@@ -244,10 +239,8 @@ def _checked(
         except EdgeError:
             raise
         except Exception as error:  # of onnxruntime, or of shapes that differ
-            raise StoreError(
-                f"{WHOLE} cannot be run on {len(part)} inputs: {one_line(str(error))}; does the "
-                "model take len() of a tensor?"
-            ) from error
+            why = f"{one_line(str(error))}; does the model take len() of a tensor?"
+            raise StoreError(f"{WHOLE} cannot be run on {len(part)} inputs: {why}") from error
         for name, gap in gaps.items():
             if not gap <= TOLERANCE:
                 raise StoreError(
@@ -271,10 +264,8 @@ def _inputs(spec: ModelSpec, examples: Examples | None) -> Floats:
         draws = np.random.default_rng(0).standard_normal((CHECKED, *spec.input_shape))
         return draws.astype(np.float32)
     if examples.input_shape != spec.input_shape:
-        raise DataError(
-            f"data of inputs {examples.input_shape}, the model takes {spec.input_shape}; give the "
-            "data that it was trained for"
-        )
+        wanted = f"the model takes {spec.input_shape}; give the data that it was trained for"
+        raise DataError(f"data of inputs {examples.input_shape}, {wanted}")
     return np.ascontiguousarray(examples.x[:CHECKED])
 
 
@@ -293,11 +284,10 @@ def _write(model: ExportedModel, whole: bytes, stages: Sequence[bytes], folder: 
         write_struct(draft / MODEL, model)
 
 
-def _count(content: bytes, kind: str) -> int:
-    """How many nodes of this kind an ONNX graph has."""
-    return sum(
-        node.op_type == kind for node in _package("onnx").load_from_string(content).graph.node
-    )
+def _batch_norms(content: bytes) -> int:
+    """How many BatchNormalization nodes an ONNX graph has."""
+    nodes = _package("onnx").load_from_string(content).graph.node
+    return sum(node.op_type == "BatchNormalization" for node in nodes)
 
 
 def _outputs_only(content: bytes, outputs: Sequence[str]) -> bytes:

@@ -1,12 +1,11 @@
 """An exported model: a folder that inference reads, on any machine and without torch.
 
-    model.json        what it is (ExportedModel), its files with their SHA-256 whole.onnx        all
-    exits at once: input -> exit_1 .. exit_n, for other runtimes stage_1.onnx ...  one stage with
-    its exit: input -> features, logits; the last: input -> logits calibration.json  when to stop at
-    which exit on this device (ExitThresholds), once that is chosen
+    model.json        what it is (ExportedModel), its files with their SHA-256
+    whole.onnx        all exits at once: input -> exit_1 .. exit_n, for other runtimes
+    stage_1.onnx ...  one stage with its exit: input -> features, logits; the last: input -> logits
+    calibration.json  when to stop at which exit on this device (ExitThresholds), once chosen
 
-A file is used only if its SHA-256 is the one written down: half a copy is refused, not run.
-"""
+A file is used only if its SHA-256 is the one written down: half a copy is refused, not run."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -27,6 +27,7 @@ from edge_sdk.protocol.messages import ModelSpec, Struct
 
 FORMAT: Literal[1] = 1
 MODEL, WHOLE, THRESHOLDS = "model.json", "whole.onnx", "calibration.json"
+STAGES = "stage_*.onnx"
 Measure: TypeAlias = Literal["softmax", "entropy"]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 T = TypeVar("T", bound=Struct)
@@ -79,13 +80,10 @@ class ExitThresholds(Struct, frozen=True, kw_only=True):
 
 
 def read_model(folder: Path) -> ExportedModel:
-    """What the folder's model is. Raises StoreError: no exported model there, corrupt, or of
-    another version."""
+    """What the folder's model is. Raises StoreError: none there, corrupt, or of another version."""
     if not is_there(folder / MODEL):
-        raise StoreError(
-            f"{folder}: no {MODEL} there, expected a folder made by edge-sdk export or "
-            "edge-coordinator export"
-        )
+        wanted = "expected a folder made by edge-sdk export or edge-coordinator export"
+        raise StoreError(f"{folder}: no {MODEL} there, {wanted}")
     return _read(folder / MODEL, ExportedModel, "export the model again")
 
 
@@ -107,10 +105,8 @@ def read_file(folder: Path, file: ModelFile) -> bytes:
     step = "copy the folder again"
     content = _bytes(folder / file.name, step)
     if (got := sha256_of(content)) != file.sha256:
-        raise StoreError(
-            f"{folder / file.name}: SHA-256 {got[:12]}..., expected {file.sha256[:12]}...: changed "
-            f"or cut off; {step}"
-        )
+        wanted = f"expected {file.sha256[:12]}...: changed or cut off; {step}"
+        raise StoreError(f"{folder / file.name}: SHA-256 {got[:12]}..., {wanted}")
     return content
 
 
@@ -119,7 +115,12 @@ def check_target(folder: Path) -> None:
     empty folder, or an exported model and nothing else."""
     if not is_there(folder):
         return
-    strange = [name for name in _names(folder) if not _is_ours(name)]
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise StoreError(f"{folder} is no folder that can be read: {error}") from error
+    ours = (MODEL, WHOLE, THRESHOLDS)
+    strange = [name for name in names if name not in ours and not fnmatchcase(name, STAGES)]
     if strange:
         raise StoreError(
             f"{folder} holds {strange[0]}, which is no part of an exported model; choose a new "
@@ -156,19 +157,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_ours(name: str) -> bool:
-    return name in (MODEL, WHOLE, THRESHOLDS) or (
-        name.startswith("stage_") and name.endswith(".onnx")
-    )
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise StoreError(f"{folder} is no folder that can be read: {error}") from error
-
-
 def _bytes(path: Path, step: str) -> bytes:
     try:
         return path.read_bytes()
@@ -182,10 +170,8 @@ def _read(path: Path, kind: type[T], step: str) -> T:
         plain: Any = msgspec.json.decode(content)
         if isinstance(plain, dict) and plain.get("format", FORMAT) != FORMAT:
             got = one_line(repr(plain["format"]), 40)
-            raise StoreError(
-                f"{path} has format {got}, this edge-sdk reads {FORMAT}; use the version that "
-                f"wrote it, or {step}"
-            )
+            advice = f"use the version that wrote it, or {step}"
+            raise StoreError(f"{path} has format {got}, this edge-sdk reads {FORMAT}; {advice}")
         return msgspec.convert(plain, kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise StoreError(f"{path} refused: {one_line(str(error))}; {step}") from error

@@ -2,8 +2,7 @@
 
 BatchNorm is folded here, into the convolution or linear layer before it, not left to the exporter,
 which folds behind convolutions only. An average pool to a size that does not divide its input, for
-which ONNX has no node, becomes products with constant matrices.
-"""
+which ONNX has no node, becomes products with constant matrices."""
 
 from __future__ import annotations
 

@@ -88,13 +88,8 @@ def markdown(
         lines.append(f"| {number} | {100 * share:.2f} | {1e3 * latency_s:.3f} |")
     heads = " | ".join(f"exit {number} %" for number in range(1, spec.exit + 1))
     for measure, points in curves.items():
-        lines += [
-            "",
-            f"## {measure}",
-            "",
-            f"| threshold | accuracy % | latency ms | {heads} |",
-            "| --- " * (3 + spec.exit) + "|",
-        ]
+        lines += ["", f"## {measure}", "", f"| threshold | accuracy % | latency ms | {heads} |"]
+        lines.append("| --- " * (3 + spec.exit) + "|")
         for p in points:
             shares = " | ".join(f"{100 * share:.1f}" for share in p.shares)
             cells = f"{100 * p.accuracy:.2f} | {1e3 * p.latency_s:.3f} | {shares}"

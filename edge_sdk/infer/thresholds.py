@@ -2,8 +2,7 @@
 
 Every example goes through all stages once; what each threshold would have done is then counted. The
 same threshold holds for all exits. Latency is not assumed: `predict` is timed here at batch 1 for
-each exit that an example may stop at.
-"""
+each exit that an example may stop at."""
 
 from __future__ import annotations
 
@@ -21,13 +20,7 @@ from edge_sdk.data.examples import Floats, Ints
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.helpers.files import sha256_of, write_struct
 from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
-from edge_sdk.infer.model_folder import (
-    MODEL,
-    THRESHOLDS,
-    ExitThresholds,
-    ExportedModel,
-    Measure,
-)
+from edge_sdk.infer.model_folder import MODEL, THRESHOLDS, ExitThresholds, ExportedModel, Measure
 
 # Trained networks are sure of most of what they see, hence the steps that get finer towards 1.
 GRID = (
@@ -117,12 +110,11 @@ def choose(
         fitting = [point for point in points if point.latency_s <= latency_s]
         best = max(fitting, key=lambda p: (p.accuracy, -p.latency_s, p.threshold), default=None)
     else:
-        least = accuracy if accuracy is not None else deepest - (accuracy_loss or 0.0)
-        wanted = (
-            f"accuracy {accuracy:g}"
-            if accuracy is not None
-            else f"accuracy at most {accuracy_loss:g} below the deepest exit's {deepest:.4f}"
-        )
+        loss = accuracy_loss or 0.0
+        wanted = f"accuracy at most {loss:g} below the deepest exit's {deepest:.4f}"
+        if accuracy is not None:
+            wanted = f"accuracy {accuracy:g}"
+        least = deepest - loss if accuracy is None else accuracy
         fitting = [point for point in points if point.accuracy >= least - 1e-12]
         best = min(fitting, key=lambda p: (p.latency_s, -p.accuracy, -p.threshold), default=None)
     if best is None:
@@ -146,11 +138,8 @@ def curve(answers: Answers, exit_s: Sequence[float], grid: Sequence[float] = GRI
         at = stops.argmax(0)  # (n,) the first exit that stops it, from 0
         shares = np.bincount(at, minlength=exits) / n
         accuracy = (answers.labels[at, np.arange(n)] == answers.y).mean()
-        points.append(
-            Point(
-                threshold, float(accuracy), float(shares @ np.array(exit_s)), tuple(shares.tolist())
-            )
-        )
+        latency_s = float(shares @ np.array(exit_s))
+        points.append(Point(threshold, float(accuracy), latency_s, tuple(shares.tolist())))
     return points
 
 

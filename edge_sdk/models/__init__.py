@@ -6,8 +6,7 @@
 and loaded with `--import MODULE` on the command lines. With a struct of options, build(spec,
 options) gets them checked (options.py). Exit e of a family must hold the same tensors under the
 same names and shapes whatever deeper exits exist: a prefix is a real cut. Which of them a
-coordinator may generate is `StagedModel.main_weights`; name a subset to leave some out.
-"""
+coordinator may generate is `StagedModel.main_weights`; name a subset to leave some out."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 Stage e is conv3-BatchNorm-ReLU, with a halving max pool before the ReLU while at least 4 positions
 a side are left; stage 1 begins with a stem of the same kind (a source convolution with one input
 channel would give a factorised hypernetwork rank 3 at most). Each exit average-pools to 2 a side
-and is linear.
-"""
+and is linear."""
 
 from __future__ import annotations
 

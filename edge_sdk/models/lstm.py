@@ -3,8 +3,7 @@
 Stage e is one layer over the whole sequence. Between stages a sequence is (B, hidden, window), the
 axes of the input, so that stage 1 is like any other. Each exit is linear on the last time step,
 which has seen the whole window. Main weights: weight_ih and weight_hh of each layer, with their
-four gates (input, forget, cell, output) one below the other, (4 hidden, inputs).
-"""
+four gates (input, forget, cell, output) one below the other, (4 hidden, inputs)."""
 
 from __future__ import annotations
 

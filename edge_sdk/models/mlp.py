@@ -2,8 +2,7 @@
 images (C, H, W), which it flattens.
 
 Stage e is linear, BatchNorm, ReLU; each exit is linear. The stages' linear layers have no bias: the
-BatchNorm after them takes it out again.
-"""
+BatchNorm after them takes it out again."""
 
 from __future__ import annotations
 

@@ -28,17 +28,15 @@ def read_options(spec: ModelSpec, kind: type[Read]) -> Read:
     says what it expects for a wrong value."""
     known = kind.__struct_fields__
     if unknown := sorted(set(spec.options) - set(known)):
-        raise ConfigError(
-            f"family {spec.family!r} has no option {', '.join(unknown)}; known: {', '.join(known)}"
-        )
+        wanted = f"known: {', '.join(known)}"
+        raise ConfigError(f"family {spec.family!r} has no option {', '.join(unknown)}; {wanted}")
     for name, value in spec.options.items():
         try:
             msgspec.convert({name: value}, kind)
         except msgspec.ValidationError as error:
             expected = str(error).partition(" - at ")[0]
-            raise ConfigError(
-                f"model option {name} is {value!r}: {expected}; {name}: {described(kind)[name]}"
-            ) from error
+            said = f"{name}: {described(kind)[name]}"
+            raise ConfigError(f"model option {name} is {value!r}: {expected}; {said}") from error
     return msgspec.convert(spec.options, kind)
 
 
@@ -58,10 +56,8 @@ def sizes(
     values = list(given) if isinstance(given, tuple) else [given]
     values = values or list(default)
     if len(values) < least:
-        raise ConfigError(
-            f"model option {name} is {tuple(values)}, expected at least {least} positive integers "
-            f"up to {MOST} for {spec.exit} exits"
-        )
+        wanted = f"expected at least {least} positive integers up to {MOST} for {spec.exit} exits"
+        raise ConfigError(f"model option {name} is {tuple(values)}, {wanted}")
     return values
 
 

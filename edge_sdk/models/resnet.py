@@ -6,8 +6,7 @@ each exit averages over all positions and is linear. Three exits on 3 x 32 x 32 
 11,258,732 parameters, of which 38,600 are the two shallower exits.
 Main weights: the 3x3 convolutions. The 1x1 shortcut convolutions are left out: they hold 1.5 % of
 the weights, but as pairs of a generator they would cost two more networks each, and an error in
-them reaches the block's output beside both of its 3x3 convolutions.
-"""
+them reaches the block's output beside both of its 3x3 convolutions."""
 
 from __future__ import annotations
 

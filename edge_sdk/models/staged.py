@@ -1,8 +1,7 @@
 """A multi-exit network: stages in a chain, one exit (classifier head) after each.
 
 Tensor names are those of the two module lists: `stages.0.*` and `exits.0.*` belong to stage and
-exit 1. Exit e's subnetwork is stages 1..e with exits 1..e.
-"""
+exit 1. Exit e's subnetwork is stages 1..e with exits 1..e."""
 
 from __future__ import annotations
 
@@ -69,8 +68,7 @@ class StagedModel(nn.Module):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy `tensors` into the model; names it lacks or has otherwise shaped raise ShapeError.
 
-        A name that the model has and `tensors` lacks keeps its value: a job brings only what its
-        segments need."""
+        What `tensors` lacks keeps its value: a job brings only what its segments need."""
         held = dict([*self.named_parameters(), *self.named_buffers()])
         for name, new in tensors.items():
             old = held.get(name)

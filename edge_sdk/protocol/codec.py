@@ -12,8 +12,6 @@ from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.messages import MAX_FRAME_BYTES, MAX_LINE, MAX_TENSORS, PROTOCOL, Message
 
 MAX_CONTROL_BYTES = MAX_FRAME_BYTES - 1024  # one control frame; CURVE adds 33 bytes to each
-
-
 _DECODE: Any = Message
 
 
@@ -21,10 +19,8 @@ def encode(message: Message) -> bytes:
     """The message as one control frame. Raises ProtocolError when it exceeds MAX_CONTROL_BYTES."""
     frame: bytes = msgpack.packb(msgspec.to_builtins(message))
     if len(frame) > MAX_CONTROL_BYTES:
-        raise ProtocolError(
-            f"{type(message).__name__} takes {len(frame)} bytes, at most {MAX_CONTROL_BYTES} "
-            "travel; use a model with fewer tensors"
-        )
+        wanted = f"at most {MAX_CONTROL_BYTES} travel; use a model with fewer tensors"
+        raise ProtocolError(f"{type(message).__name__} takes {len(frame)} bytes, {wanted}")
     return frame
 
 
@@ -32,9 +28,8 @@ def unpack(frame: bytes | memoryview) -> Any:
     """Plain values of a frame of msgpack, under hard limits. Raises ProtocolError."""
     size = len(frame)
     if size > MAX_CONTROL_BYTES:
-        raise ProtocolError(
-            f"control frame of {size} bytes, at most {MAX_CONTROL_BYTES} are accepted"
-        )
+        wanted = f"at most {MAX_CONTROL_BYTES} are accepted"
+        raise ProtocolError(f"control frame of {size} bytes, {wanted}")
     try:
         return msgpack.unpackb(
             frame,
@@ -60,9 +55,8 @@ def decode(frame: bytes | memoryview) -> Message:
     try:
         message: Message = msgspec.convert(plain, type=_DECODE)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise ProtocolError(
-            f"message refused: {one_line(str(error))}; see docs/protocol.md, version {PROTOCOL}"
-        ) from error
+        step = f"see docs/protocol.md, version {PROTOCOL}"
+        raise ProtocolError(f"message refused: {one_line(str(error))}; {step}") from error
     return message
 
 

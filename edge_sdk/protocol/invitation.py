@@ -2,8 +2,7 @@
 
 `edge-join-1-` and base64 (the alphabet of URLs, so no shell minds it) of: the coordinator's public
 key, the invitation's secret key, 32 bytes each, the texts `ENDPOINT NAME` (the name may be empty),
-and 4 bytes of SHA-256 over all that, by which a line that was not copied whole is told.
-"""
+and 4 bytes of SHA-256 over all that, by which a line that was not copied whole is told."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ MAX_CHARACTERS = 1000
 @dataclass(frozen=True)
 class InvitationLine:
     """What an invitation says. name "": the device tells its own. server_key: the coordinator's
-    public key, secret: the invitation's, both Z85 text as bytes. The secret never shows in a
-    repr."""
+    public one, secret: the invitation's; Z85 as bytes. The secret never shows in a repr."""
 
     endpoint: str
     name: str

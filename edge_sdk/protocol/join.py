@@ -3,8 +3,7 @@
 Both ask one question, `join`, on a link of its own: joining under the invitation's key, a rotation
 under the device's present key. The answer may be lost, so asking again is always safe. During a
 rotation the new pair lies beside the old one until the coordinator has confirmed it: whatever is
-cut short, one of the two is in the list, and the next rotation or join finds out which.
-"""
+cut short, one of the two is in the list, and the next rotation or join finds out which."""
 
 from __future__ import annotations
 
@@ -60,17 +59,14 @@ def join(line: InvitationLine, folder: Path, client_id: str) -> KeyPair:
     except Refused as error:
         if str(error) != UNKNOWN:
             raise
-        raise Refused(
-            f"{line.endpoint} does not know this invitation: it was withdrawn, expired long ago, "
-            "or is another coordinator's; ask for a new one"
-        ) from error
+        why = "it was withdrawn, expired long ago, or is another coordinator's; ask for a new one"
+        raise Refused(f"{line.endpoint} does not know this invitation: {why}") from error
     return keys
 
 
 def rotate(endpoint: str, server_key: bytes, folder: Path, client_id: str) -> KeyPair:
     """Change the device's keys. Returns its new pair, which is then the one in the coordinator's
-    list and in `folder`. Raises LinkError (Refused: neither the old nor the new key is admitted),
-    ConfigError."""
+    list and in `folder`. Raises LinkError (Refused: neither key is admitted), ConfigError."""
     old = read_keys(folder, DEVICE_KEYS)
     new = next_keys(folder)
     try:
@@ -92,8 +88,7 @@ def rotate(endpoint: str, server_key: bytes, folder: Path, client_id: str) -> Ke
 
 
 def _ask(endpoint: str, keys: KeyPair, server_key: bytes, client_id: str, wanted: KeyPair) -> None:
-    """Ask, with the right of `keys`, that `wanted` be admitted. Raises LinkError (Refused: it is
-    not)."""
+    """Ask by `keys` that `wanted` be admitted. Raises LinkError (Refused: it is not)."""
     question = Join(client_id=client_id, public_key=wanted.public.decode())
     link = Link(endpoint, keys, server_key)
     try:
@@ -114,7 +109,7 @@ def _answer(link: Link, question: Join) -> Message:
             ask_at = now + AGAIN_S
             if not was_connected:
                 was_connected, give_up = True, now + ANSWER_S
-        _wait(link, 0.5, wants_to_send=time.monotonic() >= ask_at)
+        link.wait(500, wants_to_send=time.monotonic() >= ask_at)
         if refusal := link.events()[1]:
             raise Refused(refusal)
         try:
@@ -134,13 +129,3 @@ def _answer(link: Link, question: Join) -> Message:
         f"{link.endpoint} is not reached for {CONNECT_S:g} s; is the coordinator running, is the "
         "address right, does a firewall drop it? try again, nothing is lost by that"
     )
-
-
-def _wait(link: Link, seconds: float, *, wants_to_send: bool) -> None:
-    """Wait until something came, or can be sent."""
-    poller = zmq.Poller()
-    for end in (link.socket, link.monitor):
-        if end is not None:
-            is_link = end is link.socket
-            poller.register(end, zmq.POLLIN | (zmq.POLLOUT if is_link and wants_to_send else 0))
-    poller.poll(int(1000 * seconds))

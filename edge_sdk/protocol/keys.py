@@ -1,8 +1,7 @@
 """CURVE key pairs as two small files: NAME.public to hand out, NAME.secret (mode 0600) to keep.
 
 A key is 40 characters of Z85 text. pyzmq's own certificate writer leaves secrets readable by
-everyone, so the files are written here.
-"""
+everyone, so the files are written here."""
 
 from __future__ import annotations
 
@@ -169,22 +168,17 @@ def read_keys(folder: Path, name: str, advice: str = MAKE) -> KeyPair:
     secret = read_key(secret_file, advice)
     mode = stat.S_IMODE(secret_file.stat().st_mode)
     if mode & 0o077:
-        raise ConfigError(
-            f"{secret_file} has mode {mode:04o}, others can read it; run chmod 600 {secret_file} "
-            "and think about making a new key"
-        )
+        step = f"run chmod 600 {secret_file} and think about making a new key"
+        raise ConfigError(f"{secret_file} has mode {mode:04o}, others can read it; {step}")
     own = zmq.curve_public(secret)
     if own != public and not _is_halfway(folder, name, own):
-        raise ConfigError(
-            f"{folder / name}.public does not belong to {secret_file}; bring back the file that "
-            "does, or remove both and make new keys"
-        )
+        step = "bring back the file that does, or remove both and make new keys"
+        raise ConfigError(f"{folder / name}.public does not belong to {secret_file}; {step}")
     return KeyPair(own, secret)
 
 
 def _is_halfway(folder: Path, name: str, own: bytes) -> bool:
-    """Whether swap_keys was cut short between its two files; if so it is finished here, where this
-    user may write."""
+    """Whether swap_keys was cut short between its files; it is then finished, if that may be."""
     file = folder / f"{name}.next.public"
     try:
         is_next = read_key(file) == own

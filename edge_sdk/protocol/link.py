@@ -2,8 +2,7 @@
 
 Liveness is ZeroMQ's own heartbeat in its I/O thread plus the agent's Heartbeat messages, so neither
 waits for training. Nothing is queued for an absent coordinator (IMMEDIATE), so a send that finds no
-connection says so and the agent starts again with Hello.
-"""
+connection says so and the agent starts again with Hello."""
 
 from __future__ import annotations
 
@@ -72,9 +71,8 @@ def parse_frames(frames: list[zmq.Frame]) -> tuple[Message, Payload | None]:
     message = decode(frames[0].buffer)
     expected = 2 if isinstance(message, Part) else 1
     if len(frames) != expected:
-        raise ProtocolError(
-            f"{type(message).__name__} came with {len(frames)} frames, expected {expected}"
-        )
+        wanted = f"expected {expected}"
+        raise ProtocolError(f"{type(message).__name__} came with {len(frames)} frames, {wanted}")
     return message, frames[1].buffer if expected == 2 else None
 
 
@@ -119,13 +117,11 @@ class Link:
             socket.connect(self.endpoint)
         except zmq.ZMQError as error:
             self.close()
-            raise LinkError(
-                f"cannot connect to {self.endpoint!r}: {error}; expected tcp://HOST:PORT"
-            ) from error
+            wanted = "expected tcp://HOST:PORT"
+            raise LinkError(f"cannot connect to {self.endpoint!r}: {error}; {wanted}") from error
 
     def close(self, *, is_final: bool = False) -> None:
-        """Close the socket. is_final: let what was sent leave, up to half a second, and end for
-        good."""
+        """Close the socket. is_final: for good, with up to half a second for what was sent."""
         if self.socket is not None and self.monitor is not None:
             self.socket.disable_monitor()
             self.monitor.close()  # an open one would keep the context from ending
@@ -156,8 +152,7 @@ class Link:
 
     def messages(self) -> Iterator[tuple[Message, Payload | None]]:
         """The messages that are there now, at most MOST_AT_ONCE of them: the caller has more to
-        look at. What breaks the protocol is refused. Raises LinkError for a coordinator of another
-        version."""
+        look at. What breaks the protocol is refused. Raises LinkError for another version."""
         for _ in range(MOST_AT_ONCE):
             try:
                 received = self.receive()
@@ -171,20 +166,22 @@ class Link:
                 return
             yield received
 
-    def wait(self, timeout_ms: int, other: Other | None = None) -> None:
+    def wait(
+        self, timeout_ms: int, other: Other | None = None, *, wants_to_send: bool = False
+    ) -> None:
         """Wait until a message, an event of the link, or `other` is there to be read, or written if
-        it has something unsent."""
+        it has something unsent, or the link if `wants_to_send`."""
         poller = zmq.Poller()
         if other is not None:
             poller.register(other, zmq.POLLIN | (zmq.POLLOUT if other.has_unsent else 0))
         for end in (self.socket, self.monitor):
             if end is not None:
-                poller.register(end, zmq.POLLIN)
+                is_written = wants_to_send and end is self.socket
+                poller.register(end, zmq.POLLIN | (zmq.POLLOUT if is_written else 0))
         poller.poll(timeout_ms)
 
     def events(self) -> tuple[bool, str]:
-        """Whether the connection was lost since the last call, and why it was refused, "" if
-        not."""
+        """Whether the connection was lost since the last call, and why it was refused or ""."""
         is_lost, refusal = False, ""
         while self.monitor is not None and self.monitor.poll(0):
             event = parse_monitor_message(self.monitor.recv_multipart())["event"]

@@ -2,8 +2,7 @@
 
 A message is one msgpack map with a "type" key (codec.py); unknown fields are refused, so every
 change of a message raises PROTOCOL. Every number has a range and every text a length, and no text
-may break a line: what a peer sends ends up in logs. A `Part` is followed by one raw frame.
-"""
+may break a line: what a peer sends ends up in logs. A `Part` is followed by one raw frame."""
 
 from __future__ import annotations
 
@@ -320,19 +319,7 @@ class Joined(Struct, frozen=True, kw_only=True, tag="joined"):
     client_id: ClientId
 
 
-Message: TypeAlias = (
-    Hello
-    | Welcome
-    | Ready
-    | Job
-    | Fetch
-    | Part
-    | Update
-    | Accepted
-    | Fault
-    | Heartbeat
-    | Probe
-    | Bye
-    | Join
-    | Joined
-)
+ToCoordinator: TypeAlias = Hello | Ready | Update | Join
+ToDevice: TypeAlias = Welcome | Job | Accepted | Probe | Joined
+EitherWay: TypeAlias = Fetch | Part | Fault | Heartbeat | Bye
+Message: TypeAlias = ToCoordinator | ToDevice | EitherWay

@@ -9,10 +9,7 @@ from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.messages import TensorSpec
 
 PART_BYTES = 512 * 1024  # payload of every part but the last
-
-
 MAX_TRANSFER_BYTES = 4 * 1024**3
-
 ALIGNMENT = 8  # every tensor starts at a multiple of this in the stream
 
 

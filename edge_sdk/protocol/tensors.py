@@ -3,8 +3,7 @@
 The stream is the tensors' raw little-endian bytes in the order of the specs, each beginning at a
 multiple of 8; a part is a fixed-size cut of it, so a part's place follows from its index and any
 part can be asked for again. Neither side ever holds a second copy of a large tensor: parts inside
-one tensor are views, and a receiver writes into the one buffer that its tensors are views of.
-"""
+one tensor are views, and a receiver writes into the one buffer that its tensors are views of."""
 
 from __future__ import annotations
 
@@ -17,22 +16,14 @@ import torch
 from torch import Tensor
 
 from edge_sdk.errors import ProtocolError, ShapeError
-from edge_sdk.protocol.messages import Role, TensorSpec
+from edge_sdk.protocol.messages import ITEM_BYTES, Role, TensorSpec
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
 
 if sys.byteorder != "little":
     raise ImportError("edge_sdk needs a little-endian machine: tensors travel as raw bytes")
 
 Tensors: TypeAlias = dict[str, Tensor]
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -55,10 +46,8 @@ def check_specs(
     wanted = {spec.name: spec for spec in want}
     missing, extra = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
     if missing or extra or len(have) != len(got):
-        raise ShapeError(
-            f"{where}: tensors missing: {_some(missing)}; not expected: {_some(extra)}; "
-            f"named {len(got)}, expected {len(want)}"
-        )
+        said = f"not expected: {_some(extra)}; named {len(got)}, expected {len(want)}"
+        raise ShapeError(f"{where}: tensors missing: {_some(missing)}; {said}")
     for spec in got:
         if spec != wanted[spec.name]:
             target = wanted[spec.name]
@@ -76,9 +65,8 @@ def check_shapes(
     """Raise ShapeError unless `tensors` have the names and shapes of `want`; None: any size."""
     missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - set(want))
     if missing or extra:
-        raise ShapeError(
-            f"{where}: tensors missing: {_some(missing)}; not expected: {_some(extra)}"
-        )
+        said = f"not expected: {_some(extra)}"
+        raise ShapeError(f"{where}: tensors missing: {_some(missing)}; {said}")
     for name, shape in want.items():
         got = tuple(tensors[name].shape)
         if len(got) != len(shape) or any(
@@ -160,13 +148,10 @@ class Memory:
 
 
 class Receiver:
-    """Collects parts in any order; the tensors are views of one buffer. make_storage(bytes): where
-    they go."""
+    """Collects parts in any order; the tensors are views of one buffer, make_storage(bytes)."""
 
     def __init__(
-        self,
-        specs: Sequence[TensorSpec],
-        make_storage: Callable[[int], Storage] = Memory,
+        self, specs: Sequence[TensorSpec], make_storage: Callable[[int], Storage] = Memory
     ) -> None:
         self.specs = tuple(specs)
         self.offsets, self.total_bytes = layout(self.specs)
@@ -216,8 +201,7 @@ class Receiver:
         self._requested = self.next_missing
 
     def add(self, index: int, payload: memoryview | bytes) -> bool:
-        """Take one part. False for one that is here already: it is ignored. Raises
-        ProtocolError."""
+        """Take one part. False: it is here already, and ignored. Raises ProtocolError."""
         size = part_size(self.total_bytes, index)
         if size == 0 or len(payload) != size:
             raise ProtocolError(
@@ -234,9 +218,8 @@ class Receiver:
     def tensors(self) -> Tensors:
         """The tensors, views of this receiver's buffer. Raises ProtocolError when parts lack."""
         if not self.is_complete:
-            raise ProtocolError(
-                f"{self.num_received} of {self.num_parts} parts arrived; nothing is used"
-            )
+            said = "nothing is used"
+            raise ProtocolError(f"{self.num_received} of {self.num_parts} parts arrived; {said}")
         return views(self.specs, self._storage.whole())
 
 

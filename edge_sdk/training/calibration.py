@@ -3,8 +3,7 @@ counted. It trains a few small models by the real training loop, takes a second 
 stored for the torch, board and cores that it was made with; where one differs it is made again.
 
 Peak = runtime + scratch + held + allowance x (saved activations + gradients). Held, saved and
-gradients are counted for each model (capacity/counting.py), the rest is measured here.
-"""
+gradients are counted for each model (capacity/counting.py), the rest is measured here."""
 
 from __future__ import annotations
 
@@ -75,11 +74,9 @@ def memory_calibration(cache: Path | None, device: str, may_measure: bool) -> Me
     made = MemoryCalibration(
         made_with=here, allowance=allowance, scratch_bytes=scratch_bytes, error=error
     )
+    figures = (allowance, mebibytes(scratch_bytes), 100 * error)
     log.info(
-        "calibrated: memory of a step is %.2f of what is counted and %s, within %.0f %%",
-        made.allowance,
-        mebibytes(made.scratch_bytes),
-        100 * made.error,
+        "calibrated: memory of a step is %.2f of what is counted and %s, within %.0f %%", *figures
     )
     if cache:
         try:
@@ -98,8 +95,7 @@ def made_with(device: str) -> str:
 
 
 class TrainerBaseline(msgspec.Struct, frozen=True, kw_only=True):
-    """What a trainer needs here before it has a model; allowance, error: as in
-    MemoryCalibration."""
+    """What a trainer needs here before it has a model; the rest as in MemoryCalibration."""
 
     runtime_bytes: int
     allowance: float
@@ -146,8 +142,7 @@ def fit(probes: Sequence[tuple[int, int]]) -> tuple[float, int, float]:
 
 
 def _probe() -> Iterator[tuple[int, int]]:
-    """Of each probe the counted bytes of a training step, and how many bytes its job took beside
-    what it holds."""
+    """Of each probe the counted bytes of a step, and those its job took beside what it holds."""
     if memory()[1] < PROBE_BYTES:
         log.warning("too little free memory to calibrate; figures measured elsewhere are used")
         return
@@ -161,9 +156,7 @@ def _probe() -> Iterator[tuple[int, int]]:
         examples = Examples(x, np.arange(len(x)) % spec.num_classes, spec.num_classes)
         process_memory.trim()
         received = sum(tensor.nbytes for tensor in tensors.values())  # dropped when training begins
-        libraries = (
-            process_memory.library_bytes()
-        )  # the peak includes pages that were read for the job
+        libraries = process_memory.library_bytes()  # the peak includes what is read for the job
         before = process_memory.resident_bytes() - received
         peak = train(spec, plan, tensors, examples, is_consuming=True).peak_memory_bytes
         if not peak:

@@ -3,8 +3,7 @@ it again when its gradient is wanted.
 
 Own code because the first use of torch.utils.checkpoint imports torch._dynamo (78 MB and 1.8 s with
 torch 2.13), that of an autograd.Function sympy (36 MB), and because the second run must not count
-in BatchNorm's statistics.
-"""
+in BatchNorm's statistics."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Adam and SGD steps with torch's multi-tensor functions.
 
 Own code because creating any torch.optim optimizer imports torch._dynamo: 95 MB and 1.9 s that a
-small board does not have (measured with torch 2.13). Equal to torch.optim's, see tests.
-"""
+small board does not have (measured with torch 2.13). Equal to torch.optim's, see tests."""
 
 from __future__ import annotations
 

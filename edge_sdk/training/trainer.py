@@ -8,8 +8,7 @@ bound. Features that do not fit, and those of a single epoch, are made for each 
 Two fields of the plan save memory. micro_batch: a batch goes through in parts of about equal size,
 whose gradients add up to the batch's; BatchNorm sees the parts. recompute: of all stages but a
 segment's last only the input is kept, and the stage runs again when its gradient is wanted: the
-same update bit by bit, for at most a third more operations.
-"""
+same update bit by bit, for at most a third more operations."""
 
 from __future__ import annotations
 
@@ -192,41 +191,25 @@ def _inputs(
     should_stop: Callable[[], bool],
 ) -> Inputs:
     """A function from a batch's indices to what the first trained stage takes: x itself, or the
-    features that the frozen stages make of it."""
+    features that the frozen stages make of it. Those of all x are made once and kept on the CPU if
+    several epochs want them and they take at most cache_bytes."""
 
     @torch.no_grad()
-    def make(batch: Tensor) -> Tensor:
-        made: Tensor = frozen(moved(x[batch], device))
+    def make(some: Tensor) -> Tensor:
+        made: Tensor = frozen(moved(some, device))
         return made
 
-    if not len(frozen) or plan.epochs == 1:
-        return make
-    at_once = plan.micro_batch or plan.batch_size
-    cache = _features(frozen, x, at_once, device, cache_bytes, should_stop)
-    return make if cache is None else lambda batch: moved(cache[batch], device)
-
-
-@torch.no_grad()
-def _features(
-    frozen: torch.nn.Sequential,
-    x: Tensor,
-    at_once: int,
-    device: str | torch.device,
-    cache_bytes: int,
-    should_stop: Callable[[], bool],
-) -> Tensor | None:
-    """The features that the frozen stages make of all x, (n, channels, ...), on the CPU. None: they
-    would take more than cache_bytes."""
-    one = frozen(moved(x[:1], device))
-    if len(x) * one.numel() * one.element_size() > cache_bytes:
-        return None
+    one = make(x[:1]) if len(frozen) and plan.epochs > 1 else None
+    if one is None or len(x) * one.numel() * one.element_size() > cache_bytes:
+        return lambda batch: make(x[batch])
     order = torch.channels_last if one.ndim == 4 else torch.contiguous_format
-    features = torch.empty((len(x), *one.shape[1:]), dtype=one.dtype, memory_format=order)
-    for chunk, place in zip(x.split(at_once), features.split(at_once), strict=True):
+    cache = torch.empty((len(x), *one.shape[1:]), dtype=one.dtype, memory_format=order)
+    at_once = plan.micro_batch or plan.batch_size
+    for chunk, place in zip(x.split(at_once), cache.split(at_once), strict=True):
         if should_stop():
             raise Cancelled("training cancelled while computing frozen features")
-        place.copy_(frozen(moved(chunk, device)))
-    return features
+        place.copy_(make(chunk))
+    return lambda batch: moved(cache[batch], device)
 
 
 @torch.no_grad()

@@ -2,8 +2,7 @@
 
 The trainer is the only process of a device that imports torch. It ends when the agent's end of the
 pipe closes. It may be killed for memory at any time; the agent survives, reports it and starts
-another trainer.
-"""
+another trainer."""
 
 from __future__ import annotations
 
@@ -116,13 +115,9 @@ class TrainerLoop:
         round = self._job.round if self._job else 0  # of a message about the job in hand
         match message:
             case Estimate(model=model, plan=plan):
+                count, here = len(self._examples), self._calibration
                 costs = segment_costs_apart(
-                    model,
-                    plan,
-                    len(self._examples),
-                    self._runtime_bytes,
-                    allowance=self._calibration.allowance,
-                    error=self._calibration.error,
+                    model, plan, count, self._runtime_bytes, here.allowance, here.error
                 )
                 self._pipe.send(Estimated(model=model, costs=costs))
             case Train(job=job, cache_bytes=cache_bytes):

@@ -4,8 +4,7 @@ Scaling never depends on the shard, so that every device scales alike: uint8 to 
 digits to x / 8 - 1, UniMiB SHAR to units of 2 g; float arrays are taken as they are. The
 alternative, standardising by the shard's own mean, would feed one model inputs of other scales.
 Class counts come from the source where it has them. IDX files, and .npz files without
-`num_classes`, have only their largest label + 1, so hand skewed shards out with `save_shard`.
-"""
+`num_classes`, have only their largest label + 1, so hand skewed shards out with `save_shard`."""
 
 from __future__ import annotations
 

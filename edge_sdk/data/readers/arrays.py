@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.data.examples import Examples, Scaling, bad, check_examples, mapped
-from edge_sdk.data.readers.scaling import PIXELS, image_examples, scaled, scaled_images
+from edge_sdk.data.readers.scaling import PIXELS, image_examples, scaled
 from edge_sdk.data.readers.table import FileSet, register_reader
 from edge_sdk.helpers.imports import optional_module
 
@@ -43,8 +43,7 @@ def read_npz(paths: Sequence[Path]) -> Examples:
 
 
 def check_begin(path: Path, file: BinaryIO, begin: bytes, expected: str) -> None:
-    """Raise DataError unless the file begins so: numpy would take it for something else, a pickle
-    too."""
+    """Raise DataError unless the file begins so: numpy also reads other kinds, even pickles."""
     found = file.read(6)
     file.seek(0)
     if not found.startswith(begin):
@@ -68,7 +67,7 @@ def checked_arrays(arrays: dict[str, npt.NDArray[Any]], where: str) -> Examples:
     scaling = _scaling(arrays.get("scaling"), where)
     if x.dtype == np.uint8:
         scaling = PIXELS
-        x = scaled_images(x[:, None] if x.ndim == 3 else x)  # (n, H, W) -> (n, 1, H, W)
+        x = scaled(x[:, None] if x.ndim == 3 else x, *PIXELS)  # (n, H, W) -> (n, 1, H, W)
     elif x.dtype.kind != "f":
         raise bad(where, f"x of dtype {x.dtype}", "uint8 or float")
     x = np.asarray(x, dtype=np.float32, order="C")
@@ -89,8 +88,7 @@ def _scaling(array: npt.NDArray[Any] | None, where: str) -> Scaling | None:
 
 
 def read_idx(paths: Sequence[Path]) -> Examples:
-    """The first of these image files that is there, with the labels beside it; either may be packed
-    by gzip."""
+    """The first of these image files that is there, with the labels beside it; gzip or not."""
     images = next((path for path in paths if path.is_file()), paths[0])
     name = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     beside = [images.with_name(f"{name}{ending}") for ending in ("", ".gz")]

@@ -1,7 +1,6 @@
 """STL-10 and the binary versions of CIFAR-10 and CIFAR-100: packed bytes without a header.
 
-So the size of a file is all that tells one from another; labels out of range are refused too.
-"""
+So the size of a file is all that tells one from another; labels out of range are refused too."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ NUM_COARSE = 20  # superclasses of CIFAR-100
 
 
 def read_stl_10(paths: Sequence[Path]) -> Examples:
-    """One `*_X.bin` with the `*_y.bin` beside it: a plane per channel, each column by column;
-    labels 1..10."""
+    """One `*_X.bin` with its `*_y.bin`: a plane per channel, column by column; labels 1..10."""
     (path,) = paths
     labels = path.with_name(path.name.replace("_X", "_y"))
     x = _records(path, 3 * 96 * 96, "images").reshape(-1, *STL_SHAPE)  # (n, channel, column, row)
@@ -36,8 +34,7 @@ def read_stl_10(paths: Sequence[Path]) -> Examples:
 
 
 def read_cifar_10(paths: Sequence[Path]) -> Examples:
-    """Records of a label and the planes red, green, blue, each row by row; all files one after
-    another."""
+    """Records of a label and the planes red, green, blue, each row by row; all files joined."""
     raw = np.concatenate([_records(path, 1 + CIFAR_PIXELS, "CIFAR-10 records") for path in paths])
     return image_examples(raw[:, 1:].reshape(-1, *CIFAR_SHAPE), raw[:, 0], 10, joined(paths))
 

@@ -1,8 +1,7 @@
 """MATLAB 5 files, and the data sets published in them: UniMiB SHAR and SVHN.
 
 Not by scipy.io.loadmat: scipy 1.17 looks data types up without a bound, so one wrong byte ends the
-process by a segmentation fault.
-"""
+process by a segmentation fault."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ The published files were written by Python 2 in protocol 2: a dict of strings, l
 and strings, and one numpy array of uint8. `pickletools` parses the opcodes; the table below says
 what the few that these files need mean here. Names of classes and functions are compared with four
 known ones and never looked up in a module. Every other opcode, name or call is refused.
-The alternative, an Unpickler with a restricted find_class, still runs what it finds.
-"""
+The alternative, an Unpickler with a restricted find_class, still runs what it finds."""
 
 from __future__ import annotations
 

@@ -14,21 +14,16 @@ PIXELS: Scaling = (127.5, 1.0)  # 0..255 to -1..1
 
 @np.errstate(all="ignore")  # what is beyond float32 becomes infinite and is refused as such
 def scaled(x: npt.NDArray[Any], divisor: float, offset: float) -> Floats:
-    """x / divisor - offset in float32."""
+    """x / divisor - offset in float32, whatever its memory order in C order."""
     result = x.astype(np.float32, order="C")
     result /= np.float32(divisor)  # in place: images are the largest arrays of a device
     result -= np.float32(offset)
     return result
 
 
-def scaled_images(x: npt.NDArray[np.uint8]) -> Floats:
-    """(n, C, H, W) of 0..255 in any memory order to -1..1, C order."""
-    return scaled(x, *PIXELS)
-
-
 def image_examples(
     x: npt.NDArray[np.uint8], y: npt.NDArray[Any], num_classes: int, where: str
 ) -> Examples:
     """Checked examples from pixels (n, C, H, W) and integer labels (n,) from 0."""
-    examples = Examples(scaled_images(x), y.astype(np.int64), num_classes, scaling=PIXELS)
+    examples = Examples(scaled(x, *PIXELS), y.astype(np.int64), num_classes, scaling=PIXELS)
     return check_examples(examples, where)

@@ -2,8 +2,7 @@
 
 A reader's file puts its rows into the table by `register_reader`. Every file of this folder is
 imported with the folder, so a new reader is one new file here; a reader of your own elsewhere is
-imported by `--import MODULE`.
-"""
+imported by `--import MODULE`."""
 
 from __future__ import annotations
 
