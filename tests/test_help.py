@@ -118,3 +118,23 @@ def test_another_broken_pipe_is_an_error():
         with pytest.raises(BrokenPipeError, match="of a trainer"):
             main([])
     os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        ([], {"--generator": "update-regression", "--rotation": "add", "--server-momentum": "0.5"}),
+        (["--paper"], {"--generator": "svd-mlp", "--rank": "100", "--serve": "last"}),
+        (["--method", "fedavg-l"], {"--generator": "none", "--rotation": "off"}),
+        (["--server-optimizer", "fedadam"], {"--server-momentum": "0.9", "--server-lr": "0.01"}),
+        (["--preset", "svhn"], {"--model": "vgg"}),
+    ],
+    ids=str,
+)
+def test_help_shows_the_values_of_what_is_named(flags, shown, capsys):
+    parser = coordinator_cli.make_parser()
+    (emulate,) = [one for one in commands(parser) if one.prog.endswith(" emulate")]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["emulate", *flags, "--help"])
+    for flag, value in shown.items():
+        assert str(emulate._option_string_actions[flag].default) == value, flag

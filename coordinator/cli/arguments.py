@@ -6,8 +6,9 @@ and what it needs is imported when it runs, in `heavy_imports`."""
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -37,7 +38,9 @@ LOSS = ["prox_mu", "exit_weights"]
 SHARED = [*RUN, *LOCAL, *LOSS, "weighting"]
 # What a field of one of PARTS may name
 NAMES: dict[str, Iterable[str]] = {"rule": RULES, "name": GENERATORS}
-OWN_VALUES = "a method or generator has values of its own for some where no flag is given"
+OWN_VALUES = "defaults are those of the --method and --generator that are named"
+# Flags that decide about others.
+DECIDING = ("method", "aggregation", "generator", "server_optimizer")
 IMPORT = "Python module that registers model families, methods, ... of your own"
 REPEATED: Any = {"action": "append", "default": []}  # of a flag that may be given again
 ANY_DATA: Any = {"input_shape": (1, 1, 1), "num_classes": 2}  # of a model until the data is read
@@ -155,23 +158,25 @@ class CommandParser(argparse.ArgumentParser):
             named = _named(args)
             for module in named.imports:
                 import_module(module)
-            self._add_own_flags(named)  # those of what is named are in --help
-            first = parse(args)[0]
-            if first.resume and first.run_dir is None:
+            preset = find_preset(named.preset).flags if named.preset in PRESETS else {}
+            for name in DECIDING:  # the command line, else the preset, else the parser
+                if getattr(named, name) is None:
+                    default = None if name == "generator" else self.get_default(name)
+                    setattr(named, name, preset.get(name, default))
+            if named.method in METHODS:
+                values = _method_values(named)
+                self.set_defaults(**values | preset)
+                named.generator = named.generator or values.get("generator", "none")
+            self._add_own_flags(named)
+            found = parse(args, namespace)
+            if found[0].resume and found[0].run_dir is None:
                 raise ConfigError("--resume needs --run-dir, the folder of the run to go on with")
-            preset = find_preset(first.preset).flags if first.preset else {}
-            self.set_defaults(**preset)
-            chosen = parse(args)[0]
-            which = {"is_paper": chosen.paper, "optimizer": chosen.server_optimizer}
-            generator = defaults_of(chosen.method, **which).get("generator.name", "none")
-            self.set_defaults(**{"generator": generator, **preset})
-            chosen = parse(args)[0]
-            values = defaults_of(chosen.method, **which, generator=chosen.generator)
-            self.set_defaults(
-                **{destination(flag_of(path)): values[path] for path in values} | preset
-            )
-            self._add_own_flags(chosen)
-            return parse(args, namespace)
+            return found
+
+    def error(self, message: str) -> NoReturn:
+        if re.match(r"argument --(method|aggregation|generator): invalid choice", message):
+            message += "; load your own with --import MODULE"
+        super().error(message)
 
     def _add_own_flags(self, chosen: argparse.Namespace) -> None:
         for part, kind in own_kinds(chosen).items():
@@ -187,11 +192,25 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _named(args: Sequence[str]) -> argparse.Namespace:
-    """What is named before anything else is understood: with it the other flags are."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """What is named before anything else is understood: with it the other flags, and their
+    defaults, are. Shortened flags count, as where all are parsed."""
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--import", dest="imports", action="append", nargs="?", default=[])
-    for name in ("--method", "--aggregation", "--generator"):
-        parser.add_argument(name, nargs="?")
+    parser.add_argument("--paper", action="store_true")
+    for name in ("preset", *DECIDING):
+        parser.add_argument("--" + name.replace("_", "-"), dest=name, nargs="?")
     found = parser.parse_known_args(args)[0]
     found.imports = [module for module in found.imports if module]
     return found
+
+
+def _method_values(named: argparse.Namespace) -> dict[str, Any]:
+    """The values that the named method and generator have where no flag gives another, by flag."""
+    generator = named.generator if named.generator in GENERATORS else ""
+    values = defaults_of(
+        named.method,
+        is_paper=named.paper,
+        optimizer=named.server_optimizer,
+        generator=generator,
+    )
+    return {destination(flag_of(path)): value for path, value in values.items()}
