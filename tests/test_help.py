@@ -131,7 +131,7 @@ def test_another_broken_pipe_is_an_error():
     ],
     ids=str,
 )
-def test_help_shows_the_values_of_what_is_named(flags, shown, capsys):
+def test_help_shows_the_values_of_what_is_named(flags, shown):
     parser = coordinator_cli.make_parser()
     (emulate,) = [one for one in commands(parser) if one.prog.endswith(" emulate")]
     with pytest.raises(SystemExit):

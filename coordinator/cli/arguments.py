@@ -167,7 +167,7 @@ class CommandParser(argparse.ArgumentParser):
                 values = _method_values(named)
                 self.set_defaults(**values | preset)
                 named.generator = named.generator or values.get("generator", "none")
-            self._add_own_flags(named)
+                self._add_own_flags(named)
             found = parse(args, namespace)
             if found[0].resume and found[0].run_dir is None:
                 raise ConfigError("--resume needs --run-dir, the folder of the run to go on with")

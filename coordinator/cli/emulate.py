@@ -31,7 +31,9 @@ def add_emulate_command(commands: Any) -> None:
     )
     add_run_arguments(parser)
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="digits", help="digits, a folder or a file; see README.md")
+    group.add_argument(
+        "--data", default="digits", help="digits, a folder or a file; see docs/data.md"
+    )
     add_flags(group, RunConfig, SUBSETS)
     add = parser.add_argument_group("clients").add_argument
     add("--clients", type=int, default=50, help="how many share the data")

@@ -23,7 +23,7 @@ from coordinator.fleet.sessions import Sessions
 from coordinator.fleet.spool import Spool
 from coordinator.fleet.transfers import Transfers
 from edge_sdk.errors import EdgeError, StoreError
-from edge_sdk.helpers.logs import Kind, event
+from edge_sdk.helpers.logs import EventName, event
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Part, Ready, Update
 from edge_sdk.protocol.tensors import Receiver, Sender, Tensors
@@ -333,7 +333,7 @@ class Jobs:
         self, open_job: OpenJob, outcome: str, code: str, detail: str, *, stays: bool = False
     ) -> None:
         """The participant returns nothing that counts in its round; if it stays, maybe later."""
-        kind: Kind = "update_late" if outcome == "straggler" else "update_failed"
+        kind: EventName = "update_late" if outcome == "straggler" else "update_failed"
         about = (open_job.round, open_job.name, outcome, code, detail)
         extra = event(kind, client=open_job.name, round=open_job.round, code=code)
         log.warning("round %d: %s %s: %s: %s", *about, extra=extra)

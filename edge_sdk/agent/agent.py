@@ -13,7 +13,7 @@ from secrets import token_hex
 from msgspec.structs import replace
 
 from edge_sdk.agent import events
-from edge_sdk.agent.events import Event, Teller
+from edge_sdk.agent.events import Event, EventLog
 from edge_sdk.agent.options import AgentOptions, Senses
 from edge_sdk.agent.pipe import (
     Cancel,
@@ -64,7 +64,7 @@ class Agent:
         self._chooser = Chooser()
         self._senses = Senses(options)
         self._state = State()
-        self._tell = Teller(log, options.on_event)
+        self._tell = EventLog(log, options.on_event)
         self._is_stopping = False
         self._last_words = "device stopped"
 

@@ -11,7 +11,7 @@ from edge_sdk.capacity.choice import Choice
 from edge_sdk.helpers import logs
 from edge_sdk.protocol.messages import ExitResult, Job, Segment, Update, Welcome
 
-Kind: TypeAlias = Literal[
+EventKind: TypeAlias = Literal[
     "connected", "chosen", "job", "trained", "accepted", "failed", "lost", "finished", "ended"
 ]
 
@@ -27,7 +27,7 @@ class Event:
     the device waits for it. finished: the coordinator's run is over; the device waits for another.
     ended: the last one, unless run() raises."""
 
-    kind: Kind
+    kind: EventKind
     detail: str
     round: int = 0  # from 1; 0: not about a round
     exit: int = 0  # the deepest that this device trains
@@ -39,7 +39,7 @@ class Event:
     level: int = logging.INFO  # of logging
 
 
-class Teller:
+class EventLog:
     """Logs each event and hands it to the callback, whose own errors end nothing."""
 
     def __init__(self, log: logging.Logger, on_event: Callable[[Event], object] | None) -> None:

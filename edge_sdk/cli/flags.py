@@ -17,7 +17,7 @@ MAX_THREADS = 1024
 DEFAULT_EPOCHS, DEFAULT_BATCH_SIZE = 2, 32
 
 
-def tell(step: str) -> None:
+def print_step(step: str) -> None:
     """Say what a command does for seconds: a line on stderr, as stdout is for results."""
     print(f"edge-sdk: {step}", file=sys.stderr, flush=True)
 

@@ -7,7 +7,14 @@ import sys
 
 import msgspec
 
-from edge_sdk.cli.flags import Subparsers, add_command, add_memory_cap, print_json, rate_flag, tell
+from edge_sdk.cli.flags import (
+    Subparsers,
+    add_command,
+    add_memory_cap,
+    print_json,
+    print_step,
+    rate_flag,
+)
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import check_free, save_board, save_path
@@ -52,7 +59,7 @@ def run_measure(args: argparse.Namespace) -> int:
         usable_device(args.device)
     now = conditions.read(with_jetson_stats=True)  # before measuring makes it warm
     if not lacking:
-        tell("measuring compute, about 2 seconds")
+        print_step("measuring compute, about 2 seconds")
     profile = measure(cap_bytes=args.memory_cap, compute=not lacking, device=args.device)
     profile = msgspec.structs.replace(profile, link_mbit_s=args.link_mbit_s)
     if lacking:

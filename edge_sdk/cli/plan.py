@@ -32,8 +32,8 @@ from edge_sdk.cli.flags import (
     duration_flag,
     option_flag,
     print_json,
+    print_step,
     shape_flag,
-    tell,
 )
 from edge_sdk.cli.measure import describe_profile
 from edge_sdk.errors import ConfigError, TrainerError
@@ -121,10 +121,10 @@ def run_plan(args: argparse.Namespace) -> int:
     with memory_errors("making the model"):
         build(spec)  # refuses what cannot be built before seconds of measuring
     profile = _profile(args.board, args.memory_cap)
-    tell("starting a trial trainer, for the memory that one needs")
+    print_step("starting a trial trainer, for the memory that one needs")
     trial = _trial_trainer()
     runtime_bytes = trial.pop("runtime_bytes") + data_bytes
-    tell("counting what every part of the model takes")
+    print_step("counting what every part of the model takes")
     with memory_errors("while counting what the model takes"):
         costs = segment_costs(spec, plan, num_examples, runtime_bytes, **trial)
     choice = choose_exit(
@@ -180,7 +180,7 @@ def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, in
 def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:
     """The profile of this device, or of the named board, within a cap on memory."""
     named = None if board_name is None else board(board_name)
-    tell(f"measuring compute {'' if named is None else 'of one thread '}here")
+    print_step(f"measuring compute {'' if named is None else 'of one thread '}here")
     if named is None:
         return measure(cap_bytes=cap_bytes, speed_s=PLAN_SPEED_S)
     profile = emulated(named, measure_gflops(PLAN_SPEED_S, threads=1), measure_layer_s(threads=1))

@@ -18,7 +18,7 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Scaling: TypeAlias = tuple[float, float]
 # BatchNorm statistics of one or two examples ruin a deep stage; such a rest is dropped.
 MIN_BATCH = 3
-MAX_CLASSES = 1_000_000  # as in wire.ModelSpec; larger labels are something else, e.g. hashes
+MAX_CLASSES = 1_000_000  # as in messages.ModelSpec; larger labels are something else, e.g. hashes
 
 
 @dataclass(frozen=True, eq=False)

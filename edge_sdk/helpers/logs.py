@@ -28,7 +28,7 @@ OfRound: TypeAlias = Literal[
 OfRun: TypeAlias = Literal["started", "waiting", "finished", "stopped", "failed", "status_lost"]
 # Of a device's own log, besides ready, finished and failed: events.py.
 OfDevice: TypeAlias = Literal["connected", "chosen", "job", "trained", "accepted", "lost", "ended"]
-Kind: TypeAlias = Literal[OfLink, OfRound, OfRun, OfDevice]
+EventName: TypeAlias = Literal[OfLink, OfRound, OfRun, OfDevice]
 Field: TypeAlias = str | float | None
 JSON_VARIABLE = "EDGE_SDK_LOG_JSON"  # set for the trainer, which writes to the agent's stderr
 FIXED = ("ts", "level", "logger", "event", "message", "exception")
@@ -39,7 +39,7 @@ _CLASHING = _OF_EVERY_RECORD.union(FIXED)
 
 
 def event(
-    kind: Kind,
+    kind: EventName,
     *,
     client: str | None = None,
     round: int | None = None,

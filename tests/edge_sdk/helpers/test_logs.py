@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 
-from edge_sdk.helpers.logs import JsonFormatter, Kind, event
+from edge_sdk.helpers.logs import EventName, JsonFormatter, event
 from tests.support.processes import ROOT, environment
 
 HOSTILE = [
@@ -197,7 +197,7 @@ def test_every_event_that_is_logged_is_a_known_one():
         and isinstance(call.args[0], ast.Constant)
     }
     assert named
-    assert named <= set(get_args(Kind))
+    assert named <= set(get_args(EventName))
 
 
 def test_a_device_logs_json_to_its_last_line(tmp_path):
@@ -231,4 +231,4 @@ def test_a_device_logs_json_to_its_last_line(tmp_path):
 
 def test_the_documents_name_every_event():
     text = (ROOT / "docs" / "coordinator.md").read_text()
-    assert [kind for kind in get_args(Kind) if f"`{kind}`" not in text] == []
+    assert [kind for kind in get_args(EventName) if f"`{kind}`" not in text] == []
