@@ -34,6 +34,7 @@ def flag(help: str, name: str = "", metavar: str = "") -> Meta:
     return Meta(description=help, extra={"flag": name, "metavar": metavar})
 
 
+SERVER_LR = "fedavgm: share of the step that is taken; fedadam, fedyogi: about a weight's step"
 CLIP = "bound an update's movement to FACTOR medians of earlier ones, 0: off"
 ROTATION = "a deeper stage for weak clients: beside their prefix, or instead of it"
 DEADLINE = "seconds a job may take, devices plan for it"
@@ -60,7 +61,7 @@ class ServerOptions(Options, frozen=True, kw_only=True):
         flag("of the step from the global model to the aggregate", "--server-optimizer"),
     ] = "fedavgm"
     momentum: Annotated[Decay, flag("momentum of the server's step", "--server-momentum")] = 0.0
-    lr: Annotated[Rate, flag("fedadam, fedyogi: about a weight's step", "--server-lr")] = 1.0
+    lr: Annotated[Rate, flag(SERVER_LR, "--server-lr")] = 1.0
     beta2: Decay = 0.99
     tau: Rate = 1e-3
     damping: Annotated[Share, flag("0 owners' mean, 1 stale copy")] = 0.0

@@ -48,7 +48,7 @@ class Client:
     id: this device's name, default the host name. keys: the folder of this device's keys.
     server_key: the coordinator's public key or its file, default KEYS/server.public.
     memory_cap: most that training may use, bytes or "512M". threads: of torch, 0 for all cores.
-    imports: modules that register your model families. The trainer, another process than
+    imports: modules that register your model families or readers. The trainer, another process than
     yours, imports them, so a family cannot live in __main__.
     ignore_conditions: train the same when this device is hot, throttled or on a low battery.
     on_event: called with each Event in the thread of run(), so it must be quick. What it raises is

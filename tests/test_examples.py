@@ -1,4 +1,5 @@
-"""Every program in examples/ runs; client.py, which needs a coordinator, in test_client.py."""
+"""Every program in examples/ runs; client.py, which needs a coordinator, in test_client.py,
+own_method.py, own_rule.py and own_generator.py in test_own_method.py."""
 
 from __future__ import annotations
 
@@ -113,3 +114,26 @@ def test_two_devices_train_over_encrypted_links(tmp_path):
     rows = read_rows(tmp_path / "new" / "run", query)
     assert rows == [("pi-1", "ok", 3), ("pi-2", "ok", 3)]
     assert "finished, round 3 of 3" in ended.stdout
+
+
+def test_an_own_reader_reads_and_refuses(tmp_path):
+    pixels = [[3, *[0] * 783, 255], [7, *[255] * 784]]
+    (tmp_path / "pixels.csv").write_text("\n".join(",".join(map(str, line)) for line in pixels))
+    code = (
+        "import sys, own_reader; from edge_sdk.data import load\n"
+        "name, train, test = load(sys.argv[1])\n"
+        "print(name, train.x.shape, train.y.tolist(), train.x[0, 0, -1, -2:].tolist(), test)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'examples'}{os.pathsep}{ROOT}"}
+
+    def run():
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    # 0 and 255 become -1 and 1
+    assert run().stdout == "pixels (2, 1, 28, 28) [3, 7] [-1.0, 1.0] None\n"
+    (tmp_path / "pixels.csv").write_text("3,0,255")
+    assert run().stderr.endswith(
+        "pixels.csv: got lines of 3 numbers, expected lines of a label and 784 numbers from 0 to "
+        "255; correct the data\n"
+    )

@@ -203,13 +203,13 @@ def _changing(path: Path) -> Iterator[str]:
 
 
 def is_being_written(path: Path) -> bool:
-    """Maybe, this moment: what was just read of it may be half."""
+    """Whether the file changed so recently that what was just read of it may be half."""
     return 0 <= time.time() - stamp_of(path)[0] / 1e9 < SETTLED_S
 
 
 def _replace(path: Path, text: str) -> None:
-    """A link stays one: what it names is the list, of other folders too maybe, whose changes at the
-    same moment this folder's lock does not keep off."""
+    """Write the list. A symbolic link stays one: the file that it names is written. Where several
+    folders share that file, this folder's lock does not keep off the changes of the others."""
     path = path.resolve()
     write_whole(path, text, mode=mode_of(path, 0o644), owner_ids=heir_of(path))
 

@@ -71,7 +71,8 @@ class PendingKeys:
                 self._due = self._written + WRITE_S
 
     def write_if_due(self, is_known: Callable[[bytes], bool], *, is_last: bool = False) -> None:
-        """Write what is new, not too often. is_known: asked for every key; it is one no longer."""
+        """Write what is new, not too often. is_known: says of a key whether it has been
+        admitted meanwhile; such a key is left out."""
         with self._lock:
             if self._due is None or (self._timer() < self._due and not is_last):
                 return

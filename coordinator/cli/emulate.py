@@ -26,7 +26,7 @@ def add_emulate_command(commands: Any) -> None:
     parser = add_command(
         commands,
         "emulate",
-        "run the rounds over clients in this process",
+        "run the rounds over emulated clients, in one process or several",
         "edge-coordinator emulate --rounds 5 --participants 10 --run-dir runs/emulated",
     )
     add_run_arguments(parser)

@@ -134,7 +134,8 @@ class ZmqCohort:
         told, most = 0.0, -1
         while (here := self._num_here()) < (least := self._least()):
             if here > most:
-                most, self._progress = here, time.monotonic() if most >= 0 else self._progress
+                self._progress = time.monotonic() if most >= 0 else self._progress
+                most = here
             if time.monotonic() - told > TELL_S:
                 told = time.monotonic()
                 extra = event("waiting", ready=here, needed=least)
@@ -173,7 +174,8 @@ class ZmqCohort:
         Raises QuorumError."""
         jobs = self.jobs
         needed = self._hand_out(work, round, deadline_s)
-        told, returned = (started := time.monotonic()), 0
+        returned, started = 0, time.monotonic()
+        told = started
         while True:
             while jobs.finished:
                 result = jobs.finished.pop(0)
@@ -181,7 +183,7 @@ class ZmqCohort:
                 if isinstance(result, ClientUpdate):
                     self._progress = time.monotonic()
                     result = replace(result, staleness=round - result.round)
-                    returned += self._is_async or not result.staleness
+                    returned += int(self._is_async or not result.staleness)
                 yield result
                 del result  # no reference stays here
                 self._num_heard = 0  # messages waited for the caller
@@ -211,7 +213,7 @@ class ZmqCohort:
             self._at_hand,
             budget_bytes=self._budget_bytes,
             spool_bytes=folder_bytes(self._spool.folder),
-            pending=self._router.num_pending,
+            refused=self._router.num_refused,
             now=time.monotonic(),
         )
 
@@ -265,7 +267,7 @@ class ZmqCohort:
 
     def _check_progress(self, what: str) -> None:
         """Raise QuorumError if nothing has changed for too long. Parts that move are a change, and
-        so is every message of a device that is at work. what: is waited for, or is the matter."""
+        so is every message of a device that is at work. what: the beginning of the error."""
         limit, open_jobs, sessions = self._give_up_after_s, self.jobs.open, self.sessions.all
         if not limit or time.monotonic() - self._progress <= limit:
             return
@@ -290,8 +292,8 @@ class ZmqCohort:
         self._counters.count_result(name, "late" if result.outcome == "straggler" else "failed")
 
     def _drain(self) -> None:
-        """Handle what came while the caller did not listen, up to a result, which is taken before
-        what its device says next is handled, as a ready; a bounded number of messages."""
+        """Handle messages that came while the caller did not listen, a bounded number, up to a
+        result: the caller takes that before the device's next message is handled."""
         for _ in range(self._many):
             if not self._pump(0) or self.jobs.finished:
                 return
@@ -326,7 +328,7 @@ class ZmqCohort:
         return has_message
 
     def _look(self, now: float) -> None:
-        """See after sessions, participants that are not connected, and transfers that stalled."""
+        """Look after sessions, participants that are not connected, and transfers that stalled."""
         for happened in self.sessions.check_links(now, self.jobs.transfers.patience_s()):
             self._tell_jobs(happened)
         for name in self.jobs.awaited - self.sessions.all.keys():

@@ -10,7 +10,8 @@ from edge_sdk.protocol.messages import Accepted, Fault
 
 
 class Endings:
-    """was_counted(job): whether a committed round holds its update."""
+    """Tells devices how their jobs ended, again where a full queue kept it from them.
+    was_counted(job): whether a committed round holds its update."""
 
     def __init__(self, sessions: Sessions, was_counted: Callable[[str], bool]) -> None:
         self._sessions = sessions

@@ -36,8 +36,8 @@ CLOSED = "the round was closed without this update"
 
 
 class Jobs:
-    """was_counted(job): whether a committed round holds its update. Results gather in `finished`,
-    from where the cohort takes them."""
+    """All open jobs of a run, by client, and what becomes of each. was_counted(job): whether a
+    committed round holds its update. Results gather in `finished`; the cohort takes them there."""
 
     def __init__(
         self,

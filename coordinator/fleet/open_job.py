@@ -25,7 +25,8 @@ MOST_WANTED = 16  # ranges of parts that a device may have asked for and not bee
 
 @dataclass
 class OpenJob:
-    """phase: see job_phases; changed by happens() only. Times are of time.monotonic()."""
+    """A job that a client has in hand. phase: see job_phases.py; only advance() changes it. Times
+    are of time.monotonic()."""
 
     client: Client
     job: Job

@@ -151,7 +151,7 @@ class Router:
         return True, Received(route, name, message, payload, address, key)
 
     @property
-    def num_pending(self) -> int:
+    def num_refused(self) -> int:
         """Connections refused for their key, since the start."""
         return self._credentials.num_refused if self._credentials else 0
 

@@ -35,7 +35,7 @@ def cohort_state(
     *,
     budget_bytes: int,
     spool_bytes: int,
-    pending: int,
+    refused: int,
     now: float,
 ) -> CohortState:
     """The state as the status page tells it. sessions: of the clients that are connected."""
@@ -61,7 +61,7 @@ def cohort_state(
         updates_stale=counters.updates["stale"],
         updates_failed=counters.updates["failed"],
         faults=dict(counters.faults),
-        strangers=pending,
+        strangers=refused,
     )
 
 

@@ -13,7 +13,8 @@ from edge_sdk.protocol.stream import PART_BYTES
 
 
 class Transfers:
-    """open_jobs: by client, kept by their owner."""
+    """Moves the parts of jobs and updates, as many at once as the budget allows. open_jobs: by
+    client; whoever made the mapping changes it."""
 
     def __init__(
         self, open_jobs: Mapping[str, OpenJob], budget: Budget, sessions: Sessions

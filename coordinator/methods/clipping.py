@@ -42,7 +42,8 @@ NONE = -1.0
 
 
 class NormClip:
-    """norms: (stages, 2, MEMORY) float64, the newest last, -1 where there is none yet."""
+    """Bounds how far an update may move, by the norms of earlier ones. norms: (stages, 2,
+    MEMORY) float64, the newest last, -1 where there is none yet."""
 
     def __init__(
         self, factor: float, parameters: Collection[str], num_stages: int, seed: int

@@ -35,7 +35,8 @@ MAX_WEIGHT = 1e6  # of what generators learn from; squares and products of it st
 
 
 class DepthAveraging:
-    """rule: the segments that a client trains in a round."""
+    """Each client trains the segments that `rule` gives it; each tensor becomes the mean over its
+    owners, and `generator` stands in for those who lack a stage."""
 
     def __init__(
         self, config: RunConfig, rule: SegmentRule, generator: Generator | None = None

@@ -39,11 +39,11 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """exit: the deepest e whose prefix (1, e) fits, 0 if none does. stages: deeper ones that would
-    each fit alone, with everything before frozen. prefix_s, stage_s: what prefix and stages take;
-    0 where compute was not measured. A job of several takes the sum, and the memory of the largest
-    row: one is trained after the other, in one model, which is as deep as the deepest of `stages`.
-    reason: what limits, one line."""
+    """What a device could train. exit: the deepest e whose prefix (1, e) fits, 0 if none does.
+    stages: deeper ones that would each fit alone, with everything before frozen. prefix_s,
+    stage_s: what prefix and stages take; 0 where compute was not measured. A job of several
+    takes the sum, and the memory of the largest row: one is trained after the other, in one
+    model, which is as deep as the deepest of `stages`. reason: what limits, one line."""
 
     exit: int
     stages: tuple[int, ...]

@@ -305,7 +305,7 @@ def _whole(sizes: Counter[str], number: int) -> int:
 
 
 def _again(sizes: Counter[str], number: int) -> int:
-    """Beside what a stage holds that runs again are its input and those of the stages before it."""
+    """What a stage that is run again holds: its own, its input, the inputs of the stages before."""
     up_to = sizes["stages"] if number == LAST else number
     inputs = sum(sizes[f"input {n}"] for n in range(1, up_to + 1))
     return inputs + sizes[f"{number}"] + sizes[f"widest {number}"]

@@ -55,7 +55,7 @@ def add_memory_cap(parser: argparse._ActionsContainer) -> None:
 
 def add_imports(parser: argparse._ActionsContainer) -> None:
     """--import MODULE, any number of times: a list `imports`, or None."""
-    said = "Python module that registers your model families"
+    said = "Python module that registers your model families or readers"
     parser.add_argument("--import", dest="imports", action="append", metavar="MODULE", help=said)
 
 

@@ -70,7 +70,7 @@ def test_what_cannot_be_measured_is_one_line(run, tmp_path, capsys):
     data = str(run / "test.npz")
     assert main(["--weights", str(tmp_path / "other"), "--data", data]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("bench_infer: ")
+    assert said.startswith("bench.infer: ")
     assert "expected a model.safetensors" in said
     assert said.count("\n") == 1
     with pytest.raises(SystemExit):

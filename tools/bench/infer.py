@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += found
             about.append(made)
     except EdgeError as error:
-        print(f"bench_infer: {error}", file=sys.stderr)
+        print(f"bench.infer: {error}", file=sys.stderr)
         return 1
     print(*about, sep="\n")
     columns = [*max(rows, key=len)]  # of the model with the most exits

@@ -303,7 +303,7 @@ def start_ours(stack: contextlib.ExitStack, cell: Cell) -> Watch:
 
 
 def serve(megabytes: str, clients: str, rounds: str, keys: str, marks: str) -> int:
-    """Our server's process; the client of it is bench_wire's own."""
+    """Our server's process; the client of it is that of tools/bench/wire.py."""
 
     def mark(what: str) -> None:
         with Path(marks).open("a") as file:

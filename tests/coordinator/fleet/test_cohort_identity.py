@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from coordinator.admission.client_list import remove_client
-from coordinator.fleet import sessions as devices_module
+from coordinator.fleet import sessions as sessions_module
 from coordinator.fleet.router import Received
 from edge_sdk.protocol.keys import make_keys, read_keys
 from edge_sdk.protocol.messages import (
@@ -168,7 +168,7 @@ def test_two_programs_with_one_key_the_first_stays(coordinator, devices):
 
 def test_program_that_does_not_answer_loses_its_place(coordinator, devices, monkeypatch):
     """Half-open: its connection stands, and nobody is behind it."""
-    monkeypatch.setattr(devices_module, "PROBE_S", 0.5)
+    monkeypatch.setattr(sessions_module, "PROBE_S", 0.5)
     good, bad = devices
     round = give_jobs(coordinator, good, bad)
     second = coordinator.device("bad")
@@ -220,7 +220,7 @@ def test_pause_of_the_caller_is_no_answer_to_a_probe(tmp_path):
     cohort._pump()
     cohort.sessions.check_links(time.monotonic(), {})
     assert len(lines.sent) == 2  # it is not known yet who is there
-    cohort.sessions.check_links(time.monotonic() + 5.0 + devices_module.PROBE_S + 0.1, {})
+    cohort.sessions.check_links(time.monotonic() + 5.0 + sessions_module.PROBE_S + 0.1, {})
     assert [(route, type(message)) for route, message in lines.sent[2:]] == [(b"2", Welcome)]
 
 
@@ -334,7 +334,7 @@ def test_a_key_that_is_replaced_while_it_claims_a_place_does_not_get_it(tmp_path
     for session in ("1", "2"):
         said = ScriptedDevice.make_hello(SimpleNamespace(name="a", session=session))
         cohort.sessions.on_hello(Received(session.encode(), "a", said, None), said)
-    cohort.sessions.check_links(time.monotonic() + devices_module.PROBE_S + 0.1, {})
+    cohort.sessions.check_links(time.monotonic() + sessions_module.PROBE_S + 0.1, {})
     route, refused = lines.sent[-1]
     assert (route, refused.code) == (b"2", "admission")
     assert cohort.sessions.all["a"].route == b"1"
@@ -354,7 +354,7 @@ def test_the_hub_knows_whose_key_a_message_had(gate, member):
 
 
 def test_names_without_keys_are_bounded(make_coordinator, monkeypatch):
-    monkeypatch.setattr(devices_module, "MAX_CLIENTS", 2)
+    monkeypatch.setattr(sessions_module, "MAX_CLIENTS", 2)
     coordinator = make_coordinator(*BOTH, is_insecure=True)
     good, bad = coordinator.gather()
     round = give_jobs(coordinator, good, bad)
@@ -368,7 +368,7 @@ def test_names_without_keys_are_bounded(make_coordinator, monkeypatch):
 
 
 def test_keys_need_no_bound(make_coordinator, monkeypatch):
-    monkeypatch.setattr(devices_module, "MAX_CLIENTS", 1)
+    monkeypatch.setattr(sessions_module, "MAX_CLIENTS", 1)
     coordinator = make_coordinator(*BOTH)
     good, bad = coordinator.gather()
     end_well(give_jobs(coordinator, good, bad), good, bad)

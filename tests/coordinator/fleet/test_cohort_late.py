@@ -11,7 +11,7 @@ import torch
 
 from coordinator.cohorts.base import Client, ClientUpdate
 from coordinator.fleet import cohort as cohort_module
-from coordinator.fleet import sessions as devices_module
+from coordinator.fleet import sessions as sessions_module
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.flow_control import Budget
 from coordinator.fleet.jobs import Jobs
@@ -39,9 +39,9 @@ from tests.support.jobs_and_results import (
 # -- late updates ----------------------------------------------------------------------------------
 
 
-def late_pair(make_coordinator: Callable[..., Coordinator], **terms: Any) -> tuple[Any, ...]:
+def late_pair(make_coordinator: Callable[..., Coordinator], **settings: Any) -> tuple[Any, ...]:
     """After a round that closed without the bad one, which has its job in hand still."""
-    coordinator = make_coordinator(*BOTH, **{"quorum": 0.5, "grace_s": 0.1, "oldest": 2} | terms)
+    coordinator = make_coordinator(*BOTH, **{"quorum": 0.5, "grace_s": 0.1, "oldest": 2} | settings)
     good, bad = coordinator.gather()
     round = coordinator.train(work(*BOTH), deadline_s=0.1)
     bad.take_job()
@@ -104,7 +104,7 @@ def test_gone_device_that_comes_back_with_its_update_is_late(make_coordinator, s
 
 
 def test_late_device_that_lost_its_job_is_free_again(make_coordinator, monkeypatch):
-    monkeypatch.setattr(devices_module, "PROBE_S", 0.0)
+    monkeypatch.setattr(sessions_module, "PROBE_S", 0.0)
     coordinator, good, bad = late_pair(make_coordinator, min_clients=2)
     round = give_jobs(coordinator, good, round=2)
     bad.restart()
@@ -255,15 +255,15 @@ def test_restarted_coordinator_goes_on_with_what_devices_have(make_coordinator, 
 
 def test_late_update_that_had_arrived_outlives_the_coordinator(make_coordinator, tmp_path):
     spool = tmp_path / "spool"
-    terms = {"is_insecure": True, "spool": spool}
-    first, good, bad = late_pair(make_coordinator, **terms)
+    settings = {"is_insecure": True, "spool": spool}
+    first, good, bad = late_pair(make_coordinator, **settings)
     round = first.train(work("good"), round=2)
     good.take_job()
     bad.return_update()
     first.close("coordinator stopped")
     assert isinstance(round.exception(WAIT_S), cohort_module.Stopped)
 
-    second = make_coordinator(*BOTH, quorum=0.5, oldest=2, next_round=2, **terms)
+    second = make_coordinator(*BOTH, quorum=0.5, oldest=2, next_round=2, **settings)
     second.ask(lambda cohort: cohort.expect([Client(id="good", exit=3, num_examples=10)], 1))
     round = second.train(work("good"), round=2)
     again = come_back(second, good)
@@ -278,11 +278,11 @@ def test_late_update_that_had_arrived_outlives_the_coordinator(make_coordinator,
 
 def test_late_update_that_had_not_arrived_outlives_the_coordinator_too(make_coordinator, tmp_path):
     """It comes before the first round that the new coordinator opens."""
-    terms = {"is_insecure": True, "spool": tmp_path / "spool"}
-    first, good, bad = late_pair(make_coordinator, **terms)
+    settings = {"is_insecure": True, "spool": tmp_path / "spool"}
+    first, good, bad = late_pair(make_coordinator, **settings)
     first.close("coordinator stopped")
 
-    second = make_coordinator(*BOTH, quorum=1.0, oldest=2, next_round=2, **terms)
+    second = make_coordinator(*BOTH, quorum=1.0, oldest=2, next_round=2, **settings)
     waiting = second.clients()
     bad = come_back(second, bad)
     bad.return_update()
@@ -303,8 +303,8 @@ def test_resumed_run_goes_on_with_a_quorum_a_new_one_needs_all(
 ):
     """After it had waited for the others for as long as a device may be silent."""
     monkeypatch.setattr(cohort_module, "SILENCE_S", 0.3)
-    terms = {"is_insecure": True, "quorum": 0.5, "give_up_after_s": 1.0}
-    coordinator = make_coordinator(*BOTH, next_round=next_round, **terms)
+    settings = {"is_insecure": True, "quorum": 0.5, "give_up_after_s": 1.0}
+    coordinator = make_coordinator(*BOTH, next_round=next_round, **settings)
     waiting = coordinator.clients()
     coordinator.device("good").join()
     if next_round == 1:
@@ -325,8 +325,8 @@ def test_resumed_round_needs_a_quorum_of_those_who_were_chosen(make_coordinator)
     """Two were, one is needed; both had failed, and a third was asked. One of the two still trains
     when the third has returned: that ends the round, as it had without the kill."""
     names = ("a", "b", "c")
-    terms = {"quorum": 0.5, "grace_s": 0.2, "give_up_after_s": 3.0}
-    coordinator = make_coordinator(*names, is_insecure=True, **terms)
+    settings = {"quorum": 0.5, "grace_s": 0.2, "give_up_after_s": 3.0}
+    coordinator = make_coordinator(*names, is_insecure=True, **settings)
     known = [Client(id=name, exit=3, num_examples=10) for name in names]
     coordinator.ask(lambda cohort: cohort.expect(known, 2)).result(WAIT_S)
     round = coordinator.train(work(*names), deadline_s=0.1)
@@ -341,8 +341,8 @@ def test_resumed_round_needs_a_quorum_of_those_who_were_chosen(make_coordinator)
 
 def test_run_killed_in_its_first_round_needs_a_quorum_for_the_second(make_coordinator, monkeypatch):
     monkeypatch.setattr(cohort_module, "SILENCE_S", 0.3)
-    terms = {"quorum": 0.5, "give_up_after_s": 3.0, "grace_s": 0.1}
-    coordinator = make_coordinator(*BOTH, is_insecure=True, **terms)
+    settings = {"quorum": 0.5, "give_up_after_s": 3.0, "grace_s": 0.1}
+    coordinator = make_coordinator(*BOTH, is_insecure=True, **settings)
     known = [Client(id=name, exit=3, num_examples=10) for name in BOTH]
     coordinator.ask(lambda cohort: cohort.expect(known, 2)).result(WAIT_S)
     round = coordinator.train(work(*BOTH))

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from coordinator.fleet import sessions as devices_module
+from coordinator.fleet import sessions as sessions_module
 from coordinator.fleet.jobs import MOST_GIVEN
 from edge_sdk.protocol.messages import Accepted, Bye, Fault, Fetch
 from edge_sdk.protocol.stream import PART_BYTES
@@ -43,7 +43,7 @@ def test_participant_that_left_before_its_job(coordinator, devices):
 
 
 def test_restarted_device_gets_its_job_again_when_it_is_ready(coordinator, devices, monkeypatch):
-    monkeypatch.setattr(devices_module, "PROBE_S", 0.0)
+    monkeypatch.setattr(sessions_module, "PROBE_S", 0.0)
     good, bad = devices
     round = give_jobs(coordinator, good, bad)
     job = bad.job
@@ -56,7 +56,7 @@ def test_restarted_device_gets_its_job_again_when_it_is_ready(coordinator, devic
 
 
 def test_device_that_restarts_again_and_again_fails(coordinator, devices, monkeypatch):
-    monkeypatch.setattr(devices_module, "PROBE_S", 0.0)
+    monkeypatch.setattr(sessions_module, "PROBE_S", 0.0)
     good, bad = devices
     round = coordinator.train(work(*BOTH))
     good.take_job()
@@ -68,7 +68,7 @@ def test_device_that_restarts_again_and_again_fails(coordinator, devices, monkey
 
 
 def test_device_that_comes_back_and_can_train_less_fails(coordinator, devices, monkeypatch):
-    monkeypatch.setattr(devices_module, "PROBE_S", 0.0)
+    monkeypatch.setattr(sessions_module, "PROBE_S", 0.0)
     good, bad = devices
     round = give_jobs(coordinator, good, bad)
     bad.restart()
@@ -217,7 +217,7 @@ def test_ready_that_waited_for_the_caller_counts(make_coordinator):
 def test_device_that_failed_by_what_it_is_ready_for_is_ready_for_the_next_round(
     make_coordinator, monkeypatch, how
 ):
-    monkeypatch.setattr(devices_module, "PROBE_S", 0.0)
+    monkeypatch.setattr(sessions_module, "PROBE_S", 0.0)
     coordinator = make_coordinator(*BOTH, is_insecure=True, quorum=0.5)
     good, bad = coordinator.gather()
     round = coordinator.train(work(*BOTH))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.fleet import flow_control as credit_module
+from coordinator.fleet import flow_control as flow_control_module
 from coordinator.fleet.flow_control import LINK_S, SLOW_WINDOW, WINDOW, Budget, LinkRate
 from edge_sdk.protocol.stream import PART_BYTES
 
@@ -172,4 +172,4 @@ def test_patience_follows_the_pace(monkeypatch):
     assert quick.patience_s(8 * PART_BYTES) == LINK_S + 64.0
     fresh = LinkRate()
     fresh.halve()  # never measured: half of what it was taken for
-    assert fresh.rate == credit_module.UNKNOWN_RATE / 2
+    assert fresh.rate == flow_control_module.UNKNOWN_RATE / 2

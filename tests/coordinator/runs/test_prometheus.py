@@ -209,8 +209,8 @@ def make_coordinator(tmp_path, monkeypatch) -> Iterator[Callable[..., Coordinato
     monkeypatch.setattr(cohort_module, "FAREWELL_S", 0.0)  # the devices here do not answer a bye
     made: list[Coordinator] = []
 
-    def make(**terms: Any) -> Coordinator:
-        made.append(Coordinator(tmp_path / str(len(made)), ("a", "b"), **terms))
+    def make(**settings: Any) -> Coordinator:
+        made.append(Coordinator(tmp_path / str(len(made)), ("a", "b"), **settings))
         return made[-1]
 
     yield make
