@@ -180,7 +180,8 @@ class Machine:
         (site / "packages.pth").write_text("/opt/packages\n")
         script = prefix / "bin" / "edge-sdk"
         script.write_text(
-            f"#!{PREFIX}/bin/python3\nimport sys\nfrom edge_sdk.cli import main\nsys.exit(main())\n"
+            f"#!{PREFIX}/bin/python3\nimport sys\nfrom edge_sdk.cli.__main__ import main\n"
+            "sys.exit(main())\n"
         )
         script.chmod(0o755)
 
