@@ -33,7 +33,8 @@ from coordinator.runs.evaluate import Personalised, personalised_accuracy
 from coordinator.runs.exporting import check_export, export_served
 from coordinator.runs.rounds import check_folder, print_round, run_rounds
 from coordinator.settings import checked, shaped
-from coordinator.store.store import Store, open_store
+from coordinator.store.opening import open_store
+from coordinator.store.store import Store
 from edge_sdk.capacity.costs import in_model, peak_bytes
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import MIN_BATCH

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -27,7 +27,7 @@ from coordinator.store.status import (
     identity,
     utc,
 )
-from edge_sdk.errors import QuorumError
+from edge_sdk.errors import QuorumError, StoreError
 from edge_sdk.helpers.logs import event
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ TELL_S = 2.0
 
 class Monitor:
     """Keeps `latest`, which other threads may read, and the file. look: the cohort's state now;
-    asked in the caller's thread only. clock: seconds that only grow."""
+    asked in the caller's thread only. clock: seconds that only grow. check_held: raises StoreError
+    when the folder is not the run's any more; then nothing is written there."""
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class Monitor:
         rounds: int,
         look: Callable[[], CohortState],
         clock: Callable[[], float] = time.monotonic,
+        check_held: Callable[[], None] = lambda: None,
     ) -> None:
         now, pid = utc(), os.getpid()
         self.latest = Snapshot(
@@ -62,10 +64,12 @@ class Monitor:
         self._file = StatusFile(folder / FILE)
         self._look = look
         self._clock = clock
+        self._check_held = check_held
         self._publish()
 
     def tick(self) -> None:
-        """Tell again if it is time; to be called at every message."""
+        """Tell again if it is time; to be called at every message. Raises StoreError."""
+        self._check_held()
         if self._clock() >= self._due:
             self._publish()
 
@@ -111,12 +115,14 @@ class Monitor:
             self.phase("gave up", reason=str(error))
             raise
         except BaseException as error:
-            self.phase("failed", reason=f"{type(error).__name__}: {error}")
+            with suppress(StoreError):  # the folder is another's
+                self.phase("failed", reason=f"{type(error).__name__}: {error}")
             raise
         else:
             self.phase("finished" if is_finished() else "stopped")
 
     def _publish(self) -> None:
         self.latest = replace(self.latest, cohort=self._look(), written_utc=utc())
+        self._check_held()
         self._file.write(self.latest)
         self._due = self._clock() + TELL_S

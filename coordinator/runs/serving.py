@@ -22,7 +22,8 @@ from coordinator.runs.monitor import Monitor
 from coordinator.runs.prometheus import MetricsServer, metrics_flag
 from coordinator.runs.rounds import RoundReport, check_folder, print_round, run_rounds
 from coordinator.settings import checked, shaped
-from coordinator.store.store import SPOOL, Store, open_store
+from coordinator.store.opening import open_store
+from coordinator.store.store import SPOOL, Store
 from edge_sdk.data.loading import Examples, load
 from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.helpers import logs
@@ -148,7 +149,9 @@ def serve_rounds(
             store.close()
             router.close()
             raise
-        monitor = Monitor(store.folder, store.run, config.rounds, cohort.snapshot)
+        monitor = Monitor(
+            store.folder, store.run, config.rounds, cohort.snapshot, check_held=store.check_held
+        )
         if metrics:
             metrics.latest = lambda: monitor.latest
         try:

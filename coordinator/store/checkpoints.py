@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +18,16 @@ SAFETENSORS_DRAFT = ".tmp" + 6 * "[0-9A-Za-z]"
 
 def checkpoint_name(round: int) -> str:
     return f"round-{round:06d}.safetensors"
+
+
+def sweep(folder: Path, kept: Iterable[str]) -> None:
+    """Delete what a run that was killed left of checkpoints: drafts, and all but those `kept`."""
+    kept = set(kept)
+    for pattern in (SAFETENSORS_DRAFT, ".round-*.new", "round-*.safetensors"):
+        for path in folder.glob(pattern):
+            if path.name not in kept:
+                with suppress(OSError):
+                    path.unlink()
 
 
 def write_checkpoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edge_sdk.errors import StoreError
@@ -29,9 +29,9 @@ class RunLock:
     """Raises StoreError if another process has it, or the folder cannot be written."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / LOCK
-        with writing(path):
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._path = folder / LOCK
+        with writing(self._path):
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             lock(self._file)
             os.ftruncate(self._file, 0)
@@ -44,6 +44,17 @@ class RunLock:
             ) from error
         except OSError:  # a full disk: the lock holds without the number
             pass
+
+    def check(self) -> None:
+        """Raise StoreError if the folder is no longer the one that was locked."""
+        with suppress(OSError):
+            if os.path.samestat(self._path.stat(), os.fstat(self._file)):
+                return
+        raise StoreError(
+            f"{self._path.parent} was deleted or replaced while this run was at work, so nothing "
+            "more is written there; put the run's folder back and go on with --resume, or start "
+            "another run"
+        )
 
     def release(self) -> None:
         os.close(self._file)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,8 +28,7 @@ from torch import Tensor
 from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig, read_config
 from coordinator.methods.base import Metrics
-from coordinator.settings import differences
-from coordinator.store.checkpoints import checkpoint_name, write_checkpoint
+from coordinator.store.checkpoints import checkpoint_name, sweep, write_checkpoint
 from coordinator.store.database import DATABASE, connect_to_read, connect_to_write
 from coordinator.store.lock import RunLock
 from coordinator.store.round_journal import RoundJournal
@@ -40,7 +40,7 @@ from coordinator.store.tables import (
     insert,
     participation_row,
 )
-from edge_sdk.errors import ConfigError, StoreError
+from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import is_there, sync
 from edge_sdk.protocol.messages import ModelSpec, Phase
 from edge_sdk.protocol.tensors import Tensors
@@ -68,6 +68,23 @@ class Store:
     def lock(self) -> None:
         """Keep every other process from writing until this store is closed. Raises StoreError."""
         self._lock = RunLock(self.folder)
+
+    def check_held(self) -> None:
+        """Raise StoreError if the folder was deleted or replaced since it was locked."""
+        if self._lock:
+            self._lock.check()
+
+    def extend(self, rounds: int) -> None:
+        """The run is to have more rounds than it was started with. Raises StoreError."""
+        self.config = replace(self.config, rounds=rounds)
+        with self._writing():
+            self._db.execute("UPDATE runs SET config = ?", (self.config.to_json(),))
+            self._db.commit()
+
+    def sweep(self) -> None:
+        """Delete checkpoints that no committed round names, as a kill leaves them."""
+        kept = "SELECT checkpoint FROM rounds ORDER BY round DESC LIMIT ?"
+        sweep(self.folder, (name for (name,) in self._read(kept, KEPT_CHECKPOINTS)))
 
     @staticmethod
     def check_free(folder: Path) -> None:
@@ -188,6 +205,7 @@ class Store:
 
     def begin(self, round: int, chosen: Iterable[Client]) -> None:
         """Note that these clients take part in the round too. Raises StoreError."""
+        self.check_held()
         try:
             self._journal.add(round, chosen)
         except OSError as error:
@@ -232,6 +250,7 @@ class Store:
     ) -> RoundTotals:
         """Make the round final. Raises StoreError (disk full, read-only) and then changes nothing:
         the run resumes at this round."""
+        self.check_held()
         name = checkpoint_name(round)
         for phase, time in metrics.phases.items():
             self._phase(round, None, phase, time)
@@ -257,6 +276,7 @@ class Store:
 
     def write_model(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Path:
         """The model to use as `model.safetensors`, its ModelSpec as JSON in the file's metadata."""
+        self.check_held()
         path = self.folder / "model.safetensors"
         try:
             write_checkpoint(path, tensors, {"spec": msgspec.json.encode(spec).decode()})
@@ -341,20 +361,3 @@ def _per_exit(values: Mapping[str, float], prefix: str) -> list[float]:
 
 def _utc() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Store:
-    """Begin a run, or with `resume` go on with the one there, which must have the same settings."""
-    store = Store.resume(folder) if resume else Store.create(folder, config, kind)
-    try:
-        store.lock()
-    except StoreError:
-        store.close()
-        raise
-    if store.config.to_json() != config.to_json():
-        store.close()
-        raise ConfigError(
-            f"{folder} was started with other settings: {differences(store.config, config)}; "
-            "resume with the same flags"
-        )
-    return store

@@ -307,7 +307,7 @@ def test_resume_names_the_settings_that_differ(tmp_path, capsys):
     assert "--option {} (now {'channels': (4, 4, 4)}), --seed 0 (now 5)," in said
     assert "--server-lr 0.75 (now 0.5)" in said
     assert "--alpha 0.5 (now 2.0)" in said
-    assert "--rounds" not in said
+    assert "--rounds" not in said.partition("; resume")[0]
 
 
 def test_a_run_without_a_folder_is_not_to_be_resumed(capsys):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.cli.main import main as coordinate
-from coordinator.store.store import Store, open_store
+from coordinator.store.opening import open_store
+from coordinator.store.store import Store
 from edge_sdk.errors import StoreError
 from edge_sdk.infer.model_folder import read_model
 from tests.coordinator.store.test_reader import writer

@@ -1,0 +1,39 @@
+"""A run's folder as a command opens it: a new run, or one that goes on."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from coordinator.config import RunConfig
+from coordinator.settings import differences
+from coordinator.store.store import Store
+from edge_sdk.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Store:
+    """Begin a run, or with `resume` go on with the one there, which must have the same settings;
+    of rounds there may be more. Raises ConfigError, StoreError."""
+    store = Store.resume(folder) if resume else Store.create(folder, config, kind)
+    with ExitStack() as stack:  # closes it after an error
+        stack.callback(store.close)
+        store.lock()
+        held = store.config
+        is_same = replace(held, rounds=config.rounds).to_json() == config.to_json()
+        if not is_same or config.rounds < held.rounds:
+            raise ConfigError(
+                f"{folder} was started with other settings: {differences(held, config)}; resume "
+                "with the same flags; --rounds alone may be higher"
+            )
+        if config.rounds > held.rounds:
+            store.extend(config.rounds)
+            log.info("the run gets %d rounds instead of %d", config.rounds, held.rounds)
+        if resume:
+            store.sweep()
+        stack.pop_all()
+    return store
