@@ -13,7 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.protocol.messages import Index, ModelSpec, Plan, Seconds, Segment
+from edge_sdk.protocol.messages import Index, InputScaling, ModelSpec, Plan, Seconds, Segment
 
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Decay: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
@@ -157,6 +157,7 @@ class RunConfig(Options, frozen=True, kw_only=True):
     method: str
     model: ModelSpec  # exit = the number of exits of the whole model
     data: str = ""  # what the common test set comes from
+    scaling: InputScaling | None = None  # of that data's inputs; None: not known
     rounds: Annotated[Index, flag("of the whole run")]
     participants: Annotated[Index | None, flag("clients per round, default all")] = None
     epochs: Annotated[Index, flag("local epochs")] = 1

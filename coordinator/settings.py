@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from coordinator.config import PARTS, Options, Own, RunConfig
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.helpers.text import one_line
-from edge_sdk.protocol.messages import Plan
+from edge_sdk.protocol.messages import InputScaling, Plan
 
 
 def whole_numbers(text: str, flag: str) -> list[int]:
@@ -44,6 +44,7 @@ OTHER_FLAGS = {  # of settings that do not say it themselves
     "model.options": "--option",
     "model.input_shape": "--input",
     "model.num_classes": "--classes",
+    "scaling": "the scaling of --data (serve: --test)",
     "population.holdout": "--personalise",
 }
 
@@ -171,7 +172,12 @@ def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def shaped(config: RunConfig, input_shape: tuple[int, ...], num_classes: int) -> RunConfig:
+def shaped(
+    config: RunConfig,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    scaling: InputScaling | None = None,
+) -> RunConfig:
     """With a model for that data. Raises DataError for data of one class."""
     if num_classes < 2:
         raise DataError(
@@ -179,7 +185,7 @@ def shaped(config: RunConfig, input_shape: tuple[int, ...], num_classes: int) ->
             "apart; give other data"
         )
     spec = replace(config.model, input_shape=tuple(input_shape), num_classes=num_classes)
-    return replace(config, model=spec)
+    return replace(config, model=spec, scaling=scaling)
 
 
 def differences(old: RunConfig, new: RunConfig) -> str:

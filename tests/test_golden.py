@@ -50,6 +50,7 @@ from edge_sdk.protocol.messages import (
     Fetch,
     Heartbeat,
     Hello,
+    InputScaling,
     Job,
     Join,
     Joined,
@@ -100,10 +101,12 @@ SPECS = (
     TensorSpec(name="exits.0.2.bias", shape=(10,), dtype="float16", role="correction"),
     TensorSpec(name="stages.1.1.count", shape=(), dtype="int64", role="teacher"),
 )
+SCALING = InputScaling(low=-1.0, high=0.75, divisor=127.5, offset=1.0)
+NAMES = "00112233445566778899aabbccddeeff"
 JOB = "0123456789abcdef0123456789abcdef"
 EXAMPLES: tuple[Message, ...] = (
     Hello(
-        protocol=4,
+        protocol=5,
         client_id="pi-4.kitchen_1",
         session="5f0c9a6e1b2d3c4f",
         profile=DeviceProfile(
@@ -123,12 +126,21 @@ EXAMPLES: tuple[Message, ...] = (
         num_examples=640,
         input_shape=(1, 28, 28),
         num_classes=10,
+        scaling=SCALING,
+        class_names=NAMES,
         round=7,
         job=JOB,
         software="edge-sdk 0.1.0",
     ),
     Welcome(
-        protocol=4, run="a1b2c3d4e5f6", model=MODEL, plan=PLAN, deadline_s=90.5, heartbeat_s=5.0
+        protocol=5,
+        run="a1b2c3d4e5f6",
+        model=MODEL,
+        plan=PLAN,
+        deadline_s=90.5,
+        heartbeat_s=5.0,
+        scaling=SCALING,
+        class_names=NAMES,
     ),
     Ready(
         exit=2,

@@ -20,7 +20,7 @@ from coordinator.fleet.counters import Counters
 from coordinator.fleet.flow_control import BUDGET_BYTES, Budget
 from coordinator.fleet.jobs import Jobs
 from coordinator.fleet.router import Outcast, Received, Router
-from coordinator.fleet.sessions import SILENCE_S, Gone, Session, Sessions
+from coordinator.fleet.sessions import SILENCE_S, Gone, Session, Sessions, welcome_of
 from coordinator.fleet.spool import Spool
 from coordinator.fleet.state import RoundAtHand, cohort_state, folder_bytes
 from coordinator.store.status import CohortState
@@ -28,7 +28,6 @@ from edge_sdk.errors import QuorumError
 from edge_sdk.helpers.logs import event
 from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.messages import (
-    PROTOCOL,
     Bye,
     Fault,
     Fetch,
@@ -38,7 +37,6 @@ from edge_sdk.protocol.messages import (
     Part,
     Ready,
     Update,
-    Welcome,
 )
 
 log = logging.getLogger(__name__)
@@ -84,15 +82,7 @@ class ZmqCohort:
         self._spool = spool
         self._counters = counters = Counters()
         self._should_stop = should_stop
-        welcome = Welcome(
-            protocol=PROTOCOL,
-            run=run,
-            model=model,
-            plan=config.plan(config.rounds),
-            deadline_s=config.deadline_s,
-            heartbeat_s=HEARTBEAT_S,
-        )
-        self.sessions = Sessions(router, welcome, counters)
+        self.sessions = Sessions(router, welcome_of(config, model, run, HEARTBEAT_S), counters)
         self.jobs = Jobs(
             run,
             spool,

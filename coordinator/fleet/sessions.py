@@ -13,15 +13,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coordinator.cohorts.base import Client
+from coordinator.config import RunConfig
 from coordinator.fleet.counters import MAX_CLIENTS, Counters
 from coordinator.fleet.router import NOT_ADMITTED, Received, Router
 from edge_sdk.helpers.logs import event
 from edge_sdk.protocol.link import Payload
-from edge_sdk.protocol.messages import Bye, Fault, Hello, Message, Probe, Ready, Welcome
+from edge_sdk.protocol.messages import (
+    PROTOCOL,
+    Bye,
+    Fault,
+    Hello,
+    Message,
+    ModelSpec,
+    Probe,
+    Ready,
+    Welcome,
+)
 
 log = logging.getLogger(__name__)
 SILENCE_S = 45.0  # a device that says nothing for so long is gone, unless a part is on its way
 PROBE_S = 3.0  # in which the device that was there first must answer
+
+
+def welcome_of(config: RunConfig, model: ModelSpec, run: str, heartbeat_s: float) -> Welcome:
+    """What every device of a run is answered. model: that of the run's method."""
+    return Welcome(
+        protocol=PROTOCOL,
+        run=run,
+        model=model,
+        plan=config.plan(config.rounds),
+        deadline_s=config.deadline_s,
+        heartbeat_s=heartbeat_s,
+        scaling=config.scaling,
+    )
 
 
 @dataclass

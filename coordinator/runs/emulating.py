@@ -91,10 +91,11 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
     device = check_emulate(config, population, settings)
     torch.set_num_threads(settings.threads)
     data = load_dataset(config.data, config.seed, config.examples, config.test_examples)
-    config = shaped(config, data.train.input_shape, data.train.num_classes)
+    train = data.train
+    config = shaped(config, train.input_shape, train.num_classes, train.input_scaling)
     config = checked(replace(config, population=population.text()))
     method = make_method(config, device)  # a model that cannot be built begins no run
-    clients = emulated_clients(population, config, data.train)
+    clients = emulated_clients(population, config, train)
     with ExitStack() as stack:
         cohort = stack.enter_context(
             emulated_cohort(

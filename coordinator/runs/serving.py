@@ -91,7 +91,7 @@ def serve(config: RunConfig, settings: ServeSettings) -> None:
     if config.data:
         _, train_part, test_part = load(config.data)
         test = test_part or train_part
-        config = checked(shaped(config, test.input_shape, test.num_classes))
+        config = checked(shaped(config, test.input_shape, test.num_classes, test.input_scaling))
     method = make_method(config, device)  # a model that cannot be built begins no run
     with ExitStack() as stack:
         metrics = MetricsServer(settings.metrics) if settings.metrics is not None else None

@@ -14,9 +14,11 @@ import msgspec
 from edge_sdk.capacity.costs import SegmentCost
 from edge_sdk.protocol.messages import (
     Count,
+    Digest,
     Fault,
     Fetch,
     Index,
+    InputScaling,
     Job,
     ModelSpec,
     Part,
@@ -52,6 +54,8 @@ class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
     input_shape: tuple[Index, ...]
     num_classes: Index
     num_labels: Index  # classes that occur
+    scaling: InputScaling | None = None
+    class_names: Digest | None = None
     runtime_bytes: Count
     gflops: float
     layer_s: float = 0.0

@@ -30,6 +30,8 @@ def hello(
         num_examples=inspected.num_examples,
         input_shape=inspected.input_shape,
         num_classes=inspected.num_classes,
+        scaling=inspected.scaling,
+        class_names=inspected.class_names,
         round=job.round if job else 0,
         job=job.id if job else None,
         software=f"edge-sdk {__version__}",

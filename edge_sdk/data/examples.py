@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.errors import DataError, EdgeError
+from edge_sdk.protocol.messages import InputScaling
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -40,6 +41,15 @@ class Examples:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one example, (C, H, W) or (C, window)."""
         return self.x.shape[1:]
+
+    @property
+    def input_scaling(self) -> InputScaling:
+        """How x came to be, and its smallest and largest number."""
+        low, high = float(self.x.min()), float(self.x.max())
+        if self.scaling is None:
+            return InputScaling(low=low, high=high)
+        divisor, offset = self.scaling
+        return InputScaling(low=low, high=high, divisor=divisor, offset=offset)
 
     def take(self, indices: Ints) -> Examples:
         """The examples at `indices`, in that order, as copies."""

@@ -14,7 +14,7 @@ from msgspec.structs import force_setattr
 
 from edge_sdk.helpers.text import one_line
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAX_FRAME_BYTES = 1024 * 1024  # any frame as it is on the network; ZMQ_MAXMSGSIZE
 MAX_TENSORS = 10_000
 MAX_LINE = 2000  # characters
@@ -39,6 +39,8 @@ ClientId: TypeAlias = Annotated[str, Meta(pattern=CLIENT_NAME)]
 CURVE_KEY = r"\A[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}\Z"
 CurveKey: TypeAlias = Annotated[str, Meta(pattern=CURVE_KEY)]
 Line: TypeAlias = Annotated[str, Meta(max_length=MAX_LINE, pattern=PLAIN_TEXT)]
+# A model input, float32; NaN and infinity are in no range.
+Input: TypeAlias = Annotated[float, Meta(ge=-3.5e38, le=3.5e38)]
 InputShape: TypeAlias = Annotated[tuple[Index, ...], Meta(min_length=1, max_length=4)]
 # The text has no pattern: msgspec 0.22 frees what is not its own when it drops a type that joins a
 # str with a pattern and an array. Families quote options by their repr.
@@ -71,7 +73,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     """Enough to build a multi-exit model: the exit is a cut, the width a ratio of channels."""
 
     family: Name
-    input_shape: InputShape  # (C, H, W)
+    input_shape: InputShape  # (C, H, W), (C, window) or (F,)
     num_classes: Annotated[int, Meta(ge=2, le=1_000_000)]
     exit: Annotated[int, Meta(ge=1, le=100)]
     width: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -175,6 +177,16 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     cpu_scale: Annotated[float, Meta(gt=0, le=10**9)] | None = None
 
 
+class InputScaling(Struct, frozen=True, kw_only=True):
+    """How the inputs of some data came to be: integer / divisor - offset, or, where divisor is
+    None, floats as they were given. low, high: the smallest and the largest input."""
+
+    low: Input
+    high: Input
+    divisor: Annotated[float, Meta(gt=0, le=10**9)] | None = None
+    offset: Annotated[float, Meta(ge=-(10**9), le=10**9)] = 0.0
+
+
 class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     """Device to coordinator, first message of every connection."""
 
@@ -185,6 +197,8 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     num_examples: Index
     input_shape: InputShape
     num_classes: Index
+    scaling: InputScaling | None = None  # None: not known, nothing is compared
+    class_names: Digest | None = None  # of the names in the order of the labels; None: not known
     round: JobInHand = 0
     job: JobId | None = None  # in hand: a coordinator that was restarted goes on with it
     software: Name = "edge-sdk"
@@ -199,6 +213,8 @@ class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
     plan: Plan
     deadline_s: Seconds  # 0: none
     heartbeat_s: Annotated[float, Meta(gt=0, le=3600)]
+    scaling: InputScaling | None = None  # of the test set, or of the run's first device
+    class_names: Digest | None = None
 
 
 class Ready(Struct, frozen=True, kw_only=True, tag="ready"):

@@ -86,6 +86,7 @@ class TrainerLoop:
                 input_shape=tuple(self._examples.input_shape),
                 num_classes=self._examples.num_classes,
                 num_labels=int((self._examples.label_counts() > 0).sum()),
+                scaling=self._examples.input_scaling,
                 runtime_bytes=self._runtime_bytes,
                 gflops=gflops,
                 layer_s=layer_s,

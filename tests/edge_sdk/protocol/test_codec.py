@@ -81,7 +81,7 @@ def test_every_line_that_may_be_sent_can_be_read():
 # -- version -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 3, -1, 1.5, "3", None, NAN, [], {}, 2**64 - 1])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 4, -1, 1.5, "3", None, NAN, [], {}, 2**64 - 1])
 @pytest.mark.parametrize("tag", ["hello", "welcome"])
 def test_other_versions_are_told_apart(tag, version):
     with pytest.raises(VersionError, match=f"'{tag}' speaks .*, this side {PROTOCOL}; install"):
@@ -94,7 +94,7 @@ def test_version_is_looked_at_before_the_fields():
 
 
 def test_a_version_must_be_an_integer():
-    refused(frame("hello", protocol=4.0))  # equal to 4, and still not an int
+    refused(frame("hello", protocol=float(PROTOCOL)))  # equal to it, and still not an int
     refused(frame("hello", protocol=True))
 
 
