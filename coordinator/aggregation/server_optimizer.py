@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from coordinator.config import ServerOptions
-from edge_sdk.protocol.tensors import (
-    Tensors,
-    check_finite,
-    check_shapes,
-    check_specs,
-    specs_of,
-    with_prefix,
-)
+from edge_sdk.protocol.tensor_lists import check_specs
+from edge_sdk.protocol.tensors import Tensors, check_finite, check_shapes, specs_of, with_prefix
 
 
 class Server:

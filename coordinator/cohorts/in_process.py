@@ -21,7 +21,8 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.protocol.messages import Update
 from edge_sdk.protocol.stream import layout
-from edge_sdk.protocol.tensors import check_finite, check_specs, specs_of
+from edge_sdk.protocol.tensor_lists import check_specs
+from edge_sdk.protocol.tensors import check_finite, specs_of
 from edge_sdk.training.trainer import TrainResult, train
 
 MOST_TRIES = 3  # of a round without updates, where nothing changes by waiting

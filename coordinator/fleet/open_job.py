@@ -18,7 +18,8 @@ from coordinator.fleet.job_phases import JobEvent, JobPhase, phase_after
 from edge_sdk.errors import ShapeError
 from edge_sdk.protocol.messages import Job, Ready, Update
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.protocol.tensors import Receiver, Sender, Tensors, check_finite, check_specs
+from edge_sdk.protocol.tensor_lists import check_specs
+from edge_sdk.protocol.tensors import Receiver, Sender, Tensors, check_finite
 
 MOST_WANTED = 16  # ranges of parts that a device may have asked for and not been sent
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from coordinator.cohorts.base import ClientUpdate
 from edge_sdk.models import build
-from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors
 
 

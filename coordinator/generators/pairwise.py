@@ -37,7 +37,7 @@ from coordinator.generators.factors import dematricise, matricise, matrix_shape
 from coordinator.generators.networks import Codec, FlatCodec, SvdCodec
 from coordinator.generators.registry import register_generator
 from edge_sdk.errors import ShapeError
-from edge_sdk.models.staged import stage_of
+from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors, check_shapes
 
 log = logging.getLogger(__name__)

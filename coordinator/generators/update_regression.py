@@ -37,7 +37,7 @@ from coordinator.cohorts.base import ClientUpdate
 from coordinator.config import GeneratorOptions
 from coordinator.generators.registry import register_generator
 from coordinator.generators.row_memory import RowMemory
-from edge_sdk.models.staged import stage_of
+from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors, check_shapes, with_prefix
 
 SKETCH = 4096  # numbers kept of a stage-1 tensor; larger ones are count-sketched

@@ -32,7 +32,7 @@ from coordinator.aggregation.robust import lower_median, shortened, squared_dist
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.cohorts.sampling import job_seed
 from coordinator.methods.base import Metrics
-from edge_sdk.models.staged import stage_of
+from edge_sdk.protocol.tensor_lists import stage_of
 
 log = logging.getLogger(__name__)
 MEMORY = 64  # updates

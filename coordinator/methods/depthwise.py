@@ -24,8 +24,8 @@ from coordinator.methods.clipping import NormClip
 from coordinator.methods.rotation import SegmentRule
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import build, initial_tensors
-from edge_sdk.models.staged import needed_names, stage_of, trained_names
 from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.protocol.tensor_lists import needed_names, stage_of, trained_names
 from edge_sdk.protocol.tensors import Tensors, check_shapes, specs_of, with_prefix
 from edge_sdk.protocol.timing import Stopwatch
 

@@ -14,8 +14,9 @@ from coordinator.cohorts.sampling import job_seed
 from edge_sdk.data.loading import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError
 from edge_sdk.models import build
-from edge_sdk.models.staged import moved, stage_of
+from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.training.trainer import train
 

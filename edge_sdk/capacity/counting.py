@@ -27,8 +27,9 @@ from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.hardware.speed import torch_threads
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.losses import exit_weights, local_loss
-from edge_sdk.models.staged import moved, needed_names, trained_names
+from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from edge_sdk.protocol.tensor_lists import needed_names, trained_names
 
 FEW = 2  # examples of the smaller step; BatchNorm wants two
 LAST = 0  # instead of a stage's number: what is saved by a segment's last stage, exits and loss

@@ -39,8 +39,8 @@ from edge_sdk.infer.model_folder import (
 )
 from edge_sdk.infer.onnx_layers import plain_model
 from edge_sdk.models import StagedModel, build
-from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors, check_finite
 
 OPSET = 17

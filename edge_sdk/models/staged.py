@@ -5,13 +5,12 @@ exit 1. Exit e's subnetwork is stages 1..e with exits 1..e."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from edge_sdk.errors import ConfigError, ShapeError
-from edge_sdk.protocol.messages import Segment
 
 
 class StagedModel(nn.Module):
@@ -90,43 +89,3 @@ def moved(x: Tensor, device: str | torch.device) -> Tensor:
     if x.ndim == 4:
         return x.to(device, memory_format=torch.channels_last)
     return x.to(device)
-
-
-def stage_of(name: str) -> tuple[str, int]:
-    """Where a tensor belongs: ("stages" or "exits", number from 1)."""
-    kind, _, rest = name.partition(".")
-    number = rest.partition(".")[0]
-    if kind not in ("stages", "exits") or not number.isdigit():
-        raise ShapeError(f"tensor {name!r} is outside stages.N and exits.N of a StagedModel")
-    return kind, int(number) + 1
-
-
-def check_segments(segments: Sequence[Segment], num_exits: int) -> None:
-    """Raise ConfigError unless the segments are within 1..num_exits and do not overlap."""
-    taken: set[int] = set()
-    for segment in segments:
-        stages = set(range(segment.first, segment.last + 1))
-        if not stages or segment.last > num_exits or stages & taken:
-            raise ConfigError(
-                f"segment ({segment.first}, {segment.last}) is empty, overlaps another or exceeds "
-                f"exit {num_exits}"
-            )
-        taken |= stages
-
-
-def trained_names(names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
-    """Names of the tensors that training `segments` changes: their stages and exits."""
-    stages = {s for g in segments for s in range(g.first, g.last + 1)}
-    return [name for name in names if stage_of(name)[1] in stages]
-
-
-def needed_names(names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
-    """Names of the tensors that a device needs to train `segments`: those and the frozen stages
-    before them, without the exits of the frozen ones."""
-    deepest = max(segment.last for segment in segments)
-    trained = set(trained_names(names := list(names), segments))
-    return [
-        name
-        for name in names
-        if name in trained or (stage_of(name)[0] == "stages" and stage_of(name)[1] <= deepest)
-    ]

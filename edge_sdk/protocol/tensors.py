@@ -18,6 +18,7 @@ from torch import Tensor
 from edge_sdk.errors import ProtocolError, ShapeError
 from edge_sdk.protocol.messages import ITEM_BYTES, Role, TensorSpec
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
+from edge_sdk.protocol.tensor_lists import some_of
 
 if sys.byteorder != "little":
     raise ImportError("edge_sdk needs a little-endian machine: tensors travel as raw bytes")
@@ -38,47 +39,20 @@ def specs_of(tensors: Mapping[str, Tensor], role: Role = "weight") -> tuple[Tens
     return tuple(specs)
 
 
-def check_specs(
-    got: Sequence[TensorSpec], want: Sequence[TensorSpec], where: str, *, is_ordered: bool = True
-) -> None:
-    """Raise ShapeError with the first difference of two tensor lists."""
-    have = {spec.name: spec for spec in got}
-    wanted = {spec.name: spec for spec in want}
-    missing, extra = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
-    if missing or extra or len(have) != len(got):
-        said = f"not expected: {_some(extra)}; named {len(got)}, expected {len(want)}"
-        raise ShapeError(f"{where}: tensors missing: {_some(missing)}; {said}")
-    for spec in got:
-        if spec != wanted[spec.name]:
-            target = wanted[spec.name]
-            raise ShapeError(
-                f"{where}: {spec.name} is {spec.shape} {spec.dtype} {spec.role}, expected "
-                f"{target.shape} {target.dtype} {target.role}"
-            )
-    if is_ordered and [spec.name for spec in got] != [spec.name for spec in want]:
-        raise ShapeError(f"{where}: tensors are not in the order of the model")
-
-
 def check_shapes(
     tensors: Mapping[str, Tensor], want: Mapping[str, Sequence[int | None]], where: str
 ) -> None:
     """Raise ShapeError unless `tensors` have the names and shapes of `want`; None: any size."""
     missing, extra = sorted(set(want) - set(tensors)), sorted(set(tensors) - set(want))
     if missing or extra:
-        said = f"not expected: {_some(extra)}"
-        raise ShapeError(f"{where}: tensors missing: {_some(missing)}; {said}")
+        said = f"not expected: {some_of(extra)}"
+        raise ShapeError(f"{where}: tensors missing: {some_of(missing)}; {said}")
     for name, shape in want.items():
         got = tuple(tensors[name].shape)
         if len(got) != len(shape) or any(
             size not in (None, has) for size, has in zip(shape, got, strict=True)
         ):
             raise ShapeError(f"{where}: {name} is {got}, expected {tuple(shape)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first five names and how many more there are: a peer may name thousands."""
-    shown = ", ".join(names[:5]) or "none"
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 class Sender:

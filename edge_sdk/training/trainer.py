@@ -27,8 +27,9 @@ from edge_sdk.hardware import process_memory
 from edge_sdk.helpers.text import one_line
 from edge_sdk.models import StagedModel, build
 from edge_sdk.models.losses import exit_weights, local_loss
-from edge_sdk.models.staged import check_segments, moved, needed_names, trained_names
+from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ExitResult, ModelSpec, Phase, Plan, Segment
+from edge_sdk.protocol.tensor_lists import check_segments, needed_names, trained_names
 from edge_sdk.protocol.tensors import Tensors, check_finite
 from edge_sdk.protocol.timing import clock, since
 from edge_sdk.training.checkpointing import recomputed

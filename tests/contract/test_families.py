@@ -9,8 +9,9 @@ from msgspec.structs import replace
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.errors import ConfigError, EdgeError, ShapeError
 from edge_sdk.models import FAMILIES, build, initial_tensors
-from edge_sdk.models.staged import moved, needed_names, stage_of, trained_names
+from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from edge_sdk.protocol.tensor_lists import needed_names, stage_of, trained_names
 from edge_sdk.training.trainer import train
 from tests.contract.families import FOLDED, SPECS, TABLE, check_trains_apart
 from tests.support.examples import examples

@@ -12,8 +12,8 @@ from coordinator.config import GeneratorOptions, RotationOptions, ServerOptions
 from coordinator.generators.registry import GENERATORS, make_generator
 from coordinator.methods.registry import make_method
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import ModelSpec, Segment
+from edge_sdk.protocol.tensor_lists import stage_of
 from tests.support.examples import answer, client, cnn, config
 
 NAMES = [name for name in GENERATORS if name != "none"]

@@ -12,8 +12,8 @@ from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import AggregationOptions, GeneratorOptions, ServerOptions
 from coordinator.methods.registry import METHODS, make_method
 from edge_sdk.errors import ConfigError
-from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import TensorSpec
+from edge_sdk.protocol.tensor_lists import stage_of
 from tests.support.examples import answer, client, client_update, config, examples
 
 COHORT = [client("a", 1), client("b", 1), client("c", 2), client("d", 3)]

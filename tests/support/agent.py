@@ -20,7 +20,6 @@ from edge_sdk.data.loading import Examples, save_shard
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.conditions import Conditions
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.staged import needed_names
 from edge_sdk.protocol.link import Link
 from edge_sdk.protocol.messages import (
     Accepted,
@@ -34,6 +33,7 @@ from edge_sdk.protocol.messages import (
     Segment,
     Update,
 )
+from edge_sdk.protocol.tensor_lists import needed_names
 from edge_sdk.protocol.tensors import Tensors
 from tests.support.coordinator import ScriptedCoordinator
 from tests.support.devices import PROFILE, WAIT_S

@@ -24,7 +24,6 @@ from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.flow_control import BUDGET_BYTES
 from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
-from edge_sdk.models.staged import trained_names
 from edge_sdk.protocol.keys import KeyPair, make_keys
 from edge_sdk.protocol.link import Link, Payload
 from edge_sdk.protocol.messages import (
@@ -44,6 +43,7 @@ from edge_sdk.protocol.messages import (
     Update,
     Welcome,
 )
+from edge_sdk.protocol.tensor_lists import trained_names
 from edge_sdk.protocol.tensors import Receiver, Sender, Tensors, specs_of
 from tests.support.examples import config
 

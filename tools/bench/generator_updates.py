@@ -19,8 +19,8 @@ from coordinator.aggregation.mean import OwnersMean
 from coordinator.cohorts.base import BLANK, ArrivedUpdate, Client, ClientUpdate
 from edge_sdk.data.examples import Examples
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.training.trainer import train
 

@@ -40,7 +40,7 @@ from coordinator.generators.pairwise import PairGenerator
 from coordinator.generators.registry import make_generator
 from edge_sdk.hardware import process_memory
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.staged import stage_of
+from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors
 from tools.bench.generator_updates import (
     EXITS,

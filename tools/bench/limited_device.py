@@ -63,7 +63,7 @@ def prepare(task: Task) -> None:
     from edge_sdk.capacity.counting import segment_costs
     from edge_sdk.data.loading import Examples, save_shard
     from edge_sdk.models import initial_tensors
-    from edge_sdk.models.staged import needed_names
+    from edge_sdk.protocol.tensor_lists import needed_names
     from edge_sdk.protocol.tensors import Sender
 
     spec, folder = task.spec, Path(task.folder)

@@ -43,8 +43,9 @@ from edge_sdk.cli.flags import option_flag
 from edge_sdk.data.loading import DataSet, load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, initial_tensors
-from edge_sdk.models.staged import moved, stage_of
+from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors, with_prefix
 from edge_sdk.training.trainer import train
 from tools.experiments.figures import COLOURS, pyplot

@@ -22,8 +22,8 @@ from coordinator.generators.registry import make_generator
 from coordinator.methods.registry import make_method
 from edge_sdk.errors import ShapeError
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.staged import stage_of
 from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.protocol.tensor_lists import stage_of
 from tests.support.examples import answer, client, cnn, config
 
 SHAPES = [(3, 2), (4, 3, 5), (4, 3, 5, 7)]

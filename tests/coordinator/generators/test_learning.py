@@ -13,7 +13,7 @@ from coordinator.generators.registry import make_generator
 from coordinator.generators.update_regression import SKETCH, _hashes, _sketched
 from coordinator.methods.registry import make_method
 from edge_sdk.models import initial_tensors
-from edge_sdk.models.staged import stage_of
+from edge_sdk.protocol.tensor_lists import stage_of
 from tests.contract.test_generators import (
     COHORT,
     hypemefed,

@@ -12,7 +12,7 @@ from coordinator.config import DistillOptions, RotationOptions, ServerOptions
 from coordinator.methods.registry import make_method
 from coordinator.methods.rotation import draw_order, fixed, rotation
 from edge_sdk.errors import ConfigError
-from edge_sdk.models.staged import stage_of
+from edge_sdk.protocol.tensor_lists import stage_of
 from tests.support.examples import answer, client, config
 
 NONE = [0.0] * 3

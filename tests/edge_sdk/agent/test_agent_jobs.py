@@ -8,7 +8,6 @@ import torch
 from msgspec.structs import replace
 
 from edge_sdk.capacity.costs import peak_bytes
-from edge_sdk.models.staged import trained_names
 from edge_sdk.protocol.messages import (
     Accepted,
     Fault,
@@ -20,6 +19,7 @@ from edge_sdk.protocol.messages import (
     Segment,
     Update,
 )
+from edge_sdk.protocol.tensor_lists import trained_names
 from edge_sdk.protocol.tensors import Tensors, specs_of
 from tests.support.agent import GIB, LONG, MODEL, WHOLE, finish, give, job_tensors
 from tests.support.devices import floats

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from edge_sdk.errors import ProtocolError, ShapeError
 from edge_sdk.protocol.messages import TensorSpec
-from edge_sdk.protocol.tensors import DTYPES, Receiver, Sender, check_finite, check_specs, specs_of
+from edge_sdk.protocol.tensor_lists import check_specs
+from edge_sdk.protocol.tensors import DTYPES, Receiver, Sender, check_finite, specs_of
 from tests.support.streams import FLOATS_PER_PART, assert_same, parts_of, received, stream_of
 
 # -- stream and parts ----------------------------------------------------------------------------

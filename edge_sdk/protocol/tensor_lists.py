@@ -1,0 +1,78 @@
+"""Lists of tensors by name and spec, without the tensors: which of a model's a job takes and
+returns, and how two lists differ.
+
+`stages.0.*` and `exits.0.*` belong to stage and exit 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from edge_sdk.errors import ConfigError, ShapeError
+from edge_sdk.protocol.messages import Segment, TensorSpec
+
+
+def stage_of(name: str) -> tuple[str, int]:
+    """Where a tensor belongs: ("stages" or "exits", number from 1)."""
+    kind, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    if kind not in ("stages", "exits") or not number.isdigit():
+        raise ShapeError(f"tensor {name!r} is outside stages.N and exits.N of a StagedModel")
+    return kind, int(number) + 1
+
+
+def check_segments(segments: Sequence[Segment], num_exits: int) -> None:
+    """Raise ConfigError unless the segments are within 1..num_exits and do not overlap."""
+    taken: set[int] = set()
+    for segment in segments:
+        stages = set(range(segment.first, segment.last + 1))
+        if not stages or segment.last > num_exits or stages & taken:
+            raise ConfigError(
+                f"segment ({segment.first}, {segment.last}) is empty, overlaps another or exceeds "
+                f"exit {num_exits}"
+            )
+        taken |= stages
+
+
+def trained_names(names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
+    """Names of the tensors that training `segments` changes: their stages and exits."""
+    stages = {s for g in segments for s in range(g.first, g.last + 1)}
+    return [name for name in names if stage_of(name)[1] in stages]
+
+
+def needed_names(names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
+    """Names of the tensors that a device needs to train `segments`: those and the frozen stages
+    before them, without the exits of the frozen ones."""
+    deepest = max(segment.last for segment in segments)
+    trained = set(trained_names(names := list(names), segments))
+    return [
+        name
+        for name in names
+        if name in trained or (stage_of(name)[0] == "stages" and stage_of(name)[1] <= deepest)
+    ]
+
+
+def check_specs(
+    got: Sequence[TensorSpec], want: Sequence[TensorSpec], where: str, *, is_ordered: bool = True
+) -> None:
+    """Raise ShapeError with the first difference of two tensor lists."""
+    have = {spec.name: spec for spec in got}
+    wanted = {spec.name: spec for spec in want}
+    missing, extra = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
+    if missing or extra or len(have) != len(got):
+        said = f"not expected: {some_of(extra)}; named {len(got)}, expected {len(want)}"
+        raise ShapeError(f"{where}: tensors missing: {some_of(missing)}; {said}")
+    for spec in got:
+        if spec != wanted[spec.name]:
+            target = wanted[spec.name]
+            raise ShapeError(
+                f"{where}: {spec.name} is {spec.shape} {spec.dtype} {spec.role}, expected "
+                f"{target.shape} {target.dtype} {target.role}"
+            )
+    if is_ordered and [spec.name for spec in got] != [spec.name for spec in want]:
+        raise ShapeError(f"{where}: tensors are not in the order of the model")
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first five names and how many more there are: a peer may name thousands."""
+    shown = ", ".join(names[:5]) or "none"
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
