@@ -29,6 +29,7 @@ from edge_sdk.agent.setup import (
 )
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
+from edge_sdk.helpers.standard_streams import open_closed_streams
 from edge_sdk.helpers.text import parse_size
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Client:
         ignore_conditions: bool = False,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
+        open_closed_streams()
         _refuse_inside_trainer()
         cap = None if memory_cap is None else str(memory_cap)
         modules = imports if isinstance(imports, str) else tuple(imports)

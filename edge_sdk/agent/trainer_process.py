@@ -51,6 +51,9 @@ class TrainerProcess:
                 command,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                # Where there was none at the start, a file of the program's may have its number.
+                stdout=None if sys.__stdout__ else subprocess.DEVNULL,
+                stderr=None if sys.__stderr__ else subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for the agent, which ends the trainer
             )

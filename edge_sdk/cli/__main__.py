@@ -6,9 +6,11 @@ from __future__ import annotations
 import sys
 
 from edge_sdk.helpers.interrupts import INTERRUPTED
+from edge_sdk.helpers.standard_streams import open_closed_streams
 
 
 def main() -> int:
+    open_closed_streams()
     try:
         try:
             from edge_sdk.cli.main import main as run

@@ -12,10 +12,12 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.hardware import process_memory
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.imports import import_module, require_torch
+from edge_sdk.helpers.standard_streams import open_closed_streams
 from edge_sdk.protocol.messages import Fault
 
 
 def main() -> int:
+    open_closed_streams()
     parser = argparse.ArgumentParser(prog="edge_sdk.training")
     parser.add_argument("--fd", type=int, required=True)
     pipe = Pipe(socket.socket(fileno=parser.parse_args().fd))
