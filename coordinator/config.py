@@ -42,6 +42,7 @@ GRACE = "seconds after the deadline before a round closes without its stragglers
 MODE = "async: a round ends with its quorum, the others go on and count later"
 LATE = "an update of a round that is over: count it, for less, or not"
 HALF_LIFE = "after which a late update counts half"
+INIT = "safetensors file that the model begins from, by the names that fit"
 EXIT_WEIGHTS = "of the joint loss, e.g. 1,1,2; default all ones"
 
 
@@ -159,6 +160,7 @@ class RunConfig(Options, frozen=True, kw_only=True):
     data: str = ""  # what the common test set comes from
     scaling: InputScaling | None = None  # of that data's inputs; None: not known
     rounds: Annotated[Index, flag("of the whole run")]
+    init: Annotated[str, flag(INIT, metavar="FILE")] = ""
     participants: Annotated[Index | None, flag("clients per round, default all")] = None
     epochs: Annotated[Index, flag("local epochs")] = 1
     batch_size: Annotated[int, Meta(ge=2), flag("of a local step")] = 32

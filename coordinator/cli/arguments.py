@@ -32,7 +32,7 @@ from edge_sdk.helpers.imports import heavy_imports, import_module
 from edge_sdk.protocol.messages import ModelSpec
 
 # Fields of RunConfig: those that every command has that runs rounds
-RUN = ["rounds", "participants", "seed", "eval_every", "eval_tail"]
+RUN = ["rounds", "init", "participants", "seed", "eval_every", "eval_tail"]
 LOCAL = ["epochs", "batch_size", "lr", "optimizer", "momentum", "weight_decay"]
 LOSS = ["prox_mu", "exit_weights"]
 SHARED = [*RUN, *LOCAL, *LOSS, "weighting"]

@@ -36,6 +36,10 @@ class Method(Protocol):
     def current(self) -> Tensors:
         """The global model that the next round begins from."""
 
+    def begin_from(self, tensors: Tensors) -> None:
+        """Before the first round: begin from these, some of the current ones by name, as they are
+        of their shapes and dtypes."""
+
     def served(self) -> Tensors:
         """The global model to use."""
 

@@ -121,6 +121,9 @@ class DepthAveraging:
     def current(self) -> Tensors:
         return self.server.globals
 
+    def begin_from(self, tensors: Tensors) -> None:
+        self.server.globals = self.server.globals | tensors
+
     def served(self) -> Tensors:
         return self.server.served()
 

@@ -29,6 +29,7 @@ from coordinator.cohorts.population import (
 from coordinator.cohorts.processes import ProcessCohort
 from coordinator.config import RunConfig
 from coordinator.methods.registry import check_method, make_method
+from coordinator.runs.beginning import check_init
 from coordinator.runs.evaluate import Personalised, personalised_accuracy
 from coordinator.runs.exporting import check_export, export_served
 from coordinator.runs.rounds import check_folder, print_round, run_rounds
@@ -95,6 +96,8 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
     config = shaped(config, train.input_shape, train.num_classes, train.input_scaling)
     config = checked(replace(config, population=population.text()))
     method = make_method(config, device)  # a model that cannot be built begins no run
+    if not settings.is_resumed:
+        check_init(config.init, method)
     clients = emulated_clients(population, config, train)
     with ExitStack() as stack:
         cohort = stack.enter_context(

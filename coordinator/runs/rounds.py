@@ -15,12 +15,13 @@ from coordinator.cohorts.base import Absence, ClientUpdate, Cohort
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method, Metrics
 from coordinator.runs.asking import Asking
+from coordinator.runs.beginning import load_state
 from coordinator.runs.evaluate import accuracy_per_exit
+from coordinator.runs.training_means import TrainingMeans
 from coordinator.store.status import RunPhase
 from coordinator.store.store import Store
 from coordinator.store.tables import RoundTotals
 from edge_sdk.data.loading import Examples
-from edge_sdk.errors import ShapeError, StoreError
 from edge_sdk.models import build
 from edge_sdk.protocol.timing import clock, since
 
@@ -66,7 +67,9 @@ def run_rounds(
         updates = rebase_late_updates(
             results, method.current(), parameters, config.staleness_half_life
         )
-        metrics = method.aggregate(round, updates)
+        training = TrainingMeans()
+        metrics = method.aggregate(round, training.watched(updates))
+        metrics.values |= training.values()
         accuracy: list[float] = []
         served: list[float] = []
         if test is not None and is_evaluated(config, round):
@@ -76,20 +79,6 @@ def run_rounds(
         phase("saving", round)
         totals = store.commit(round, metrics, method.state_dict(), started_utc, wall_s)
         report(RoundReport(round, accuracy, served, metrics, totals))
-
-
-def load_state(store: Store, method: Method) -> None:
-    """Give the method its state after the last committed round, if any. Raises StoreError."""
-    state = store.load_checkpoint()
-    if state is None:
-        return
-    try:
-        method.load_state_dict(state)
-    except ShapeError as error:
-        raise StoreError(
-            f"the checkpoint of round {store.next_round() - 1} in {store.folder} is not this "
-            f"run's: {error}; put back the run's own file or start another --run-dir"
-        ) from error
 
 
 def evaluate(

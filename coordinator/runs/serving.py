@@ -17,6 +17,7 @@ from coordinator.fleet.router import Router, allow_connections
 from coordinator.fleet.spool import Spool
 from coordinator.methods.base import Method
 from coordinator.methods.registry import check_method, make_method
+from coordinator.runs.beginning import check_init
 from coordinator.runs.exporting import check_export, export_served
 from coordinator.runs.monitor import Monitor
 from coordinator.runs.prometheus import MetricsServer, metrics_flag
@@ -93,6 +94,8 @@ def serve(config: RunConfig, settings: ServeSettings) -> None:
         test = test_part or train_part
         config = checked(shaped(config, test.input_shape, test.num_classes, test.input_scaling))
     method = make_method(config, device)  # a model that cannot be built begins no run
+    if not settings.is_resumed:
+        check_init(config.init, method)
     with ExitStack() as stack:
         metrics = MetricsServer(settings.metrics) if settings.metrics is not None else None
         if metrics:

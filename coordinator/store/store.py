@@ -186,9 +186,11 @@ class Store:
                     "round": round,
                     "accuracy": _per_exit(values, "accuracy_exit_"),
                     "accuracy_served": _per_exit(values, "accuracy_served_exit_"),
+                    "loss": _per_exit(values, "loss_exit_"),
+                    "train_accuracy": _per_exit(values, "train_accuracy_exit_"),
                     "seconds": dict(self._read(SECONDS, round)),
                     **dict(zip(totals, row[1:], strict=True)),
-                    "figures": {k: v for k, v in values.items() if not k.startswith("accuracy")},
+                    "figures": {k: v for k, v in values.items() if "_exit_" not in k},
                 }
             )
         return rounds
@@ -276,15 +278,21 @@ class Store:
 
     def write_model(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Path:
         """The model to use as `model.safetensors`, its ModelSpec as JSON in the file's metadata."""
-        self.check_held()
         path = self.folder / "model.safetensors"
+        self.write_tensors(path, tensors, {"spec": msgspec.json.encode(spec).decode()})
+        return path
+
+    def write_tensors(
+        self, path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None
+    ) -> None:
+        """A file of the run's folder, whole or not at all. Raises StoreError."""
+        self.check_held()
         try:
-            write_checkpoint(path, tensors, {"spec": msgspec.json.encode(spec).decode()})
+            write_checkpoint(path, tensors, about)
         except (OSError, SafetensorError) as error:
             raise StoreError(
                 f"{path} cannot be written: {error}; free space; {self.way_on()}"
             ) from error
-        return path
 
     def write_endpoint(self, endpoint: str) -> None:
         """Tell scripts where the coordinator listens: the port may be any free one."""
