@@ -100,6 +100,7 @@ def test_commands_of_one_answer_import_nothing_heavy_in_the_coordinator(tmp_path
         (["clients", "remove", "a"], 0),
         (["invite", "--endpoint", "tcp://host:5555"], 0),
         (["status", "--run-dir", "."], 1),
+        (["history", "."], 1),
         (["emulate", "--method", "no"], 2),
         (["export", "--help"], 0),
     ]

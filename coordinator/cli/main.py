@@ -11,6 +11,7 @@ from coordinator.cli.arguments import CommandParser
 from coordinator.cli.clients import add_clients_command, add_invite_command, add_keys_command
 from coordinator.cli.emulate import add_emulate_command
 from coordinator.cli.export import add_export_command
+from coordinator.cli.history import add_history_command
 from coordinator.cli.serve import add_serve_command
 from coordinator.cli.status import add_status_command
 from edge_sdk.cli.flags import HelpFormatter
@@ -29,6 +30,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_invite_command,
     add_export_command,
     add_status_command,
+    add_history_command,
 )
 
 

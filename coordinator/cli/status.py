@@ -130,7 +130,7 @@ def described(view: View, folder: Path) -> list[str]:
         lines += _run_lines(view.status, view, folder)
         lines += _client_lines(view.status.cohort.clients, view.age_s or 0.0)
     if view.rounds:
-        head = "round,returned,late,failed,down,up,seconds,accuracy per exit in %"
+        head = "round,returned,late,failed,down,up,seconds,training loss,accuracy per exit in %"
         lines += ["", *table(head, map(_round_cells, view.rounds))]
     if view.problem:
         lines += ["", view.problem]
@@ -174,7 +174,7 @@ def _client_lines(clients: Sequence[ClientState], age_s: float) -> list[str]:
     if not clients:
         return ["", "no clients yet"]
     phases = Counter(client.phase for client in clients)
-    head = "client,phase,exit,round,down,up,updates,last seen,platform,address,faults"
+    head = "client,phase,exit,round,down,up,updates,loss,accuracy %,seen,platform,address,faults"
     rows = [
         [
             client.name,
@@ -184,6 +184,8 @@ def _client_lines(clients: Sequence[ClientState], age_s: float) -> list[str]:
             size(client.bytes_down),
             size(client.bytes_up),
             str(client.updates),
+            per_exit((result.loss for result in client.exits), ".3g"),
+            per_exit((result.accuracy for result in client.exits), ".1f", 100),
             lasting(client.last_seen_s + age_s),
             client.platform or "-",
             client.address or "-",
@@ -195,7 +197,6 @@ def _client_lines(clients: Sequence[ClientState], age_s: float) -> list[str]:
 
 
 def _round_cells(row: RoundRow) -> list[str]:
-    accuracy = " / ".join(f"{100 * share:.1f}" for share in row.accuracy)
     return [
         str(row.round),
         f"{row.returned} of {row.chosen}",
@@ -204,8 +205,15 @@ def _round_cells(row: RoundRow) -> list[str]:
         size(row.bytes_down),
         size(row.bytes_up),
         f"{row.wall_s:.1f}",
-        accuracy or "-",
+        per_exit(row.loss, ".3g"),
+        per_exit(row.accuracy, ".1f", 100),
     ]
+
+
+def per_exit(values: Iterable[float | None], form: str, factor: float = 1) -> str:
+    """As "1.2 / 0.8 / -", exit 1 first; "-" where nothing is known."""
+    cells = ["-" if value is None else format(factor * value, form) for value in values]
+    return " / ".join(cells) or "-"
 
 
 def table(head: str, rows: Iterable[Sequence[str]]) -> list[str]:

@@ -275,6 +275,7 @@ class ZmqCohort:
         if isinstance(result, ClientUpdate):
             is_stale = result.round != round
             self._counters.count_result(name, "stale" if is_stale else "accepted")
+            self._counters.of(name).exits = result.message.exits
             if not is_stale or self._is_async:
                 self._at_hand.returned.add(name)
             return

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from edge_sdk import errors
+from edge_sdk.protocol.messages import ExitResult
 
 Outcome: TypeAlias = Literal["accepted", "stale", "late", "failed"]
 MAX_CLIENTS = 10_000
@@ -41,6 +42,7 @@ class ClientCounts:
     bytes_up: int = 0
     updates: int = 0
     duplicates: int = 0
+    exits: tuple[ExitResult, ...] = ()  # of its last update that counts
     faults: Counter[str] = field(default_factory=Counter)
 
 

@@ -119,6 +119,7 @@ def _client_state(
         bytes_up=counts.bytes_up + (open_job.bytes_up if open_job else 0),
         last_seen_s=max(0.0, now - (session.seen if session else counts.seen)),
         updates=counts.updates,
+        exits=counts.exits,
         faults=dict(counts.faults),
         duplicates=counts.duplicates,
     )

@@ -89,6 +89,9 @@ class Monitor:
             rounds_done=last.rounds_done + 1,
             rounds_s=last.rounds_s + totals.wall_s,
             last_round_s=totals.wall_s,
+            accuracy=tuple(report.accuracy),
+            loss=tuple(report.loss),
+            train_accuracy=tuple(report.train_accuracy),
         )
         fields = event(
             "round_closed",

@@ -101,6 +101,14 @@ def families(snapshot: Snapshot) -> Iterator[Any]:
     yield _counter("bytes_sent", "Bytes of tensors sent to clients.", cohort.bytes_down)
     yield _counter("bytes_received", "Bytes of tensors received from clients.", cohort.bytes_up)
     yield _counter("strangers_refused", "Connections refused for their key.", cohort.strangers)
+    for name, said, values in (
+        ("test_accuracy", "Accuracy on the test set, last round.", snapshot.accuracy),
+        ("train_loss", "Training loss of the participants, last round.", snapshot.loss),
+        ("train_accuracy", "Training accuracy of the same.", snapshot.train_accuracy),
+    ):
+        yield _labelled(
+            name, said, "exit", {str(e): v for e, v in enumerate(values, 1) if v is not None}
+        )
     outcomes = {
         "accepted": cohort.updates_accepted,
         "late": cohort.updates_late,

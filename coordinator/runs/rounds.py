@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -32,13 +32,16 @@ def is_evaluated(config: RunConfig, round: int) -> bool:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """One finished round, for whoever watches. Accuracies: exit 1 first; empty if not evaluated."""
+    """One finished round, for whoever watches. By exit, exit 1 first: accuracies on the test set,
+    empty if not evaluated; loss (nats) and accuracy of the participants on what they trained on."""
 
     round: int
     accuracy: list[float]
     accuracy_served: list[float]
     metrics: Metrics
     totals: RoundTotals
+    loss: list[float | None] = field(default_factory=list)
+    train_accuracy: list[float | None] = field(default_factory=list)
 
 
 def run_rounds(
@@ -78,7 +81,7 @@ def run_rounds(
         wall_s = time.monotonic() - started
         phase("saving", round)
         totals = store.commit(round, metrics, method.state_dict(), started_utc, wall_s)
-        report(RoundReport(round, accuracy, served, metrics, totals))
+        report(RoundReport(round, accuracy, served, metrics, totals, *training.by_exit()))
 
 
 def evaluate(

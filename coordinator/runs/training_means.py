@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from coordinator.cohorts.base import ClientUpdate
 
@@ -13,19 +13,36 @@ class TrainingMeans:
     were watched, weighted by their examples."""
 
     def __init__(self) -> None:
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._weights: defaultdict[str, float] = defaultdict(float)
+        self._examples: defaultdict[int, float] = defaultdict(float)
+        self._loss: defaultdict[int, float] = defaultdict(float)
+        self._accuracy: defaultdict[int, float] = defaultdict(float)
 
     def watched(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
         """Pass the updates on."""
         for update in updates:
             for result in update.message.exits:
-                for what, value in (("loss", result.loss), ("train_accuracy", result.accuracy)):
-                    name = f"{what}_exit_{result.exit}"
-                    self._sums[name] += update.num_examples * value
-                    self._weights[name] += update.num_examples
+                self._examples[result.exit] += update.num_examples
+                self._loss[result.exit] += update.num_examples * result.loss
+                self._accuracy[result.exit] += update.num_examples * result.accuracy
             yield update
+
+    def by_exit(self) -> tuple[list[float | None], list[float | None]]:
+        """Losses and accuracies, exit 1 first; None for one that nobody trained."""
+        exits = range(1, max(self._examples, default=0) + 1)
+        return (
+            [self._mean(self._loss, exit) for exit in exits],
+            [self._mean(self._accuracy, exit) for exit in exits],
+        )
 
     def values(self) -> dict[str, float]:
         """`loss_exit_1`, `train_accuracy_exit_1` and so on, of the exits that were trained."""
-        return {name: total / self._weights[name] for name, total in self._sums.items()}
+        return {
+            f"{name}_exit_{exit}": value
+            for name, values in zip(("loss", "train_accuracy"), self.by_exit(), strict=True)
+            for exit, value in enumerate(values, 1)
+            if value is not None
+        }
+
+    def _mean(self, sums: Mapping[int, float], exit: int) -> float | None:
+        examples = self._examples.get(exit)
+        return sums[exit] / examples if examples else None

@@ -1,54 +1,121 @@
-"""The last rounds from a run's database, for who only looks."""
+"""The rounds of a run from its database, for who only looks. Imports no torch: looking is quick."""
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from coordinator.store.database import DATABASE, connect_to_read
 from edge_sdk.errors import StoreError
+from edge_sdk.protocol.messages import ExitResult
 
-ACCURACIES = "SELECT name, value FROM metrics WHERE round = ? AND name GLOB 'accuracy_exit_*'"
+T = TypeVar("T")
+BY_EXIT = {  # fields of RoundRow, by the names of the metrics that they come from
+    "accuracy": "accuracy_exit_",
+    "accuracy_served": "accuracy_served_exit_",
+    "loss": "loss_exit_",
+    "train_accuracy": "train_accuracy_exit_",
+}
 
 
 class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One committed round. accuracy: of each exit on the test set; () where it was not measured."""
+    """One committed round. By exit, exit 1 first: accuracy, accuracy_served: of the model and of
+    the one that is served, on the test set; loss (nats), train_accuracy: of its participants on
+    what they trained on, weighted by their examples. None where there is no figure of an exit."""
 
     round: int
+    started_utc: str
     wall_s: float
     chosen: int
     returned: int
+    stale: int
     stragglers: int
     failures: int
     bytes_down: int
     bytes_up: int
-    accuracy: tuple[float, ...] = ()
+    accuracy: tuple[float | None, ...] = ()
+    accuracy_served: tuple[float | None, ...] = ()
+    loss: tuple[float | None, ...] = ()
+    train_accuracy: tuple[float | None, ...] = ()
+
+
+class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What one participant returned, or why nothing, in the round that it counts in. exits: loss
+    and accuracy of each exit on what it trained on, last epoch. train_s: None where not told."""
+
+    round: int
+    client_id: str
+    outcome: str
+    code: str
+    detail: str
+    num_examples: int
+    num_steps: int
+    bytes_down: int
+    bytes_up: int
+    peak_memory_bytes: int
+    train_s: float | None
+    exits: tuple[ExitResult, ...]
 
 
 def last_rounds(folder: Path, count: int) -> list[RoundRow]:
     """The newest `count` rounds, oldest first. Raises StoreError."""
+    return _read(folder, lambda db: _rounds(db, count))
+
+
+def client_rows(folder: Path) -> list[ClientRow]:
+    """Every participation in a committed round, by round and name. Raises StoreError."""
+    return _read(folder, _clients)
+
+
+def _read(folder: Path, query: Callable[[sqlite3.Connection], T]) -> T:
     path = folder / DATABASE
     try:
         with closing(connect_to_read(folder)) as db:
             db.execute("BEGIN")  # one state: a round that ends meanwhile is not half in it
-            return _read(db, count)
-    except sqlite3.Error as error:
+            return query(db)
+    except (sqlite3.Error, msgspec.MsgspecError) as error:
         raise StoreError(
             f"{path} cannot be read: {error}; ask as the user who runs the coordinator"
         ) from error
 
 
-def _read(db: sqlite3.Connection, count: int) -> list[RoundRow]:
-    names = [name for name in RoundRow.__struct_fields__ if name != "accuracy"]
+def _rounds(db: sqlite3.Connection, count: int) -> list[RoundRow]:
+    names = [name for name in RoundRow.__struct_fields__ if name not in BY_EXIT]
     statement = f"SELECT {', '.join(names)} FROM rounds ORDER BY round DESC LIMIT ?"
     rows = [dict(zip(names, row, strict=True)) for row in db.execute(statement, (count,))]
     found = []
     for row in reversed(rows):
-        values = dict(db.execute(ACCURACIES, (row["round"],)))
-        exits = sorted(int(name.rpartition("_")[2]) for name in values)
-        accuracy = tuple(values[f"accuracy_exit_{exit}"] for exit in exits)
-        found.append(RoundRow(**row, accuracy=accuracy))
+        values = dict(
+            db.execute("SELECT name, value FROM metrics WHERE round = ?", (row["round"],))
+        )
+        by_exit = {field: _by_exit(values, prefix) for field, prefix in BY_EXIT.items()}
+        found.append(msgspec.convert(row | by_exit, RoundRow))
     return found
+
+
+def _by_exit(values: dict[str, float | None], prefix: str) -> tuple[float | None, ...]:
+    found = {int(name[len(prefix) :]): v for name, v in values.items() if name.startswith(prefix)}
+    return tuple(found.get(exit) for exit in range(1, max(found, default=0) + 1))
+
+
+def _clients(db: sqlite3.Connection) -> list[ClientRow]:
+    columns = [name for name in ClientRow.__struct_fields__ if name not in ("train_s", "exits")]
+    names = ", ".join(f"p.{name}" for name in columns)
+    rows = db.execute(
+        f"SELECT {names}, t.wall_s, p.exits FROM participations AS p JOIN rounds USING (round)"
+        " LEFT JOIN phases AS t ON t.round = p.round AND t.client_id = p.client_id"
+        " AND t.phase = 'train' AND p.outcome = 'ok' ORDER BY p.round, p.client_id"
+    )
+    return [
+        msgspec.convert(
+            dict(zip([*columns, "train_s"], row[:-1], strict=True))
+            | {"exits": msgspec.json.decode(row[-1])},
+            ClientRow,
+        )
+        for row in rows
+    ]

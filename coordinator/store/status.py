@@ -21,6 +21,7 @@ import psutil
 from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import write_whole
 from edge_sdk.helpers.logs import event
+from edge_sdk.protocol.messages import ExitResult
 
 log = logging.getLogger(__name__)
 FILE = "status.json"
@@ -67,6 +68,7 @@ class ClientState(msgspec.Struct, frozen=True, kw_only=True):
     bytes_up: int = 0
     last_seen_s: float = 0.0  # before the snapshot was made
     updates: int = 0  # that count
+    exits: tuple[ExitResult, ...] = ()  # of the last of them, on what it trained on
     faults: dict[str, int] = {}  # by code
     duplicates: int = 0  # other live devices that came with its key
 
@@ -108,6 +110,10 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     rounds_done: int = 0  # by this process, and the seconds they took
     rounds_s: float = 0.0
     last_round_s: float = 0.0
+    # of that round, exit 1 first: on the test set; of its participants, on what they trained on
+    accuracy: tuple[float, ...] = ()
+    loss: tuple[float | None, ...] = ()
+    train_accuracy: tuple[float | None, ...] = ()
     cohort: CohortState = CohortState()
 
 

@@ -96,6 +96,9 @@ def trained(update: Update, *, was_before_start: bool = False) -> Event:
     """was_before_start: the process before this one trained it and may not have lived to tell."""
     seconds = update.phases["train"].wall_s if "train" in update.phases else 0.0
     detail = f"trained{' before this start' if was_before_start else ''}, sending the update"
+    for result in update.exits:
+        share = f"accuracy {100 * result.accuracy:.1f} %"
+        detail += f"; exit {result.exit}: loss {result.loss:.3g}, {share}"
     return Event("trained", detail, update.round, exits=update.exits, seconds=seconds)
 
 

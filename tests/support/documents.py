@@ -21,7 +21,16 @@ SERVICE = ("service install", "service remove", "service status", "service logs"
 INFERENCE = ("export", "infer", "calibrate", "infer-report")
 SUBCOMMANDS = {
     "edge-sdk": ("measure", "plan", "run", "join", "keys", "doctor", *SERVICE, *INFERENCE),
-    "edge-coordinator": ("emulate", "serve", "keys", "clients", "invite", "export", "status"),
+    "edge-coordinator": (
+        "emulate",
+        "serve",
+        "keys",
+        "clients",
+        "invite",
+        "export",
+        "status",
+        "history",
+    ),
 }
 
 

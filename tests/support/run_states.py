@@ -20,6 +20,7 @@ from coordinator.store.status import (
     utc,
 )
 from coordinator.store.store import Store
+from edge_sdk.protocol.messages import ExitResult
 from tests.support.examples import config, examples
 
 HOSTILE = 'a" b\\ \n c \x1b[2J {x="1"} \u2028'
@@ -36,6 +37,10 @@ COHORT = CohortState(
             bytes_up=1_234,
             last_seen_s=1.5,
             updates=2,
+            exits=(
+                ExitResult(exit=1, loss=1.25, accuracy=0.5),
+                ExitResult(exit=2, loss=0.5, accuracy=0.875),
+            ),
             faults={"tensors": 1},
             duplicates=1,
         ),

@@ -62,6 +62,7 @@ def test_a_table_for_people(tmp_path, capsys):
         "1.2",
         "kB",
         "2",
+        *("1.25", "/", "0.5", "50.0", "/", "87.5"),
         "2",
         "s",
         "raspberry-pi-4",
