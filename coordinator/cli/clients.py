@@ -27,7 +27,7 @@ from coordinator.admission.pending import forget_pending, read_pending
 from edge_sdk.cli.flags import add_command, path_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import locked
-from edge_sdk.helpers.text import checked_endpoint
+from edge_sdk.helpers.text import checked_endpoint, split_endpoint
 from edge_sdk.protocol.invitation import InvitationLine, encode_line
 from edge_sdk.protocol.keys import SERVER_KEYS, check_key, make_keys, read_key
 from edge_sdk.protocol.messages import CLIENT_NAME
@@ -211,7 +211,7 @@ def _endpoint(given: str | None) -> str:
         endpoint = checked_endpoint(given, "--endpoint")
         if not endpoint.isascii() or len(endpoint) > 300:
             raise ConfigError(f"--endpoint {given!r} is not ASCII, or longer than 300 characters")
-        if re.match(r"tcp://(\*|0\.0\.0\.0|\[::\]):", endpoint):
+        if split_endpoint(endpoint)[0] in ("*", "0.0.0.0", "::"):
             raise ConfigError(f"--endpoint {given!r} is no address that a device can connect to")
         return endpoint
     endpoint = f"tcp://{own_address()}:{PORT}"
@@ -221,14 +221,19 @@ def _endpoint(given: str | None) -> str:
 
 def own_address() -> str:
     """This host's address on the route to the outside. Raises ConfigError."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))  # an address for examples; UDP sends nothing by this
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise ConfigError(
-            f"this host's own address is not found: {error}; give --endpoint tcp://HOST:PORT"
-        ) from error
+    # Addresses for examples; UDP sends nothing by this.
+    outside = ((socket.AF_INET, "192.0.2.1", "{}"), (socket.AF_INET6, "2001:db8::1", "[{}]"))
+    problem: OSError | None = None
+    for family, address, form in outside:
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((address, 9))
+                return form.format(probe.getsockname()[0])
+        except OSError as error:
+            problem = problem or error
+    raise ConfigError(
+        f"this host's own address is not found: {problem}; give --endpoint tcp://HOST:PORT"
+    ) from problem
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,7 @@ key of an invitation may send `join` and nothing else, which is answered here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import resource
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from coordinator.admission import join as joining
 from coordinator.admission.client_list import Admission
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.helpers.logs import event
+from edge_sdk.helpers.text import split_endpoint
 from edge_sdk.protocol.keys import KeyPair
 from edge_sdk.protocol.link import Payload, parse_frames, send_frames, set_common_options
 from edge_sdk.protocol.messages import Fault, Hello, Join, Message
@@ -94,14 +96,31 @@ class Router:
             self.socket.set(zmq.CURVE_PUBLICKEY, keys.public)
             self.socket.set(zmq.CURVE_SECRETKEY, keys.secret)
         try:
-            self.socket.bind(endpoint)
+            self._bind(endpoint)
         except zmq.ZMQError as error:
             self.close()
+            is_taken = error.errno == zmq.EADDRINUSE
+            why = (
+                "another coordinator running there" if is_taken else "that an address of this host"
+            )
             raise ConfigError(
-                f"cannot listen on {endpoint}: {error}; is another coordinator running there? "
-                "choose another --listen"
+                f"cannot listen on {endpoint}: {error}; is {why}? choose another --listen"
             ) from error
         self.endpoint = bytes(self.socket.get(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
+
+    def _bind(self, endpoint: str) -> None:
+        """Listen; for every address (*, [::]) on a socket of both IPv6 and IPv4, or of IPv4 alone
+        where this host has no IPv6. Raises ZMQError."""
+        host, port, is_ipv6 = split_endpoint(endpoint)
+        is_any = host in ("*", "::")
+        self.socket.set(zmq.IPV6, int(is_ipv6 or is_any))
+        try:
+            self.socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            if not is_any or error.errno in (zmq.EADDRINUSE, errno.EACCES):
+                raise
+            self.socket.set(zmq.IPV6, 0)
+            self.socket.bind(f"tcp://*:{port}")
 
     def send(self, route: bytes, message: Message, payload: Payload | None = None) -> bool:
         """Send a message. False if the route is gone or takes nothing now."""
@@ -200,7 +219,7 @@ def allow_connections(devices: int) -> None:
 
 def _address(frame: zmq.Frame) -> str:
     with contextlib.suppress(zmq.ZMQError):
-        return str(frame.get("Peer-Address"))
+        return str(frame.get("Peer-Address")).removeprefix("::ffff:")  # IPv4 on a socket of both
     return ""
 
 

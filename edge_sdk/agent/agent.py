@@ -127,6 +127,9 @@ class Agent:
         elif state.welcome is None:
             if state.inspected and now >= state.next_hello:
                 self._say_hello(state.inspected, now)
+            if state.inspected and state.is_news(absence := self._link.absence(), now):
+                said = "coordinator %s not reached yet: %s; waiting for it"
+                log.warning(said, self._link.endpoint, absence)
         elif now >= state.next_heartbeat:
             state.next_heartbeat = now + state.welcome.heartbeat_s
             if not self._link.send(Heartbeat(round=state.job.round if state.job else 0)):
@@ -153,9 +156,6 @@ class Agent:
         state = self._state
         profile, client_id = self._profile(), self._options.client_id
         is_said = self._link.send(hello(client_id, self._session, profile, inspected, state.job))
-        if not is_said and not state.is_absence_logged:
-            log.info("coordinator %s not reached yet; waiting for it", self._link.endpoint)
-            state.is_absence_logged = True
         state.put_off_hello(now, is_said)
 
     def _on_coordinator_message(self, message: Message, payload: Payload | None) -> None:

@@ -25,7 +25,7 @@ from edge_sdk.protocol.messages import CLIENT_NAME, CLIENT_NAME_IN_WORDS, CURVE_
 DEFAULT_CONFIG = Path("/etc/edge-sdk/config.toml")
 # What an error says is expected; also every key there is.
 EXPECTED = {
-    "coordinator": "the coordinator's address, tcp://HOST:PORT",
+    "coordinator": "the coordinator's address, tcp://HOST:PORT, an IPv6 address in brackets",
     "data": "the absolute path of this device's data, or the name of a data set",
     "id": f"a name of {CLIENT_NAME_IN_WORDS}",
     "keys": "the absolute path of the folder of keys",

@@ -15,6 +15,7 @@ from edge_sdk.version import __version__
 HELLO_S = 2.0  # between attempts to be welcomed, grows to HELLO_MAX_S
 REFUSED_S = 10.0  # pause after a refused handshake, doubles to REFUSED_MAX_S
 HELLO_MAX_S = 15.0
+ABSENCE_S = 600.0  # between two lines that say the same of an absent coordinator
 REFUSED_MAX_S = 120.0
 
 
@@ -59,7 +60,8 @@ class State:
     reopen_at: float | None = None  # the link is closed until then
     refused_pause_s: float = REFUSED_S
     is_resting: bool = False  # too hot or the battery too low for any job
-    is_absence_logged: bool = False  # that the coordinator is not reached yet
+    absence: str = ""  # why the coordinator is not reached, as it was logged last
+    tell_absence_at: float = 0.0  # again
 
     def note_inspected(self, inspected: Inspected) -> None:
         """Remember what a trainer found. Only the first one measures speed: that is carried on."""
@@ -70,7 +72,7 @@ class State:
 
     def mark_welcomed(self, welcome: Welcome) -> None:
         self.welcome = self.last_welcome = welcome
-        self.hello_pause_s, self.refused_pause_s, self.is_absence_logged = HELLO_S, REFUSED_S, False
+        self.hello_pause_s, self.refused_pause_s, self.absence = HELLO_S, REFUSED_S, ""
         self.next_heartbeat = time.monotonic() + welcome.heartbeat_s
 
     def mark_lost(self) -> None:
@@ -88,6 +90,13 @@ class State:
         self.is_trained = self.is_result_logged = True
         waited = {"wait": Phase(wall_s=self.waited_s)}
         return replace(update, phases={**waited, **update.phases}, retries=self.retries)
+
+    def is_news(self, absence: str, now: float) -> bool:
+        """Whether this reason, why the coordinator is not reached, is to be logged now."""
+        if not absence or (absence == self.absence and now < self.tell_absence_at):
+            return False
+        self.absence, self.tell_absence_at = absence, now + ABSENCE_S
+        return True
 
     def put_off_hello(self, now: float, is_said: bool) -> None:
         """Set when the next hello is due. The pause grows only if this one left the device

@@ -14,7 +14,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -302,21 +301,20 @@ def check_coordinator(
     endpoint: str | None, keys: tuple[KeyPair, bytes] | None, *, is_insecure: bool
 ) -> Finding:
     """Whether a TCP connection can be made, and a real handshake if there are keys to try."""
+    from edge_sdk.protocol.reach import reach
+
     name = "coordinator"
     if endpoint is None:
         return Finding(name, "warn", "not set", "set coordinator in the config")
-    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S):
-            pass
-    except (OSError, ValueError) as error:  # ValueError: no name of a host
+    found, problem = reach(endpoint)
+    if problem:
         advice = (
             "is it running, is the address right, does a firewall drop it? A device waits for it"
         )
-        return Finding(name, "fail", f"{endpoint} is not reached: {error}", advice)
+        return Finding(name, "fail", f"{endpoint} is not reached: {problem}", advice)
     if keys is None and not is_insecure:
         return Finding(name, "warn", f"{endpoint} answers, no handshake without keys", "make keys")
-    if refusal := handshake(endpoint, keys):
+    if refusal := handshake(found, keys):
         why, _, advice = refusal.partition("; ")
         return Finding(name, "fail", f"{endpoint} answers, but: {why}", advice)
     return Finding(name, "ok", f"{endpoint} takes this device's connection")

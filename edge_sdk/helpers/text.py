@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 
 from edge_sdk.errors import ConfigError
 
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
-_ENDPOINT = re.compile(r"tcp://[^/\s]+:(\*|[0-9]{1,5})")
+_ENDPOINT = re.compile(r"tcp://(?:\[([^]\s]+)\]|([^][:/\s]+)):(\*|[0-9]{1,5})")
 
 
 def one_line(text: str, max_length: int = 200) -> str:
@@ -43,8 +44,30 @@ def checked_endpoint(text: str, flag: str) -> str:
     Port 0 or * is any free one, for who listens."""
     found = _ENDPOINT.fullmatch(text)
     is_bound = flag == "--listen"
-    if not found or (found[1] == "*" and not is_bound):
-        raise ConfigError(f"{flag} {text!r} is not tcp://HOST:PORT")
-    if found[1] != "*" and not (0 if is_bound else 1) <= int(found[1]) <= 65535:
+    if not found or (found[3] == "*" and not is_bound):
+        brackets = "; an IPv6 address stands in brackets: tcp://[::1]:5555" * (text.count(":") > 2)
+        raise ConfigError(f"{flag} {text!r} is not tcp://HOST:PORT{brackets}")
+    if found[3] != "*" and not (0 if is_bound else 1) <= int(found[3]) <= 65535:
         raise ConfigError(f"{flag} {text!r} has a port outside 1 to 65535")
+    if found[1] is not None:
+        _check_ipv6(found[1], f"{flag} {text!r}")
     return text
+
+
+def split_endpoint(endpoint: str) -> tuple[str, str, bool]:
+    """Host without brackets, port, and whether the host is an IPv6 address; of an endpoint that was
+    checked."""
+    found = _ENDPOINT.fullmatch(endpoint)
+    assert found, endpoint
+    return found[1] or found[2], found[3], found[1] is not None
+
+
+def _check_ipv6(host: str, where: str) -> None:
+    """Raise ConfigError, which begins with `where`."""
+    try:
+        address = ipaddress.IPv6Address(host)
+    except ValueError as error:
+        raise ConfigError(f"{where} has no IPv6 address in its brackets: {error}") from error
+    if address.is_link_local and not address.scope_id:
+        interface = "needs its network interface behind a %, as in [fe80::1%eth0]"
+        raise ConfigError(f"{where} has a link-local address, which {interface}")

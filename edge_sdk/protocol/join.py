@@ -112,6 +112,7 @@ def _answer(link: Link, question: Join) -> Message:
         link.wait(500, wants_to_send=time.monotonic() >= ask_at)
         if refusal := link.events()[1]:
             raise Refused(refusal)
+        link.absence()  # looks into why there is no connection
         try:
             received = link.receive()
         except ProtocolError as error:
@@ -125,7 +126,8 @@ def _answer(link: Link, question: Join) -> Message:
             f"{link.endpoint} is reached but has not answered for {ANSWER_S:g} s; is it busy? try "
             "again, nothing is lost by that"
         )
+    reason = f" ({why})" if (why := link.absence()) else ""
     raise LinkError(
-        f"{link.endpoint} is not reached for {CONNECT_S:g} s; is the coordinator running, is the "
-        "address right, does a firewall drop it? try again, nothing is lost by that"
+        f"{link.endpoint} is not reached for {CONNECT_S:g} s{reason}; is the coordinator running, "
+        "is the address right? try again, nothing is lost by that"
     )

@@ -7,6 +7,7 @@ connection says so and the agent starts again with Hello."""
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import Protocol, TypeAlias
 
@@ -14,9 +15,11 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from edge_sdk.errors import LinkError, ProtocolError, VersionError
+from edge_sdk.helpers.text import split_endpoint
 from edge_sdk.protocol.codec import decode, encode
 from edge_sdk.protocol.keys import KeyPair
 from edge_sdk.protocol.messages import MAX_FRAME_BYTES, Fault, Message, Part
+from edge_sdk.protocol.reach import TRY_S, Search, is_numeric
 from edge_sdk.protocol.timing import DEAD_MS
 
 log = logging.getLogger(__name__)
@@ -25,6 +28,9 @@ RECONNECT_MAX_MS = 5_000  # between attempts to connect, doubled up to it
 PING_TIMEOUT_MS = 120_000  # a part of a slow link may take so long, and no PONG comes beside it
 HIGH_WATER = 32  # messages queued per peer: a window of parts and some control
 MOST_AT_ONCE = 64  # messages read without a look at anything else
+LOOK_S = 3.0  # without a connection until it is looked into why; the pause then doubles
+LOOK_MAX_S = 60.0
+SEARCHED_MS = 50  # between looks at a search that runs
 ZERO_COPY_BYTES = 64 * 1024  # below it copying is cheaper than tracking the buffer
 Payload: TypeAlias = bytes | memoryview
 REFUSALS: dict[int, str] = {
@@ -85,7 +91,7 @@ class Other(Protocol):
 
 
 class Link:
-    """A connection that may be down. endpoint: "tcp://host:port"."""
+    """A connection that may be down. endpoint: "tcp://host:port", which was checked."""
 
     def __init__(self, endpoint: str, keys: KeyPair | None, server_key: bytes | None) -> None:
         self.endpoint = endpoint
@@ -94,10 +100,16 @@ class Link:
         self._context = zmq.Context()
         self.socket: zmq.Socket[bytes] | None = None
         self.monitor: zmq.Socket[bytes] | None = None
+        self._search: Search | None = None
+        self._target = ""  # the numeric endpoint that the socket connects to
+        self._is_connected = False
+        self._absence, self._num_mute = "", 0
+        self._look_at, self._look_pause_s = 0.0, LOOK_S
         self.open()
 
     def open(self) -> None:
-        """Make a new socket, which ZeroMQ connects and reconnects in the background."""
+        """Make a new socket, which ZeroMQ connects and reconnects in the background; to a name once
+        that is resolved, which events() and wait() see."""
         self.close()
         socket = self._context.socket(zmq.DEALER)
         set_common_options(socket)
@@ -109,16 +121,15 @@ class Link:
             socket.set(zmq.CURVE_PUBLICKEY, self._keys.public)
             socket.set(zmq.CURVE_SECRETKEY, self._keys.secret)
             socket.set(zmq.CURVE_SERVERKEY, self._server_key)
-        events = int(zmq.EVENT_DISCONNECTED)
+        events = int(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         for refusal in REFUSALS:
             events |= refusal
         self.socket, self.monitor = socket, socket.get_monitor_socket(events)
-        try:
-            socket.connect(self.endpoint)
-        except zmq.ZMQError as error:
-            self.close()
-            wanted = "expected tcp://HOST:PORT"
-            raise LinkError(f"cannot connect to {self.endpoint!r}: {error}; {wanted}") from error
+        self._mark_absent()
+        if is_numeric(self.endpoint):
+            self._connect(self.endpoint)
+        else:
+            self._search = Search(self.endpoint, is_tried=False)
 
     def close(self, *, is_final: bool = False) -> None:
         """Close the socket. is_final: for good, with up to half a second for what was sent."""
@@ -126,7 +137,8 @@ class Link:
             self.socket.disable_monitor()
             self.monitor.close()  # an open one would keep the context from ending
             self.socket.close(linger=500 if is_final else 0)
-        self.socket = self.monitor = None
+        self.socket = self.monitor = self._search = None
+        self._target = ""
         if is_final:
             self._context.term()
 
@@ -178,15 +190,65 @@ class Link:
             if end is not None:
                 is_written = wants_to_send and end is self.socket
                 poller.register(end, zmq.POLLIN | (zmq.POLLOUT if is_written else 0))
-        poller.poll(timeout_ms)
+        poller.poll(min(timeout_ms, SEARCHED_MS) if self._search else timeout_ms)
 
     def events(self) -> tuple[bool, str]:
         """Whether the connection was lost since the last call, and why it was refused or ""."""
         is_lost, refusal = False, ""
+        self._follow_search()
         while self.monitor is not None and self.monitor.poll(0):
             event = parse_monitor_message(self.monitor.recv_multipart())["event"]
-            is_lost = is_lost or event == zmq.EVENT_DISCONNECTED
+            if event == zmq.EVENT_DISCONNECTED:
+                is_lost = True
+                self._mark_absent()
+            self._is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and not self._keys:
                 event = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # a coordinator with keys just hangs up
             refusal = REFUSALS.get(event, refusal)
         return is_lost, refusal
+
+    def absence(self) -> str:
+        """Why there is no connection, in one line; "" while there is one or the reason is not known
+        yet. It is looked into after LOOK_S, and again as the pause grows; an address that answers
+        is connected to."""
+        self._follow_search()
+        if self._is_connected or self.socket is None:
+            return ""
+        now, search = time.monotonic(), self._search
+        if search is None and now >= self._look_at:
+            self._search = Search(self.endpoint, is_tried=True)
+            self._look_at = now + self._look_pause_s
+            self._look_pause_s = min(LOOK_MAX_S, 2 * self._look_pause_s)
+        elif search is not None and now - search.since > TRY_S + 1.0:
+            return "its name is being looked up; no name server answers"
+        return self._absence
+
+    def _mark_absent(self) -> None:
+        self._is_connected, self._absence, self._num_mute = False, "", 0
+        self._look_at, self._look_pause_s = time.monotonic() + LOOK_S, LOOK_S
+
+    def _follow_search(self) -> None:
+        """Do what a search that has ended found."""
+        if self._search is None or (found := self._search.result) is None:
+            return
+        self._search, self._absence = None, found.problem
+        if found.endpoint and not self._is_connected and found.endpoint != self._target:
+            self._connect(found.endpoint)
+        elif found.endpoint:  # once it may just have come up
+            self._num_mute += 1
+            mute = "it takes a connection and makes no handshake; is it an edge-coordinator?"
+            self._absence = mute if self._num_mute > 1 else ""
+
+    def _connect(self, endpoint: str) -> None:
+        """Let ZeroMQ connect to this numeric endpoint, to no other any more. Raises LinkError."""
+        assert self.socket is not None
+        try:
+            if self._target:
+                self.socket.disconnect(self._target)
+            self.socket.set(zmq.IPV6, int(split_endpoint(endpoint)[2]))
+            self.socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            wanted = "expected tcp://HOST:PORT"
+            raise LinkError(f"cannot connect to {endpoint!r}: {error}; {wanted}") from error
+        self._target = endpoint

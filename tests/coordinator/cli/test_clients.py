@@ -83,6 +83,8 @@ def test_invite_says_when_the_name_is_taken(gate, capsys):
             "'tcp://*:5555' is no address that a device can connect to",
         ),
         (["--endpoint", "tcp://0.0.0.0:5555"], "is no address that a device can connect to"),
+        (["--endpoint", "tcp://[::]:5555"], "is no address that a device can connect to"),
+        (["--endpoint", "tcp://::1:5555"], "an IPv6 address stands in brackets: tcp://[::1]:5555"),
         (["--endpoint", "tcp://h:0"], "port outside 1 to 65535"),
         (["--endpoint", "tcp://hé:1"], "is not ASCII"),
         (["--keys", "nowhere"], "nowhere/server.public cannot be read"),
