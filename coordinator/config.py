@@ -35,6 +35,7 @@ def flag(help: str, name: str = "", metavar: str = "") -> Meta:
 
 
 SERVER_LR = "fedavgm: share of the step that is taken; fedadam, fedyogi: about a weight's step"
+REFUSE = "refuse an update whose weights move over FACTOR medians of earlier ones, 0: none"
 CLIP = "bound an update's movement to FACTOR medians of earlier ones, 0: off"
 ROTATION = "a deeper stage for weak clients: beside their prefix, or instead of it"
 DEADLINE = "seconds a job may take, devices plan for it"
@@ -79,13 +80,16 @@ ADAPTIVE: Mapping[str, Any] = {"server.momentum": 0.9, "server.lr": 0.01}
 
 class AggregationOptions(Options, frozen=True, kw_only=True):
     """How a round's updates become one model (aggregation/registry.py), and how far one may move
-    (methods/clipping.py).
+    (aggregation/border.py, methods/clipping.py).
 
     trim: share of a tensor's owners that trimmed-mean leaves out at each end of every coordinate.
     own: what a rule has beside these."""
 
     rule: Annotated[str, flag("how updates become one model", "--aggregation")] = "mean"
     trim: Annotated[float, Meta(ge=0, lt=0.5), flag("trimmed-mean: share at each end")] = 0.1
+    refuse_above: Annotated[
+        float, Meta(ge=0, le=1e6), flag(REFUSE, "--refuse-above", metavar="FACTOR")
+    ] = 10.0
     clip: Annotated[float, Meta(ge=0, le=1e6), flag(CLIP, metavar="FACTOR")] = 0.0
     own: Own = UNSET
 

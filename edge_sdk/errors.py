@@ -4,6 +4,7 @@
     ├── ConfigError      a value from a person: flag, file, preset, unknown name
     ├── DataError        a data set: missing, corrupt, wrong shape, empty shard
     ├── ShapeError       tensors that do not belong to the model: name, shape, dtype, NaN
+    │   └── UpdateError      an update that no honest training gives
     ├── CapacityError    the device cannot do what is asked: too small, out of memory
     ├── TrainerError     the trainer ended or failed
     ├── LinkError        no connection, lost connection, refused identity
@@ -34,6 +35,10 @@ class DataError(EdgeError):
 
 class ShapeError(EdgeError):
     code = "tensors"
+
+
+class UpdateError(ShapeError):
+    code = "update"
 
 
 class CapacityError(EdgeError):

@@ -37,17 +37,18 @@ class Server:
             moved = new[name] - self.globals[name]
             direction = self._direction(name, moved, first, second)
             new[name] = self.globals[name] + options.lr * direction
-        for held in (new, first, second):
+        # normalised geometric average: sum d^i w / sum d^i, newest first
+        weight, average = options.ema * self._average_weight + 1, dict(self._average)
+        for name, tensor in new.items():
+            old = average.get(name)
+            if old is None or not tensor.is_floating_point():
+                average[name] = tensor.clone()
+            else:
+                average[name] = torch.lerp(old, tensor, 1 / weight)
+        for held in (new, first, second, average):
             check_finite(held, "the server's step")
         self.globals, self._first, self._second = new, first, second
-        # normalised geometric average: sum d^i w / sum d^i, newest first
-        self._average_weight = options.ema * self._average_weight + 1
-        for name, tensor in new.items():
-            old = self._average.get(name)
-            if old is None or not tensor.is_floating_point():
-                self._average[name] = tensor.clone()
-            else:
-                self._average[name] = torch.lerp(old, tensor, 1 / self._average_weight)
+        self._average, self._average_weight = average, weight
 
     def _direction(self, name: str, moved: Tensor, first: Tensors, second: Tensors) -> Tensor:
         """The step of one parameter for the aggregate's difference; replaces its moments in `first`

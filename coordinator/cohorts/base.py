@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor
 
 from edge_sdk.protocol.messages import (
     DeviceProfile,
@@ -76,13 +79,14 @@ class ClientUpdate:
     round copies it: it may lie in a file that the next round writes over.
 
     staleness: rounds that have ended since that of its job; sent: what the job began from, where
-    they are more than none."""
+    they are more than none. most_examples: that it may count with."""
 
     client: Client
     arrived: ArrivedUpdate
     tensors: Tensors
     staleness: int = 0
     sent: Tensors = field(default_factory=dict)
+    most_examples: float = math.inf
 
     @property
     def message(self) -> Update:
@@ -95,7 +99,8 @@ class ClientUpdate:
 
     @property
     def num_examples(self) -> int:
-        return self.message.num_examples
+        """What it counts with."""
+        return int(min(self.message.num_examples, self.most_examples))
 
     @property
     def round(self) -> int:
@@ -115,6 +120,10 @@ class ClientUpdate:
         upload_s = self.arrived.upload_s
         upload = {} if upload_s is None else {"upload": Phase(wall_s=upload_s)}
         return dict(self.message.phases) | upload
+
+
+# Raises UpdateError for an update that may not count, by what its job began from.
+Check: TypeAlias = Callable[[ClientUpdate, Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,6 @@ class Fleet(Cohort, Protocol):
     def num_busy(self) -> int:
         """Clients with a job in hand."""
 
-    def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
+    def expect(self, clients: Iterable[Client], num_chosen: int, check: Check) -> None:
         """A round begins. These clients had been asked in it before a restart, the first num_chosen
-        because they were chosen."""
+        because they were chosen. Updates that `check` refuses do not count, and are told so."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Absence, Assignment, Check, Client, ClientUpdate
 from coordinator.cohorts.quorum import clients_needed, updates_needed
 from coordinator.config import RunConfig
 from coordinator.fleet.counters import Counters
@@ -135,11 +135,17 @@ class ZmqCohort:
         self._is_assembled = True
         return self._idle_clients()
 
-    def expect(self, clients: Iterable[Client], num_chosen: int) -> None:
+    def expect(
+        self,
+        clients: Iterable[Client],
+        num_chosen: int,
+        check: Check = lambda update, sent: None,
+    ) -> None:
         """A round begins. These clients, whether they are there yet or not, take part in one that
         was cut short: the first num_chosen were chosen, the others asked for those who failed."""
         self._expected = {client.id: client for client in clients}
         self._num_chosen = num_chosen
+        self.jobs.check = check
         last = self._at_hand.round
         self.jobs.expire(last + 1 - self._config.oldest)  # before anything more is heard
         self._at_hand = RoundAtHand(last)

@@ -13,7 +13,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
-from coordinator.cohorts.base import Absence, ArrivedUpdate, Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import (
+    Absence,
+    ArrivedUpdate,
+    Assignment,
+    Check,
+    Client,
+    ClientUpdate,
+)
 from coordinator.fleet.counters import Counters
 from coordinator.fleet.endings import Endings
 from coordinator.fleet.flow_control import Budget, LinkRates
@@ -51,6 +58,7 @@ class Jobs:
         counters: Counters | None = None,
     ) -> None:
         self.finished: list[ClientUpdate | Absence] = []
+        self.check: Check = lambda update, sent: None
         self.budget = budget
         self.open: dict[str, OpenJob] = {}
         self.transfers = Transfers(self.open, budget, sessions)
@@ -89,7 +97,7 @@ class Jobs:
             arrived, tensors = found
             try:
                 check_update(arrived.update, open_job)
-                check_values(tensors, open_job)
+                check_values(ClientUpdate(client, arrived, tensors), open_job, self.check)
             except EdgeError as error:
                 log.warning("%s; it is asked for again", error)
             else:
@@ -307,13 +315,13 @@ class Jobs:
 
     def _complete(self, open_job: OpenJob, receiver: Receiver) -> None:
         """Every part of the update is here: with good values it goes to the spool and counts."""
-        tensors = receiver.tensors()
+        tensors, arrived = receiver.tensors(), open_job.as_arrived()
         try:
-            check_values(tensors, open_job)
+            update = ClientUpdate(open_job.client, arrived, tensors)
+            check_values(update, open_job, self.check)
         except EdgeError as error:
             self._refuse(open_job, error)
             return
-        arrived = open_job.as_arrived()
         self._spool.save_update(open_job.round, open_job.name, arrived)
         self._count(open_job, arrived, tensors)
 

@@ -12,14 +12,14 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from coordinator.cohorts.base import Absence, ArrivedUpdate, Assignment, Client
+from coordinator.cohorts.base import Absence, ArrivedUpdate, Assignment, Check, Client, ClientUpdate
 from coordinator.fleet.flow_control import LinkRate, LinkRates
 from coordinator.fleet.job_phases import JobEvent, JobPhase, phase_after
 from edge_sdk.errors import ShapeError
 from edge_sdk.protocol.messages import Job, Ready, Update
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensor_lists import check_specs
-from edge_sdk.protocol.tensors import Receiver, Sender, Tensors, check_finite
+from edge_sdk.protocol.tensors import Receiver, Sender, check_finite
 
 MOST_WANTED = 16  # ranges of parts that a device may have asked for and not been sent
 
@@ -206,9 +206,10 @@ def make_job(
     )
 
 
-def check_values(tensors: Tensors, open_job: OpenJob) -> None:
-    """Raise ShapeError for NaN or infinite values."""
-    check_finite(tensors, f"update from {open_job.name}, round {open_job.round}")
+def check_values(update: ClientUpdate, open_job: OpenJob, check: Check) -> None:
+    """Raise ShapeError for NaN or infinite values, and what `check` raises."""
+    check_finite(update.tensors, f"update from {open_job.name}, round {open_job.round}")
+    check(update, open_job.assignment.tensors)
 
 
 def check_update(update: Update, open_job: OpenJob) -> None:

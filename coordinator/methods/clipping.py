@@ -1,20 +1,20 @@
 """`--clip FACTOR`: no update moves a stage further than FACTOR times what is usual.
 
-The norm of an update depends on how many stages it holds, so each stage (its exit included) is on
-its own: d = trained minus sent is taken times min(1, FACTOR median / |d|), the median over the last
-MEMORY updates that owned the stage, before this round. Within a round the bound is fixed, and what
-is remembered is in an order drawn from (seed, round, client): the order of arrival changes nothing.
+Each stage (its exit included) is on its own (aggregation/movement.py): d = trained minus sent is
+taken times min(1, FACTOR median / |d|), the median over the last MEMORY updates that owned the
+stage, before this round. Within a round the bound is fixed, and what is remembered is in an order
+drawn from (seed, round, client): the order of arrival changes nothing.
 
 In a stage's first round there is nothing to compare with. The updates that hold such a stage are
 kept until all of the round are here and are clipped by their own median; so the very first is
 clipped too if others came beside it, and alone it is its own median: not clipped from FACTOR 1 on.
 
-Statistics of BatchNorm are a group of their own in each stage, with their own median: they are in
-other units than weights, and left alone (or taken along only when the weights are clipped) they
-would be a way around the clip. Counters are left as they are. Norms are remembered before clipping:
-the bound can rise when everybody's do, and a minority of absurd norms does not move a median.
+Statistics of BatchNorm are a group of their own in each stage, with their own median: left alone
+(or taken along only when the weights are clipped) they would be a way around the clip. Counters are
+left as they are. Norms are remembered before clipping: the bound can rise when everybody's do, and
+a minority of absurd norms does not move a median.
 
-Memory: 1 kB a stage; in a first round all its updates by reference, as in robust.py.
+In a first round all its updates are held by reference, as in robust.py.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
-import torch
 from torch import Tensor
 
+from coordinator.aggregation.movement import Group, NormMemory
 from coordinator.aggregation.robust import lower_median, shortened, squared_distance
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.cohorts.sampling import job_seed
@@ -35,20 +34,16 @@ from coordinator.methods.base import Metrics
 from edge_sdk.protocol.tensor_lists import stage_of
 
 log = logging.getLogger(__name__)
-MEMORY = 64  # updates
 KINDS = ("weights", "statistics")
-Group: TypeAlias = tuple[int, int]  # (stage from 0, index in KINDS)
-NONE = -1.0
 
 
 class NormClip:
-    """Bounds how far an update may move, by the norms of earlier ones. norms: (stages, 2,
-    MEMORY) float64, the newest last, -1 where there is none yet."""
+    """Bounds how far an update may move, by the norms of earlier ones."""
 
     def __init__(
         self, factor: float, parameters: Collection[str], num_stages: int, seed: int
     ) -> None:
-        self.norms = torch.full((num_stages, len(KINDS), MEMORY), NONE, dtype=torch.float64)
+        self.memory = NormMemory(num_stages, len(KINDS))
         self._factor = factor
         self._parameters = frozenset(parameters)
         self._seed = seed
@@ -62,7 +57,7 @@ class NormClip:
     ) -> Iterator[ClientUpdate]:
         """The updates, those too long shortened, as soon as their bounds are known. When all have
         been taken, `metrics` has the figure `clipped_updates` and the norms are remembered."""
-        bounds = self._bounds()
+        bounds = {group: self._factor * m for group, m in self.memory.medians().items()}
         waiting: list[tuple[ClientUpdate, dict[Group, float]]] = []
         seen: list[tuple[int, dict[Group, float]]] = []
         metrics.values["clipped_updates"] = 0.0
@@ -78,16 +73,7 @@ class NormClip:
             bounds[group] = self._factor * lower_median(found)
         for update, norms in waiting:
             yield self._shortened(round, update, norms, bounds, sent, metrics)
-        self._remember([norms for _, norms in sorted(seen, key=lambda each: each[0])])
-
-    def _bounds(self) -> dict[Group, float]:
-        """Of the groups with a memory."""
-        bounds = {}
-        for stage, kinds in enumerate(self.norms.tolist()):
-            for kind, held in enumerate(kinds):
-                if known := [norm for norm in held if norm != NONE]:
-                    bounds[stage, kind] = self._factor * lower_median(known)
-        return bounds
+        self.memory.remember(norms for _, norms in sorted(seen, key=lambda each: each[0]))
 
     def _norms_of(self, update: ClientUpdate, sent: Mapping[str, Tensor]) -> dict[Group, float]:
         squares: dict[Group, float] = {}
@@ -124,9 +110,3 @@ class NormClip:
             if (group := self._group(name, tensor)) in shares:
                 tensors[name] = shortened(tensor, sent[name], shares[group])
         return dataclasses.replace(update, tensors=tensors)
-
-    def _remember(self, seen: Sequence[Mapping[Group, float]]) -> None:
-        for norms in seen:
-            for (stage, kind), norm in norms.items():
-                held = self.norms[stage, kind]
-                self.norms[stage, kind] = torch.cat([held[1:], held.new_tensor([norm])])

@@ -6,7 +6,8 @@ the mean over its owners. What differs between the methods is data: which segmen
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from msgspec.structs import replace
@@ -22,11 +23,12 @@ from coordinator.generators.base import Generator
 from coordinator.methods.base import Metrics
 from coordinator.methods.clipping import NormClip
 from coordinator.methods.rotation import SegmentRule
-from edge_sdk.errors import ShapeError
+from edge_sdk.errors import EdgeError, ShapeError
+from edge_sdk.helpers.text import one_line
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensor_lists import needed_names, stage_of, trained_names
-from edge_sdk.protocol.tensors import Tensors, check_shapes, specs_of, with_prefix
+from edge_sdk.protocol.tensors import Tensors, check_finite, check_shapes, specs_of, with_prefix
 from edge_sdk.protocol.timing import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -36,15 +38,20 @@ MAX_WEIGHT = 1e6  # of what generators learn from; squares and products of it st
 
 class DepthAveraging:
     """Each client trains the segments that `rule` gives it; each tensor becomes the mean over its
-    owners, and `generator` stands in for those who lack a stage."""
+    owners, and what `make_generator` makes stands in for those who lack a stage. Where it cannot
+    compute, the round has the owners' mean and the next a new one without memory."""
 
     def __init__(
-        self, config: RunConfig, rule: SegmentRule, generator: Generator | None = None
+        self,
+        config: RunConfig,
+        rule: SegmentRule,
+        make_generator: Callable[[], Generator | None] = lambda: None,
     ) -> None:
         self.spec = config.model
         self._config = config
         self._rule = rule
-        self._generator = generator
+        self._make_generator = make_generator
+        self._generator = make_generator()
         parameters = {name for name, _ in build(self.spec).named_parameters()}
         self.server = Server(initial_tensors(self.spec, config.seed), parameters, config.server)
         factor = config.aggregation.clip
@@ -77,8 +84,9 @@ class DepthAveraging:
             with watch("aggregate"):
                 mean.add_(update.tensors, weight)
             if generator and is_learnable(update):
-                with watch("fit"):
+                with watch("fit"), self._sheltered(round, metrics):
                     generator.observe(update, sent, weight)
+                generator = self._generator_of(metrics)
             for segment in update.segments:
                 self._owners[segment.first - 1 : segment.last] += 1
             total += weight
@@ -87,16 +95,36 @@ class DepthAveraging:
         with watch("aggregate"):  # of the owners alone; robust rules do their work here
             merged = mean.result(sent)
         if metrics.num_updates and generator:
-            with watch("fit"):
+            with watch("fit"), self._sheltered(round, metrics):
                 metrics.values |= generator.fit(sent, round)
-            with watch("generate"):
+                check_finite(generator.state_dict(), "its memory")
+            generator = self._generator_of(metrics)
+        if metrics.num_updates and generator:
+            with watch("generate"), self._sheltered(round, metrics):
                 for weight, made in generator.generate(sent, merged):
+                    check_finite(made, "what it made")
                     mean.add_(made, self._config.generator.gain * weight)
         if metrics.num_updates:
             with watch("aggregate"):
                 self._step(self._damped(mean, shares), round, metrics)
         metrics.phases |= watch.phases
         return metrics
+
+    def _generator_of(self, metrics: Metrics) -> Generator | None:
+        """None once it has failed in this round: what it saw of the round is not whole."""
+        return None if "generator_failed" in metrics.values else self._generator
+
+    @contextmanager
+    def _sheltered(self, round: int, metrics: Metrics) -> Iterator[None]:
+        """What a generator cannot compute (no SVD, no solution, an overflow) ends no round: absurd
+        but finite updates may be behind it, or a memory of such ones."""
+        try:
+            yield
+        except (ArithmeticError, RuntimeError, ValueError, EdgeError) as error:
+            said = "round %d: the generator cannot go on: %s; owners' means, it begins anew"
+            log.error(said, round, one_line(str(error)))
+            metrics.values["generator_failed"] = 1.0
+            self._generator = self._make_generator()
 
     def _damped(self, mean: Kernel, shares: Mapping[str, float]) -> Tensors:
         """The mean, or a part of the way to it where only a part of the cohort trained the tensor.
@@ -136,7 +164,7 @@ class DepthAveraging:
         state = {f"server/{name}": tensor for name, tensor in self.server.state_dict().items()}
         state["owners"] = self._owners.clone()
         if self._clip:
-            state["clip"] = self._clip.norms.clone()
+            state["clip"] = self._clip.memory.norms.clone()
         if self._generator:
             made = self._generator.state_dict()
             state |= {f"generator/{name}": tensor for name, tensor in made.items()}
@@ -147,12 +175,12 @@ class DepthAveraging:
         rest = {name: tensor for name, tensor in state.items() if not name.startswith(parts)}
         shapes: dict[str, tuple[int, ...]] = {"owners": (self.spec.exit,)}
         if self._clip:
-            shapes["clip"] = tuple(self._clip.norms.shape)
+            shapes["clip"] = tuple(self._clip.memory.norms.shape)
         check_shapes(rest, shapes, "checkpoint")
         self.server.load_state_dict(with_prefix(state, "server/"))
         self._owners = state["owners"].clone()
         if self._clip:
-            self._clip.norms = state["clip"].clone()
+            self._clip.memory.norms = state["clip"].clone()
         if self._generator:
             self._generator.load_state_dict(with_prefix(state, "generator/"))
 

@@ -11,6 +11,8 @@ they count alike as in the published code.
 
 from __future__ import annotations
 
+from functools import partial
+
 from coordinator.config import RunConfig
 from coordinator.generators.registry import make_generator
 from coordinator.methods.base import Method
@@ -40,6 +42,6 @@ PAPER = {
 
 @register_method("hypemefed", defaults=BEST, paper=PAPER, uses=("rotation", "generator"))
 def hypemefed(config: RunConfig, device: TorchDevice) -> Method:
-    generator = make_generator(config.model, config.generator, config.seed, device)
+    make = partial(make_generator, config.model, config.generator, config.seed, device)
     rule = rotation(config.rotation, config.seed, config.deadline_s)
-    return DepthAveraging(config, rule, generator)
+    return DepthAveraging(config, rule, make)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from coordinator.aggregation.border import Border
 from coordinator.cohorts.base import Absence, Client, ClientUpdate, Cohort, Fleet
 from coordinator.cohorts.quorum import updates_needed
 from coordinator.cohorts.sampling import sample
@@ -21,10 +22,14 @@ class Asking:
     short has those of before. A fleet is told whom such a round had asked; in asynchronous mode it
     knows who is still at work for a round before."""
 
-    def __init__(self, store: Store, method: Method, cohort: Cohort, round: int) -> None:
+    def __init__(
+        self, store: Store, method: Method, cohort: Cohort, border: Border, round: int
+    ) -> None:
         self._store = store
         self._method = method
         self._cohort = cohort
+        self._border = border
+        self._asked: dict[str, int] = {}  # examples
         self._round = round
         fleet = cohort if isinstance(cohort, Fleet) else None
         self._asynchronous = fleet if store.config.mode == "async" else None
@@ -32,7 +37,7 @@ class Asking:
         self._failed: set[str] = set()
         known, num_chosen = store.participants_of(round)
         if fleet:
-            fleet.expect(known, num_chosen)
+            fleet.expect(known, num_chosen, border.check)
         self.chosen = known or self._draw_first()
         self._num_chosen = num_chosen or len(self.chosen)  # of whom the quorum is a share
 
@@ -45,8 +50,15 @@ class Asking:
             store.begin(round, chosen)
             store.record_clients(chosen)
             work = {client.id: self._method.assign(client, round) for client in chosen}
+            self._asked |= {client.id: client.num_examples for client in chosen}
+            if self._asynchronous:  # a round asks few
+                self._asked |= store.client_examples()
             before = len(self._counted)
-            for result in self._cohort.train(work, round, store.config.deadline_s):
+            results = self._cohort.train(work, round, store.config.deadline_s)
+            asked = [number for number in self._asked.values() if number]
+            for result in self._border.screened(
+                round, results, {name: job.tensors for name, job in work.items()}, asked
+            ):
                 self._note(result)
                 yield result
                 del result  # no reference stays here

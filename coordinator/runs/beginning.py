@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from coordinator.aggregation.border import STATE, Border
 from coordinator.methods.base import Method
 from coordinator.store.store import Store
 from edge_sdk.errors import ConfigError, ShapeError, StoreError
@@ -25,16 +26,20 @@ def check_init(init: str, method: Method) -> None:
         read_init(Path(init), method.current())
 
 
-def load_state(store: Store, method: Method) -> None:
-    """Give the method its state after the last committed round; before the first what `--init`
-    names, of which the run folder keeps a copy. Raises ConfigError, StoreError."""
+def load_state(store: Store, method: Method, border: Border | None = None) -> None:
+    """Give the method, and the border, their state after the last committed round; the method
+    before the first what `--init` names, of which the run folder keeps a copy. Raises
+    ConfigError, StoreError."""
     state = store.load_checkpoint()
     if state is None:
         if store.config.init:
             method.begin_from(_kept_init(store, method.current()))
         return
+    held = {STATE: state.pop(STATE)} if STATE in state else {}
     try:
         method.load_state_dict(state)
+        if border:
+            border.load_state_dict(held)
     except ShapeError as error:
         raise StoreError(
             f"the checkpoint of round {store.next_round() - 1} in {store.folder} is not this "

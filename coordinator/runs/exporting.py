@@ -9,6 +9,7 @@ from coordinator.cohorts.base import Client
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
+from coordinator.runs.beginning import load_state
 from coordinator.store.store import Store
 from edge_sdk.data.loading import Examples, load_dataset, load_test
 from edge_sdk.errors import ConfigError, DataError, StoreError
@@ -47,11 +48,10 @@ def export_run(
     check_export(out)
     store = Store.open_readonly(folder)
     try:
-        state = store.load_checkpoint()
-        if state is None:
+        if store.next_round() == 1:
             raise StoreError(f"{folder} has no finished round yet; nothing to export")
         method = make_method(store.config)
-        method.load_state_dict(state)
+        load_state(store, method)
         spec, tensors = chosen_part(store, method, client_id, exit)
         examples = load_test(data) if data else run_examples(store.config)
     finally:

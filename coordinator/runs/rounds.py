@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from coordinator.aggregation.border import Border
 from coordinator.aggregation.staleness import rebase_late_updates
 from coordinator.cohorts.base import Absence, ClientUpdate, Cohort
 from coordinator.config import RunConfig
@@ -59,11 +60,13 @@ def run_rounds(
     on, and its round. Raises what store and cohort raise, and TrainerError when nobody returns
     anything; every finished round is kept then."""
     config = store.config
-    load_state(store, method)
-    parameters = {name for name, _ in build(method.spec).named_parameters()}
+    model = build(method.spec)
+    parameters = {name for name, _ in model.named_parameters()}
+    border = Border(model, config.aggregation.refuse_above, epochs=config.epochs, seed=config.seed)
+    load_state(store, method, border)
     while (round := store.next_round()) <= config.rounds and not should_stop():
         phase("waiting for devices", round)
-        asking = Asking(store, method, cohort, round)  # draws who takes part; may wait
+        asking = Asking(store, method, cohort, border, round)  # draws who takes part; may wait
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
         phase("round open", round)
         results = store.record_results(round, _closing(asking.results(), round, phase))
@@ -80,7 +83,8 @@ def run_rounds(
             accuracy, served = evaluate(method, test, metrics, device)
         wall_s = time.monotonic() - started
         phase("saving", round)
-        totals = store.commit(round, metrics, method.state_dict(), started_utc, wall_s)
+        state = method.state_dict() | border.state_dict()
+        totals = store.commit(round, metrics, state, started_utc, wall_s)
         report(RoundReport(round, accuracy, served, metrics, totals, *training.by_exit()))
 
 

@@ -199,6 +199,10 @@ class Store:
         """The exit, as last known, of every client that was ever chosen."""
         return dict(self._read("SELECT client_id, exit FROM clients"))
 
+    def client_examples(self) -> dict[str, int]:
+        """The examples, as last told, of every client that was ever chosen."""
+        return dict(self._read("SELECT client_id, num_examples FROM clients"))
+
     def trained(self) -> list[tuple[int, int, str, int]]:
         """Of every update that counts: round, the client's exit, segments ("1-1,3-3"), examples."""
         return self._read(

@@ -26,6 +26,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from coordinator.aggregation.border import STATE
 from coordinator.aggregation.mean import OwnersMean
 from coordinator.cli.arguments import REPEATED
 from coordinator.cohorts.base import ClientUpdate, Cohort
@@ -231,6 +232,7 @@ def opened(folder: Path) -> tuple[RunConfig, int, Tensors]:
         store.close()
     if state is None:
         raise ConfigError(f"{folder} has no finished round yet; run one first")
+    state.pop(STATE, None)  # no method's
     return config, round, state
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from coordinator.aggregation.movement import MEMORY
 from coordinator.cohorts.base import Absence, ArrivedUpdate, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import AggregationOptions, GeneratorOptions
 from coordinator.fleet.flow_control import Budget
 from coordinator.fleet.jobs import Jobs
 from coordinator.fleet.spool import Spool
-from coordinator.methods.clipping import MEMORY
 from coordinator.methods.registry import make_method
 from coordinator.settings import checked
 from edge_sdk.data.loading import load_dataset

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
+from coordinator.aggregation.movement import MEMORY
 from coordinator.methods.base import Metrics
-from coordinator.methods.clipping import MEMORY, NormClip
+from coordinator.methods.clipping import NormClip
 from coordinator.methods.registry import make_method
 from tests.support.examples import answer, client, config
 
@@ -72,7 +73,7 @@ def test_first_round_is_clipped_by_its_own_median_whatever_the_order():
         out, count = clip_round(clip, 1, *given_order)
         assert {u.client.id: round(size_of(u), 5) for u in out} == {"a": 2.0, "b": 1.0, "c": 2.0}
         assert count == 1
-        assert sorted(clip.norms[0, 0][-3:].tolist()) == pytest.approx([1.0, 2.0, 1e6])
+        assert sorted(clip.memory.norms[0, 0][-3:].tolist()) == pytest.approx([1.0, 2.0, 1e6])
 
 
 def test_a_first_update_alone_is_not_clipped():
@@ -117,14 +118,14 @@ def test_memory_has_the_last_updates_in_an_order_of_its_own():
     clips = [NormClip(1.0, PARAMETERS, 2, seed=0) for _ in range(2)]
     clip_round(clips[0], 1, *updates)
     clip_round(clips[1], 1, *updates[::-1])
-    assert torch.equal(clips[0].norms, clips[1].norms)
-    kept = clips[0].norms[0, 0].clone()
+    assert torch.equal(clips[0].memory.norms, clips[1].memory.norms)
+    kept = clips[0].memory.norms[0, 0].clone()
     assert len(set(kept.tolist())) == MEMORY
     assert kept.min() < 20  # a draw, not those whose names come last
     clip_round(clips[0], 2, moved("x", 1e3))
-    assert clips[0].norms[0, 0, -1].item() == pytest.approx(1e3)
-    assert torch.equal(clips[0].norms[0, 0, :-1], kept[1:])
-    assert (clips[0].norms[1] == -1).all()
+    assert clips[0].memory.norms[0, 0, -1].item() == pytest.approx(1e3)
+    assert torch.equal(clips[0].memory.norms[0, 0, :-1], kept[1:])
+    assert (clips[0].memory.norms[1] == -1).all()
 
 
 def test_clipping_the_largest_floats_stays_finite():

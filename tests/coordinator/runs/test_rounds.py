@@ -9,6 +9,7 @@ from collections import deque
 import pytest
 import torch
 
+from coordinator.aggregation.border import Border
 from coordinator.cohorts.base import Absence, Assignment, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort, train_here
 from coordinator.cohorts.population import Population, choose_holders, group_exits, split_shards
@@ -21,6 +22,7 @@ from coordinator.runs.rounds import RoundReport, print_round, run_rounds
 from coordinator.store.store import Store
 from coordinator.store.tables import RoundTotals
 from edge_sdk.errors import ConfigError, DataError, TrainerError
+from edge_sdk.models import build
 from edge_sdk.protocol.messages import Plan, Segment
 from tests.support.examples import answer, client, cnn, config, examples
 
@@ -214,7 +216,7 @@ class Turns:
     def clients(self):
         return [client(name, 1) for name in self._turns[0][0]]
 
-    def expect(self, clients, num_chosen): ...
+    def expect(self, clients, num_chosen, check): ...
 
     def rest(self, tries):
         self.rests.append(tries)
@@ -235,7 +237,8 @@ class Turns:
 def gathered(tmp_path, cohort, **settings):
     """One round: names of those whose updates counted."""
     store = Store.create(tmp_path, config("owners-mean", **settings), "serve")
-    asking = Asking(store, make_method(store.config), cohort, 1)
+    border = Border(build(store.config.model), 10.0, epochs=1, seed=0)
+    asking = Asking(store, make_method(store.config), cohort, border, 1)
     results = list(asking.results())
     store.close()
     return [result.client.id for result in results if isinstance(result, ClientUpdate)]
