@@ -255,17 +255,13 @@ def test_trainer_killed_in_mid_job(settled):
     trainer.kill()
     fault = coordinator.expect(Fault)
     assert (fault.code, fault.round) == ("trainer", 1)
-    assert "killed by signal 9" in fault.detail
+    assert "killed by signal 9, and memory was not short" in fault.detail
     ready = coordinator.expect(Ready)
     assert (ready.exit, ready.reason) == (0, "costs are not counted yet")
-    less = coordinator.expect(Ready)  # of the trainer that took its place
-    assert less.exit
-    assert "failed here before" in less.reason  # an exit or a lever less
-    assert device.trainer().pid != trainer.pid
-    plan = replace(WHOLE, segments=(Segment(first=1, last=less.exit),))
-    finish(coordinator, 2, plan)
-    device.memory_bytes *= 2
+    # Of the trainer that took its place; anybody may have killed the first.
     assert coordinator.expect(Ready).exit == 3
+    assert device.trainer().pid != trainer.pid
+    finish(coordinator, 2)
 
 
 def test_trainer_killed_while_idle(settled):
