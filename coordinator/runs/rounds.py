@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,12 +20,15 @@ from coordinator.runs.asking import Asking
 from coordinator.runs.beginning import load_state
 from coordinator.runs.evaluate import accuracy_per_exit
 from coordinator.runs.training_means import TrainingMeans
+from coordinator.store.checkpoints import unsound
 from coordinator.store.status import RunPhase
 from coordinator.store.store import Store
 from coordinator.store.tables import RoundTotals
 from edge_sdk.data.loading import Examples
 from edge_sdk.models import build
 from edge_sdk.protocol.timing import clock, since
+
+log = logging.getLogger(__name__)
 
 
 def is_evaluated(config: RunConfig, round: int) -> bool:
@@ -64,6 +68,7 @@ def run_rounds(
     parameters = {name for name, _ in model.named_parameters()}
     border = Border(model, config.aggregation.refuse_above, epochs=config.epochs, seed=config.seed)
     load_state(store, method, border)
+    before = method.state_dict() if store.next_round() == 1 else None
     while (round := store.next_round()) <= config.rounds and not should_stop():
         phase("waiting for devices", round)
         asking = Asking(store, method, cohort, border, round)  # draws who takes part; may wait
@@ -76,6 +81,13 @@ def run_rounds(
         training = TrainingMeans()
         metrics = method.aggregate(round, training.watched(updates))
         metrics.values |= training.values()
+        if why := unsound(method.state_dict()):
+            log.error("round %d: %s; the state stays as it was", round, why)
+            metrics.values["aggregate_refused"] = 1.0
+            if before:
+                method.load_state_dict(before)
+            else:
+                load_state(store, method)
         accuracy: list[float] = []
         served: list[float] = []
         if test is not None and is_evaluated(config, round):
@@ -85,6 +97,8 @@ def run_rounds(
         phase("saving", round)
         state = method.state_dict() | border.state_dict()
         totals = store.commit(round, metrics, state, started_utc, wall_s)
+        del state  # up to four models and a generator's memory
+        before = None
         report(RoundReport(round, accuracy, served, metrics, totals, *training.by_exit()))
 
 

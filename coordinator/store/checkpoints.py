@@ -1,19 +1,27 @@
-"""Tensors in a file, whole or not at all."""
+"""A run's state in a file, whole or not at all; and whether a run can go on from it."""
 
 from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import replacing
+from edge_sdk.protocol.tensors import Tensors
 
 SAFETENSORS_DRAFT = ".tmp" + 6 * "[0-9A-Za-z]"
+
+
+MOST = 1e15  # of a float32 number; beyond it sums of squares overflow and no loss is finite
 
 
 def checkpoint_name(round: int) -> str:
@@ -28,6 +36,37 @@ def sweep(folder: Path, kept: Iterable[str]) -> None:
             if path.name not in kept:
                 with suppress(OSError):
                     path.unlink()
+
+
+def unsound(state: Mapping[str, Tensor]) -> str:
+    """Why no run can go on from this state, "" if one can: a value that is not finite or beyond
+    MOST, a negative variance. float64 holds norms and coefficients, which may be larger."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = (float(end) for end in tensor.aminmax())
+        most = sys.float_info.max if tensor.dtype == torch.float64 else MOST
+        least = 0.0 if name.endswith("running_var") else -most
+        if not least <= low <= high <= most:  # NaN is in no range
+            return f"{name} reaches from {low:.3g} to {high:.3g}"
+    return ""
+
+
+def read_checkpoint(path: Path) -> Tensors:
+    """Raises StoreError."""
+    try:
+        state: Tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"checkpoint {path} cannot be read: {error}") from error
+    return state
+
+
+def read_sound(path: Path) -> Tensors:
+    """Raises StoreError, also for a state from which no run can go on."""
+    state = read_checkpoint(path)
+    if why := unsound(state):
+        raise StoreError(f"checkpoint {path} is of no use: {why}")
+    return state
 
 
 def write_checkpoint(

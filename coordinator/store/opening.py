@@ -10,8 +10,9 @@ from msgspec.structs import replace
 
 from coordinator.config import RunConfig
 from coordinator.settings import differences
+from coordinator.store.checkpoints import read_sound
 from coordinator.store.store import Store
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,26 @@ def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Stor
             store.extend(config.rounds)
             log.info("the run gets %d rounds instead of %d", config.rounds, held.rounds)
         if resume:
+            _take_sound(store)
             store.sweep()
         stack.pop_all()
     return store
+
+
+def _take_sound(store: Store) -> None:
+    """Go on from the newest checkpoint that a run can go on from. Raises StoreError: there is
+    none."""
+    wrong: list[str] = []
+    for round, path in store.checkpoints():
+        try:
+            read_sound(path)
+        except StoreError as error:
+            wrong.append(str(error))
+            continue
+        if wrong:
+            log.error("%s; round %d and later are forgotten", "; ".join(wrong), round + 1)
+            store.go_back(round)
+        log.info("going on after round %d, from %s", round, path.name)
+        return
+    if wrong:
+        raise StoreError(f"{'; '.join(wrong)}; start another --run-dir, or put back a copy of it")

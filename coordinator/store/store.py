@@ -22,13 +22,12 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig, read_config
 from coordinator.methods.base import Metrics
-from coordinator.store.checkpoints import checkpoint_name, sweep, write_checkpoint
+from coordinator.store.checkpoints import checkpoint_name, read_checkpoint, sweep, write_checkpoint
 from coordinator.store.database import DATABASE, connect_to_read, connect_to_write
 from coordinator.store.lock import RunLock
 from coordinator.store.round_journal import RoundJournal
@@ -83,8 +82,22 @@ class Store:
 
     def sweep(self) -> None:
         """Delete checkpoints that no committed round names, as a kill leaves them."""
-        kept = "SELECT checkpoint FROM rounds ORDER BY round DESC LIMIT ?"
-        sweep(self.folder, (name for (name,) in self._read(kept, KEPT_CHECKPOINTS)))
+        sweep(self.folder, (path.name for _, path in self.checkpoints()))
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Round and file of those that are kept, the newest first."""
+        kept = "SELECT round, checkpoint FROM rounds ORDER BY round DESC LIMIT ?"
+        rows = self._read(kept, KEPT_CHECKPOINTS)
+        return [(round, self.folder / name) for round, name in rows]
+
+    def go_back(self, round: int) -> None:
+        """Forget every round after this one, and what the spool holds. Raises StoreError."""
+        with self._writing():
+            for table in ("rounds", "participations", "phases", "metrics"):
+                self._db.execute(f"DELETE FROM {table} WHERE round > ?", (round,))
+            self._db.commit()
+        for path in (self.folder / SPOOL).glob("*"):
+            path.unlink(missing_ok=True)
 
     @staticmethod
     def check_free(folder: Path) -> None:
@@ -166,12 +179,7 @@ class Store:
         rows = self._read("SELECT checkpoint FROM rounds ORDER BY round DESC LIMIT 1")
         if not rows:
             return None
-        path = self.folder / rows[0][0]
-        try:
-            state: Tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise StoreError(f"checkpoint {path} cannot be read: {error}") from error
-        return state
+        return read_checkpoint(self.folder / rows[0][0])
 
     def history(self) -> list[dict[str, object]]:
         """Every committed round: accuracies per exit (last and served), seconds by phase (CPU where
