@@ -6,7 +6,7 @@ A field with `flag` has a flag: its name, type, default and help are those of th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import msgspec
@@ -29,9 +29,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Frozen, checked settings."""
 
 
-def flag(help: str, name: str = "", metavar: str = "") -> Meta:
-    """Makes a field a flag of the command line. name: by default the field's, with dashes."""
-    return Meta(description=help, extra={"flag": name, "metavar": metavar})
+def flag(help: str, name: str = "", metavar: str = "", only: Sequence[str] = ()) -> Meta:
+    """Makes a field a flag of the command line. name: by default the field's, with dashes. only:
+    another flag and those of its values with which this one counts; elsewhere it is refused."""
+    return Meta(description=help, extra={"flag": name, "metavar": metavar, "only": only})
 
 
 SERVER_LR = "fedavgm: share of the step that is taken; fedadam, fedyogi: about a weight's step"
@@ -45,6 +46,13 @@ LATE = "an update of a round that is over: count it, for less, or not"
 HALF_LIFE = "after which a late update counts half"
 INIT = "safetensors file that the model begins from, by the names that fit"
 EXIT_WEIGHTS = "of the joint loss, e.g. 1,1,2; default all ones"
+# With which values of another flag a flag counts; a file of your own may take any flag.
+DEPTHS = ("--method", "hypemefed", "owners-mean", "stage-rotation")
+NETWORKS = ("--generator", "svd-mlp", "svd-mlp-residual", "naive-mlp")
+GENERATING = (*NETWORKS, "update-regression")
+FACTORS = ("--generator", "svd-mlp", "svd-mlp-residual", "update-regression")
+ROTATING = ("--rotation", "add", "replace")
+DISTILLING = ("--distill", "deep-to-shallow", "shallow-to-deep", "mutual", "auto")
 
 
 class ServerOptions(Options, frozen=True, kw_only=True):
@@ -66,8 +74,8 @@ class ServerOptions(Options, frozen=True, kw_only=True):
     lr: Annotated[Rate, flag(SERVER_LR, "--server-lr")] = 1.0
     beta2: Decay = 0.99
     tau: Rate = 1e-3
-    damping: Annotated[Share, flag("0 owners' mean, 1 stale copy")] = 0.0
-    ema: Annotated[Decay, flag("decay of the served average")] = 0.8
+    damping: Annotated[Share, flag("0 owners' mean, 1 stale copy", only=DEPTHS)] = 0.0
+    ema: Annotated[Decay, flag("decay of the served average", only=("--serve", "ema"))] = 0.8
     serve: Annotated[
         Literal["ema", "last"], flag("serve the moving average, or the last model")
     ] = "ema"
@@ -86,7 +94,11 @@ class AggregationOptions(Options, frozen=True, kw_only=True):
     own: what a rule has beside these."""
 
     rule: Annotated[str, flag("how updates become one model", "--aggregation")] = "mean"
-    trim: Annotated[float, Meta(ge=0, lt=0.5), flag("trimmed-mean: share at each end")] = 0.1
+    trim: Annotated[
+        float,
+        Meta(ge=0, lt=0.5),
+        flag("trimmed-mean: share at each end", only=("--aggregation", "trimmed-mean")),
+    ] = 0.1
     refuse_above: Annotated[
         float, Meta(ge=0, le=1e6), flag(REFUSE, "--refuse-above", metavar="FACTOR")
     ] = 10.0
@@ -102,15 +114,21 @@ class GeneratorOptions(Options, frozen=True, kw_only=True):
     gain: weight of a generated tensor against a trained one; 0 is the owners' mean exactly."""
 
     name: Annotated[str, flag("what fills stages that a client lacks", "--generator")] = "none"
-    generate: Annotated[Literal["conv", "conv+bn", "all"], flag("which tensors")] = "conv"
-    gain: Annotated[Share, flag("weight of generated tensors, 0 to 1")] = 1.0
-    rank: Annotated[Size, flag("of factors, or of update-regression's memory")] = 100
-    hidden: Annotated[Size, flag("width of the networks")] = 512
-    epochs: Annotated[Size, flag("of the networks, each round", "--fit-epochs")] = 25
+    generate: Annotated[
+        Literal["conv", "conv+bn", "all"], flag("which tensors", only=GENERATING)
+    ] = "conv"
+    gain: Annotated[Share, flag("weight of generated tensors, 0 to 1", only=GENERATING)] = 1.0
+    rank: Annotated[Size, flag("of factors, or of update-regression's memory", only=FACTORS)] = 100
+    hidden: Annotated[Size, flag("width of the networks", only=NETWORKS)] = 512
+    epochs: Annotated[Size, flag("of the networks, each round", "--fit-epochs", only=NETWORKS)] = 25
     lr: Rate = 5e-4
-    owners_per_step: Annotated[int, Meta(ge=0, le=2**16), flag("0: all in one step")] = 0
+    owners_per_step: Annotated[
+        int, Meta(ge=0, le=2**16), flag("0: all in one step", only=NETWORKS)
+    ] = 0
     memory_rows: Annotated[
-        int, Meta(ge=4, le=2**16), flag("updates that update-regression remembers")
+        int,
+        Meta(ge=4, le=2**16),
+        flag("updates that it remembers", only=("--generator", "update-regression")),
     ] = 30
     own: Own = UNSET
 
@@ -122,11 +140,13 @@ class RotationOptions(Options, frozen=True, kw_only=True):
 
     mode: Annotated[Literal["off", "add", "replace"], flag(ROTATION, "--rotation")] = "off"
     stages: Annotated[
-        int, Meta(ge=0, le=100), flag("at most a round, 0: all", "--rotation-stages")
+        int,
+        Meta(ge=0, le=100),
+        flag("at most a round, 0: all", "--rotation-stages", only=ROTATING[:2]),
     ] = 1
     draw: Annotated[
         Literal["uniform", "needy"],
-        flag("needy: rather stages with few owners", "--rotation-draw"),
+        flag("needy: rather stages with few owners", "--rotation-draw", only=ROTATING),
     ] = "uniform"
 
 
@@ -139,11 +159,15 @@ class DistillOptions(Options, frozen=True, kw_only=True):
         Literal["none", "deep-to-shallow", "shallow-to-deep", "mutual", "auto"],
         flag("between a client's exits", "--distill"),
     ] = "none"
-    weight: Annotated[float, Meta(ge=0, le=1000), flag("in the loss", "--distill-weight")] = 1.0
-    temperature: Annotated[Rate, flag("of the softmax", "--distill-temperature")] = 1.0
-    ramp_rounds: Annotated[int, Meta(ge=0), flag("rounds to the full weight", "--distill-ramp")] = (
-        10
-    )
+    weight: Annotated[
+        float, Meta(ge=0, le=1000), flag("in the loss", "--distill-weight", only=DISTILLING)
+    ] = 1.0
+    temperature: Annotated[
+        Rate, flag("of the softmax", "--distill-temperature", only=DISTILLING)
+    ] = 1.0
+    ramp_rounds: Annotated[
+        int, Meta(ge=0), flag("rounds to the full weight", "--distill-ramp", only=DISTILLING)
+    ] = 10
 
     def weight_at(self, round: int) -> float:
         if self.direction == "none":
@@ -170,7 +194,7 @@ class RunConfig(Options, frozen=True, kw_only=True):
     batch_size: Annotated[int, Meta(ge=2), flag("of a local step")] = 32
     lr: Annotated[float, Meta(gt=0), flag("of local steps")] = 1e-3
     optimizer: Annotated[Literal["sgd", "adam"], flag("of local steps")] = "adam"
-    momentum: Annotated[Decay, flag("of local SGD")] = 0.0
+    momentum: Annotated[Decay, flag("of local SGD", only=("--optimizer", "sgd"))] = 0.0
     seed: Annotated[int, Meta(ge=0, lt=2**31), flag("of all random draws")] = 0
     eval_every: Annotated[Index, flag("rounds from one evaluation to the next")] = 1
     eval_tail: Annotated[Index, flag("last rounds that are always evaluated")] = 1
@@ -180,7 +204,9 @@ class RunConfig(Options, frozen=True, kw_only=True):
     min_updates: Annotated[Index, flag("and so many of them at least")] = 1
     mode: Annotated[Literal["sync", "async"], flag(MODE)] = "sync"
     late: Annotated[Literal["accept", "drop"], flag(LATE)] = "accept"
-    staleness_half_life: Annotated[Rate, flag(HALF_LIFE, metavar="ROUNDS")] = 2.0
+    staleness_half_life: Annotated[
+        Rate, flag(HALF_LIFE, metavar="ROUNDS", only=("--late", "accept"))
+    ] = 2.0
     min_clients: Annotated[Index, flag("devices to wait for before the first round")] = 1
     exit_weights: Annotated[tuple[NotNegative, ...], flag(EXIT_WEIGHTS)] = ()
     weight_decay: Annotated[NotNegative, flag("added to the gradient, times the weights")] = 0.0

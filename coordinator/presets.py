@@ -32,7 +32,7 @@ COMMON: dict[str, object] = {
     "rounds": 300,
     "participants": 10,  # 20 % of 50
     "clients": 50,
-    "groups": "17,17,16",
+    "groups": (17, 17, 16),
     "split": "dirichlet",
     "alpha": 0.5,
     "epochs": 5,
@@ -58,7 +58,7 @@ PRESETS: dict[str, Preset] = {
             "model": "vgg",
             "option": [LARGE, DROPOUT],
             "clients": 30,
-            "groups": "10,10,10",
+            "groups": (10, 10, 10),
             "participants": 6,
             "batch_size": 16,
             "lr": 5e-3,
@@ -96,9 +96,7 @@ PRESETS: dict[str, Preset] = {
         about="Fashion-MNIST, 10 exits with 5 of 50 clients each (the paper: 89.47 %, FedAvg-S "
         "85.76 %); our choice: the model cnn, as vgg has at most 6 exits, and SVHN's training",
         folder_hint=FASHION_FILES,
-        flags=COMMON
-        | SVHN_TRAINING
-        | {"model": "cnn", "exits": 10, "groups": ",".join(["5"] * 10)},
+        flags=COMMON | SVHN_TRAINING | {"model": "cnn", "exits": 10, "groups": (5,) * 10},
     ),
     "prelim": Preset(
         about="the preliminary study (Figure 3): groups S, M, L stop at exits 1, 2, 3 and nothing "

@@ -13,26 +13,9 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from coordinator.config import PARTS, Options, Own, RunConfig
-from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.helpers.text import one_line
+from edge_sdk.errors import DataError, UsageError
+from edge_sdk.helpers.text import destination, one_line, plain_words
 from edge_sdk.protocol.messages import InputScaling, Plan
-
-
-def whole_numbers(text: str, flag: str) -> list[int]:
-    """Numbers from "17,17,16". Raises ConfigError naming the flag."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"{flag} {text!r} is not whole numbers, e.g. 4,4,2") from error
-
-
-def numbers(text: str, flag: str) -> tuple[float, ...]:
-    """Numbers from "1,1,0.5"; none from "". Raises ConfigError naming the flag."""
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError as error:
-        raise ConfigError(f"{flag} {text!r} is not numbers with commas, e.g. 1,1,0.5") from error
-
 
 Checked = TypeVar("Checked")
 
@@ -51,25 +34,23 @@ OTHER_FLAGS = {  # of settings that do not say it themselves
 
 @dataclass(frozen=True)
 class Flag:
-    """Of one field of a struct. kind: of its values. is_list: numbers with commas between them.
-    choices: () for any. default: None where the field has none."""
+    """Of one field of a struct. hint: its type. kind: of its values. is_list: numbers with commas
+    between them. choices: () for any. default: None where the field has none. only: another flag
+    and its values, with which alone this one counts; (): always."""
 
     name: str
     help: str
     metavar: str | None
+    hint: Any
     kind: type[bool | int | float | str]
     is_list: bool
     choices: tuple[str, ...]
     default: Any
+    only: tuple[str, ...]
 
     @property
     def destination(self) -> str:
         return destination(self.name)
-
-
-def destination(flag: str) -> str:
-    """Where argparse keeps the value of a flag."""
-    return flag.lstrip("-").replace("-", "_")
 
 
 def flags_of(kind: type[msgspec.Struct]) -> dict[str, Flag]:
@@ -94,27 +75,30 @@ def _flag(info: msgspec.structs.FieldInfo, hint: Any) -> Flag | None:
         name=extra.get("flag") or "--" + info.name.replace("_", "-"),
         help=metas[-1].description,
         metavar=extra.get("metavar") or None,
+        hint=hint,
         kind=plain if plain in (bool, int, float) else str,
         is_list=get_origin(plain) is tuple,
         choices=choices,
         default=None if info.default is msgspec.NODEFAULT else info.default,
+        only=tuple(extra.get("only", ())),
     )
 
 
 def checked(config: RunConfig) -> RunConfig:
     """The same config, its constraints checked, and those of the plan that devices get: a struct
-    made in Python is not by itself. Raises ConfigError naming the flag."""
+    made in Python is not by itself. Raises UsageError naming the flag."""
     good = _converted(config, RunConfig)
     if good.exit_weights and len(good.exit_weights) != good.model.exit:
-        raise ConfigError(
-            f"{len(good.exit_weights)} exit weights for {good.model.exit} exits; give one each"
+        raise UsageError(
+            f"--exit-weights are {len(good.exit_weights)}, expected one for each of the "
+            f"{good.model.exit} --exits"
         )
     if good.mode == "async" and good.late == "drop":
-        raise ConfigError(
+        raise UsageError(
             "--late drop has no place with --mode async, where most updates come late; leave it out"
         )
     if good.exit_weights and not any(good.exit_weights):
-        raise ConfigError("--exit-weights are all 0, so nothing would be trained; give one above 0")
+        raise UsageError("--exit-weights are all 0, so nothing would be trained; give one above 0")
     _converted(good.plan(good.rounds), Plan)
     return good
 
@@ -131,11 +115,11 @@ def _read(value: Any, kind: type[Checked], flag: Callable[[str], str]) -> Checke
         expected, _, place = str(error).partition(" - at ")
         found = re.search(r"\$\.([a-z0-9_.]+)", place)
         if not found:
-            raise ConfigError(f"setting refused: {error}; see --help") from error
+            raise UsageError(f"setting refused: {plain_words(expected)}; see --help") from error
         for part in found[1].split("."):
             value = value[part]
-        raise ConfigError(
-            f"{flag(found[1])} is {one_line(repr(value))}: {expected}; see --help"
+        raise UsageError(
+            f"{flag(found[1])} is {one_line(repr(value))}, {plain_words(expected)}; see --help"
         ) from error
 
 
@@ -146,7 +130,7 @@ def own_options(given: Own, kind: type[Options] | None, whose: str) -> tuple[Opt
     flags = flags_of(kind) if kind else {}
     if unknown := sorted(set(values) - set(kind.__struct_fields__ if kind else ())):
         known = ", ".join(kind.__struct_fields__) if kind else "none"
-        raise ConfigError(f"{whose} has no option {', '.join(unknown)}; known: {known}")
+        raise UsageError(f"{whose} has no option {', '.join(unknown)}; known: {known}")
     if kind is None:
         return ()
     return (_read(values, kind, lambda field: flags[field].name if field in flags else field),)

@@ -2,6 +2,7 @@
 
     EdgeError
     ├── ConfigError      a value from a person: flag, file, preset, unknown name
+    │   └── UsageError       what was typed is wrong in itself; the commands end with status 2
     ├── DataError        a data set: missing, corrupt, wrong shape, empty shard
     ├── ShapeError       tensors that do not belong to the model: name, shape, dtype, NaN
     │   └── UpdateError      an update that no honest training gives
@@ -18,6 +19,9 @@ Each message is one line: what, where, got, expected, next step. `code` is what 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EdgeError(Exception):
     """Base of all errors raised on purpose by edge_sdk and coordinator."""
@@ -27,6 +31,10 @@ class EdgeError(Exception):
 
 class ConfigError(EdgeError):
     code = "config"
+
+
+class UsageError(ConfigError):
+    """Known before any work is done, by what was typed alone."""
 
 
 class DataError(EdgeError):
@@ -67,3 +75,19 @@ class QuorumError(EdgeError):
 
 class StoreError(EdgeError):
     code = "store"
+
+
+@contextmanager
+def typed() -> Iterator[None]:
+    """A ConfigError in here is about what was typed: it becomes a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
+
+
+def status_of(error: EdgeError) -> int:
+    """With which a command ends."""
+    return 2 if isinstance(error, UsageError) else 1

@@ -17,6 +17,7 @@ from coordinator.methods.registry import METHODS, make_config, make_method
 from coordinator.settings import checked
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.imports import import_module
+from tests.support.commands import status_of
 from tests.support.examples import client, cnn, config
 from tests.support.processes import ROOT, read_rows
 
@@ -99,7 +100,7 @@ def test_help_has_the_flags_of_what_is_named(capsys, module):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--shallow", "-1"], "--shallow is -1: Expected `int` >= 0"),
+        (["--shallow", "-1"], "--shallow: '-1', expected a whole number, at least 0"),
         (["--paper"], "method 'warm-up' has no settings of a paper; leave --paper out"),
         (["--generator", "svd-mlp"], "method 'warm-up' generates nothing"),
         (["--rotation", "add"], "method 'warm-up' has the same stages for everybody"),
@@ -108,9 +109,10 @@ def test_help_has_the_flags_of_what_is_named(capsys, module):
     ids=str,
 )
 def test_what_does_not_go_together_is_one_line(capsys, flags, said):
-    assert main([*SMALL, "--import", "own_method", "--method", "warm-up", *flags]) == 1
+    argv = [*SMALL, "--import", "own_method", "--method", "warm-up", *flags]
+    assert status_of(main, argv) == 2
     error = capsys.readouterr().err
-    assert error.startswith("edge-coordinator: ")
+    assert error.startswith("edge-coordinator")
     assert said in error
     assert error.count("\n") == 1
 
@@ -133,9 +135,9 @@ def test_a_name_and_a_flag_that_are_taken_are_refused(tmp_path, capsys, monkeypa
         "class Own(Options, frozen=True):\n    lr: Annotated[float, flag('of mine')] = 1.0\n"
         "@register_method('taken-flag', options=Own)\ndef mine(config, device, own): ...\n"
     )
-    assert main([*SMALL, "--import", "taken_name"]) == 1
+    assert main([*SMALL, "--import", "taken_name"]) == 2
     assert "method 'fedavg-s' is registered already; choose another" in capsys.readouterr().err
-    assert main([*SMALL, "--import", "taken_flag", "--method", "taken-flag"]) == 1
+    assert main([*SMALL, "--import", "taken_flag", "--method", "taken-flag"]) == 2
     assert "taken_flag.Own: argument --lr: conflicting option" in capsys.readouterr().err
 
 
@@ -148,8 +150,8 @@ def test_from_python_it_has_its_defaults_and_its_options():
     assert depths == [1, 1, 3]
     for wrong, said in [
         ({"deep": 1}, "method 'warm-up' has no option deep; known: shallow"),
-        ({"shallow": -1}, "--shallow is -1: Expected `int` >= 0"),
-        ({"shallow": "two"}, "--shallow is 'two': Expected `int`, got `str`"),
+        ({"shallow": -1}, "--shallow is -1, expected a whole number, at least 0"),
+        ({"shallow": "two"}, "--shallow is 'two', expected a whole number, got text"),
     ]:
         with pytest.raises(ConfigError, match=said):
             make_method(make_config("warm-up", cnn(), rounds=3, own=wrong))

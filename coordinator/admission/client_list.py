@@ -22,6 +22,7 @@ from coordinator.admission.invitations import Invitations
 from coordinator.admission.pending import PendingKeys
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import NOWHERE, Stamp, heir_of, locked, mode_of, stamp_of, write_whole
+from edge_sdk.helpers.text import user_text
 from edge_sdk.protocol.keys import check_key
 from edge_sdk.protocol.messages import CLIENT_NAME
 
@@ -221,7 +222,7 @@ def _without(text: str, name: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="ascii")
+        return user_text(path.read_bytes())
     except FileNotFoundError as error:
         said = "there is no such file; make it with `edge-coordinator clients add` or `invite`"
         raise ConfigError(f"client list {path} cannot be read: {said}") from error
@@ -229,5 +230,5 @@ def _read(path: Path) -> str:
         said = f"{error.strerror}; expected a text file that this user may read"
         raise ConfigError(f"client list {path} cannot be read: {said}") from error
     except UnicodeDecodeError as error:
-        said = f"byte {error.start + 1} is not ASCII; expected lines of `NAME PUBLIC_KEY`"
+        said = "this is not UTF-8 text; expected lines of `NAME PUBLIC_KEY`"
         raise ConfigError(f"client list {path} cannot be read: {said}") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import msgspec
@@ -17,18 +17,23 @@ from coordinator.config import PARTS, Options, RunConfig
 from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS, defaults_of
 from coordinator.presets import PRESETS, find_preset
-from coordinator.registry import PartRegistry
-from coordinator.settings import destination, flag_of, flags_of, numbers
+from coordinator.registry import PartRegistry, Registered
+from coordinator.settings import Flag, flag_of, flags_of
 from edge_sdk.cli.flags import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
+    MAX_EXITS,
     MAX_THREADS,
+    Only,
+    Parser,
     option_flag,
     path_flag,
+    plain_number,
     whole_flag,
 )
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.imports import heavy_imports, import_module
+from edge_sdk.helpers.text import destination, plain_words
 from edge_sdk.protocol.messages import ModelSpec
 
 # Fields of RunConfig: those that every command has that runs rounds
@@ -46,8 +51,9 @@ REPEATED: Any = {"action": "append", "default": []}  # of a flag that may be giv
 ANY_DATA: Any = {"input_shape": (1, 1, 1), "num_classes": 2}  # of a model until the data is read
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def add_run_arguments(parser: Parser) -> None:
     """What every way of running shares: the method, the model, the training, the run folder."""
+    parser.only["--resume"] = Only("--run-dir")
     parser.usage = "%(prog)s [flags]"  # one line: seventy flags would fill a screen
     parser.set_defaults(runs_rounds=True)
     group = parser.add_argument_group("run")
@@ -63,7 +69,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on with the run in --run-dir")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="cnn", help="model family")
-    add("--exits", type=int, default=3, help="number of exits of the whole model")
+    add(
+        "--exits",
+        type=whole_flag(1, MAX_EXITS),
+        default=3,
+        help="number of exits of the whole model",
+    )
     add("--option", type=option_flag, metavar="KEY=VALUE", help="model option", **REPEATED)
     add("--import", dest="imports", metavar="MODULE", help=IMPORT, **REPEATED)
     group = parser.add_argument_group("local training")
@@ -95,24 +106,48 @@ def add_flags(
         more: dict[str, Any] = {"help": flag.help, "default": default}
         if flag.kind is bool:
             more["action"] = argparse.BooleanOptionalAction
-        elif flag.is_list:
-            more["default"] = ",".join(map(str, flag.default))
         else:
-            more |= {"type": flag.kind, "metavar": flag.metavar}
+            more["metavar"] = flag.metavar
             more["choices"] = (choices or {}).get(field, flag.choices) or None
+            more["type"] = str if more["choices"] else _parse(flag)
+        if flag.is_list and flag.default:
+            more["default"] = ",".join(map(str, flag.default))
         parser.add_argument(flag.name, **more)
+
+
+def _parse(flag: Flag) -> Callable[[str], Any]:
+    """From the command line to what the field takes, for argparse."""
+    plain = {int: whole_flag(), float: plain_number}.get(flag.kind, str)
+
+    def parse(text: str) -> Any:
+        value = _numbers(text) if flag.is_list else plain(text)
+        try:
+            return msgspec.convert(value, flag.hint)
+        except msgspec.ValidationError as error:
+            expected = plain_words(str(error).partition(" - at ")[0])
+            raise argparse.ArgumentTypeError(f"{text!r}, {expected}") from error
+
+    return parse
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [plain_number(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        wanted = "expected numbers with commas, e.g. 1,1,0.5"
+        raise argparse.ArgumentTypeError(f"{text!r}, {wanted}") from error
 
 
 def taken(
     args: argparse.Namespace, kind: type[msgspec.Struct], fields: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """The values of a struct's flags, by field. Raises ConfigError."""
-    values = {}
-    for field, flag in flags_of(kind).items():
-        if fields is None or field in fields:
-            value = getattr(args, flag.destination)
-            values[field] = numbers(value, flag.name) if flag.is_list else value
-    return values
+    """The values of a struct's flags, by field."""
+    flags = flags_of(kind).items()
+    return {
+        field: getattr(args, flag.destination)
+        for field, flag in flags
+        if fields is None or field in fields
+    }
 
 
 def run_config(args: argparse.Namespace, fields: Sequence[str], **settings: Any) -> RunConfig:
@@ -131,16 +166,23 @@ def run_config(args: argparse.Namespace, fields: Sequence[str], **settings: Any)
 def own_kinds(args: argparse.Namespace) -> dict[str, type[Options]]:
     """What the chosen method, rule and generator have of their own, by the part of RunConfig that
     holds it; "" for RunConfig itself."""
-    chosen: tuple[tuple[str, PartRegistry[Any], str], ...] = (
+    kinds = {part: kind[name].options for part, kind, name in _chosen_parts(args) if name in kind}
+    return {part: options for part, options in kinds.items() if options}
+
+
+def _chosen_parts(args: argparse.Namespace) -> tuple[tuple[str, PartRegistry[Any], str], ...]:
+    return (
         ("", METHODS, args.method),
         ("aggregation", RULES, args.aggregation),
         ("generator", GENERATORS, args.generator),
     )
-    kinds = {part: kind[name].options for part, kind, name in chosen if name in kind}
-    return {part: options for part, options in kinds.items() if options}
 
 
-class CommandParser(argparse.ArgumentParser):
+def _is_ours(part: Registered[Any]) -> bool:
+    return part.make.__module__.split(".")[0] == "coordinator"
+
+
+class CommandParser(Parser):
     """Of a command. One that runs rounds takes a value from the command line, else from the preset,
     the method, the generator, the flag; what the chosen ones have of their own becomes flags."""
 
@@ -149,8 +191,7 @@ class CommandParser(argparse.ArgumentParser):
         self._own: set[type[Options]] = set()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Raises ConfigError for a module that cannot be imported, and flags that do not go
-        together."""
+        """Raises ConfigError for a module that cannot be imported."""
         parse = super().parse_known_args
         if not self.get_default("runs_rounds"):
             return parse(args, namespace)
@@ -168,15 +209,26 @@ class CommandParser(argparse.ArgumentParser):
                 self.set_defaults(**values | preset)
                 named.generator = named.generator or values.get("generator", "none")
                 self._add_own_flags(named)
-            found = parse(args, namespace)
-            if found[0].resume and found[0].run_dir is None:
-                raise ConfigError("--resume needs --run-dir, the folder of the run to go on with")
-            return found
+                self._limit_flags(named)
+            return parse(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         if re.match(r"argument --(method|aggregation|generator): invalid choice", message):
             message += "; load your own with --import MODULE"
         super().error(message)
+
+    def _limit_flags(self, chosen: argparse.Namespace) -> None:
+        """Refuse flags without effect, but of a run that goes on: there they are compared with what
+        it began with, when they may not have been refused."""
+        parts = _chosen_parts(chosen)
+        self.own |= {name for _, kind, name in parts if name in kind and not _is_ours(kind[name])}
+        kinds: tuple[type[Options], ...] = (RunConfig, *PARTS.values())
+        for options in kinds:
+            for flag in flags_of(options).values():
+                if flag.only and chosen.resume:
+                    self.only.pop(flag.name, None)
+                elif flag.only:
+                    self.only[flag.name] = Only(flag.only[0], flag.only[1:])
 
     def _add_own_flags(self, chosen: argparse.Namespace) -> None:
         for part, kind in own_kinds(chosen).items():
@@ -196,7 +248,8 @@ def _named(args: Sequence[str]) -> argparse.Namespace:
     defaults, are. Shortened flags count, as where all are parsed."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--import", dest="imports", action="append", nargs="?", default=[])
-    parser.add_argument("--paper", action="store_true")
+    for name in ("--paper", "--resume"):
+        parser.add_argument(name, action="store_true")
     for name in ("preset", *DECIDING):
         parser.add_argument("--" + name.replace("_", "-"), dest=name, nargs="?")
     found = parser.parse_known_args(args)[0]

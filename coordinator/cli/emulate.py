@@ -8,10 +8,18 @@ from typing import Any
 
 from coordinator.cli.arguments import SHARED, add_flags, add_run_arguments, run_config
 from coordinator.cli.export import add_export_flag
-from coordinator.config import SPLITS, RunConfig
+from coordinator.config import ROTATING, SPLITS, RunConfig
 from coordinator.presets import missing_data
-from coordinator.settings import whole_numbers
-from edge_sdk.cli.flags import add_command, path_flag, whole_flag
+from edge_sdk.cli.flags import (
+    MOST,
+    Only,
+    add_command,
+    number_flag,
+    path_flag,
+    share_flag,
+    whole_flag,
+    whole_numbers_flag,
+)
 from edge_sdk.errors import DataError
 from edge_sdk.helpers.imports import heavy_imports
 
@@ -36,17 +44,27 @@ def add_emulate_command(commands: Any) -> None:
     )
     add_flags(group, RunConfig, SUBSETS)
     add = parser.add_argument_group("clients").add_argument
-    add("--clients", type=int, default=50, help="how many share the data")
-    add("--groups", default="17,17,16", help="clients per exit, shallow first")
+    alpha = number_flag(0, 1e300, "a number above 0", is_open=True)
+    add("--clients", type=whole_flag(1, MOST), default=50, help="how many share the data")
+    add(
+        "--groups",
+        type=whole_numbers_flag,
+        default="17,17,16",
+        help="clients per exit, shallow first",
+    )
     add("--split", choices=SPLITS, default="dirichlet", help="of the data among clients")
-    add("--alpha", type=float, default=0.5, help="Dirichlet label skew")
+    add("--alpha", type=alpha, default=0.5, help="Dirichlet label skew")
     said = "share of the weak clients that can hold a deeper stage"
-    add("--holders", type=float, default=1.0, metavar="SHARE", help=said)
+    add("--holders", type=share_flag, default=1.0, metavar="SHARE", help=said)
     add("--processes", type=whole_flag(1, 1024), default=1, help="clients trained at once")
     add("--personalise", type=whole_flag(1, 100_000), metavar="EPOCHS", help=PERSONALISE)
     group = parser.add_argument_group("watching and results")
     group.add_argument("--out", type=path_flag, help="write the rounds as JSON here")
     add_export_flag(group)
+    parser.only |= {
+        "--alpha": Only("--split", ("dirichlet",)),
+        "--holders": Only("--rotation", ROTATING[1:]),
+    }
     parser.set_defaults(run=run_emulate)
 
 
@@ -56,7 +74,7 @@ def run_emulate(args: argparse.Namespace) -> int:
         from coordinator.runs.emulating import HOLDOUT, EmulateSettings, emulate
     population = Population(
         clients=args.clients,
-        groups=tuple(whole_numbers(args.groups, "--groups")),
+        groups=args.groups,
         split=args.split,
         alpha=args.alpha,
         holders=args.holders,

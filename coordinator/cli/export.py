@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from coordinator.cli.arguments import REPEATED
-from edge_sdk.cli.flags import add_command
+from edge_sdk.cli.flags import MAX_EXITS, add_command, path_flag, whole_flag
 from edge_sdk.helpers.imports import heavy_imports
 
 
@@ -19,10 +18,19 @@ def add_export_command(commands: Any) -> None:
         "edge-coordinator export --run runs/first --out model",
     )
     add = parser.add_argument
-    add("--run", dest="run_dir", type=Path, required=True, metavar="DIR", help="folder of the run")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    add(
+        "--run",
+        dest="run_dir",
+        type=path_flag,
+        required=True,
+        metavar="DIR",
+        help="folder of the run",
+    )
+    add("--out", type=path_flag, required=True, metavar="DIR", help="folder to write")
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--exit", type=int, help="deepest exit to keep, default all")
+    part.add_argument(
+        "--exit", type=whole_flag(1, MAX_EXITS), help="deepest exit to keep, default all"
+    )
     part.add_argument("--client", metavar="ID", help="the part that this client can run")
     add("--data", help="real examples to check it on, default the run's own test set")
     said = "Python module that registers your model families"
@@ -33,7 +41,7 @@ def add_export_command(commands: Any) -> None:
 def add_export_flag(parser: argparse._ActionsContainer) -> None:
     """For the commands that run rounds."""
     parser.add_argument(
-        "--export", type=Path, metavar="DIR", help="at the end, write the served model as ONNX"
+        "--export", type=path_flag, metavar="DIR", help="at the end, write the served model as ONNX"
     )
 
 

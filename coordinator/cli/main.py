@@ -14,14 +14,14 @@ from coordinator.cli.export import add_export_command
 from coordinator.cli.history import add_history_command
 from coordinator.cli.serve import add_serve_command
 from coordinator.cli.status import add_status_command
-from edge_sdk.cli.flags import HelpFormatter
-from edge_sdk.errors import EdgeError, QuorumError
+from edge_sdk.cli.flags import HelpFormatter, Parser
+from edge_sdk.errors import EdgeError, QuorumError, status_of, typed
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.imports import heavy_imports, import_module
 from edge_sdk.helpers.interrupts import INTERRUPTED, ends_unread
 from edge_sdk.version import __version__
 
-GAVE_UP = 3  # exit status: too few devices for too long; 1 is any other error
+GAVE_UP = 3  # exit status: too few devices for too long; 2: typed wrong; 1: any other error
 COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_emulate_command,
     add_serve_command,
@@ -34,8 +34,8 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
 )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog="edge-coordinator",
         description="Federated learning over unequal devices.",
         epilog="edge-coordinator COMMAND --help: its flags, and an example",
@@ -60,12 +60,13 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     try:
-        args = make_parser().parse_args(argv)
+        with typed():
+            args = make_parser().parse_args(argv)
     except EdgeError as error:
         if "--log-json" in (sys.argv if argv is None else argv):
             logs.set_up(is_json=True, is_debug=False, form=form)
         logs.last_words("edge-coordinator", error)
-        return 1
+        return status_of(error)
     logs.set_up(is_json=args.log_json, is_debug=args.debug, form=form)
     try:
         with heavy_imports():
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug and not has_given_up:
             raise
         logs.last_words("edge-coordinator", error)
-        return GAVE_UP if has_given_up else 1
+        return GAVE_UP if has_given_up else status_of(error)
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -11,8 +11,17 @@ from coordinator.cli.export import add_export_flag
 from coordinator.config import RunConfig
 from coordinator.fleet.flow_control import BUDGET_BYTES
 from coordinator.settings import shaped
-from edge_sdk.cli.flags import add_command, duration_flag, path_flag, shape_flag, size_flag
-from edge_sdk.errors import ConfigError
+from edge_sdk.cli.flags import (
+    MAX_CLASSES,
+    Only,
+    add_command,
+    duration_flag,
+    path_flag,
+    shape_flag,
+    size_flag,
+    whole_flag,
+)
+from edge_sdk.errors import UsageError
 from edge_sdk.helpers.imports import heavy_imports
 
 if TYPE_CHECKING:
@@ -21,6 +30,8 @@ if TYPE_CHECKING:
 # Fields of RunConfig
 PACE = ["min_clients", "deadline_s", "grace_s", "quorum", "min_updates"]
 LATE = ["mode", "late", "staleness_half_life"]
+INPUT = "shape of an example; with --test that set's"
+CLASSES = "number of classes; with --test at least that set's, which may lack some"
 GIVE_UP = "end with status 3 when devices are too few and nothing changes for so long, 0: never"
 
 
@@ -42,8 +53,8 @@ def add_serve_command(commands: Any) -> None:
     add("--memory-budget", type=size_flag, default=BUDGET_BYTES, metavar="SIZE", help=said)
     add = parser.add_argument_group("data").add_argument
     add("--test", help="common test set: a data source, its test part or else all of it")
-    add("--input", type=shape_flag, metavar="1x28x28", help="without --test: shape of an example")
-    add("--classes", type=int, help="without --test: number of classes")
+    add("--input", type=shape_flag, metavar="1x28x28", help=INPUT)
+    add("--classes", type=whole_flag(2, MAX_CLASSES), help=CLASSES)
     group = parser.add_argument_group("pace of the rounds")
     add_flags(group, RunConfig, [*PACE, *LATE], defaults={"quorum": 0.5})
     add = group.add_argument
@@ -53,6 +64,12 @@ def add_serve_command(commands: Any) -> None:
         "--metrics", metavar="HOST:PORT", help="answer Prometheus there; nobody is asked who it is"
     )
     add_export_flag(group)
+    parser.only |= {
+        "--keys": Only("--insecure", (False,)),
+        "--clients-file": Only("--insecure", (False,)),
+        "--eval-every": Only("--test"),
+        "--eval-tail": Only("--test"),
+    }
     parser.set_defaults(run=run_serve)
 
 
@@ -64,18 +81,18 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def serve_settings(args: argparse.Namespace) -> tuple[RunConfig, ServeSettings]:
-    """What `serve` is called with. Raises ConfigError for what lacks."""
+    """What `serve` is called with. Raises UsageError for what lacks."""
     from coordinator.runs.serving import ServeSettings
 
     config = run_config(args, [*SHARED, *PACE, *LATE], data=args.test or "")
     if not args.test:
         if args.input is None or args.classes is None:
-            raise ConfigError(
+            raise UsageError(
                 "give --test SOURCE, or --input and --classes to train without a test set"
             )
         config = shaped(config, args.input, args.classes)
     if args.run_dir is None:
-        raise ConfigError("serve needs --run-dir, the folder that the run lives in")
+        raise UsageError("serve needs --run-dir, the folder that the run lives in")
     settings = ServeSettings(
         folder=args.run_dir,
         is_resumed=args.resume,

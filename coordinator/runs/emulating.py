@@ -40,7 +40,7 @@ from edge_sdk.capacity.costs import in_model, peak_bytes
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import MIN_BATCH
 from edge_sdk.data.loading import load_dataset
-from edge_sdk.errors import ConfigError, StoreError
+from edge_sdk.errors import ConfigError, StoreError, UsageError, typed
 from edge_sdk.helpers import files
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.protocol.messages import ModelSpec
@@ -75,10 +75,16 @@ def check_emulate(
     config: RunConfig, population: Population, settings: EmulateSettings
 ) -> torch.device:
     """Raise EdgeError for what is wrong with the settings themselves, before any data is read."""
-    device = pick_device(settings.device)
-    check_method(checked(config))
-    check_population(population, config.model.exit)
-    check_processes(settings.processes, device)
+    with typed():
+        device = pick_device(settings.device)
+        check_method(checked(config))
+        check_population(population, config.model.exit)
+        check_processes(settings.processes, device)
+    asked = 0 if settings.is_resumed else config.participants or 0
+    if asked > population.clients:
+        raise UsageError(
+            f"--participants {asked}, expected at most the {population.clients} --clients"
+        )
     check_folder(settings.folder, settings.is_resumed)
     if settings.out:
         check_writable(settings.out)
@@ -95,7 +101,8 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
     train = data.train
     config = shaped(config, train.input_shape, train.num_classes, train.input_scaling)
     config = checked(replace(config, population=population.text()))
-    method = make_method(config, device)  # a model that cannot be built begins no run
+    with typed():
+        method = make_method(config, device)  # a model that cannot be built begins no run
     if not settings.is_resumed:
         check_init(config.init, method)
     clients = emulated_clients(population, config, train)
@@ -214,7 +221,7 @@ def check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            raise ConfigError(f"--out {path} is no file; give the name of one, e.g. rounds.json")
+            raise UsageError(f"--out {path} is no file; give the name of one, e.g. rounds.json")
         files.check_writable(path)
     except OSError as error:
         raise ConfigError(f"--out {path} cannot be written: {error}; give another") from error

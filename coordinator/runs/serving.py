@@ -26,7 +26,7 @@ from coordinator.settings import checked, shaped
 from coordinator.store.opening import open_store
 from coordinator.store.store import SPOOL, Store
 from edge_sdk.data.loading import Examples, load
-from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.errors import EdgeError, UsageError, typed
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.helpers.text import checked_endpoint
@@ -61,18 +61,20 @@ class ServeSettings:
 
 def check_serve(config: RunConfig, settings: ServeSettings) -> torch.device:
     """Raise EdgeError for what is wrong with the settings themselves, before any data is read."""
-    check_method(checked(config))
-    checked_endpoint(settings.endpoint, "--listen")
-    if settings.metrics is not None:
-        metrics_flag(settings.metrics)
-    if settings.budget_bytes < LEAST_BUDGET_BYTES:
-        raise ConfigError(
-            f"--memory-budget is {settings.budget_bytes} bytes, expected at least "
-            f"{LEAST_BUDGET_BYTES}"
-        )
+    with typed():
+        check_method(checked(config))
+        checked_endpoint(settings.endpoint, "--listen")
+        if settings.metrics is not None:
+            metrics_flag(settings.metrics)
+        if settings.budget_bytes < LEAST_BUDGET_BYTES:
+            raise UsageError(
+                f"--memory-budget is {settings.budget_bytes} bytes, expected at least "
+                f"{LEAST_BUDGET_BYTES}"
+            )
+        device = pick_device(settings.device)
     check_folder(settings.folder, settings.is_resumed)
     check_export(settings.export)
-    return pick_device(settings.device)
+    return device
 
 
 def serve(config: RunConfig, settings: ServeSettings) -> None:
@@ -93,7 +95,8 @@ def serve(config: RunConfig, settings: ServeSettings) -> None:
         _, train_part, test_part = load(config.data)
         test = test_part or train_part
         config = checked(shaped(config, test.input_shape, test.num_classes, test.input_scaling))
-    method = make_method(config, device)  # a model that cannot be built begins no run
+    with typed():
+        method = make_method(config, device)  # a model that cannot be built begins no run
     if not settings.is_resumed:
         check_init(config.init, method)
     with ExitStack() as stack:

@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from msgspec import Meta
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers import toml
 from edge_sdk.helpers.files import mode_of, write_whole
-from edge_sdk.helpers.text import checked_endpoint, parse_size
+from edge_sdk.helpers.text import checked_endpoint, parse_size, user_text
 from edge_sdk.protocol.messages import CLIENT_NAME, CLIENT_NAME_IN_WORDS, CURVE_KEY
 
 DEFAULT_CONFIG = Path("/etc/edge-sdk/config.toml")
@@ -84,19 +84,28 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     imports: tuple[str, ...] = ()
 
 
-def settled(config: Path | None, flags: Mapping[str, Any], default_keys: Path) -> RunSettings:
+def settled(
+    config: Path | None, flags: Mapping[str, Any], default_keys: Callable[[], Path]
+) -> RunSettings:
     """Each setting from the flag of its name where that was given (is not None), else from the
-    config file, else the default. Raises ConfigError for the file."""
+    config file, else the default. default_keys: asked where neither names a folder. Raises
+    ConfigError for the file."""
     given = read_config(config).given() if config else {}
     given |= {name: value for name, value in flags.items() if value is not None}
-    keys, imports = Path(given.pop("keys", default_keys)), tuple(given.pop("imports", ()))
-    return RunSettings(keys=keys, imports=imports, **given)
+    imports, keys = tuple(given.pop("imports", ())), given.pop("keys", None)
+    try:
+        folder = Path(keys or default_keys())
+    except ConfigError:
+        if not given.get("insecure"):
+            raise
+        folder = Path(os.devnull)  # of which nobody reads
+    return RunSettings(keys=folder, imports=imports, **given)
 
 
 def read_config(path: Path) -> Settings:
     """The settings of a file. Raises ConfigError: unreadable, no TOML, or a value not allowed."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = user_text(path.read_bytes())
     except OSError as error:
         raise ConfigError(
             f"config file {path} cannot be read: {error.strerror}; "
@@ -160,11 +169,11 @@ def write_config(path: Path, text: str) -> None:
         raise ConfigError(f"config file {path} cannot be written: {error}") from error
 
 
-def default_config(own_folder: Path) -> Path:
+def default_config(own_folder: Callable[[], Path]) -> Path:
     """The service's config file where this user may change it, else one in `own_folder`."""
     if os.access(DEFAULT_CONFIG, os.W_OK):
         return DEFAULT_CONFIG
-    return own_folder / DEFAULT_CONFIG.name
+    return own_folder() / DEFAULT_CONFIG.name
 
 
 def check_value(key: str, value: object, place: str) -> None:

@@ -19,6 +19,7 @@ from edge_sdk.agent.pipe import TrainerOptions
 from edge_sdk.agent.settings import RunSettings
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.measure import measure
+from edge_sdk.helpers.files import home
 from edge_sdk.protocol.keys import KeyPair, read_all_keys
 from edge_sdk.protocol.link import Link
 from edge_sdk.protocol.messages import CLIENT_NAME, CLIENT_NAME_IN_WORDS, DeviceProfile
@@ -59,29 +60,33 @@ def trainer_options(
 ) -> TrainerOptions:
     """How the trainer of this device starts. One of an emulated board measures nothing and writes
     nothing: its figures are another device's."""
-    updates = saved_updates_folder(client_id, settings.coordinator or "", secrets)
+    cache, updates = "", ""
+    if not is_emulated:
+        cache = memory_calibration_file()
+        updates = saved_updates_folder(client_id, settings.coordinator or "", secrets)
     return TrainerOptions(
         data=settings.data or "",
         threads=settings.threads,
         device=settings.device,
         measure_compute=not is_emulated,
-        calibration="" if is_emulated else memory_calibration_file(),
-        saved_updates="" if is_emulated else updates,
+        calibration=cache,
+        saved_updates=updates,
         imports=settings.imports,
     )
 
 
 def default_keys() -> Path:
     """The folder of this device's keys where none is named. Under systemd it is the service's own
-    state folder, else the user's configuration."""
+    state folder, else the user's configuration. Raises ConfigError without a home."""
     state = os.environ.get("STATE_DIRECTORY")
-    return Path(state) / "keys" if state else Path.home() / ".config" / "edge-sdk"
+    return Path(state) / "keys" if state else home() / ".config" / "edge-sdk"
 
 
 def memory_calibration_file() -> str:
-    """The file of this device's memory calibration, in the service's cache folder or the user's."""
+    """The file of this device's memory calibration, in the service's cache folder or the user's.
+    Raises ConfigError without a home."""
     service, user = os.environ.get("CACHE_DIRECTORY"), os.environ.get("XDG_CACHE_HOME")
-    folder = Path(service) if service else Path(user or Path.home() / ".cache") / "edge-sdk"
+    folder = Path(service) if service else Path(user or home() / ".cache") / "edge-sdk"
     return str(folder / "calibration.json")
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any, get_args
 
-from edge_sdk.cli.flags import add_command
+from edge_sdk.cli.flags import add_command, number_flag, path_flag, share_flag
 from edge_sdk.cli.infer import add_model_arguments, import_runtime
 from edge_sdk.infer.model_folder import Measure
 
@@ -19,15 +18,18 @@ def add_calibrate_command(commands: Any) -> None:
         "edge-sdk calibrate model --data my-data.npz --accuracy-loss 0.01",
     )
     add_model_arguments(parser)
+    latency = number_flag(0, 1e9, "milliseconds above 0", is_open=True)
     wish = parser.add_mutually_exclusive_group(required=True)
-    wish.add_argument("--accuracy", type=float, metavar="SHARE", help="at least, e.g. 0.85")
+    wish.add_argument("--accuracy", type=share_flag, metavar="SHARE", help="at least, e.g. 0.85")
     wish.add_argument(
         "--accuracy-loss",
-        type=float,
+        type=share_flag,
         metavar="SHARE",
         help="at most so much below the deepest exit, e.g. 0.01",
     )
-    wish.add_argument("--latency-ms", type=float, metavar="MS", help="mean of an example, at most")
+    wish.add_argument(
+        "--latency-ms", type=latency, metavar="MS", help="mean of an example, at most"
+    )
     parser.add_argument(
         "--measure", choices=get_args(Measure), default="softmax", help="of an exit's confidence"
     )
@@ -42,7 +44,9 @@ def add_infer_report_command(commands: Any) -> None:
         "edge-sdk infer-report model --data my-data.npz --out report",
     )
     add_model_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder of curve.csv, .md, .png")
+    parser.add_argument(
+        "--out", type=path_flag, required=True, help="folder of curve.csv, .md, .png"
+    )
     parser.set_defaults(run=run_infer_report)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
-from edge_sdk.cli.flags import add_command, add_imports
+from edge_sdk.cli.flags import MAX_EXITS, add_command, add_imports, path_flag, whole_flag
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.infer.model_folder import described
@@ -22,10 +21,12 @@ def add_export_command(commands: Any) -> None:
     )
     add = parser.add_argument
     add(
-        "source", type=Path, help="model.safetensors of a run folder, or an exported model's folder"
+        "source",
+        type=path_flag,
+        help="model.safetensors of a run folder, or an exported model's folder",
     )
-    add("--out", type=Path, required=True, help="folder to write")
-    add("--exit", type=int, help="deepest exit to keep, default all")
+    add("--out", type=path_flag, required=True, help="folder to write")
+    add("--exit", type=whole_flag(1, MAX_EXITS), help="deepest exit to keep, default all")
     add("--data", help="real examples to check it on, default random inputs; not for a folder")
     add_imports(parser)
     parser.set_defaults(run=run_export)

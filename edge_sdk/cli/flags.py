@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.helpers.text import parse_size
+from edge_sdk.helpers.text import destination, one_line, parse_size
 
+Parse: TypeAlias = Callable[[str], float]
 MAX_THREADS = 1024
+MAX_EXITS, MAX_CLASSES = 100, 1_000_000  # as in messages.ModelSpec
+MOST = 2**31 - 1  # of examples, clients, lines, ...
+USUAL_KEYS = "default ~/.config/edge-sdk, or keys in the service's own state folder"  # of a device
 # A round's training where no flag tells: what a run asks of its devices, and `plan` predicts.
 DEFAULT_EPOCHS, DEFAULT_BATCH_SIZE = 2, 32
 
@@ -35,9 +41,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text}; default %(default)s"
 
 
-def add_command(commands: Any, name: str, about: str, *examples: str) -> argparse.ArgumentParser:
+def add_command(commands: Any, name: str, about: str, *examples: str) -> Parser:
     """A subcommand: `about` in the list of commands and above its flags, examples below them."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser: Parser = commands.add_parser(
         name,
         help=about,
         description=f"{about[0].upper()}{about[1:]}.",
@@ -59,51 +65,120 @@ def add_imports(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--import", dest="imports", action="append", metavar="MODULE", help=said)
 
 
-def whole_flag(least: int, most: int) -> Callable[[str], int]:
+def whole_flag(least: int = -(2**63), most: int = 2**63) -> Callable[[str], int]:
     """A whole number within bounds, for argparse."""
+    wanted = "a whole number"
+    if most < 2**63:
+        wanted += f" from {least} to {most}"
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            wanted = f"expected a whole number from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r}, {wanted}")
+        found = re.fullmatch(r"\s*[+-]?[0-9]{1,30}\s*", text)
+        if not found or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {wanted}")
         return int(text)
 
     return parse
 
 
-def rate_flag(text: str) -> float:
-    """Mbit/s, for argparse."""
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate <= 10**6:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected Mbit/s such as 94 or 7.5")
-    return rate
+def number_flag(least: float, most: float, wanted: str, *, is_open: bool = False) -> Parse:
+    """A number from `least` (is_open: above it) to `most`, for argparse. wanted: in words."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (least < number if is_open else least <= number) or not number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {wanted}")
+        return number
+
+    return parse
 
 
-def duration_flag(text: str) -> float:
-    """Seconds, for argparse; 0 is one."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 10**9:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected seconds, 0 or more")
-    return seconds
+def whole_numbers_flag(text: str) -> tuple[int, ...]:
+    """(17, 17, 16) of 17,17,16, for argparse."""
+    parts = text.split(",")
+    if not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers, e.g. 4,4,2")
+    return tuple(map(int, parts))
+
+
+LARGEST = sys.float_info.max
+plain_number = number_flag(-LARGEST, LARGEST, "a number")
+rate_flag = number_flag(0, 1e6, "Mbit/s such as 94 or 7.5", is_open=True)
+duration_flag = number_flag(0, 1e9, "seconds, 0 or more")
+share_flag = number_flag(0, 1, "a share from 0 to 1")
 
 
 def path_flag(text: str) -> Path:
     """A path for argparse; an empty one would be the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("'', expected a path")
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a path")
     return Path(text)
+
+
+class Only(NamedTuple):
+    """Another flag with which a flag counts. values: of the other; (): any that is not nothing."""
+
+    flag: str
+    values: tuple[object, ...] = ()
+
+
+class Parser(argparse.ArgumentParser):
+    """What is wrong with the command line is one line and status 2. No value may be empty, as of a
+    script's variable that is not set, and no number NaN or infinite.
+
+    only: by flag, with what it counts; typed elsewhere it is refused, as it would have no effect.
+    own: values of such other flags that are not this project's, and may take any."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.only: dict[str, Only] = {}
+        self.own: set[object] = set()
+        for kind, parse in {int: whole_flag(), float: plain_number, Path: path_flag}.items():
+            self.register("type", kind, parse)
+
+    def error(self, message: str) -> NoReturn:
+        said = one_line(message, max_length=2000)
+        self.exit(2, f"{self.prog}: {said}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Raises SystemExit, also for empty values and flags without effect."""
+        found, rest = super().parse_known_args(args, namespace)
+        # Parsed again with None for every default, what is not None was typed.
+        nothing = argparse.Namespace(**dict.fromkeys(vars(found)))
+        typed = vars(super().parse_known_args(args, nothing)[0])
+        for action in self._actions:  # not those of a command, which has looked itself
+            value = typed.get(action.dest)
+            if value == "" or (isinstance(value, list) and "" in value):
+                name = "/".join(action.option_strings) or action.dest
+                self.error(f"argument {name}: '', expected a value")
+        for flag, only in self.only.items():
+            value = getattr(found, destination(only.flag), None)
+            if typed.get(destination(flag)) is None or value in self.own:
+                continue
+            if not (value in only.values if only.values else value):
+                self.error(f"{flag} {_without(only, value)}; leave it out, or {_with(only)}")
+        return found, rest
+
+
+def _without(only: Only, value: object) -> str:
+    if value is True:
+        return f"has no effect with {only.flag}"
+    is_given = value not in (None, False, 0)
+    return f"has no effect {f'with {only.flag} {value}' if is_given else f'without {only.flag}'}"
+
+
+def _with(only: Only) -> str:
+    if only.values and only.values[0] in (None, False):
+        return f"leave out {only.flag}"
+    return f"give {only.flag} {' or '.join(map(str, only.values))}".rstrip()
 
 
 def shape_flag(text: str) -> tuple[int, ...]:
     """(1, 28, 28) of 1x28x28, for argparse."""
     sizes = text.lower().split("x")
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+    if not all(re.fullmatch("[0-9]{1,9}", size) and int(size) > 0 for size in sizes):
         raise argparse.ArgumentTypeError(f"{text!r}, expected sizes such as 1x28x28")
     return tuple(map(int, sizes))
 
@@ -136,7 +211,7 @@ def size_flag(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def print_json(value: object) -> None:

@@ -10,7 +10,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from edge_sdk.cli.flags import add_command, print_json
+from edge_sdk.cli.flags import (
+    MAX_THREADS,
+    MOST,
+    add_command,
+    path_flag,
+    print_json,
+    share_flag,
+    whole_flag,
+)
 from edge_sdk.helpers.files import write_file
 from edge_sdk.helpers.interrupts import ends_by_interrupt
 from edge_sdk.infer.model_folder import Measure
@@ -29,20 +37,22 @@ def add_infer_command(commands: Any) -> None:
         "edge-sdk infer model --data my-data.npz",
     )
     add_model_arguments(parser)
-    parser.add_argument("--threshold", type=float, help="for all exits, default as calibrated")
+    parser.add_argument("--threshold", type=share_flag, help="for all exits, default as calibrated")
     parser.add_argument("--measure", choices=get_args(Measure), help="default as calibrated")
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="label, exit, confidence each")
+    parser.add_argument(
+        "--out", type=path_flag, metavar="FILE.csv", help="label, exit, confidence each"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=run_infer)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", type=Path, help="folder of an exported model")
+    add("model", type=path_flag, help="folder of an exported model")
     add("--data", required=True, help="as for run; its test part, or all; or inputs FILE.npy")
-    add("--limit", type=int, metavar="N", help="at most N examples")
-    add("--skip", type=int, default=0, metavar="N", help="leave out the first N")
-    add("--threads", type=int, default=1, help="of onnxruntime")
+    add("--limit", type=whole_flag(1, MOST), metavar="N", help="at most N examples")
+    add("--skip", type=whole_flag(0, MOST), default=0, metavar="N", help="leave out the first N")
+    add("--threads", type=whole_flag(1, MAX_THREADS), default=1, help="of onnxruntime")
 
 
 def import_runtime() -> None:

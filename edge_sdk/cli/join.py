@@ -21,10 +21,10 @@ from edge_sdk.agent.settings import (
     write_config,
 )
 from edge_sdk.agent.setup import checked_id, default_keys
-from edge_sdk.cli.flags import add_command, path_flag
+from edge_sdk.cli.flags import USUAL_KEYS, Only, add_command, path_flag
 from edge_sdk.errors import ConfigError
-from edge_sdk.helpers.text import checked_endpoint
-from edge_sdk.protocol.invitation import MAX_CHARACTERS, InvitationLine, decode_line
+from edge_sdk.helpers.text import checked_endpoint, user_text
+from edge_sdk.protocol.invitation import COPY, MAX_CHARACTERS, InvitationLine, decode_line
 from edge_sdk.protocol.keys import (
     DEVICE_KEYS,
     SERVER_KEYS,
@@ -68,7 +68,7 @@ def add_keys_command(commands: Any) -> None:
         "edge-sdk keys --rotate --config ~/.config/edge-sdk/config.toml",
     )
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="take id and keys from there")
+    add("--config", type=path_flag, metavar="FILE", help="take id and keys from there")
     _add_own_flags(parser)
     add(
         "--rotate",
@@ -77,11 +77,12 @@ def add_keys_command(commands: Any) -> None:
     )
     add("--coordinator", metavar="tcp://HOST:PORT", help="with --rotate, default the config's")
     add("--server-key", help="with --rotate: its public key or file, default KEYS/server.public")
+    parser.only |= {flag: Only("--rotate") for flag in ("--coordinator", "--server-key")}
     parser.set_defaults(run=run_keys)
 
 
 def _add_own_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--keys", type=path_flag, help=f"folder of keys, default {default_keys()}")
+    parser.add_argument("--keys", type=path_flag, help=f"folder of keys, {USUAL_KEYS}")
     parser.add_argument("--id", help="this device's name, default the host name")
 
 
@@ -89,7 +90,7 @@ def run_join(args: argparse.Namespace) -> int:
     from edge_sdk.protocol.join import join
 
     line = decode_line(_given_line(args.line))
-    path = args.config or default_config(default_keys())
+    path = args.config or default_config(default_keys)
     text, settings = _present_config(path)
     client_id = _own_id(args.id, line, settings)
     folder = (args.keys or Path(settings.keys or default_keys())).absolute()
@@ -144,13 +145,16 @@ def _given_line(words: list[str]) -> str:
             return getpass.getpass("invitation (it is not shown): ")
         except EOFError:
             return ""
-    return sys.stdin.read(2 * MAX_CHARACTERS)
+    try:
+        return user_text(sys.stdin.buffer.read(4 * MAX_CHARACTERS))  # UTF-16 has two bytes each
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the invitation is no text: {error.reason}; {COPY}") from error
 
 
 def _present_config(path: Path) -> tuple[str, Settings]:
     """The config file's text and settings; without a file the template's. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = user_text(path.read_bytes())
     except FileNotFoundError:
         return template(), Settings()
     except (OSError, UnicodeDecodeError) as error:
@@ -172,11 +176,11 @@ def _next_step(path: Path, settings: Settings) -> str:
 
 
 def run_keys(args: argparse.Namespace) -> int:
-    config, usual = args.config, default_config(default_keys())
-    if args.rotate and config is None and usual.exists():
+    config = args.config
+    if args.rotate and config is None and (usual := default_config(default_keys)).exists():
         config = usual
     flags = {name: getattr(args, name) for name in ("id", "keys", "coordinator", "server_key")}
-    settings = settled(config, flags, default_keys())
+    settings = settled(config, flags, default_keys)
     client_id = checked_id(settings.id, "--id")
     if args.rotate:
         return _rotate(settings, client_id, config)

@@ -1,8 +1,8 @@
 """`edge-sdk`: what this device has, how deep it could train, and use of what was trained.
 
 A subcommand is one `add_*_command(subparsers)` that sets `run`, a function of the parsed
-arguments; COMMANDS lists them. An EdgeError becomes one line and exit status 1, wrong usage 2;
-`--debug` shows the traceback instead."""
+arguments; COMMANDS lists them. An EdgeError becomes one line and exit status 1,
+what is typed wrong 2; `--debug` shows the traceback instead."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 
 from edge_sdk.cli.calibrate import add_calibrate_command, add_infer_report_command
 from edge_sdk.cli.export import add_export_command
-from edge_sdk.cli.flags import HelpFormatter, Subparsers
+from edge_sdk.cli.flags import HelpFormatter, Parser, Subparsers
 from edge_sdk.cli.infer import add_infer_command
 from edge_sdk.cli.join import add_join_command, add_keys_command
 from edge_sdk.cli.measure import add_measure_command
 from edge_sdk.cli.plan import add_plan_command
 from edge_sdk.cli.run import add_run_command
 from edge_sdk.cli.service import add_doctor_command, add_service_command
-from edge_sdk.errors import EdgeError
+from edge_sdk.errors import EdgeError, status_of
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.interrupts import INTERRUPTED, ends_unread
 from edge_sdk.version import __version__
@@ -38,8 +38,8 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
 )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog="edge-sdk",
         description="Federated learning on a device.",
         epilog="edge-sdk COMMAND --help: its flags, and an example",
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         logs.last_words("edge-sdk", error)
-        return 1
+        return status_of(error)
     except KeyboardInterrupt:
         return INTERRUPTED
     return status

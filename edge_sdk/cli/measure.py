@@ -8,6 +8,7 @@ import sys
 import msgspec
 
 from edge_sdk.cli.flags import (
+    Only,
     Subparsers,
     add_command,
     add_memory_cap,
@@ -39,6 +40,7 @@ def add_measure_command(subparsers: Subparsers) -> None:
     add("--link-mbit-s", type=rate_flag, metavar="X", help="with --save: the link's rate, if known")
     add("--force", action="store_true", help="with --save: overwrite")
     add("--json", action="store_true", help="one JSON object")
+    parser.only |= {flag: Only("--save") for flag in ("--link-mbit-s", "--force")}
     parser.set_defaults(run=run_measure)
 
 

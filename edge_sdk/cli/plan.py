@@ -6,9 +6,11 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -25,6 +27,9 @@ from edge_sdk.capacity.costs import (
 from edge_sdk.cli.flags import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
+    MAX_CLASSES,
+    MAX_EXITS,
+    MOST,
     Subparsers,
     add_command,
     add_imports,
@@ -34,26 +39,35 @@ from edge_sdk.cli.flags import (
     print_json,
     print_step,
     shape_flag,
+    whole_flag,
 )
 from edge_sdk.cli.measure import describe_profile
-from edge_sdk.errors import ConfigError, TrainerError
+from edge_sdk.errors import ConfigError, TrainerError, UsageError, typed
 from edge_sdk.hardware.boards import board, board_names
 from edge_sdk.hardware.limits import least_bound
 from edge_sdk.hardware.measure import emulated, measure
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.helpers.imports import import_module, require_torch
-from edge_sdk.helpers.text import mebibytes
+from edge_sdk.helpers.text import mebibytes, one_line, plain_words
 from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan
 
 DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells
 PLAN_SPEED_S = 0.3  # of sampling GFLOPS: three samples do for a prediction
+FLAGS = {  # of fields of ModelSpec
+    "family": "--model",
+    "exit": "--exits",
+    "input_shape": "--input",
+    "num_classes": "--classes",
+    "options": "--option",
+}
 # A trial is for memory alone: threads that wait sleep, else on busy cores they compute for seconds.
 IDLE_WAITING = {"OMP_WAIT_POLICY": "passive"}
 TRIAL = """
 import pathlib, sys, msgspec
 from edge_sdk.training.calibration import trainer_baseline
-print(msgspec.json.encode(trainer_baseline(pathlib.Path(sys.argv[1]))).decode())
+cache = pathlib.Path(sys.argv[1]) if sys.argv[1] else None
+print(msgspec.json.encode(trainer_baseline(cache)).decode())
 """
 
 
@@ -67,8 +81,12 @@ def add_plan_command(subparsers: Subparsers) -> None:
     )
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, help="family, e.g. cnn")
-    model.add_argument("--exits", type=int, default=3, help="exits of the whole model")
-    model.add_argument("--classes", type=int, help="classes; not needed with --data")
+    model.add_argument(
+        "--exits", type=whole_flag(1, MAX_EXITS), default=3, help="exits of the whole model"
+    )
+    model.add_argument(
+        "--classes", type=whole_flag(2, MAX_CLASSES), help="classes; not needed with --data"
+    )
     model.add_argument("--input", type=shape_flag, metavar="1x28x28", help="shape of one example")
     model.add_argument(
         "--option",
@@ -80,12 +98,15 @@ def add_plan_command(subparsers: Subparsers) -> None:
     )
     add_imports(model)
     training = parser.add_argument_group("training")
+    batch, epochs = whole_flag(2, 1_000_000), whole_flag(1, 100_000)  # as in messages.Plan
     training.add_argument("--data", help="data set; gives --input, --classes and --examples")
     training.add_argument(
-        "--examples", type=int, help=f"local examples, default {DEFAULT_EXAMPLES}"
+        "--examples",
+        type=whole_flag(1, MOST),
+        help=f"local examples, default {DEFAULT_EXAMPLES}",
     )
-    training.add_argument("--batch-size", type=int, default=DEFAULT_BATCH_SIZE, help="of a step")
-    training.add_argument("--epochs", type=int, default=DEFAULT_EPOCHS, help="of a round")
+    training.add_argument("--batch-size", type=batch, default=DEFAULT_BATCH_SIZE, help="of a step")
+    training.add_argument("--epochs", type=epochs, default=DEFAULT_EPOCHS, help="of a round")
     training.add_argument("--optimizer", choices=("sgd", "adam"), default="adam", help="of a step")
     training.add_argument("--deadline", type=duration_flag, metavar="S", help="seconds for a round")
     add_memory_cap(parser)
@@ -97,8 +118,9 @@ def add_plan_command(subparsers: Subparsers) -> None:
 
 def run_plan(args: argparse.Namespace) -> int:
     require_torch("edge-sdk plan")
-    for module in args.imports or ():
-        import_module(module)
+    with typed():
+        for module in args.imports or ():
+            import_module(module)
     input_shape, num_classes, num_examples, data_bytes = _local_data(args)
     spec = checked(
         ModelSpec,
@@ -118,7 +140,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from edge_sdk.capacity.counting import segment_costs
     from edge_sdk.models import build
 
-    with memory_errors("making the model"):
+    with typed(), memory_errors("making the model"):
         build(spec)  # refuses what cannot be built before seconds of measuring
     profile = _profile(args.board, args.memory_cap)
     print_step("starting a trial trainer, for the memory that one needs")
@@ -149,12 +171,14 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def checked(kind: type[Any], **fields: Any) -> Any:
-    """A struct of the protocol from a person's values. Raises ConfigError naming the field."""
+    """A struct of the protocol from a person's values. Raises UsageError naming the flag."""
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
-        step = "correct the flag of that name"
-        raise ConfigError(f"{kind.__name__} refused: {error}; {step}") from error
+        expected, _, place = str(error).partition(" - at ")
+        name = re.sub(r"\W*(\w+).*", r"\1", place)
+        flag, value = FLAGS.get(name, f"--{name}"), one_line(repr(fields.get(name)))
+        raise UsageError(f"{flag} is {value}, {plain_words(expected)}; see --help") from error
 
 
 def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, int]:
@@ -179,7 +203,8 @@ def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, in
 
 def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:
     """The profile of this device, or of the named board, within a cap on memory."""
-    named = None if board_name is None else board(board_name)
+    with typed():
+        named = None if board_name is None else board(board_name)
     print_step(f"measuring compute {'' if named is None else 'of one thread '}here")
     if named is None:
         return measure(cap_bytes=cap_bytes, speed_s=PLAN_SPEED_S)
@@ -193,8 +218,11 @@ def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:
 def _trial_trainer() -> dict[str, Any]:
     """The fields of a training.calibration.TrainerBaseline, from a real trainer on this machine:
     this process imports more than one does."""
+    cache = ""
+    with suppress(ConfigError):  # without a home nothing is kept
+        cache = memory_calibration_file()
     result = subprocess.run(
-        [sys.executable, "-c", TRIAL, memory_calibration_file()],
+        [sys.executable, "-c", TRIAL, cache],
         env={**os.environ, **TRAINER_ENVIRONMENT, **IDLE_WAITING},
         capture_output=True,
         text=True,

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
@@ -24,13 +23,16 @@ from edge_sdk.agent.setup import (
 )
 from edge_sdk.cli.flags import (
     MAX_THREADS,
+    USUAL_KEYS,
+    Only,
     add_command,
     add_imports,
     add_memory_cap,
+    number_flag,
     path_flag,
     whole_flag,
 )
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, typed
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import board
 from edge_sdk.hardware.measure import emulated
@@ -50,11 +52,11 @@ def add_run_command(commands: Any) -> None:
         "edge-sdk run --coordinator tcp://192.168.1.5:5555 --data my-data.npz --id pi-1",
     )
     add = parser.add_argument_group("who and with whom").add_argument
-    add("--config", type=Path, metavar="FILE", help="settings; flags given here win over them")
+    add("--config", type=path_flag, metavar="FILE", help="settings; flags given here win over them")
     add("--coordinator", metavar="tcp://HOST:PORT", help="where it listens")
     add("--data", help="this device's own data, a file or folder; never leaves it")
     add("--id", help="this device's name, default the host name")
-    add("--keys", type=path_flag, help=f"folder of keys, default {default_keys()}")
+    add("--keys", type=path_flag, help=f"folder of keys, {USUAL_KEYS}")
     add("--server-key", help="the coordinator's public key or its file, default KEYS/server.public")
     add("--insecure", action="store_true", default=None, help="no encryption, no identity check")
     add("--once", action="store_true", help="end when the coordinator's run ends")
@@ -72,23 +74,32 @@ def add_run_command(commands: Any) -> None:
         help="train the same when hot, throttled or on a low battery",
     )
     add = parser.add_argument_group("emulation").add_argument
+    speed = number_flag(0, 1e9, "GFLOP/s above 0", is_open=True)
+    layer = number_flag(0, 1e9, "microseconds, 0 or more")
     add("--board", help="emulate this board: its memory, speed and link instead of this machine's")
-    add("--host-gflops", type=float, default=0.0, help="with --board: speed of one thread here")
-    add("--host-layer-us", type=float, default=0.0, help="with --board: overhead of a layer here")
+    add("--host-gflops", type=speed, default=0.0, help="with --board: speed of one thread here")
+    add("--host-layer-us", type=layer, default=0.0, help="with --board: overhead of a layer here")
+    parser.only |= {
+        "--keys": Only("--insecure", (None,)),
+        "--server-key": Only("--insecure", (None,)),
+        "--host-gflops": Only("--board"),
+        "--host-layer-us": Only("--board"),
+    }
     parser.set_defaults(run=run_device, usage_error=parser.error)
 
 
 def run_device(args: argparse.Namespace) -> int:
     """Runs until stopped by a signal, or with --once until the coordinator's run ends."""
     flags = {name: getattr(args, name) for name in RunSettings.__struct_fields__}
-    settings = settled(args.config, flags, default_keys())
+    settings = settled(args.config, flags, default_keys)
     for name in ("coordinator", "data"):
         if getattr(settings, name) is None and args.config:
             raise ConfigError(f"{args.config} does not set {name}; add it there")
         if getattr(settings, name) is None:
             args.usage_error(f"give --{name}, or a --config FILE that sets {name}")
-    client_id = checked_id(settings.id, "--id")
-    endpoint = checked_endpoint(settings.coordinator or "", "--coordinator")
+    with typed():
+        client_id = checked_id(settings.id, "--id")
+        endpoint = checked_endpoint(settings.coordinator or "", "--coordinator")
     secrets = device_secrets(settings, "--server-key")
     if not settings.insecure and has_next_keys(settings.keys):
         log.warning("a change of this device's key was cut short: run edge-sdk keys --rotate again")
@@ -96,7 +107,8 @@ def run_device(args: argparse.Namespace) -> int:
     measure = measure_here(settings.memory_cap)
     if is_emulated:
         host_layer_s = args.host_layer_us / 1e6
-        measure = measure_board(args.board, args.host_gflops, host_layer_s, settings.memory_cap)
+        with typed():
+            measure = measure_board(args.board, args.host_gflops, host_layer_s, settings.memory_cap)
     options = AgentOptions(
         client_id=client_id,
         trainer=trainer_options(settings, client_id, secrets, is_emulated=is_emulated),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,9 +12,9 @@ import msgspec
 from edge_sdk.agent.settings import DEFAULT_CONFIG, default_config, parse_config
 from edge_sdk.agent.setup import default_keys
 from edge_sdk.cli import doctor, systemd_unit
-from edge_sdk.cli.flags import add_command, print_json
+from edge_sdk.cli.flags import MOST, Only, add_command, path_flag, print_json, whole_flag
 from edge_sdk.cli.systemd_unit import ROOT
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, UsageError
 from edge_sdk.helpers.text import mebibytes
 
 log = logging.getLogger(__name__)
@@ -41,9 +40,12 @@ def add_service_command(commands: Any) -> None:
         "write unit and config, enable; again: upgrade",
         "sudo edge-sdk service install --start",
     )
-    install.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="default %(default)s")
+    install.add_argument(
+        "--config", type=path_flag, default=DEFAULT_CONFIG, help="default %(default)s"
+    )
     install.add_argument("--start", action="store_true", help="start it now, or start it anew")
     install.add_argument("--dry-run", action="store_true", help="print the unit, change nothing")
+    install.only["--start"] = Only("--dry-run", (False,))
     install.set_defaults(run=run_install)
 
     remove = add_command(
@@ -57,7 +59,7 @@ def add_service_command(commands: Any) -> None:
     for action in (install, remove):
         action.add_argument(
             "--root",
-            type=Path,
+            type=path_flag,
             default=ROOT,
             metavar="DIR",
             help="a system's folder instead of this system; systemctl is not called",
@@ -71,7 +73,9 @@ def add_service_command(commands: Any) -> None:
         actions, "logs", "its lines in the journal", "edge-sdk service logs --lines 200"
     )
     logs.add_argument("--follow", "-f", action="store_true", help="go on with new ones")
-    logs.add_argument("--lines", "-n", type=int, default=50, help="the last so many")
+    logs.add_argument(
+        "--lines", "-n", type=whole_flag(0, MOST), default=50, help="the last so many"
+    )
     logs.set_defaults(run=run_logs)
 
 
@@ -79,14 +83,16 @@ def add_doctor_command(commands: Any) -> None:
     parser = add_command(
         commands, "doctor", "check all that a device needs, say what to do", "edge-sdk doctor"
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="default the one join wrote")
+    parser.add_argument(
+        "--config", type=path_flag, metavar="FILE", help="default the one join wrote"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON array")
     parser.set_defaults(run=run_doctor)
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Exit status 1 if a check fails; warnings are not failures."""
-    config = args.config or default_config(default_keys())
+    config = args.config or default_config(default_keys)
     is_there = args.config or config.exists()
     findings = doctor.examine(config.absolute() if is_there else None, default_keys())
     done = doctor.report(findings, (lambda line: None) if args.json else print)
@@ -98,7 +104,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 def run_install(args: argparse.Namespace) -> int:
     root, config = args.root.absolute(), args.config.absolute()
     if args.start and root != ROOT:
-        raise ConfigError("--start is for this system, not for --root")
+        raise UsageError("--start is for this system, not for --root")
     _check_can_install(is_real=root == ROOT and not args.dry_run)
     if args.dry_run and not systemd_unit.under(root, config).exists():
         settings, is_new = parse_config("", str(config)), False

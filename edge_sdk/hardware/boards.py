@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,8 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.jetson import jetson_module
 from edge_sdk.hardware.procfs import ROOT, meminfo, read_text
 from edge_sdk.helpers import toml
-from edge_sdk.helpers.files import write_whole
+from edge_sdk.helpers.files import home, write_whole
+from edge_sdk.helpers.text import user_text
 
 GIB = 1024**3
 OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -91,13 +92,15 @@ def _packaged_boards() -> tuple[Board, ...]:
 
 
 def own_folder() -> Path:
-    """The folder of the boards that this user measured."""
-    return Path(os.path.expanduser("~/.config/edge-sdk/boards"))
+    """The folder of the boards that this user measured. Raises ConfigError without a home."""
+    return home() / ".config" / "edge-sdk" / "boards"
 
 
 def board_files() -> dict[str, Path]:
     """The files of all boards by name; of two of one name the package's counts."""
-    found = [*own_folder().glob("*.toml"), *board_folder().glob("*.toml")]
+    found = list(board_folder().glob("*.toml"))
+    with suppress(ConfigError):  # without a home there are none of one's own
+        found = [*own_folder().glob("*.toml"), *found]
     return {path.stem: path for path in found if OWN_NAME.fullmatch(path.stem)}
 
 
@@ -118,7 +121,7 @@ def board(name_or_path: str) -> Board:
             raise ConfigError(f"unknown board {name_or_path!r}; known: {known}; {step}")
         path = files[name_or_path]
     try:
-        found = msgspec.convert(toml.loads(path.read_bytes().decode()), Board)
+        found = msgspec.convert(toml.loads(user_text(path.read_bytes())), Board)
     except OSError as error:
         raise ConfigError(f"board file {path}: {error.strerror}") from error
     except (ValueError, msgspec.MsgspecError) as error:  # which names the key as $.key

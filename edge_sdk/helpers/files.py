@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from edge_sdk.errors import EdgeError, StoreError
+from edge_sdk.errors import ConfigError, EdgeError, StoreError
 
 # Time of the last change in ns, size in bytes, inode: a new key has the old one's length, and two
 # changes within a tick of the kernel's clock the same time.
@@ -204,6 +204,16 @@ def write_file(path: Path, content: bytes) -> None:
         elif isinstance(error, PermissionError):
             said = f"{error.strerror}; give this user the right to, or choose another"
         raise StoreError(f"{path} cannot be written: {said}") from error
+
+
+def home() -> Path:
+    """Raises ConfigError for a user who has none, as in a container without an entry for it."""
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise ConfigError(
+            "no home directory; set HOME, or give --keys and XDG_CACHE_HOME"
+        ) from error
 
 
 def is_there(path: Path, kind: type[EdgeError] = StoreError) -> bool:

@@ -6,6 +6,7 @@ numpy, imported by torch, swallows KeyboardInterrupt or makes an ImportError of 
 from __future__ import annotations
 
 import functools
+import io
 import os
 import select
 import signal
@@ -42,6 +43,8 @@ def ends_unread(main: Callable[Given, int]) -> Callable[Given, int]:
 
     @functools.wraps(main)
     def run(*args: Given.args, **named: Given.kwargs) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal shows ? for what it lacks
+            sys.stdout.reconfigure(errors="replace")
         try:
             try:
                 return main(*args, **named)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import ipaddress
 import re
 
 from edge_sdk.errors import ConfigError
 
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+KINDS = {"int": "a whole number", "float": "a number", "str": "text", "array": "a list"}
+SIGNS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
 _ENDPOINT = re.compile(r"tcp://(?:\[([^]\s]+)\]|([^][:/\s]+)):(\*|[0-9]{1,5})")
 
 
@@ -19,6 +22,27 @@ def one_line(text: str, max_length: int = 200) -> str:
         return text
     tail = max_length // 3
     return f"{text[: max_length - tail - 5]} ... {text[-tail:]}"
+
+
+def destination(flag: str) -> str:
+    """Where argparse keeps the value of a flag."""
+    return flag.lstrip("-").replace("-", "_")
+
+
+def plain_words(refusal: str) -> str:
+    """What msgspec says of a value, without its types: "Expected `int` >= 1" is "expected a whole
+    number, at least 1"."""
+    text = re.sub(r"`(\w+)(?: \| \w+)*`", lambda found: KINDS.get(found[1], found[1]), refusal)
+    for sign, words in SIGNS.items():
+        text = text.replace(f" {sign} ", f", {words} ")
+    return text[:1].lower() + text[1:]
+
+
+def user_text(content: bytes) -> str:
+    """The text of a person's file: UTF-8, or UTF-16 as PowerShell writes it; without the byte order
+    mark and the line ends of Windows. Raises UnicodeDecodeError."""
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_wide else "utf-8-sig").replace("\r\n", "\n")
 
 
 def mebibytes(num_bytes: int) -> str:

@@ -20,6 +20,7 @@ VERSION = 1
 MARK = "edge-join"
 KEY_BYTES, CHECK_BYTES = 32, 4
 MAX_CHARACTERS = 1000
+COPY = "copy the whole line once more"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def decode_line(text: str) -> InvitationLine:
     never quotes the line: it is a secret."""
     from zmq.utils import z85
 
-    text = "".join(text.split())
+    text = "".join(text.split()).lstrip("\ufeff")  # a mark that Windows puts before a text
     found = re.fullmatch(rf"{MARK}-([0-9]{{1,9}})-([A-Za-z0-9_-]*)", text)
     if not found or len(text) > MAX_CHARACTERS:
         raise ConfigError(
@@ -69,7 +70,7 @@ def decode_line(text: str) -> InvitationLine:
     content, check = content[:-CHECK_BYTES], content[-CHECK_BYTES:]
     texts = content[2 * KEY_BYTES :]
     if check != _check(content) or not texts.isascii():
-        raise ConfigError("the invitation is damaged; copy the whole line once more")
+        raise ConfigError(f"the invitation is damaged; {COPY}")
     endpoint, _, name = texts.decode("ascii").partition(" ")
     checked_endpoint(endpoint, "the invitation's endpoint")
     if name and not re.match(CLIENT_NAME, name):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import heir_of, is_there, sync, write_whole
+from edge_sdk.helpers.text import user_text
 from edge_sdk.protocol.messages import CURVE_KEY
 
 DEVICE_KEYS = "device"  # names of the two pairs of files
@@ -217,8 +218,8 @@ def read_all_keys(
 def read_key(path: Path, advice: str = MAKE) -> bytes:
     """The key that a file holds; advice: what to do where there is none. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="ascii").strip()
-    except (OSError, ValueError) as error:  # not ASCII, a path with a null byte
+        text = user_text(path.read_bytes()).strip()
+    except (OSError, ValueError) as error:  # no text, a path with a null byte
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, PermissionError):
             advice = "run this as the user whose file it is"

@@ -102,7 +102,7 @@ class TrainerBaseline(msgspec.Struct, frozen=True, kw_only=True):
     error: float
 
 
-def trainer_baseline(cache: Path) -> TrainerBaseline:
+def trainer_baseline(cache: Path | None) -> TrainerBaseline:
     """What this process needs as a trainer; for `edge-sdk plan`, in a process of its own."""
     found = memory_calibration(cache, "cpu", may_measure=True)
     return TrainerBaseline(

@@ -13,7 +13,8 @@ from coordinator.cohorts.population import group_exits
 from coordinator.config import GeneratorOptions
 from coordinator.methods.registry import METHODS
 from coordinator.presets import PRESETS, find_preset, missing_data
-from coordinator.settings import checked, shaped, whole_numbers
+from coordinator.settings import checked, shaped
+from edge_sdk.cli.flags import Parser
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import FAMILIES, build
 
@@ -28,9 +29,9 @@ DATA = {
 }
 # batch size, learning rate, its tenth, clients, participants, groups
 FIGURES = {
-    "unimib": (16, 0.005, 0.0005, 30, 6, "10,10,10"),
-    "stl10": (32, 0.0005, 0.00005, 50, 10, "17,17,16"),
-    "svhn": (128, 0.0005, 0.00005, 50, 10, "17,17,16"),
+    "unimib": (16, 0.005, 0.0005, 30, 6, (10, 10, 10)),
+    "stl10": (32, 0.0005, 0.00005, 50, 10, (17, 17, 16)),
+    "svhn": (128, 0.0005, 0.00005, 50, 10, (17, 17, 16)),
 }
 CHANNELS = {
     "unimib": (64, 128, 256, 512),
@@ -43,13 +44,15 @@ def as_text(value: object) -> str:
     """channels=4,5 of ("channels", (4, 5))."""
     if not isinstance(value, tuple):
         return str(value)
+    if isinstance(value[0], int):
+        return ",".join(map(str, value))
     key, option = value
     return f"{key}={','.join(map(str, option)) if isinstance(option, tuple) else option}"
 
 
 def parsed(name: str) -> argparse.Namespace:
     """What the emulate command makes of the preset's flags, given as a person would."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_emulate_command(parser.add_subparsers(dest="command"))
     argv = ["emulate"]
     for destination, value in PRESETS[name].flags.items():
@@ -78,7 +81,7 @@ def test_settings_hold_together_and_the_model_builds(name):
         pytest.skip(f"model family {args.model} is not in this version")
     shape, num_classes = DATA[name]
     config = checked(shaped(run_config(args, RUN), shape, num_classes))
-    exits = group_exits(whole_numbers(args.groups, "--groups"), args.clients, args.exits)
+    exits = group_exits(args.groups, args.clients, args.exits)
     assert len(exits) == args.clients
     assert set(exits) == set(range(1, args.exits + 1)), "a group for every exit"
     model = build(config.model).eval()
@@ -119,7 +122,7 @@ def test_models_have_the_published_sizes(name, sizes):
 def test_ten_exits_have_five_clients_each():
     flags = PRESETS["fashion-10-exits"].flags
     assert (flags["exits"], flags["clients"], flags["participants"]) == (10, 50, 10)
-    assert flags["groups"] == "5,5,5,5,5,5,5,5,5,5"
+    assert flags["groups"] == (5,) * 10
 
 
 def test_preliminary_study_generates_nothing():

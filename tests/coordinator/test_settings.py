@@ -60,7 +60,7 @@ def test_own_options_are_checked_and_name_the_known():
     assert own_options({"size": 4}, Mine, "method 'a'") == (Mine(size=4),)
     with pytest.raises(ConfigError, match=r"method 'a' has no option big; known: size, is_slow, "):
         own_options({"big": 4}, Mine, "method 'a'")
-    with pytest.raises(ConfigError, match=r"--my-size is 10: Expected `int` <= 9; see --help"):
+    with pytest.raises(ConfigError, match=r"--my-size is 10, expected a whole number, at most 9"):
         own_options({"size": 10}, Mine, "method 'a'")
 
 

@@ -157,7 +157,7 @@ def test_a_real_grid_of_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "0 run, 1 there already" in capsys.readouterr().err
     broken = [*TINY[:-1], "--clients 3"]  # the groups sum to 50
     assert main([*DIGITS, *broken, "--out", str(tmp_path / "bad")]) == 1
-    assert "failed, exit code 1: edge-coordinator: groups 17,17,16 need" in capsys.readouterr().err
+    assert "failed, exit code 2: edge-coordinator: groups 17,17,16 need" in capsys.readouterr().err
     assert (tmp_path / "bad" / f"{name}.log").exists()
 
 

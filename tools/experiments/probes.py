@@ -38,9 +38,8 @@ from coordinator.generators.registry import make_generator
 from coordinator.methods.registry import make_method
 from coordinator.runs.emulating import emulated_cohort
 from coordinator.runs.evaluate import linear_cka
-from coordinator.settings import whole_numbers
 from coordinator.store.store import Store
-from edge_sdk.cli.flags import option_flag
+from edge_sdk.cli.flags import option_flag, whole_numbers_flag
 from edge_sdk.data.loading import DataSet, load_dataset
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, initial_tensors
@@ -71,7 +70,7 @@ def add_command(commands: Any) -> None:
     add("--epochs", type=int, default=5)
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=1e-3)
-    add("--seeds", default="0,1,2")
+    add("--seeds", type=whole_numbers_flag, default="0,1,2")
     add("--start", choices=("same", "own"), default="same", help="initial weights")
     cka.set_defaults(run=run_cka)
     weights = kinds.add_parser("weights", help="distribution of trained and generated weights")
@@ -81,7 +80,7 @@ def add_command(commands: Any) -> None:
     add("--tensor", help="name of a convolution, default the deepest")
     add("--rounds", type=int, default=1, help="to go on with before the weights are compared")
     add("--clients", type=int, help="this and the next three: instead of the run's own")
-    add("--groups")
+    add("--groups", type=whole_numbers_flag)
     add("--split", choices=SPLITS)
     add("--alpha", type=float)
     weights.set_defaults(run=run_weights)
@@ -94,7 +93,7 @@ def run_cka(args: argparse.Namespace) -> int:
     if args.exits < 2:
         raise ConfigError(f"--exits is {args.exits}, expected at least 2: depths are compared")
     rows = []
-    for seed in whole_numbers(args.seeds, "--seeds"):
+    for seed in args.seeds:
         data = load_dataset(args.data, seed, args.examples, args.test_examples)
         fits: Any = {"input_shape": data.train.input_shape, "num_classes": data.train.num_classes}
         spec = ModelSpec(family=args.model, exit=args.exits, options=dict(args.option), **fits)
@@ -217,8 +216,7 @@ def population_of(config: RunConfig, args: argparse.Namespace) -> Population:
     population = Population(clients=50, groups=(17, 17, 16), split="dirichlet", alpha=0.5)
     if config.population:
         population = msgspec.json.decode(config.population, type=Population)
-    groups = tuple(whole_numbers(args.groups, "--groups")) if args.groups else None
-    given = {"clients": args.clients, "groups": groups, "split": args.split, "alpha": args.alpha}
+    given = {name: getattr(args, name) for name in ("clients", "groups", "split", "alpha")}
     return replace(population, **{key: value for key, value in given.items() if value is not None})
 
 

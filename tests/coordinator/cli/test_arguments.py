@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.cli.arguments import add_flags, taken
 from coordinator.config import Options, flag
-from edge_sdk.errors import ConfigError
+from edge_sdk.cli.flags import Parser
 
 
 class Every(Options, frozen=True, kw_only=True):
@@ -25,7 +25,7 @@ class Every(Options, frozen=True, kw_only=True):
 
 
 def parsed(*argv, **more):
-    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser = Parser(exit_on_error=False)
     add_flags(parser, Every, **more)
     return parser.parse_args(argv)
 
@@ -56,5 +56,5 @@ def test_wrong_values_are_wrong_usage(argv):
 
 
 def test_a_list_of_other_things_is_refused():
-    with pytest.raises(ConfigError, match="--shares '1,a' is not numbers with commas"):
-        taken(parsed("--shares", "1,a"), Every)
+    with pytest.raises(argparse.ArgumentError, match="--shares: '1,a', expected numbers with comm"):
+        parsed("--shares", "1,a")

@@ -190,7 +190,7 @@ def test_pending_keys_are_shown_until_they_are_added(gate, capsys):
     [
         (None, "there is no such file; make it with `edge-coordinator clients add` or `invite`\n"),
         ("folder", "Is a directory; expected a text file that this user may read\n"),
-        (b"# \xe9", "byte 3 is not ASCII; expected lines of `NAME PUBLIC_KEY`\n"),
+        (b"# \xe9", "this is not UTF-8 text; expected lines of `NAME PUBLIC_KEY`\n"),
     ],
     ids=str,
 )

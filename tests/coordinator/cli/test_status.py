@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -25,6 +24,7 @@ from coordinator.cli.status import (
 )
 from coordinator.fleet.counters import OTHER
 from coordinator.store.status import FILE, ClientState, utc
+from edge_sdk.cli.flags import Parser
 from tests.support.examples import one_line
 from tests.support.other_user import closed
 from tests.support.processes import ROOT
@@ -170,7 +170,7 @@ def test_watching_ends_with_the_run(tmp_path, capsys):
 
 
 def arguments(folder: Path, *flags: str) -> Any:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_status_command(parser.add_subparsers())
     return parser.parse_args(["status", "--run-dir", str(folder), *flags])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from edge_sdk.agent.settings import (
 )
 from edge_sdk.agent.setup import default_keys
 from edge_sdk.cli import main, run
+from edge_sdk.cli.flags import Parser
 from edge_sdk.errors import ConfigError
 
 FULL = """
@@ -103,7 +103,7 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     (tmp_path / "c.toml").write_text(FULL)
     flags = {"threads": 0, "id": "other", "data": None}
-    found = settled(tmp_path / "c.toml", flags, Path("unused"))
+    found = settled(tmp_path / "c.toml", flags, lambda: Path("unused"))
     assert (found.threads, found.id) == (0, "other")
     assert (found.data, found.memory_cap) == ("/srv/edge-sdk/data.npz", 3 * 1024**3 // 2)
     assert (found.keys, found.insecure) == (Path("/var/lib/edge-sdk/keys"), True)
@@ -113,14 +113,14 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 def test_without_a_file_there_are_the_defaults(monkeypatch):
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/edge-sdk")
     flags = {"coordinator": "tcp://h:1", "data": "digits", "imports": ["a"]}
-    found = settled(None, flags, default_keys())
+    found = settled(None, flags, default_keys)
     assert found.keys == Path("/var/lib/edge-sdk/keys")
     assert (found.insecure, found.threads, found.device, found.imports) == (False, 0, "cpu", ("a",))
     assert (found.id, found.memory_cap, found.server_key) == (None, None, None)
 
 
 def test_every_setting_has_a_flag():
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     run.add_run_command(parser.add_subparsers())
     assert set(RunSettings.__struct_fields__) <= vars(parser.parse_args(["run"])).keys()
 

@@ -39,7 +39,7 @@ def home(tmp_path, monkeypatch):
 def test_join_does_the_rest(gate, home, capsys, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     line = invited(gate, capsys, "--name", "pi-1")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(line))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line.encode())))
     assert on_device(["join", "-"]) == 0
     said = capsys.readouterr()
     config = home / "config.toml"
