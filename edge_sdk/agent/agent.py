@@ -10,14 +10,13 @@ import logging
 import time
 from secrets import token_hex
 
-from msgspec.structs import replace
-
 from edge_sdk.agent import events
+from edge_sdk.agent.choosing import Choosing
+from edge_sdk.agent.conduct import Conduct
 from edge_sdk.agent.events import Event, EventLog
 from edge_sdk.agent.options import AgentOptions, Senses
 from edge_sdk.agent.pipe import (
     Cancel,
-    Estimate,
     Estimated,
     Inspected,
     PipeMessage,
@@ -25,17 +24,14 @@ from edge_sdk.agent.pipe import (
     Resume,
     Train,
 )
-from edge_sdk.agent.state import State, hello
+from edge_sdk.agent.state import REFUSED_S, State, hello
 from edge_sdk.agent.trainer_process import Supervisor
 from edge_sdk.agent.watchdog import Notifier, Watchdog
-from edge_sdk.capacity.chooser import Chooser, ready_message
-from edge_sdk.capacity.costs import SegmentCost
-from edge_sdk.errors import DataError, LinkError, ProtocolError, TrainerError
+from edge_sdk.errors import DataError, EdgeError, LinkError, ProtocolError, TrainerError
 from edge_sdk.protocol.link import Link, Payload
 from edge_sdk.protocol.messages import (
     Accepted,
     Bye,
-    DeviceProfile,
     Fault,
     Fetch,
     Heartbeat,
@@ -61,10 +57,11 @@ class Agent:
         self._session = token_hex(8)
         self._watchdog = Watchdog(Notifier(options.notify_socket), time.monotonic())
         self._trainer = Supervisor(options.trainer, options.search_path)
-        self._chooser = Chooser()
-        self._senses = Senses(options)
+        self._conduct = Conduct(link.endpoint)
         self._state = State()
         self._tell = EventLog(log, options.on_event)
+        senses, trainer = Senses(options), self._trainer
+        self._choosing = Choosing(self._state, senses, trainer, link, self._tell)
         self._is_stopping = False
         self._last_words = "device stopped"
 
@@ -105,13 +102,18 @@ class Agent:
     def _read_link(self) -> None:
         is_lost, refusal = self._link.events()
         if refusal:
-            self._on_refusal(refusal)
+            self._leave(refusal, LinkError.code)
             return
         if is_lost and self._state.welcome:
             self._state.mark_lost()
             self._tell(events.lost(f"connection to {self._link.endpoint} lost; reconnecting"))
         for message, payload in self._link.messages():
             self._on_coordinator_message(message, payload)
+            if self._conduct.is_exhausted:
+                said = f"it sent {self._conduct.in_words()} that nobody had asked for"
+                self._leave(said, ProtocolError.code)
+                self._conduct.begin_anew()
+                return
 
     def _on_time(self, now: float) -> None:
         """Say hello until welcomed, then heartbeats; do what is due; end a stuck trainer."""
@@ -131,13 +133,18 @@ class Agent:
                 said = "coordinator %s not reached yet: %s; waiting for it"
                 log.warning(said, self._link.endpoint, absence)
         elif now >= state.next_heartbeat:
-            state.next_heartbeat = now + state.welcome.heartbeat_s
-            if not self._link.send(Heartbeat(round=state.job.round if state.job else 0)):
+            state.put_off_heartbeat(now)
+            if not self._send_heartbeat():
                 state.mark_lost()
                 self._link.open()
                 self._tell(events.lost(f"{self._link.endpoint} takes nothing; connecting anew"))
             elif state.job is None:
-                self._tell_choice()  # memory or conditions may have changed
+                self._choosing.tell()  # memory or conditions may have changed
+            elif not state.is_trained:
+                self._choosing.look_at_conditions()
+        if state.job and not state.is_trained and (ended := state.watch.why_ended(now)):
+            self._tell(events.failed(ended[1], ended[0], state.job.round))
+            self._fail_job(*ended, is_memory=False)
 
     def _tell_systemd(self, now: float) -> None:
         state = self._state
@@ -154,32 +161,51 @@ class Agent:
 
     def _say_hello(self, inspected: Inspected, now: float) -> None:
         state = self._state
-        profile, client_id = self._profile(), self._options.client_id
+        profile, client_id = self._choosing.profile(), self._options.client_id
         is_said = self._link.send(hello(client_id, self._session, profile, inspected, state.job))
+        self._conduct.expect("welcome", int(is_said))
         state.put_off_hello(now, is_said)
 
-    def _on_coordinator_message(self, message: Message, payload: Payload | None) -> None:
+    def _send_heartbeat(self) -> bool:
+        job = self._state.job
+        is_sent = self._link.send(Heartbeat(round=job.round if job else 0))
+        self._conduct.expect("heartbeat", int(is_sent))
+        return is_sent
+
+    def _on_coordinator_message(
+        self, message: Message | ProtocolError, payload: Payload | None
+    ) -> None:
         job = self._state.job
         is_mine = job is not None and getattr(message, "round", 0) == job.round
         match message:
             case Welcome():
+                self._conduct.note("welcome")
                 self._on_welcome(message)
             case Job():
                 self._on_job(message)
-            case Part() if is_mine and message.index < self._state.num_parts_requested:
-                self._trainer.send(message, payload or b"")
-            case Fetch() if is_mine:
+            case Part() if is_mine:
+                self._on_part(message, payload or b"")
+            case Fetch() if is_mine and self._state.is_trained:
+                again = self._state.transfer.num_asked_again(message)
+                self._conduct.charge("fetch", again)
                 self._trainer.send(message)
-            case Accepted() if is_mine:
+            case Accepted() if is_mine and self._state.is_trained:
                 self._tell(Event("accepted", "update accepted", message.round))
                 self._trainer.mark_well()
+                self._state.refused_pause_s = REFUSED_S
                 self._end_job()
             case Fault():
                 self._on_fault(message, is_mine)
             case Probe():
-                self._link.send(Heartbeat(round=job.round if job else 0))
+                self._conduct.note("probe")
+                self._send_heartbeat()
             case Bye():
+                self._conduct.note("bye")
                 self._on_bye(message)
+            case ProtocolError():
+                self._conduct.note("frame that breaks the protocol", str(message))
+            case _:
+                self._conduct.note(type(message).__name__.lower())
 
     def _on_bye(self, bye: Bye) -> None:
         """Only a run that is over ends the job in hand: a coordinator that will be back goes on."""
@@ -200,40 +226,58 @@ class Agent:
         is_first = state.welcome is None
         self._tell(events.connected(welcome))
         state.mark_welcomed(welcome)
-        is_same = before and (before.model, before.plan) == (welcome.model, welcome.plan)
-        if not is_same:
-            self._chooser = Chooser()
-        if before is not None and before.run != welcome.run and state.job:
-            log.warning("round %d belongs to run %s; dropped", state.job.round, before.run)
+        stands = self._choosing.begin(welcome, before)
+        is_other = before is not None and (before.run, before.model) != (welcome.run, welcome.model)
+        if is_other and state.job:
+            said = "round %d belongs to another run or model than %s; dropped"
+            log.warning(said, state.job.round, welcome.run)
             self._end_job()
-        if is_same:
-            self._tell_choice(is_repeated=True)
+        if stands:
+            self._choosing.tell(is_repeated=True)
         else:
-            self._count_costs(welcome)
+            self._choosing.count(welcome)
         if state.job and is_first:  # several hellos may have been said, and are all answered
             state.retries += 1
             self._trainer.send(Resume())
 
     def _on_job(self, job: Job) -> None:
         state = self._state
+        self._conduct.charge("job")
         if state.job and state.job.id == job.id:  # given again, by a coordinator that was restarted
             self._trainer.send(Resume())
             return
         if state.job:
             self._end_job()
-        refused = self._chooser.refusal(job.plan.segments)
-        if refused:
-            self._tell(events.failed(f"job refused, {refused}", "capacity", job.round))
-            self._link.send(Fault(code="capacity", detail=refused, round=job.round))
-            self._tell_choice(is_repeated=True)
+        if state.welcome is None:  # it was there for another job
+            return
+        try:
+            adapted = self._choosing.checked(job, state.welcome)
+        except EdgeError as error:
+            self._tell(events.failed(f"job refused, {error}", error.code, job.round))
+            self._link.send(Fault(code=error.code, detail=str(error), round=job.round))
+            self._choosing.tell(is_repeated=True)
             return
         self._tell(events.job_given(job))
-        state.begin_job(job)
-        cache_bytes = self._chooser.cache_bytes(job.plan.segments)
-        adapted = replace(job, plan=self._chooser.adapted(job.plan))
+        chooser, segments = self._choosing.chooser, job.plan.segments
+        state.begin_job(job, chooser.predicted_s(segments))
+        cache_bytes = chooser.cache_bytes(segments)
         self._trainer.send(Train(job=adapted, cache_bytes=cache_bytes))
 
+    def _on_part(self, part: Part, payload: Payload) -> None:
+        try:
+            is_awaited = self._state.transfer.take(part, len(payload))
+        except ProtocolError as error:
+            self._tell(events.failed(str(error), error.code, part.round))
+            self._fail_job(error.code, str(error), is_memory=False)
+            return
+        if is_awaited:
+            self._trainer.send(part, payload)
+        else:
+            self._conduct.note("part")
+
     def _on_fault(self, fault: Fault, is_mine: bool) -> None:
+        if not is_mine:
+            self._conduct.charge("fault")
         if fault.code == "hello":
             self._state.mark_lost()
             return
@@ -244,14 +288,14 @@ class Agent:
         if self._state.job and (is_mine or fault.code == ProtocolError.code):
             self._end_job()
         elif fault.round and not self._state.job:  # one that never reached this device
-            self._tell_choice(is_repeated=True)
+            self._choosing.tell(is_repeated=True)
 
-    def _on_refusal(self, refusal: str) -> None:
-        """The handshake cannot succeed as things are, so it is tried again after a pause that
-        grows; every try is logged once."""
+    def _leave(self, why: str, code: str) -> None:
+        """Nothing good comes from this coordinator as things are, so it is tried again after a
+        pause that grows; every try is logged once."""
         state = self._state
         pause = f"next try in {state.put_off_reopening():.0f} s"
-        self._tell(events.failed(f"{self._link.endpoint}: {refusal}; {pause}", LinkError.code))
+        self._tell(events.failed(f"{self._link.endpoint}: {why}; {pause}", code))
         self._link.close()
         state.welcome = None
 
@@ -260,8 +304,9 @@ class Agent:
         state = self._state
         if state.job:
             self._trainer.send(Cancel())
+            self._conduct.expect("part", state.transfer.num_awaited)  # may be under way
         state.job, state.idle_since = None, time.monotonic()
-        self._tell_choice(is_repeated=True)
+        self._choosing.tell(is_repeated=True)
 
     # -- trainer -----------------------------------------------------------------------------
 
@@ -270,24 +315,24 @@ class Agent:
         match message:
             case Inspected():
                 self._on_inspected(message)
-            case Estimated(model=model):
-                if state.last_welcome and model == state.last_welcome.model:
-                    self._on_costs(message.costs, model.exit)
+            case Estimated():
+                self._choosing.on_estimated(message)
             case Fault():
                 self._on_trainer_fault(message)
             case _ if state.job is None or getattr(message, "round", 0) != state.job.round:
                 log.debug("trainer: %s without a job or of another", type(message).__name__)
             case Progress():
-                state.batches = message.batches
+                state.watch.last = message
             case Update():
                 if not state.is_result_logged:  # else it is announced again, on a new connection
                     self._tell(events.trained(message, was_before_start=state.is_trained))
+                    self._conduct.repay("job")
                 self._link.send(state.complete(message))
             case Part():
                 self._link.send(message, payload)
             case Fetch():
-                last = message.first + message.count
-                state.num_parts_requested = max(state.num_parts_requested, last)
+                if state.transfer.expect(message):
+                    state.watch.began = time.monotonic()
                 self._link.send(message)
 
     def _on_inspected(self, inspected: Inspected) -> None:
@@ -304,15 +349,7 @@ class Agent:
             else:
                 self._fail_job("trainer", "the trained update was lost", is_memory=False)
         if not is_first and state.last_welcome:
-            self._count_costs(state.last_welcome)
-
-    def _count_costs(self, welcome: Welcome) -> None:
-        self._trainer.send(Estimate(model=welcome.model, plan=welcome.plan))
-
-    def _on_costs(self, costs: tuple[SegmentCost, ...], exits: int, excuse: str = "") -> None:
-        available = self._profile().memory_available_bytes
-        self._chooser.set_costs(costs, exits, available, excuse)
-        self._tell_choice(is_repeated=True)
+            self._choosing.count(state.last_welcome)
 
     def _on_trainer_fault(self, fault: Fault) -> None:
         state = self._state
@@ -323,8 +360,8 @@ class Agent:
         self._tell(events.failed(f"training failed: {fault.detail}", fault.code, fault.round))
         if state.job and fault.round == state.job.round:
             self._fail_job(fault.code, fault.detail, is_memory=fault.code == "capacity")
-        elif not fault.round and state.last_welcome:  # costs could not be counted
-            self._on_costs((), state.last_welcome.model.exit, fault.detail)
+        elif not fault.round:  # costs could not be counted
+            self._choosing.on_not_counted(fault.detail)
 
     def _on_trainer_death(self) -> None:
         """Report how the trainer ended; if it was killed at work, choose less from now on."""
@@ -334,10 +371,10 @@ class Agent:
             raise TrainerError(f"{detail} before it had read its data; ask edge-sdk doctor why")
         round = state.job.round if state.job else 0
         self._tell(events.failed(f"{detail}; another in {pause_s:.0f} s", "trainer", round))
-        self._chooser.costs = ()  # until the next one has counted them, no exit can be trained
+        self._choosing.on_trainer_death()
         if state.job and not state.is_trained:
             self._fail_job("trainer", detail, is_memory=ending.is_for_memory)
-        self._tell_choice()
+        self._choosing.tell()
 
     def _restart_trainer(self, now: float) -> None:
         self._watchdog.note_alive(now)
@@ -351,31 +388,5 @@ class Agent:
         assert job is not None
         self._link.send(Fault(code=code, detail=detail, round=job.round))
         if is_memory:
-            available = self._profile().memory_available_bytes
-            log.warning("%s", self._chooser.note_failure(job.plan.segments, available))
+            log.warning("%s", self._choosing.note_failure(job.plan.segments))
         self._end_job()
-
-    # -- choice ------------------------------------------------------------------------------
-
-    def _profile(self) -> DeviceProfile:
-        return self._senses.profile(self._trainer.own_bytes(), self._state.inspected)
-
-    def _tell_choice(self, is_repeated: bool = False) -> None:
-        """Choose an exit for the memory and conditions there are now. The coordinator hears of a
-        choice that changed; is_repeated: of any."""
-        state, inspected = self._state, self._state.inspected
-        chooser = self._chooser
-        is_counting = not (chooser.costs or chooser.excuse or chooser.choice)  # a new model's
-        if state.welcome is None or inspected is None or is_counting:
-            return
-        profile, allowance = self._senses.look(self._profile())
-        if chooser.begin_recount(profile.memory_available_bytes):
-            self._count_costs(state.welcome)
-        state.is_resting = allowance.work == "none"
-        is_new = chooser.choose(profile, state.welcome, inspected.num_examples, allowance)
-        choice = chooser.choice
-        assert choice is not None
-        if is_new and (choice.exit or chooser.costs):
-            self._tell(events.chosen(choice, is_resting=state.is_resting))
-        if is_new or is_repeated:
-            self._link.send(ready_message(choice))

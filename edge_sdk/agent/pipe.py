@@ -63,10 +63,11 @@ class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
 
 
 class Estimate(Struct, frozen=True, kw_only=True, tag="estimate"):
-    """Agent to trainer: count what training this model costs."""
+    """Agent to trainer: count what training this model costs, in so many bytes; 0: in any."""
 
     model: ModelSpec
     plan: Plan
+    memory_bytes: Count = 0
 
 
 class Estimated(Struct, frozen=True, kw_only=True, tag="estimated"):
@@ -95,10 +96,13 @@ class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
 
 
 class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
-    """Trainer to agent, a sign of life: batches done of the job of this round, 0: of none."""
+    """Trainer to agent, a sign of life: batches and epochs done of the job of this round, 0: of
+    none. Batches that run through its frozen stages count; each segment has its epochs."""
 
     round: Count = 0
     batches: Count = 0
+    total: Count = 0  # batches that are trained
+    epochs: Count = 0
 
 
 ToTrainer: TypeAlias = TrainerOptions | Estimate | Train | Cancel | Resume

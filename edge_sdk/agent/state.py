@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from edge_sdk.agent.job_watch import JobWatch
 from edge_sdk.agent.pipe import Inspected
+from edge_sdk.agent.transfer import Transfer
 from edge_sdk.protocol.messages import PROTOCOL, DeviceProfile, Hello, Job, Phase, Update, Welcome
 from edge_sdk.version import __version__
 
@@ -16,6 +18,7 @@ HELLO_S = 2.0  # between attempts to be welcomed, grows to HELLO_MAX_S
 REFUSED_S = 10.0  # pause after a refused handshake, doubles to REFUSED_MAX_S
 HELLO_MAX_S = 15.0
 ABSENCE_S = 600.0  # between two lines that say the same of an absent coordinator
+LEAST_HEARTBEAT_S = 0.1
 REFUSED_MAX_S = 120.0
 
 
@@ -47,10 +50,10 @@ class State:
     welcome: Welcome | None = None  # None: not connected, or not welcomed yet
     last_welcome: Welcome | None = None  # stays when the connection is lost
     job: Job | None = None
-    batches: int = 0  # of the job, trained or run through its frozen stages, by the last Progress
+    watch: JobWatch = field(default_factory=JobWatch)
+    transfer: Transfer = field(default_factory=Transfer)
     is_trained: bool = False  # the job has a saved update, maybe from before this start
     is_result_logged: bool = False  # by this process, that the job is trained
-    num_parts_requested: int = 0  # of the job, by the trainer
     retries: int = 0  # how often the job went on after a lost connection
     idle_since: float = field(default_factory=time.monotonic)
     waited_s: float = 0.0
@@ -72,15 +75,20 @@ class State:
 
     def mark_welcomed(self, welcome: Welcome) -> None:
         self.welcome = self.last_welcome = welcome
-        self.hello_pause_s, self.refused_pause_s, self.absence = HELLO_S, REFUSED_S, ""
-        self.next_heartbeat = time.monotonic() + welcome.heartbeat_s
+        self.hello_pause_s, self.absence = HELLO_S, ""
+        self.put_off_heartbeat(time.monotonic())
+
+    def put_off_heartbeat(self, now: float) -> None:
+        assert self.welcome is not None
+        self.next_heartbeat = now + max(LEAST_HEARTBEAT_S, self.welcome.heartbeat_s)
 
     def mark_lost(self) -> None:
         """The connection is gone, so a hello is due at once."""
         self.welcome, self.next_hello = None, 0.0
 
-    def begin_job(self, job: Job) -> None:
-        self.job, self.num_parts_requested, self.retries, self.batches = job, 0, 0, 0
+    def begin_job(self, job: Job, predicted_s: float) -> None:
+        self.job, self.retries = job, 0
+        self.watch, self.transfer = JobWatch(predicted_s, job.deadline_s), Transfer(job.tensors)
         self.is_trained = self.is_result_logged = False
         self.waited_s = time.monotonic() - self.idle_since
 
@@ -88,6 +96,7 @@ class State:
         """The trainer's update with what only the agent knows of the job: how long the device had
         waited for it, and how often the connection was lost meanwhile."""
         self.is_trained = self.is_result_logged = True
+        self.transfer.announce(update)
         waited = {"wait": Phase(wall_s=self.waited_s)}
         return replace(update, phases={**waited, **update.phases}, retries=self.retries)
 
@@ -122,7 +131,7 @@ class State:
         if self.reopen_at is not None:
             return f"refused by the coordinator {endpoint}; trying again (see the log)"
         if self.job is not None:
-            return f"round {self.job.round}: {self.batches} batches done"
+            return f"round {self.job.round}: {self.watch.in_words()}"
         if self.welcome is None:
             return f"waiting for the coordinator {endpoint}"
         what = "waiting for a job"

@@ -19,18 +19,20 @@ from edge_sdk.agent.pipe import Cancel, Pipe, PipeMessage, TrainerOptions
 from edge_sdk.agent.watchdog import SILENT_S, THRASHING_S
 from edge_sdk.capacity.costs import TRAINER_ENVIRONMENT
 from edge_sdk.errors import TrainerError
+from edge_sdk.hardware import killed_for_memory
 from edge_sdk.hardware.memory_pressure import Usage, is_thrashing, usage
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Fault, Fetch, Part, Update
 
 RESTART_S = 1.0  # pause before another trainer, doubles to RESTART_MAX_S
 RESTART_MAX_S = 60.0
+LOOK_S = 1.0  # between looks at the memory
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a trainer ended. is_for_memory: it was killed, by the system or because it did not get
-    on, so its job is taken to be too large for the memory."""
+    """How a trainer ended. is_for_memory: it was killed for memory, or as it did not get on, so its
+    job is taken to be too large."""
 
     how: str
     is_for_memory: bool
@@ -67,6 +69,8 @@ class TrainerProcess:
         self._outbox: deque[memoryview] = deque()
         self._verdict = ""
         self._usage: Usage | None = None  # of the processor, at its last message
+        self._memory = killed_for_memory.look(self._process.pid)
+        self._look_at = time.monotonic() + LOOK_S
         self.send(options)
 
     def fileno(self) -> int:
@@ -120,6 +124,12 @@ class TrainerProcess:
             return 0
         return int(held.rss - getattr(held, "shared", 0))
 
+    def look_at_memory(self) -> None:
+        """Remember what it holds and what is free, if it is time: that is gone when it is dead."""
+        if (now := time.monotonic()) >= self._look_at:
+            self._look_at = now + LOOK_S
+            self._memory = killed_for_memory.look(self._process.pid)
+
     def end(self) -> None:
         """Kill the process now."""
         self._pipe.close()
@@ -149,7 +159,11 @@ class TrainerProcess:
         if self._verdict:
             return Ending(self._verdict, is_for_memory=True)
         if status == -signal.SIGKILL:
-            return Ending("was killed by signal 9, most likely for memory", is_for_memory=True)
+            is_for_memory = killed_for_memory.was_for_memory(
+                self._memory, killed_for_memory.kills()
+            )
+            why = "most likely for memory" if is_for_memory else "and memory was not short"
+            return Ending(f"was killed by signal 9, {why}", is_for_memory)
         how = f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
         return Ending(how, is_for_memory=False)
 
@@ -181,6 +195,7 @@ class Supervisor:
         if self.process is None:
             return None
         self.process.flush()
+        self.process.look_at_memory()
         if not self.process.is_readable():
             return None
         message, payload = self.process.receive()

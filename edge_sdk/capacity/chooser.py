@@ -115,6 +115,10 @@ class Chooser:
             recompute=plan.recompute or any(row.recompute for row in wanted),
         )
 
+    def predicted_s(self, segments: Sequence[Segment]) -> float:
+        """Seconds that a job of these segments takes by the welcome's plan; 0: not known."""
+        return sum(row.seconds or 0.0 for row in self._rows() if _segment(row) in segments)
+
     def cache_bytes(self, segments: Sequence[Segment]) -> int:
         """How much of frozen features the trainer may keep, as it was predicted for these segments:
         0 if one of them has no room for its own."""

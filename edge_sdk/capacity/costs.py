@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from edge_sdk.errors import CapacityError
-from edge_sdk.protocol.messages import DeviceProfile
+from edge_sdk.protocol.messages import DeviceProfile, TensorSpec
 
 # Peak memory of a training step over (saved activations + gradients) where the device was not
 # calibrated (training/calibration.py), and the error of what is predicted with it. Our measurement:
@@ -74,6 +74,7 @@ class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     recompute_flops_per_example: float = 0.0  # forward through what would be run again
     upload_bytes: int
     download_bytes: int
+    tensors: tuple[TensorSpec, ...] = ()  # of a stage alone and its exit
 
 
 def uncached(cost: SegmentCost) -> SegmentCost:

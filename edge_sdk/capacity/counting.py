@@ -30,6 +30,7 @@ from edge_sdk.models.losses import exit_weights, local_loss
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensor_lists import needed_names, trained_names
+from edge_sdk.protocol.tensors import specs_of
 
 FEW = 2  # examples of the smaller step; BatchNorm wants two
 LAST = 0  # instead of a stage's number: what is saved by a segment's last stage, exits and loss
@@ -90,9 +91,11 @@ def segment_costs_apart(
     runtime_bytes: int,
     allowance: float = ALLOWANCE,
     error: float = ERROR,
+    memory_bytes: int = 0,
 ) -> tuple[SegmentCost, ...]:
     """`segment_costs`, counted in a forked process, so that this one stays as it is. Segments that
-    memory did not do for are missing: training them takes more.
+    memory did not do for are missing: training them takes more. memory_bytes: what that process may
+    take, whatever the model; 0: any.
 
     The fork knows the families registered here. It computes on one thread, as it has lost the
     others. With CUDA autograd's threads forbid it: such boards have the memory to count here.
@@ -108,7 +111,7 @@ def segment_costs_apart(
         pid = os.fork()
     if pid == 0:
         os.close(reader)
-        _count_and_exit(writer, count)
+        _count_and_exit(writer, count, memory_bytes)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         lines = pipe.read().split(b"\n")
@@ -125,12 +128,16 @@ def segment_costs_apart(
     return tuple(replace(cost, allowance=allowance, error=error) for cost in _in_order(counted))
 
 
-def _count_and_exit(writer: int, count: Callable[[], Iterator[SegmentCost]]) -> None:
+def _count_and_exit(
+    writer: int, count: Callable[[], Iterator[SegmentCost]], memory_bytes: int
+) -> None:
     """Write a line for each segment as soon as it is counted, and end this forked process. Nothing
     may return into the code of the one that forked it, hence os._exit whatever happens."""
     status = 1
     try:
         process_memory.be_killed_before_others(1000)  # or the trainer loses what was counted
+        if memory_bytes:
+            process_memory.limit_growth(memory_bytes)
         torch.set_num_threads(1)
         with os.fdopen(writer, "wb") as pipe:
             try:
@@ -200,6 +207,7 @@ def _cost(
         recompute_flops_per_example=again_flops.total / FEW,
         upload_bytes=num_bytes(held[name] for name in trained),
         download_bytes=download_bytes,
+        tensors=specs_of({name: held[name] for name in trained}) if first == last else (),
     )
     return _as_planned(cost, plan)
 

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import logging
 import re
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,13 @@ def be_killed_before_others(score: int = 500) -> None:
         (SELF / "oom_score_adj").write_text(str(score))
 
 
+def limit_growth(num_bytes: int) -> None:
+    """Let this process take so much more private memory, and then raise in its allocators."""
+    most = _status("VmData") + num_bytes
+    with contextlib.suppress(OSError, ValueError):  # a lower limit of the system's stands
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
 def trim() -> None:
     """Give what was freed back to the system, where the C library can (glibc)."""
     try:
@@ -95,7 +103,7 @@ def memory_errors(during: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("memory|bad_alloc", str(error)):
             raise
         step = "a smaller model, batch or generator needs less"
         raise CapacityError(f"out of memory {during}: {one_line(str(error))}; {step}") from error

@@ -162,18 +162,18 @@ class Link:
             return None
         return parse_frames(frames)
 
-    def messages(self) -> Iterator[tuple[Message, Payload | None]]:
+    def messages(self) -> Iterator[tuple[Message | ProtocolError, Payload | None]]:
         """The messages that are there now, at most MOST_AT_ONCE of them: the caller has more to
-        look at. What breaks the protocol is refused. Raises LinkError for another version."""
+        look at. In the place of one that breaks the protocol is the error, which is answered with.
+        Raises LinkError for another version."""
         for _ in range(MOST_AT_ONCE):
             try:
-                received = self.receive()
+                received: tuple[Message | ProtocolError, Payload | None] | None = self.receive()
             except VersionError as error:
                 raise LinkError(f"coordinator {self.endpoint}: {error}") from error
             except ProtocolError as error:
-                log.error("message from the coordinator refused: %s", error)
                 self.send(Fault(code=error.code, detail=str(error)))
-                continue
+                received = error, None
             if received is None:
                 return
             yield received

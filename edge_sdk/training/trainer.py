@@ -67,12 +67,14 @@ def train(
     device: str | torch.device = "cpu",
     cache_bytes: int = CACHE_BYTES,
     should_stop: Callable[[], bool] = lambda: False,
+    note_epoch: Callable[[], None] = lambda: None,
     is_consuming: bool = False,
 ) -> TrainResult:
     """Train the plan's segments on local data; the same arguments give the same tensors.
 
     tensors: what `needed_names` of the plan lists. cache_bytes: features of a frozen prefix that
-    take more memory are made again in every epoch. is_consuming: `tensors` is emptied once the
+    take more memory are made again in every epoch. should_stop() is asked before every batch,
+    note_epoch() told after every epoch of a segment. is_consuming: `tensors` is emptied once the
     model has them, so that they need not lie in memory twice. Raises ShapeError, DataError,
     Cancelled, and TrainerError when a loss is not finite."""
     process_memory.reset_peak()
@@ -106,6 +108,7 @@ def train(
                 y,
                 device,
                 should_stop,
+                note_epoch,
             )
             num_steps += steps
             exits += results
@@ -131,6 +134,7 @@ def _train_segment(
     y: Tensor,
     device: str | torch.device,
     should_stop: Callable[[], bool],
+    note_epoch: Callable[[], None],
 ) -> tuple[int, list[ExitResult]]:
     """Train one segment in place. Returns the number of steps and the last epoch's exit results."""
     first, last = segment.first, segment.last
@@ -156,6 +160,7 @@ def _train_segment(
                 sums += _count(logits, labels)
             optimizer.step_()
             num_steps += 1
+        note_epoch()
     losses, correct, seen = sums[0] / sums[2], sums[1] / sums[2], sums[2]
     if not bool(torch.isfinite(losses).all()):
         raise TrainerError(
@@ -227,6 +232,15 @@ def _batches(n: int, batch_size: int, order: torch.Generator) -> list[Tensor]:
     """The indices of a shuffled epoch's batches, without a rest that is too small for BatchNorm."""
     batches = torch.randperm(n, generator=order).split(batch_size)
     return [batch for batch in batches if len(batch) >= min(MIN_BATCH, batch_size)]
+
+
+def num_batches(plan: Plan, num_examples: int) -> int:
+    """How often a job goes through its model, a batch or a part of one at a time."""
+    whole, rest = divmod(num_examples, plan.batch_size)
+    sizes = {plan.batch_size: whole, rest: int(rest >= min(MIN_BATCH, plan.batch_size))}
+    parts = {size: math.ceil(size / (plan.micro_batch or plan.batch_size)) for size in sizes}
+    an_epoch = sum(count * parts[size] for size, count in sizes.items())
+    return len(plan.segments) * plan.epochs * an_epoch
 
 
 def usable_device(name: str) -> torch.device:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 
 from edge_sdk.agent.pipe import (
     Cancel,
@@ -40,7 +41,7 @@ from edge_sdk.protocol.tensors import Receiver, Sender, specs_of
 from edge_sdk.protocol.timing import clock, since
 from edge_sdk.training.calibration import MemoryCalibration, memory_calibration, runtime_bytes
 from edge_sdk.training.saved_update import SavedUpdate
-from edge_sdk.training.trainer import TrainResult, train, usable_device
+from edge_sdk.training.trainer import TrainResult, num_batches, train, usable_device
 
 log = logging.getLogger(__name__)
 WINDOW = 8  # parts asked for ahead: 4 MiB
@@ -73,7 +74,7 @@ class TrainerLoop:
         self._update: Update | None = None
         self._sender: Sender | None = None
         self._started = clock()
-        self._batches = 0  # of the job, trained or run through its frozen stages
+        self._progress = Progress()  # of the job
         self._progress_at = 0.0  # time.monotonic() of the last sign of life
 
     def serve(self, gflops: float, layer_s: float) -> None:
@@ -115,15 +116,23 @@ class TrainerLoop:
     def _handle(self, message: PipeMessage, payload: memoryview) -> None:
         round = self._job.round if self._job else 0  # of a message about the job in hand
         match message:
-            case Estimate(model=model, plan=plan):
+            case Estimate(model=model, plan=plan, memory_bytes=memory_bytes):
                 count, here = len(self._examples), self._calibration
                 costs = segment_costs_apart(
-                    model, plan, count, self._runtime_bytes, here.allowance, here.error
+                    model,
+                    plan,
+                    count,
+                    self._runtime_bytes,
+                    here.allowance,
+                    here.error,
+                    memory_bytes,
                 )
                 self._pipe.send(Estimated(model=model, costs=costs))
             case Train(job=job, cache_bytes=cache_bytes):
                 self._forget_job()
-                self._job, self._cache_bytes, self._batches = job, cache_bytes, 0
+                self._job, self._cache_bytes = job, cache_bytes
+                total = num_batches(job.plan, len(self._examples))
+                self._progress = Progress(round=job.round, total=total)
                 self._receiver = Receiver(job.tensors)
                 self._started = clock()
                 self._request_parts()
@@ -166,6 +175,7 @@ class TrainerLoop:
             device=self._device,
             cache_bytes=self._cache_bytes,
             should_stop=self._is_cancelled,
+            note_epoch=self._note_epoch,
             is_consuming=True,
         )
         process_memory.trim()
@@ -184,14 +194,17 @@ class TrainerLoop:
         this also tells how far training is. Raises EOFError when the agent is gone."""
         if time.monotonic() - self._progress_at >= PROGRESS_S:
             self._tell_progress()
-        self._batches += 1
+        self._progress = replace(self._progress, batches=self._progress.batches + 1)
         while select.select([self._pipe], [], [], 0)[0]:
             self._inbox.append(self._pipe.receive())
         return any(isinstance(message, Cancel | Train) for message, _ in self._inbox)
 
     def _tell_progress(self) -> None:
         self._progress_at = time.monotonic()
-        self._pipe.send(Progress(round=self._job.round if self._job else 0, batches=self._batches))
+        self._pipe.send(self._progress if self._job else Progress())
+
+    def _note_epoch(self) -> None:
+        self._progress = replace(self._progress, epochs=self._progress.epochs + 1)
 
     def _fail_job(self, code: str, detail: str) -> None:
         round = self._job.round if self._job else 0

@@ -164,7 +164,7 @@ KINDS: dict[str, Kind] = {
     "1 Mbit/s": Kind(2, 3, 15, _link_with("rate_bit_s", 1e6)),
     "new address": Kind(3, 0, 0, _new_address),
     "kill agent": Kind(4, 0, 5, _kill_agent),
-    "kill trainer": Kind(2, 0, 0, _kill_trainer(signal.SIGKILL)),  # counts as lack of memory
+    "kill trainer": Kind(2, 0, 0, _kill_trainer(signal.SIGKILL)),
     "trainer crashes": Kind(2, 0, 0, _kill_trainer(signal.SIGSEGV)),
     "kill coordinator": Kind(3, 0, 5, _kill_server),
     "duplicate": Kind(2, 8, 15, _duplicate),

@@ -149,7 +149,7 @@ def settle(coordinator: ScriptedCoordinator, device: Device) -> None:
     coordinator.router.send(coordinator.route, Fault(code="hello", detail="say it again"))
     coordinator.wait_for(Hello)
     coordinator.run += 1
-    coordinator.welcome(MODEL, WHOLE)  # of another run: a job in hand is dropped
+    coordinator.welcome(MODEL, LONG)  # of another run: a job in hand is dropped
     coordinator.wait_for(Ready, lambda ready: ready.exit == 3)
     coordinator.wait_for(Heartbeat, lambda heartbeat: heartbeat.round == 0)
 

@@ -3,6 +3,8 @@ such a device, and the choice itself."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from edge_sdk.agent import events
@@ -38,13 +40,13 @@ NONE = Allowance("none", "it is very hot")
 
 
 def test_a_drained_device_sits_out_and_comes_back(tmp_path):
-    """It says exit 0 with the reason, refuses a job all the same, finishes the one in hand, and
-    takes part again once it is charged."""
+    """It says exit 0 with the reason, refuses a job all the same, ends the one in hand after an
+    epoch, and takes part again once it is charged."""
     coordinator = ScriptedCoordinator()
     try:
         with running(coordinator.endpoint, tmp_path / "shard.npz", examples(24)) as device:
             coordinator.expect(Hello)
-            coordinator.welcome(MODEL, WHOLE)
+            coordinator.welcome(MODEL, LONG)
             coordinator.wait_for(Ready, lambda ready: ready.exit == 3)
             with listening("sitting out: the battery is at 9 %") as lines:
                 device.conditions = DRAINED
@@ -67,9 +69,10 @@ def test_a_drained_device_sits_out_and_comes_back(tmp_path):
             give(coordinator, 2, LONG)
             assert coordinator.expect(Heartbeat).round == 2
             device.conditions = DRAINED
-            for _ in range(3):
-                assert coordinator.expect(Heartbeat).round == 2  # the job goes on
-            coordinator.send(Fault(code="late", detail="closed", round=2))
+            fault = coordinator.wait_for(Fault)
+            assert (fault.code, fault.round) == ("conditions", 2)
+            said = r"ended after [0-9]+ epochs: the battery is at 9 % and discharging"
+            assert re.fullmatch(said, fault.detail)
             assert coordinator.expect(Ready).exit == 0  # and now it rests
             device.conditions = CHARGED
             assert coordinator.expect(Ready).exit == 3
@@ -83,9 +86,9 @@ def test_a_low_battery_leaves_the_deeper_stages_out(tmp_path):
     try:
         with running(coordinator.endpoint, tmp_path / "shard.npz", examples(24)) as device:
             coordinator.expect(Hello)
-            coordinator.welcome(MODEL, WHOLE)
+            coordinator.welcome(MODEL, LONG)
             coordinator.wait_for(Ready, lambda ready: ready.exit == 3)
-            costs = device.agent._chooser.costs
+            costs = device.agent._choosing.chooser.costs
             single = [cost for cost in costs if cost.first == cost.last]
             deepest = max(single, key=lambda cost: cost.last)
             device.memory_bytes = max(peak_bytes(in_model(cost, deepest)) for cost in single)

@@ -115,18 +115,18 @@ def test_costs_are_counted_again_when_memory_has_grown(started):
     assert len(started.trainer.of(Estimate)) == 1
     started.trainer_says(Fault(code="capacity", detail="counting was killed"))
     assert started.ready == (0, "counting was killed")
-    started.agent._tell_choice()
+    started.agent._choosing.tell()
     started.memory = 500  # 1.25 times what there was is not more than that
-    started.agent._tell_choice()
+    started.agent._choosing.tell()
     assert len(started.trainer.of(Estimate)) == 1
     started.memory = 501
-    started.agent._tell_choice()
-    started.agent._tell_choice()  # once: the trainer is at it
+    started.agent._choosing.tell()
+    started.agent._choosing.tell()  # once: the trainer is at it
     assert len(started.trainer.of(Estimate)) == 2
     started.trainer_says(Estimated(model=MODEL, costs=COSTS))
     assert started.ready == (3, "exit 3 is the deepest of the model")
     started.memory = 4000
-    started.agent._tell_choice()
+    started.agent._choosing.tell()
     assert len(started.trainer.of(Estimate)) == 2  # all are counted
 
 
@@ -228,7 +228,7 @@ def test_what_is_refused_before_the_choice_stays_refused(started):
     started.agent._on_job(JOB)
     assert not started.trainer.of(Train)
     assert started.link.of(Fault)[-1].code == "capacity"
-    assert started.agent._chooser.refusal(segments((1, 3)))
+    assert started.agent._choosing.chooser.refusal(segments((1, 3)))
 
 
 # -- what was trained before ---------------------------------------------------------------------

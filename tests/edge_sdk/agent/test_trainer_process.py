@@ -27,6 +27,8 @@ class Trainer:
 
     def flush(self) -> None: ...
 
+    def look_at_memory(self) -> None: ...
+
     def is_readable(self) -> bool:
         return bool(self.says)
 

@@ -15,7 +15,7 @@ from edge_sdk.agent.state import State
 from edge_sdk.agent.watchdog import Notifier, Watchdog
 from edge_sdk.hardware import memory_pressure
 from edge_sdk.protocol.messages import Fault, Hello, Ready
-from tests.support.agent import LONG, MODEL, WHOLE, give, running
+from tests.support.agent import LONG, MODEL, give, running
 from tests.support.coordinator import ScriptedCoordinator
 from tests.support.examples import examples
 from tests.support.processes import wait_until
@@ -192,7 +192,7 @@ def test_an_agent_tells_what_it_does_and_ends_a_silent_trainer(
             assert told.index("STATUS=reading the data") < told.index("READY=1")
             coordinator.listen_again()
             coordinator.wait_for(Hello)
-            coordinator.welcome(MODEL, WHOLE)
+            coordinator.welcome(MODEL, LONG)
             wait_told(told, f"STATUS=connected to {coordinator.endpoint}, waiting for a job")
             coordinator.wait_for(Ready, lambda ready: ready.exit == 3)
             give(coordinator, 4, LONG)

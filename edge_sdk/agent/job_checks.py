@@ -1,0 +1,77 @@
+"""What a device refuses before anything is allocated for it: a welcome that does not fit its data,
+a job that is not what the welcome and its own costs were about.
+
+A device plans for the model and plan of `welcome`. A job may ask for a part of that: a cut of the
+model at a shallower exit, fewer epochs, another seed or learning rate; never for more."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from edge_sdk.agent.pipe import Inspected
+from edge_sdk.capacity.chooser import Chooser
+from edge_sdk.errors import CapacityError, ConfigError, DataError
+from edge_sdk.helpers.text import one_line
+from edge_sdk.protocol.messages import Job, ModelSpec, Plan, Welcome
+from edge_sdk.protocol.stream import layout
+from edge_sdk.protocol.tensor_lists import check_segments, check_specs, needed_names
+
+# What decides memory: as the costs were counted.
+SAME = ("batch_size", "micro_batch", "recompute", "optimizer")
+# 0 in the welcome: no memory was counted for it.
+NONE_WHERE_NONE = ("momentum", "prox_mu", "distill_weight")
+
+
+def check_welcome(welcome: Welcome, inspected: Inspected) -> None:
+    """Raise DataError unless the run's model takes this device's examples."""
+    model = welcome.model
+    if model.input_shape != inspected.input_shape or not inspected.num_classes <= model.num_classes:
+        raise DataError(
+            f"run {welcome.run} trains on {model.input_shape} with {model.num_classes} classes, "
+            f"this device's examples are {inspected.input_shape} with {inspected.num_classes}; "
+            "join the run that they belong to"
+        )
+
+
+def checked_job(job: Job, welcome: Welcome, chooser: Chooser) -> Job:
+    """The job as it is trained here: its model cut at its deepest stage, its plan with the levers
+    that make it fit. Raises CapacityError for more than the device said it can train, ConfigError
+    for another model or plan than the welcome's, ShapeError for other tensors than they need."""
+    if refused := chooser.refusal(job.plan.segments):
+        raise CapacityError(refused)
+    check_segments(job.plan.segments, job.model.exit)
+    _check_model(job.model, welcome.model)
+    _check_plan(job.plan, welcome.plan)
+    known = {spec.name: spec for cost in chooser.costs for spec in cost.tensors}
+    wanted = [known[name] for name in needed_names(known, job.plan.segments)]
+    check_specs(job.tensors, wanted, f"job of round {job.round}", is_ordered=False)
+    layout(job.tensors)
+    deepest = max(segment.last for segment in job.plan.segments)
+    model = replace(job.model, exit=deepest)
+    return replace(job, model=model, plan=chooser.adapted(job.plan))
+
+
+def _check_model(got: ModelSpec, want: ModelSpec) -> None:
+    for field in ModelSpec.__struct_fields__:
+        ours, theirs = getattr(want, field), getattr(got, field)
+        if theirs != ours and not (field == "exit" and theirs <= ours):
+            raise _other("model", field, theirs, ours)
+
+
+def _check_plan(got: Plan, want: Plan) -> None:
+    for field in SAME:
+        if getattr(got, field) != getattr(want, field):
+            raise _other("plan", field, getattr(got, field), getattr(want, field))
+    for field in NONE_WHERE_NONE:
+        if getattr(got, field) and not getattr(want, field):
+            raise _other("plan", field, getattr(got, field), getattr(want, field))
+    if got.epochs > want.epochs:
+        raise _other("plan", "epochs", got.epochs, want.epochs, "at most ")
+    if got.distill not in ("none", want.distill):
+        raise _other("plan", "distill", got.distill, want.distill)
+
+
+def _other(of: str, field: str, got: object, want: object, how: str = "") -> ConfigError:
+    wanted = how + one_line(repr(want))
+    said = f"{of}.{field} of the job is {one_line(repr(got))}, welcome said {wanted}"
+    return ConfigError(f"{said}; nothing was trained: see what this coordinator runs")

@@ -1,0 +1,171 @@
+"""What a device refuses before anything is allocated for it: the checks without processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from edge_sdk.agent.job_checks import check_welcome, checked_job
+from edge_sdk.agent.pipe import Inspected
+from edge_sdk.capacity.chooser import Chooser
+from edge_sdk.capacity.counting import segment_costs
+from edge_sdk.errors import CapacityError, ConfigError, DataError, EdgeError, ShapeError
+from edge_sdk.protocol.messages import Job, ModelSpec, Plan, Segment, TensorSpec, Welcome
+from edge_sdk.protocol.tensors import specs_of
+from tests.support.agent import MODEL, WHOLE, job_tensors
+from tests.support.costs import welcome
+from tests.support.devices import PROFILE
+
+INSPECTED = Inspected(
+    num_examples=24,
+    input_shape=(1, 8, 8),
+    num_classes=3,
+    num_labels=3,
+    runtime_bytes=0,
+    gflops=1.0,
+)
+PROMISED = replace(WHOLE, epochs=5, distill="mutual", distill_weight=0.5)
+WELCOME = replace(welcome(), plan=PROMISED)
+
+
+@pytest.fixture(scope="module")
+def counted() -> Chooser:
+    """All three exits of the welcome's model fit."""
+    chooser = Chooser()
+    chooser.set_costs(segment_costs(MODEL, PROMISED, 24, 0), 3, 2**33)
+    chooser.choose(replace(PROFILE, memory_available_bytes=2**33), WELCOME, 24)
+    assert chooser.choice is not None
+    assert chooser.choice.exit == 3
+    return chooser
+
+
+def job(
+    model: ModelSpec = MODEL, plan: Plan = PROMISED, tensors: tuple[TensorSpec, ...] | None = None
+) -> Job:
+    specs = specs_of(job_tensors(plan)) if tensors is None else tensors
+    return Job(id="4" * 32, round=4, model=model, plan=plan, tensors=specs, deadline_s=0.0)
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [((1, 3),), ((1, 1),), ((2, 2),), ((1, 1), (3, 3)), ((3, 3), (1, 2))],
+)
+def test_a_part_of_what_was_promised_is_trained_on_no_more_than_its_stages(counted, segments):
+    parts = tuple(Segment(first=first, last=last) for first, last in segments)
+    plan = replace(PROMISED, segments=parts, epochs=1, lr=0.5, seed=7, distill="none")
+    taken = checked_job(job(plan=plan), WELCOME, counted)
+    assert taken.model == replace(MODEL, exit=max(last for _, last in segments))
+    assert taken.plan == plan
+
+
+def test_the_order_of_the_list_is_free(counted):
+    assert checked_job(job(tensors=job().tensors[::-1]), WELCOME, counted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"family": "mlp"}, "model.family of the job is 'mlp', welcome said 'cnn'"),
+        ({"input_shape": (3, 800, 800)}, "model.input_shape of the job is (3, 800, 800)"),
+        ({"num_classes": 1_000_000}, "model.num_classes of the job is 1000000, welcome said 3"),
+        ({"width": 0.5}, "model.width of the job is 0.5, welcome said 1.0"),
+        ({"options": {"channels": (10**6,) * 3}}, "model.options of the job is {'channels'"),
+        ({"exit": 4}, "model.exit of the job is 4, welcome said 3"),
+    ],
+)
+def test_another_model(counted, changes, said):
+    refused(counted, job(model=replace(MODEL, **changes)), ConfigError, said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 100_000}, "plan.epochs of the job is 100000, welcome said at most 5"),
+        ({"batch_size": 1_000_000}, "plan.batch_size of the job is 1000000, welcome said 8"),
+        ({"batch_size": 2}, "plan.batch_size of the job is 2, welcome said 8"),
+        ({"micro_batch": 1}, "plan.micro_batch of the job is 1, welcome said 0"),
+        ({"recompute": True}, "plan.recompute of the job is True, welcome said False"),
+        ({"optimizer": "sgd"}, "plan.optimizer of the job is 'sgd', welcome said 'adam'"),
+        ({"momentum": 0.9}, "plan.momentum of the job is 0.9, welcome said 0.0"),
+        ({"prox_mu": 0.1}, "plan.prox_mu of the job is 0.1, welcome said 0.0"),
+        ({"distill": "shallow-to-deep"}, "welcome said 'mutual'"),
+    ],
+)
+def test_a_plan_that_takes_more_than_was_promised(counted, changes, said):
+    refused(counted, job(plan=replace(PROMISED, **changes)), ConfigError, said)
+
+
+@pytest.mark.parametrize(
+    ("segments", "kind", "said"),
+    [
+        (((2, 3),), CapacityError, "stages 2-3 asked for"),
+        (((1, 4),), CapacityError, "stages 1-4 asked for"),
+        (((3, 1),), CapacityError, "stages 3-1 asked for"),
+        (((1, 1),) * 100, ConfigError, "overlaps another"),  # a hundred times the work
+        (((1, 2), (2, 2)), ConfigError, "overlaps another"),
+        (((1, 0),), ConfigError, "empty"),
+    ],
+)
+def test_segments_beyond_the_choice(counted, segments, kind, said):
+    # msgspec lets none of last 0 in
+    parts = tuple(Segment(first=first, last=last) for first, last in segments)
+    plan = replace(PROMISED, segments=parts)
+    refused(counted, job(plan=plan, tensors=job().tensors), kind, said)
+
+
+def test_segments_beyond_the_jobs_own_model(counted):
+    refused(counted, job(model=replace(MODEL, exit=2)), ConfigError, "exceeds exit 2")
+
+
+NAMES = {spec.name: spec for spec in job().tensors}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shape": (2**30,)}, "exits.0.2.bias is (1073741824,) float32 weight, expected (3,)"),
+        ({"dtype": "float64"}, "exits.0.2.bias is (3,) float64 weight, expected (3,) float32"),
+        ({"role": "teacher"}, "exits.0.2.bias is (3,) float32 teacher"),
+        ({"name": "exits.7.bias"}, "tensors missing: exits.0.2.bias; not expected: exits.7.bias"),
+        ({"name": "exits.1.2.bias"}, "tensors missing: exits.0.2.bias; not expected: none; named"),
+    ],
+)
+def test_other_tensors(counted, changes, said):
+    wrong = replace(NAMES["exits.0.2.bias"], **changes)
+    specs = tuple(wrong if spec.name == "exits.0.2.bias" else spec for spec in job().tensors)
+    refused(counted, job(tensors=specs), ShapeError, said)
+
+
+@pytest.mark.parametrize("extra", [1, 9_000])
+def test_more_tensors_than_the_model_has(counted, extra):
+    big = tuple(TensorSpec(name=f"t{n}", shape=(2**28,), dtype="float32") for n in range(extra))
+    refused(counted, job(tensors=job().tensors + big), ShapeError, "not expected: t0")
+
+
+def refused(chooser: Chooser, wrong: Job, kind: type[EdgeError], said: str) -> None:
+    with pytest.raises(kind) as found:
+        checked_job(wrong, WELCOME, chooser)
+    assert said in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+# -- the welcome ---------------------------------------------------------------------------------
+
+
+def of_model(**changes: Any) -> Welcome:
+    return replace(WELCOME, model=replace(MODEL, **changes))
+
+
+def test_welcome_to_a_run_of_the_devices_examples():
+    check_welcome(WELCOME, INSPECTED)
+    check_welcome(of_model(num_classes=10), INSPECTED)  # others have the other seven
+
+
+@pytest.mark.parametrize(
+    "changes", [{"input_shape": (1, 30_000, 30_000)}, {"input_shape": (64,)}, {"num_classes": 2}]
+)
+def test_welcome_to_a_run_of_other_examples(changes):
+    with pytest.raises(DataError, match=r"this device's examples are \(1, 8, 8\) with 3; join"):
+        check_welcome(of_model(**changes), INSPECTED)
