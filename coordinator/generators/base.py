@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from coordinator.cohorts.base import ClientUpdate
-from edge_sdk.models import build
+from edge_sdk.models import StagedModel, build
+from edge_sdk.models.checking import is_built_in
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors
@@ -48,8 +49,7 @@ def generated_names(spec: ModelSpec, generate: str) -> list[str]:
     """Parameters that are generated, in the model's order, those of stage and exit 1 (which are
     sources only) included. generate: "conv" the family's main weights; "conv+bn" every parameter of
     the stages; "all" the exits too."""
-    with torch.device("meta"):
-        model = build(spec)
+    model = _blank(spec)
     if generate == "conv":
         return list(model.main_weights)
     names = [name for name, _ in model.named_parameters()]
@@ -57,5 +57,14 @@ def generated_names(spec: ModelSpec, generate: str) -> list[str]:
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in build(spec).named_parameters()}
+    return {name: tuple(p.shape) for name, p in _blank(spec).named_parameters()}
+
+
+def _blank(spec: ModelSpec) -> StagedModel:
+    """A model for its names and shapes: without memory, but for a person's own family, whose code
+    may look at the values that it draws."""
+    if is_built_in(spec.family):
+        with torch.device("meta"):
+            return build(spec)
+    with torch.random.fork_rng(devices=[]):
+        return build(spec)

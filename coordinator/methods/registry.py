@@ -83,7 +83,10 @@ def check_method(config: RunConfig) -> None:
 
 def make_method(config: RunConfig, device: TorchDevice = "cpu") -> Method:
     """The method that the settings name. Raises ConfigError as `check_method`, and for a model that
-    cannot be built."""
+    cannot be built or trained."""
+    from edge_sdk.models.checking import check_family
+
     check_method(config)
     with memory_errors(f"making {config.method} with generator {config.generator.name}"):
+        check_family(config.model)
         return METHODS.make(config.method, config.own, config, device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from coordinator.cohorts.sampling import job_seed
 from edge_sdk.data.loading import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError
-from edge_sdk.models import build
+from edge_sdk.models import build, family_code
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensor_lists import stage_of
@@ -34,7 +34,8 @@ def accuracy_per_exit(
     correct = torch.zeros(spec.exit, dtype=torch.int64)
     x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
     for features, labels in zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True):
-        logits: list[Tensor] = model(moved(features, device))
+        with family_code(spec, "evaluating", model):
+            logits: list[Tensor] = model(moved(features, device))
         for exit, logit in enumerate(logits):
             correct[exit] += (logit.argmax(1).cpu() == labels).sum()
     return [int(count) / len(examples) for count in correct]

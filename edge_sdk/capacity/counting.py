@@ -6,26 +6,19 @@ counted on the model as its job has it, so counting takes less memory than train
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
-import msgspec
 import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
 from edge_sdk.capacity.costs import ALLOWANCE, ERROR, Moment, SegmentCost, in_parts, recomputing
 from edge_sdk.capacity.flops import FlopCounter
-from edge_sdk.errors import CapacityError, ConfigError
-from edge_sdk.hardware import process_memory
-from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.hardware.speed import torch_threads
-from edge_sdk.models import StagedModel, build
+from edge_sdk.models import StagedModel, family_code
+from edge_sdk.models.checking import checked_models
 from edge_sdk.models.losses import exit_weights, local_loss
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
@@ -63,95 +56,27 @@ def segment_costs(
     thread: a few examples are no work for more, which would wait for each other. Raises ConfigError
     where the spec cannot be built."""
     with torch_threads(1):
-        costs = _in_order(_each(spec, plan, num_examples, runtime_bytes))
+        costs = in_order(each_cost(spec, plan, num_examples, runtime_bytes))
     return tuple(replace(cost, allowance=allowance, error=error) for cost in costs)
 
 
-def _each(
+def each_cost(
     spec: ModelSpec, plan: Plan, num_examples: int, runtime_bytes: int
 ) -> Iterator[SegmentCost]:
     """The costs of each segment, those of shallow models first: counting a deep one may take more
     memory than this device has."""
     with torch.random.fork_rng(devices=[]):
-        for last in range(1, spec.exit + 1):
-            model = build(replace(spec, exit=last)).ready("cpu")
+        for last, model in enumerate(checked_models(spec), 1):
             for first in sorted({1, last}, reverse=True):  # a stage alone takes less
                 segment = Segment(first=first, last=last)
-                yield _cost(model, spec, segment, plan, num_examples, runtime_bytes)
+                with family_code(spec, "counting its costs", model):
+                    model.ready("cpu")
+                    cost = _cost(model, spec, segment, plan, num_examples, runtime_bytes)
+                yield cost
 
 
-def _in_order(costs: Iterable[SegmentCost]) -> list[SegmentCost]:
+def in_order(costs: Iterable[SegmentCost]) -> list[SegmentCost]:
     return sorted(costs, key=lambda cost: (cost.first > 1, cost.last))
-
-
-def segment_costs_apart(
-    spec: ModelSpec,
-    plan: Plan,
-    num_examples: int,
-    runtime_bytes: int,
-    allowance: float = ALLOWANCE,
-    error: float = ERROR,
-    memory_bytes: int = 0,
-) -> tuple[SegmentCost, ...]:
-    """`segment_costs`, counted in a forked process, so that this one stays as it is. Segments that
-    memory did not do for are missing: training them takes more. memory_bytes: what that process may
-    take, whatever the model; 0: any.
-
-    The fork knows the families registered here. It computes on one thread, as it has lost the
-    others. With CUDA autograd's threads forbid it: such boards have the memory to count here.
-    Raises ConfigError for a spec that cannot be built, CapacityError if nothing was counted."""
-    count = partial(_each, spec, plan, num_examples, runtime_bytes)
-    if torch.cuda.is_available() or not hasattr(os, "fork"):
-        return segment_costs(spec, plan, num_examples, runtime_bytes, allowance, error)
-    reader, writer = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork beside torch's threads
-        pid = os.fork()
-    if pid == 0:
-        os.close(reader)
-        _count_and_exit(writer, count, memory_bytes)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        lines = pipe.read().split(b"\n")
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if status > 0:
-        said = lines[-1].decode(errors="replace")
-        raise ConfigError(f"costs of model {spec.family!r} cannot be counted: {said}")
-    counted = [msgspec.json.decode(line, type=SegmentCost) for line in lines[:-1]]
-    if not counted:
-        end = (
-            f"was killed by signal {-status}, likely for memory" if status else "ran out of memory"
-        )
-        raise CapacityError(f"counting the model's costs {end}; free some or raise the limit")
-    return tuple(replace(cost, allowance=allowance, error=error) for cost in _in_order(counted))
-
-
-def _count_and_exit(
-    writer: int, count: Callable[[], Iterator[SegmentCost]], memory_bytes: int
-) -> None:
-    """Write a line for each segment as soon as it is counted, and end this forked process. Nothing
-    may return into the code of the one that forked it, hence os._exit whatever happens."""
-    status = 1
-    try:
-        process_memory.be_killed_before_others(1000)  # or the trainer loses what was counted
-        if memory_bytes:
-            process_memory.limit_growth(memory_bytes)
-        torch.set_num_threads(1)
-        with os.fdopen(writer, "wb") as pipe:
-            try:
-                with memory_errors("while counting costs"):
-                    for cost in count():
-                        pipe.write(msgspec.json.encode(cost) + b"\n")
-                        pipe.flush()
-                status = 0
-            except CapacityError:
-                status = 0  # what was counted is there, as if this process had been killed
-            except Exception as error:  # a user's family may raise anything
-                pipe.write((str(error) or repr(error)).replace("\n", " ").encode())
-    finally:
-        os._exit(status)
 
 
 def _cost(

@@ -138,10 +138,10 @@ def run_plan(args: argparse.Namespace) -> int:
         optimizer=args.optimizer,
     )
     from edge_sdk.capacity.counting import segment_costs
-    from edge_sdk.models import build
+    from edge_sdk.models.checking import check_family
 
     with typed(), memory_errors("making the model"):
-        build(spec)  # refuses what cannot be built before seconds of measuring
+        check_family(spec)  # before seconds of measuring
     profile = _profile(args.board, args.memory_cap)
     print_step("starting a trial trainer, for the memory that one needs")
     trial = _trial_trainer()

@@ -23,6 +23,7 @@ from edge_sdk.helpers.text import one_line
 log = logging.getLogger(__name__)
 SELF = Path("/proc/self")
 FORGET_FILE_PAGES, FORGET_PEAK = "3", "5"  # what proc(5) has for clear_refs
+ALLOCATOR = re.compile("memory(?![ _](location|format))|bad_alloc|ALLOC_FAILED")
 MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ \S{4} \S+ \S+ (\d+)")  # the inode; 0: no file
 
 
@@ -103,7 +104,14 @@ def memory_errors(during: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory|bad_alloc", str(error)):
+        if not is_for_memory(error):
             raise
         step = "a smaller model, batch or generator needs less"
         raise CapacityError(f"out of memory {during}: {one_line(str(error))}; {step}") from error
+
+
+def is_for_memory(error: BaseException) -> bool:
+    """Whether an allocator raised it. Other errors of torch speak of "memory", too."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ALLOCATOR.search(str(error)) is not None
+    )

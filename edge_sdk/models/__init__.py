@@ -11,6 +11,7 @@ coordinator may generate is `StagedModel.main_weights`; name a subset to leave s
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,20 @@ from torch import Tensor
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.registry import Registry
 from edge_sdk.models.options import read_options
+from edge_sdk.models.own_code import own_code
 from edge_sdk.models.staged import StagedModel
+from edge_sdk.models.structure import check_structure
 from edge_sdk.protocol.messages import ModelSpec
 
-__all__ = ["FAMILIES", "StagedModel", "build", "find_family", "initial_tensors", "register_family"]
+__all__ = [
+    "FAMILIES",
+    "StagedModel",
+    "build",
+    "family_code",
+    "find_family",
+    "initial_tensors",
+    "register_family",
+]
 
 
 @dataclass(frozen=True)
@@ -57,22 +68,27 @@ def find_family(name: str) -> Family:
 
 
 def build(spec: ModelSpec) -> StagedModel:
-    """The model of `spec`, randomly initialised. Raises ConfigError."""
+    """The model of `spec`, randomly initialised. Raises ConfigError, also for what a family's own
+    code raises and for what is no StagedModel of such tensors (structure.py)."""
     family = FAMILIES[spec.family]
     own = () if family.options is None else (read_options(spec, family.options),)
-    model = family.build(spec, *own)
-    if not (len(model.stages) == len(model.exits) == spec.exit):
-        raise ConfigError(
-            f"family {spec.family!r} built {len(model.stages)} stages, {len(model.exits)} exits; "
-            f"expected {spec.exit} of each"
-        )
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise ConfigError(
-                f"family {spec.family!r}: parameter {name} is {parameter.dtype}, expected floating "
-                "point, as parameters are trained; make it a buffer (register_buffer)"
-            )
+    try:
+        with own_code(spec.family, "build", family.build):
+            model = family.build(spec, *own)
+            check_structure(model, spec)
+    except ConfigError as error:
+        if (name := f"family {spec.family!r}") in str(error):
+            raise
+        raise ConfigError(f"{name}: {error}") from error
     return model
+
+
+def family_code(
+    spec: ModelSpec, doing: str, model: StagedModel | None = None
+) -> AbstractContextManager[None]:
+    """A context for calls into the code of a model's family: what it raises is a ConfigError that
+    names family, layer and place. doing: what runs, where no layer of `model` is at work."""
+    return own_code(spec.family, doing, FAMILIES[spec.family].build, model)
 
 
 def initial_tensors(spec: ModelSpec, seed: int) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from edge_sdk.data.examples import MIN_BATCH, Examples, check_enough
 from edge_sdk.errors import ConfigError, DataError, ShapeError, TrainerError
 from edge_sdk.hardware import process_memory
 from edge_sdk.helpers.text import one_line
-from edge_sdk.models import StagedModel, build
+from edge_sdk.models import StagedModel, build, family_code
 from edge_sdk.models.losses import exit_weights, local_loss
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ExitResult, ModelSpec, Phase, Plan, Segment
@@ -76,7 +76,8 @@ def train(
     take more memory are made again in every epoch. should_stop() is asked before every batch,
     note_epoch() told after every epoch of a segment. is_consuming: `tensors` is emptied once the
     model has them, so that they need not lie in memory twice. Raises ShapeError, DataError,
-    Cancelled, and TrainerError when a loss is not finite."""
+    Cancelled, ConfigError for what the family's code raises, and TrainerError when a loss is not
+    finite."""
     process_memory.reset_peak()
     started = clock()
     check_segments(plan.segments, spec.exit)
@@ -101,10 +102,13 @@ def train(
         for segment in sorted(plan.segments, key=lambda g: -g.first):
             frozen = torch.nn.Sequential(*model.stages[: segment.first - 1]).eval()
             steps, results = _train_segment(
+                spec,
                 model,
                 segment,
                 plan,
-                _inputs(frozen, x, plan, device, cache_bytes, should_stop),  # ends with the segment
+                _inputs(
+                    spec, frozen, x, plan, device, cache_bytes, should_stop
+                ),  # ends with the segment
                 y,
                 device,
                 should_stop,
@@ -127,6 +131,7 @@ def train(
 
 
 def _train_segment(
+    spec: ModelSpec,
     model: StagedModel,
     segment: Segment,
     plan: Plan,
@@ -153,11 +158,12 @@ def _train_segment(
             for part in _parts(batch, plan.micro_batch):
                 if should_stop():
                     raise Cancelled(f"training of segment ({first}, {last}) cancelled")
-                features, labels = inputs(part), y[part].to(device)
-                logits = _forward(stages, heads, features, plan.recompute)
-                loss = local_loss(logits, labels, weights, plan, named, anchor)
-                (loss * (len(part) / len(batch))).backward()
-                sums += _count(logits, labels)
+                with family_code(spec, "training", model):
+                    features, labels = inputs(part), y[part].to(device)
+                    logits = _forward(stages, heads, features, plan.recompute)
+                    loss = local_loss(logits, labels, weights, plan, named, anchor)
+                    (loss * (len(part) / len(batch))).backward()
+                    sums += _count(logits, labels)
             optimizer.step_()
             num_steps += 1
         note_epoch()
@@ -189,6 +195,7 @@ def _forward(
 
 
 def _inputs(
+    spec: ModelSpec,
     frozen: torch.nn.Sequential,
     x: Tensor,
     plan: Plan,
@@ -202,7 +209,8 @@ def _inputs(
 
     @torch.no_grad()
     def make(some: Tensor) -> Tensor:
-        made: Tensor = frozen(moved(some, device))
+        with family_code(spec, "a frozen stage"):
+            made: Tensor = frozen(moved(some, device))
         return made
 
     one = make(x[:1]) if len(frozen) and plan.epochs > 1 else None

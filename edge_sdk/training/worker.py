@@ -29,7 +29,7 @@ from edge_sdk.agent.pipe import (
     Train,
     TrainerOptions,
 )
-from edge_sdk.capacity.counting import segment_costs_apart
+from edge_sdk.capacity.counting_apart import segment_costs_apart
 from edge_sdk.data.examples import check_enough
 from edge_sdk.data.loading import Examples, load_shard
 from edge_sdk.errors import EdgeError

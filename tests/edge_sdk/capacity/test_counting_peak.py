@@ -18,7 +18,7 @@ from edge_sdk.hardware import process_memory
 from edge_sdk.data.loading import Examples
 from edge_sdk.models import initial_tensors
 from edge_sdk.training.calibration import memory_calibration, runtime_bytes
-from edge_sdk.capacity.counting import segment_costs_apart
+from edge_sdk.capacity.counting_apart import segment_costs_apart
 from edge_sdk.protocol.tensor_lists import needed_names
 from edge_sdk.training.trainer import train
 from edge_sdk.protocol.messages import ModelSpec, Plan

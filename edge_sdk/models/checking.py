@@ -1,0 +1,239 @@
+"""Whether a family of a person's own can be trained at all, tried before the first round.
+
+Each depth is built, gives logits for a few inputs in eval and in training mode, and has one
+backward pass; a shallower model must be a cut of a deeper one, with the same tensors and, loaded
+with them, the same logits. Of the families of this package the contract suite knows that; they are
+only built (trying would add 0.2 s to a start with resnet18, and nothing could be found)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+import torch
+from msgspec.structs import replace
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import sha256_of
+from edge_sdk.models import FAMILIES, build, family_code, find_family
+from edge_sdk.models.own_code import place_of
+from edge_sdk.models.staged import StagedModel
+from edge_sdk.protocol.messages import ModelSpec, Specs
+from edge_sdk.protocol.tensor_lists import stage_of
+from edge_sdk.protocol.tensors import specs_of
+
+BUILT_IN = FAMILIES.package
+TRAINED, EVALUATED = 2, 3  # examples; two sizes, so that none may be built into the model
+SEED = 0  # of what is built and drawn here
+CLOSE = 1e-4  # of the largest logit
+
+
+class _Known(NamedTuple):
+    """A built model as it was before it was trained on. drawn: the digests of its initial tensors.
+    buffers: copies."""
+
+    model: StagedModel
+    drawn: dict[str, str]
+    buffers: dict[str, Tensor]
+    logits: list[Tensor]  # in eval mode, one (EVALUATED, K) per exit
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.model.tensors() | self.buffers
+
+
+def check_family(spec: ModelSpec) -> None:
+    """Raise ConfigError, which names the family and the place, unless `spec` can be trained. Draws
+    nothing from the global generator."""
+    if is_built_in(spec.family):
+        build(spec)
+        return
+    with torch.random.fork_rng(devices=[]):
+        for _ in checked_models(spec):
+            pass
+
+
+def checked_models(spec: ModelSpec) -> Iterator[StagedModel]:
+    """The models of exits 1 .. spec.exit, each built by its own and, of a person's own family,
+    tried when it is asked for. Seeds the global generator. Raises ConfigError as check_family."""
+    depths = range(1, spec.exit + 1)
+    if is_built_in(spec.family):
+        yield from (build(replace(spec, exit=exit)) for exit in depths)
+        return
+    known: _Known | None = None
+    for exit in [*depths, spec.exit]:  # the whole model twice: from one seed, one model
+        torch.manual_seed(SEED)
+        part = replace(spec, exit=exit)
+        model = build(part)
+        is_again = known is not None and len(known.model.stages) == exit
+        try:
+            now = _tried(model, part, known, is_again)
+            if not is_again:
+                _train_step(model, part)
+        except ConfigError as error:
+            name = f"family {spec.family!r}"
+            if name in str(error):
+                raise
+            raise ConfigError(
+                f"{name}: {error} (built by {place_of(find_family(spec.family).build)})"
+            ) from error
+        if not is_again:
+            known = now
+            yield model
+
+
+def is_built_in(family: str) -> bool:
+    return find_family(family).build.__module__.startswith(f"{BUILT_IN}.")
+
+
+def _inputs(spec: ModelSpec, count: int) -> Tensor:
+    """(count, *input_shape), from 0 to 1 as scaled pixels."""
+    return torch.rand(count, *spec.input_shape, generator=torch.Generator().manual_seed(SEED))
+
+
+@torch.no_grad()
+def _logits(model: StagedModel, spec: ModelSpec) -> list[Tensor]:
+    """Those of eval mode, one (EVALUATED, K) per exit."""
+    torch.manual_seed(SEED)  # layers that draw in eval mode, too
+    with family_code(spec, "the model", model):
+        logits: list[Tensor] = model.eval()(_inputs(spec, EVALUATED))
+    for exit, found in enumerate(logits, 1):
+        _check_logits(found, EVALUATED, spec, exit)
+    return logits
+
+
+def _tried(model: StagedModel, spec: ModelSpec, known: _Known | None, is_again: bool) -> _Known:
+    """A model in eval mode, with the tensors of `known`: the model of an exit less, or the same one
+    built before."""
+    _check_travels(model)
+    held = model.tensors()
+    drawn = {name: sha256_of(tensor.numpy().tobytes()) for name, tensor in held.items()}
+    if known is not None:
+        _check_cut(known.tensors(), held, len(known.model.stages), spec.exit)
+    if known is not None and is_again and (other := _differing(known.drawn, drawn)):
+        raise ConfigError(
+            f"{other} differs between two builds from one seed; draw it from torch's global "
+            "generator, so that a run can be repeated"
+        )
+    with family_code(spec, "loading the model's tensors"):
+        model.load(held if known is None else held | known.tensors())
+    logits = _logits(model, spec)
+    for exit, (old, new) in enumerate(zip(known.logits if known else (), logits, strict=False), 1):
+        if not torch.allclose(old, new, rtol=0, atol=CLOSE * max(1e-3, float(old.abs().max()))):
+            raise ConfigError(
+                f"exit {exit} gives other logits from the same tensors in another model of the "
+                "family; all that it computes with must be parameters or buffers (register_buffer) "
+                "and must not depend on depth"
+            )
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    return _Known(model, drawn, buffers, logits)
+
+
+def _check_travels(model: StagedModel) -> None:
+    try:
+        msgspec.convert(msgspec.to_builtins(specs_of(model.tensors())), Specs)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"its tensors cannot travel: {error}; see docs/protocol.md") from error
+
+
+def _check_logits(found: object, count: int, spec: ModelSpec, exit: int) -> None:
+    wanted = f"expected finite torch.float32 ({count}, {spec.num_classes}): (examples, classes)"
+    if not isinstance(found, Tensor):
+        raise ConfigError(f"exit {exit} gives {_kind(found)}, {wanted}")
+    if tuple(found.shape) != (count, spec.num_classes) or found.dtype != torch.float32:
+        raise ConfigError(f"exit {exit} gives {found.dtype} {tuple(found.shape)}, {wanted}")
+    if not bool(torch.isfinite(found).all()):
+        raise ConfigError(f"exit {exit} gives NaN or infinite logits from the start, {wanted}")
+
+
+def _check_cut(before: dict[str, Tensor], held: dict[str, Tensor], last: int, exits: int) -> None:
+    """before: the tensors of the model of `last` exits; held: of that of `exits`."""
+    part = {name: tensor for name, tensor in held.items() if stage_of(name)[1] <= last}
+    shapes, others = (
+        {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
+        for tensors in (before, part)
+    )
+    if name := _differing(shapes, others):
+        raise ConfigError(
+            f"{name} depends on depth: {shapes.get(name, 'missing')} in the model of {last} exits, "
+            f"{others.get(name, 'missing')} in that of {exits}; a device builds only the exits "
+            "that it can train, with the same tensors"
+        )
+
+
+def _differing(before: dict[str, str], now: dict[str, str]) -> str | None:
+    """The first name whose values differ."""
+    return next((n for n in [*before, *now] if before.get(n) != now.get(n)), None)
+
+
+def _train_step(model: StagedModel, spec: ModelSpec) -> None:
+    """A backward pass of each stage with its exit, over the features of those before."""
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    labels = torch.arange(TRAINED) % spec.num_classes
+    features, model = _inputs(spec, TRAINED), model.train()
+    for exit, (stage, head) in enumerate(zip(model.stages, model.exits, strict=True), 1):
+        with family_code(spec, f"stage {exit} or its exit", model):
+            features = stage(features.detach())
+            logits = head(features)
+        _check_features(features, exit)
+        _check_logits(logits, TRAINED, spec, exit)
+        loss = functional.cross_entropy(logits, labels)
+        _check_own_leaves(loss, exit, names)
+        with family_code(spec, f"the backward pass of exit {exit}", model):
+            if loss.requires_grad:
+                loss.backward()
+        _check_reached(stage, head, exit)
+        model.zero_grad(set_to_none=True)
+
+
+def _check_features(features: object, exit: int) -> None:
+    if not isinstance(features, Tensor) or features.shape[:1] != (TRAINED,):
+        wanted = f"expected a tensor ({TRAINED}, ...) for the next stage and the exit"
+        raise ConfigError(f"stage {exit} gives {_kind(features)}, {wanted}")
+
+
+def _check_own_leaves(loss: Tensor, exit: int, names: dict[int, str]) -> None:
+    """What the loss is differentiated by is of this stage or exit."""
+    for leaf in _leaves(loss):
+        name = names.get(id(leaf))
+        if name is None:
+            raise ConfigError(
+                f"stage {exit} or its exit trains a tensor {tuple(leaf.shape)} that is no "
+                "parameter of the model, so it would not be sent; keep layers as attributes or in "
+                "an nn.ModuleList, not in a list"
+            )
+        if stage_of(name)[1] != exit:
+            raise ConfigError(
+                f"stage {exit} or its exit computes with {name}; stages know each other only by "
+                "their features"
+            )
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            yield leaf
+        waiting += [before for before, _ in node.next_functions]
+
+
+def _check_reached(stage: nn.Module, head: nn.Module, exit: int) -> None:
+    parameters = list(itertools.chain(stage.parameters(), head.parameters()))
+    if any(p.grad is not None for p in parameters):
+        return
+    if any(p.requires_grad for p in parameters):
+        why = "no gradient reaches them; look for detach, no_grad, argmax, .data"
+    else:
+        why = "none requires a gradient; leave those of the exit trainable (requires_grad)"
+    raise ConfigError(f"no parameter of stage {exit} or its exit is trained: {why}")
+
+
+def _kind(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

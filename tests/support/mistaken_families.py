@@ -1,0 +1,282 @@
+"""Model families with one mistake each, and some that only look like it; of features (4,), images
+(1, 8, 8) or any other shape, flattened. Import it inside a test that has `own_things`."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edge_sdk.models import StagedModel, register_family
+from edge_sdk.protocol.messages import ModelSpec
+
+WIDTH = 6
+Change = Callable[[ModelSpec, list[nn.Module], list[nn.Module]], object]
+
+
+class Returns(nn.Module):
+    """A layer that makes something of its input."""
+
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(x)
+
+
+class Holding(nn.Module):
+    """A layer in a plain list, which torch does not see."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.hidden = [layer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.hidden[0](x)
+        return out
+
+
+class Noise(nn.Module):
+    """Adds a vector that is drawn once, and a buffer or not."""
+
+    def __init__(self, vector: Tensor, *, is_registered: bool) -> None:
+        super().__init__()
+        if is_registered:
+            self.register_buffer("vector", vector)
+        else:
+            self.vector = vector
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.vector
+
+
+class Replaced(StagedModel):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return super().forward(x - 0.5)
+
+
+def parts(spec: ModelSpec) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Stages of a linear layer and ReLU, exits of a linear layer."""
+    inputs = math.prod(spec.input_shape)
+    stages: list[nn.Module] = [nn.Sequential(nn.Flatten(), nn.Linear(inputs, WIDTH), nn.ReLU())]
+    stages += [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(1, spec.exit)]
+    return stages, [nn.Sequential(nn.Linear(WIDTH, spec.num_classes)) for _ in stages]
+
+
+def changed(change: Change) -> Callable[[ModelSpec], object]:
+    """A builder whose stages and exits `change` has changed, or that returns what it returns."""
+
+    def build(spec: ModelSpec) -> object:
+        stages, exits = parts(spec)
+        made = change(spec, stages, exits)
+        return StagedModel(stages, exits) if made is None else made
+
+    return build
+
+
+def raises(spec: ModelSpec, stages: list[nn.Module], exits: list[nn.Module]) -> None:
+    raise KeyError("no_such_option")
+
+
+def leaves_the_program(spec: ModelSpec, stages: list[nn.Module], exits: list[nn.Module]) -> None:
+    raise SystemExit("no GPU")
+
+
+def logits(more: int) -> Change:
+    def change(spec, stages, exits):
+        exits[0] = nn.Linear(WIDTH, spec.num_classes + more)
+
+    return change
+
+
+def last(function: Callable[[Tensor], object]) -> Change:
+    """`function` of what the deepest exit gives."""
+
+    def change(spec, stages, exits):
+        exits[-1] = nn.Sequential(exits[-1], Returns(function))
+
+    return change
+
+
+def stage_gives(function: Callable[[Tensor], object]) -> Change:
+    def change(spec, stages, exits):
+        stages[0] = nn.Sequential(stages[0], Returns(function))
+
+    return change
+
+
+def frozen(spec, stages, exits):
+    for module in (stages[0], exits[0]):
+        module.requires_grad_(False)
+
+
+def frozen_stages(spec, stages, exits):
+    for module in stages:
+        module.requires_grad_(False)
+
+
+def outside(spec, stages, exits):
+    model = StagedModel(stages, exits)
+    model.extra = nn.Linear(3, 3)
+    return model
+
+
+def lazy(spec, stages, exits):
+    exits[-1] = nn.LazyLinear(spec.num_classes)
+
+
+def one_head(spec, stages, exits):
+    exits[:] = [exits[0]] * len(exits)
+
+
+def one_block(spec, stages, exits):
+    stages[1:] = [stages[-1]] * (len(stages) - 1)
+
+
+def one_buffer(spec, stages, exits):
+    noise = Noise(torch.ones(WIDTH), is_registered=True)
+    exits[:] = [nn.Sequential(noise, head) for head in exits]
+
+
+def one_memory(spec, stages, exits):
+    for head in exits[1:]:
+        head[0].bias.data = exits[0][0].bias.data
+
+
+def one_flat_vector(spec, stages, exits):
+    """Views that do not overlap: one tensor more than safetensors would write."""
+    flat = torch.zeros(2 * WIDTH)
+    stages[0][1].bias = nn.Parameter(flat[:WIDTH])
+    stages[0].register_buffer("rest", flat[WIDTH:])
+
+
+def tied_in_one_stage(spec, stages, exits):
+    """One weight twice in stage 1, and its bias in exit 1."""
+    square = nn.Linear(WIDTH, WIDTH)
+    stages[0] = nn.Sequential(*stages[0], square, square)
+    exits[0] = nn.Sequential(square, *exits[0])
+
+
+def hidden_head(spec, stages, exits):
+    exits[-1] = Holding(exits[-1])
+
+
+def hidden_constant(spec, stages, exits):
+    stages[0] = nn.Sequential(stages[0], Noise(torch.randn(WIDTH), is_registered=False))
+    torch.rand(spec.exit)  # another depth, another state of the generator
+
+
+def knows_stage_1(spec, stages, exits):
+    bias = stages[0][1].bias
+    stages[1:2] = [nn.Sequential(stage, Returns(lambda x: x + bias)) for stage in stages[1:2]]
+
+
+def numpy_draws(spec, stages, exits):
+    start = np.random.default_rng().standard_normal(spec.num_classes).astype(np.float32)
+    exits[0][0].bias = nn.Parameter(torch.from_numpy(start))
+
+
+def looks_at_values(spec, stages, exits):
+    while exits[0][0].bias[0].item() < 0:
+        nn.init.uniform_(exits[0][0].bias)
+
+
+def deep_widths(spec, stages, exits):
+    exits[0] = nn.Sequential(nn.Linear(WIDTH, 4 * spec.exit), nn.Linear(4 * spec.exit, 3))
+
+
+def deep_function(spec, stages, exits):
+    depth = spec.exit
+    exits[0] = nn.Sequential(exits[0], Returns(lambda x: x / depth))
+
+
+def no_parameters(spec, stages, exits):
+    stages[1:] = [nn.ReLU() for _ in stages[1:]]
+
+
+def expanded(spec, stages, exits):
+    stages[0].register_buffer("one", torch.ones(1).expand(WIDTH))
+
+
+def odd_dtype(spec, stages, exits):
+    stages[0].register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+
+
+def odd_name(spec, stages, exits):
+    exits[0] = nn.ModuleDict({"k" * 1000: exits[0]})
+    exits[0].forward = lambda x: exits[0]["k" * 1000](x)
+
+
+def batch_of(size: int) -> Callable[[Tensor], object]:
+    return lambda x: x.reshape(size, -1)
+
+
+def replaced(spec, stages, exits):
+    return Replaced(stages, exits)
+
+
+def never_ends(spec, stages, exits):
+    """For who waits no longer than he said."""
+    while True:
+        time.sleep(60)
+
+
+def dies(spec, stages, exits):
+    os._exit(7)
+
+
+MISTAKES: dict[str, Change] = {
+    "raises": raises,
+    "leaves-the-program": leaves_the_program,
+    "returns-none": lambda spec, stages, exits: 7,
+    "not-staged": lambda spec, stages, exits: nn.Sequential(*stages),
+    "all-exits": lambda spec, stages, exits: StagedModel(stages * 3, exits * 3),
+    "no-module": lambda spec, stages, exits: exits.append("head"),
+    "more-logits": logits(1),
+    "fewer-logits": logits(-1),
+    "wrong-size": lambda spec, stages, exits: exits.__setitem__(0, nn.Linear(WIDTH + 1, 3)),
+    "tuple": last(lambda x: (x, None)),
+    "half": last(lambda x: x.half()),
+    "double": last(lambda x: x.double()),
+    "half-model": lambda spec, stages, exits: StagedModel(stages, exits).half(),
+    "not-finite": last(lambda x: x / 0),
+    "batch-of-two": last(batch_of(2)),
+    "detached": last(lambda x: x.detach().requires_grad_(False)),
+    "stage-tuple": stage_gives(lambda x: (x, x)),
+    "stage-transposed": stage_gives(lambda x: x.T),
+    "frozen": frozen,
+    "outside": outside,
+    "lazy": lazy,
+    "one-head": one_head,
+    "one-block": one_block,
+    "one-buffer": one_buffer,
+    "one-memory": one_memory,
+    "one-flat-vector": one_flat_vector,
+    "hidden-head": hidden_head,
+    "hidden-constant": hidden_constant,
+    "knows-stage-1": knows_stage_1,
+    "numpy-draws": numpy_draws,
+    "deep-widths": deep_widths,
+    "deep-function": deep_function,
+    "expanded": expanded,
+    "odd-dtype": odd_dtype,
+    "odd-name": odd_name,
+    "replaced": replaced,
+    "never-ends": never_ends,
+    "dies": dies,
+}
+SOUND: dict[str, Change] = {
+    "plain": lambda spec, stages, exits: None,
+    "no-parameters": no_parameters,
+    "frozen-stages": frozen_stages,
+    "tied-in-one-stage": tied_in_one_stage,
+    "looks-at-values": looks_at_values,
+}
+for name, change in {**MISTAKES, **SOUND}.items():
+    register_family(name, changed(change))  # type: ignore[arg-type]
