@@ -120,7 +120,7 @@ class Agent:
         state = self._state
         if self._trainer.end_if_stuck(self._watchdog.silent_s(now)):
             self._on_trainer_death()
-        if self._trainer.restart_at is not None and now >= self._trainer.restart_at:
+        if self._trainer.is_due(now):
             self._restart_trainer(now)
         if state.reopen_at is not None:
             if now >= state.reopen_at:
@@ -152,9 +152,7 @@ class Agent:
             now,
             is_ready=state.inspected is not None,
             has_job=state.job is not None,
-            status=state.status_line(
-                self._link.endpoint, is_restarting=self._trainer.restart_at is not None
-            ),
+            status=state.status_line(self._link.endpoint, self._trainer.pause),
         )
 
     # -- coordinator -------------------------------------------------------------------------
@@ -353,8 +351,6 @@ class Agent:
 
     def _on_trainer_fault(self, fault: Fault) -> None:
         state = self._state
-        if state.inspected is None:
-            raise DataError(fault.detail) if fault.code == "data" else TrainerError(fault.detail)
         if fault.code == "cancelled":
             return
         self._tell(events.failed(f"training failed: {fault.detail}", fault.code, fault.round))
@@ -365,16 +361,20 @@ class Agent:
 
     def _on_trainer_death(self) -> None:
         """Report how the trainer ended; if it was killed at work, choose less from now on."""
-        state, (ending, pause_s) = self._state, self._trainer.reap()
-        detail = f"the trainer {ending.how}"
+        state, trainer = self._state, self._trainer
+        ending, pause_s = trainer.reap(had_job=state.job is not None)
         if state.inspected is None:
-            raise TrainerError(f"{detail} before it had read its data; ask edge-sdk doctor why")
-        round = state.job.round if state.job else 0
-        self._tell(events.failed(f"{detail}; another in {pause_s:.0f} s", "trainer", round))
-        self._choosing.on_trainer_death()
+            raise ending.before_data()
+        detail, rest = f"the trainer {ending.how}", ""
+        if trainer.is_resting:
+            rest = f"{detail}, the last {trainer.num_alike} times alike before any job"
+        again = "when the data changes or this program is started anew, else " * bool(rest)
+        said = f"{rest or detail}; another {again}in {pause_s:.0f} s"
+        self._tell(events.failed(said, "trainer", state.job.round if state.job else 0))
+        self._choosing.on_trainer_death(said if rest else "")
         if state.job and not state.is_trained:
             self._fail_job("trainer", detail, is_memory=ending.is_for_memory)
-        self._choosing.tell()
+        self._choosing.tell(is_repeated=bool(rest))
 
     def _restart_trainer(self, now: float) -> None:
         self._watchdog.note_alive(now)

@@ -29,6 +29,7 @@ class Choosing:
         self._state, self._senses, self._trainer = state, senses, trainer
         self._link, self._tell_event = link, tell
         self._is_counting = self._is_recount_due = False
+        self._rest = ""  # why no trainer is started for long
 
     def profile(self) -> DeviceProfile:
         return self._senses.profile(self._trainer.own_bytes(), self._state.inspected)
@@ -39,15 +40,20 @@ class Choosing:
         stands = before and (before.model, before.plan) == (welcome.model, welcome.plan)
         if not stands:
             self.chooser = Chooser()
+            self.chooser.excuse = self._rest
         return bool(stands)
 
     def count(self, welcome: Welcome) -> None:
-        """Have the trainer count, one model at a time: of those that come meanwhile the last."""
+        """Have the trainer count, one model at a time: of those that come meanwhile the last. One
+        that is not there yet is asked when it has read its data."""
         assert self._state.inspected is not None
         try:
             check_welcome(welcome, self._state.inspected)
         except DataError as error:
             self._take_costs((), welcome, str(error))
+            return
+        if self._trainer.process is None:
+            self.tell(is_repeated=True)
             return
         if self._is_counting:
             self._is_recount_due = True
@@ -67,10 +73,12 @@ class Choosing:
         if self._is_counted() and welcome:
             self._take_costs((), welcome, reason)
 
-    def on_trainer_death(self) -> None:
-        """Until the next one has counted them, no exit can be trained."""
+    def on_trainer_death(self, rest: str = "") -> None:
+        """Until the next one has counted them, no exit can be trained. rest: why there is none for
+        long."""
         self._is_counting = self._is_recount_due = False
-        self.chooser.costs = ()
+        self.chooser.costs, self._rest = (), rest
+        self.chooser.excuse = rest or self.chooser.excuse
 
     def checked(self, job: Job, welcome: Welcome) -> Job:
         """The job as the device trains it. Raises EdgeError, see checked_job."""
@@ -116,5 +124,6 @@ class Choosing:
         self, costs: tuple[SegmentCost, ...], welcome: Welcome, excuse: str = ""
     ) -> None:
         available = self.profile().memory_available_bytes
+        self._rest = ""
         self.chooser.set_costs(costs, welcome.model.exit, available, excuse)
         self.tell(is_repeated=True)

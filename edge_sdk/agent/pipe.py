@@ -45,6 +45,13 @@ class TrainerOptions(Struct, frozen=True, kw_only=True, tag="start"):
     imports: tuple[str, ...] = ()
 
 
+class LastWords(Struct, frozen=True, kw_only=True, tag="last_words"):
+    """Trainer to agent: why it ends by itself. code: of an error."""
+
+    code: str
+    detail: str
+
+
 class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
     """Trainer to agent: what its data are and what it takes itself. gflops, layer_s 0: not
     measured. runtime_bytes: memory needed after the imports and a first step. finished: the job of
@@ -106,7 +113,7 @@ class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
 
 
 ToTrainer: TypeAlias = TrainerOptions | Estimate | Train | Cancel | Resume
-ToAgent: TypeAlias = Inspected | Estimated | Progress | Update
+ToAgent: TypeAlias = LastWords | Inspected | Estimated | Progress | Update
 PipeMessage: TypeAlias = ToTrainer | ToAgent | Fetch | Part | Fault
 _DECODER: msgspec.msgpack.Decoder[PipeMessage] = msgspec.msgpack.Decoder(PipeMessage)
 _ENCODER = msgspec.msgpack.Encoder()

@@ -121,13 +121,13 @@ class State:
         self.refused_pause_s = min(REFUSED_MAX_S, 2 * pause_s)
         return pause_s
 
-    def status_line(self, endpoint: str, *, is_restarting: bool = False) -> str:
-        """One line for a person, the same as long as nothing changes. is_restarting: there is no
-        trainer now."""
+    def status_line(self, endpoint: str, pause: str = "") -> str:
+        """One line for a person, the same as long as nothing changes. pause: what is done as there
+        is no trainer now."""
         if self.inspected is None:
             return "reading the data"
-        if is_restarting:
-            return "the trainer ended; starting another"
+        if pause:
+            return f"the trainer ended; {pause}"
         if self.reopen_at is not None:
             return f"refused by the coordinator {endpoint}; trying again (see the log)"
         if self.job is not None:

@@ -1,5 +1,5 @@
-"""Start of the trainer, `python -m edge_sdk.training --fd N`: whatever is wrong before training, a
-missing torch too, reaches the agent as one line."""
+"""Start and end of the trainer, `python -m edge_sdk.training --fd N`. What is wrong before
+training, a missing torch too, and what ends it later reach the agent as one line."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import argparse
 import socket
 import sys
 
-from edge_sdk.agent.pipe import Pipe, TrainerOptions
-from edge_sdk.errors import EdgeError
+from edge_sdk.agent.pipe import LastWords, Pipe, TrainerOptions
+from edge_sdk.errors import EdgeError, TrainerError
 from edge_sdk.hardware import process_memory
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.helpers.standard_streams import open_closed_streams
-from edge_sdk.protocol.messages import Fault
+from edge_sdk.helpers.text import one_line
 
 
 def main() -> int:
@@ -38,12 +38,16 @@ def main() -> int:
         is_known = isinstance(error, EdgeError | ImportError)
         detail = str(error) if is_known else f"{type(error).__name__}: {error}"
         code = error.code if isinstance(error, EdgeError) else "config"
-        pipe.send(Fault(code=code, detail=detail))
+        pipe.send(LastWords(code=code, detail=detail))
         return 1
     try:
         serve()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0  # the agent is gone
+    except Exception as error:
+        detail = one_line(f"{type(error).__name__}: {error}")
+        pipe.send(LastWords(code=TrainerError.code, detail=detail))
+        raise
     return 0
 
 

@@ -49,7 +49,14 @@ class Device:
     """An agent that runs in a thread. A test may change its `memory_bytes` and `conditions`."""
 
     def __init__(
-        self, link: Link, data: Path, *, is_once: bool = False, notify_socket: str = ""
+        self,
+        link: Link,
+        data: Path,
+        *,
+        is_once: bool = False,
+        notify_socket: str = "",
+        imports: tuple[str, ...] = (),
+        search_path: tuple[str, ...] = (),
     ) -> None:
         self.data = data
         self.memory_bytes = 64 * GIB
@@ -59,11 +66,14 @@ class Device:
             link,
             AgentOptions(
                 client_id="device",
-                trainer=TrainerOptions(data=str(data), threads=1, measure_compute=False),
+                trainer=TrainerOptions(
+                    data=str(data), threads=1, measure_compute=False, imports=imports
+                ),
                 measure=self.measure,
                 conditions=lambda: self.conditions,
                 is_once=is_once,
                 notify_socket=notify_socket,
+                search_path=search_path,
             ),
         )
         # Pauses that are seconds on a board, like those in quick_retries.

@@ -39,7 +39,7 @@ def test_one_killed_by_hand_was_not_too_large():
     with pytest.raises((EOFError, OSError)):
         process.receive()
     how = "was killed by signal 9, and memory was not short"
-    assert process.wait_for_end() == Ending(how, is_for_memory=False)
+    assert process.wait_for_end() == Ending(how, False, -signal.SIGKILL)
 
 
 @pytest.fixture
@@ -74,4 +74,4 @@ def test_one_killed_by_the_kernel_was_too_large(small_group, tmp_path):
         check=False,
     )
     how = "was killed by signal 9, most likely for memory"
-    assert done.stdout == f"{Ending(how, is_for_memory=True)}\n", done.stderr
+    assert done.stdout == f"{Ending(how, True, -signal.SIGKILL)}\n", done.stderr

@@ -90,7 +90,7 @@ def test_what_is_about_no_job_is_always_heard(supervisor, trainer):
 
 def test_one_that_died_answers_for_nothing(supervisor, trainer):
     supervisor.send(Cancel())
-    supervisor.reap()
+    supervisor.reap(had_job=False)
     supervisor.send(Cancel())  # there is no process
     supervisor.restart()
     assert heard(supervisor, trainer, FETCH) == [FETCH]

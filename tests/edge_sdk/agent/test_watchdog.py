@@ -167,7 +167,7 @@ def test_the_status_line_says_what_the_device_does():
     assert state.status_line(ENDPOINT) == f"waiting for the coordinator {ENDPOINT}"
     state.reopen_at = 5.0
     assert "refused by the coordinator" in state.status_line(ENDPOINT)
-    assert "starting another" in state.status_line(ENDPOINT, is_restarting=True)
+    assert "starting another" in state.status_line(ENDPOINT, "starting another")
 
 
 # -- the real agent and trainer -------------------------------------------------------------------
