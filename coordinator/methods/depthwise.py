@@ -96,8 +96,9 @@ class DepthAveraging:
             merged = mean.result(sent)
         if metrics.num_updates and generator:
             with watch("fit"), self._sheltered(round, metrics):
-                metrics.values |= generator.fit(sent, round)
+                figures = generator.fit(sent, round)
                 check_finite(generator.state_dict(), "its memory")
+                metrics.values |= figures
             generator = self._generator_of(metrics)
         if metrics.num_updates and generator:
             with watch("generate"), self._sheltered(round, metrics):
