@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 
 from coordinator.store.database import DATABASE
-from coordinator.store.reader import RoundRow, last_rounds
+from coordinator.store.failures import Failures
+from coordinator.store.reader import RoundRow, last_failures, last_rounds
 from coordinator.store.status import (
     ClientState,
     Health,
@@ -34,18 +35,20 @@ from edge_sdk.errors import StoreError
 
 STATUS: dict[Health, int] = {"running": 0, "finished": 0, "dead": 3, "unknown": 4}
 ROUNDS = 5
+FAILURES = 20  # clients
 SHORTEST_S, LONGEST_S = 0.1, 86_400.0
 CLEAR = "\x1b[H\x1b[2J\x1b[3J"
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
     """All that --json prints. status: None where the run has told nothing of itself; age_s: of it.
-    problem: why there are no rounds."""
+    problem: why there are no rounds. failures: why clients returned nothing, the newest of each."""
 
     health: Health
     age_s: float | None
     status: Snapshot | None
     rounds: list[RoundRow]
+    failures: list[Failures]
     problem: str = ""
 
 
@@ -107,9 +110,9 @@ def look(folder: Path, num_rounds: int = ROUNDS) -> View:
         raise StoreError(f"{folder} cannot be read: {error}") from error
     if status is None and not has_database:
         raise StoreError(f"{folder} holds no run; give the --run-dir of `edge-coordinator serve`")
-    rounds, problem = [], ""
+    rounds, failures, problem = [], [], ""
     try:
-        rounds = last_rounds(folder, num_rounds)
+        rounds, failures = last_rounds(folder, num_rounds), last_failures(folder, FAILURES)
     except StoreError as error:
         problem = str(error)
     return View(
@@ -117,6 +120,7 @@ def look(folder: Path, num_rounds: int = ROUNDS) -> View:
         age_s=age_s(status) if status else None,
         status=status,
         rounds=rounds,
+        failures=failures,
         problem=problem,
     )
 
@@ -132,9 +136,16 @@ def described(view: View, folder: Path) -> list[str]:
     if view.rounds:
         head = "round,returned,late,failed,down,up,seconds,training loss,accuracy per exit in %"
         lines += ["", *table(head, map(_round_cells, view.rounds))]
+    if view.failures:
+        lines += ["", "last failure of each client:", *map(_failure_line, view.failures)]
     if view.problem:
         lines += ["", view.problem]
     return [shown(line) for line in lines]
+
+
+def _failure_line(failure: Failures) -> str:
+    why = f"{failure.outcome}: {failure.code}: {failure.detail}"
+    return f"round {failure.round}, {failure.client_id}: {why}"
 
 
 def _run_lines(status: Snapshot, view: View, folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ that it needs or waiting is in vain."""
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 
 from coordinator.aggregation.border import Border
@@ -13,8 +14,36 @@ from coordinator.cohorts.sampling import sample
 from coordinator.methods.base import Method
 from coordinator.store.store import Store
 from edge_sdk.errors import TrainerError
+from edge_sdk.helpers.logs import event
 
 log = logging.getLogger(__name__)
+FIGURE = re.compile(r"[\d.]+")
+MOST = 3  # kinds of failures in an error
+
+
+class Reasons:
+    """Why participants of a round failed, by kind: details that differ in figures alone are one."""
+
+    def __init__(self, round: int) -> None:
+        self._round = round
+        self._clients: dict[tuple[str, str], set[str]] = {}
+        self._first: dict[tuple[str, str], str] = {}
+
+    def note(self, absence: Absence) -> bool:
+        """Whether it is the first of its kind."""
+        name = rf"\b{re.escape(absence.client.id)}\b"
+        kind = absence.code, FIGURE.sub("", re.sub(name, "", absence.detail))
+        is_first = kind not in self._first
+        self._first.setdefault(kind, absence.detail)
+        self._clients.setdefault(kind, set()).add(absence.client.id)
+        return is_first
+
+    def __str__(self) -> str:
+        """The most frequent kinds, e.g. "3 failed: trainer: loss is not finite"."""
+        kinds = sorted(self._first, key=lambda kind: -len(self._clients[kind]))
+        said = [f"{len(self._clients[k])} failed: {k[0]}: {self._first[k]}" for k in kinds[:MOST]]
+        more = [f"and {len(kinds) - MOST} other reasons"] if len(kinds) > MOST else []
+        return "; ".join(said + more) or "no reason was told"
 
 
 class Asking:
@@ -35,6 +64,8 @@ class Asking:
         self._asynchronous = fleet if store.config.mode == "async" else None
         self._counted: set[str] = set()
         self._failed: set[str] = set()
+        self._reasons = Reasons(round)
+        self._is_told = fleet is not None  # a fleet logs each failure when it hears of it
         known, num_chosen = store.participants_of(round)
         if fleet:
             fleet.expect(known, num_chosen, border.check)
@@ -54,7 +85,7 @@ class Asking:
             if self._asynchronous:  # a round asks few
                 self._asked |= store.client_examples()
             before = len(self._counted)
-            results = self._cohort.train(work, round, store.config.deadline_s)
+            results = self._watched(self._cohort.train(work, round, store.config.deadline_s))
             asked = [number for number in self._asked.values() if number]
             for result in self._border.screened(
                 round, results, {name: job.tensors for name, job in work.items()}, asked
@@ -73,7 +104,7 @@ class Asking:
                     return
                 raise TrainerError(
                     f"round {round}: none of {len(self._failed)} participants returned an update, "
-                    f"{tries} times in a row; see the lines above for why; {store.way_on()}"
+                    f"{tries} times in a row; {self._reasons}; {store.way_on()}"
                 )
             chosen = self._draw(lacking)
 
@@ -88,6 +119,19 @@ class Asking:
     def _num_busy(self) -> int:
         """Clients that take a place of this round with a job of a round before."""
         return self._asynchronous.num_busy if self._asynchronous else 0
+
+    def _watched(
+        self, results: Iterator[ClientUpdate | Absence]
+    ) -> Iterator[ClientUpdate | Absence]:
+        """Pass the results on, and log the first failure of each kind."""
+        for result in results:
+            if isinstance(result, Absence) and self._reasons.note(result) and not self._is_told:
+                name, code = result.client.id, result.code
+                about = (self._round, name, result.outcome, code, result.detail)
+                extra = event("update_failed", client=name, round=self._round, code=code)
+                log.warning("round %d: %s %s: %s: %s", *about, extra=extra)
+            yield result
+            del result
 
     def _note(self, result: ClientUpdate | Absence) -> None:
         if isinstance(result, Absence):

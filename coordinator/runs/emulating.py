@@ -40,7 +40,7 @@ from edge_sdk.capacity.costs import in_model, peak_bytes
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import MIN_BATCH
 from edge_sdk.data.loading import load_dataset
-from edge_sdk.errors import ConfigError, StoreError, UsageError, typed
+from edge_sdk.errors import ConfigError, EdgeError, StoreError, UsageError, typed
 from edge_sdk.helpers import files
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.protocol.messages import ModelSpec
@@ -124,15 +124,20 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         store = open_store(folder, config, "emulate", settings.is_resumed)
         stack.callback(store.close)
         store.is_temporary = settings.folder is None
-        run_rounds(
-            store,
-            method,
-            cohort,
-            data.test,
-            device=device,
-            should_stop=lambda: bool(stopping),
-            report=print_round,
-        )
+        try:
+            run_rounds(
+                store,
+                method,
+                cohort,
+                data.test,
+                device=device,
+                should_stop=lambda: bool(stopping),
+                report=print_round,
+            )
+        except EdgeError as error:
+            if settings.out:  # with the reasons, and what rounds there were
+                write_json(store, population, settings.out, {"error": str(error)})
+            raise
         if not store.is_finished:
             log.info("stopped; round %d was next, %s", store.next_round(), store.way_on())
             return
@@ -236,6 +241,7 @@ def write_json(store: Store, population: Population, path: Path, extra: Mapping[
         "config": msgspec.to_builtins(config) | msgspec.to_builtins(population),
         "machine": {"torch": torch.__version__, "numpy": np.__version__, "cpus": os.cpu_count()},
         "rounds": [entry | costs.get(int(str(entry["round"])), {}) for entry in store.history()],
+        "failures": msgspec.to_builtins(store.failures()),
         **extra,
     }
     try:

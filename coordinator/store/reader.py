@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
+from coordinator.store import failures
 from coordinator.store.database import DATABASE, connect_to_read
 from edge_sdk.errors import StoreError
 from edge_sdk.protocol.messages import ExitResult
@@ -70,6 +71,11 @@ def last_rounds(folder: Path, count: int) -> list[RoundRow]:
 def client_rows(folder: Path) -> list[ClientRow]:
     """Every participation in a committed round, by round and name. Raises StoreError."""
     return _read(folder, _clients)
+
+
+def last_failures(folder: Path, most: int) -> list[failures.Failures]:
+    """The newest of each client, at most so many. Raises StoreError."""
+    return _read(folder, lambda db: failures.last_of_clients(db, most))
 
 
 def _read(folder: Path, query: Callable[[sqlite3.Connection], T]) -> T:

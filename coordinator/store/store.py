@@ -27,6 +27,7 @@ from torch import Tensor
 from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.config import RunConfig, read_config
 from coordinator.methods.base import Metrics
+from coordinator.store import failures
 from coordinator.store.checkpoints import checkpoint_name, read_checkpoint, sweep, write_checkpoint
 from coordinator.store.database import DATABASE, connect_to_read, connect_to_write
 from coordinator.store.lock import RunLock
@@ -217,6 +218,11 @@ class Store:
             "SELECT round, exit, segments, num_examples FROM participations WHERE outcome = 'ok'"
         )
 
+    def failures(self) -> list[failures.Failures]:
+        """Why participants returned nothing, by round and kind; of the round in progress too."""
+        with self._reading():
+            return failures.by_kind(self._db)
+
     def begin(self, round: int, chosen: Iterable[Client]) -> None:
         """Note that these clients take part in the round too. Raises StoreError."""
         self.check_held()
@@ -322,6 +328,10 @@ class Store:
             log.exception("rollback failed; the database keeps its last commit")
 
     def close(self) -> None:
+        """Only why participants failed is kept of a round that is not finished."""
+        if self._lock:
+            with suppress(sqlite3.Error):
+                failures.keep(self._db)
         self.rollback()
         self._db.close()
         if self._lock:
@@ -352,8 +362,13 @@ class Store:
         self._insert("phases", row | {"wall_s": time.wall_s, "cpu_s": time.cpu_s})
 
     def _read(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
-        try:
+        with self._reading():
             return self._db.execute(statement, values).fetchall()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.Error as error:
             raise StoreError(f"{self.folder / DATABASE} cannot be read: {error}") from error
 
