@@ -20,7 +20,7 @@ from pathlib import Path
 
 from coordinator.admission.invitations import Invitations
 from coordinator.admission.pending import PendingKeys
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, UsageError
 from edge_sdk.helpers.files import NOWHERE, Stamp, heir_of, locked, mode_of, stamp_of, write_whole
 from edge_sdk.helpers.text import user_text
 from edge_sdk.protocol.keys import check_key
@@ -128,7 +128,7 @@ def _clash(known: dict[bytes, str], names: Collection[str], name: str, key: byte
 def add_client(path: Path, name: str, public_key: bytes) -> None:
     """Append one client. Raises ConfigError; the file is unchanged then."""
     if not re.match(CLIENT_NAME, name):
-        raise ConfigError(
+        raise UsageError(
             f"client name {name!r} is not 1 to 64 letters, digits, dots, - or _, the first a "
             "letter or digit"
         )

@@ -25,7 +25,7 @@ from coordinator.admission.invitations import Invitation, withdraw, write_invita
 from coordinator.admission.join import in_words
 from coordinator.admission.pending import forget_pending, read_pending
 from edge_sdk.cli.flags import add_command, path_flag
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, UsageError, typed
 from edge_sdk.helpers.files import locked
 from edge_sdk.helpers.text import checked_endpoint, split_endpoint
 from edge_sdk.protocol.invitation import InvitationLine, encode_line
@@ -81,9 +81,10 @@ def run_clients(args: argparse.Namespace) -> int:
     wanted = {"add": 2, "remove": 1}.get(args.action, 0)
     if sum(value is not None for value in (args.name, args.public_key)) != wanted:
         needs = ("nothing more", "NAME", "NAME and PUBLIC_KEY")[wanted]
-        raise ConfigError(f"clients {args.action} needs {needs}")
+        raise UsageError(f"clients {args.action} needs {needs}; see clients --help")
     if args.action == "add":
-        key = check_key(args.public_key, "PUBLIC_KEY")
+        with typed():
+            key = check_key(args.public_key, "PUBLIC_KEY")
         add_client(path, args.name, key)
         forget_pending(path.with_name("pending"), key)
     elif args.action == "remove":
@@ -180,9 +181,10 @@ def run_invite(args: argparse.Namespace) -> int:
     import zmq
 
     if args.name is not None and not re.match(CLIENT_NAME, args.name):
-        raise ConfigError(f"--name {args.name!r} is not 1 to 64 letters, digits, dots, - or _")
+        raise UsageError(f"--name {args.name!r} is not 1 to 64 letters, digits, dots, - or _")
+    with typed():
+        endpoint = _endpoint(args.endpoint)
     server_key = read_key(args.keys / f"{SERVER_KEYS}.public")
-    endpoint = _endpoint(args.endpoint)
     clients = args.clients_file or args.keys / "clients"
     ensure_list(clients)
     public, secret = zmq.curve_keypair()

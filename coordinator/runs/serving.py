@@ -25,7 +25,7 @@ from coordinator.runs.rounds import RoundReport, check_folder, print_round, run_
 from coordinator.settings import checked, shaped
 from coordinator.store.opening import open_store
 from coordinator.store.store import SPOOL, Store
-from edge_sdk.data.loading import Examples, load
+from edge_sdk.data.loading import Examples, as_asked, load
 from edge_sdk.errors import EdgeError, UsageError, typed
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.interrupts import stop_signals
@@ -44,7 +44,8 @@ class ServeSettings:
     folder: where the run lives. endpoint: where devices connect. keys: the folder of the
     coordinator's; None: nothing is encrypted and everybody is admitted. clients_file: of the
     admitted devices, by default beside the keys. metrics: HOST:PORT for Prometheus. export: folder
-    for the served model as ONNX, at the end."""
+    for the served model as ONNX, at the end. input_shape, num_classes: asked for beside a test set,
+    which may lack some classes."""
 
     folder: Path
     is_resumed: bool = False
@@ -57,6 +58,8 @@ class ServeSettings:
     budget_bytes: int = BUDGET_BYTES
     metrics: str | None = None
     export: Path | None = None
+    input_shape: tuple[int, ...] | None = None
+    num_classes: int | None = None
 
 
 def check_serve(config: RunConfig, settings: ServeSettings) -> torch.device:
@@ -93,7 +96,8 @@ def serve(config: RunConfig, settings: ServeSettings) -> None:
     test = None
     if config.data:
         _, train_part, test_part = load(config.data)
-        test = test_part or train_part
+        found = test_part or train_part
+        test = as_asked(found, config.data, settings.input_shape, settings.num_classes)
         config = checked(shaped(config, test.input_shape, test.num_classes, test.input_scaling))
     with typed():
         method = make_method(config, device)  # a model that cannot be built begins no run

@@ -85,7 +85,9 @@ def add_plan_command(subparsers: Subparsers) -> None:
         "--exits", type=whole_flag(1, MAX_EXITS), default=3, help="exits of the whole model"
     )
     model.add_argument(
-        "--classes", type=whole_flag(2, MAX_CLASSES), help="classes; not needed with --data"
+        "--classes",
+        type=whole_flag(2, MAX_CLASSES),
+        help="classes; with --data at least its own, which is the default",
     )
     model.add_argument("--input", type=shape_flag, metavar="1x28x28", help="shape of one example")
     model.add_argument(
@@ -184,16 +186,15 @@ def checked(kind: type[Any], **fields: Any) -> Any:
 def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, int]:
     """Input shape, number of classes, number of examples and bytes of the data that will train."""
     from edge_sdk.data.examples import MIN_BATCH
-    from edge_sdk.data.loading import load_shard
+    from edge_sdk.data.loading import as_asked, load_shard
 
     if args.examples is not None and args.examples < MIN_BATCH:
         args.usage_error(f"--examples {args.examples}: at least {MIN_BATCH} are needed")
     if args.data:
-        shard = load_shard(args.data)
+        shard = as_asked(load_shard(args.data), args.data, args.input, args.classes)
         data_bytes = shard.x.nbytes + shard.y.nbytes
         num_examples = args.examples or len(shard)
-        num_classes = shard.num_classes if args.classes is None else args.classes
-        return args.input or shard.input_shape, num_classes, num_examples, data_bytes
+        return shard.input_shape, shard.num_classes, num_examples, data_bytes
     if args.input is None or args.classes is None:
         args.usage_error("give --input and --classes, or --data to take them from")
     num_examples = args.examples or DEFAULT_EXAMPLES

@@ -11,7 +11,7 @@ import numpy as np
 from edge_sdk.data.examples import DataSet, Examples, bad, check_examples, mapped
 from edge_sdk.data.partition import stratified_split, stratified_subset
 from edge_sdk.data.readers.table import readers
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, UsageError
 from edge_sdk.helpers.files import replacing
 
 __all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "load_test", "save_shard"]
@@ -58,6 +58,22 @@ def load_test(source: str) -> Examples:
 def load_shard(source: str) -> Examples:
     """The train part of a source, for a device's own training; its test part is not read."""
     return readers(source)[1]()
+
+
+def as_asked(
+    examples: Examples, source: str, input_shape: tuple[int, ...] | None, num_classes: int | None
+) -> Examples:
+    """The examples for a model of what --input and --classes say beside them: more classes than
+    they happen to hold, never fewer, and the same inputs. None: not asked. Raises UsageError."""
+    if input_shape is not None and tuple(input_shape) != examples.input_shape:
+        asked, there = ("x".join(map(str, s)) for s in (input_shape, examples.input_shape))
+        raise UsageError(f"--input {asked}, but {source} has {there}; leave --input out")
+    if num_classes is not None and num_classes < examples.num_classes:
+        raise UsageError(
+            f"--classes {num_classes}, but {source} has {examples.num_classes}; leave --classes "
+            "out, or raise it"
+        )
+    return replace(examples, num_classes=num_classes or examples.num_classes)
 
 
 def save_shard(path: str | os.PathLike[str], examples: Examples) -> None:
