@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,19 +33,23 @@ from edge_sdk.helpers.standard_streams import open_closed_streams
 from edge_sdk.helpers.text import parse_size
 
 if TYPE_CHECKING:
-    from edge_sdk.data.in_memory import Dataset, Source
+    from edge_sdk.data.in_memory import About, Dataset, Source
 
 
 class Client:
     """This device's part in a coordinator's runs.
 
-    data: a path or name as for --data; or a tuple (x, y) of arrays, x (n, C, H, W) or
-    (n, C, window) of floats, or of uint8 as in an .npz for --data, y (n,) of integers from 0; or a
-    torch Dataset with a length, of pairs of such an x and y. Arrays and Datasets are written to a
-    file for this user's eyes only under tempfile.gettempdir() (TMPDIR) while run() runs: 4 bytes a
-    number; a process that is killed leaves it there. Arrays that are not float32 are copied. Of a
-    Dataset it takes twice that for a moment, and in memory a quarter of it, or all of it if its
-    items are uint8 (measured: 30 MB for 125 MB).
+    data: a path or name as for --data; or a tuple (x, y) of arrays, x (n, C, H, W), (n, C, window)
+    or (n, F) of floats, or of uint8 as in an .npz for --data, y (n,) of integers from 0, or of text
+    with class_names; or a torch Dataset with a length, of pairs of such an x and y. A Dataset is
+    read once, before training: what it draws at random stays as it was drawn (see augment). Arrays
+    and Datasets are written to a file for this user's eyes only under tempfile.gettempdir()
+    (TMPDIR) while run() runs: 4 bytes a number; a process that is killed leaves it there. Arrays
+    that are not float32 are copied. Of a Dataset it takes twice that for a moment, and in memory a
+    quarter of it, or all of it if its items are uint8 (measured: 30 MB for 125 MB).
+    layout: "images", "series" or "features", where the axes of x could mean two things or a channel
+    axis is missing. class_names: of all classes, in the order of the labels, the same on every
+    device. Both are for arrays and Datasets; a file has them in it.
     id: this device's name, default the host name. keys: the folder of this device's keys.
     server_key: the coordinator's public key or its file, default KEYS/server.public.
     memory_cap: most that training may use, bytes or "512M". threads: of torch, 0 for all cores.
@@ -62,6 +66,8 @@ class Client:
         coordinator: str,
         *,
         data: str | os.PathLike[str] | tuple[Any, Any] | Dataset,
+        layout: str | None = None,
+        class_names: Sequence[str] = (),
         id: str | None = None,
         keys: str | os.PathLike[str] | None = None,
         server_key: str | os.PathLike[str] | None = None,
@@ -102,7 +108,7 @@ class Client:
             imports=tuple(modules),
         )
         self._secrets = device_secrets(settings, "server_key")
-        self._data = _checked_data(data)
+        self._data, self._about = _checked_data(data, layout, class_names)
         client_id = checked_id(id, "id")
         self._options = AgentOptions(
             client_id=client_id,
@@ -150,15 +156,21 @@ class Client:
             return nullcontext(self._data)
         from edge_sdk.data.in_memory import shard_of
 
-        return shard_of(self._data)
+        return shard_of(self._data, self._about)
 
 
-def _checked_data(data: object) -> str | Source:
+def _checked_data(
+    data: object, layout: str | None, class_names: Sequence[str]
+) -> tuple[str | Source, About | None]:
     if isinstance(data, str | os.PathLike):
-        return os.fspath(data)
-    from edge_sdk.data.in_memory import checked_source
+        if layout or class_names:
+            said = "layout and class_names are for arrays and Datasets; put them into the file"
+            raise ConfigError(f"data {os.fspath(data)!r}: {said}")
+        return os.fspath(data), None
+    from edge_sdk.data.in_memory import About, checked_source
 
-    return checked_source(data)
+    about = About(layout, class_names)
+    return checked_source(data, about), about
 
 
 def _check_modules(names: Iterable[str]) -> None:

@@ -181,11 +181,11 @@ def test_make_commands_are_real():
 
 
 def test_the_data_contract_holds(tmp_path, monkeypatch):
-    """uint8 is scaled by x / 127.5 - 1, (n, H, W) gets a channel, floats and num_classes stay."""
+    """uint8 is scaled by x / 127.5 - 1, floats and num_classes stay."""
     monkeypatch.chdir(tmp_path)
     line = next(code for code in spans(README.read_text()) if code.startswith("np.savez("))
     y = np.array([0, 1, 2, 1])
-    exec(line, {"np": np, "x": np.full((4, 2, 3), 255, np.uint8), "y": y})
+    exec(line, {"np": np, "x": np.full((4, 1, 2, 3), 255, np.uint8), "y": y})
     shard = load_shard("my-data.npz")
     assert (shard.input_shape, shard.num_classes, shard.scaling) == ((1, 2, 3), 10, (127.5, 1.0))
     np.testing.assert_array_equal(shard.x, np.ones((4, 1, 2, 3), np.float32))

@@ -11,6 +11,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdk.data.contract import AXES, LAYOUTS, MOST_INPUT, scaling_of
+from edge_sdk.data.contract import bad as bad  # every reader's
 from edge_sdk.errors import DataError, EdgeError
 from edge_sdk.protocol.messages import InputScaling
 
@@ -24,32 +26,30 @@ MAX_CLASSES = 1_000_000  # as in messages.ModelSpec; larger labels are something
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Inputs and labels: x (n, C, H, W) or (n, C, window) float32, y (n,) int64 in
+    """Inputs and labels: x (n, C, H, W), (n, C, window) or (n, F) float32, y (n,) int64 in
     0..num_classes - 1, subject (n,) int64 or None: who was measured. scaling (divisor, offset): x
-    was made of integers as integer / divisor - offset; None: of floats, or it is not known."""
+    was made of integers as integer / divisor - offset; None: of floats, or it is not known.
+    class_names: of each class, or none."""
 
     x: Floats
     y: Ints
     num_classes: int
     subject: Ints | None = None
     scaling: Scaling | None = None
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.y)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one example, (C, H, W) or (C, window)."""
+        """Shape of one example, (C, H, W), (C, window) or (F,)."""
         return self.x.shape[1:]
 
     @property
     def input_scaling(self) -> InputScaling:
         """How x came to be, and its smallest and largest number."""
-        low, high = float(self.x.min()), float(self.x.max())
-        if self.scaling is None:
-            return InputScaling(low=low, high=high)
-        divisor, offset = self.scaling
-        return InputScaling(low=low, high=high, divisor=divisor, offset=offset)
+        return scaling_of(float(self.x.min()), float(self.x.max()), self.scaling)
 
     def take(self, indices: Ints) -> Examples:
         """The examples at `indices`, in that order, as copies."""
@@ -75,8 +75,8 @@ def check_examples(examples: Examples, where: str) -> Examples:
 
     Checks shapes, dtypes, lengths, label range, finite values. A single class is no error."""
     x, y, num_classes = examples.x, examples.y, examples.num_classes
-    if x.ndim not in (3, 4) or x.dtype != np.float32:
-        wanted = "(n, C, H, W) or (n, C, window) of float32"
+    if x.ndim not in AXES or x.dtype != np.float32:
+        wanted = f"{', '.join(LAYOUTS.values())} of float32"
         raise bad(where, f"x of shape {x.shape}, {x.dtype}", wanted)
     if 0 in x.shape:
         raise bad(where, f"empty data, x of shape {x.shape}", "at least one example")
@@ -87,11 +87,22 @@ def check_examples(examples: Examples, where: str) -> Examples:
     if not 1 <= num_classes <= MAX_CLASSES:
         raise bad(where, f"{num_classes} classes", f"1 to {MAX_CLASSES}")
     if y.min() < 0 or y.max() >= num_classes:
-        raise bad(where, f"labels from {y.min()} to {y.max()}", f"0 to {num_classes - 1}")
+        got, step = f"labels from {y.min()} to {y.max()}", "correct the data"
+        if (y.min(), y.max()) == (1, num_classes):
+            step = "labels count from 0, so give y - 1"
+        raise bad(where, got, f"0 to {num_classes - 1}", step)
+    if examples.class_names and len(examples.class_names) != num_classes:
+        got = f"{len(examples.class_names)} class_names for {num_classes} classes"
+        raise bad(where, got, "one for each class")
     is_bad = ~np.isfinite(x).all(axis=tuple(range(1, x.ndim)))  # (n,)
     if is_bad.any():
         got = f"NaN or infinite values in {is_bad.sum()} examples, first at {is_bad.argmax()}"
         raise bad(where, got, "finite numbers", "remove or repair these examples")
+    low, high = float(x.min()), float(x.max())
+    if max(high, -low) > MOST_INPUT:
+        step = "is it a mark for missing values? Remove or repair these examples"
+        got = f"{high if high > -low else low:g} among the inputs"
+        raise bad(where, got, f"scaled numbers, at most {MOST_INPUT:g}", step)
     return examples
 
 
@@ -103,10 +114,6 @@ def check_enough(examples: Examples, where: str) -> Examples:
             "or leave this device out"
         )
     return examples
-
-
-def bad(where: str | Path, got: str, expected: str, step: str = "correct the data") -> DataError:
-    return DataError(f"{where}: got {got}, expected {expected}; {step}")
 
 
 @contextmanager

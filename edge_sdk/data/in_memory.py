@@ -6,17 +6,19 @@ into an array: the program never holds it as a whole."""
 
 from __future__ import annotations
 
-import operator
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from edge_sdk.data.examples import MIN_BATCH, Examples, Ints, bad, check_enough, mapped
+from edge_sdk.data.contract import bad, checked_names, label_of, laid_out
+from edge_sdk.data.examples import MIN_BATCH, Examples, Ints, check_enough, mapped
 from edge_sdk.data.loading import save_shard
+from edge_sdk.data.plain_arrays import MASK_STEP, checked_inputs, masked, plain
 from edge_sdk.data.readers.arrays import checked_arrays
 
 EXPECTED = "a path, (x, y) arrays, or a Dataset with a length, of pairs of a tensor and an int"
@@ -33,14 +35,31 @@ class Dataset(Protocol):
 Source: TypeAlias = Examples | Dataset
 
 
-def checked_source(data: object) -> Source:
+@dataclass(frozen=True)
+class About:
+    """What arrays or a Dataset do not say themselves. layout: one of contract.LAYOUTS, where the
+    axes could mean two things; class_names: in the order of the labels."""
+
+    layout: str | None = None
+    class_names: Sequence[str] = ()
+
+    def given(self) -> dict[str, object]:
+        """By the names of arrays in a file."""
+        names = checked_names(self.class_names, "class_names")
+        layout = {} if self.layout is None else {"layout": np.array(self.layout)}
+        return layout | ({"class_names": np.array(names)} if names else {})
+
+
+NOTHING = About()
+
+
+def checked_source(data: object, about: About = NOTHING) -> Source:
     """Arrays checked whole; of a Dataset its length, the rest when it is read. Raises DataError."""
     if isinstance(data, tuple):
         if len(data) != 2:
             raise bad("data", f"a tuple of {len(data)}", "(x, y)", "give inputs and labels")
-        with mapped("data", "(x, y) arrays", "correct the data"):
-            arrays = {"x": np.asarray(data[0]), "y": np.asarray(data[1])}
-        return check_enough(checked_arrays(arrays, "data"), "data")
+        given = {"x": data[0], "y": data[1], **about.given()}
+        return check_enough(checked_arrays(given, "data"), "data")
     if isinstance(data, np.ndarray | str | bytes | dict) or not isinstance(data, Dataset):
         raise bad("data", type(data).__name__, EXPECTED, "give one of them")
     with mapped("data", EXPECTED, "give one of them"):
@@ -51,7 +70,7 @@ def checked_source(data: object) -> Source:
 
 
 @contextmanager
-def shard_of(source: Source) -> Iterator[str]:
+def shard_of(source: Source, about: About | None = None) -> Iterator[str]:
     """The path of the shard, mode 0600 in a folder of mode 0700 under tempfile.gettempdir(); gone
     afterwards. Raises DataError."""
     with mapped(tempfile.gettempdir(), "a folder to write to", "set TMPDIR to another", to="write"):
@@ -62,38 +81,41 @@ def shard_of(source: Source) -> Iterator[str]:
             save_shard(path, source)
         else:
             items = Path(name) / "items"
-            save_shard(path, _gathered(source, items))
+            save_shard(path, _gathered(source, items, about or NOTHING))
             items.unlink()
         path.chmod(0o600)
         yield str(path)
 
 
-def _gathered(dataset: Dataset, file: Path) -> Examples:
+def _gathered(dataset: Dataset, file: Path, about: About = NOTHING) -> Examples:
     """The Dataset's items, their inputs one after another in `file`."""
     labels: Ints = np.empty(len(dataset), np.int64)
-    first = _item(dataset, 0, labels)
+    first = _item(dataset, 0, labels, about)
+    laid_out((len(labels), *first.shape), about.layout, "data")  # before all of it is read
     advice = "free space, or set TMPDIR"
     with mapped(file, "to write the data", advice, to="write"), file.open("wb") as stream:
         for index in range(len(labels)):
-            x = _item(dataset, index, labels)
+            x = _item(dataset, index, labels, about)
             if (x.shape, x.dtype) != (first.shape, first.dtype):
                 wanted = f"{first.shape} of {first.dtype} as data[0]"
                 raise bad(f"data[{index}]", f"{x.shape} of {x.dtype}", wanted)
             stream.write(x.tobytes())
     x = np.memmap(file, first.dtype, "r", shape=(len(labels), *first.shape))
-    return checked_arrays({"x": x, "y": labels}, "data")
+    return checked_arrays({"x": x, "y": labels, **about.given()}, "data")
 
 
 @np.errstate(all="ignore")  # what becomes infinite is found by checked_arrays
-def _item(dataset: Dataset, index: int, labels: Ints) -> np.ndarray[Any, Any]:
+def _item(dataset: Dataset, index: int, labels: Ints, about: About) -> np.ndarray[Any, Any]:
     """One input, floats as float32; its label is written to `labels`."""
     where = f"data[{index}]"
     with mapped(where, "a pair of a tensor and an int", "correct the Dataset"):
         value, label = dataset[index]
-        x = np.asarray(value)
-        labels[index] = operator.index(label)
-    if x.dtype != np.uint8 and x.dtype.kind != "f":
-        raise bad(where, f"an input of {x.dtype}", "uint8 or float")
+    for name, part in (("input", value), ("label", label)):
+        if masked(part):
+            raise bad(where, f"a masked {name}", "no masked value", MASK_STEP)
+    x = checked_inputs(plain(value, "an input", where), where, "an input")
     if not x.size:
-        raise bad(where, f"an empty input of shape {x.shape}", "(C, H, W) or (C, window)")
+        raise bad(where, f"an empty input of shape {x.shape}", "(C, H, W), (C, window) or (F,)")
+    with mapped(where, "a label of 64 bits"):
+        labels[index] = label_of(label, about.class_names, where)
     return x if x.dtype == np.uint8 else x.astype(np.float32)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from edge_sdk.data.examples import DataSet, Examples, bad, check_examples, mapped
+from edge_sdk.data.contract import AXES, bad, from_one, mismatch
+from edge_sdk.data.examples import DataSet, Examples, check_examples, mapped
 from edge_sdk.data.partition import stratified_split, stratified_subset
-from edge_sdk.data.readers.table import readers
-from edge_sdk.errors import ConfigError, UsageError
+from edge_sdk.data.readers.table import Reader, readers
+from edge_sdk.errors import ConfigError, DataError, UsageError
 from edge_sdk.helpers.files import replacing
 
 __all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "load_test", "save_shard"]
+log = logging.getLogger(__name__)
 TEST_FRACTION = 0.2
 
 
@@ -24,14 +27,34 @@ def load(source: str) -> tuple[str, Examples, Examples | None]:
     source: what `readers.table.known` tells. Raises DataError if it is missing, corrupt or of
     another kind, and ConfigError if reading it needs a package that is not installed."""
     name, read_train, read_test = readers(source)
-    train = read_train()
+    train = _read(read_train, source)
     if read_test is None:
         return name, train, None
-    test = read_test()
+    test = _read(read_test, source)
     if train.input_shape != test.input_shape:
         raise bad(source, f"test inputs {test.input_shape}", f"{train.input_shape} as in train")
+    whose = (f"{source} (train)", "its test part")
+    if found := mismatch(train.input_scaling, test.input_scaling, whose):
+        if found.is_certain:
+            raise DataError(found.text)
+        log.warning("%s", found.text)
+    names = train.class_names or test.class_names
+    if test.class_names and names != test.class_names:
+        raise bad(source, "other class_names in test than in train", "the same in both")
     num_classes = max(train.num_classes, test.num_classes)
-    return name, replace(train, num_classes=num_classes), replace(test, num_classes=num_classes)
+    train, test = (
+        replace(part, num_classes=num_classes, class_names=names) for part in (train, test)
+    )
+    return name, check_examples(train, source), check_examples(test, source)
+
+
+def _read(reader: Reader, source: str) -> Examples:
+    """What a reader gives, which may be a user's own, checked; a doubt about its labels is told."""
+    examples = check_examples(reader(), source)
+    lowest, highest = int(examples.y.min()), int(examples.y.max())
+    if said := from_one(lowest, highest, examples.num_classes):
+        log.warning("%s: %s", source, said)
+    return examples
 
 
 def load_dataset(
@@ -52,12 +75,12 @@ def load_dataset(
 def load_test(source: str) -> Examples:
     """The official test part of a source, or all of it where it has none; reads nothing else."""
     _, read_train, read_test = readers(source)
-    return (read_test or read_train)()
+    return _read(read_test or read_train, source)
 
 
 def load_shard(source: str) -> Examples:
     """The train part of a source, for a device's own training; its test part is not read."""
-    return readers(source)[1]()
+    return _read(readers(source)[1], source)
 
 
 def as_asked(
@@ -73,6 +96,11 @@ def as_asked(
             f"--classes {num_classes}, but {source} has {examples.num_classes}; leave --classes "
             "out, or raise it"
         )
+    if num_classes not in (None, examples.num_classes) and examples.class_names:
+        raise UsageError(
+            f"--classes {num_classes}, but {source} has {len(examples.class_names)} class_names; "
+            "leave --classes out, or name the others there"
+        )
     return replace(examples, num_classes=num_classes or examples.num_classes)
 
 
@@ -82,9 +110,16 @@ def save_shard(path: str | os.PathLike[str], examples: Examples) -> None:
     if path.suffix != ".npz":
         raise ConfigError(f"shard file {path}: expected a name that ends in .npz")
     check_examples(examples, str(path))
-    arrays = {"x": examples.x, "y": examples.y, "num_classes": np.int64(examples.num_classes)}
+    arrays = {
+        "x": examples.x,
+        "y": examples.y,
+        "num_classes": np.int64(examples.num_classes),
+        "layout": np.array(AXES[examples.x.ndim]),
+    }
     if examples.subject is not None:
         arrays["subject"] = examples.subject
+    if examples.class_names:
+        arrays["class_names"] = np.array(examples.class_names)
     if examples.scaling is not None:
         arrays["scaling"] = np.array(examples.scaling)
     step = "check the folder, its rights and its free space"

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.data.examples import Examples, Scaling, bad, check_examples, mapped
+from edge_sdk.data.contract import LAYOUTS, bad, checked_names, laid_out
+from edge_sdk.data.examples import Examples, Floats, Scaling, check_examples, mapped
+from edge_sdk.data.plain_arrays import checked_inputs, checked_labels, plain
 from edge_sdk.data.readers.scaling import PIXELS, image_examples, scaled
 from edge_sdk.data.readers.table import FileSet, register_reader
 from edge_sdk.helpers.imports import optional_module
 
 NPY = b"\x93NUMPY"  # first bytes of an .npy file
+ARRAYS = ("x", "y", "num_classes", "subject", "scaling", "class_names", "layout")
 DIGITS: Scaling = (8.0, 1.0)  # 0..16 to -1..1
 
 
@@ -29,7 +32,7 @@ def read_digits(_: Sequence[Path] = ()) -> Examples:
 
 
 def read_npz(paths: Sequence[Path]) -> Examples:
-    """Arrays x and y, and perhaps num_classes, subject, scaling, see `checked_arrays`."""
+    """Arrays x and y, and perhaps others of ARRAYS, see `checked_arrays`."""
     (path,) = paths
     expected = "an .npz file with numeric arrays x and y"
     with mapped(path, expected), path.open("rb") as file:
@@ -37,8 +40,7 @@ def read_npz(paths: Sequence[Path]) -> Examples:
         archive = np.load(file, allow_pickle=False)
         if not {"x", "y"} <= set(archive.files):
             raise bad(path, f"arrays {archive.files}", expected)
-        names = {"x", "y", "num_classes", "subject", "scaling"}.intersection(archive.files)
-        arrays = {name: np.asarray(archive[name]) for name in names}
+        arrays = {name: _stored(archive, name, path) for name in ARRAYS if name in archive.files}
     return checked_arrays(arrays, str(path))
 
 
@@ -51,28 +53,66 @@ def check_begin(path: Path, file: BinaryIO, begin: bytes, expected: str) -> None
         raise bad(path, got, f"{expected}, which begins with {begin!r}", "give another file")
 
 
-@np.errstate(all="ignore")  # as for scaled
-def checked_arrays(arrays: dict[str, npt.NDArray[Any]], where: str) -> Examples:
-    """Examples of arrays x and y, and perhaps num_classes, subject, scaling. Raises DataError.
+def _stored(archive: Any, name: str, path: Path) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(archive[name])
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        step = "save numbers, or text as np.array(..., dtype=str)"
+        raise bad(path, f"{name} of Python objects", "an array", step) from error
 
-    uint8 x of (n, H, W) gets a channel axis and is scaled; float x of (n, C, window) or
-    (n, C, H, W) stays as it is, so that shards of both kinds come back unchanged."""
-    for name in arrays.keys() - {"x", "scaling"}:
+
+@np.errstate(all="ignore")  # as for scaled
+def checked_arrays(given: Mapping[str, object], where: str) -> Examples:
+    """Examples of what is given under the names of ARRAYS, x and y at least. Raises DataError.
+
+    uint8 x is scaled as pixels; float x stays as it is, so that shards come back unchanged."""
+    arrays = {name: plain(value, name, where) for name, value in given.items()}
+    for name in arrays.keys() & {"num_classes", "subject"}:
         if arrays[name].dtype.kind not in "iu":
             raise bad(where, f"{name} of dtype {arrays[name].dtype}", "integers")
-    x, y, subject = arrays["x"], arrays["y"].astype(np.int64), arrays.get("subject")
-    num_classes = arrays.get("num_classes", np.asarray(int(y.max(initial=0)) + 1))
+    names, subject = _class_names(arrays.get("class_names"), where), arrays.get("subject")
+    x, y = checked_inputs(arrays["x"], where), checked_labels(arrays["y"], names, where)
+    x = x.reshape(laid_out(x.shape, _layout(arrays.get("layout"), where), where))
+    most = len(names) or int(y.max(initial=0)) + 1
+    num_classes = arrays.get("num_classes", np.asarray(most))
     if num_classes.size != 1:
         raise bad(where, f"num_classes of shape {num_classes.shape}", "one number")
     scaling = _scaling(arrays.get("scaling"), where)
     if x.dtype == np.uint8:
-        scaling = PIXELS
-        x = scaled(x[:, None] if x.ndim == 3 else x, *PIXELS)  # (n, H, W) -> (n, 1, H, W)
-    elif x.dtype.kind != "f":
-        raise bad(where, f"x of dtype {x.dtype}", "uint8 or float")
+        x, scaling = scaled(x, *PIXELS), PIXELS
     x = np.asarray(x, dtype=np.float32, order="C")
+    if scaling:
+        _check_scaled(x, scaling, where)
     subject = None if subject is None else subject.astype(np.int64)
-    return check_examples(Examples(x, y, int(num_classes.item()), subject, scaling), where)
+    found = Examples(x, y, int(num_classes.item()), subject, scaling, names)
+    return check_examples(found, where)
+
+
+def _class_names(array: npt.NDArray[Any] | None, where: str) -> tuple[str, ...]:
+    if array is None:
+        return ()
+    if array.ndim != 1:
+        raise bad(where, f"class_names of shape {array.shape}", "a list of names")
+    return checked_names(array.tolist(), where)
+
+
+def _layout(array: npt.NDArray[Any] | None, where: str) -> str | None:
+    if array is None:
+        return None
+    if array.ndim or array.dtype.kind != "U":
+        raise bad(where, f"layout {array.shape} of {array.dtype}", f"one of {', '.join(LAYOUTS)}")
+    return str(array)
+
+
+def _check_scaled(x: Floats, scaling: Scaling, where: str) -> None:
+    """Raise DataError unless float x can have been made of integers by that rule."""
+    divisor, offset = scaling
+    integers = (x[:: max(1, len(x) // 100)].astype(np.float64) + offset) * divisor
+    if not np.allclose(integers, integers.round(), rtol=1e-5, atol=0.01):
+        got = f"floats that are no integers / {divisor:g} - {offset:g}, as `scaling` says"
+        raise bad(where, got, "floats made by that rule", "leave `scaling` out, or correct it")
 
 
 def _scaling(array: npt.NDArray[Any] | None, where: str) -> Scaling | None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdk.data.contract import laid_out
 from edge_sdk.data.examples import Examples, Floats, Scaling, check_examples
 
 PIXELS: Scaling = (127.5, 1.0)  # 0..255 to -1..1
@@ -25,5 +26,6 @@ def image_examples(
     x: npt.NDArray[np.uint8], y: npt.NDArray[Any], num_classes: int, where: str
 ) -> Examples:
     """Checked examples from pixels (n, C, H, W) and integer labels (n,) from 0."""
+    laid_out(x.shape, None, where)
     examples = Examples(scaled(x, *PIXELS), y.astype(np.int64), num_classes, scaling=PIXELS)
     return check_examples(examples, where)

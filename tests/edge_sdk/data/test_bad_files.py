@@ -89,10 +89,10 @@ def test_idx_labels_missing_or_of_other_count(tmp_path):
 BAD_NPZ = {
     "no x": ({"y": LABELS}, "arrays ['y']"),
     "no y": ({"x": PIXELS}, "arrays ['x']"),
-    "object x": ({"x": np.array([None, {}, ""]), "y": LABELS}, "Object arrays"),
+    "object x": ({"x": np.array([None, {}, ""]), "y": LABELS}, "x of Python objects"),
     "text x": ({"x": np.array(["a", "b", "c"]), "y": LABELS}, "dtype <U1"),
     "int x": ({"x": PIXELS.astype(int), "y": LABELS}, "x of dtype int64, expected uint8 or float"),
-    "flat x": ({"x": np.zeros((3, 4)), "y": LABELS}, "x of shape (3, 4)"),
+    "flat x": ({"x": np.zeros(3), "y": LABELS}, "x of shape (3,)"),
     "scalar x": ({"x": 1.0, "y": LABELS}, "x of shape ()"),
     "5-d x": ({"x": np.zeros((3, 1, 1, 1, 1), np.uint8), "y": LABELS}, "(3, 1, 1, 1, 1)"),
     "float y": ({"x": PIXELS, "y": [0.5, 1, 2]}, "y of dtype float64, expected integers"),

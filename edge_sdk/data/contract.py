@@ -1,0 +1,207 @@
+"""What inputs and labels mean: one rule for each of layout, scaling and class names, for whatever
+brings data in. Of shapes, numbers and names only, so that an agent, which holds no array, keeps to
+the same rules. docs/data.md tells them."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from edge_sdk.errors import DataError
+from edge_sdk.protocol.messages import PLAIN_TEXT, InputScaling
+
+Shape: TypeAlias = tuple[int, ...]
+LAYOUTS = {"features": "(n, F)", "series": "(n, C, window)", "images": "(n, C, H, W)"}
+AXES = {2: "features", 3: "series", 4: "images"}  # by the number of axes, n among them
+FEW_CHANNELS = 12  # a series of more is long, else it may be rows of an image
+LONG = 4  # times its channels
+MOST_NAME = 200  # characters of a class's name
+NAMES_STEP = (
+    "give class_names, the list of all classes in an order that is the same on every device, or "
+    "numbers"
+)
+MOST_INPUT = 1e15  # beyond it lie marks of missing values (1e20, 9.97e36), never scaled inputs
+# Of the wider of two ranges, the share that both have. Pixels at 0..1 beside -1..1 have half.
+SHARED = 0.5
+FAR = 100.0  # times as wide: no other devices' data of one kind, but other units (0..255 by 0..1)
+
+
+def bad(where: str | Path, got: str, expected: str, step: str = "correct the data") -> DataError:
+    return DataError(f"{where}: got {got}, expected {expected}; {step}")
+
+
+# -- layout ----------------------------------------------------------------------------------------
+
+
+def laid_out(shape: Shape, layout: str | None, where: str) -> Shape:
+    """The shape (n, *input_shape) that x of this shape is read as, whatever its type. layout: one
+    of LAYOUTS, which also adds the channel axis that images or a series lack; None: by the number
+    of axes, if that means one thing. Raises DataError, which tells how to turn x."""
+    if layout is not None and layout not in LAYOUTS:
+        raise bad(where, f"layout {layout!r}", f"one of {', '.join(LAYOUTS)}", "name one of them")
+    axes = len(shape)
+    if layout is None:
+        return _unmistakable(shape, where)
+    if AXES.get(axes) == layout:
+        return shape
+    if AXES.get(axes + 1) == layout != "features":
+        return (shape[0], 1, *shape[1:])
+    raise bad(where, f"x of shape {shape}, layout {layout!r}", LAYOUTS[layout], "reshape x")
+
+
+def _unmistakable(shape: Shape, where: str) -> Shape:
+    got = f"x of shape {shape}"
+    if len(shape) not in AXES:
+        raise bad(where, got, f"{', '.join(LAYOUTS.values())}", "reshape x")
+    if len(shape) == 3:
+        _, channels, window = shape
+        is_long = channels <= FEW_CHANNELS or window >= LONG * channels
+        if channels > 1 and (channels >= window or not is_long):
+            raise bad(
+                where,
+                f"{got}, which may be images without a channel axis or a series of {channels} "
+                "channels",
+                "(n, C, H, W) or (n, C, window)",
+                "for images give x[:, None], for (n, window, C) x.transpose(0, 2, 1), else say "
+                'layout "series"',
+            )
+    if len(shape) == 4:
+        _, first, second, last = shape
+        if last < min(first, second) and (first > LONG or first == second):
+            raise bad(
+                where,
+                f"{got}, which looks like (n, H, W, C)",
+                "(n, C, H, W)",
+                f'give x.transpose(0, 3, 1, 2), or say layout "images" if there are {first} '
+                "channels",
+            )
+    return shape
+
+
+# -- scaling ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Two scalings that differ, in a sentence. is_certain: no data of one kind are so far apart."""
+
+    text: str
+    is_certain: bool
+
+
+def scaling_of(low: float, high: float, rule: tuple[float, float] | None) -> InputScaling:
+    """rule: (divisor, offset) of integers, None: floats. The range is told in three digits."""
+    low, high = float(f"{low:.3g}"), float(f"{high:.3g}")
+    if rule is None:
+        return InputScaling(low=low, high=high)
+    return InputScaling(low=low, high=high, divisor=rule[0], offset=rule[1])
+
+
+def described(scaling: InputScaling) -> str:
+    """In words, e.g. "integers / 127.5 - 1", "floats as given, 0 to 255"."""
+    if scaling.divisor is None:
+        return f"floats as given, {scaling.low:g} to {scaling.high:g}"
+    return f"integers / {scaling.divisor:g} - {scaling.offset:g}"
+
+
+def mismatch(
+    reference: InputScaling | None, other: InputScaling | None, names: tuple[str, str]
+) -> Mismatch | None:
+    """How the inputs of `other` were scaled unlike those of `reference`; None: as far as can be
+    told they were not, or one of them is not known. names: whose they are, in that order.
+
+    Two rules for integers are one or differ. Floats beside integers, and floats beside floats, are
+    compared by their ranges: floats that were scaled by hand by the same rule share more than half
+    of the range. Floats within other floats are legitimate, as clients differ, but for a range FAR
+    wider than the reference's."""
+    if reference is None or other is None:
+        return None
+    widths = reference.high - reference.low, other.high - other.low
+    both = min(reference.high, other.high) - max(reference.low, other.low)
+    is_apart = both <= SHARED * max(widths)
+    if reference.divisor is not None and other.divisor is not None:
+        is_other = is_certain = _rule(reference) != _rule(other)
+    elif min(widths) <= 0:  # constant inputs tell nothing
+        is_other = is_certain = False
+    elif reference.divisor is None and other.divisor is None:
+        is_other, is_certain = is_apart, widths[1] >= FAR * widths[0]
+    else:
+        is_other, is_certain = True, is_apart
+    if not is_other:
+        return None
+    step = "scale both alike, by the same constants"
+    if None in (reference.divisor, other.divisor) and reference.divisor != other.divisor:
+        step = "give the same integers on both sides, or, of floats scaled by that rule, `scaling`"
+    text = (
+        f"the inputs of {names[0]} are {described(reference)}, those of {names[1]} "
+        f"{described(other)}; {step}"
+    )
+    return Mismatch(text, is_certain)
+
+
+def _rule(scaling: InputScaling) -> tuple[float | None, float]:
+    return scaling.divisor, scaling.offset
+
+
+# -- labels ----------------------------------------------------------------------------------------
+
+
+def checked_names(names: Sequence[object], where: str) -> tuple[str, ...]:
+    """The classes' names in the order of their labels. Raises DataError."""
+    wanted = "a different name for each class, text on one line"
+    if isinstance(names, str):
+        raise bad(where, f"class_names {names!r:.60}", "a list of names")
+    for name in names:
+        if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME:
+            raise bad(where, f"class_names with {name!r:.60}", wanted)
+        if not re.match(PLAIN_TEXT, name):
+            raise bad(where, f"class_names with {name!r:.60}", wanted)
+    found = tuple(map(str, names))
+    if twice := sorted(name for name, count in Counter(found).items() if count > 1):
+        raise bad(where, f"class_names with {twice[0]!r} more than once", wanted)
+    return found
+
+
+def names_digest(names: Sequence[str]) -> str | None:
+    """Of the names in their order, as `Hello` tells it; None for none."""
+    text = "".join(f"{name}\n" for name in names)
+    return hashlib.sha256(text.encode()).hexdigest()[:32] if names else None
+
+
+def label_of(label: object, names: Sequence[str], where: str) -> int:
+    """A label as a number from 0, that of its name where it is a text. Raises DataError."""
+    if isinstance(label, str):
+        if not names:
+            raise bad(where, f"the label {label!r:.60}", "an integer", NAMES_STEP)
+        if label not in names:
+            known = f"one of class_names, {listed(names)}"
+            raise bad(where, f"the label {label!r:.60}", known)
+        return names.index(label)
+    if type(label).__name__ in ("bool", "bool_"):
+        raise bad(where, f"the label {label}", "an integer", "give int(label)")
+    try:
+        return operator.index(label)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"a label of type {type(label).__name__}"
+        raise bad(where, got, "an integer, or one of class_names") from error
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, for a message."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def from_one(lowest: int, highest: int, num_classes: int) -> str:
+    """What to say of labels that seem to count from 1; "" for others."""
+    if lowest != 1 or highest < num_classes - 1:
+        return ""
+    return (
+        f"labels run from 1 to {highest} and none is 0; if the classes are counted from 1, give "
+        "y - 1: labels are 0 to the number of classes less one, as on every other device"
+    )
