@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from edge_sdk.data.contract import NOT_KNOWN, TrainedOn
 from edge_sdk.errors import ConfigError
-from edge_sdk.protocol.messages import Index, InputScaling, ModelSpec, Plan, Seconds, Segment
+from edge_sdk.protocol.messages import Index, ModelSpec, Plan, Seconds, Segment
 
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Decay: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
@@ -186,7 +187,7 @@ class RunConfig(Options, frozen=True, kw_only=True):
     method: str
     model: ModelSpec  # exit = the number of exits of the whole model
     data: str = ""  # what the common test set comes from
-    scaling: InputScaling | None = None  # of that data's inputs; None: not known
+    trained_on: TrainedOn = NOT_KNOWN  # scaling and class names of that data
     rounds: Annotated[Index, flag("of the whole run")]
     init: Annotated[str, flag(INIT, metavar="FILE")] = ""
     participants: Annotated[Index | None, flag("clients per round, default all")] = None

@@ -13,9 +13,10 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from coordinator.config import PARTS, Options, Own, RunConfig
+from edge_sdk.data.contract import NOT_KNOWN, TrainedOn
 from edge_sdk.errors import DataError, UsageError
 from edge_sdk.helpers.text import destination, one_line, plain_words
-from edge_sdk.protocol.messages import InputScaling, Plan
+from edge_sdk.protocol.messages import Plan
 
 Checked = TypeVar("Checked")
 
@@ -27,7 +28,6 @@ OTHER_FLAGS = {  # of settings that do not say it themselves
     "model.options": "--option",
     "model.input_shape": "--input",
     "model.num_classes": "--classes",
-    "scaling": "the scaling of --data (serve: --test)",
     "population.holdout": "--personalise",
 }
 
@@ -138,6 +138,8 @@ def own_options(given: Own, kind: type[Options] | None, whose: str) -> tuple[Opt
 
 def flag_of(path: str) -> str:
     """The flag of a setting such as "generator.epochs"."""
+    if path.startswith("trained_on."):
+        path = "data"
     if path in OTHER_FLAGS:
         return OTHER_FLAGS[path]
     *part, field = path.split(".")
@@ -160,7 +162,7 @@ def shaped(
     config: RunConfig,
     input_shape: tuple[int, ...],
     num_classes: int,
-    scaling: InputScaling | None = None,
+    trained_on: TrainedOn = NOT_KNOWN,
 ) -> RunConfig:
     """With a model for that data. Raises DataError for data of one class."""
     if num_classes < 2:
@@ -169,7 +171,7 @@ def shaped(
             "apart; give other data"
         )
     spec = replace(config.model, input_shape=tuple(input_shape), num_classes=num_classes)
-    return replace(config, model=spec, scaling=scaling)
+    return replace(config, model=spec, trained_on=trained_on)
 
 
 def differences(old: RunConfig, new: RunConfig) -> str:

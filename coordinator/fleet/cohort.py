@@ -82,7 +82,8 @@ class ZmqCohort:
         self._spool = spool
         self._counters = counters = Counters()
         self._should_stop = should_stop
-        self.sessions = Sessions(router, welcome_of(config, model, run, HEARTBEAT_S), counters)
+        welcome, names = welcome_of(config, model, run, HEARTBEAT_S), config.trained_on.class_names
+        self.sessions = Sessions(router, welcome, counters, names)
         self.jobs = Jobs(
             run,
             spool,

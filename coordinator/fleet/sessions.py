@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from coordinator.cohorts.base import Client
 from coordinator.config import RunConfig
 from coordinator.fleet.counters import MAX_CLIENTS, Counters
 from coordinator.fleet.router import NOT_ADMITTED, Received, Router
+from edge_sdk.data.contract import names_digest, unlike_run
 from edge_sdk.helpers.logs import event
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import (
@@ -44,7 +47,8 @@ def welcome_of(config: RunConfig, model: ModelSpec, run: str, heartbeat_s: float
         plan=config.plan(config.rounds),
         deadline_s=config.deadline_s,
         heartbeat_s=heartbeat_s,
-        scaling=config.scaling,
+        scaling=config.trained_on.scaling,
+        class_names=names_digest(config.trained_on.class_names),
     )
 
 
@@ -73,11 +77,19 @@ class Gone:
 
 class Sessions:
     """The live links by client. What happens to one is returned, as a Gone or, of a device that has
-    its place now, its Hello: whoever holds the jobs wants to know."""
+    its place now, its Hello: whoever holds the jobs wants to know. class_names: the run's."""
 
-    def __init__(self, router: Router, welcome: Welcome, counters: Counters) -> None:
+    def __init__(
+        self,
+        router: Router,
+        welcome: Welcome,
+        counters: Counters,
+        class_names: Sequence[str] = (),
+    ) -> None:
         self._router = router
         self._welcome = welcome
+        self._class_names = class_names
+        self._has_test = welcome.scaling is not None  # else the first device's data are compared
         self._counters = counters
         self._names: dict[bytes, str] = {}
         self.all: dict[str, Session] = {}
@@ -141,13 +153,9 @@ class Sessions:
         if known != name:
             self.refuse(route, "admission", f"this is {known!r}, hello says {name!r}")
             return None
-        model = self._welcome.model
-        if hello.input_shape != model.input_shape or hello.num_classes > model.num_classes:
-            detail = (
-                f"its examples are {hello.input_shape} with {hello.num_classes} classes, this run "
-                f"trains on {model.input_shape} with {model.num_classes}"
-            )
-            self.refuse(route, "data", detail)
+        unlike = unlike_run(hello, self._welcome, name, self._class_names)
+        if unlike and unlike.is_certain and (self._has_test or unlike.is_of_model):
+            self.refuse(route, "data", unlike.text)
             return None
         counted = self._counters.clients
         if received.name is None and name not in counted and len(counted) >= MAX_CLIENTS:
@@ -251,6 +259,7 @@ class Sessions:
         self._names[received.route] = name
         self.all[name] = Session(received.route, hello, time.monotonic(), received.address)
         self.set_ready(name, ready)
+        self._note_data(hello, is_same)
         platform, counts = hello.profile.platform, self._counters.of(name)
         counts.address, counts.platform = received.address, platform
         extra = event("back" if is_same else "joined", client=name, address=received.address)
@@ -258,3 +267,13 @@ class Sessions:
         log.info(said, name, platform, extra=extra)
         self.send(name, self._welcome)
         return hello
+
+    def _note_data(self, hello: Hello, is_same: bool) -> None:
+        """Tell a doubt about a device's data. Without a test set the first device's are what others
+        are compared with; as it is no more right than they, nobody is refused for that."""
+        if not self._has_test and self._welcome.scaling is None:
+            data = {"scaling": hello.scaling, "class_names": hello.class_names}
+            self._welcome = replace(self._welcome, **data)
+        unlike = unlike_run(hello, self._welcome, hello.client_id, self._class_names)
+        if unlike and not is_same:
+            log.warning("%s", unlike.text)

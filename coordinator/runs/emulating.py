@@ -99,7 +99,7 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
     torch.set_num_threads(settings.threads)
     data = load_dataset(config.data, config.seed, config.examples, config.test_examples)
     train = data.train
-    config = shaped(config, train.input_shape, train.num_classes, train.input_scaling)
+    config = shaped(config, train.input_shape, train.num_classes, train.trained_on)
     config = checked(replace(config, population=population.text()))
     with typed():
         method = make_method(config, device)  # a model that cannot be built begins no run
@@ -155,7 +155,7 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
                 )
         if settings.out:
             write_json(store, population, settings.out, extra)
-        export_served(method, data.test, settings.export)
+        export_served(method, data.test, settings.export, store.config.trained_on)
 
 
 @contextmanager

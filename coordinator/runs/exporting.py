@@ -11,6 +11,7 @@ from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
 from coordinator.runs.beginning import load_state
 from coordinator.store.store import Store
+from edge_sdk.data.contract import TrainedOn
 from edge_sdk.data.loading import Examples, load_dataset, load_test
 from edge_sdk.errors import ConfigError, DataError, StoreError
 from edge_sdk.infer.export import check_packages, export, prefix
@@ -28,10 +29,13 @@ def check_export(folder: Path | None) -> None:
         check_target(folder)
 
 
-def export_served(method: Method, examples: Examples | None, folder: Path | None) -> None:
+def export_served(
+    method: Method, examples: Examples | None, folder: Path | None, trained_on: TrainedOn
+) -> None:
     """Write the whole served model, if a folder is named."""
     if folder:
-        made = export(method.spec, method.served(), folder, examples=examples)
+        spec, tensors = method.spec, method.served()
+        made = export(spec, tensors, folder, examples=examples, trained_on=trained_on)
         print(described(made, folder))
 
 
@@ -56,7 +60,8 @@ def export_run(
         examples = load_test(data) if data else run_examples(store.config)
     finally:
         store.close()
-    print(described(export(spec, tensors, out, examples=examples), out))
+    made = export(spec, tensors, out, examples=examples, trained_on=store.config.trained_on)
+    print(described(made, out))
 
 
 def chosen_part(

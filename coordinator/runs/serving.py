@@ -98,7 +98,7 @@ def serve(config: RunConfig, settings: ServeSettings) -> None:
         _, train_part, test_part = load(config.data)
         found = test_part or train_part
         test = as_asked(found, config.data, settings.input_shape, settings.num_classes)
-        config = checked(shaped(config, test.input_shape, test.num_classes, test.input_scaling))
+        config = checked(shaped(config, test.input_shape, test.num_classes, test.trained_on))
     with typed():
         method = make_method(config, device)  # a model that cannot be built begins no run
     if not settings.is_resumed:
@@ -180,7 +180,7 @@ def serve_rounds(
                 if store.is_finished:
                     path = store.write_model(method.spec, method.served())
                     goodbye = FINISHED
-                    export_served(method, test, settings.export)
+                    export_served(method, test, settings.export, store.config.trained_on)
                     told = (store.run, path, logs.event("finished", run=store.run))
                     log.info("run %s is finished, its model is in %s", *told[:2], extra=told[2])
         finally:

@@ -25,8 +25,8 @@ def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Stor
         stack.callback(store.close)
         store.lock()
         held = store.config
-        # One that an earlier version stored does not tell the scaling.
-        held = replace(held, scaling=held.scaling or config.scaling)
+        if held.trained_on.scaling is None:  # stored by a version that did not tell it
+            held = replace(held, trained_on=config.trained_on)
         is_same = replace(held, rounds=config.rounds).to_json() == config.to_json()
         if not is_same or config.rounds < held.rounds:
             raise ConfigError(

@@ -295,9 +295,12 @@ class Store:
         return totals
 
     def write_model(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Path:
-        """The model to use as `model.safetensors`, its ModelSpec as JSON in the file's metadata."""
+        """The model to use as `model.safetensors`; in the file's metadata, as JSON, its ModelSpec
+        and what data it is for."""
         path = self.folder / "model.safetensors"
-        self.write_tensors(path, tensors, {"spec": msgspec.json.encode(spec).decode()})
+        about = {"spec": spec, "data": self.config.trained_on}
+        text = {name: msgspec.json.encode(value).decode() for name, value in about.items()}
+        self.write_tensors(path, tensors, text)
         return path
 
     def write_tensors(

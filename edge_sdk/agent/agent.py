@@ -27,6 +27,7 @@ from edge_sdk.agent.pipe import (
 from edge_sdk.agent.state import REFUSED_S, State, hello
 from edge_sdk.agent.trainer_process import Supervisor
 from edge_sdk.agent.watchdog import Notifier, Watchdog
+from edge_sdk.data.contract import unlike_run
 from edge_sdk.errors import DataError, EdgeError, LinkError, ProtocolError, TrainerError
 from edge_sdk.protocol.link import Link, Payload
 from edge_sdk.protocol.messages import (
@@ -224,6 +225,10 @@ class Agent:
         is_first = state.welcome is None
         self._tell(events.connected(welcome))
         state.mark_welcomed(welcome)
+        assert state.inspected is not None  # else no hello was said
+        is_new = before is None or before.run != welcome.run
+        if is_new and (unlike := unlike_run(state.inspected, welcome, "this device")):
+            log.warning("%s", unlike.text)
         stands = self._choosing.begin(welcome, before)
         is_other = before is not None and (before.run, before.model) != (welcome.run, welcome.model)
         if is_other and state.job:

@@ -36,7 +36,7 @@ def run_export(args: argparse.Namespace) -> int:
     require_torch("edge-sdk export")
     for module in args.imports or ():
         import_module(module)
-    from edge_sdk.infer.export import cut, export, prefix, read_weights
+    from edge_sdk.infer.export import cut, export, prefix, read_trained_on, read_weights
 
     if os.path.isdir(args.source):  # Path.is_dir raises on what cannot be looked at
         if args.exit is None:
@@ -47,6 +47,7 @@ def run_export(args: argparse.Namespace) -> int:
 
         examples = load_test(args.data) if args.data else None
         spec, tensors = prefix(*read_weights(args.source), args.exit)
-        model = export(spec, tensors, args.out, examples=examples)
+        trained_on = read_trained_on(args.source)
+        model = export(spec, tensors, args.out, examples=examples, trained_on=trained_on)
     print(described(model, args.out))
     return 0

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from edge_sdk.errors import DataError
-from edge_sdk.protocol.messages import PLAIN_TEXT, InputScaling
+from edge_sdk.protocol.messages import PLAIN_TEXT, InputScaling, Struct, Welcome
 
 Shape: TypeAlias = tuple[int, ...]
 LAYOUTS = {"features": "(n, F)", "series": "(n, C, window)", "images": "(n, C, H, W)"}
@@ -87,12 +87,24 @@ def _unmistakable(shape: Shape, where: str) -> Shape:
 # -- scaling ---------------------------------------------------------------------------------------
 
 
+class TrainedOn(Struct, frozen=True, kw_only=True):
+    """What goes with a trained model of the data that it is for. None, (): not known."""
+
+    scaling: InputScaling | None = None
+    class_names: tuple[str, ...] = ()
+
+
+NOT_KNOWN = TrainedOn()
+
+
 @dataclass(frozen=True)
 class Mismatch:
-    """Two scalings that differ, in a sentence. is_certain: no data of one kind are so far apart."""
+    """Data that differ, in a sentence. is_certain: no data of one kind are so far apart.
+    is_of_model: the model of the run cannot take them."""
 
     text: str
     is_certain: bool
+    is_of_model: bool = False
 
 
 def scaling_of(low: float, high: float, rule: tuple[float, float] | None) -> InputScaling:
@@ -143,6 +155,59 @@ def mismatch(
         f"{described(other)}; {step}"
     )
     return Mismatch(text, is_certain)
+
+
+def unlike_model(reference: InputScaling | None, low: float, high: float) -> Mismatch | None:
+    """How float inputs of this range were scaled unlike those that trained a model. They may be a
+    few, so only a wider range is certain; those of integers that stay in its upper half are a
+    doubt."""
+    if reference is None or reference.low >= reference.high:
+        return None
+    is_integers = reference.divisor is not None
+    margin = (2 if is_integers else FAR) * (reference.high - reference.low)
+    is_certain = low < reference.low - margin or high > reference.high + margin
+    if not is_certain and not (is_integers and low >= (reference.low + reference.high) / 2 < high):
+        return None
+    text = (
+        f"the inputs are floats, {low:.3g} to {high:.3g}; those that trained the model were "
+        f"{described(reference)}, {reference.low:g} to {reference.high:g}; scale them likewise"
+    )
+    return Mismatch(text, is_certain)
+
+
+class DataTold(Protocol):
+    """What a device says of its data."""
+
+    @property
+    def input_shape(self) -> Shape: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def scaling(self) -> InputScaling | None: ...
+    @property
+    def class_names(self) -> str | None: ...
+
+
+def unlike_run(
+    told: DataTold, welcome: Welcome, name: str, class_names: Sequence[str] = ()
+) -> Mismatch | None:
+    """How a device's data differ from what a run trains on, as both sides find out. name: the
+    device's, in the sentence. class_names: the run's, where they are known."""
+    model = welcome.model
+    if told.input_shape != model.input_shape or told.num_classes > model.num_classes:
+        text = (
+            f"its examples are {told.input_shape} with {told.num_classes} classes, this run "
+            f"trains on {model.input_shape} with {model.num_classes}"
+        )
+        if told.num_classes == model.num_classes + 1:
+            text += "; if its labels run from 1, give y - 1"
+        return Mismatch(text, True, True)
+    names = {told.class_names, welcome.class_names} - {None}
+    if len(names) > 1:
+        whose = f", which are {listed(class_names, 20)}" if class_names else ""
+        text = f"the class_names of {name} are not this run's{whose}"
+        return Mismatch(f"{text}; give the same names in the same order", True)
+    return mismatch(welcome.scaling, told.scaling, ("this run", name))
 
 
 def _rule(scaling: InputScaling) -> tuple[float | None, float]:

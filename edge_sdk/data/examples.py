@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.data.contract import AXES, LAYOUTS, MOST_INPUT, scaling_of
+from edge_sdk.data.contract import AXES, LAYOUTS, MOST_INPUT, TrainedOn, scaling_of
 from edge_sdk.data.contract import bad as bad  # every reader's
 from edge_sdk.errors import DataError, EdgeError
 from edge_sdk.protocol.messages import InputScaling
@@ -45,6 +45,11 @@ class Examples:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one example, (C, H, W), (C, window) or (F,)."""
         return self.x.shape[1:]
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        """What is to go with a model that is trained for such examples."""
+        return TrainedOn(scaling=self.input_scaling, class_names=self.class_names)
 
     @property
     def input_scaling(self) -> InputScaling:

@@ -8,15 +8,17 @@ tests/test_light.py."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdk.data.contract import unlike_model
 from edge_sdk.data.examples import Floats, Ints
 from edge_sdk.data.readers.scaling import scaled
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
@@ -30,6 +32,7 @@ from edge_sdk.infer.model_folder import (
     read_thresholds,
 )
 
+log = logging.getLogger(__name__)
 NEVER = 2.0  # a threshold above every confidence
 BATCH = 100
 Session: TypeAlias = Any  # onnxruntime.InferenceSession, or what has its `run`
@@ -54,6 +57,7 @@ class EarlyExit:
     sessions: tuple[Session, ...]  # one per stage
     thresholds: tuple[float, ...]
     measure: Measure = "softmax"
+    told: set[str] = field(default_factory=set)  # doubts about inputs, each told once
 
     @classmethod
     def load(
@@ -92,7 +96,7 @@ class EarlyExit:
         """Answer each example at its exit. x: (n, *input_shape) of float32 as in training, or of
         uint8 where model.json says how integers are scaled. Raises ShapeError for another shape or
         dtype, DataError for NaN or infinite values, StoreError if a stage fails."""
-        features = checked_inputs(x, self.model)
+        features = self._checked(x)
         label, exit = np.zeros(len(x), np.int64), np.zeros(len(x), np.int64)
         confidence = np.zeros(len(x), np.float32)
         left = np.arange(len(x))  # examples that have not stopped, and their features beside it
@@ -112,6 +116,19 @@ class EarlyExit:
             left, features = left[~stops], features[~stops]
         return Prediction(label, exit, confidence)
 
+    def _checked(self, x: npt.NDArray[Any]) -> Floats:
+        """The inputs as stage 1 takes them; a doubt about their scaling is told once."""
+        features = checked_inputs(x, self.model)
+        if not len(x) or x.dtype == np.uint8:
+            return features
+        found = unlike_model(self.model.inputs, float(x.min()), float(x.max()))
+        if found and found.is_certain:
+            raise DataError(found.text)
+        if found and not self.told:
+            self.told.add(found.text)
+            log.warning("%s", found.text)
+        return features
+
     def step(self, number: int, features: Floats) -> tuple[Floats, Floats]:
         """Stage `number`, from 1, on features (n, ...): the next stage's features (for the last
         stage the ones given) and this exit's logits (n, K)."""
@@ -128,7 +145,7 @@ class EarlyExit:
 
     def all_exits(self, x: npt.NDArray[Any]) -> Floats:
         """Logits of every exit, (exits, n, K), in batches of BATCH; raises what predict does."""
-        features = checked_inputs(x, self.model)
+        features = self._checked(x)
         shape = (len(self.sessions), len(x), self.model.spec.num_classes)
         found = np.empty(shape, np.float32)
         for start in range(0, len(x), BATCH):

@@ -21,6 +21,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
+from edge_sdk.data.contract import NOT_KNOWN, TrainedOn, mismatch
 from edge_sdk.data.examples import Examples, Floats
 from edge_sdk.errors import ConfigError, DataError, EdgeError, StoreError
 from edge_sdk.helpers.files import sha256_of, write_file, write_struct
@@ -55,13 +56,14 @@ def export(
     folder: str | Path,
     *,
     examples: Examples | None = None,
+    trained_on: TrainedOn | None = None,
 ) -> ExportedModel:
     """Write the model of `spec` with these weights as an exported model (model_folder.py).
 
-    examples: real inputs to check it on, and where the scaling of integers comes from; None: random
-    inputs, and no scaling. Raises ConfigError for a model that cannot be built or exported, or if
-    a package is missing, ShapeError for tensors that do not fit, StoreError where the folder cannot
-    be written or the result differs from torch."""
+    examples: real inputs to check it on; None: random ones. trained_on: scaling and class names;
+    None: those of the examples. Raises ConfigError for a model that cannot be built or exported, or
+    if a package is missing, ShapeError for tensors that do not fit, StoreError where the folder
+    cannot be written or the result differs from torch."""
     check_packages()
     check_target(Path(folder))
     check_finite(tensors, "weights to export")
@@ -71,11 +73,16 @@ def export(
     x = _inputs(spec, examples)
     plain = plain_model(reference, torch.from_numpy(x[:1]))
     whole, stages = _onnx_of(plain, spec, torch.from_numpy(x[:2]))
+    data = _trained_on(examples, trained_on)
+    inputs = data.scaling
+    rule = (inputs.divisor, inputs.offset) if inputs and inputs.divisor is not None else None
     made = ExportedModel(
         spec=spec,
         opset=OPSET,
         batch_norms=_batch_norms(whole),
-        scaling=None if examples is None else examples.scaling,
+        scaling=rule,
+        input_range=(inputs.low, inputs.high) if inputs else None,
+        class_names=data.class_names,
         whole=ModelFile(name=WHOLE, sha256=sha256_of(whole)),
         stages=_stage_files(stages),
         largest_difference=0.0,
@@ -144,6 +151,17 @@ def read_weights(path: Path) -> tuple[ModelSpec, Tensors]:
     except KeyError as error:
         wanted = f"expected {expected}; for a checkpoint use edge-coordinator export --run"
         raise StoreError(f"{path} does not say what model it is of, {wanted}") from error
+    except msgspec.MsgspecError as error:
+        raise StoreError(f"{path}: {error}; made by another version of edge-sdk?") from error
+
+
+def read_trained_on(path: Path) -> TrainedOn | None:
+    """What such a file says of the data that it was trained for; None: an older one, which does
+    not. Raises StoreError, ConfigError."""
+    try:
+        with importlib.import_module("safetensors").safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get("data")
+        return msgspec.json.decode(said, type=TrainedOn) if said else None
     except msgspec.MsgspecError as error:
         raise StoreError(f"{path}: {error}; made by another version of edge-sdk?") from error
 
@@ -267,6 +285,20 @@ def _inputs(spec: ModelSpec, examples: Examples | None) -> Floats:
         wanted = f"the model takes {spec.input_shape}; give the data that it was trained for"
         raise DataError(f"data of inputs {examples.input_shape}, {wanted}")
     return np.ascontiguousarray(examples.x[:CHECKED])
+
+
+def _trained_on(examples: Examples | None, known: TrainedOn | None) -> TrainedOn:
+    """What is known, else what the examples tell. Raises DataError where they are scaled unlike."""
+    if examples is None:
+        return known or NOT_KNOWN
+    own = examples.trained_on
+    if known is None:
+        return own
+    found = mismatch(known.scaling, own.scaling, ("the run", "the data to check it on"))
+    if found and found.is_certain:
+        raise DataError(found.text)
+    names = known.class_names or own.class_names
+    return TrainedOn(scaling=known.scaling or own.scaling, class_names=names)
 
 
 def _stage_files(stages: Sequence[bytes]) -> tuple[ModelFile, ...]:

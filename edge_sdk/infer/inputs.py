@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.data.examples import bad, mapped
+from edge_sdk.data.contract import TrainedOn, bad, listed, mismatch, scaling_of
+from edge_sdk.data.examples import mapped
 from edge_sdk.data.loading import load_test
 from edge_sdk.data.readers.arrays import NPY, check_begin
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.infer.model_folder import read_model
+from edge_sdk.infer.model_folder import ExportedModel, read_model
+
+log = logging.getLogger(__name__)
 
 
 def read_inputs(
@@ -28,18 +32,30 @@ def read_inputs(
     part = slice(skip, None if limit is None else skip + limit)
     y: npt.NDArray[Any] | None = None
     if data.endswith(".npy"):
-        x = read_npy(Path(data))[part]
+        x = read_npy(Path(data))
+        if x.dtype.kind == "f" and np.isfinite(x).all() and x.size:
+            floats = scaling_of(float(x.min()), float(x.max()), None)
+            check_like_model(read_model(model), TrainedOn(scaling=floats), data)
+        x = x[part]
     else:
-        examples, own = load_test(data), read_model(model).scaling
-        if examples.scaling and own and examples.scaling != own:
-            raise DataError(
-                f"{data} becomes x / {examples.scaling[0]:g} - {examples.scaling[1]:g}, the "
-                f"model was trained on x / {own[0]:g} - {own[1]:g}; give it as .npy"
-            )
+        examples = load_test(data)
+        check_like_model(read_model(model), examples.trained_on, data)
         x, y = examples.x[part], examples.y[part]
     if not len(x):
         raise DataError(f"{data}: no examples are left after --skip {skip}")
     return x, y
+
+
+def check_like_model(model: ExportedModel, own: TrainedOn, data: str) -> None:
+    """Raise DataError where the data are not such as the model was trained for; tell a doubt."""
+    found = mismatch(model.inputs, own.scaling, ("the model's training data", data))
+    if found and found.is_certain:
+        raise DataError(found.text)
+    if found:
+        log.warning("%s", found.text)
+    if own.class_names and model.class_names not in ((), own.class_names):
+        got = f"class_names {listed(own.class_names)}"
+        raise bad(data, got, f"those of the model, {listed(model.class_names)}")
 
 
 def read_labelled(

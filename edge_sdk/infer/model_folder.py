@@ -23,7 +23,7 @@ from msgspec import Meta
 from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import is_there, sha256_of
 from edge_sdk.helpers.text import one_line
-from edge_sdk.protocol.messages import ModelSpec, Struct
+from edge_sdk.protocol.messages import Input, InputScaling, ModelSpec, Struct
 
 FORMAT: Literal[1] = 1
 MODEL, WHOLE, THRESHOLDS = "model.json", "whole.onnx", "calibration.json"
@@ -42,8 +42,10 @@ class ModelFile(Struct, frozen=True, kw_only=True):
 
 class ExportedModel(Struct, frozen=True, kw_only=True):
     """model.json. scaling (divisor, offset): the training inputs were integer / divisor - offset;
-    None: they were floats, or it is not known. batch_norms: how many BatchNormalization nodes are
-    left in whole.onnx; those after a convolution or a linear layer are folded into it.
+    None: they were floats, or it is not known. input_range: their smallest and largest; None: not
+    known. class_names: in the order of the labels; (): not known. batch_norms: how many
+    BatchNormalization nodes are left in whole.onnx; those after a convolution or a linear layer are
+    folded into it.
     largest_difference: to torch's logits, over the largest of them; checked_on: which inputs."""
 
     format: Literal[1] = FORMAT
@@ -51,6 +53,8 @@ class ExportedModel(Struct, frozen=True, kw_only=True):
     opset: int
     batch_norms: int
     scaling: tuple[Annotated[float, Meta(gt=0)], float] | None
+    input_range: tuple[Input, Input] | None = None
+    class_names: tuple[str, ...] = ()
     whole: ModelFile
     stages: tuple[ModelFile, ...]
     largest_difference: float
@@ -59,6 +63,17 @@ class ExportedModel(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if len(self.stages) != self.spec.exit:
             raise ValueError(f"{len(self.stages)} stages for {self.spec.exit} exits")
+        if len(self.class_names) not in (0, self.spec.num_classes):
+            raise ValueError(f"{len(self.class_names)} class names for {self.spec.num_classes}")
+
+    @property
+    def inputs(self) -> InputScaling | None:
+        """How the training inputs were scaled; None: not known. A range of 0 to 0 tells nothing."""
+        if self.input_range is None and self.scaling is None:
+            return None
+        low, high = self.input_range or (0.0, 0.0)
+        divisor, offset = self.scaling or (None, 0.0)
+        return InputScaling(low=low, high=high, divisor=divisor, offset=offset)
 
 
 class ExitThresholds(Struct, frozen=True, kw_only=True):

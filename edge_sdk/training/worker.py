@@ -30,6 +30,7 @@ from edge_sdk.agent.pipe import (
     TrainerOptions,
 )
 from edge_sdk.capacity.counting_apart import segment_costs_apart
+from edge_sdk.data.contract import names_digest
 from edge_sdk.data.examples import check_enough
 from edge_sdk.data.loading import Examples, load_shard
 from edge_sdk.errors import EdgeError
@@ -88,6 +89,7 @@ class TrainerLoop:
                 num_classes=self._examples.num_classes,
                 num_labels=int((self._examples.label_counts() > 0).sum()),
                 scaling=self._examples.input_scaling,
+                class_names=names_digest(self._examples.class_names),
                 runtime_bytes=self._runtime_bytes,
                 gflops=gflops,
                 layer_s=layer_s,

@@ -28,6 +28,7 @@ from edge_sdk.protocol.messages import (
     Fetch,
     Heartbeat,
     Hello,
+    InputScaling,
     Probe,
     Ready,
     Segment,
@@ -309,3 +310,12 @@ def test_probe_is_answered_at_once(settled):
     coordinator.expect(Fetch)
     coordinator.send(Probe())
     assert coordinator.expect(Heartbeat).round == 7
+
+
+def test_data_unlike_the_run_are_told(settled, caplog):
+    """The device's data are floats of about -4 to 4."""
+    coordinator, _ = settled
+    coordinator.run += 1
+    coordinator.welcome(MODEL, LONG, scaling=InputScaling(low=0.0, high=900.0, divisor=127.5))
+    coordinator.wait_for(Ready)
+    assert "the inputs of this run are integers / 127.5 - 0, those of this device" in caplog.text

@@ -281,7 +281,7 @@ def test_inputs_without_labels_have_no_accuracy(folder, tmp_path, capsys):
         (["--data", "DATA", "--limit", "0"], "--limit 0"),
         (["--data", "DATA", "--threads", "0"], "0 threads"),
         (["--data", "DATA", "--threshold", "-1"], "at least 0"),
-        (["--data", "digits"], "labels from 0 to 9, the model knows 0 to 2"),
+        (["--data", "digits"], "floats as given, -4.11 to 3.38, those of digits integers / 8 - 1"),
     ],
 )
 def test_bad_flags_are_one_clear_line(labelled, capsys, flags, said):
@@ -298,9 +298,11 @@ def test_data_scaled_otherwise_than_the_training_data_is_refused(tmp_path, capsy
     spec, data = cnn(), examples(6)
     known = dataclasses.replace(data, scaling=(8.0, 1.0))
     export(spec, initial_tensors(spec, 0), tmp_path / "model", examples=known)
-    np.savez(tmp_path / "a.npz", x=np.zeros((6, 8, 8), np.uint8), y=data.y)
+    np.savez(tmp_path / "a.npz", x=np.zeros((6, 1, 8, 8), np.uint8), y=data.y)
     assert main(["infer", str(tmp_path / "model"), "--data", str(tmp_path / "a.npz")]) == 1
-    assert "x / 127.5 - 1, the model was trained on x / 8 - 1" in capsys.readouterr().err
+    said = "the model's training data are integers / 8 - 1, those of "
+    assert said in (err := capsys.readouterr().err)
+    assert "a.npz integers / 127.5 - 1" in err
 
 
 def test_pickled_inputs_are_refused(folder, tmp_path, capsys):
