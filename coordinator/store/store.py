@@ -295,8 +295,7 @@ class Store:
         return totals
 
     def write_model(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Path:
-        """The model to use as `model.safetensors`; in the file's metadata, as JSON, its ModelSpec
-        and what data it is for."""
+        """The model to use as `model.safetensors`; its metadata: ModelSpec and data, as JSON."""
         path = self.folder / "model.safetensors"
         about = {"spec": spec, "data": self.config.trained_on}
         text = {name: msgspec.json.encode(value).decode() for name, value in about.items()}
