@@ -1,5 +1,6 @@
 """Every program in examples/ runs; client.py, which needs a coordinator, in test_client.py,
-own_method.py, own_rule.py and own_generator.py in test_own_method.py."""
+own_method.py, own_rule.py and own_generator.py in test_own_method.py, minimal_device.py in
+tools/test_conformance.py."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from tests.support.processes import (
 )
 
 FOLDER = ROOT / "examples"
-MOST_LINES = 40
+MOST_LINES = {"minimal_device.py": 250}  # of any other: 40
 
 
 def main_of(name: str) -> Callable[..., None]:
@@ -42,7 +43,7 @@ def main_of(name: str) -> Callable[..., None]:
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.*")), ids=lambda path: path.name)
 def test_an_example_is_short_and_says_how_it_is_called(path):
     text = path.read_text()
-    assert text.count("\n") <= MOST_LINES
+    assert text.count("\n") <= MOST_LINES.get(path.name, 40)
     said = f"examples/{path.name}" in text
     assert said or f"--import {path.stem}" in text
 

@@ -1,0 +1,1 @@
+"""Whether a device follows docs/protocol.md: vectors, and a scripted coordinator."""
