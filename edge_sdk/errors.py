@@ -12,6 +12,7 @@
     ├── ProtocolError    a message that breaks docs/protocol.md
     │   └── VersionError     the other side speaks another version of it
     ├── QuorumError      too few devices for a round, for too long
+    ├── ExportError      a finished run whose model could not be exported
     └── StoreError       a run's or model's folder: another version, full disk, corrupt file
 
 Each message is one line: what, where, got, expected, next step. `code` is what travels in a
@@ -71,6 +72,10 @@ class VersionError(ProtocolError):
 
 class QuorumError(EdgeError):
     code = "quorum"
+
+
+class ExportError(EdgeError):
+    code = "export"
 
 
 class StoreError(EdgeError):

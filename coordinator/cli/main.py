@@ -15,13 +15,16 @@ from coordinator.cli.history import add_history_command
 from coordinator.cli.serve import add_serve_command
 from coordinator.cli.status import add_status_command
 from edge_sdk.cli.flags import HelpFormatter, Parser
-from edge_sdk.errors import EdgeError, QuorumError, status_of, typed
+from edge_sdk.errors import EdgeError, ExportError, QuorumError, status_of, typed
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.imports import heavy_imports, import_module
 from edge_sdk.helpers.interrupts import INTERRUPTED, ends_unread
 from edge_sdk.version import __version__
 
-GAVE_UP = 3  # exit status: too few devices for too long; 2: typed wrong; 1: any other error
+# Exit statuses; 2: typed wrong; 1: any other error.
+GAVE_UP = 3  # too few devices for too long
+NOT_EXPORTED = 4  # the run is finished and its model is there, but --export failed at the end
+OWN_STATUS: dict[type[EdgeError], int] = {QuorumError: GAVE_UP, ExportError: NOT_EXPORTED}
 COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_emulate_command,
     add_serve_command,
@@ -74,11 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 import_module(module)
         return int(args.run(args))
     except EdgeError as error:
-        has_given_up = isinstance(error, QuorumError)
-        if args.debug and not has_given_up:
+        if args.debug and type(error) not in OWN_STATUS:
             raise
         logs.last_words("edge-coordinator", error)
-        return GAVE_UP if has_given_up else status_of(error)
+        return OWN_STATUS.get(type(error), status_of(error))
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -31,7 +31,7 @@ from coordinator.config import RunConfig
 from coordinator.methods.registry import check_method, make_method
 from coordinator.runs.beginning import check_init
 from coordinator.runs.evaluate import Personalised, personalised_accuracy
-from coordinator.runs.exporting import check_export, export_served
+from coordinator.runs.exporting import check_export, export_finished, try_export
 from coordinator.runs.rounds import check_folder, print_round, run_rounds
 from coordinator.settings import checked, shaped
 from coordinator.store.opening import open_store
@@ -103,6 +103,7 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
     config = checked(replace(config, population=population.text()))
     with typed():
         method = make_method(config, device)  # a model that cannot be built begins no run
+    try_export(method, data.test, settings.export)
     if not settings.is_resumed:
         check_init(config.init, method)
     clients = emulated_clients(population, config, train)
@@ -155,7 +156,7 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
                 )
         if settings.out:
             write_json(store, population, settings.out, extra)
-        export_served(method, data.test, settings.export, store.config.trained_on)
+        export_finished(store, method, data.test, settings.export)
 
 
 @contextmanager

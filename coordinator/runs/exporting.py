@@ -11,10 +11,10 @@ from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
 from coordinator.runs.beginning import load_state
 from coordinator.store.store import Store
-from edge_sdk.data.contract import TrainedOn
 from edge_sdk.data.loading import Examples, load_dataset, load_test
-from edge_sdk.errors import ConfigError, DataError, StoreError
-from edge_sdk.infer.export import check_packages, export, prefix
+from edge_sdk.errors import ConfigError, DataError, EdgeError, ExportError, StoreError
+from edge_sdk.helpers.text import one_line
+from edge_sdk.infer.export import check_exportable, check_packages, export, prefix
 from edge_sdk.infer.model_folder import check_target, described
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensors import Tensors
@@ -29,14 +29,38 @@ def check_export(folder: Path | None) -> None:
         check_target(folder)
 
 
-def export_served(
-    method: Method, examples: Examples | None, folder: Path | None, trained_on: TrainedOn
+def try_export(method: Method, examples: Examples | None, folder: Path | None) -> None:
+    """Raise ConfigError now, if a folder is named, for a model that could not be exported after a
+    long run: exported as it is before training, and thrown away."""
+    if not folder:
+        return
+    try:
+        check_exportable(method.spec, method.current(), examples)
+    except EdgeError as error:
+        said = f"--export {folder}: {error}; or leave --export out; nothing was trained"
+        raise ConfigError(said) from error
+
+
+def export_finished(
+    store: Store, method: Method, examples: Examples | None, folder: Path | None
 ) -> None:
-    """Write the whole served model, if a folder is named."""
-    if folder:
+    """Write the whole served model of a finished run, if a folder is named. Raises ExportError,
+    which says how to do it again: the run is finished all the same."""
+    if not folder:
+        return
+    try:
         spec, tensors = method.spec, method.served()
+        trained_on = store.config.trained_on
         made = export(spec, tensors, folder, examples=examples, trained_on=trained_on)
-        print(described(made, folder))
+    except Exception as error:  # of a user's layers, of torch's and onnx's code
+        log.debug("export failed", exc_info=True)
+        why = str(error) if isinstance(error, EdgeError) else f"{type(error).__name__}: {error}"
+        way = f"edge-coordinator export --run {store.folder} --out {folder}"
+        raise ExportError(
+            f"run {store.run} is finished, but its model was not exported: {one_line(why, 500)}; "
+            + (store.way_on() if store.is_temporary else f"mend that, then {way}")
+        ) from error
+    print(described(made, folder))
 
 
 def export_run(

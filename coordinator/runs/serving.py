@@ -18,7 +18,7 @@ from coordinator.fleet.spool import Spool
 from coordinator.methods.base import Method
 from coordinator.methods.registry import check_method, make_method
 from coordinator.runs.beginning import check_init
-from coordinator.runs.exporting import check_export, export_served
+from coordinator.runs.exporting import check_export, export_finished, try_export
 from coordinator.runs.monitor import Monitor
 from coordinator.runs.prometheus import MetricsServer, metrics_flag
 from coordinator.runs.rounds import RoundReport, check_folder, print_round, run_rounds
@@ -101,6 +101,7 @@ def serve(config: RunConfig, settings: ServeSettings) -> None:
         config = checked(shaped(config, test.input_shape, test.num_classes, test.trained_on))
     with typed():
         method = make_method(config, device)  # a model that cannot be built begins no run
+    try_export(method, test, settings.export)
     if not settings.is_resumed:
         check_init(config.init, method)
     with ExitStack() as stack:
@@ -180,7 +181,6 @@ def serve_rounds(
                 if store.is_finished:
                     path = store.write_model(method.spec, method.served())
                     goodbye = FINISHED
-                    export_served(method, test, settings.export, store.config.trained_on)
                     told = (store.run, path, logs.event("finished", run=store.run))
                     log.info("run %s is finished, its model is in %s", *told[:2], extra=told[2])
         finally:
@@ -189,3 +189,5 @@ def serve_rounds(
                 log.info(said, store.next_round(), extra=logs.event("stopped"))
             store.close()
             cohort.close(goodbye, is_final=goodbye == FINISHED)
+    if goodbye == FINISHED:  # and no device waits for it
+        export_finished(store, method, test, settings.export)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,12 @@ from edge_sdk.infer.model_folder import (
     read_model,
 )
 from edge_sdk.infer.onnx_layers import plain_model
-from edge_sdk.models import StagedModel, build
+from edge_sdk.models import StagedModel, build, family_code
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors, check_finite
 
+log = logging.getLogger(__name__)
 OPSET = 17
 TOLERANCE = 1e-4  # of the largest logit; float32 sums in another order differ by about 1e-6
 CHECKED = 64  # examples
@@ -66,13 +69,34 @@ def export(
     cannot be written or the result differs from torch."""
     check_packages()
     check_target(Path(folder))
+    made, whole, stages = _exported(spec, tensors, examples, trained_on)
+    _write(made, whole, stages, Path(folder))
+    return made
+
+
+def check_exportable(
+    spec: ModelSpec, tensors: Mapping[str, Tensor], examples: Examples | None
+) -> None:
+    """Raise, before training, what `export` would raise of such a model; nothing is written."""
+    _exported(spec, tensors, examples, None)
+
+
+def _exported(
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    examples: Examples | None,
+    trained_on: TrainedOn | None,
+) -> tuple[ExportedModel, bytes, list[bytes]]:
+    """The model's description, its whole ONNX and each stage's, compared with torch."""
     check_finite(tensors, "weights to export")
     reference = build(spec)
     reference.load({name: tensor.cpu() for name, tensor in tensors.items()})
     reference.eval().requires_grad_(False)
     x = _inputs(spec, examples)
-    plain = plain_model(reference, torch.from_numpy(x[:1]))
-    whole, stages = _onnx_of(plain, spec, torch.from_numpy(x[:2]))
+    with family_code(spec, "exporting", reference):
+        plain = plain_model(reference, torch.from_numpy(x[:1]))
+        with _exporter():
+            whole, stages = _onnx_of(plain, spec, torch.from_numpy(x[:2]))
     data = _trained_on(examples, trained_on)
     inputs = data.scaling
     rule = (inputs.divisor, inputs.offset) if inputs and inputs.divisor is not None else None
@@ -92,9 +116,8 @@ def export(
     def torch_logits(part: Floats) -> Floats:
         return np.stack([logits.numpy() for logits in reference(torch.from_numpy(part))])
 
-    made = replace(made, largest_difference=_checked(made, whole, stages, x, torch_logits))
-    _write(made, whole, stages, Path(folder))
-    return made
+    difference = _checked(made, whole, stages, x, torch_logits)
+    return replace(made, largest_difference=difference), whole, stages
 
 
 def cut(source: str | Path, exit: int, folder: str | Path) -> ExportedModel:
@@ -200,9 +223,29 @@ def _onnx_of(model: StagedModel, spec: ModelSpec, x: Tensor) -> tuple[bytes, lis
     return whole, stages
 
 
+@contextmanager
+def _exporter() -> Iterator[None]:
+    """torch as the exporter wants it: transformer layers in parts instead of as one operator, which
+    ONNX has not; and without the whole graph on stdout where something cannot be expressed."""
+    mha: Any = getattr(torch.backends, "mha", None)  # torch 2.1 has none
+    was_fast = mha.get_fastpath_enabled() if mha else False
+    native: Any = torch._C
+    print_graph = native._jit_onnx_log  # its switch is without effect: torch sets it itself
+    if not log.isEnabledFor(logging.DEBUG):
+        native._jit_onnx_log = lambda *graph: None
+    if mha:
+        mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        native._jit_onnx_log = print_graph
+        if mha:
+            mha.set_fastpath_enabled(was_fast)
+
+
 def _traced(module: nn.Module, x: Tensor, outputs: Sequence[str], what: str) -> bytes:
-    """ONNX with a free batch size. Raises ConfigError for what the exporter cannot express; it has
-    then printed its graph, which shows the author of a family where."""
+    """ONNX with a free batch size. Raises ConfigError for what the exporter cannot express; at the
+    level of debugging it has then printed its graph, which shows the author of a family where."""
     has_choice = "dynamo" in inspect.signature(torch.onnx.export).parameters  # from torch 2.5
     options: dict[str, Any] = {"dynamo": False} if has_choice else {}
     file: Any = io.BytesIO()  # newer annotations know only paths
