@@ -1,6 +1,7 @@
 """Does a device follow docs/protocol.md? A scripted coordinator runs it through what may happen.
 
     python -m tools.conformance --client 'COMMAND' [--only NAME ...] [--json FILE]
+    python -m tools.conformance --write-vectors
 
 COMMAND starts the device; in it {endpoint}, {name}, {keys} and {data} stand for the coordinator's
 tcp://HOST:PORT, the device's name, a folder with device.public, device.secret and server.public,
@@ -21,6 +22,7 @@ from pathlib import Path
 from edge_sdk.errors import ConfigError
 from tools.conformance.bed import Bed, Failed
 from tools.conformance.scenarios import SCENARIOS, Scenario
+from tools.conformance.vectors import write_all
 
 TOLD = 12  # of what was said, in the report of a scenario that failed
 
@@ -60,12 +62,19 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--client", metavar="COMMAND", required=True, help="the device's command")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--client", metavar="COMMAND", help="the device's command line")
+    what.add_argument(
+        "--write-vectors", action="store_true", help="write tests/conformance/*.json anew"
+    )
     names = [scenario.__name__ for scenario in SCENARIOS]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to a file")
     parser.add_argument("--patience", type=float, default=60.0, metavar="SECONDS", help="(60)")
     arguments = parser.parse_args(argv)
+    if arguments.write_vectors:
+        write_all()
+        return 0
     chosen = [each for each in SCENARIOS if each.__name__ in (arguments.only or names)]
     results = []
     with tempfile.TemporaryDirectory() as folder:

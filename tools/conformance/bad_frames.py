@@ -6,7 +6,6 @@ from typing import Any
 
 import msgpack
 
-from edge_sdk.protocol.codec import MAX_CONTROL_BYTES
 from edge_sdk.protocol.messages import PROTOCOL
 
 PING = {"type": "heartbeat", "round": 7}
@@ -52,7 +51,6 @@ BAD_FRAMES: dict[str, tuple[bytes, ...]] = {
     "a str of 2001 characters": (changed({"type": "bye"}, reason="x" * 2001),),
     "an extension type": (b"\x82\xa4type\xa9heartbeat\xa5round\xd4\x01\x07",),
     "nesting of 1100": (nested(1100),),
-    "a frame that is too long": (b"\xd9" * (MAX_CONTROL_BYTES + 1),),
     "a second frame": (msgpack.packb(PING), b"x"),
     "a part without its bytes": (msgpack.packb({"type": "part", "round": 7, "index": 0}),),
     "a part with three frames": (
