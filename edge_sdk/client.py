@@ -55,6 +55,8 @@ class Client:
     memory_cap: most that training may use, bytes or "512M". threads: of torch, 0 for all cores.
     imports: modules that register your model families or readers. The trainer, another process than
     yours, imports them, so a family cannot live in __main__.
+    augment: "MODULE:FUNCTION", which the trainer imports too and calls with every training batch,
+    (B, *input_shape) float32 as scaled, in every epoch; it returns another of that shape.
     ignore_conditions: train the same when this device is hot, throttled or on a low battery.
     on_event: called with each Event in the thread of run(), so it must be quick. What it raises is
     logged once.
@@ -76,6 +78,7 @@ class Client:
         threads: int = 0,
         device: str = "cpu",
         imports: Iterable[str] = (),
+        augment: str | None = None,
         ignore_conditions: bool = False,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
@@ -92,10 +95,12 @@ class Client:
             "device": device,
             "import": modules,
             "ignore_conditions": ignore_conditions,
+            "augment": augment,
         }
         for name, value in given.items():
             check_value(name, value, "imports" if name == "import" else name)
         _check_modules(modules)
+        _check_modules([augment.partition(":")[0]] if augment else [], "augment")
         self._endpoint = coordinator
         settings = RunSettings(
             coordinator=coordinator,
@@ -106,6 +111,7 @@ class Client:
             threads=threads,
             device=device,
             imports=tuple(modules),
+            augment=augment,
         )
         self._secrets = device_secrets(settings, "server_key")
         self._data, self._about = _checked_data(data, layout, class_names)
@@ -173,20 +179,20 @@ def _checked_data(
     return checked_source(data, about), about
 
 
-def _check_modules(names: Iterable[str]) -> None:
+def _check_modules(names: Iterable[str], argument: str = "imports") -> None:
     """Found without being imported: they need torch, which this process need not load."""
     for name in names:
         if name == "__main__":
             raise ConfigError(
-                "imports: got '__main__', this program itself, which the trainer cannot "
-                "import; put the model family into a module of its own"
+                f"{argument}: got '__main__', this program itself, which the trainer cannot "
+                "import; put the model family or function into a module of its own"
             )
         try:
             found = importlib.util.find_spec(name)
         except (ImportError, ValueError):
             found = None
         if found is None:
-            raise ConfigError(f"imports: there is no module {name!r}; is it on sys.path?")
+            raise ConfigError(f"{argument}: there is no module {name!r}; is it on sys.path?")
 
 
 def _refuse_inside_trainer() -> None:

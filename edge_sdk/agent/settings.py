@@ -36,9 +36,12 @@ EXPECTED = {
     "device": '"cpu" or "cuda"',
     "ignore_conditions": "true or false",
     "import": 'a list of module names such as ["my_models"]',
+    "augment": 'a function as MODULE:FUNCTION, e.g. "my_transforms:flip"',
 }
 Name = Annotated[str, Meta(min_length=1)]
-Module = Annotated[str, Meta(pattern=r"\A[^\W\d]\w*(\.[^\W\d]\w*)*\Z")]
+MODULE = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+FUNCTION = rf"\A{MODULE}:[^\W\d]\w*\Z"
+Module = Annotated[str, Meta(pattern=rf"\A{MODULE}\Z")]
 FilePath = Annotated[str, Meta(pattern=r"\A/")]
 
 
@@ -56,6 +59,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     device: Annotated[str, Meta(pattern=r"\A(cpu|cuda(:[0-9]+)?)\Z")] | None = None
     ignore_conditions: bool | None = None
     imports: tuple[Module, ...] | None = msgspec.field(default=None, name="import")
+    augment: Annotated[str, Meta(pattern=FUNCTION)] | None = None
 
     @property
     def cap_bytes(self) -> int | None:
@@ -82,6 +86,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"
     ignore_conditions: bool = False
     imports: tuple[str, ...] = ()
+    augment: str | None = None
 
 
 def settled(

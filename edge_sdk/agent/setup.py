@@ -72,6 +72,7 @@ def trainer_options(
         calibration=cache,
         saved_updates=updates,
         imports=settings.imports,
+        augment=settings.augment or "",
     )
 
 

@@ -67,6 +67,7 @@ def add_run_command(commands: Any) -> None:
     add("--threads", type=whole_flag(0, MAX_THREADS), help="torch threads, default all cores")
     add("--device", help="cpu or cuda, where training runs; default cpu")
     add_imports(training)
+    add("--augment", metavar="MODULE:FUNCTION", help="changes each training batch, e.g. flips it")
     add(
         "--ignore-conditions",
         action="store_true",

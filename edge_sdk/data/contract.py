@@ -149,7 +149,7 @@ def mismatch(
         return None
     step = "scale both alike, by the same constants"
     if None in (reference.divisor, other.divisor) and reference.divisor != other.divisor:
-        step = "give the same integers on both sides, or, of floats scaled by that rule, `scaling`"
+        step = "give the same integers on both sides, or `scaling` with floats made by that rule"
     text = (
         f"the inputs of {names[0]} are {described(reference)}, those of {names[1]} "
         f"{described(other)}; {step}"

@@ -1,4 +1,4 @@
-"""Layers that the families share, for images (C, H, W), series (C, window) and features (C,)."""
+"""Layers that the families share, for images (C, H, W), series (C, window) and features (F,)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edge_sdk.protocol.messages import ModelSpec
 
 CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 POOL: dict[int, type[nn.MaxPool1d] | type[nn.MaxPool2d]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d}
-FORMS = {1: "(C,)", 2: "(C, window)", 3: "(C, H, W)"}  # of an input, by its number of axes
+FORMS = {1: "(F,)", 2: "(C, window)", 3: "(C, H, W)"}  # of an input, by its number of axes
 
 
 def batch_norm(channels: int, dims: int) -> nn.Module:
@@ -37,7 +37,9 @@ def input_axes(spec: ModelSpec, *known: int) -> int:
     axes = len(spec.input_shape)
     if axes not in known:
         takes = " or ".join(FORMS[number] for number in known)
-        raise ConfigError(f"family {spec.family!r} takes input {takes}, got {spec.input_shape}")
+        step = "for features (F,) take the family mlp" if axes == 1 else "take another family"
+        got = f"got {spec.input_shape}; {step}"
+        raise ConfigError(f"family {spec.family!r} takes input {takes}, {got}")
     return axes
 
 

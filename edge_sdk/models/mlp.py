@@ -1,4 +1,4 @@
-"""`mlp`: a multilayer perceptron with up to 100 exits, for features (C,), series (C, window) and
+"""`mlp`: a multilayer perceptron with up to 100 exits, for features (F,), series (C, window) and
 images (C, H, W), which it flattens.
 
 Stage e is linear, BatchNorm, ReLU; each exit is linear. The stages' linear layers have no bias: the

@@ -32,6 +32,7 @@ from edge_sdk.protocol.messages import ExitResult, ModelSpec, Phase, Plan, Segme
 from edge_sdk.protocol.tensor_lists import check_segments, needed_names, trained_names
 from edge_sdk.protocol.tensors import Tensors, check_finite
 from edge_sdk.protocol.timing import clock, since
+from edge_sdk.training.augmenting import Augment
 from edge_sdk.training.checkpointing import recomputed
 from edge_sdk.training.optim import Optimizer
 
@@ -69,13 +70,15 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     note_epoch: Callable[[], None] = lambda: None,
     is_consuming: bool = False,
+    augment: Augment | None = None,
 ) -> TrainResult:
     """Train the plan's segments on local data; the same arguments give the same tensors.
 
     tensors: what `needed_names` of the plan lists. cache_bytes: features of a frozen prefix that
     take more memory are made again in every epoch. should_stop() is asked before every batch,
     note_epoch() told after every epoch of a segment. is_consuming: `tensors` is emptied once the
-    model has them, so that they need not lie in memory twice. Raises ShapeError, DataError,
+    model has them, so that they need not lie in memory twice. augment: changes the inputs of every
+    batch; features of a frozen prefix are then made anew too. Raises ShapeError, DataError,
     Cancelled, ConfigError for what the family's code raises, and TrainerError when a loss is not
     finite."""
     process_memory.reset_peak()
@@ -106,9 +109,8 @@ def train(
                 model,
                 segment,
                 plan,
-                _inputs(
-                    spec, frozen, x, plan, device, cache_bytes, should_stop
-                ),  # ends with the segment
+                # ends with the segment
+                _inputs(spec, frozen, x, plan, device, cache_bytes, should_stop, augment),
                 y,
                 device,
                 should_stop,
@@ -202,6 +204,7 @@ def _inputs(
     device: str | torch.device,
     cache_bytes: int,
     should_stop: Callable[[], bool],
+    augment: Augment | None,
 ) -> Inputs:
     """A function from a batch's indices to what the first trained stage takes: x itself, or the
     features that the frozen stages make of it. Those of all x are made once and kept on the CPU if
@@ -213,6 +216,8 @@ def _inputs(
             made: Tensor = frozen(moved(some, device))
         return made
 
+    if augment:
+        return lambda batch: make(augment(x[batch]))
     one = make(x[:1]) if len(frozen) and plan.epochs > 1 else None
     if one is None or len(x) * one.numel() * one.element_size() > cache_bytes:
         return lambda batch: make(x[batch])

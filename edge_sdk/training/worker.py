@@ -40,6 +40,7 @@ from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.protocol.messages import Fault, Fetch, Job, Part, Phase, Update
 from edge_sdk.protocol.tensors import Receiver, Sender, specs_of
 from edge_sdk.protocol.timing import clock, since
+from edge_sdk.training.augmenting import Augment, load_augment
 from edge_sdk.training.calibration import MemoryCalibration, memory_calibration, runtime_bytes
 from edge_sdk.training.saved_update import SavedUpdate
 from edge_sdk.training.trainer import TrainResult, num_batches, train, usable_device
@@ -60,12 +61,14 @@ class TrainerLoop:
         device: str,
         calibration: MemoryCalibration,
         saved: SavedUpdate,
+        augment: Augment | None = None,
     ) -> None:
         self._pipe = pipe
         self._examples = examples
         self._device = device
         self._calibration = calibration
         self._saved = saved
+        self._augment = augment
         needed, self._library_bytes = runtime_bytes()
         self._runtime_bytes = needed + calibration.scratch_bytes
         self._inbox: deque[tuple[PipeMessage, memoryview]] = deque()
@@ -179,6 +182,7 @@ class TrainerLoop:
             should_stop=self._is_cancelled,
             note_epoch=self._note_epoch,
             is_consuming=True,
+            augment=self._augment,
         )
         process_memory.trim()
         self._sender = Sender(result.tensors)
@@ -227,6 +231,8 @@ def prepare(pipe: Pipe, options: TrainerOptions) -> Callable[[], None]:
     examples = check_enough(load_shard(options.data), options.data)
     device, may_measure = options.device, options.measure_compute
     usable_device(device)
+    x = torch.from_numpy(examples.x)
+    augment = load_augment(options.augment, x) if options.augment else None
     calibration_file = Path(options.calibration) if options.calibration else None
     calibration = memory_calibration(calibration_file, device, may_measure)
     # Measured at every start: speed depends on what else runs.
@@ -234,7 +240,8 @@ def prepare(pipe: Pipe, options: TrainerOptions) -> Callable[[], None]:
     gflops = measure_gflops(threads=threads, device=device) if may_measure else 0.0
     layer_s = measure_layer_s(threads=threads, device=device) if may_measure else 0.0
     saved = SavedUpdate(Path(options.saved_updates) if options.saved_updates else None)
-    return partial(TrainerLoop(pipe, examples, device, calibration, saved).serve, gflops, layer_s)
+    loop = TrainerLoop(pipe, examples, device, calibration, saved, augment)
+    return partial(loop.serve, gflops, layer_s)
 
 
 def make_update(

@@ -31,6 +31,7 @@ threads = 2
 device = "cuda:0"
 ignore_conditions = true
 import = ["my_models"]
+augment = "my_transforms:flip"
 """
 
 
@@ -38,6 +39,7 @@ def test_a_file_may_set_every_key():
     settings = parse_config(FULL, "file")
     assert settings.cap_bytes == settings.given()["memory_cap"] == 3 * 1024**3 // 2
     assert settings.imports == ("my_models",)
+    assert settings.augment == "my_transforms:flip"
     assert (settings.threads, settings.insecure, settings.device) == (2, True, "cuda:0")
     assert settings.id == "pi-1"
     assert settings.ignore_conditions is True

@@ -185,7 +185,7 @@ def test_a_mismatch_names_both_and_the_way_out():
     assert found is not None
     assert found.text == (
         "the inputs of the run are integers / 127.5 - 1, those of this device floats as given, 0 "
-        "to 1; give the same integers on both sides, or, of floats scaled by that rule, `scaling`"
+        "to 1; give the same integers on both sides, or `scaling` with floats made by that rule"
     )
     assert described(floats(-0.42421, 2.8214)) == "floats as given, -0.424 to 2.82"
 

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from edge_sdk.data import in_memory
 from edge_sdk.data.in_memory import checked_source, shard_of
 from edge_sdk.data.loading import load_shard
-from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.errors import ConfigError, DataError, EdgeError
 from tests.support.client_program import NOWHERE, X, Y, client, one_line
 from tests.support.processes import PATIENCE_S, ROOT, environment
 
@@ -84,6 +84,7 @@ def spoilt(value: float) -> np.ndarray:
         ((spoilt(np.nan), Y), "first at 5"),
         ((spoilt(1.0).astype(float) * 1e300, Y), "NaN or infinite values in 12"),
         ((X[:0], Y[:0]), "empty data"),
+        ((X.transpose(0, 2, 3, 1), Y), "give x.transpose(0, 3, 1, 2)"),
         ((X[:2], Y[:2]), "2 examples, at least 3"),
         (([[1.0], [1.0, 2.0]], [0, 0]), "got ValueError (setting an array element"),
         (Items(), "a length of 0"),
@@ -143,7 +144,12 @@ def test_a_full_disk_is_one_line():
         ({"device": "meta"}, 'device: got "meta"'),
         ({"ignore_conditions": 1}, "ns: got 1, expected"),
         ({"imports": "my_models"}, 'imports: got "my_models", expected a list'),
-        ({"imports": ["__main__"]}, "put the model family into a module of its own"),
+        ({"imports": ["__main__"]}, "put the model family or function into a module of its own"),
+        ({"augment": "flip"}, 'augment: got "flip", expected a function as MODULE:FUNCTION'),
+        ({"augment": "a:b.c"}, "augment: got"),
+        ({"augment": "no_such_module:flip"}, "augment: there is no module 'no_such_module'"),
+        ({"augment": "__main__:flip"}, "augment: got '__main__', this program itself"),
+        ({"data": "digits", "layout": "images"}, "put them into the file"),
         ({"imports": ["no_such_module_anywhere"]}, "no module 'no_such_module_anywhere'"),
         ({"imports": ["no_such_module.anywhere"]}, "no module 'no_such_module.anywhere'"),
         ({"insecure": False, "keys": "nowhere"}, "device.public cannot be read"),
@@ -154,6 +160,11 @@ def test_arguments_are_checked(options, said):
     with pytest.raises(ConfigError) as caught:
         client(**options)
     assert said in one_line(caught.value)
+
+
+def test_an_augment_that_is_no_function_is_told_when_the_trainer_starts():
+    with pytest.raises(EdgeError, match="augment 'tests.support.own:nothing': got nothing of that"):
+        client(augment="tests.support.own:nothing").run()
 
 
 def test_a_program_that_imports_itself_does_not_start_itself_for_ever(tmp_path):
