@@ -6,7 +6,6 @@ process by a segmentation fault."""
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdk.data.bounded import inflate
 from edge_sdk.data.examples import Examples, Ints, bad, check_examples, mapped
 from edge_sdk.data.readers.scaling import image_examples, scaled
 from edge_sdk.data.readers.table import FileSet, register_reader
@@ -87,12 +87,17 @@ def read_mat(path: Path, *variables: str) -> list[npt.NDArray[Any]]:
     """Real arrays of a MATLAB 5 file by name, of any number of axes, read-only, Fortran order."""
     expected = f"a little-endian MATLAB 5 file with {' and '.join(variables)}"
     with mapped(path, expected):
-        raw = path.read_bytes()
-        if raw[124:128] != b"\x00\x01IM":
-            raise bad(path, f"version bytes {raw[124:128]!r}", expected)
+        with path.open("rb") as file:
+            head = file.read(128)
+            if head[124:128] == b"\x00\x02IM" or head.startswith(b"\x89HDF"):
+                got = "a MATLAB 7.3 file, which is HDF5"
+                raise bad(path, got, expected, "in MATLAB save it with -v7")
+            if head[124:128] != b"\x00\x01IM":
+                raise bad(path, f"version bytes {head[124:128]!r}", expected)
+            raw = file.read()
         found: dict[str, list[tuple[int, memoryview]]] = {}
-        for kind, body in _mat_elements(memoryview(raw)[128:]):
-            parts = list(_mat_elements(body)) if kind == MAT_MATRIX else []
+        for kind, body in _mat_elements(memoryview(raw), path):
+            parts = list(_mat_elements(body, path, is_inner=True)) if kind == MAT_MATRIX else []
             if len(parts) > 3:
                 found[bytes(parts[2][1]).decode("latin-1")] = parts
         if missing := [name for name in variables if name not in found]:
@@ -111,7 +116,9 @@ def _mat_array(path: Path, name: str, parts: list[tuple[int, memoryview]]) -> np
     return array.reshape(shape, order="F")
 
 
-def _mat_elements(raw: memoryview) -> Iterator[tuple[int, memoryview]]:
+def _mat_elements(
+    raw: memoryview, path: Path, *, is_inner: bool = False
+) -> Iterator[tuple[int, memoryview]]:
     """Type and content of the elements of a MATLAB 5 file or matrix; compressed ones unpacked.
 
     Contents are views: SVHN's X is 225 MB."""
@@ -125,7 +132,9 @@ def _mat_elements(raw: memoryview) -> Iterator[tuple[int, memoryview]]:
             raise ValueError(f"element of {size} bytes where {len(raw) - start} are left")
         content, at = raw[start : start + size], end
         if kind == MAT_COMPRESSED:
-            yield from _mat_elements(memoryview(zlib.decompress(content)))
+            if is_inner:
+                raise ValueError("a compressed element within another")
+            yield from _mat_elements(memoryview(inflate(content, path)), path, is_inner=True)
         else:
             yield kind, content
 
