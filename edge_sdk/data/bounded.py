@@ -4,17 +4,24 @@ header says, and nothing that memory cannot hold. A few MB of zeros unpack to GB
 from __future__ import annotations
 
 import math
+import zipfile
 import zlib
+from collections.abc import Collection
+from gzip import GzipFile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.data.examples import bad
+from edge_sdk.data.contract import bad
 
+Stream: TypeAlias = IO[bytes] | GzipFile
+Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 MEMINFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 DAMAGED = "the file is cut off or damaged, copy it again"
+PART_BYTES = 1024**2
+MOST_PACKED = 1032  # bytes that deflate makes of one, at most
 FLOAT_BYTES = 4  # of a number once it is float32, as what trains
 FORMATS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -22,9 +29,12 @@ FORMATS = {
 }
 
 
-def check_fits(where: str | Path, count: int, item_bytes: int) -> None:
-    """Raise DataError unless so many numbers fit into the memory that is free, as they lie in the
-    file and as float32."""
+def check_fits(where: str | Path, count: int, item_bytes: int, held_bytes: int) -> None:
+    """Raise DataError unless so many numbers can be in a file that holds so many bytes, and fit
+    into the memory that is free, as they lie in the file and as float32."""
+    if count * item_bytes > held_bytes:
+        got = f"{held_bytes} bytes"
+        raise bad(where, got, f"{count * item_bytes}, as its header says", DAMAGED)
     needed, free = count * (item_bytes + FLOAT_BYTES), free_bytes()
     if needed > free:
         got = f"{needed / 1024**2:.0f} MiB of numbers, as its header says"
@@ -44,16 +54,14 @@ def free_bytes() -> float:
     return free
 
 
-def read_exactly(stream: IO[bytes], num_bytes: int, where: str | Path) -> bytearray:
+def read_exactly(stream: Stream, num_bytes: int, where: str | Path) -> bytearray:
     """The rest of a stream, which is to have so many bytes. Raises DataError."""
-    content = bytearray(num_bytes)
-    view, at = memoryview(content), 0
-    while at < num_bytes and (part := stream.read(min(num_bytes - at, 1 << 20))):
-        view[at : at + len(part)] = part
-        at += len(part)
-    more = bool(stream.read(1))
-    if at < num_bytes or more:
-        got = f"{'more than ' if more else ''}{at} bytes"
+    content = bytearray()  # grows as content comes: a header may promise more
+    while part := stream.read(min(num_bytes - len(content), PART_BYTES)):
+        content += part
+    more = len(content) == num_bytes and stream.read(1)
+    if len(content) < num_bytes or more:
+        got = f"{'more than ' if more else ''}{len(content)} bytes"
         raise bad(where, got, f"{num_bytes}, as its header says", DAMAGED)
     return content
 
@@ -66,15 +74,23 @@ def read_array(stream: IO[bytes], where: str | Path, held_bytes: int) -> npt.NDA
         raise ValueError(f".npy version {version}")
     shape, is_fortran, dtype = FORMATS[version](stream)
     if dtype.hasobject:
-        raise ValueError("Python objects, which are never unpickled")
+        step = "save numbers, or text as np.array(..., dtype=str)"
+        raise bad(where, "Python objects", "an array", step)
     count = math.prod(shape)
-    num_bytes = count * dtype.itemsize
-    if num_bytes > held_bytes:
-        got = f"shape {shape} of {dtype}, {num_bytes} bytes"
-        raise bad(where, got, f"at most the {held_bytes} that it holds", "copy the file again")
-    check_fits(where, count, dtype.itemsize)
-    flat = np.frombuffer(read_exactly(stream, num_bytes, where), dtype)
+    check_fits(where, count, dtype.itemsize, held_bytes)
+    flat = np.frombuffer(read_exactly(stream, count * dtype.itemsize, where), dtype)
     return flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+def read_arrays(file: IO[bytes], where: str | Path, names: Collection[str]) -> Arrays:
+    """Those of these arrays that an .npz file holds. Raises DataError, zipfile.BadZipFile."""
+    with zipfile.ZipFile(file) as archive:
+        held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        found = {}
+        for name in held.keys() & set(names):
+            with archive.open(held[name]) as stream:
+                found[name] = read_array(stream, f"{where}, {name}", held[name].file_size)
+        return found
 
 
 def inflate(packed: memoryview, where: str | Path) -> bytes:
@@ -83,7 +99,7 @@ def inflate(packed: memoryview, where: str | Path) -> bytes:
     stream = zlib.decompressobj()
     head = stream.decompress(packed, 8)
     num_bytes = int.from_bytes(head[4:8], "little")
-    check_fits(where, num_bytes, 0)
+    check_fits(where, num_bytes, 1, MOST_PACKED * len(packed))
     body = stream.decompress(stream.unconsumed_tail, num_bytes + 1)
     if len(body) != num_bytes:
         got = f"{'more than ' if len(body) > num_bytes else ''}{min(len(body), num_bytes)} bytes"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.data.contract import TrainedOn, bad, listed, mismatch, scaling_of
+from edge_sdk.data.bounded import Arrays, read_array, read_arrays
+from edge_sdk.data.contract import AXES, TrainedOn, bad, listed, mismatch
 from edge_sdk.data.examples import mapped
 from edge_sdk.data.loading import load_test
-from edge_sdk.data.readers.arrays import NPY, check_begin
+from edge_sdk.data.plain_arrays import plain
+from edge_sdk.data.readers.arrays import ARRAYS, NPY, check_begin, checked_arrays
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.infer.model_folder import ExportedModel, read_model
 
@@ -22,21 +26,17 @@ log = logging.getLogger(__name__)
 def read_inputs(
     model: Path, data: str, skip: int = 0, limit: int | None = None
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-    """Inputs (n, *input_shape), n at least 1, and labels (n,), None for an .npy file.
+    """Inputs (n, *input_shape), n at least 1, and labels (n,), None where there are none.
 
-    model: the folder of the exported model that is to answer them. data: as for --data, or an .npy
-    file. skip: how many of the first are left out; limit: the most that are taken, None: all.
-    Raises ConfigError, DataError, and StoreError for the model."""
+    model: the folder of the exported model that is to answer them. data: as for --data, or inputs
+    alone, an .npy file or an .npz without y. skip: how many of the first are left out; limit: the
+    most that are taken, None: all. Raises ConfigError, DataError, and StoreError for the model."""
     if skip < 0 or (limit is not None and limit < 1):
         raise ConfigError(f"--skip {skip} --limit {limit}, expected at least 0 and 1")
     part = slice(skip, None if limit is None else skip + limit)
     y: npt.NDArray[Any] | None = None
-    if data.endswith(".npy"):
-        x = read_npy(Path(data))
-        if x.dtype.kind == "f" and np.isfinite(x).all() and x.size:
-            floats = scaling_of(float(x.min()), float(x.max()), None)
-            check_like_model(read_model(model), TrainedOn(scaling=floats), data)
-        x = x[part]
+    if arrays := read_alone(Path(data)):
+        x = unlabelled(arrays, read_model(model), data)[part]
     else:
         examples = load_test(data)
         check_like_model(read_model(model), examples.trained_on, data)
@@ -68,12 +68,38 @@ def read_labelled(
     return x, y
 
 
-def read_npy(path: Path) -> npt.NDArray[Any]:
-    """An array of numbers; nothing is ever unpickled. Raises DataError."""
-    expected = "an .npy file with inputs (n, *input_shape)"
+def read_alone(path: Path) -> Arrays:
+    """The arrays of a file of inputs without labels, x among them; {} where data is something else.
+    Raises DataError."""
+    if path.suffix not in (".npy", ".npz") or (path.suffix == ".npz" and not path.is_file()):
+        return {}
+    expected = f"an {path.suffix} file with inputs x (n, *input_shape)"
     with mapped(path, expected), path.open("rb") as file:
-        check_begin(path, file, NPY, expected)
-        x: npt.NDArray[Any] = np.load(file, allow_pickle=False)
-        if not x.ndim:
-            raise bad(path, "no array", expected)
-    return x
+        if path.suffix == ".npy":
+            check_begin(path, file, NPY, expected)
+            return {"x": read_array(file, path, os.fstat(file.fileno()).st_size)}
+        check_begin(path, file, b"PK", expected)
+        if "y.npy" in zipfile.ZipFile(file).namelist():
+            return {}
+        arrays = read_arrays(file, path, ARRAYS)
+        if "x" not in arrays:
+            raise bad(path, f"arrays {sorted(arrays)}", expected)
+        return arrays
+
+
+def unlabelled(arrays: Arrays, model: ExportedModel, data: str) -> npt.NDArray[Any]:
+    """The inputs, by the rules for labelled ones; those of uint8 stay so where the model says how
+    they are scaled. Raises DataError."""
+    x, wanted = plain(arrays["x"], "x", data), model.spec.input_shape
+    if x.shape == wanted:
+        raise bad(
+            data, f"x of shape {x.shape}, one example", f"(n, {str(wanted)[1:]}", "give x[None]"
+        )
+    if x.shape[1:] == wanted:
+        arrays = {"layout": np.array(AXES[x.ndim])} | arrays
+    labels = {"y": np.zeros(x.shape[:1], np.int64), "num_classes": np.array(model.spec.num_classes)}
+    examples = checked_arrays({**arrays, **labels}, data)
+    if x.dtype == np.uint8 and model.scaling:
+        return x.reshape(examples.x.shape)
+    check_like_model(model, examples.trained_on, data)
+    return examples.x

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdk.data.bounded import MOST_PACKED, Stream, check_fits, read_arrays, read_exactly
 from edge_sdk.data.contract import LAYOUTS, bad, checked_names, laid_out
 from edge_sdk.data.examples import Examples, Floats, Scaling, check_examples, mapped
 from edge_sdk.data.plain_arrays import checked_inputs, checked_labels, plain
@@ -37,10 +40,9 @@ def read_npz(paths: Sequence[Path]) -> Examples:
     expected = "an .npz file with numeric arrays x and y"
     with mapped(path, expected), path.open("rb") as file:
         check_begin(path, file, b"PK", expected)
-        archive = np.load(file, allow_pickle=False)
-        if not {"x", "y"} <= set(archive.files):
-            raise bad(path, f"arrays {archive.files}", expected)
-        arrays = {name: _stored(archive, name, path) for name in ARRAYS if name in archive.files}
+        arrays = read_arrays(file, path, ARRAYS)
+        if not {"x", "y"} <= arrays.keys():
+            raise bad(path, f"arrays {sorted(arrays)}", expected)
     return checked_arrays(arrays, str(path))
 
 
@@ -51,16 +53,6 @@ def check_begin(path: Path, file: BinaryIO, begin: bytes, expected: str) -> None
     if not found.startswith(begin):
         got = "a single .npy array" if found == NPY else f"first bytes {found!r}"
         raise bad(path, got, f"{expected}, which begins with {begin!r}", "give another file")
-
-
-def _stored(archive: Any, name: str, path: Path) -> npt.NDArray[Any]:
-    try:
-        return np.asarray(archive[name])
-    except ValueError as error:
-        if "allow_pickle" not in str(error):
-            raise
-        step = "save numbers, or text as np.array(..., dtype=str)"
-        raise bad(path, f"{name} of Python objects", "an array", step) from error
 
 
 @np.errstate(all="ignore")  # as for scaled
@@ -144,16 +136,22 @@ def _read_idx(path: Path, num_dims: int) -> npt.NDArray[np.uint8]:
     """An IDX file of unsigned bytes: magic 0x0000080N, N sizes of 4 bytes big endian, the data."""
     header_bytes = 4 + 4 * num_dims
     magic = (0x0800 + num_dims).to_bytes(4, "big")
-    with mapped(path, "an IDX file, gzip if named .gz"):
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if raw[:4] != magic[: len(raw)]:
-        raise bad(path, f"first bytes {raw[:4].hex()}", f"{magic.hex()} (IDX, gzip if named .gz)")
-    shape = [int.from_bytes(raw[at : at + 4], "big") for at in range(4, header_bytes, 4)]
-    num_bytes = header_bytes + math.prod(shape)
-    if len(raw) != num_bytes or 0 in shape:
-        step = "empty or truncated, copy the file again"
-        raise bad(path, f"{len(raw)} bytes", f"{num_bytes} for sizes {shape}, none 0", step)
-    return np.frombuffer(raw, dtype=np.uint8, offset=header_bytes).reshape(shape)
+    expected = f"{magic.hex()} (IDX, gzip if named .gz)"
+    with mapped(path, "an IDX file, gzip if named .gz"), ExitStack() as stack:
+        file: Stream = stack.enter_context(path.open("rb"))
+        held_bytes = os.fstat(file.fileno()).st_size
+        if path.suffix == ".gz":
+            file, held_bytes = stack.enter_context(gzip.open(file)), MOST_PACKED * held_bytes
+        head = file.read(header_bytes)
+        if head[:4] != magic[: len(head)]:
+            raise bad(path, f"first bytes {head[:4].hex()}", expected)
+        shape = [int.from_bytes(head[at : at + 4], "big") for at in range(4, len(head), 4)]
+        if len(head) < header_bytes or 0 in shape:
+            step = "empty or truncated, copy the file again"
+            raise bad(path, f"{len(head)} bytes of sizes {shape}", "sizes above 0", step)
+        check_fits(path, math.prod(shape), 1, held_bytes)
+        raw = read_exactly(file, math.prod(shape), path)
+    return np.frombuffer(raw, dtype=np.uint8).reshape(shape)
 
 
 def _image_files(part: str) -> tuple[str, ...]:

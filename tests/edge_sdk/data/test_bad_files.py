@@ -60,8 +60,8 @@ def corrupt_idx(tmp_path: Path, change: Callable[[bytes], bytes], ending: str = 
 @pytest.mark.parametrize(
     ("change", "ending", "fragment"),
     [
-        (lambda raw: raw[:-1], "", "21 bytes, expected 22"),
-        (lambda raw: raw + b"\0", "", "23 bytes, expected 22"),
+        (lambda raw: raw[:-1], "", "5 bytes, expected 6, as its header says"),
+        (lambda raw: raw + b"\0", "", "more than 6 bytes, expected 6, as its header says"),
         (lambda raw: raw[:10], "", "10 bytes"),
         (lambda raw: b"", "", "0 bytes"),
         (lambda raw: b"\0\0\x08\x01" + raw[4:], "", "00000801, expected 00000803"),
@@ -89,7 +89,7 @@ def test_idx_labels_missing_or_of_other_count(tmp_path):
 BAD_NPZ = {
     "no x": ({"y": LABELS}, "arrays ['y']"),
     "no y": ({"x": PIXELS}, "arrays ['x']"),
-    "object x": ({"x": np.array([None, {}, ""]), "y": LABELS}, "x of Python objects"),
+    "object x": ({"x": np.array([None, {}, ""]), "y": LABELS}, "bad.npz, x: got Python objects"),
     "text x": ({"x": np.array(["a", "b", "c"]), "y": LABELS}, "dtype <U1"),
     "int x": ({"x": PIXELS.astype(int), "y": LABELS}, "x of dtype int64, expected uint8 or float"),
     "flat x": ({"x": np.zeros(3), "y": LABELS}, "x of shape (3,)"),
@@ -138,7 +138,7 @@ def test_npz_that_is_no_npz(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x", b"raw")
         archive.writestr("y", b"raw")
-    fails(lambda: load(str(path)), "dtype")
+    fails(lambda: load(str(path)), "expected an .npz file with numeric arrays x and y")
 
 
 def test_a_file_that_may_not_be_read_is_not_said_to_be_broken(tmp_path):
@@ -208,9 +208,13 @@ def test_mat_missing_labels_wrong_format_or_ambiguous(tmp_path):
     fails(lambda: load(str(tmp_path)), "fall_data.mat, acc_data.mat", "expected one")
     (tmp_path / "fall_labels.mat").unlink()
     fails(lambda: load(str(path)), "fall_labels.mat", "FileNotFoundError")
-    for content in (b"", b"text" * 100, b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"):
+    for content in (b"", b"text" * 100, b"MATLAB 5.0 MAT-file".ljust(124) + b"\x01\x00MI"):
         path.write_bytes(content)
         fails(lambda: load(str(path)), str(path), "version bytes", "MATLAB 5 file")
+    for content in (b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM", b"\x89HDF\r\n\x1a\n" * 20):
+        path.write_bytes(content)
+        said = "a MATLAB 7.3 file, which is HDF5", "in MATLAB save it with -v7"
+        fails(lambda: load(str(path)), str(path), *said)
 
 
 def test_check_examples():

@@ -278,9 +278,6 @@ def test_inputs_without_labels_have_no_accuracy(folder, tmp_path, capsys):
         (["--data", "nowhere"], "nowhere"),
         (["--data", "nowhere.npy"], "nowhere.npy"),
         (["--data", "DATA", "--skip", "12"], "no examples are left"),
-        (["--data", "DATA", "--limit", "0"], "--limit 0"),
-        (["--data", "DATA", "--threads", "0"], "0 threads"),
-        (["--data", "DATA", "--threshold", "-1"], "at least 0"),
         (["--data", "digits"], "floats as given, -4.11 to 3.38, those of digits integers / 8 - 1"),
     ],
 )
@@ -308,7 +305,7 @@ def test_data_scaled_otherwise_than_the_training_data_is_refused(tmp_path, capsy
 def test_pickled_inputs_are_refused(folder, tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     assert main(["infer", str(folder), "--data", str(tmp_path / "x.npy")]) == 1
-    assert "allow_pickle=False" in capsys.readouterr().err
+    assert "got Python objects" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"some text", b"", b"PK\x03\x04"])

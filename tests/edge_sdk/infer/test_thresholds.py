@@ -25,6 +25,7 @@ from edge_sdk.infer.thresholds import (
     exit_seconds,
 )
 from edge_sdk.models import initial_tensors
+from tests.support.commands import status_of
 from tests.support.examples import cnn, examples, two_exits
 
 # Four examples of class 1. Exit 1 is right on the first two and sure of .9, .8, .6, .4; exit 2 is
@@ -200,9 +201,9 @@ def test_calibrate_says_what_it_chose_and_infer_obeys(labelled, capsys):
     said = capsys.readouterr().out
     assert "where entropy is at least" in said
     assert "exit 1 100.0 %" in said, "the fastest of all"
-    assert main(["calibrate", *labelled, "--accuracy", "1.1"]) == 1
+    assert status_of(main, ["calibrate", *labelled, "--accuracy", "1.1"]) == 2
     err = capsys.readouterr().err
-    assert "accuracy 1.1 is not reachable" in err
+    assert "--accuracy: '1.1', expected a share from 0 to 1" in err
     assert err.count("\n") == 1
 
 
