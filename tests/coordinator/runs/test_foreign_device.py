@@ -1,4 +1,4 @@
-"""The minimal device of examples/, which imports nothing of ours, in a real run: alone, and beside a
+"""The minimal device of examples/, which imports nothing of ours, in a real run, alone and beside a
 device of ours. Its updates are counted in every round, and the model learns digits."""
 
 from __future__ import annotations
