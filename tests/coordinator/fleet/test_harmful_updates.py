@@ -124,8 +124,8 @@ def test_a_harmful_update_is_refused_told_and_does_not_end_the_run(tmp_path, att
         assert run.moved_by(initial) == {3.0}
 
 
-def test_two_billion_examples_are_half_of_all_at_most(tmp_path):
-    """Four honest ones of 10 move by 1, the liar by nothing: (4 10 1 + 40 0) / 80 is a half."""
+def test_two_billion_examples_count_three_times_anothers(tmp_path):
+    """Four honest ones of 10 move by 1, the liar by 0, as if it had 30: (40 1 + 30 0) / 70."""
     made = config("owners-mean", rounds=1, min_clients=5)
     initial = make_method(made).current()
     many = 2**31 - 1
@@ -136,4 +136,4 @@ def test_two_billion_examples_are_half_of_all_at_most(tmp_path):
             told = {"num_examples": many} if is_bad else {}
             change = statistic("nothing", 0.0) if is_bad else None
             assert isinstance(returns(device, change, **told), Accepted)
-        assert run.moved_by(initial) == {0.5}
+        assert run.moved_by(initial) == {0.571}
