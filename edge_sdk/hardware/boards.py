@@ -67,6 +67,15 @@ def _platform(model: str, memory_bytes: int) -> str:
     return fitting[0].platform if fitting else "generic"
 
 
+def processor(root: Path = ROOT) -> str:
+    """The processor as the kernel names it: by its name, or on ARM by implementer and part."""
+    lines = read_text(root / "proc/cpuinfo").splitlines()
+    told = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    values = {name.strip(): value.strip() for name, value in told.items()}
+    parts = ("model name", "CPU implementer", "CPU part")
+    return " ".join(values[name] for name in parts if name in values)[:200]
+
+
 def memory_gib(root: Path = ROOT) -> int:
     """Memory that the board was sold with: the kernel and the GPU take some of it, so the least
     power of two that holds MemTotal. 0: not known, or less than 1 GiB."""

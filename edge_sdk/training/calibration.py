@@ -1,6 +1,7 @@
 """The memory calibration of this device: how much memory a training step takes beside what can be
 counted. It trains a few small models by the real training loop, takes a second or two, and is
-stored for the torch, board and cores that it was made with; where one differs it is made again.
+stored for the torch, board, processor, cores and threads that it was made with, in a file of their
+own: agents with one home, on one machine or several, neither take nor overwrite each other's.
 
 Peak = runtime + scratch + held + allowance x (saved activations + gradients). Held, saved and
 gradients are counted for each model (capacity/counting.py), the rest is measured here."""
@@ -23,9 +24,9 @@ from edge_sdk.capacity.counting import of_whole_step
 from edge_sdk.data.loading import Examples
 from edge_sdk.errors import StoreError
 from edge_sdk.hardware import process_memory
-from edge_sdk.hardware.boards import board_name
+from edge_sdk.hardware.boards import board_name, processor
 from edge_sdk.hardware.limits import cores, memory
-from edge_sdk.helpers.files import write_struct
+from edge_sdk.helpers.files import sha256_of, write_struct
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment, Struct
@@ -61,10 +62,12 @@ class MemoryCalibration(Struct, frozen=True, kw_only=True):
 
 
 def memory_calibration(cache: Path | None, device: str, may_measure: bool) -> MemoryCalibration:
-    """The calibration in the file `cache` if it holds here, else a new one, which is written there.
+    """The calibration that is stored beside `cache` if one holds here, else a new one, which is
+    written there: in a file of that name and a mark of what it was made with.
     Without `may_measure`, memory for it, or on another device than the CPU: what was measured
     elsewhere. A file that cannot be used is replaced."""
     here = made_with(device)
+    cache = cache and own_file(cache, here)
     if cache and (found := _read(cache)) and found.made_with == here:
         return found
     probes = list(_probe()) if may_measure and device == "cpu" else []
@@ -90,8 +93,14 @@ def memory_calibration(cache: Path | None, device: str, may_measure: bool) -> Me
 def made_with(device: str) -> str:
     """What a memory calibration depends on, in words."""
     parts = [f"edge-sdk {__version__}", f"torch {torch.__version__}", *board_name()]
+    parts += [processor(), torch.backends.cpu.get_cpu_capability()]  # what kernels are chosen by
     parts += [platform.machine(), f"{cores():g} cores", f"{torch.get_num_threads()} threads"]
     return ", ".join([*parts, device])
+
+
+def own_file(cache: Path, made_with: str) -> Path:
+    """NAME-MARK.json for NAME.json."""
+    return cache.with_name(f"{cache.stem}-{sha256_of(made_with.encode())[:12]}{cache.suffix}")
 
 
 class TrainerBaseline(msgspec.Struct, frozen=True, kw_only=True):

@@ -103,7 +103,7 @@ class Device:
                 data=f"{task.folder}/data.npz",
                 threads=1,
                 calibration=task.calibration,
-                measure_compute=not Path(task.calibration).exists(),
+                measure_compute=not list(Path(task.calibration).parent.glob("calibration-*.json")),
             )
         )
 

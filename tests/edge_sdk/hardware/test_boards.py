@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import boards, jetson
-from edge_sdk.hardware.boards import board, board_name, board_text, save_board, save_path
+from edge_sdk.hardware.boards import board, board_name, board_text, processor, save_board, save_path
 from edge_sdk.hardware.measure import emulated
 from tests.support.examples import lay_out
 from tests.support.jtop_fake import fake_jtop, orin
@@ -246,3 +246,21 @@ def test_where_it_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"mine\.toml cannot be written: No space left"):
         save_board(MINE, tmp_path / "mine.toml")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "processor : 0\nmodel name\t: A (R) 5\n\nprocessor : 1\nmodel name\t: A (R) 5\n",
+            "A (R) 5",
+        ),
+        ("processor : 0\nCPU implementer : 0x41\nCPU part\t: 0xd08\n", "0x41 0xd08"),
+        ("no colon\n", ""),
+        ("", ""),
+    ],
+)
+def test_processor(tmp_path, text, expected):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(text)
+    assert processor(tmp_path) == expected

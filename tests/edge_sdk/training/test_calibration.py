@@ -1,6 +1,8 @@
 """The calibration of a device: fit by hand, cache, and what it reads of this process."""
 
 import logging
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -11,9 +13,29 @@ from edge_sdk.hardware import process_memory
 from edge_sdk.models import build
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training import calibration
-from edge_sdk.training.calibration import MemoryCalibration, fit, memory_calibration
+from edge_sdk.training.calibration import (
+    MemoryCalibration,
+    fit,
+    made_with,
+    memory_calibration,
+    own_file,
+)
 
 MB = 10**6
+# An agent's trainer again and again, with probes whose slope tells its number of threads.
+AGENT = """
+import sys, torch
+from pathlib import Path
+from edge_sdk.training import calibration
+threads = int(sys.argv[2])
+torch.set_num_threads(threads)
+calibration._probe = lambda: iter([(0, 10**7), (10**7, 10**7 * (2 + threads))])
+for _ in range(200):
+    found = calibration.memory_calibration(Path(sys.argv[1]), "cpu", may_measure=True)
+    assert round(found.allowance, 6) == 1 + threads, found
+    assert f" {threads} threads" in found.made_with, found
+    calibration.own_file(Path(sys.argv[1]), found.made_with).unlink(missing_ok=True)
+"""
 MiB = 1024**2
 
 
@@ -68,16 +90,43 @@ def test_made_once_and_kept_until_torch_or_board_change(tmp_path, probes, monkey
     assert len(probes) == 3
 
 
+def test_agents_with_one_folder_keep_their_own_figures(tmp_path):
+    """Two by two with equal settings; each writes, reads and removes while the others do."""
+    cache = tmp_path / "calibration.json"
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-c", AGENT, str(cache), str(threads)], stderr=subprocess.PIPE
+        )
+        for threads in (1, 1, 2, 2)
+    ]
+    said = [agent.communicate(timeout=120)[1].decode() for agent in agents]
+    assert [agent.returncode for agent in agents] == [0] * 4, said
+    assert not any("cannot be used" in text or "not kept" in text for text in said), said
+    assert len({own_file(cache, name) for name in ("of one", "of another")}) == 2
+
+
+def test_a_calibration_is_of_one_processor(tmp_path, probes, monkeypatch):
+    """A home may lie on several machines that are alike but for it."""
+    cache = tmp_path / "calibration.json"
+    memory_calibration(cache, "cpu", may_measure=True)
+    monkeypatch.setattr(calibration, "processor", lambda: "another one")
+    assert "another one" in memory_calibration(cache, "cpu", may_measure=True).made_with
+    assert len(probes) == 2
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2, "the first is not overwritten"
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b'{"made_with": "x", "allowance": 0.5}', b"[1]", b'{"made_with": "\xff"}'],
 )
 def test_a_file_that_cannot_be_used_is_replaced(tmp_path, probes, content, caplog):
     cache = tmp_path / "calibration.json"
-    cache.write_bytes(content)
+    file = own_file(cache, made_with("cpu"))
+    file.write_bytes(content)
     made = memory_calibration(cache, "cpu", may_measure=True)
-    assert msgspec.json.decode(cache.read_bytes(), type=MemoryCalibration) == made
-    assert f"calibration {cache} cannot be used and is made again" in caplog.text
+    assert msgspec.json.decode(file.read_bytes(), type=MemoryCalibration) == made
+    assert f"calibration {file} cannot be used and is made again" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_costs_the_next_start_a_calibration(
@@ -95,7 +144,7 @@ def test_figures_from_elsewhere_where_nothing_is_measured(tmp_path, probes, devi
     made = memory_calibration(cache, device, may_measure=may_measure)
     assert made == MemoryCalibration(made_with=made.made_with)
     assert not probes
-    assert not cache.exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_measured_where_memory_is_short(monkeypatch, caplog):
