@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import msgspec
@@ -21,25 +22,24 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import sha256_of
 from edge_sdk.models import FAMILIES, build, family_code, find_family
 from edge_sdk.models.own_code import place_of
-from edge_sdk.models.staged import StagedModel
+from edge_sdk.models.staged import StagedModel, moved
+from edge_sdk.models.structure import named_tensors
 from edge_sdk.protocol.messages import ModelSpec, Specs
 from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import specs_of
 
 BUILT_IN = FAMILIES.package
-TRAINED, EVALUATED = 2, 3  # examples; two sizes, so that none may be built into the model
-SEED = 0  # of what is built and drawn here
+TRAINED, EVALUATED = 2, (1, 3)  # examples; several sizes, so that none may be built into the model
+SEED = 0  # of what is drawn here; exit e is built from seed e
 CLOSE = 1e-4  # of the largest logit
 
 
 class _Known(NamedTuple):
-    """A built model as it was before it was trained on. drawn: the digests of its initial tensors.
-    buffers: copies."""
+    """A built model as it was before it was trained on. buffers: copies."""
 
     model: StagedModel
-    drawn: dict[str, str]
     buffers: dict[str, Tensor]
-    logits: list[Tensor]  # in eval mode, one (EVALUATED, K) per exit
+    logits: list[Tensor]  # in eval mode, one (3, K) per exit
 
     def tensors(self) -> dict[str, Tensor]:
         return self.model.tensors() | self.buffers
@@ -64,25 +64,43 @@ def checked_models(spec: ModelSpec) -> Iterator[StagedModel]:
         yield from (build(replace(spec, exit=exit)) for exit in depths)
         return
     known: _Known | None = None
-    for exit in [*depths, spec.exit]:  # the whole model twice: from one seed, one model
-        torch.manual_seed(SEED)
+    drawn: dict[str, str] = {}
+    for exit in depths:
         part = replace(spec, exit=exit)
+        torch.manual_seed(exit)
         model = build(part)
-        is_again = known is not None and len(known.model.stages) == exit
-        try:
-            now = _tried(model, part, known, is_again)
-            if not is_again:
-                _train_step(model, part)
-        except ConfigError as error:
-            name = f"family {spec.family!r}"
-            if name in str(error):
-                raise
+        with _naming(spec):
+            drawn = _digests(model) if exit == spec.exit else {}
+            known = _tried(model, part, known)
+            _train_step(model, part)
+        yield model
+    torch.manual_seed(spec.exit)
+    with _naming(spec):
+        if name := _differing(drawn, _digests(build(spec))):
             raise ConfigError(
-                f"{name}: {error} (built by {place_of(find_family(spec.family).build)})"
-            ) from error
-        if not is_again:
-            known = now
-            yield model
+                f"{name} differs between two builds from one seed; draw it from torch's global "
+                "generator, so that a run can be repeated"
+            )
+    torch.manual_seed(SEED)
+    with _naming(spec):
+        _tried(build(spec), spec, known)
+
+
+@contextmanager
+def _naming(spec: ModelSpec) -> Iterator[None]:
+    """A ConfigError in here names the family, and where it is built."""
+    try:
+        yield
+    except ConfigError as error:
+        name = f"family {spec.family!r}"
+        if name in str(error):
+            raise
+        place = place_of(find_family(spec.family).build)
+        raise ConfigError(f"{name}: {error} (built by {place})") from error
+
+
+def _digests(model: StagedModel) -> dict[str, str]:
+    return {name: sha256_of(t.numpy().tobytes()) for name, t in model.tensors().items()}
 
 
 def is_built_in(family: str) -> bool:
@@ -90,36 +108,35 @@ def is_built_in(family: str) -> bool:
 
 
 def _inputs(spec: ModelSpec, count: int) -> Tensor:
-    """(count, *input_shape), from 0 to 1 as scaled pixels."""
-    return torch.rand(count, *spec.input_shape, generator=torch.Generator().manual_seed(SEED))
+    """(count, *input_shape), from 0 to 1 as scaled pixels, laid out as in training."""
+    drawn = torch.rand(count, *spec.input_shape, generator=torch.Generator().manual_seed(SEED))
+    return moved(drawn, "cpu")
 
 
 @torch.no_grad()
 def _logits(model: StagedModel, spec: ModelSpec) -> list[Tensor]:
-    """Those of eval mode, one (EVALUATED, K) per exit."""
-    torch.manual_seed(SEED)  # layers that draw in eval mode, too
-    with family_code(spec, "the model", model):
-        logits: list[Tensor] = model.eval()(_inputs(spec, EVALUATED))
-    for exit, found in enumerate(logits, 1):
-        _check_logits(found, EVALUATED, spec, exit)
+    """Those of eval mode, one (3, K) per exit; also for a single example they must be logits."""
+    logits: list[Tensor] = []
+    for count in EVALUATED:
+        torch.manual_seed(SEED)  # layers that draw in eval mode, too
+        with family_code(spec, "the model", model):
+            logits = model.eval()(_inputs(spec, count))
+        for exit, found in enumerate(logits, 1):
+            _check_logits(found, count, spec, exit)
     return logits
 
 
-def _tried(model: StagedModel, spec: ModelSpec, known: _Known | None, is_again: bool) -> _Known:
+def _tried(model: StagedModel, spec: ModelSpec, known: _Known | None) -> _Known:
     """A model in eval mode, with the tensors of `known`: the model of an exit less, or the same one
     built before."""
     _check_travels(model)
     held = model.tensors()
-    drawn = {name: sha256_of(tensor.numpy().tobytes()) for name, tensor in held.items()}
     if known is not None:
+        _check_new(model, known.model)
         _check_cut(known.tensors(), held, len(known.model.stages), spec.exit)
-    if known is not None and is_again and (other := _differing(known.drawn, drawn)):
-        raise ConfigError(
-            f"{other} differs between two builds from one seed; draw it from torch's global "
-            "generator, so that a run can be repeated"
-        )
     with family_code(spec, "loading the model's tensors"):
         model.load(held if known is None else held | known.tensors())
+        model.ready("cpu")
     logits = _logits(model, spec)
     for exit, (old, new) in enumerate(zip(known.logits if known else (), logits, strict=False), 1):
         if not torch.allclose(old, new, rtol=0, atol=CLOSE * max(1e-3, float(old.abs().max()))):
@@ -129,7 +146,22 @@ def _tried(model: StagedModel, spec: ModelSpec, known: _Known | None, is_again: 
                 "and must not depend on depth"
             )
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    return _Known(model, drawn, buffers, logits)
+    return _Known(model, buffers, logits)
+
+
+def _check_new(model: StagedModel, before: StagedModel) -> None:
+    """Training one model would change the other."""
+    places = {_address(tensor) for _, tensor in named_tensors(before)}
+    for name, tensor in named_tensors(model):
+        if tensor.numel() and _address(tensor) in places:
+            raise ConfigError(
+                f"{name} is a tensor of the model that was built before; make new layers in every "
+                "call of build (copy.deepcopy of what was made once)"
+            )
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _check_travels(model: StagedModel) -> None:

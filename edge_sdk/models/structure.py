@@ -35,13 +35,13 @@ def check_structure(model: Any, spec: ModelSpec) -> None:
             "forward of the StagedModel is replaced, which training does not call; put what it "
             "does into the stages"
         )
-    named, default = list(_named(model)), torch.empty(0).device
+    named, default = list(named_tensors(model)), torch.empty(0).device
     for name, tensor in named:
         _check_tensor(name, tensor, default)
     _check_shared(named)
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every name of every tensor: a shared one has several."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)

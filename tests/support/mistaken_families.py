@@ -169,7 +169,36 @@ def hidden_head(spec, stages, exits):
 
 def hidden_constant(spec, stages, exits):
     stages[0] = nn.Sequential(stages[0], Noise(torch.randn(WIDTH), is_registered=False))
-    torch.rand(spec.exit)  # another depth, another state of the generator
+
+
+def hidden_first(spec, stages, exits):
+    """Drawn before anything else, so the same at all depths from one seed."""
+    vector = torch.randn(WIDTH)
+    stages, exits = parts(spec)
+    stages[0] = nn.Sequential(stages[0], Noise(vector, is_registered=False))
+    return StagedModel(stages, exits)
+
+
+ONCE: list[nn.Module] = []
+
+
+def made_once(spec, stages, exits):
+    ONCE[:] = ONCE or stages
+    stages[: len(ONCE)] = ONCE[: len(stages)]
+
+
+def squeezed(spec, stages, exits):
+    exits[-1] = nn.Sequential(exits[-1], Returns(lambda x: x.squeeze()))
+
+
+def viewed(spec, stages, exits):
+    """view of images whose channels lie last in memory, as training has them."""
+    features = 2 * math.prod(spec.input_shape[1:])
+    stages[0] = nn.Sequential(
+        nn.Conv2d(spec.input_shape[0], 2, 1),
+        Returns(lambda x: x.view(len(x), -1)),
+        nn.Linear(features, WIDTH),
+    )
 
 
 def knows_stage_1(spec, stages, exits):
@@ -260,6 +289,9 @@ MISTAKES: dict[str, Change] = {
     "one-flat-vector": one_flat_vector,
     "hidden-head": hidden_head,
     "hidden-constant": hidden_constant,
+    "hidden-first": hidden_first,
+    "made-once": made_once,
+    "squeezed": squeezed,
     "knows-stage-1": knows_stage_1,
     "numpy-draws": numpy_draws,
     "deep-widths": deep_widths,
@@ -271,6 +303,7 @@ MISTAKES: dict[str, Change] = {
     "never-ends": never_ends,
     "dies": dies,
 }
+OF_IMAGES: dict[str, Change] = {"viewed": viewed}
 SOUND: dict[str, Change] = {
     "plain": lambda spec, stages, exits: None,
     "no-parameters": no_parameters,
@@ -278,5 +311,5 @@ SOUND: dict[str, Change] = {
     "tied-in-one-stage": tied_in_one_stage,
     "looks-at-values": looks_at_values,
 }
-for name, change in {**MISTAKES, **SOUND}.items():
+for name, change in {**MISTAKES, **OF_IMAGES, **SOUND}.items():
     register_family(name, changed(change))  # type: ignore[arg-type]

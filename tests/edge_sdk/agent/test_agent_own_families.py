@@ -43,7 +43,7 @@ def test_a_device_that_cannot_train_a_family_says_why(mistaken_pair, mistake):
     process = device.trainer()
     welcome(coordinator, device, mistake)
     said = LINES.get(mistake, "counting the model's costs ended with status 7")
-    ready = coordinator.wait_for(Ready, lambda ready: said.partition(" (3, ")[0] in ready.reason)
+    ready = coordinator.wait_for(Ready, lambda ready: said.partition(" (1, ")[0] in ready.reason)
     assert (ready.exit, ready.stages) == (0, ())
     assert device.trainer() == process, "the same trainer, which did not die"
 

@@ -37,6 +37,12 @@ def spec(family: str, exit: int = 2) -> ModelSpec:
     return ModelSpec(family=family, input_shape=(4,), num_classes=3, exit=exit)
 
 
+@pytest.mark.parametrize("mistake", ["hidden-first", "made-once", "numpy-draws"])
+def test_one_exit_is_enough_to_find_what_is_not_drawn_from_the_seed(mistake):
+    with pytest.raises(ConfigError, match=re.escape(LINES[mistake])):
+        check_family(spec(mistake, exit=1))
+
+
 def test_every_mistake_has_its_line(mistaken):
     assert set(LINES) | {"never-ends", "dies"} == set(mistaken.MISTAKES)
 
@@ -51,6 +57,13 @@ def test_a_mistake_is_one_line_that_names_family_and_place(mistake):
     assert LINES[mistake] in line
     assert "\n" not in line
     assert torch.equal(torch.random.get_rng_state(), state), "the global generator was disturbed"
+
+
+def test_images_are_tried_with_their_channels_last():
+    """As `ready` and `moved` lay them out for training."""
+    model = ModelSpec(family="viewed", input_shape=(1, 4, 4), num_classes=3, exit=1)
+    with pytest.raises(ConfigError, match=r"stages.0.1 \(Returns\) raises RuntimeError: view size"):
+        check_family(model)
 
 
 def test_the_place_is_the_line_of_the_authors_code(mistaken):
