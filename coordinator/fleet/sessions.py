@@ -89,7 +89,7 @@ class Sessions:
         self._router = router
         self._welcome = welcome
         self._class_names = class_names
-        self._has_test = welcome.scaling is not None  # else the first device's data are compared
+        self._known = welcome  # of the run's own data; what lacks there the first device tells
         self._counters = counters
         self._names: dict[bytes, str] = {}
         self.all: dict[str, Session] = {}
@@ -153,8 +153,8 @@ class Sessions:
         if known != name:
             self.refuse(route, "admission", f"this is {known!r}, hello says {name!r}")
             return None
-        unlike = unlike_run(hello, self._welcome, name, self._class_names)
-        if unlike and unlike.is_certain and (self._has_test or unlike.is_of_model):
+        unlike = unlike_run(hello, self._known, name, self._class_names)
+        if unlike and unlike.is_certain:
             self.refuse(route, "data", unlike.text)
             return None
         counted = self._counters.clients
@@ -269,11 +269,14 @@ class Sessions:
         return hello
 
     def _note_data(self, hello: Hello, is_same: bool) -> None:
-        """Tell a doubt about a device's data. Without a test set the first device's are what others
-        are compared with; as it is no more right than they, nobody is refused for that."""
-        if not self._has_test and self._welcome.scaling is None:
-            data = {"scaling": hello.scaling, "class_names": hello.class_names}
-            self._welcome = replace(self._welcome, **data)
+        """Tell a doubt about a device's data. What the run does not know, as without a test set,
+        is taken from the first device that says it; as that one is no more right than the others,
+        nobody is refused for it."""
+        self._welcome = replace(
+            self._welcome,
+            scaling=self._welcome.scaling or hello.scaling,
+            class_names=self._welcome.class_names or hello.class_names,
+        )
         unlike = unlike_run(hello, self._welcome, hello.client_id, self._class_names)
         if unlike and not is_same:
             log.warning("%s", unlike.text)

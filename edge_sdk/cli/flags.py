@@ -180,7 +180,12 @@ def shape_flag(text: str) -> tuple[int, ...]:
     sizes = text.lower().split("x")
     if not all(re.fullmatch("[0-9]{1,9}", size) and int(size) > 0 for size in sizes):
         raise argparse.ArgumentTypeError(f"{text!r}, expected sizes such as 1x28x28")
-    return tuple(map(int, sizes))
+    shape = tuple(map(int, sizes))
+    if len(shape) == 3 and shape[-1] in (1, 3) and min(shape[:2]) > 4:
+        height, width, channels = shape
+        step = f"give {channels}x{height}x{width}"
+        raise argparse.ArgumentTypeError(f"{text!r}, which looks like HxWxC; {step}")
+    return shape
 
 
 def option_flag(text: str) -> tuple[str, Any]:

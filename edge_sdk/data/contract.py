@@ -99,12 +99,10 @@ NOT_KNOWN = TrainedOn()
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Data that differ, in a sentence. is_certain: no data of one kind are so far apart.
-    is_of_model: the model of the run cannot take them."""
+    """Data that differ, in a sentence. is_certain: no data of one kind are so far apart."""
 
     text: str
     is_certain: bool
-    is_of_model: bool = False
 
 
 def scaling_of(low: float, high: float, rule: tuple[float, float] | None) -> InputScaling:
@@ -201,7 +199,7 @@ def unlike_run(
         )
         if told.num_classes == model.num_classes + 1:
             text += "; if its labels run from 1, give y - 1"
-        return Mismatch(text, True, True)
+        return Mismatch(text, True)
     names = {told.class_names, welcome.class_names} - {None}
     if len(names) > 1:
         whose = f", which are {listed(class_names, 20)}" if class_names else ""

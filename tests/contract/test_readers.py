@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_sdk.data.contract import laid_out
 from edge_sdk.data.examples import check_examples
-from edge_sdk.data.loading import load, load_shard, load_test
+from edge_sdk.data.loading import load, load_shard, load_test, save_shard
 from edge_sdk.data.readers.table import FILE_SETS, FileSet, known
 from edge_sdk.errors import DataError
 from tests.support.data_files import (
@@ -84,6 +85,11 @@ def test_a_folder_and_its_first_file_give_the_same_examples(tmp_path, row):
     name, examples, _ = load(str(tmp_path))
     assert name == (tmp_path.name if row.title else row.name)
     check_examples(examples, "here")
+    assert laid_out(examples.x.shape, None, "here") == examples.x.shape  # means one thing
+    save_shard(tmp_path / "shard.npz", examples)
+    again = load_shard(str(tmp_path / "shard.npz"))
+    np.testing.assert_array_equal(again.x, examples.x)
+    assert again.trained_on == examples.trained_on
     alone = load_shard(str(path))  # scaled by constants, never by what else there is
     np.testing.assert_array_equal(alone.x, examples.x[: len(alone)])
     np.testing.assert_array_equal(load_test(str(path)).y, alone.y)

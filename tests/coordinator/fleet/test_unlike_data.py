@@ -70,3 +70,12 @@ def test_without_a_test_set_the_first_device_is_what_others_are_compared_with(
     assert "those of b floats as given, 0 to 1" in caplog.text
     coordinator.device("c").hello(class_names=names_digest(("x", "y", "z")))
     assert "the class_names of c are not this run's" in caplog.text
+
+
+def test_names_that_the_test_set_lacks_are_compared_among_devices(make_coordinator, caplog):
+    coordinator = make_coordinator("a", "b", trained_on=TrainedOn(scaling=PIXELS))
+    coordinator.clients()
+    first = coordinator.device("a").hello(class_names=names_digest(NAMES))
+    assert (first.scaling, first.class_names) == (PIXELS, names_digest(NAMES))
+    coordinator.device("b").hello(class_names=names_digest(NAMES[::-1]))
+    assert "the class_names of b are not this run's; give the same names" in caplog.text

@@ -10,6 +10,7 @@ import pytest
 from coordinator.store.database import DATABASE
 from coordinator.store.opening import open_store
 from coordinator.store.store import Store
+from edge_sdk.data.contract import TrainedOn, scaling_of
 from edge_sdk.errors import ConfigError, StoreError
 from tests.coordinator.store.test_store import commit, update
 from tests.support.examples import client, config
@@ -95,3 +96,21 @@ def test_nothing_is_written_into_a_folder_that_is_not_the_runs_any_more(tmp_path
     assert other.next_round() == 3
     other.close()
     assert os.listdir(folder)
+
+
+PIXELS = TrainedOn(scaling=scaling_of(-1, 1, (127.5, 1.0)), class_names=("a", "b", "c"))
+
+
+def test_a_run_of_a_version_that_did_not_note_its_data_goes_on(tmp_path):
+    finished_run(tmp_path)
+    store = open_store(tmp_path, settings(rounds=3, trained_on=PIXELS), "emulate", True)
+    assert store.next_round() == 3
+    store.close()
+
+
+def test_a_run_whose_data_are_scaled_otherwise_now_does_not_go_on(tmp_path):
+    open_store(tmp_path, settings(rounds=2, trained_on=PIXELS), "emulate", False).close()
+    other = TrainedOn(scaling=scaling_of(0, 1, None), class_names=PIXELS.class_names)
+    said = r"--data \(serve: --test\) 127.5 \(now None\)"
+    with pytest.raises(ConfigError, match=said):
+        open_store(tmp_path, settings(rounds=2, trained_on=other), "emulate", True)

@@ -256,6 +256,8 @@ def test_debug_shows_the_traceback(at):
         (["measure", "--link-mbit-s", "-1"], "'-1', expected Mbit/s such as 94"),
         (["measure", "--link-mbit-s", "nan"], "'nan', expected Mbit/s such as 94"),
         ([*PLAN, "--input", "8,8"], "expected sizes such as 1x28x28"),
+        ([*PLAN, "--input", "28x28x1"], "which looks like HxWxC; give 1x28x28"),
+        ([*PLAN, "--input", "48x64x3"], "which looks like HxWxC; give 3x48x64"),
         ([*PLAN, "--option", "channels"], "expected KEY=VALUE"),
         ([*PLAN, "--examples", "2"], "at least 3"),
         ([*PLAN, "--deadline", "-1"], "'-1', expected seconds"),
@@ -299,6 +301,7 @@ def test_options_that_are_none(text):
 
 def test_shapes():
     assert shape_flag("1X28x28") == (1, 28, 28)
+    assert shape_flag("64x4x4") == (64, 4, 4)
     for text in ("1x", "1,28", "0x3", "-1x3", ""):
         with pytest.raises(argparse.ArgumentTypeError, match=f"{text!r}, expected sizes"):
             shape_flag(text)
