@@ -136,16 +136,21 @@ def described(view: View, folder: Path) -> list[str]:
     if view.rounds:
         head = "round,returned,late,failed,down,up,seconds,training loss,accuracy per exit in %"
         lines += ["", *table(head, map(_round_cells, view.rounds))]
-    if view.failures:
-        lines += ["", "last failure of each client:", *map(_failure_line, view.failures)]
+    lines += _failure_lines(view)
     if view.problem:
         lines += ["", view.problem]
     return [shown(line) for line in lines]
 
 
-def _failure_line(failure: Failures) -> str:
-    why = f"{failure.outcome}: {failure.code}: {failure.detail}"
-    return f"round {failure.round}, {failure.client_id}: {why}"
+def _failure_lines(view: View) -> list[str]:
+    """The last failure of each client: of the rounds that are saved, or told since."""
+    found = {
+        f.client_id: f"round {f.round}, {f.client_id}: {f.why}" for f in reversed(view.failures)
+    }
+    clients = view.status.cohort.clients if view.status else ()
+    found |= {client.name: client.failure for client in clients if client.failure}
+    shown = list(found.values())[-FAILURES:]
+    return ["", "last failure of each client:", *shown] if shown else []
 
 
 def _run_lines(status: Snapshot, view: View, folder: Path) -> list[str]:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from edge_sdk import errors
+from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.messages import ExitResult
 
 Outcome: TypeAlias = Literal["accepted", "stale", "late", "failed"]
 MAX_CLIENTS = 10_000
+MAX_FAILURE = 400  # characters
 OTHER = "other"
 OF_ERRORS = {
     kind.code
@@ -43,6 +45,7 @@ class ClientCounts:
     updates: int = 0
     duplicates: int = 0
     exits: tuple[ExitResult, ...] = ()  # of its last update that counts
+    failure: str = ""  # why its last job that failed did
     faults: Counter[str] = field(default_factory=Counter)
 
 
@@ -73,6 +76,11 @@ class Counters:
         one, after it had been late in its own."""
         self.of(name).updates += outcome in ("accepted", "stale")
         self.updates[outcome] += 1
+
+    def note_failure(self, name: str, round: int, outcome: str, code: str, detail: str) -> None:
+        """What status tells of it; the detail is a peer's."""
+        said = f"round {round}, {name}: {outcome}: {code}: {detail}"
+        self.of(name).failure = one_line(said, MAX_FAILURE)
 
     def count_bytes(self, name: str, bytes_down: int, bytes_up: int) -> None:
         """Count the bytes that were moved for a job that a client is through with."""

@@ -345,6 +345,7 @@ class Jobs:
         about = (open_job.round, open_job.name, outcome, code, detail)
         extra = event(kind, client=open_job.name, round=open_job.round, code=code)
         log.warning("round %d: %s %s: %s: %s", *about, extra=extra)
+        self._counters.note_failure(open_job.name, open_job.round, outcome, code, detail)
         if not open_job.is_late:
             if code != "gone":  # before the device says anything else, as that it is ready
                 self._sessions.set_ready(open_job.name, None)

@@ -121,5 +121,6 @@ def _client_state(
         updates=counts.updates,
         exits=counts.exits,
         faults=dict(counts.faults),
+        failure=counts.failure,
         duplicates=counts.duplicates,
     )

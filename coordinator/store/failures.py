@@ -20,6 +20,10 @@ class Failures(msgspec.Struct, frozen=True, kw_only=True):
     client_id: str  # the first
     detail: str
 
+    @property
+    def why(self) -> str:
+        return f"{self.outcome}: {self.code}: {self.detail}"
+
 
 def by_kind(db: sqlite3.Connection) -> list[Failures]:
     """Of every round, the unfinished one too, in the order of the rounds."""

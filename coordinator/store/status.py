@@ -70,6 +70,7 @@ class ClientState(msgspec.Struct, frozen=True, kw_only=True):
     updates: int = 0  # that count
     exits: tuple[ExitResult, ...] = ()  # of the last of them, on what it trained on
     faults: dict[str, int] = {}  # by code
+    failure: str = ""  # why its last job that failed did, also of the round in progress
     duplicates: int = 0  # other live devices that came with its key
 
 

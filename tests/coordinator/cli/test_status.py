@@ -143,14 +143,25 @@ def test_a_run_that_tells_nothing_of_itself_shows_its_rounds(tmp_path, capsys):
     assert "accuracy per exit" in text
 
 
+def test_the_reason_of_a_round_in_progress_is_told(tmp_path, capsys):
+    said = "round 3, pi-1: failed: trainer: loss is not finite"
+    clients = (replace(COHORT.clients[0], failure=said), COHORT.clients[1])
+    status(told(tmp_path, cohort=replace(COHORT, clients=clients)))
+    assert f"last failure of each client:\n{said}\n" in capsys.readouterr().out
+
+
 def test_nothing_that_was_told_controls_the_terminal(tmp_path, capsys):
     """Faults are counted by known codes, but a file may hold anything."""
-    bad = replace(COHORT, faults={HOSTILE: 1}, clients=(ClientState(name=HOSTILE, phase="ready"),))
+    bad = replace(
+        COHORT,
+        faults={HOSTILE: 1},
+        clients=(ClientState(name=HOSTILE, phase="ready", failure=HOSTILE),),
+    )
     status(told(tmp_path, cohort=bad, reason=HOSTILE))
     text = capsys.readouterr().out
     assert "\x1b" not in text
     assert "\u2028" not in text
-    assert text.count('a" b\\ ? c ?[2J {x="1"} ?') == 3
+    assert text.count('a" b\\ ? c ?[2J {x="1"} ?') == 4
 
 
 def test_watching_ends_with_the_run(tmp_path, capsys):

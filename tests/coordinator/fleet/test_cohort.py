@@ -239,6 +239,9 @@ def test_failed_upload_leaves_its_credit_to_others(make_coordinator, quick_links
     bad.send(Fault(code="trainer", detail="killed", round=1))
     assert isinstance(good.upload(), Accepted)
     ended(round, good, "failed", "trainer")
+    told = coordinator.ask(lambda cohort: cohort.snapshot().clients).result(WAIT_S)
+    failures = {client.name: client.failure for client in told}
+    assert failures == {"bad": "round 1, bad: failed: trainer: killed", "good": ""}
 
 
 def test_transfers_larger_than_the_budget_go_on(make_coordinator, quick_links):
