@@ -1,12 +1,12 @@
-"""The wire's bytes and its description stay as they are: golden files and docs/protocol.md.
+"""The wire's bytes and its description stay as they are: golden files and docs/protocol*.md.
 
 A golden file is one control frame, an example with every field set to something other than its
 default. After a deliberate change of a message raise PROTOCOL, run
 
     python -m tests.test_golden
 
-which writes the files anew, and bring the tables of docs/protocol.md up to date; the tests say what
-lacks.
+which writes the files anew, then python -m tools.conformance --write-vectors, and bring the tables
+of docs/protocol-messages.md up to date; the tests say what lacks.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ EXAMPLES: tuple[Message, ...] = (
     Join(client_id="pi-4.kitchen_1", public_key="Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"),
     Joined(client_id="pi-4.kitchen_1"),
 )
-# What a peer sees of every module's constants; a table of docs/protocol.md gives names and values.
+# What a peer sees of every module's constants, a table of docs/protocol-coordinator.md.
 CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
     messages: (
         "PROTOCOL",
@@ -247,7 +247,7 @@ def test_examples_leave_no_field_at_its_default(example):
     assert not left
 
 
-# -- docs/protocol.md ---------------------------------------------------------------------------
+# -- docs/protocol*.md --------------------------------------------------------------------------
 
 
 def test_the_version_is_the_same_wherever_it_stands(text):
@@ -257,15 +257,16 @@ def test_the_version_is_the_same_wherever_it_stands(text):
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return (Path(edge_sdk.__file__).parent.parent / "docs" / "protocol.md").read_text(
-        encoding="utf-8"
-    )
+    """The device's page, the messages', and the coordinator's."""
+    folder = Path(edge_sdk.__file__).parent.parent / "docs"
+    pages = ("protocol.md", "protocol-messages.md", "protocol-coordinator.md")
+    return "\n".join((folder / page).read_text(encoding="utf-8") for page in pages)
 
 
 def section(text: str, title: str) -> str:
-    """What stands under the heading ### `title`, up to the next heading."""
-    found = re.search(rf"^### `{re.escape(title)}`.*?\n(.*?)(?=^#{{1,3}} |\Z)", text, re.M | re.S)
-    assert found, f"docs/protocol.md has no section ### `{title}`"
+    """What stands under the heading ## `title`, up to the next heading."""
+    found = re.search(rf"^## `{re.escape(title)}`.*?\n(.*?)(?=^#{{1,3}} |\Z)", text, re.M | re.S)
+    assert found, f"docs/protocol-messages.md has no section ## `{title}`"
     return found[1]
 
 
@@ -383,7 +384,8 @@ def test_protocol_gives_every_constant_and_its_value(text):
 
 
 def test_protocol_names_every_fault_code(text):
-    codes = {kind.code for kind in EdgeError.__subclasses__()} - {"link", "store", "quorum"}
+    never_sent = {"link", "store", "quorum", "export"}
+    codes = {kind.code for kind in EdgeError.__subclasses__()} - never_sent
     codes |= {"version", trainer.Cancelled.code, *agent.FATAL}
     sent = set()
     # Fault(code="..."), _fault(name, "..."), _answer(name, "...")

@@ -12,7 +12,7 @@ FLOATS_PER_PART = 131_072  # 524288 / 4
 
 
 def stream_of(tensors: Mapping[str, Tensor]) -> bytes:
-    """The stream of docs/protocol.md, section 4: 0s up to a multiple of 8, then the raw bytes."""
+    """The stream of docs/protocol.md, section 5: 0s up to a multiple of 8, then the raw bytes."""
     stream = b""
     for tensor in tensors.values():
         stream += bytes(-len(stream) % 8) + tensor.numpy().tobytes()
