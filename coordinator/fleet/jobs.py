@@ -273,7 +273,7 @@ class Jobs:
         except EdgeError as error:
             self._refuse(open_job, error)
             return
-        open_job.bytes_up += len(payload)
+        open_job.note_part(index, payload)
         self.transfers.note_part(open_job)
         if receiver.is_complete:
             self._complete(open_job, receiver)
@@ -314,9 +314,10 @@ class Jobs:
             self.transfers.ask(open_job)
 
     def _complete(self, open_job: OpenJob, receiver: Receiver) -> None:
-        """Every part of the update is here: with good values it goes to the spool and counts."""
-        tensors, arrived = receiver.tensors(), open_job.as_arrived()
+        """Every part of the update is here: if it is sound it goes to the spool and counts."""
+        tensors = receiver.tensors()
         try:
+            arrived = open_job.as_arrived()
             update = ClientUpdate(open_job.client, arrived, tensors)
             check_values(update, open_job, self.check)
         except EdgeError as error:

@@ -15,9 +15,10 @@ import msgspec
 from coordinator.cohorts.base import Absence, ArrivedUpdate, Assignment, Check, Client, ClientUpdate
 from coordinator.fleet.flow_control import LinkRate, LinkRates
 from coordinator.fleet.job_phases import JobEvent, JobPhase, phase_after
-from edge_sdk.errors import ShapeError
+from edge_sdk.errors import ProtocolError, ShapeError
+from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Job, Ready, Update
-from edge_sdk.protocol.stream import PART_BYTES
+from edge_sdk.protocol.stream import PART_BYTES, RunningDigest
 from edge_sdk.protocol.tensor_lists import check_specs
 from edge_sdk.protocol.tensors import Receiver, Sender, check_finite
 
@@ -48,6 +49,7 @@ class OpenJob:
     stalls: int = 0  # without a new part since
     bytes_down: int = 0
     bytes_up: int = 0
+    digest: RunningDigest = field(default_factory=RunningDigest)  # of the update
 
     @property
     def name(self) -> str:
@@ -123,8 +125,17 @@ class OpenJob:
             self.requested.appendleft(left)
 
     def as_arrived(self) -> ArrivedUpdate:
-        """The update that was announced, now that all of it is here."""
+        """The update that was announced, now that all of it is here. Raises ProtocolError if its
+        bytes have another digest than was announced."""
         assert self.update is not None
+        assert self.receiver is not None
+        announced = self.update.digest
+        if (got := self.digest.of_whole(self.receiver.stream())) != announced:
+            raise ProtocolError(
+                f"update from {self.name}, round {self.round}: its bytes have the digest {got}, "
+                f"announced was {announced}; nothing of it counts: look at that device's memory "
+                "and disk"
+            )
         return ArrivedUpdate(
             update=self.update,
             segments=self.job.plan.segments,
@@ -147,7 +158,13 @@ class OpenJob:
     def announce(self, update: Update, receiver: Receiver) -> None:
         """The update is as asked for; its parts go to the receiver."""
         self.update, self.receiver, self.announced = update, receiver, time.monotonic()
+        self.digest = RunningDigest()
         self.advance(JobEvent.ANNOUNCED)
+
+    def note_part(self, index: int, payload: Payload) -> None:
+        """A new part of the update is stored."""
+        self.bytes_up += len(payload)
+        self.digest.add(index, payload)
 
     def reconnect(self) -> None:
         """The device's link is another one, or lost: nothing is under way any more."""

@@ -266,7 +266,7 @@ class Part(Struct, frozen=True, kw_only=True, tag="part"):
 class Update(Struct, frozen=True, kw_only=True, tag="update"):
     """Device to coordinator: a finished job; its tensors are fetched with Fetch.
 
-    digest: of the tensors' bytes, a name rather than a check: transports keep bytes as they are. An
+    digest: of the tensors' bytes, compared when all are here: memory and disks of devices err. An
     update is told again after a reconnect; the same job and digest are the same update, which
     counts once."""
 

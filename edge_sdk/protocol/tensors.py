@@ -196,6 +196,10 @@ class Receiver:
             raise ProtocolError(f"{self.num_received} of {self.num_parts} parts arrived; {said}")
         return views(self.specs, self._storage.whole())
 
+    def stream(self) -> memoryview:
+        """The whole stream, once all parts are here."""
+        return _bytes_of(self._storage.whole())
+
 
 def views(specs: Sequence[TensorSpec], stream: Tensor) -> Tensors:
     """The tensors of a whole stream, dtype uint8, as views of it."""

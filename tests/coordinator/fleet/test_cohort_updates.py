@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from msgspec.structs import replace
 
 from coordinator.cohorts.base import Assignment, ClientUpdate
 from edge_sdk.protocol.messages import Accepted, ExitResult, Fault, Fetch, Part, Update
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.protocol.tensors import Tensors, specs_of
+from edge_sdk.protocol.tensors import Sender, Tensors, specs_of
 from tests.support.devices import WAIT_S, ScriptedDevice, floats
 from tests.support.examples import cnn
 from tests.support.jobs_and_results import (
@@ -179,6 +180,33 @@ def test_update_trained_anew_takes_the_place_of_the_first(coordinator, devices):
     bad.trained = {name: tensor + 1 for name, tensor in bad.trained.items()}
     results = end_well(round, bad, good)
     assert update_of(results, "bad").message.digest != update_of(results, "good").message.digest
+
+
+@pytest.mark.parametrize("num_floats", [1, FLOATS_PER_PART, 3 * FLOATS_PER_PART + 1])
+def test_update_of_another_digest_than_announced(coordinator, devices, num_floats):
+    """A bit that flipped on the device between digest and sending: whole, finite and wrong."""
+    good, bad = devices
+    round = give_jobs(coordinator, good, bad, num_floats=num_floats)
+    announced = bad.make_update()
+    name = next(iter(bad.trained))
+    bad.trained[name].view(torch.uint8)[-1] ^= 1
+    bad.send(announced)
+    fault = bad.upload()
+    assert isinstance(fault, Fault)
+    assert (fault.code, fault.round) == ("protocol", 1)
+    found = Sender(bad.trained).digest()
+    assert f"its bytes have the digest {found}, announced was {announced.digest}" in fault.detail
+    end(round, good, "failed", "protocol")
+
+
+def test_parts_in_any_order_give_the_digest(coordinator, devices):
+    good, bad = devices
+    round = give_jobs(coordinator, good, bad, num_floats=4 * FLOATS_PER_PART)
+    bad.announce()
+    bad.send_parts([1, 0, 3, 2])
+    assert isinstance(bad.upload(), Accepted)
+    good.return_update()
+    assert_only_these_count(round.result(WAIT_S), good, bad)
 
 
 def test_update_after_failing_is_refused(coordinator, devices):
