@@ -22,6 +22,7 @@ from coordinator.cohorts.base import (
     ClientUpdate,
 )
 from coordinator.fleet.counters import Counters
+from coordinator.fleet.digests import Digests
 from coordinator.fleet.endings import Endings
 from coordinator.fleet.flow_control import Budget, LinkRates
 from coordinator.fleet.job_phases import JobEvent, JobPhase
@@ -70,6 +71,7 @@ class Jobs:
         self._counters = counters or Counters()
         self._link_rates: defaultdict[str, LinkRates] = defaultdict(LinkRates)
         self._senders = Senders()
+        self._digests = Digests()
         self._awaited: set[str] = set()
 
     @property
@@ -307,7 +309,7 @@ class Jobs:
             return
         self.budget.drop(open_job.name)
         receiver = Receiver(update.tensors, self._spool.storage(open_job.round, open_job.name))
-        open_job.announce(update, receiver)
+        open_job.announce(update, receiver, self._digests.begin())
         if receiver.is_complete:  # an update of no bytes
             self._complete(open_job, receiver)
         else:

@@ -13,12 +13,13 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from coordinator.cohorts.base import Absence, ArrivedUpdate, Assignment, Check, Client, ClientUpdate
+from coordinator.fleet.digests import RunningDigest
 from coordinator.fleet.flow_control import LinkRate, LinkRates
 from coordinator.fleet.job_phases import JobEvent, JobPhase, phase_after
 from edge_sdk.errors import ProtocolError, ShapeError
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Job, Ready, Update
-from edge_sdk.protocol.stream import PART_BYTES, RunningDigest
+from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensor_lists import check_specs
 from edge_sdk.protocol.tensors import Receiver, Sender, check_finite
 
@@ -49,7 +50,7 @@ class OpenJob:
     stalls: int = 0  # without a new part since
     bytes_down: int = 0
     bytes_up: int = 0
-    digest: RunningDigest = field(default_factory=RunningDigest)  # of the update
+    digest: RunningDigest | None = None  # of the update
 
     @property
     def name(self) -> str:
@@ -129,6 +130,7 @@ class OpenJob:
         bytes have another digest than was announced."""
         assert self.update is not None
         assert self.receiver is not None
+        assert self.digest is not None
         announced = self.update.digest
         if (got := self.digest.of_whole(self.receiver.stream())) != announced:
             raise ProtocolError(
@@ -155,15 +157,16 @@ class OpenJob:
         if number > self.client.num_examples:
             self.client = replace(self.client, num_examples=number)
 
-    def announce(self, update: Update, receiver: Receiver) -> None:
+    def announce(self, update: Update, receiver: Receiver, digest: RunningDigest) -> None:
         """The update is as asked for; its parts go to the receiver."""
         self.update, self.receiver, self.announced = update, receiver, time.monotonic()
-        self.digest = RunningDigest()
+        self.digest = digest
         self.advance(JobEvent.ANNOUNCED)
 
     def note_part(self, index: int, payload: Payload) -> None:
         """A new part of the update is stored."""
         self.bytes_up += len(payload)
+        assert self.digest is not None
         self.digest.add(index, payload)
 
     def reconnect(self) -> None:

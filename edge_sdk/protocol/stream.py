@@ -34,26 +34,6 @@ def digest_of(parts: Iterable[bytes | memoryview]) -> str:
     return hashed.hexdigest()[:32]
 
 
-class RunningDigest:
-    """The digest of a stream whose parts come in any order: what comes in its turn is hashed at
-    once, while it is in the processor's cache, the rest at the end."""
-
-    def __init__(self) -> None:
-        self._hashed = hashlib.sha256()
-        self._next = 0  # part
-
-    def add(self, index: int, payload: bytes | memoryview) -> None:
-        if index == self._next:
-            self._hashed.update(payload)
-            self._next += 1
-
-    def of_whole(self, stream: memoryview) -> str:
-        """The digest, once all parts are here: in this stream."""
-        self._hashed.update(stream[self._next * PART_BYTES :])
-        self._next = num_parts(len(stream))
-        return self._hashed.hexdigest()[:32]
-
-
 def num_parts(total_bytes: int) -> int:
     return -(-total_bytes // PART_BYTES)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from edge_sdk.errors import ProtocolError, ShapeError
 from edge_sdk.protocol.messages import TensorSpec
-from edge_sdk.protocol.stream import PART_BYTES, RunningDigest, digest_of
 from edge_sdk.protocol.tensor_lists import check_specs
 from edge_sdk.protocol.tensors import DTYPES, Receiver, Sender, check_finite, specs_of
 from tests.support.streams import FLOATS_PER_PART, assert_same, parts_of, received, stream_of
@@ -232,17 +230,3 @@ def test_any_tensors_survive_the_trip_in_any_order(drawn, seed):
         receiver.add(index, memoryview(parts[index]))
     assert receiver.is_complete
     assert_same(receiver.tensors(), tensors)
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 0, 2), (0, 0, 1, 2)])
-def test_the_running_digest_of_parts_in_any_order(order):
-    stream = memoryview(bytes(range(256)) * (2 * PART_BYTES // 256) + b"end")
-    running = RunningDigest()
-    for index in order:
-        running.add(index, stream[index * PART_BYTES : (index + 1) * PART_BYTES])
-    assert running.of_whole(stream) == hashlib.sha256(stream).hexdigest()[:32]
-    assert running.of_whole(stream) == digest_of([stream])  # asked again
-
-
-def test_the_running_digest_of_nothing():
-    assert RunningDigest().of_whole(memoryview(b"")) == "e3b0c44298fc1c149afbf4c8996fb924"
