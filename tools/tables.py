@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from edge_sdk.helpers.text import csv_cell
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -61,7 +63,7 @@ def write_csv(
         names = list(columns) or columns_of(rows)
         writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: csv_cell(cell) for name, cell in row.items()} for row in rows)
 
 
 def columns_of(rows: Iterable[Mapping[str, object]]) -> list[str]:

@@ -22,6 +22,7 @@ from edge_sdk.cli.flags import add_command, path_flag
 from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.helpers.files import is_there, write_file
 from edge_sdk.helpers.imports import install
+from edge_sdk.helpers.text import csv_cell
 
 ALL_ROUNDS = 2**31
 ROUNDS = "round,returned,stale,late,failed,seconds,loss,trained %,accuracy %,served %"
@@ -99,14 +100,10 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]]) -> None:
-    """On stdout. What a peer said begins no formula in a spreadsheet."""
+    """On stdout."""
     writer = csv.DictWriter(sys.stdout, columns_of(rows), restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@" and value else value
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
 
 
 def _shown_round(row: RoundRow) -> list[str]:

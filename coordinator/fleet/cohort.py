@@ -17,6 +17,7 @@ from coordinator.cohorts.base import Absence, Assignment, Check, Client, ClientU
 from coordinator.cohorts.quorum import clients_needed, updates_needed
 from coordinator.config import RunConfig
 from coordinator.fleet.counters import Counters
+from coordinator.fleet.declared import plausible_ready
 from coordinator.fleet.flow_control import BUDGET_BYTES, Budget
 from coordinator.fleet.jobs import Jobs
 from coordinator.fleet.router import Outcast, Received, Router
@@ -395,4 +396,4 @@ class ZmqCohort:
             extra = event("ready", client=name, exit=ready.exit)
             log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason, extra=extra)
         self.jobs.on_ready(name, ready)  # first: what fails here was before this ready
-        self.sessions.set_ready(name, ready)
+        self.sessions.set_ready(name, plausible_ready(ready))

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from coordinator.cohorts.base import Absence, ArrivedUpdate, Assignment, Check, Client, ClientUpdate
+from coordinator.fleet.declared import plausible_update
 from coordinator.fleet.digests import RunningDigest
 from coordinator.fleet.flow_control import LinkRate, LinkRates
 from coordinator.fleet.job_phases import JobEvent, JobPhase, phase_after
@@ -159,7 +160,8 @@ class OpenJob:
 
     def announce(self, update: Update, receiver: Receiver, digest: RunningDigest) -> None:
         """The update is as asked for; its parts go to the receiver."""
-        self.update, self.receiver, self.announced = update, receiver, time.monotonic()
+        self.update, self.receiver = plausible_update(update), receiver
+        self.announced = time.monotonic()
         self.digest = digest
         self.advance(JobEvent.ANNOUNCED)
 

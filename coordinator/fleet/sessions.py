@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from coordinator.cohorts.base import Client
 from coordinator.config import RunConfig
 from coordinator.fleet.counters import MAX_CLIENTS, Counters
+from coordinator.fleet.declared import plausible_hello
 from coordinator.fleet.router import NOT_ADMITTED, Received, Router
 from edge_sdk.data.contract import names_digest, unlike_run
 from edge_sdk.helpers.logs import event
@@ -251,6 +252,7 @@ class Sessions:
         return None
 
     def _place(self, received: Received, hello: Hello) -> Hello:
+        hello = plausible_hello(hello)
         name, old = hello.client_id, self.all.get(hello.client_id)
         if old is not None:
             self._names.pop(old.route, None)

@@ -45,6 +45,18 @@ def user_text(content: bytes) -> str:
     return content.decode("utf-16" if is_wide else "utf-8-sig").replace("\r\n", "\n")
 
 
+def csv_cell(value: object) -> object:
+    """A cell of a CSV file. Text, which may be a peer's, begins no formula in a spreadsheet: it
+    gets an apostrophe in front; a number that is written as text stays one."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 def mebibytes(num_bytes: int) -> str:
     return f"{num_bytes / 1024**2:.1f} MiB"
 

@@ -20,6 +20,7 @@ import msgspec
 
 from coordinator.cli.status import shown, size
 from edge_sdk.errors import EdgeError
+from edge_sdk.helpers.text import csv_cell
 from tools.testbed.run_report import PhaseTime, Report, read_run
 
 MISSING = "not measured"
@@ -65,7 +66,8 @@ def write_csv(report: Report, path: Path) -> None:
         for platform, is_emulated, time in rows:
             cells = (*astuple(time.board), *astuple(time.wall))
             figures = (MISSING if cell is None else cell for cell in cells)
-            writer.writerow((platform, is_emulated, time.phase, time.source, *figures))
+            row = (platform, is_emulated, time.phase, time.source, *figures)
+            writer.writerow(map(csv_cell, row))
 
 
 def print_report(report: Report) -> None:
