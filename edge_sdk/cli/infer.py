@@ -7,6 +7,7 @@ import csv
 import io
 import statistics
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -40,7 +41,7 @@ def add_infer_command(commands: Any) -> None:
     parser.add_argument("--threshold", type=share_flag, help="for all exits, default as calibrated")
     parser.add_argument("--measure", choices=get_args(Measure), help="default as calibrated")
     parser.add_argument(
-        "--out", type=path_flag, metavar="FILE.csv", help="label, exit, confidence each"
+        "--out", type=path_flag, metavar="FILE.csv", help="index, label, exit, confidence each"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=run_infer)
@@ -77,11 +78,12 @@ def run_infer(args: argparse.Namespace) -> int:
     if y is not None:
         y = checked_labels(x, y, engine.model)
     found, times_s = predict_each(engine, x)
+    names = engine.model.class_names
     if args.out:
-        write_predictions(found, args.out)
+        write_predictions(rows_of(found, args.skip, names), args.out)
     result = summary(engine, found, times_s, y)
     if args.json:
-        print_json(result)
+        print_json(result | {"predictions": list(rows_of(found, args.skip, names))})
     else:
         print(describe(engine, result))
     return 0
@@ -109,7 +111,7 @@ def predict_each(engine: EarlyExit, x: npt.NDArray[Any]) -> tuple[Prediction, li
 def summary(
     engine: EarlyExit, found: Prediction, times_s: list[float], y: npt.NDArray[Any] | None
 ) -> dict[str, Any]:
-    """What --json prints. latency: of one example, batch 1."""
+    """What --json prints beside the predictions. latency: of one example, batch 1."""
     num_exits = engine.model.spec.exit
     return {
         "examples": len(found.label),
@@ -148,10 +150,21 @@ def describe(engine: EarlyExit, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_predictions(found: Prediction, path: Path) -> None:
+def rows_of(found: Prediction, skip: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """One row an example; index: its place in the data. name: of the class, where it is known."""
+    answers = zip(found.label, found.exit, found.confidence, strict=True)
+    for index, (label, exit, confidence) in enumerate(answers, skip):
+        row = {"index": index, "label": int(label), "exit": int(exit)}
+        row["confidence"] = round(float(confidence), 6)
+        yield row | ({"name": names[label]} if names else {})
+
+
+def write_predictions(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """As CSV, the columns in the order of the rows' keys."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["label", "exit", "confidence"])
-    for label, exit, confidence in zip(found.label, found.exit, found.confidence, strict=True):
-        writer.writerow([label, exit, f"{confidence:.6f}"])
+    for number, row in enumerate(rows):
+        if not number:
+            writer.writerow(row)
+        writer.writerow(row.values())
     write_file(path, text.getvalue().encode())
