@@ -26,7 +26,7 @@ from coordinator.admission.join import in_words
 from coordinator.admission.pending import forget_pending, read_pending
 from edge_sdk.cli.flags import add_command, path_flag
 from edge_sdk.errors import ConfigError, UsageError, typed
-from edge_sdk.helpers.files import locked
+from edge_sdk.helpers.files import locked, why_not
 from edge_sdk.helpers.text import checked_endpoint, split_endpoint
 from edge_sdk.protocol.invitation import InvitationLine, encode_line
 from edge_sdk.protocol.keys import SERVER_KEYS, check_key, make_keys, read_key
@@ -104,7 +104,7 @@ def _remove(path: Path, name: str) -> None:
         with locked(path.parent):
             gone = withdraw(invitations, name)
     except OSError as error:
-        raise ConfigError(f"{invitations} cannot be written: {error}") from error
+        raise ConfigError(f"{invitations} cannot be written: {why_not(error)}") from error
     was_client = remove_client(path, name)
     if gone:
         print(f"withdrew {len(gone)} invitation{'s' * (len(gone) > 1)} of {name}")
@@ -195,7 +195,7 @@ def run_invite(args: argparse.Namespace) -> int:
         with locked(path.parent):
             write_invitation(path, invitation)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error}") from error
+        raise ConfigError(f"{path} cannot be written: {why_not(error)}") from error
     if args.name in Admission(clients).names():
         _say(
             f"{args.name} is in the list: only its present key can use this. To admit another, "

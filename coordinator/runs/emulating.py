@@ -40,7 +40,7 @@ from edge_sdk.capacity.costs import in_model, peak_bytes
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import MIN_BATCH
 from edge_sdk.data.loading import load_dataset
-from edge_sdk.errors import ConfigError, EdgeError, StoreError, UsageError, typed
+from edge_sdk.errors import EdgeError, StoreError, UsageError, typed
 from edge_sdk.helpers import files
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.protocol.messages import ModelSpec
@@ -87,7 +87,7 @@ def check_emulate(
         )
     check_folder(settings.folder, settings.is_resumed)
     if settings.out:
-        check_writable(settings.out)
+        files.check_output(settings.out, "--out")
     check_export(settings.export)
     return device
 
@@ -222,17 +222,6 @@ def personalise(
     }
 
 
-def check_writable(path: Path) -> None:
-    """Raise ConfigError now rather than after a long run; leaves nothing but the folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():
-            raise UsageError(f"--out {path} is no file; give the name of one, e.g. rounds.json")
-        files.check_writable(path)
-    except OSError as error:
-        raise ConfigError(f"--out {path} cannot be written: {error}; give another") from error
-
-
 def write_json(store: Store, population: Population, path: Path, extra: Mapping[str, Any]) -> None:
     """The run as one JSON file, from the database, replaced as a whole. extra: more of its keys.
     Raises StoreError."""
@@ -249,7 +238,9 @@ def write_json(store: Store, population: Population, path: Path, extra: Mapping[
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_whole(path, json.dumps(content, indent=1))
     except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error}; {store.way_on()}") from error
+        raise StoreError(
+            f"{path} cannot be written: {files.why_not(error)}; {store.way_on()}"
+        ) from error
 
 
 def client_costs(store: Store) -> dict[int, dict[str, int]]:

@@ -41,7 +41,7 @@ from coordinator.store.tables import (
     participation_row,
 )
 from edge_sdk.errors import StoreError
-from edge_sdk.helpers.files import is_there, sync
+from edge_sdk.helpers.files import is_there, sync, why_not
 from edge_sdk.protocol.messages import ModelSpec, Phase
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.protocol.timing import clock, since
@@ -125,7 +125,7 @@ class Store:
             os.replace(draft, folder / DATABASE)
             sync(folder)
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"cannot start a run in {folder}: {error}") from error
+            raise StoreError(f"cannot start a run in {folder}: {why_not(error)}") from error
         return cls(folder, config, run, connect_to_write(folder))
 
     @classmethod

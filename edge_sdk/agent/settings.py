@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers import toml
-from edge_sdk.helpers.files import mode_of, write_whole
+from edge_sdk.helpers.files import mode_of, why_not, write_whole
 from edge_sdk.helpers.text import checked_endpoint, parse_size, user_text
 from edge_sdk.protocol.messages import CLIENT_NAME, CLIENT_NAME_IN_WORDS, CURVE_KEY
 
@@ -171,7 +171,7 @@ def write_config(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text, mode=mode_of(path, 0o644))
     except OSError as error:
-        raise ConfigError(f"config file {path} cannot be written: {error}") from error
+        raise ConfigError(f"config file {path} cannot be written: {why_not(error)}") from error
 
 
 def default_config(own_folder: Callable[[], Path]) -> Path:

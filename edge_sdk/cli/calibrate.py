@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from edge_sdk.cli.flags import add_command, number_flag, path_flag, share_flag
 from edge_sdk.cli.infer import add_model_arguments, import_runtime
+from edge_sdk.helpers.files import make_folder
 from edge_sdk.infer.model_folder import Measure
 
 
@@ -83,6 +84,7 @@ def run_infer_report(args: argparse.Namespace) -> int:
     from edge_sdk.infer.inputs import read_labelled
     from edge_sdk.infer.report import write_report
 
+    make_folder(args.out, "--out")
     x, y = read_labelled(args.model, args.data, args.skip, args.limit)
     engine = EarlyExit.load(args.model, threads=args.threads, threshold=NEVER)
     about = f"{len(x)} examples of {args.data}"

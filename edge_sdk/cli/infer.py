@@ -20,7 +20,7 @@ from edge_sdk.cli.flags import (
     share_flag,
     whole_flag,
 )
-from edge_sdk.helpers.files import write_file
+from edge_sdk.helpers.files import check_output, write_file
 from edge_sdk.helpers.interrupts import ends_by_interrupt
 from edge_sdk.infer.model_folder import Measure
 
@@ -71,6 +71,8 @@ def run_infer(args: argparse.Namespace) -> int:
     from edge_sdk.infer.inputs import read_inputs
     from edge_sdk.infer.thresholds import checked_labels
 
+    if args.out:
+        check_output(args.out, "--out")
     x, y = read_inputs(args.model, args.data, args.skip, args.limit)
     engine = EarlyExit.load(
         args.model, threads=args.threads, threshold=args.threshold, measure=args.measure
@@ -154,7 +156,7 @@ def rows_of(found: Prediction, skip: int, names: Sequence[str]) -> Iterator[dict
     """One row an example; index: its place in the data. name: of the class, where it is known."""
     answers = zip(found.label, found.exit, found.confidence, strict=True)
     for index, (label, exit, confidence) in enumerate(answers, skip):
-        row = {"index": index, "label": int(label), "exit": int(exit)}
+        row: dict[str, Any] = {"index": index, "label": int(label), "exit": int(exit)}
         row["confidence"] = round(float(confidence), 6)
         yield row | ({"name": names[label]} if names else {})
 

@@ -20,6 +20,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import check_free, save_board, save_path
 from edge_sdk.hardware.measure import measure, measured_board
+from edge_sdk.helpers.files import check_output
 from edge_sdk.helpers.imports import require_torch
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.protocol.messages import DeviceProfile
@@ -55,6 +56,7 @@ def run_measure(args: argparse.Namespace) -> int:
     path = save_path(args.save) if args.save is not None else None
     if path:
         check_free(path, is_forced=args.force)
+        check_output(path, "--save")
     if args.device != "cpu" and not lacking:
         from edge_sdk.training.trainer import usable_device
 

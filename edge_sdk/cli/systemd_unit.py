@@ -17,7 +17,7 @@ from edge_sdk.agent.settings import DEFAULT_CONFIG, Settings, read_config, templ
 from edge_sdk.agent.watchdog import WATCHDOG_S
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.procfs import read_text
-from edge_sdk.helpers.files import write_whole
+from edge_sdk.helpers.files import why_not, write_whole
 
 ROOT = Path("/")
 NAME = "edge-sdk"
@@ -140,7 +140,7 @@ def ensure_config(root: Path, config: Path) -> tuple[Settings, bool]:
         try:
             write(path, template())
         except OSError as error:
-            raise ConfigError(f"config file {path} cannot be written: {error}") from error
+            raise ConfigError(f"config file {path} cannot be written: {why_not(error)}") from error
     return read_config(path), is_new
 
 

@@ -17,7 +17,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.jetson import jetson_module
 from edge_sdk.hardware.procfs import ROOT, meminfo, read_text
 from edge_sdk.helpers import toml
-from edge_sdk.helpers.files import home, write_whole
+from edge_sdk.helpers.files import home, is_there, make_parent, why_not, write_whole
 from edge_sdk.helpers.text import user_text
 
 GIB = 1024**3
@@ -156,7 +156,7 @@ def save_path(name_or_path: str) -> Path:
 
 def check_free(path: Path, *, is_forced: bool) -> None:
     """Raises ConfigError if saving would overwrite without leave."""
-    if path.exists() and not is_forced:
+    if not is_forced and is_there(path, ConfigError):
         raise ConfigError(f"board file {path} exists; choose another name, or give --force")
 
 
@@ -164,11 +164,10 @@ def save_board(board: Board, path: Path, *, is_forced: bool = False) -> None:
     """Whole or not at all. Raises ConfigError: it exists, or it cannot be written."""
     check_free(path, is_forced=is_forced)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(path)
         write_whole(path, board_text(board), mode=0o644)
     except OSError as error:
-        why = f"{error.strerror}; give the path of a .toml file in a folder that can be written to"
-        raise ConfigError(f"board file {path} cannot be written: {why}") from error
+        raise ConfigError(f"board file {path} cannot be written: {why_not(error)}") from error
 
 
 def board_text(board: Board) -> str:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import itertools
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -18,12 +19,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from edge_sdk.errors import ConfigError, EdgeError, StoreError
+from edge_sdk.errors import ConfigError, EdgeError, StoreError, UsageError
+from edge_sdk.helpers.text import one_line
 
 # Time of the last change in ns, size in bytes, inode: a new key has the old one's length, and two
 # changes within a tick of the kernel's clock the same time.
 Stamp: TypeAlias = tuple[int, int, int]
 NOWHERE: Stamp = (0, -1, 0)
+ADVICE = {  # where a file or folder cannot be written
+    errno.EACCES: "give this user the right to, or choose another",
+    errno.EPERM: "give this user the right to, or choose another",
+    errno.ENOSPC: "free space, or choose another",
+    errno.EDQUOT: "free space, or choose another",
+    errno.EEXIST: "a file of that name is in the way; choose another",
+    errno.ENAMETOOLONG: "choose a shorter one",
+}
+log = logging.getLogger(__name__)
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # so that a link put there meanwhile is not followed
 
 
@@ -196,14 +207,44 @@ def write_struct(path: Path, value: Any) -> None:
 def write_file(path: Path, content: bytes) -> None:
     """Whole or not at all. Raises StoreError."""
     try:
+        make_parent(path)
         write_whole(path, content)
     except OSError as error:
-        said = f"{error.strerror}; free space, or choose another"
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            said = f"there is no folder {path.parent}; make it, or choose another"
-        elif isinstance(error, PermissionError):
-            said = f"{error.strerror}; give this user the right to, or choose another"
-        raise StoreError(f"{path} cannot be written: {said}") from error
+        raise StoreError(f"{path} cannot be written: {why_not(error)}") from error
+
+
+def check_output(path: Path, flag: str) -> None:
+    """Raise now rather than after long work what writing this file would: UsageError, StoreError.
+    Leaves nothing but its folder."""
+    try:
+        make_parent(path)
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{flag} {path} is no file; give the name of one")
+        check_writable(path)
+    except OSError as error:
+        raise StoreError(f"{flag} {path} cannot be written: {why_not(error)}") from error
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """With those above it, where they lack. Raises StoreError."""
+    try:
+        make_parent(folder / "-")
+    except OSError as error:
+        raise StoreError(f"{flag} {folder} cannot be made: {why_not(error)}") from error
+
+
+def make_parent(path: Path) -> None:
+    """The folder of a file that a person named, and those above it. Raises OSError."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log.info("made the folder %s", path.parent)
+
+
+def why_not(error: BaseException) -> str:
+    """Why a file or folder cannot be written and what to do, without the names of drafts beside it
+    that a foreign error shows."""
+    said = getattr(error, "strerror", None) or one_line(str(error))
+    return f"{said}; {ADVICE.get(getattr(error, 'errno', None) or 0, 'choose another')}"
 
 
 def home() -> Path:

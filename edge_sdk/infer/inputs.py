@@ -93,7 +93,10 @@ def unlabelled(arrays: Arrays, model: ExportedModel, data: str) -> npt.NDArray[A
     x, wanted = plain(arrays["x"], "x", data), model.spec.input_shape
     if x.shape == wanted:
         raise bad(
-            data, f"x of shape {x.shape}, one example", f"(n, {str(wanted)[1:]}", "give x[None]"
+            data,
+            f"x of shape {x.shape}, one example",
+            f"(n, {', '.join(map(str, wanted))})",
+            "give x[None]",
         )
     if x.shape[1:] == wanted:
         arrays = {"layout": np.array(AXES[x.ndim])} | arrays

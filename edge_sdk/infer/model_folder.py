@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -21,7 +22,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_sdk.errors import StoreError
-from edge_sdk.helpers.files import is_there, sha256_of
+from edge_sdk.helpers.files import is_there, make_parent, sha256_of, why_not
 from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.messages import Input, InputScaling, ModelSpec, Struct
 
@@ -126,14 +127,12 @@ def read_file(folder: Path, file: ModelFile) -> bytes:
 
 
 def check_target(folder: Path) -> None:
-    """Raise StoreError unless an exported model may be written there: nothing is there yet, or an
-    empty folder, or an exported model and nothing else."""
-    if not is_there(folder):
-        return
+    """Raise StoreError unless an exported model can be written there: nothing is there yet, or an
+    empty folder, or an exported model and nothing else. Leaves nothing but the folders above it."""
     try:
-        names = sorted(os.listdir(folder))
+        names = sorted(os.listdir(folder)) if is_there(folder) else []
     except OSError as error:
-        raise StoreError(f"{folder} is no folder that can be read: {error}") from error
+        raise StoreError(f"{folder} is no folder that can be read: {why_not(error)}") from error
     ours = (MODEL, WHOLE, THRESHOLDS)
     strange = [name for name in names if name not in ours and not fnmatchcase(name, STAGES)]
     if strange:
@@ -141,6 +140,12 @@ def check_target(folder: Path) -> None:
             f"{folder} holds {strange[0]}, which is no part of an exported model; choose a new "
             "folder"
         )
+    try:
+        make_parent(folder)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder.resolve().parent):
+            pass
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written: {why_not(error)}") from error
 
 
 @contextmanager
@@ -152,18 +157,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
     process is killed between them, `folder` is gone: the old model is beside it in `.NAME.PID.old`,
     the new one in `.NAME.PID.tmp`, and either can be renamed by hand."""
     check_target(folder)
-    folder = folder.resolve()
+    named, folder = folder, folder.resolve()
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         draft.mkdir()
         yield draft
         if folder.exists():
             os.rename(folder, old)
         os.rename(draft, folder)
     except OSError as error:
-        raise StoreError(f"{folder} cannot be written: {error}; choose another folder") from error
+        raise StoreError(f"{named} cannot be written: {why_not(error)}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         with suppress(OSError):  # where it cannot be brought back, it is not deleted either

@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 import numpy.typing as npt
 
-from edge_sdk.errors import ConfigError, StoreError
-from edge_sdk.helpers.files import write_file
+from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.files import make_folder, write_file
 from edge_sdk.infer.early_exit import NEVER, EarlyExit
 from edge_sdk.infer.model_folder import Measure
 from edge_sdk.infer.thresholds import Point, answers_of, curve, exit_seconds
@@ -33,14 +33,11 @@ def write_report(
 
     x: (n, *input_shape), y: (n,); about: what they are, for the heading. Raises StoreError where
     the folder cannot be written, and what EarlyExit.predict and choose_thresholds raise."""
+    make_folder(folder, "--out")
     answers = answers_of(engine, x, y, MEASURES)
     exit_s = exit_seconds(engine, x)
     curves = {measure: curve(answers[measure], exit_s) for measure in MEASURES}
     alone = list(zip(answers["softmax"].accuracies(), exit_s, strict=True))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"{folder} cannot be made: {error}; choose another --out") from error
     contents = {
         "curve.csv": csv_of(curves).encode(),
         "curve.md": markdown(engine, curves, alone, about).encode(),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.helpers.files import heir_of, is_there, sync, write_whole
+from edge_sdk.helpers.files import heir_of, is_there, sync, why_not, write_whole
 from edge_sdk.helpers.text import user_text
 from edge_sdk.protocol.messages import CURVE_KEY
 
@@ -64,7 +64,7 @@ def make_keys(folder: Path, name: str) -> KeyPair:
             raise
         sync(folder)
     except OSError as error:
-        raise ConfigError(f"keys cannot be written to {folder}: {error}") from error
+        raise ConfigError(f"keys cannot be written to {folder}: {why_not(error)}") from error
     return KeyPair(public, secret)
 
 
@@ -84,7 +84,7 @@ def own_keys(folder: Path, name: str = DEVICE_KEYS) -> KeyPair:
         try:
             secret_file.unlink(missing_ok=True)
         except OSError as again:
-            raise ConfigError(f"{secret_file} cannot be made anew: {again}") from again
+            raise ConfigError(f"{secret_file} cannot be made anew: {why_not(again)}") from again
         return make_keys(folder, name)
     try:
         read_key(folder / f"{name}.public")
@@ -119,7 +119,7 @@ def drop_next_keys(folder: Path) -> None:
         for half in ("secret", "public"):
             (folder / f"{NEXT_KEYS}.{half}").unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(f"keys cannot be removed from {folder}: {error}") from error
+        raise ConfigError(f"keys cannot be removed from {folder}: {error.strerror}") from error
 
 
 def has_next_keys(folder: Path) -> bool:
@@ -135,7 +135,7 @@ def swap_keys(folder: Path) -> None:
             (folder / f"{NEXT_KEYS}.{half}").replace(folder / f"{DEVICE_KEYS}.{half}")
             sync(folder)
     except OSError as error:
-        raise ConfigError(f"keys cannot be written to {folder}: {error}") from error
+        raise ConfigError(f"keys cannot be written to {folder}: {why_not(error)}") from error
 
 
 def write_public(folder: Path, name: str, key: bytes) -> None:
@@ -144,7 +144,7 @@ def write_public(folder: Path, name: str, key: bytes) -> None:
     try:
         write_whole(file, key + b"\n", mode=0o644, owner_ids=heir_of(folder))
     except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error}") from error
+        raise ConfigError(f"{file} cannot be written: {why_not(error)}") from error
 
 
 def _write_new(file: Path, key: bytes, mode: int, owner_ids: tuple[int, int] | None) -> None:

@@ -236,7 +236,7 @@ def test_nothing_is_overwritten_unless_forced(tmp_path):
 
 def test_where_it_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"cannot be written: Not a directory; give the path"):
+    with pytest.raises(ConfigError, match=r"cannot be written: Not a directory; choose another"):
         save_board(MINE, tmp_path / "file" / "folder" / "mine.toml")
 
     def full(source: str, target: Path) -> None:

@@ -253,20 +253,48 @@ def test_infer_prints_accuracy_and_where_examples_stop(labelled, tmp_path, capsy
     assert "exit 1 100.0 %, exit 2 0.0 %, exit 3 0.0 %" in said
     lines = (tmp_path / "found.csv").read_text().splitlines()
     labels = EarlyExit.load(folder, threshold=0).predict(data.x[2:11]).label.tolist()
-    assert [int(line.split(",")[0]) for line in lines[1:]] == labels
+    assert lines[0] == "index,label,exit,confidence"
+    assert [int(line.split(",")[0]) for line in lines[1:]] == [*range(2, 11)], "as in the data"
+    assert [int(line.split(",")[1]) for line in lines[1:]] == labels
     share = (np.array(labels) == data.y[2:11]).mean()
     assert f"accuracy {100 * share:.2f} %" in said
     assert main([*flags, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["exit_shares"] == [0, 0, 1]
-    assert result["examples"] == 9
+    assert result["examples"] == len(result["predictions"]) == 9
+    last = result["predictions"][-1]
+    assert (last["index"], last["exit"]) == (10, 3)
+    assert 0 < last["confidence"] <= 1
     assert 0 < result["latency_median_s"] <= result["latency_max_s"]
 
 
 def test_inputs_without_labels_have_no_accuracy(folder, tmp_path, capsys):
+    """.npy and .npz follow one rule: float64 is taken, a single example wants its own axis."""
     np.save(tmp_path / "x.npy", X)
-    assert main(["infer", str(folder), "--data", str(tmp_path / "x.npy"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] is None
+    np.savez(tmp_path / "x.npz", x=X)
+    np.save(tmp_path / "double.npy", X.astype(np.float64))
+    np.savez(tmp_path / "double.npz", x=X.astype(np.float64))
+    found = []
+    for name in ("x.npy", "x.npz", "double.npy", "double.npz"):
+        assert main(["infer", str(folder), "--data", str(tmp_path / name), "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["accuracy"] is None
+        found.append(result["predictions"])
+    assert all(predictions == found[0] for predictions in found)
+    np.save(tmp_path / "one.npy", X[0])
+    np.savez(tmp_path / "one.npz", x=X[0])
+    np.save(tmp_path / "whole.npy", X.astype(np.int64))
+    np.savez(tmp_path / "whole.npz", x=X.astype(np.int64))
+    np.savez(tmp_path / "other.npz", inputs=X)
+    for name, said in [
+        ("one.npy", "one example, expected (n, 2); give x[None]"),
+        ("one.npz", "one example, expected (n, 2); give x[None]"),
+        ("whole.npy", "x of dtype int64, expected uint8 or float"),
+        ("whole.npz", "x of dtype int64, expected uint8 or float"),
+        ("other.npz", "arrays [], expected an .npz file with inputs x"),
+    ]:
+        assert main(["infer", str(folder), "--data", str(tmp_path / name)]) == 1
+        assert said in capsys.readouterr().err
     flags = ["--data", str(tmp_path / "x.npy")]
     assert main(["calibrate", str(folder), *flags, "--accuracy", "0.5"]) == 1
     assert "has no labels" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from edge_sdk.helpers.files import write_file
 from edge_sdk.infer import model_folder
 from edge_sdk.infer.export import export
 from edge_sdk.infer.model_folder import check_target, new_folder, read_model, read_thresholds
-from tests.support.examples import one_line, two_exits
+from tests.support.examples import two_exits
 from tests.support.other_user import not_allowed_to_write
 
 TOO_LONG = "x" * 300  # of no file system's names: even root cannot look at it
@@ -44,14 +44,14 @@ def test_the_current_folder_is_no_file_to_write(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_is_named(model, tmp_path, capsys):
+def test_a_folder_that_is_not_there_is_made_and_told(model, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
     np.save(tmp_path / "x.npy", np.zeros((1, 2), np.float32))
     out = tmp_path / "nodir" / "p.csv"
     command = ["infer", str(model), "--data", str(tmp_path / "x.npy"), "--out", str(out)]
-    assert main(command) == 1
-    assert one_line(capsys.readouterr().err, "edge-sdk").endswith(
-        f"{out} cannot be written: there is no folder {out.parent}; make it, or choose another\n"
-    )
+    assert main(command) == 0
+    assert out.read_text().startswith("index,label,exit,confidence\n0,")
+    assert f"made the folder {out.parent}" in caplog.text
 
 
 def test_a_folder_of_another_user_is_not_said_to_be_full(tmp_path):
