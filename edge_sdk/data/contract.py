@@ -128,8 +128,9 @@ def mismatch(
 
     Two rules for integers are one or differ. Floats beside integers, and floats beside floats, are
     compared by their ranges: floats that were scaled by hand by the same rule share more than half
-    of the range. Floats within other floats are legitimate, as clients differ, but for a range FAR
-    wider than the reference's."""
+    of the range, or, if few or dark, lie within it and reach into its lower half. Floats within
+    other floats are legitimate, as clients differ, but for a range FAR wider than the
+    reference's."""
     if reference is None or other is None:
         return None
     widths = reference.high - reference.low, other.high - other.low
@@ -142,7 +143,12 @@ def mismatch(
     elif reference.divisor is None and other.divisor is None:
         is_other, is_certain = is_apart, widths[1] >= FAR * widths[0]
     else:
-        is_other, is_certain = True, is_apart
+        integers, floats = sorted((reference, other), key=lambda one: one.divisor is None)
+        is_part = (
+            integers.low <= floats.low < (integers.low + integers.high) / 2
+            and floats.high <= integers.high
+        )
+        is_other, is_certain = True, is_apart and not is_part
     if not is_other:
         return None
     step = "scale both alike, by the same constants"

@@ -163,6 +163,9 @@ def floats(low: float, high: float):
         (PIXELS, floats(0, 1), True),  # 1 of 2 is shared: at most half
         (PIXELS, floats(0, 255), True),
         (floats(0, 1), PIXELS, True),
+        (PIXELS, floats(0.2, 0.9), True),
+        (PIXELS, floats(-1, -0.5), False),  # perhaps dark pictures by that rule
+        (PIXELS, floats(-3, -2), True),
         (PIXELS, floats(-0.98, 0.9), False),  # perhaps by that rule: 1.88 of 2
         (floats(0, 1), floats(0, 0.8), None),
         (floats(-1, 1), floats(-1.6, 1.2), None),  # 2 of 2.8
