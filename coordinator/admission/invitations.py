@@ -60,6 +60,19 @@ class Invitations:
                 self._load(stamp)
             return self._by_key.get(public_key)
 
+    def is_open(self, public_key: bytes) -> bool:
+        """Whether somebody may still join with this key; also one whose join was cut short."""
+        return self.find(public_key) is not None and not self.why_closed(public_key)
+
+    def why_closed(self, public_key: bytes) -> str:
+        """Why nobody may join with this invitation any more; "" for another key or an open one."""
+        invitation = self.find(public_key)
+        if invitation is None:
+            return ""
+        if invitation.is_done:
+            return f"the invitation that {invitation.client} used, key"
+        return "an invitation that has expired, key" * (time.time() >= invitation.expires)
+
     def _load(self, stamp: Stamp) -> None:
         try:
             self._by_key = {i.public_key.encode(): i for i in read_invitations(self.path)}

@@ -182,6 +182,13 @@ def _run_lines(status: Snapshot, view: View, folder: Path) -> list[str]:
         f"strangers refused {cohort.strangers}"
     )
     lines.append(f"faults: {_counted(cohort.faults) or 'none'}")
+    links = cohort.links
+    if any(msgspec.structs.astuple(links)):
+        lines.append(
+            f"not heard: {links.frames_refused} frames that break the protocol, "
+            f"{links.messages_dropped} messages too many; disconnected: {links.peers_ended} peers "
+            f"that said too much, {links.connections_ended} connections"
+        )
     return lines
 
 

@@ -20,7 +20,7 @@ from coordinator.fleet.counters import Counters
 from coordinator.fleet.declared import plausible_ready
 from coordinator.fleet.flow_control import BUDGET_BYTES, Budget
 from coordinator.fleet.jobs import Jobs
-from coordinator.fleet.router import Outcast, Received, Router
+from coordinator.fleet.router import Outcast, Received, Refused, Router
 from coordinator.fleet.sessions import SILENCE_S, Gone, Session, Sessions, welcome_of
 from coordinator.fleet.spool import Spool
 from coordinator.fleet.state import RoundAtHand, cohort_state, folder_bytes
@@ -211,7 +211,8 @@ class ZmqCohort:
             self._at_hand,
             budget_bytes=self._budget_bytes,
             spool_bytes=folder_bytes(self._spool.folder),
-            refused=self._router.num_refused,
+            strangers=self._router.num_refused,
+            links=self._router.link_counts(),
             now=time.monotonic(),
         )
 
@@ -345,9 +346,12 @@ class ZmqCohort:
 
     # -- messages ----------------------------------------------------------------------------
 
-    def _handle(self, received: Received | Outcast) -> None:
+    def _handle(self, received: Received | Refused | Outcast) -> None:
+        if isinstance(received, Refused):
+            self.sessions.on_refused(received)
+            return
         if isinstance(received, Outcast):
-            self._tell_jobs(self.sessions.on_outcast(received.route))
+            self._tell_jobs(self.sessions.on_outcast(received))
             return
         route, message = received.route, received.message
         if isinstance(message, Hello):
@@ -380,7 +384,9 @@ class ZmqCohort:
 
     def _on_fault(self, name: str, fault: Fault) -> None:
         extra = event("fault", client=name, code=fault.code, round=fault.round)
-        log.warning("%s reports %s: %s", name, one_line(fault.code), fault.detail, extra=extra)
+        if (behind := self.sessions.repeats.note("fault", name)) is not None:
+            said = (name, one_line(fault.code), fault.detail, behind)
+            log.warning("%s reports %s: %s%s", *said, extra=extra)
         if name not in self.jobs.awaited:  # else it counts as its absence
             self._counters.count_fault(name, fault.code)
         if not fault.round and fault.code in OF_NO_JOB:
@@ -394,6 +400,8 @@ class ZmqCohort:
             return
         if session.ready is None or session.ready.exit != ready.exit:
             extra = event("ready", client=name, exit=ready.exit)
-            log.info("%s trains up to exit %d (%s)", name, ready.exit, ready.reason, extra=extra)
+            if (behind := self.sessions.repeats.note("ready", name)) is not None:
+                said = (name, ready.exit, ready.reason, behind)
+                log.info("%s trains up to exit %d (%s)%s", *said, extra=extra)
         self.jobs.on_ready(name, ready)  # first: what fails here was before this ready
         self.sessions.set_ready(name, plausible_ready(ready))

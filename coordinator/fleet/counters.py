@@ -24,7 +24,17 @@ OF_ERRORS = {
     for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, errors.EdgeError)
 }
-OF_ROUNDS = {"admission", "duplicate", "gone", "hello", "late", "restarted", "round", "stalled"}
+OF_ROUNDS = {
+    "admission",
+    "duplicate",
+    "flood",
+    "gone",
+    "hello",
+    "late",
+    "restarted",
+    "round",
+    "stalled",
+}
 CODES = frozenset({*OF_ERRORS, *OF_ROUNDS, "cancelled"})
 
 

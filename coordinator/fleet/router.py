@@ -10,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import resource
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import zmq
+from msgspec.structs import replace
 from zmq.auth.thread import ThreadAuthenticator
 
 from coordinator.admission import join as joining
 from coordinator.admission.client_list import Admission
+from coordinator.fleet.connections import Connections
+from coordinator.fleet.rate_limit import OUT_S, RateLimits, Repeats, Verdict, cost_of
+from coordinator.store.status import LinkCounts
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.helpers.logs import event
 from edge_sdk.helpers.text import split_endpoint
@@ -26,18 +30,24 @@ from edge_sdk.protocol.link import Payload, parse_frames, send_frames, set_commo
 from edge_sdk.protocol.messages import Fault, Hello, Join, Message
 
 log = logging.getLogger(__name__)
-OWN_FILES = 64  # that the coordinator opens for itself
+TOO_MUCH = "this device says more than it is asked for; what is too much is dropped"
+ENDED = "said too much, or nothing but what is refused"
+BACKLOG = 1024  # connections that wait to be taken: a whole fleet may come back at once
+NO_KEY = "its key is not admitted any more"
+FLOOD = "flood"  # code of the fault of a peer that says too much
 NOT_ADMITTED = (
     "this key is not admitted any more; if keys --rotate replaced it, start the agent again, else "
     "ask for an invitation"
 )
+MOST_STRANGERS = 100  # of whom a minute's log and the list of pending keys tell
 STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
 
 
 @dataclass(frozen=True)
 class Received:
     """A checked message. name: the admitted client whose key this is, None when the link is
-    insecure. address: where a Hello came from, "" if not known."""
+    insecure. address: where a Hello came from, "" if not
+    known. peer: whose bucket it was paid from."""
 
     route: bytes
     name: str | None
@@ -46,43 +56,78 @@ class Received:
     address: str = ""
     key: bytes = b""
 
+    @property
+    def peer(self) -> Hashable:
+        return self.name or self.key or self.route
+
 
 @dataclass(frozen=True)
 class Outcast:
-    """A message came over this route, which may have been a client's, under a key that is not
-    admitted any more."""
+    """A message came over this route, which may have been a client's, from somebody who may not be
+    heard. code: of the fault that it is."""
 
     route: bytes
+    why: str
+    code: str = "admission"
+    may_return: bool = False
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A frame that breaks the protocol came over this route. code: of the fault."""
+
+    route: bytes
+    code: str
 
 
 class _Credentials:
     """Tells the authenticator, at every new connection, whether its key may come in."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, limits: RateLimits) -> None:
         self._admission = admission
+        self._limits = limits
+        self._repeats = Repeats(most=MOST_STRANGERS)
         self.num_refused = 0
 
     def callback(self, domain: str, public_key: bytes) -> bool:
         """public_key: Z85 text."""
-        if self._admission.name_of(public_key) or self._admission.invitations.find(public_key):
-            return True
+        admission, peer = self._admission, self._admission.name_of(public_key) or public_key
+        is_invited = peer is public_key and admission.invitations.is_open(public_key)
+        if is_invited or peer is not public_key:
+            if not self._limits.is_out(peer):
+                return True
+            self.num_refused += 1
+            return False
         self.num_refused += 1
+        if (behind := self._repeats.note()) is None:  # one bucket for all who are not known
+            return False
         key = public_key.decode()
+        why = admission.invitations.why_closed(public_key) or "unknown public key"
         extra = event("stranger", key=key)
-        log.warning("refused a device with unknown public key %s", key, extra=extra)
-        self._admission.pending.note(public_key)
+        log.warning("refused a device with %s %s%s", why, key, behind, extra=extra)
+        admission.pending.note(public_key)
         return False
 
 
 class Router:
     """endpoint: "tcp://HOST:PORT", port 0 or * for any free one. Without keys nothing is encrypted
-    and nobody is checked."""
+    and nobody is checked. limits: of what each peer may say."""
 
-    def __init__(self, endpoint: str, keys: KeyPair | None, admission: Admission | None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        keys: KeyPair | None,
+        admission: Admission | None,
+        limits: RateLimits | None = None,
+    ) -> None:
         self._admission = admission
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self._credentials: _Credentials | None = None
+        self.limits = limits or RateLimits()
+        self._repeats = Repeats()
+        self.counts = LinkCounts()
+        self.is_session: Callable[[bytes], bool] = lambda route: False  # whether it has said hello
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         set_common_options(self.socket)
         self.socket.set(zmq.ROUTER_MANDATORY, 1)
@@ -90,11 +135,13 @@ class Router:
             assert admission is not None, "CURVE without a client list admits nobody"
             self._authenticator = ThreadAuthenticator(self._context)
             self._authenticator.start()
-            self._credentials = _Credentials(admission)
+            self._credentials = _Credentials(admission, self.limits)
             self._authenticator.configure_curve_callback("*", self._credentials)
             self.socket.set(zmq.CURVE_SERVER, 1)
             self.socket.set(zmq.CURVE_PUBLICKEY, keys.public)
             self.socket.set(zmq.CURVE_SECRETKEY, keys.secret)
+        self.socket.set(zmq.BACKLOG, BACKLOG)
+        self._connections = Connections(self.socket)
         try:
             self._bind(endpoint)
         except zmq.ZMQError as error:
@@ -133,9 +180,9 @@ class Router:
             return False
         return True
 
-    def receive(self, timeout_ms: int) -> tuple[bool, Received | Outcast | None]:
-        """Whether there was a message, and the message if it was good and is not done with here. A
-        bad one, or one of a device that is no longer admitted, is answered with a Fault."""
+    def receive(self, timeout_ms: int) -> tuple[bool, Received | Refused | Outcast | None]:
+        """Whether there was a message, and what it was unless it was dropped. A bad one, or one of
+        a device that is no longer admitted, is answered with a Fault."""
         admission = self._admission
         if admission is not None:
             admission.pending.write_if_due(self._is_client)
@@ -149,17 +196,19 @@ class Router:
         if admission is not None:
             key = str(frames[-1].get("User-Id")).encode()
             name = admission.name_of(key)
-            if name is None and admission.invitations.find(key) is None:
-                self._refuse(route, NOT_ADMITTED)
-                return True, Outcast(route)
+        peer, descriptor = name or key or route, int(frames[-1].get(zmq.SRCFD))
+        verdict = self.limits.take(peer, cost_of(frames))
+        if verdict != "hear":
+            return True, self._drop(route, peer, descriptor, verdict)
+        if admission is not None and name is None and admission.invitations.find(key) is None:
+            self._refuse(route, NOT_ADMITTED)
+            return True, Outcast(route, NO_KEY)
+        self._connections.note(descriptor, peer)
         try:
             message, payload = parse_frames(frames[1:])
         except ProtocolError as error:
-            said = "message from %s refused: %s"
-            extra = event("refused", client=name, code=error.code)
-            log.warning(said, name or "a device", error, extra=extra)
-            self.send(route, Fault(code=error.code, detail=str(error)))
-            return True, None
+            return True, self._on_bad(route, peer, descriptor, error)
+        self.limits.note_frame(peer, is_refused=False)
         if isinstance(message, Join):
             self._on_join(route, key, message)
             return True, None
@@ -168,6 +217,47 @@ class Router:
             return True, None
         address = _address(frames[-1]) if isinstance(message, Hello) else ""
         return True, Received(route, name, message, payload, address, key)
+
+    def _drop(
+        self, route: bytes, peer: Hashable, descriptor: int, verdict: Verdict
+    ) -> Outcast | None:
+        """What a peer says beyond its bucket, or while it is kept out."""
+        self.counts.messages_dropped += 1
+        if verdict == "warn":
+            self.send(route, Fault(code=FLOOD, detail=TOO_MUCH))
+        if verdict in ("drop", "warn"):
+            return None
+        return self._end(route, peer, descriptor, is_new=verdict == "end")
+
+    def _on_bad(
+        self, route: bytes, peer: Hashable, descriptor: int, error: ProtocolError
+    ) -> Refused | Outcast:
+        name = peer if isinstance(peer, str) else None
+        self.counts.frames_refused += 1
+        if (behind := self._repeats.note("refused", peer)) is not None:
+            extra = event("refused", client=name, code=error.code)
+            said = "message from %s refused: %s%s"
+            log.warning(said, name or "a device", error, behind, extra=extra)
+        if self.limits.note_frame(peer, is_refused=True) == "end":
+            return self._end(route, peer, descriptor, is_new=True)
+        self.send(route, Fault(code=error.code, detail=str(error)))
+        return Refused(route, error.code)
+
+    def _end(self, route: bytes, peer: Hashable, descriptor: int, *, is_new: bool) -> Outcast:
+        """Disconnect a peer that is out; the next handshake under its key fails for a while."""
+        if is_new:
+            self.counts.peers_ended += 1
+            if (behind := self._repeats.note("ended", peer)) is not None:
+                name = peer if isinstance(peer, str) else None
+                extra = event("refused", client=name, code=FLOOD)
+                said = "%s %s: disconnected for %.0f s%s"
+                log.warning(said, name or "a device", ENDED, OUT_S, behind, extra=extra)
+        self._connections.end(descriptor)
+        return Outcast(route, ENDED, FLOOD, may_return=True)
+
+    def link_counts(self) -> LinkCounts:
+        """What was not let in or heard since the start; a copy."""
+        return replace(self.counts, connections_ended=self._connections.num_ended)
 
     @property
     def num_refused(self) -> int:
@@ -189,6 +279,9 @@ class Router:
     def _on_join(self, route: bytes, key: bytes, join: Join) -> None:
         if self._admission is None:
             self._refuse(route, "this coordinator runs with --insecure and has no list to join")
+        elif self.is_session(route):  # a new key would shut its own client out
+            detail = "join goes over a connection of its own, this one has said hello"
+            self.send(route, Fault(code="protocol", detail=detail))
         elif reply := joining.answer(self._admission, key, join):
             self.send(route, reply)
 
@@ -196,6 +289,7 @@ class Router:
         self.send(route, Fault(code="admission", detail=detail))
 
     def close(self) -> None:
+        self._connections.close()
         self.socket.close()
         if self._admission is not None:
             self._admission.pending.write_if_due(self._is_client, is_last=True)
@@ -203,18 +297,6 @@ class Router:
             self._context.term()
         else:  # it would wait for the sockets of that thread, which ends with the process
             log.warning("the thread that checks keys did not end")
-
-
-def allow_connections(devices: int) -> None:
-    """Raise the limit of open files as far as it goes: a connection is one, and ZeroMQ busily tries
-    again to take one that it may not open. Raises ConfigError if that is too few."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if most != resource.RLIM_INFINITY and most < devices + OWN_FILES:
-        raise ConfigError(
-            f"--min-clients {devices} needs {devices + OWN_FILES} open files, the limit is {most}; "
-            "raise it with ulimit -Hn, or LimitNOFILE= of a service"
-        )
 
 
 def _address(frame: zmq.Frame) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -18,7 +18,15 @@ from coordinator.cohorts.base import Client
 from coordinator.config import RunConfig
 from coordinator.fleet.counters import MAX_CLIENTS, Counters
 from coordinator.fleet.declared import plausible_hello
-from coordinator.fleet.router import NOT_ADMITTED, Received, Router
+from coordinator.fleet.rate_limit import Repeats
+from coordinator.fleet.router import (
+    NO_KEY,
+    NOT_ADMITTED,
+    Outcast,
+    Received,
+    Refused,
+    Router,
+)
 from edge_sdk.data.contract import names_digest, unlike_run
 from edge_sdk.helpers.logs import event
 from edge_sdk.protocol.link import Payload
@@ -61,6 +69,7 @@ class Session:
     route: bytes
     hello: Hello
     seen: float
+    peer: Hashable = b""  # whose bucket its messages are paid from
     address: str = ""
     ready: Ready | None = None
     rival: Received | None = None
@@ -93,8 +102,10 @@ class Sessions:
         self._known = welcome  # of the run's own data; what lacks there the first device tells
         self._counters = counters
         self._names: dict[bytes, str] = {}
+        router.is_session = lambda route: self.on_route(route) is not None
         self.all: dict[str, Session] = {}
         self.ready: set[str] = set()  # who could train something
+        self.repeats = Repeats()  # of lines about one client
 
     def on_route(self, route: bytes) -> tuple[str, Session] | None:
         """The client whose live link has this route, and the link; None for any other route."""
@@ -104,7 +115,10 @@ class Sessions:
 
     def send(self, name: str, message: Message, payload: Payload | None = None) -> bool:
         session = self.all.get(name)
-        return session is not None and self._router.send(session.route, message, payload)
+        if session is None or not self._router.send(session.route, message, payload):
+            return False
+        self._router.limits.earn(session.peer, message)
+        return True
 
     def refuse(self, route: bytes, code: str, detail: str) -> None:
         """Answer with a Fault that is not about a round."""
@@ -169,12 +183,24 @@ class Sessions:
             return None
         if old and old.route != route and old.hello.session != hello.session:
             if old.rival is not None:  # which hears of it when it is known who is there
-                old.rival = received
+                self._on_third(old, received, hello)
                 return None
             if self._router.send(old.route, Probe()):  # may be a link that is dead without a sign
                 old.rival, old.rival_since = received, time.monotonic()
                 return None
         return self._place(received, hello)
+
+    def _on_third(self, session: Session, received: Received, hello: Hello) -> None:
+        """While two devices claim a place: the second again, or a third, which hears so at once."""
+        rival = session.rival
+        assert rival is not None
+        assert isinstance(rival.message, Hello)
+        if rival.message.session == hello.session:
+            session.rival = received
+            return
+        self._counters.of(hello.client_id).duplicates += 1
+        detail = f"two other devices with the key of {hello.client_id!r} are connected already"
+        self.refuse(received.route, "duplicate", f"{detail}; every device needs a key of its own")
 
     def forgive_pause(self, seconds: float) -> None:
         """The coordinator did not listen for so long: that is no device's silence."""
@@ -189,8 +215,7 @@ class Sessions:
         for name, session in list(self.all.items()):
             if not self._router.is_admitted(name):
                 self.refuse(session.route, "admission", NOT_ADMITTED)
-                said = "its key is not admitted any more"
-                happened.append(self.leave(name, said, may_return=False))
+                happened.append(self.leave(name, NO_KEY, may_return=False))
             elif session.rival is not None:
                 if hello := self._settle(name, session, now, patience_s.get(name, 0.0)):
                     happened.append(hello)
@@ -198,20 +223,25 @@ class Sessions:
                 happened.append(self.leave(name, f"said nothing for {now - session.seen:.0f} s"))
         return happened
 
-    def on_outcast(self, route: bytes) -> Gone | None:
-        """A message came over this route under a key that is not admitted any more: whoever's link
-        it is loses it."""
-        if (found := self.on_route(route)) is None:
+    def on_outcast(self, outcast: Outcast) -> Gone | None:
+        """Somebody who may not be heard said something over this route: whoever's link it is loses
+        it."""
+        if (found := self.on_route(outcast.route)) is None:
             return None
-        self._counters.count_fault(found[0], "admission")
-        return self.leave(found[0], "its key is not admitted any more")
+        self._counters.count_fault(found[0], outcast.code)
+        return self.leave(found[0], outcast.why, may_return=outcast.may_return)
+
+    def on_refused(self, refused: Refused) -> None:
+        """Count a frame that was answered with a fault."""
+        self._counters.count_fault(self._names.get(refused.route), refused.code)
 
     def leave(self, name: str, why: str, *, may_return: bool = True) -> Gone:
         session = self.all.pop(name)
         self.ready.discard(name)
         self._names.pop(session.route, None)
         self._counters.of(name).seen = session.seen
-        log.info("%s is gone: %s", name, why, extra=event("gone", client=name))
+        if (behind := self.repeats.note("gone", name)) is not None:
+            log.info("%s is gone: %s%s", name, why, behind, extra=event("gone", client=name))
         return Gone(name, why, may_return)
 
     def take_leave(self, bye: Bye, seconds: float) -> None:
@@ -239,7 +269,8 @@ class Sessions:
             )
             where = rival.address or "?"
             extra = event("duplicate", client=name, address=where)
-            log.warning("%s, asked from %s", detail, where, extra=extra)
+            if (behind := self.repeats.note("duplicate", name)) is not None:
+                log.warning("%s, asked from %s%s", detail, where, behind, extra=extra)
             session.rival = None
             self._counters.of(name).duplicates += 1
             self.refuse(rival.route, "duplicate", detail)
@@ -259,14 +290,17 @@ class Sessions:
         is_same = old is not None and old.hello.session == hello.session
         ready = old.ready if old is not None and is_same else None
         self._names[received.route] = name
-        self.all[name] = Session(received.route, hello, time.monotonic(), received.address)
+        self.all[name] = Session(
+            received.route, hello, time.monotonic(), received.peer, received.address
+        )
         self.set_ready(name, ready)
         self._note_data(hello, is_same)
         platform, counts = hello.profile.platform, self._counters.of(name)
         counts.address, counts.platform = received.address, platform
         extra = event("back" if is_same else "joined", client=name, address=received.address)
-        said = "%s is back from %s" if is_same else "%s joined from %s"
-        log.info(said, name, platform, extra=extra)
+        said = "%s is back from %s%s" if is_same else "%s joined from %s%s"
+        if (behind := self.repeats.note("joined", name)) is not None:
+            log.info(said, name, platform, behind, extra=extra)
         self.send(name, self._welcome)
         return hello
 
@@ -281,4 +315,5 @@ class Sessions:
         )
         unlike = unlike_run(hello, self._welcome, hello.client_id, self._class_names)
         if unlike and not is_same:
-            log.warning("%s", unlike.text)
+            if (behind := self.repeats.note("unlike", hello.client_id)) is not None:
+                log.warning("%s%s", unlike.text, behind)

@@ -13,7 +13,7 @@ from coordinator.fleet.job_phases import JobPhase
 from coordinator.fleet.jobs import Jobs
 from coordinator.fleet.open_job import OpenJob
 from coordinator.fleet.sessions import Session
-from coordinator.store.status import ClientPhase, ClientState, CohortState
+from coordinator.store.status import ClientPhase, ClientState, CohortState, LinkCounts
 
 
 @dataclass
@@ -35,7 +35,8 @@ def cohort_state(
     *,
     budget_bytes: int,
     spool_bytes: int,
-    refused: int,
+    strangers: int,
+    links: LinkCounts,
     now: float,
 ) -> CohortState:
     """The state as the status page tells it. sessions: of the clients that are connected."""
@@ -61,7 +62,8 @@ def cohort_state(
         updates_stale=counters.updates["stale"],
         updates_failed=counters.updates["failed"],
         faults=dict(counters.faults),
-        strangers=refused,
+        strangers=strangers,
+        links=links,
     )
 
 

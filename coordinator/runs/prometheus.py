@@ -109,6 +109,14 @@ def families(snapshot: Snapshot) -> Iterator[Any]:
         yield _labelled(
             name, said, "exit", {str(e): v for e, v in enumerate(values, 1) if v is not None}
         )
+    links = cohort.links
+    said = "Messages that were not heard, by why."
+    unheard = {"refused": links.frames_refused, "dropped": links.messages_dropped}
+    yield _labelled("messages_unheard", said, "why", unheard, is_counter=True)
+    said = "Peers that said too much, and were kept out for a while."
+    yield _counter("peers_ended", said, links.peers_ended)
+    said = "Connections ended for their descriptor or an endless message."
+    yield _counter("connections_ended", said, links.connections_ended)
     outcomes = {
         "accepted": cohort.updates_accepted,
         "late": cohort.updates_late,

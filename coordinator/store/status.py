@@ -74,6 +74,15 @@ class ClientState(msgspec.Struct, frozen=True, kw_only=True):
     duplicates: int = 0  # other live devices that came with its key
 
 
+class LinkCounts(msgspec.Struct, kw_only=True):
+    """What the coordinator did not hear since its start, but for strangers."""
+
+    frames_refused: int = 0  # that break the protocol
+    messages_dropped: int = 0  # beyond what a peer may say
+    peers_ended: int = 0  # disconnected, and kept out for a while
+    connections_ended: int = 0  # for their descriptor, or a message without an end
+
+
 class CohortState(msgspec.Struct, frozen=True, kw_only=True):
     """What the cohort knows; the counts without "round" are those since the coordinator's start."""
 
@@ -92,6 +101,7 @@ class CohortState(msgspec.Struct, frozen=True, kw_only=True):
     updates_failed: int = 0
     faults: dict[str, int] = {}  # by code
     strangers: int = 0  # connections with a key that is not admitted
+    links: LinkCounts = msgspec.field(default_factory=LinkCounts)
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):

@@ -59,9 +59,21 @@ def join(line: InvitationLine, folder: Path, client_id: str) -> KeyPair:
     except Refused as error:
         if str(error) != UNKNOWN:
             raise
-        why = "it was withdrawn, expired long ago, or is another coordinator's; ask for a new one"
-        raise Refused(f"{line.endpoint} does not know this invitation: {why}") from error
+        _confirm(line, client_id, keys)
     return keys
+
+
+def _confirm(line: InvitationLine, client_id: str, keys: KeyPair) -> None:
+    """The invitation is not taken any more: this device may have used it, and missed the answer.
+    Raises LinkError (Refused: its own key is not admitted either)."""
+    try:
+        _ask(line.endpoint, keys, line.server_key, client_id, keys)
+    except Refused as error:
+        if str(error) != UNKNOWN:
+            raise
+        why = "it was used already, expired or withdrawn, or is another coordinator's"
+        said = f"{line.endpoint} refused this invitation: {why}; ask for a new one"
+        raise Refused(said) from error
 
 
 def rotate(endpoint: str, server_key: bytes, folder: Path, client_id: str) -> KeyPair:

@@ -6,6 +6,7 @@ support/coordinator.py.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -22,6 +23,7 @@ from coordinator.admission.client_list import Admission, add_client
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.flow_control import BUDGET_BYTES
+from coordinator.fleet.rate_limit import RateLimits
 from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
 from edge_sdk.protocol.keys import KeyPair, make_keys
@@ -318,6 +320,7 @@ class Coordinator:
         names: Sequence[str],
         spool: Path | None = None,
         next_round: int = 1,
+        limits: RateLimits | None = None,
         **terms: Any,
     ) -> None:
         self.folder = folder
@@ -329,7 +332,8 @@ class Coordinator:
             for name in names:
                 add_client(folder / "clients", name, self.keys[name].public)
         admission = Admission(self.clients_file) if self.clients_file else None
-        self.router = Router(ANY_PORT, self.keys.get("server"), admission)
+        limits = limits or RateLimits(burst=math.inf)
+        self.router = Router(ANY_PORT, self.keys.get("server"), admission, limits)
         self.arrived: queue.Queue[Result] = queue.Queue()  # results, as the cohort yields them
         self._stopping = threading.Event()
         self._closing: Future[None] | None = None

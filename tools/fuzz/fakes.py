@@ -36,8 +36,9 @@ class Frame:
     def __init__(self, data: bytes, sender: str = "stranger") -> None:
         self.bytes, self.buffer, self._sender = data, memoryview(data), sender
 
-    def get(self, name: str) -> str:
-        return {"User-Id": key_of(self._sender), "Peer-Address": "127.0.0.1"}[name]
+    def get(self, name: str | int) -> str | int:
+        known = {"User-Id": key_of(self._sender), "Peer-Address": "127.0.0.1", zmq.SRCFD: -1}
+        return known[name]
 
 
 @lru_cache

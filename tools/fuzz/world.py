@@ -15,6 +15,7 @@ counted at all.
 
 from __future__ import annotations
 
+import math
 import shutil
 import weakref
 from collections import Counter
@@ -31,6 +32,7 @@ from coordinator.cohorts.base import Assignment, Client, ClientUpdate
 from coordinator.config import RunConfig
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.open_job import make_job
+from coordinator.fleet.rate_limit import RateLimits
 from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
 from edge_sdk.protocol.codec import encode
@@ -176,7 +178,8 @@ class World:
         folder = Path(mkdtemp(dir=MEMORY if Path(MEMORY).is_dir() else None))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         if World._router is None:
-            World._router = Router("tcp://127.0.0.1:*", None, None)
+            limits = RateLimits(burst=math.inf)  # inputs come without a pause
+            World._router = Router("tcp://127.0.0.1:*", None, None, limits)
             World._router.socket.close()
         World._router.socket = self.socket = Socket(self._listen)  # type: ignore[assignment]
         World._router._admission = admitted(folder)

@@ -67,9 +67,9 @@ def test_an_invitation_admits_one_device(gate, tmp_path):
     join(line, tmp_path / "a", "a")
     before = gate.files()
     for name in ("a", "b"):
-        with pytest.raises(Refused, match="refused: this invitation was used already; ask for a"):
+        with pytest.raises(Refused, match="refused this invitation: it was used already"):
             join(line, tmp_path / "b", name)
-    with pytest.raises(Refused, match="was used already"):
+    with pytest.raises(Refused, match="this key is that of 'a', join says 'other'"):
         join(line, tmp_path / "a", "other")
     assert gate.files() == before
 
@@ -92,7 +92,7 @@ def test_of_two_devices_at_once_one_gets_in(gate, tmp_path):
 
 def test_an_expired_invitation(gate, tmp_path):
     line = gate.invite("pi-1", valid_s=-1.0)
-    with pytest.raises(Refused, match=r"this invitation expired at 20\d\d-.* UTC; ask for a new"):
+    with pytest.raises(Refused, match="refused this invitation: it was used already, expired or"):
         join(line, tmp_path / "pi", "pi-1")
     assert gate.names() == {}
 
@@ -102,8 +102,8 @@ def test_a_used_invitation_expires_too(gate, tmp_path):
     join(line, tmp_path / "pi", "pi-1")
     expired = Invitation(**(json.loads(gate.invitations.read_text())[0] | {"expires": 1.0}))
     gate.invitations.write_text(f"[{json.dumps(vars_of(expired))}]")
-    with pytest.raises(Refused, match="this invitation expired at 1970-01-01 00:00 UTC"):
-        join(line, tmp_path / "pi", "pi-1")
+    with pytest.raises(Refused, match="refused this invitation"):
+        join(line, tmp_path / "other", "pi-2")
 
 
 def vars_of(invitation: Invitation) -> dict:
@@ -113,7 +113,7 @@ def vars_of(invitation: Invitation) -> dict:
 def test_a_withdrawn_invitation(gate, tmp_path):
     line = gate.invite("pi-1")
     assert len(withdraw(gate.invitations, "pi-1")) == 1
-    with pytest.raises(Refused, match="does not know this invitation: it was withdrawn"):
+    with pytest.raises(Refused, match="expired or withdrawn, or is another coordinator's; ask for"):
         join(line, tmp_path / "pi", "pi-1")
 
 

@@ -3,6 +3,7 @@ scripted devices, one of them good."""
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 
 from coordinator.admission.client_list import remove_client
 from coordinator.fleet import sessions as sessions_module
+from coordinator.fleet.rate_limit import RateLimits
 from coordinator.fleet.router import Received
 from edge_sdk.protocol.keys import make_keys, read_keys
 from edge_sdk.protocol.messages import (
@@ -185,6 +187,8 @@ def test_program_that_does_not_answer_loses_its_place(coordinator, devices, monk
 
 class Lines:
     """In the place of a Router: every link stands."""
+
+    limits = RateLimits(burst=math.inf)
 
     def __init__(self) -> None:
         self.said: list[Received] = []

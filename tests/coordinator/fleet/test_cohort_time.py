@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import time
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.fleet import jobs as jobs_module
 from coordinator.fleet.flow_control import Budget
 from coordinator.fleet.jobs import MOST_STALLS, Jobs
+from coordinator.fleet.rate_limit import RateLimits
 from coordinator.fleet.router import Received
 from coordinator.fleet.spool import Spool
 from edge_sdk.errors import QuorumError
@@ -77,6 +79,8 @@ def test_updates_that_waited_for_the_caller_come_one_at_a_time(make_coordinator)
 
 class TalkingHub:
     """Two devices of which one says nothing after it is ready, and the other never stops."""
+
+    limits = RateLimits(burst=math.inf)
 
     def __init__(self) -> None:
         self.said: list[Received] = []

@@ -172,7 +172,7 @@ def test_a_refused_join_is_one_clear_line_and_writes_no_config(gate, home, capsy
     (home / "config.toml").unlink()
     assert on_device(["join", line, "--id", "b"]) == 1
     said = one_line(capsys.readouterr().err, "edge-sdk")
-    assert "refused: this invitation was used already; ask for a new one" in said
+    assert "refused: this key is that of 'a', join says 'b'" in said
     assert not (home / "config.toml").exists()
 
 
