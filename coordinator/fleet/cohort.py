@@ -20,12 +20,12 @@ from coordinator.fleet.counters import Counters
 from coordinator.fleet.declared import plausible_ready
 from coordinator.fleet.flow_control import BUDGET_BYTES, Budget
 from coordinator.fleet.jobs import Jobs
+from coordinator.fleet.patience import Patience
 from coordinator.fleet.router import Outcast, Received, Refused, Router
 from coordinator.fleet.sessions import SILENCE_S, Gone, Session, Sessions, welcome_of
 from coordinator.fleet.spool import Spool
 from coordinator.fleet.state import RoundAtHand, cohort_state, folder_bytes
 from coordinator.store.status import CohortState
-from edge_sdk.errors import QuorumError
 from edge_sdk.helpers.logs import event
 from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.messages import (
@@ -78,7 +78,6 @@ class ZmqCohort:
         self._router = router
         self._config = config
         self._is_async = config.mode == "async"
-        self._give_up_after_s = give_up_after_s
         self._budget_bytes = budget_bytes
         self._spool = spool
         self._counters = counters = Counters()
@@ -100,7 +99,8 @@ class ZmqCohort:
         self._is_assembled = False
         self._assembles_until = time.monotonic() + SILENCE_S if next_round > 1 else math.inf
         self._at_hand = RoundAtHand()
-        self._listened = self._looked = self._progress = time.monotonic()
+        self._patience = Patience(config, self.jobs, self.sessions, give_up_after_s)
+        self._listened = self._looked = time.monotonic()
         self._num_heard = 0  # messages since the last look after the silent
 
     # -- Cohort ------------------------------------------------------------------------------
@@ -126,13 +126,14 @@ class ZmqCohort:
         told, most = 0.0, -1
         while (here := self._num_here()) < (least := self._least()):
             if here > most:
-                self._progress = time.monotonic() if most >= 0 else self._progress
+                if most >= 0:
+                    self._patience.note_change()
                 most = here
             if time.monotonic() - told > TELL_S:
                 told = time.monotonic()
                 extra = event("waiting", ready=here, needed=least)
                 log.info("waiting for devices: %d of %d ready", here, least, extra=extra)
-            self._check_progress(f"{here} of the {least} devices that it needs are there")
+            self._patience.check(f"{here} of the {least} devices that it needs are there")
             self._pump()
         self._is_assembled = True
         return self._idle_clients()
@@ -158,7 +159,7 @@ class ZmqCohort:
         """Listen for a while, longer every time. Raises QuorumError."""
         until = time.monotonic() + min(MOST_REST_S, 2**tries)
         while True:
-            self._check_progress(f"too few devices or updates after {tries} tries of a round")
+            self._patience.check(f"too few devices or updates after {tries} tries of a round")
             self._pump()
             if time.monotonic() > until or self.jobs.finished:
                 return True
@@ -179,7 +180,7 @@ class ZmqCohort:
                 result = jobs.finished.pop(0)
                 self._note(result, round)
                 if isinstance(result, ClientUpdate):
-                    self._progress = time.monotonic()
+                    self._patience.note_change()
                     result = replace(result, staleness=round - result.round)
                     returned += int(self._is_async or not result.staleness)
                 yield result
@@ -193,10 +194,10 @@ class ZmqCohort:
             if overdue_s > 0 and (returned >= needed or is_hopeless):
                 self._drain()  # what came while the caller aggregated is not late
                 if not jobs.finished:
-                    jobs.close(round)
+                    jobs.close()
                 continue
             if overdue_s > 0:
-                self._check_progress(f"{returned} of {needed} needed returned in round {round}")
+                self._patience.check(f"{returned} of {needed} needed returned in round {round}")
                 if time.monotonic() - told > TELL_S:
                     told = time.monotonic()
                     log.warning("round %d: %d of %d needed returned", round, returned, needed)
@@ -228,7 +229,8 @@ class ZmqCohort:
     def _hand_out(self, work: Mapping[str, Assignment], round: int, deadline_s: float) -> int:
         """Give the jobs of a round, or of another try of it. How many updates it needs."""
         if round != self._at_hand.round:
-            self._at_hand, self._progress = RoundAtHand(round), time.monotonic()
+            self._at_hand = RoundAtHand(round)
+            self._patience.note_change()
             self.jobs.expire(round - self._config.oldest)
             self.jobs.clear_spool(round)
         here = self.jobs.returned(round)  # between two tries of the round: nobody is asked twice
@@ -264,20 +266,6 @@ class ZmqCohort:
             return self._config.min_clients
         return clients_needed(self._config)
 
-    def _check_progress(self, what: str) -> None:
-        """Raise QuorumError if nothing has changed for too long. Parts that move are a change, and
-        so is every message of a device that is at work. what: the beginning of the error."""
-        limit, open_jobs, sessions = self._give_up_after_s, self.jobs.open, self.sessions.all
-        if not limit or time.monotonic() - self._progress <= limit:
-            return
-        moved = (open_job.moved for open_job in open_jobs.values())
-        seen = (sessions[name].seen for name in open_jobs.keys() & sessions.keys())
-        if time.monotonic() - max([self._progress, *moved, *seen]) > limit:
-            raise QuorumError(
-                f"{what}, and nothing changed for {limit:.0f} s (--give-up-after); "
-                "nothing is lost: go on with --resume when the devices are back"
-            )
-
     def _note(self, result: ClientUpdate | Absence, round: int) -> None:
         """Count the result for the status page."""
         name = result.client.id
@@ -288,6 +276,7 @@ class ZmqCohort:
             if not is_stale or self._is_async:
                 self._at_hand.returned.add(name)
             return
+        self._patience.note_absence(name, result.code)
         self._counters.count_fault(name, result.code)
         self._counters.count_result(name, "late" if result.outcome == "straggler" else "failed")
 
@@ -310,7 +299,7 @@ class ZmqCohort:
             raise Stopped
         now = time.monotonic()
         if (gap := now - self._listened) > LISTENING_GAP_S:
-            self._progress += gap
+            self._patience.forgive_pause(gap)
             self.sessions.forgive_pause(gap)
             self.jobs.forgive_pause(gap)
         has_message, received = self._router.receive(0)
@@ -318,8 +307,8 @@ class ZmqCohort:
         if not has_message or self._num_heard > self._many:  # all that came has been heard
             self._num_heard = 0
             if now - self._looked > LOOK_S:
+                self._look(now, now - self._looked)
                 self._looked = now
-                self._look(now)
         if not has_message:
             has_message, received = self._router.receive(timeout_ms)
         self._listened = time.monotonic()
@@ -327,7 +316,7 @@ class ZmqCohort:
             self._handle(received)
         return has_message
 
-    def _look(self, now: float) -> None:
+    def _look(self, now: float, elapsed_s: float) -> None:
         """Look after sessions, participants that are not connected, and transfers that stalled."""
         for happened in self.sessions.check_links(now, self.jobs.transfers.patience_s()):
             self._tell_jobs(happened)
@@ -335,6 +324,7 @@ class ZmqCohort:
             if now - self.jobs.open[name].given > SILENCE_S:
                 self.jobs.on_gone(name, "gone", "is not connected")
         self.jobs.check_stalls()
+        self._patience.end_holdups(elapsed_s)
 
     def _tell_jobs(self, happened: Hello | Gone | None) -> None:
         """A device has its place, or is gone: that changes what becomes of its job."""

@@ -82,6 +82,15 @@ class Budget:
         self._begun: set[str] = set()
 
     @property
+    def share(self) -> int:
+        """Most parts of one client that should be under way."""
+        return max(2, self._num_parts // 4)
+
+    def is_waiting(self, name: str) -> bool:
+        """Whether the client's turn has not come yet."""
+        return name in self._waiting
+
+    @property
     def bytes_under_way(self) -> int:
         return sum(self._used) * PART_BYTES
 

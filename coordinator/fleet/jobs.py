@@ -13,14 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
-from coordinator.cohorts.base import (
-    Absence,
-    ArrivedUpdate,
-    Assignment,
-    Check,
-    Client,
-    ClientUpdate,
-)
+from coordinator.cohorts.base import Absence, ArrivedUpdate, Assignment, Check, Client, ClientUpdate
 from coordinator.fleet.counters import Counters
 from coordinator.fleet.digests import Digests
 from coordinator.fleet.endings import Endings
@@ -39,7 +32,7 @@ from edge_sdk.protocol.tensors import Receiver, Sender, Tensors
 log = logging.getLogger(__name__)
 RESEND_S = 10.0  # a device that says it has another job gets it again
 MOST_GIVEN = 4  # times that a device which restarts gets one job
-MOST_STALLS = 3  # times that an upload is asked for again without a new part
+MOST_STALLS = 3  # in a row, of a transfer that has moved
 CLOSED = "the round was closed without this update"
 
 
@@ -113,13 +106,23 @@ class Jobs:
         why = ("failed", "gone", "left before its job")
         self.finished.append(Absence(client, assignment.plan.segments, *why))
 
-    def close(self, round: int) -> None:
+    def close(self) -> None:
         """End the round without those who are still waited for: they are told, or may be late."""
         for name in sorted(self._awaited):
-            open_job = self.open[name]
-            self._absent(open_job, "straggler", "late", "did not return in time", stays=True)
-            if name not in self.open:
-                self._fault(name, "late", CLOSED, round)
+            self.let_go(name, "did not return in time")
+
+    def let_go(self, name: str, detail: str) -> None:
+        """Wait no longer for this participant; its update may be late."""
+        open_job = self.open[name]
+        self._absent(open_job, "straggler", "late", detail, stays=True)
+        if name not in self.open:
+            self._fault(name, "late", CLOSED, open_job.round)
+
+    def give_up(self, name: str, detail: str) -> None:
+        """This participant has failed: it holds up what it has begun."""
+        open_job = self.open[name]
+        self._fault(name, "stalled", detail, open_job.round)
+        self._absent(open_job, "failed", "stalled", detail)
 
     def leave_open(self) -> None:
         """End the round; who is still waited for goes on, and is waited for beyond it."""
@@ -155,7 +158,7 @@ class Jobs:
             self.open[client.id] = open_job
             self._awaited |= {client.id} if outlives else set()
         for open_job in self.open.values():  # files may have been large
-            open_job.given = time.monotonic()
+            open_job.given = open_job.progressed = time.monotonic()
 
     def clear_spool(self, round: int) -> None:
         """Delete what rounds before this one left, but for what may still count."""
@@ -247,21 +250,17 @@ class Jobs:
         now = time.monotonic()
         for open_job in self.open.values():
             open_job.given = min(now, open_job.given + seconds)
+            open_job.progressed = min(now, open_job.progressed + seconds)
             open_job.moved = min(now, open_job.moved + seconds)
 
     def check_stalls(self) -> None:
-        """Ask again for parts that a link's own pace would have brought by now. A participant that
-        was asked MOST_STALLS times in vain has failed."""
+        """Ask again for parts that a link's own pace would have brought by now. A participant of
+        whom that was in vain, MOST_STALLS times or at the very first, has failed."""
         for open_job in self.transfers.take_stalled():
-            open_job.stalls += open_job.receiver is not None  # what it asked for may still reach it
-            if open_job.stalls == MOST_STALLS:
-                detail = f"its update stopped after {open_job.bytes_up} bytes"
-                self._fault(open_job.name, "stalled", detail, open_job.round)
-                self._absent(open_job, "failed", "stalled", detail)
-                continue
-            if open_job.receiver is not None:
-                open_job.receiver.restart()
-            self.transfers.ask(open_job)
+            if open_job.stalls == MOST_STALLS or open_job.has_never_moved:
+                self.give_up(open_job.name, open_job.where_it_stopped)
+            else:
+                self.transfers.ask_again(open_job)
         self.transfers.pump()
 
     def _on_part(self, open_job: OpenJob, index: int, payload: Payload) -> None:

@@ -43,6 +43,9 @@ class OpenJob:
     times_given: int = 1
     mismatched_since: float | None = None  # heartbeats name another round, or none
     moved: float = field(default_factory=time.monotonic)  # when parts last did
+    # When the device got on: a part more than it ever had or sent, or a job or update begun.
+    progressed: float = field(default_factory=time.monotonic)
+    most_moved: int = 0  # parts of the transfer at hand, over all connections
     requested: deque[range] = field(default_factory=deque)  # asked for, not sent
     have: int | None = None  # parts that the device said it has, on this connection
     update: Update | None = None
@@ -85,6 +88,25 @@ class OpenJob:
             return bool(self.requested)
         return self.receiver.num_under_way <= self.link_rate.window // 2
 
+    @property
+    def most_under_way(self) -> int:
+        """Parts. Of a job, down: one until the link is measured, then room for the window that the
+        device asks for, and the next."""
+        rate = self.link_rate
+        return rate.window if self.receiver is not None else 2 * rate.window if rate.rate else 1
+
+    @property
+    def has_never_moved(self) -> bool:
+        """Nothing of the job has reached the device, as far as it says."""
+        return self.receiver is None and not self.most_moved
+
+    @property
+    def where_it_stopped(self) -> str:
+        """For people."""
+        if self.receiver is not None:
+            return f"its update stopped after {self.bytes_up} bytes"
+        return f"it has said of {self.most_moved} of the job's {self.sender.num_parts} parts"
+
     def patience_s(self, parts: int) -> float:
         """Seconds without any of so many parts under way after which something is wrong."""
         return self.link_rate.patience_s(parts * PART_BYTES)
@@ -95,15 +117,23 @@ class OpenJob:
         self.moved = now
 
     def confirm(self, have: int) -> int:
-        """The device says how many parts it has. How many have arrived since it last said so."""
+        """The device says how many parts it has. How many more that are than it ever said on this
+        connection."""
         have = min(have, self.sender.num_parts)
         arrived = 0 if self.have is None else max(0, have - self.have)
         if arrived:
+            self.stalls = 0
             self.note_moved(arrived * PART_BYTES)
-        self.have = have
+        self.have = max(have, self.have or 0)
+        if self.update is None:
+            self._note_most(have)
         has_all = have == self.sender.num_parts
         self.advance(JobEvent.HAS_ALL_PARTS if has_all else JobEvent.LACKS_PARTS)
         return arrived
+
+    def _note_most(self, num_parts: int) -> None:
+        if num_parts > self.most_moved:
+            self.most_moved, self.progressed = num_parts, time.monotonic()
 
     def request(self, first: int, count: int) -> bool:
         """The device asks for these parts. False if it has asked in too many pieces."""
@@ -160,6 +190,8 @@ class OpenJob:
 
     def announce(self, update: Update, receiver: Receiver, digest: RunningDigest) -> None:
         """The update is as asked for; its parts go to the receiver."""
+        if self.update is None:  # one that is announced anew is no progress
+            self.most_moved, self.progressed = 0, time.monotonic()
         self.update, self.receiver = plausible_update(update), receiver
         self.announced = time.monotonic()
         self.digest = digest
@@ -169,7 +201,11 @@ class OpenJob:
         """A new part of the update is stored."""
         self.bytes_up += len(payload)
         assert self.digest is not None
+        assert self.receiver is not None
         self.digest.add(index, payload)
+        self.stalls = 0
+        self.note_moved(PART_BYTES)
+        self._note_most(self.receiver.num_received)
 
     def reconnect(self) -> None:
         """The device's link is another one, or lost: nothing is under way any more."""
@@ -184,6 +220,7 @@ class OpenJob:
     def give_again(self) -> None:
         """The device begins its job anew."""
         self.update = self.receiver = None
+        self.most_moved, self.progressed = 0, time.monotonic()
         self.advance(JobEvent.GIVEN_AGAIN)
         self.reconnect()
         self.times_given += 1

@@ -314,6 +314,7 @@ class Sessions:
             class_names=self._welcome.class_names or hello.class_names,
         )
         unlike = unlike_run(hello, self._welcome, hello.client_id, self._class_names)
-        if unlike and not is_same:
-            if (behind := self.repeats.note("unlike", hello.client_id)) is not None:
-                log.warning("%s%s", unlike.text, behind)
+        if not unlike or is_same:
+            return
+        if (behind := self.repeats.note("unlike", hello.client_id)) is not None:
+            log.warning("%s%s", unlike.text, behind)

@@ -9,7 +9,6 @@ from coordinator.fleet.flow_control import Budget
 from coordinator.fleet.open_job import OpenJob
 from coordinator.fleet.sessions import Sessions
 from edge_sdk.protocol.messages import Fetch, Part
-from edge_sdk.protocol.stream import PART_BYTES
 
 
 class Transfers:
@@ -31,8 +30,21 @@ class Transfers:
 
     def ask(self, open_job: OpenJob) -> None:
         """Line the job up for its turn, if it has parts to move."""
-        if open_job.has_to_move:
+        if open_job.has_to_move and self._left_to(open_job) > 0:
             self._budget.ask(open_job.name, open_job.link_rate.is_slow)
+
+    def ask_again(self, open_job: OpenJob) -> None:
+        """Its parts did not come: those of an update are asked for anew, the others may be on their
+        way still."""
+        if open_job.receiver is not None:
+            open_job.receiver.restart()
+        self.ask(open_job)
+
+    def _left_to(self, open_job: OpenJob) -> int:
+        """Parts that this device may have under way beside those that are: a share, so that nobody
+        holds up all others by not moving them."""
+        most = min(open_job.most_under_way, self._budget.share)
+        return most - self._budget.held(open_job.name)
 
     def on_fetch(self, open_job: OpenJob, fetch: Fetch) -> bool:
         """The device says what it has, and wants more. False if it has asked in too many pieces."""
@@ -46,8 +58,6 @@ class Transfers:
     def note_part(self, open_job: OpenJob) -> None:
         """A new part of the job's update is here."""
         self._budget.release(open_job.name, 1)
-        open_job.stalls = 0
-        open_job.note_moved(PART_BYTES)
 
     def break_off(self, open_job: OpenJob) -> None:
         """The device's connection is another one, or none: none of its parts is under way."""
@@ -72,6 +82,7 @@ class Transfers:
             if open_job is None or now - open_job.moved <= open_job.patience_s(held):
                 continue
             self._budget.drop(name)
+            open_job.stalls += 1
             open_job.link_rate.halve()
             open_job.moved = now
             yield open_job
@@ -90,6 +101,7 @@ class Transfers:
         something: its connection is lost, or the queue of a slow one is full."""
         if not self._budget.held(open_job.name):
             open_job.moved = time.monotonic()
+        parts = min(parts, self._left_to(open_job))
         if open_job.receiver is not None:
             under_way = open_job.receiver.num_under_way
             request = open_job.receiver.request(min(parts, open_job.link_rate.window - under_way))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 from coordinator.fleet.counters import CODES, OTHER
+from coordinator.runs.http_server import BoundedServer
 from coordinator.store.status import ClientPhase, RunPhase, Snapshot
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.imports import install
@@ -40,7 +41,7 @@ class MetricsServer:
     def __init__(self, address: str) -> None:
         host, port = metrics_flag(address)
         try:
-            from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+            from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
         except ImportError as error:
             raise ConfigError(f"--metrics needs {error.name}; {install('metrics')}") from error
         self.latest: Callable[[], Snapshot | None] = lambda: None
@@ -48,7 +49,7 @@ class MetricsServer:
         registry.register(self)
         ProcessCollector(registry=registry)  # memory and CPU seconds of this process
         try:
-            self._server, self._thread = start_http_server(port, host, registry)
+            self._server = BoundedServer(host, port, make_wsgi_app(registry))
         except (OSError, UnicodeError) as error:
             raise ConfigError(
                 f"--metrics {address}: cannot listen there: {error}; choose another address"
@@ -63,9 +64,7 @@ class MetricsServer:
             yield from families(snapshot)
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._server.close()
 
 
 def families(snapshot: Snapshot) -> Iterator[Any]:

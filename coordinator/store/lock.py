@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,9 +20,11 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
+        step = "free space or make it writable"
+        if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):
+            step = "raise the limit of open files with ulimit -Hn, or LimitNOFILE= of a service"
         raise StoreError(
-            f"{path} cannot be written: {error}; free space or make it writable; go on with "
-            "--resume"
+            f"{path} cannot be written: {error}; {step}; go on with --resume"
         ) from error
 
 

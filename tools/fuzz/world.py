@@ -71,8 +71,8 @@ UNREACHABLE = 2 * len(SENDERS)  # added to a route: answers cannot be sent
 NUM_ROUTES = 2 * UNREACHABLE
 # When it listened, which any message changes; sums over clients; what only reads tensors.
 NO_STATE = (
-    *("_router", "_num_heard", "_listened", "_looked", "_progress", "_used", "_queues"),
-    *("_counters", "_spool", "_sessions", "Sender"),
+    *("_router", "_num_heard", "_listened", "_looked", "_patience", "_used", "_queues"),
+    *("_counters", "_spool", "_sessions", "Sender", "repeats"),
 )
 PROFILE = DeviceProfile(
     platform="generic", memory_total_bytes=2**32, memory_available_bytes=2**31, cores=4, gflops=10.0
@@ -276,7 +276,10 @@ class World:
 
     def _fetch(self, name: str, count: int) -> Iterator[list[Frame] | None]:
         yield self._frames(name, Fetch(round=ROUND, have=0, first=0, count=count))
-        self._expect(name, Part, count)
+        came = sum(isinstance(message, Part) for _, message in self.socket.sent)
+        if came < count:  # one, until the link is measured
+            yield self._frames(name, Fetch(round=ROUND, have=came, first=3, count=0))
+        self._expect(name, Part, count - came if came < count else count)
         if count == 3:
             yield self._frames(name, Fetch(round=ROUND, have=3, first=3, count=0))
 

@@ -213,8 +213,8 @@ def test_parts_under_way_are_bounded_over_all_uploads(make_coordinator, quick_li
     for device in devices:
         device.send(device.make_update())
         listen()  # so theirs arrive in this order
-    # the first asked for all of its three, the second for the one that was left
-    assert lacking == {"a": [0, 1, 2], "b": [0], "c": [], "d": []}
+    # each may have two under way of its three, so the first leave none to the others
+    assert lacking == {"a": [0, 1], "b": [0, 1], "c": [], "d": []}
     for _ in range(4 * 3):
         device = next(device for device in devices if lacking[device.name])
         device.send_parts([lacking[device.name].pop(0)])

@@ -237,7 +237,7 @@ def test_nobody_begins_to_upload_when_the_round_closes(tmp_path, quick_links):
         jobs.on_message(name, ScriptedDevice.make_update(device), None)
     assert [type(message) for _, message in sent] == [Job, Fetch, Job]
     sent.clear()
-    jobs.close(1)
+    jobs.close()
     assert [(name, type(message)) for name, message in sent] == [("bad", Fault), ("good", Fault)]
     assert [type(result) for result in jobs.finished] == [Absence, Absence]
     assert (len(jobs.awaited), jobs.open, budget.bytes_under_way) == (0, {}, 0)
@@ -340,29 +340,6 @@ def test_round_without_its_quorum_gives_up(make_coordinator):
         round.result(WAIT_S)
 
 
-def test_whoever_is_heard_at_work_is_progress(tmp_path):
-    """A long job, or a long upload, is not "nothing changes"."""
-    cohort = make_cohort(TalkingHub(), tmp_path, give_up_after_s=60.0)
-    hello = ScriptedDevice.make_hello(SimpleNamespace(name="a", session="1"))
-    cohort.sessions.on_hello(Received(b"a", None, hello, None), hello)
-    cohort.jobs.give(client("a", 2), assignment(), 1, 0.0)
-    device, open_job = cohort.sessions.all["a"], cohort.jobs.open["a"]
-    cohort._progress -= 61
-    cohort._check_progress("waits")
-    open_job.moved -= 61
-    cohort._check_progress("waits")
-    device.seen -= 61
-    open_job.moved += 61
-    cohort._check_progress("waits")
-    open_job.moved -= 61
-    device.seen += 61
-    cohort.jobs.on_gone("a", "gone", "for a while")  # it is late, and at work
-    cohort._check_progress("waits")
-    device.seen -= 61
-    with pytest.raises(QuorumError, match="waits, and nothing changed for 60 s"):
-        cohort._check_progress("waits")
-
-
 def test_rest_listens_and_looks_at_the_time_though_a_result_is_there(tmp_path):
     """Else who waits for the next round would turn in circles, and never give up."""
     router = TalkingHub()
@@ -371,6 +348,6 @@ def test_rest_listens_and_looks_at_the_time_though_a_result_is_there(tmp_path):
     assert len(router.said) == 4
     assert cohort.rest(1)
     assert len(router.said) < 4
-    cohort._progress -= 61
+    cohort._patience.since -= 61
     with pytest.raises(QuorumError, match="too few devices or updates after 2 tries of a round"):
         cohort.rest(2)

@@ -115,7 +115,7 @@ def test_a_lost_job_begins_anew_or_goes_on_where_it_was(bed):
 def test_a_late_job_stays_late_and_a_lost_one_is_given_up_then(bed):
     open_job = bed.jobs.open["a"]
     bed.jobs.on_message("a", bed.update(bed.job(), None), None)
-    bed.jobs.close(1)
+    bed.jobs.close()
     assert open_job.phase is JobPhase.LATE
     bed.jobs.on_return("a", 1, bed.job().id)
     assert open_job.phase is JobPhase.LATE
@@ -124,7 +124,7 @@ def test_a_late_job_stays_late_and_a_lost_one_is_given_up_then(bed):
     bed.give(round=2)
     again = bed.jobs.open["a"]
     bed.jobs.on_return("a", 0, None)
-    bed.jobs.close(2)
+    bed.jobs.close()
     assert again.phase is JobPhase.LATE_LOST
     bed.jobs.on_ready("a", Ready(exit=3))
     assert again.phase is JobPhase.GIVEN_UP

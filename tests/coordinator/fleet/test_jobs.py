@@ -53,7 +53,7 @@ def test_late_update_is_taken_after_its_round(bed):
     bed.give()
     bed.announce()
     bed.parts([0])
-    bed.jobs.close(1)
+    bed.jobs.close()
     (absence,) = bed.jobs.finished
     assert isinstance(absence, Absence)
     assert (absence.outcome, absence.code) == ("straggler", "late")
@@ -69,7 +69,7 @@ def test_late_update_is_dropped_where_that_is_wanted(tmp_path):
     bed = JobsBed(tmp_path, takes_late=False)
     bed.give()
     bed.announce()
-    bed.jobs.close(1)
+    bed.jobs.close()
     assert [fault.code for fault in bed.to("a", Fault)] == ["late"]
     assert not bed.jobs.open
     assert not list(tmp_path.iterdir())
@@ -77,7 +77,7 @@ def test_late_update_is_dropped_where_that_is_wanted(tmp_path):
 
 def test_late_update_expires(bed):
     bed.give(round=1)
-    bed.jobs.close(1)
+    bed.jobs.close()
     bed.jobs.expire(1)
     assert "a" in bed.jobs.open
     bed.jobs.expire(2)
@@ -92,7 +92,7 @@ def test_spool_is_cleared_of_what_counts_no_more(bed, tmp_path):
     bed.give("b")
     bed.finish("a")
     bed.announce("b")
-    bed.jobs.close(1)
+    bed.jobs.close()
     bed.jobs.finished.clear()
     bed.jobs.clear_spool(2)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -237,6 +237,8 @@ def test_part_that_meets_a_full_queue_is_sent_later(bed):
     assert bed.jobs.budget.bytes_under_way == 0
     bed.unreachable.clear()
     bed.jobs.on_heartbeat("a", 1)
+    assert [part.index for part in bed.to("a", Part)] == [0]  # of a link that is not measured
+    bed.jobs.on_message("a", Fetch(round=1, have=1, first=1, count=0), None)
     assert [part.index for part in bed.to("a", Part)] == list(range(PARTS + 1))
 
 
@@ -283,7 +285,7 @@ def test_late_device_that_never_got_its_job_is_free(bed):
     bed.unreachable.add("a")
     bed.give()
     bed.unreachable.clear()
-    bed.jobs.close(1)
+    bed.jobs.close()
     bed.jobs.on_heartbeat("a", 0)
     assert "a" in bed.jobs.open
     bed.jobs.open["a"].mismatched_since -= RESEND_S + 1
@@ -326,7 +328,7 @@ def test_device_whose_job_and_its_end_met_a_full_queue_hears_of_it(tmp_path):
     bed = JobsBed(tmp_path, takes_late=False)
     bed.unreachable.add("a")
     bed.give()
-    bed.jobs.close(1)
+    bed.jobs.close()
     bed.unreachable.clear()
     bed.jobs.on_heartbeat("a", 0)
     assert [(fault.code, fault.round) for fault in bed.to("a", Fault)] == [("late", 1)]

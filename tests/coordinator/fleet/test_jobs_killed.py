@@ -188,7 +188,7 @@ class Run:
                 self.jobs.leave_open()
                 return
             if step > 30 and not self.jobs.finished and self.dice.random() < 0.2:
-                self.jobs.close(self.next)
+                self.jobs.close()
             else:
                 self.happen()
         raise AssertionError("the round never ends")

@@ -66,7 +66,7 @@ def test_gone_device_that_is_back_after_its_round_does_not_count_there(tmp_path)
     bed = JobsBed(tmp_path, takes_late=False)
     bed.give()
     bed.jobs.on_gone("a", "gone", "said nothing for 45 s")
-    bed.jobs.close(1)
+    bed.jobs.close()
     bed.jobs.expire(2)  # as at the beginning of the next round
     bed.jobs.on_return("a", 1, bed.job().id)
     bed.announce()

@@ -54,7 +54,7 @@ def test_upload_of_another_job_is_not_taken_from_the_spool(tmp_path):
 def test_late_update_outlives_the_coordinator_too(tmp_path):
     before = JobsBed(tmp_path)
     before.give("a")
-    before.jobs.close(1)
+    before.jobs.close()
     before.finish("a")
     after = JobsBed(tmp_path)
     after.jobs.resume(2)
@@ -69,7 +69,7 @@ def test_late_update_outlives_the_coordinator_too(tmp_path):
 def test_late_update_of_a_committed_round_is_not_counted_again(tmp_path):
     before = JobsBed(tmp_path)
     before.give("a")
-    before.jobs.close(1)
+    before.jobs.close()
     before.finish("a")
     after = JobsBed(tmp_path, was_counted=lambda job: job == before.job("a").id)
     after.jobs.resume(3)
@@ -98,7 +98,7 @@ def test_job_in_hand_outlives_the_coordinator(tmp_path, is_late):
     coordinator was killed: it counts."""
     before = JobsBed(tmp_path)
     before.give("a")
-    before.jobs.close(1) if is_late else before.jobs.leave_open()
+    before.jobs.close() if is_late else before.jobs.leave_open()
     before.announce("a")
     before.parts([0], "a")  # the rest is lost
     job = before.job("a")
@@ -120,18 +120,19 @@ def test_job_in_hand_outlives_the_coordinator(tmp_path, is_late):
 def test_late_job_whose_download_was_cut_goes_on_after_a_restart(tmp_path):
     before = JobsBed(tmp_path)
     before.give("a")
-    before.jobs.close(1)
+    before.jobs.close()
     after = JobsBed(tmp_path)
     after.jobs.resume(2)
     after.jobs.on_return("a", 1, before.job("a").id)
     after.jobs.on_message("a", Fetch(round=1, have=1, first=1, count=PARTS), None)
+    after.jobs.on_message("a", Fetch(round=1, have=2, first=2, count=0), None)  # it is measured now
     assert [part.index for part in after.to("a", Part)] == list(range(1, PARTS + 1))
 
 
 def test_late_job_that_is_too_old_after_a_restart_is_given_up(tmp_path):
     before = JobsBed(tmp_path)
     before.give("a")
-    before.jobs.close(1)
+    before.jobs.close()
     after = JobsBed(tmp_path)
     after.jobs.resume(4)
     after.jobs.expire(2)
