@@ -168,14 +168,15 @@ class Client:
 def _checked_data(
     data: object, layout: str | None, class_names: Sequence[str]
 ) -> tuple[str | Source, About | None]:
+    names = class_names if isinstance(class_names, str) else tuple(class_names)
     if isinstance(data, str | os.PathLike):
-        if layout or class_names:
+        if layout is not None or names:
             said = "layout and class_names are for arrays and Datasets; put them into the file"
             raise ConfigError(f"data {os.fspath(data)!r}: {said}")
         return os.fspath(data), None
     from edge_sdk.data.in_memory import About, checked_source
 
-    about = About(layout, class_names)
+    about = About(layout, names)
     return checked_source(data, about), about
 
 

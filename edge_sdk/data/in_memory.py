@@ -6,6 +6,7 @@ into an array: the program never holds it as a whole."""
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from edge_sdk.data.loading import save_shard
 from edge_sdk.data.plain_arrays import MASK_STEP, checked_inputs, masked, plain
 from edge_sdk.data.readers.arrays import checked_arrays
 
+log = logging.getLogger(__name__)
+LOOKED_AT = 8  # items read twice; a flip of every second one escapes once in 256 times
 EXPECTED = "a path, (x, y) arrays, or a Dataset with a length, of pairs of a tensor and an int"
 
 
@@ -92,6 +95,7 @@ def _gathered(dataset: Dataset, file: Path, about: About = NOTHING) -> Examples:
     labels: Ints = np.empty(len(dataset), np.int64)
     first = _item(dataset, 0, labels, about)
     laid_out((len(labels), *first.shape), about.layout, "data")  # before all of it is read
+    _tell_random(dataset, labels, about)
     advice = "free space, or set TMPDIR"
     with mapped(file, "to write the data", advice, to="write"), file.open("wb") as stream:
         for index in range(len(labels)):
@@ -102,6 +106,20 @@ def _gathered(dataset: Dataset, file: Path, about: About = NOTHING) -> Examples:
             stream.write(x.tobytes())
     x = np.memmap(file, first.dtype, "r", shape=(len(labels), *first.shape))
     return checked_arrays({"x": x, "y": labels, **about.given()}, "data")
+
+
+def _tell_random(dataset: Dataset, labels: Ints, about: About) -> None:
+    """Warn of items that differ from one reading to the next: each is read once, so what they draw
+    at random stays."""
+    for index in range(min(LOOKED_AT, len(dataset))):
+        once, again = (_item(dataset, index, labels, about) for _ in range(2))
+        if once.shape == again.shape and not np.array_equal(once, again, equal_nan=True):
+            log.warning(
+                "data[%d] is another each time that it is read, and it is read once, before "
+                "training: what it draws at random stays; draw in training by augment=",
+                index,
+            )
+            return
 
 
 @np.errstate(all="ignore")  # what becomes infinite is found by checked_arrays

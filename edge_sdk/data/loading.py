@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_sdk.data.contract import AXES, bad, from_one, mismatch
+from edge_sdk.data.contract import AXES, bad, described, from_one, mismatch
 from edge_sdk.data.examples import DataSet, Examples, check_examples, mapped
 from edge_sdk.data.partition import stratified_split, stratified_subset
 from edge_sdk.data.readers.table import Reader, readers
@@ -18,6 +18,7 @@ from edge_sdk.helpers.files import replacing
 
 __all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "load_test", "save_shard"]
 log = logging.getLogger(__name__)
+UNSCALED = 100.0  # no float input that somebody scaled is larger; 0..255 and -9999 are
 TEST_FRACTION = 0.2
 
 
@@ -54,6 +55,14 @@ def _read(reader: Reader, source: str) -> Examples:
     lowest, highest = int(examples.y.min()), int(examples.y.max())
     if said := from_one(lowest, highest, examples.num_classes):
         log.warning("%s: %s", source, said)
+    scaling = examples.input_scaling
+    if scaling.divisor is None and max(scaling.high, -scaling.low) > UNSCALED:
+        log.warning(
+            "%s: the inputs are %s, and training wants about -1 to 1; scale them by constants, or "
+            "give pixels of 0 to 255 as uint8",
+            source,
+            described(scaling),
+        )
     return examples
 
 

@@ -208,9 +208,10 @@ def pair(tmp_path):
 
 def test_train_and_test_of_one_source_are_scaled_alike(pair, caplog):
     assert load(pair(lambda x: {"x": x}))[2] is not None
+    assert not caplog.records
     for wrong in (lambda x: {"x": x / 255}, lambda x: {"x": x.astype(np.float32)}):
         fails(lambda wrong=wrong: load(pair(wrong)), "integers / 127.5 - 1", "floats as given, 0")
-    assert not caplog.records
+    caplog.clear()
     load(pair(lambda x: {"x": x / 127.5 - 1}))
     assert "those of its test part floats as given, -1 to 0.843" in caplog.text
     caplog.clear()
@@ -222,6 +223,15 @@ def test_a_scaling_that_is_claimed_must_be_possible(pair):
     """v / 255 under the rule of pixels would be halves: (0.5 / 255 + 1) * 127.5."""
     claim = {"scaling": [127.5, 1.0]}
     fails(lambda: load(pair(lambda x: {"x": x / 255} | claim)), "no integers / 127.5 - 1")
+
+
+def test_floats_that_nobody_scaled_are_told(tmp_path, caplog):
+    x = np.linspace(0, 255, 3 * 64).reshape(3, 1, 8, 8)
+    load_shard(write_npz(tmp_path / "a.npz", x=x / 255, y=np.arange(3)))
+    load_shard(write_npz(tmp_path / "b.npz", x=x.astype(np.uint8), y=np.arange(3)))
+    assert not caplog.records
+    load_shard(write_npz(tmp_path / "c.npz", x=x, y=np.arange(3)))
+    assert "the inputs are floats as given, 0 to 255, and training wants about -1" in caplog.text
 
 
 # -- labels ----------------------------------------------------------------------------------------

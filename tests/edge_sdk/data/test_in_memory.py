@@ -120,6 +120,31 @@ def test_items_are_checked_before_anything_runs(items, said):
     assert said in one_line(caught.value)
 
 
+class Noisy(Items):
+    def __getitem__(self, index: int) -> object:
+        x, y = self._items[index]
+        return x + np.random.default_rng().normal(size=x.shape).astype(np.float32), y
+
+
+def test_a_dataset_that_draws_at_random_is_told_of(caplog):
+    pairs = [*zip(X, Y, strict=True)]
+    with shard_of(checked_source(Items(*pairs))):
+        assert not caplog.records
+    with shard_of(checked_source(Noisy(*pairs))):
+        assert "data[0] is another each time that it is read" in caplog.text
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], np.array(["a", "b", "c"]), ("a", "b", "c")])
+def test_class_names_may_be_any_list(names):
+    made = client((X, np.array(["a", "b", "c"])[Y]), class_names=names)
+    assert made._data.y.tolist() == Y.tolist()
+    with pytest.raises(DataError, match="class_names 'abc', expected a list of names"):
+        client((X, Y), class_names="abc")
+    with pytest.raises(ConfigError, match="put them into the file"):
+        client("digits", class_names=names)
+
+
 def test_a_full_disk_is_one_line():
     """Not SIGBUS, as it would be through a map of the file that is written."""
     items = checked_source(Items(*zip(X, Y, strict=True)))
