@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from coordinator.cohorts.base import ClientUpdate
-from edge_sdk.models import StagedModel, build
-from edge_sdk.models.checking import is_built_in
+from edge_sdk.models import StagedModel, build, find_family
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors
@@ -63,7 +62,7 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def _blank(spec: ModelSpec) -> StagedModel:
     """A model for its names and shapes: without memory, but for a person's own family, whose code
     may look at the values that it draws."""
-    if is_built_in(spec.family):
+    if find_family(spec.family).is_built_in:
         with torch.device("meta"):
             return build(spec)
     with torch.random.fork_rng(devices=[]):

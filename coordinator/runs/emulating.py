@@ -40,7 +40,8 @@ from edge_sdk.capacity.costs import in_model, peak_bytes
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.examples import MIN_BATCH
 from edge_sdk.data.loading import load_dataset
-from edge_sdk.errors import EdgeError, StoreError, UsageError, typed
+from edge_sdk.errors import EdgeError, ExportError, StoreError, UsageError, typed
+from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.helpers import files
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.protocol.messages import ModelSpec
@@ -125,20 +126,16 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         store = open_store(folder, config, "emulate", settings.is_resumed)
         stack.callback(store.close)
         store.is_temporary = settings.folder is None
-        try:
-            run_rounds(
-                store,
-                method,
-                cohort,
-                data.test,
-                device=device,
-                should_stop=lambda: bool(stopping),
-                report=print_round,
-            )
-        except EdgeError as error:
-            if settings.out:  # with the reasons, and what rounds there were
-                write_json(store, population, settings.out, {"error": str(error)})
-            raise
+        stack.enter_context(errors_in_json(store, population, settings.out))
+        run_rounds(
+            store,
+            method,
+            cohort,
+            data.test,
+            device=device,
+            should_stop=lambda: bool(stopping),
+            report=print_round,
+        )
         if not store.is_finished:
             log.info("stopped; round %d was next, %s", store.next_round(), store.way_on())
             return
@@ -157,6 +154,22 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         if settings.out:
             write_json(store, population, settings.out, extra)
         export_finished(store, method, data.test, settings.export)
+
+
+@contextmanager
+def errors_in_json(store: Store, population: Population, out: Path | None) -> Iterator[None]:
+    """Around a run: one that ends with an error leaves its rounds and the reasons in `out`, too."""
+    try:
+        yield
+    except ExportError:  # the run is finished and `out` written
+        raise
+    except EdgeError as error:
+        if out:
+            try:
+                write_json(store, population, out, {"error": str(error)})
+            except EdgeError as other:  # of a full disk, which ended the run, too
+                log.error("%s", other)
+        raise
 
 
 @contextmanager
@@ -226,7 +239,12 @@ def write_json(store: Store, population: Population, path: Path, extra: Mapping[
     """The run as one JSON file, from the database, replaced as a whole. extra: more of its keys.
     Raises StoreError."""
     config: RunConfig = store.config
-    costs = client_costs(store)
+    costs = {}
+    try:
+        with memory_errors("while counting costs"):
+            costs = client_costs(store)
+    except EdgeError as error:  # of a family's own code, or for memory
+        log.warning("%s has no costs of clients: %s", path, error)
     content = {
         "config": msgspec.to_builtins(config) | msgspec.to_builtins(population),
         "machine": {"torch": torch.__version__, "numpy": np.__version__, "cpus": os.cpu_count()},

@@ -32,7 +32,7 @@ class Registry(Generic[Entry]):
     ) -> None:
         self.kind = kind
         self._function = function
-        self.package, self._folder = package, folder
+        self._package, self._folder = package, folder
         self._advice = advice
         self._entries: dict[str, Entry] = {}
 
@@ -41,7 +41,7 @@ class Registry(Generic[Entry]):
         """The module that registers each built-in name."""
         line = re.compile(rf'^@?{self._function}\(\s*"([^"]+)"', re.MULTILINE)
         return {
-            name: f"{self.package}.{file.stem}"
+            name: f"{self._package}.{file.stem}"
             for file in sorted(self._folder.glob("*.py"))
             for name in line.findall(file.read_text("utf-8"))
         }

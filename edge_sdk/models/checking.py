@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import sha256_of
-from edge_sdk.models import FAMILIES, build, family_code, find_family
+from edge_sdk.models import build, family_code, find_family
 from edge_sdk.models.own_code import place_of
 from edge_sdk.models.staged import StagedModel, moved
 from edge_sdk.models.structure import named_tensors
@@ -28,7 +28,6 @@ from edge_sdk.protocol.messages import ModelSpec, Specs
 from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import specs_of
 
-BUILT_IN = FAMILIES.package
 TRAINED, EVALUATED = 2, (1, 3)  # examples; several sizes, so that none may be built into the model
 SEED = 0  # of what is drawn here; exit e is built from seed e
 CLOSE = 1e-4  # of the largest logit
@@ -48,7 +47,7 @@ class _Known(NamedTuple):
 def check_family(spec: ModelSpec) -> None:
     """Raise ConfigError, which names the family and the place, unless `spec` can be trained. Draws
     nothing from the global generator."""
-    if is_built_in(spec.family):
+    if find_family(spec.family).is_built_in:
         build(spec)
         return
     with torch.random.fork_rng(devices=[]):
@@ -60,7 +59,7 @@ def checked_models(spec: ModelSpec) -> Iterator[StagedModel]:
     """The models of exits 1 .. spec.exit, each built by its own and, of a person's own family,
     tried when it is asked for. Seeds the global generator. Raises ConfigError as check_family."""
     depths = range(1, spec.exit + 1)
-    if is_built_in(spec.family):
+    if find_family(spec.family).is_built_in:
         yield from (build(replace(spec, exit=exit)) for exit in depths)
         return
     known: _Known | None = None
@@ -101,10 +100,6 @@ def _naming(spec: ModelSpec) -> Iterator[None]:
 
 def _digests(model: StagedModel) -> dict[str, str]:
     return {name: sha256_of(t.numpy().tobytes()) for name, t in model.tensors().items()}
-
-
-def is_built_in(family: str) -> bool:
-    return find_family(family).build.__module__.startswith(f"{BUILT_IN}.")
 
 
 def _inputs(spec: ModelSpec, count: int) -> Tensor:

@@ -8,7 +8,8 @@ from msgspec.structs import replace
 
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.errors import ConfigError, EdgeError, ShapeError
-from edge_sdk.models import FAMILIES, build, initial_tensors
+from edge_sdk.models import FAMILIES, build, initial_tensors, register_family
+from edge_sdk.models.checking import check_family
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensor_lists import needed_names, stage_of, trained_names
@@ -30,6 +31,19 @@ def test_every_exit_gives_logits(spec):
     model = build(spec).eval()
     logits = model(torch.zeros(2, *spec.input_shape))
     assert [tuple(logit.shape) for logit in logits] == [(2, 3)] * 3
+
+
+def test_what_a_family_of_ones_own_must_be_those_of_the_package_are(spec, own_things):
+    """They are not tried at run time."""
+    family = FAMILIES[spec.family]
+    assert family.is_built_in
+
+    def build_as_own(spec, options):
+        return family.build(spec, options)
+
+    register_family("as-own", build_as_own, family.options)
+    assert not FAMILIES["as-own"].is_built_in
+    check_family(replace(spec, family="as-own"))
 
 
 def test_prefix_is_a_real_cut(spec):

@@ -422,6 +422,6 @@ def json_lines(text: str) -> list[dict[str, object]]:
 def test_a_bad_metrics_address_begins_no_run(tmp_path):
     with World(tmp_path, num_devices=1) as world:
         server = world.serve("--metrics", "here")
-        assert server.end() == 1
+        assert server.end() == 2
         assert "--metrics 'here' is not HOST:PORT" in server.text()
         assert not world.run_dir.exists()
