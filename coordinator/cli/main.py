@@ -18,7 +18,7 @@ from edge_sdk.cli.flags import HelpFormatter, Parser
 from edge_sdk.errors import EdgeError, ExportError, QuorumError, status_of, typed
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.imports import heavy_imports, import_module
-from edge_sdk.helpers.interrupts import INTERRUPTED, ends_unread
+from edge_sdk.helpers.interrupts import INTERRUPTED, ends_unread, is_unread
 from edge_sdk.version import __version__
 
 # Exit statuses; 2: typed wrong; 1: any other error.
@@ -81,6 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         logs.last_words("edge-coordinator", error)
         return OWN_STATUS.get(type(error), status_of(error))
+    except BrokenPipeError:
+        if not (getattr(args, "runs_rounds", False) and is_unread()):
+            raise
+        said = "nobody reads its standard output any more, so the run stopped; go on with --resume"
+        logs.last_words("edge-coordinator", EdgeError(said))
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -8,7 +8,6 @@ read.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections import Counter
@@ -81,14 +80,6 @@ def seconds_flag(text: str) -> float:
 
 
 def run_status(args: argparse.Namespace, wait: Callable[[float], object] = time.sleep) -> int:
-    try:
-        return _show(args, wait)
-    except BrokenPipeError:  # as by `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
-def _show(args: argparse.Namespace, wait: Callable[[float], object]) -> int:
     while True:
         view = look(args.run_dir, args.rounds)
         if args.json:

@@ -18,7 +18,6 @@ from typing import ParamSpec
 
 Given = ParamSpec("Given")
 INTERRUPTED = 130  # exit status, by Ctrl-C
-UNREAD = 141  # exit status of what a closed pipe ends, as shells know it: 128 + SIGPIPE
 
 
 @contextmanager
@@ -39,27 +38,29 @@ def ends_by_interrupt() -> Iterator[None]:
 
 
 def ends_unread(main: Callable[Given, int]) -> Callable[Given, int]:
-    """A command's main that ends quietly when who read its standard output is gone: `| head`."""
+    """A command's main that ends quietly when who read its standard output is gone, as by `| head`:
+    all was told that anybody wanted, so the status is 0 unless it had another."""
 
     @functools.wraps(main)
     def run(*args: Given.args, **named: Given.kwargs) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal shows ? for what it lacks
             sys.stdout.reconfigure(errors="replace")
+        status = 0
         try:
             try:
-                return main(*args, **named)
+                status = main(*args, **named)
             finally:
                 sys.stdout.flush()  # now, or Python does it after the last `except`
         except BrokenPipeError:
-            if not _is_unread():
+            if not is_unread():
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is buffered
-            return UNREAD
+        return status
 
     return run
 
 
-def _is_unread() -> bool:
+def is_unread() -> bool:
     """Whether standard output is a pipe that nobody reads: another one may have broken."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
