@@ -26,6 +26,7 @@ from edge_sdk.cli.flags import (
     MAX_THREADS,
     Only,
     Parser,
+    device_flag,
     option_flag,
     path_flag,
     plain_number,
@@ -62,7 +63,12 @@ def add_run_arguments(parser: Parser) -> None:
     add("--paper", action="store_true", help="the method as published, instead of what is best")
     add("--preset", choices=sorted(PRESETS), help="model and training of a published experiment")
     add_flags(group, RunConfig, RUN, defaults={"rounds": 20})
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add(
+        "--device",
+        type=device_flag("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto, cpu or cuda",
+    )
     threads = whole_flag(1, MAX_THREADS)
     add("--threads", type=threads, default=1, help="torch threads on the CPU")
     add("--run-dir", type=path_flag, help="where the run lives")

@@ -19,7 +19,8 @@ import msgspec
 
 from coordinator.store.database import DATABASE
 from coordinator.store.failures import Failures
-from coordinator.store.reader import RoundRow, last_failures, last_rounds
+from coordinator.store.lock import RunLock
+from coordinator.store.reader import RoundRow, RunRow, last_failures, last_rounds, run_row
 from coordinator.store.status import (
     ClientState,
     Health,
@@ -41,7 +42,8 @@ CLEAR = "\x1b[H\x1b[2J\x1b[3J"
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
     """All that --json prints. status: None where the run has told nothing of itself; age_s: of it.
-    problem: why there are no rounds. failures: why clients returned nothing, the newest of each."""
+    problem: why there are no rounds. run: of the database, which alone tells of an emulated run.
+    failures: why clients returned nothing, the newest of each."""
 
     health: Health
     age_s: float | None
@@ -49,6 +51,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     rounds: list[RoundRow]
     failures: list[Failures]
     problem: str = ""
+    run: RunRow | None = None
 
 
 def add_status_command(commands: Any) -> None:
@@ -101,25 +104,41 @@ def look(folder: Path, num_rounds: int = ROUNDS) -> View:
         raise StoreError(f"{folder} cannot be read: {error}") from error
     if status is None and not has_database:
         raise StoreError(f"{folder} holds no run; give the --run-dir of `edge-coordinator serve`")
-    rounds, failures, problem = [], [], ""
+    rounds, failures, problem, run = [], [], "", None
     try:
+        run = run_row(folder)
         rounds, failures = last_rounds(folder, num_rounds), last_failures(folder, FAILURES)
     except StoreError as error:
         problem = str(error)
     return View(
-        health=health(status) if status else "unknown",
+        health=health(status) if status else _untold(run, folder),
         age_s=age_s(status) if status else None,
         status=status,
         rounds=rounds,
         failures=failures,
         problem=problem,
+        run=run,
     )
+
+
+def _untold(run: RunRow | None, folder: Path) -> Health:
+    """Of a run that tells nothing of itself, as an emulated one."""
+    if run is None or run.kind != "emulate":
+        return "unknown"
+    if run.finished >= run.rounds:
+        return "finished"
+    return "dead" if RunLock.holder(folder) is None else "running"
 
 
 def described(view: View, folder: Path) -> list[str]:
     """Lines for people. What a peer or a file said cannot control the terminal."""
     lines = []
-    if view.status is None:
+    if view.run and view.status is None and view.health != "unknown":
+        lives = {"running": f"process {RunLock.holder(folder)} runs", "finished": "finished"}
+        said = lives.get(view.health, "its process is gone; go on with --resume")
+        done = f"{view.run.finished} of {view.run.rounds} rounds"
+        lines.append(f"emulated run {view.run.run} in {folder}: {done}; {said}")
+    elif view.status is None:
         lines.append(f"{folder} has no status.json: what its coordinator does is not known")
     else:
         lines += _run_lines(view.status, view, folder)

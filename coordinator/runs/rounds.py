@@ -21,6 +21,7 @@ from coordinator.runs.beginning import load_state
 from coordinator.runs.evaluate import accuracy_per_exit
 from coordinator.runs.training_means import TrainingMeans
 from coordinator.store.checkpoints import unsound
+from coordinator.store.lock import RunLock
 from coordinator.store.status import RunPhase
 from coordinator.store.store import Store
 from coordinator.store.tables import RoundTotals
@@ -133,6 +134,7 @@ def check_folder(folder: Path | None, resume: bool) -> None:
         return
     if resume:
         Store.resume(folder).close()
+        RunLock(folder).release()  # before a port that it also has is the error
     else:
         Store.check_free(folder)
 

@@ -48,6 +48,18 @@ class RunLock:
         except OSError:  # a full disk: the lock holds without the number
             pass
 
+    @staticmethod
+    def holder(folder: Path) -> int | None:
+        """The process that has a run's folder, None if none has."""
+        try:
+            pid = int((folder / LOCK).read_text())
+            os.kill(pid, 0)
+        except PermissionError:
+            return pid
+        except (OSError, ValueError):
+            return None
+        return pid
+
     def check(self) -> None:
         """Raise StoreError if the folder is no longer the one that was locked."""
         with suppress(OSError):

@@ -63,6 +63,20 @@ class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
     exits: tuple[ExitResult, ...]
 
 
+class RunRow(msgspec.Struct, frozen=True, kw_only=True):
+    """kind: "serve" or "emulate". finished: rounds that are saved, of `rounds`."""
+
+    run: str
+    kind: str
+    finished: int
+    rounds: int
+
+
+def run_row(folder: Path) -> RunRow:
+    """What the run is, and how far. Raises StoreError."""
+    return _read(folder, _run)
+
+
 def last_rounds(folder: Path, count: int) -> list[RoundRow]:
     """The newest `count` rounds, oldest first. Raises StoreError."""
     return _read(folder, lambda db: _rounds(db, count))
@@ -88,6 +102,12 @@ def _read(folder: Path, query: Callable[[sqlite3.Connection], T]) -> T:
         raise StoreError(
             f"{path} cannot be read: {error}; ask as the user who runs the coordinator"
         ) from error
+
+
+def _run(db: sqlite3.Connection) -> RunRow:
+    names = "run, kind, json_extract(config, '$.rounds'), (SELECT count(*) FROM rounds)"
+    run, kind, rounds, finished = db.execute(f"SELECT {names} FROM runs").fetchone()
+    return RunRow(run=run, kind=kind, finished=finished, rounds=rounds)
 
 
 def _rounds(db: sqlite3.Connection, count: int) -> list[RoundRow]:

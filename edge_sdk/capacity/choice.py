@@ -16,7 +16,7 @@ from edge_sdk.capacity.costs import (
     seconds,
 )
 from edge_sdk.errors import CapacityError
-from edge_sdk.helpers.text import mebibytes
+from edge_sdk.helpers.text import duration, mebibytes
 from edge_sdk.protocol.messages import DeviceProfile
 
 
@@ -121,7 +121,7 @@ def _judge(
     if deadline_s and needed_s is None:
         reasons.append("cannot be held against the deadline without measured compute")
     elif deadline_s and needed_s is not None and needed_s > deadline_s:
-        reasons.append(f"takes {needed_s:.1f} s{how}, the deadline is {deadline_s:.1f} s")
+        reasons.append(f"takes {duration(needed_s)}{how}, the deadline is {duration(deadline_s)}")
     return Row(
         first=cost.first,
         last=cost.last,

@@ -145,6 +145,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Raises SystemExit, also for empty values and flags without effect."""
         found, rest = super().parse_known_args(args, namespace)
+        if rest and self.get_default("run"):  # of a command, whose --help is named
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
         # Parsed again with None for every default, what is not None was typed.
         nothing = argparse.Namespace(**dict.fromkeys(vars(found)))
         typed = vars(super().parse_known_args(args, nothing)[0])
@@ -173,6 +175,17 @@ def _with(only: Only) -> str:
     if only.values and only.values[0] in (None, False):
         return f"leave out {only.flag}"
     return f"give {only.flag} {' or '.join(map(str, only.values))}".rstrip()
+
+
+def device_flag(*names: str) -> Callable[[str], str]:
+    """Where torch computes: one of `names`, or cuda:N; for argparse."""
+
+    def parse(text: str) -> str:
+        if text not in names and not re.fullmatch("cuda:[0-9]{1,3}", text):
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {', '.join(names)} or cuda:N")
+        return text
+
+    return parse
 
 
 def shape_flag(text: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import msgspec
@@ -12,6 +13,7 @@ from edge_sdk.cli.flags import (
     Subparsers,
     add_command,
     add_memory_cap,
+    device_flag,
     print_json,
     print_step,
     rate_flag,
@@ -25,6 +27,8 @@ from edge_sdk.helpers.imports import require_torch
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.protocol.messages import DeviceProfile
 
+DEVICE = "cpu or cuda, whose speed is measured"
+
 
 def add_measure_command(subparsers: Subparsers) -> None:
     parser = add_command(
@@ -36,7 +40,7 @@ def add_measure_command(subparsers: Subparsers) -> None:
     )
     add_memory_cap(parser)
     add = parser.add_argument
-    add("--device", default="cpu", help="cpu or cuda, whose speed is measured")
+    add("--device", type=device_flag("cpu", "cuda"), default="cpu", help=DEVICE)
     add("--save", metavar="NAME|FILE.toml", help="write a board file, for --board and emulations")
     add("--link-mbit-s", type=rate_flag, metavar="X", help="with --save: the link's rate, if known")
     add("--force", action="store_true", help="with --save: overwrite")
@@ -64,6 +68,7 @@ def run_measure(args: argparse.Namespace) -> int:
     now = conditions.read(with_jetson_stats=True)  # before measuring makes it warm
     if not lacking:
         print_step("measuring compute, about 2 seconds")
+        tell_load(os.getloadavg()[0], os.cpu_count() or 1)
     profile = measure(cap_bytes=args.memory_cap, compute=not lacking, device=args.device)
     profile = msgspec.structs.replace(profile, link_mbit_s=args.link_mbit_s)
     if lacking:
@@ -78,6 +83,15 @@ def run_measure(args: argparse.Namespace) -> int:
         if path:
             print(f"saved    {path}")
     return 0
+
+
+def tell_load(load: float, cores: int) -> None:
+    """Say that the speed will be measured too low. load: how many programs wanted to run lately."""
+    if load > cores:
+        print_step(
+            f"this machine is busy, {load:.1f} programs want its {cores} cores: what is measured "
+            "is too low, and differs each time; measure again when it is idle"
+        )
 
 
 def describe_profile(profile: DeviceProfile) -> str:

@@ -41,7 +41,7 @@ from edge_sdk.cli.flags import (
     shape_flag,
     whole_flag,
 )
-from edge_sdk.cli.measure import describe_profile
+from edge_sdk.cli.measure import describe_profile, tell_load
 from edge_sdk.errors import ConfigError, TrainerError, UsageError, typed
 from edge_sdk.hardware.boards import board, board_names
 from edge_sdk.hardware.limits import least_bound
@@ -168,7 +168,8 @@ def run_plan(args: argparse.Namespace) -> int:
     if args.explain:
         print(_explain(costs, profile))
     stages = ", ".join(map(str, choice.stages)) or "none"
-    print(f"\nexit {choice.exit}; deeper stages that fit alone: {stages}; {choice.reason}")
+    chosen = f"exit {choice.exit}" if choice.exit else "nothing fits: no exit can be trained here"
+    print(f"\n{chosen}; deeper stages that fit alone: {stages}; {choice.reason}")
     return 0
 
 
@@ -207,6 +208,7 @@ def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:
     with typed():
         named = None if board_name is None else board(board_name)
     print_step(f"measuring compute {'' if named is None else 'of one thread '}here")
+    tell_load(os.getloadavg()[0], os.cpu_count() or 1)
     if named is None:
         return measure(cap_bytes=cap_bytes, speed_s=PLAN_SPEED_S)
     profile = emulated(named, measure_gflops(PLAN_SPEED_S, threads=1), measure_layer_s(threads=1))

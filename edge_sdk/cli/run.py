@@ -28,6 +28,7 @@ from edge_sdk.cli.flags import (
     add_command,
     add_imports,
     add_memory_cap,
+    device_flag,
     number_flag,
     path_flag,
     whole_flag,
@@ -65,7 +66,11 @@ def add_run_command(commands: Any) -> None:
     add = training.add_argument
     add_memory_cap(training)
     add("--threads", type=whole_flag(0, MAX_THREADS), help="torch threads, default all cores")
-    add("--device", help="cpu or cuda, where training runs; default cpu")
+    add(
+        "--device",
+        type=device_flag("cpu", "cuda"),
+        help="cpu or cuda, where training runs; default cpu",
+    )
     add_imports(training)
     add("--augment", metavar="MODULE:FUNCTION", help="changes each training batch, e.g. flips it")
     add(

@@ -61,6 +61,11 @@ def mebibytes(num_bytes: int) -> str:
     return f"{num_bytes / 1024**2:.1f} MiB"
 
 
+def duration(seconds: float) -> str:
+    """3.6 s; of less than a second two digits, as 0.01 s is not 0.0 s."""
+    return f"{seconds:.1f} s" if seconds >= 1 or not seconds else f"{seconds:.2g} s"
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size such as 512M; K, M and G are powers of 1024. Raises ConfigError."""
     unit = text[-1:].upper() if text[-1:].upper() in UNITS else ""

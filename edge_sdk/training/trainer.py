@@ -258,13 +258,13 @@ def num_batches(plan: Plan, num_examples: int) -> int:
 
 def usable_device(name: str) -> torch.device:
     """torch's device of this name, once it has held a tensor. Raises ConfigError."""
+    if name.partition(":")[0] not in ("cpu", "cuda"):  # torch would list twenty others
+        raise ConfigError(f"--device {name!r} is not supported; use cpu or cuda")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name!r}: {one_line(str(error))}; use cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name!r} is not supported; use cpu or cuda")
     return device
 
 

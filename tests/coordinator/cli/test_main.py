@@ -215,7 +215,7 @@ def test_keys_and_clients(tmp_path, capsys):
     assert main(["clients", "list", "--keys", keys]) == 0
     assert capsys.readouterr().out == f"pi-1 {key}\n"
     assert main(["clients", "add", "pi-2", key, "--keys", keys]) == 1
-    assert main(["clients", "add", "pi-3", "short", "--keys", keys]) == 1
+    assert main(["clients", "add", "pi-3", "short", "--keys", keys]) == 2
     assert "40 characters" in capsys.readouterr().err
 
 

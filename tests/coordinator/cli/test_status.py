@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from coordinator.cli.status import (
     size,
 )
 from coordinator.fleet.counters import OTHER
+from coordinator.store.lock import RunLock
 from coordinator.store.status import FILE, ClientState, utc
 from edge_sdk.cli.flags import Parser
 from tests.support.examples import one_line
@@ -134,13 +137,29 @@ def test_a_state_that_may_not_be_read_is_not_said_to_be_of_another_version(tmp_p
     )
 
 
-def test_a_run_that_tells_nothing_of_itself_shows_its_rounds(tmp_path, capsys):
-    """Emulated runs do not."""
-    finished_run(tmp_path / "run")
-    assert status(tmp_path / "run") == STATUS["unknown"] == 4
+def test_an_emulated_run_is_known_by_its_database(tmp_path, capsys):
+    """It tells nothing of itself; who has its folder does."""
+    run = tmp_path / "run"
+    finished_run(run)
+    assert status(run) == STATUS["finished"] == 0
     text = capsys.readouterr().out
-    assert "has no status.json" in text
+    assert f" in {run}: 3 of 3 rounds; finished\n" in text
     assert "accuracy per exit" in text
+    with closing(sqlite3.connect(run / "run.sqlite")) as db, db:
+        db.execute("DELETE FROM rounds WHERE round = 3")
+    (run / "lock").write_text("no number")
+    assert status(run) == STATUS["dead"] == 3
+    assert "2 of 3 rounds; its process is gone; go on with --resume" in capsys.readouterr().out
+    held = RunLock(run)
+    assert status(run, "--json") == STATUS["running"] == 0
+    assert json.loads(capsys.readouterr().out)["run"]["finished"] == 2
+    assert status(run) == 0
+    assert f"2 of 3 rounds; process {os.getpid()} runs" in capsys.readouterr().out
+    held.release()
+    with closing(sqlite3.connect(run / "run.sqlite")) as db, db:
+        db.execute("UPDATE runs SET kind = 'serve'")
+    assert status(run) == STATUS["unknown"] == 4
+    assert "has no status.json" in capsys.readouterr().out
 
 
 def test_the_reason_of_a_round_in_progress_is_told(tmp_path, capsys):

@@ -3,6 +3,7 @@ begins; what is wrong is one line."""
 
 from __future__ import annotations
 
+import os
 import socket
 import sqlite3
 from contextlib import closing
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from coordinator.cli.main import main as coordinate
+from coordinator.store.lock import RunLock
 from edge_sdk.data.loading import save_shard
 from tests.support.commands import status_of
 from tests.support.examples import one_line
@@ -54,7 +56,7 @@ def test_device_keys_are_checked(lone, spoil, said):
         (["--server-key", "short"], 1, "--server-key"),
         (["--data", "nowhere.npz"], 1, "nowhere.npz"),
         (["--import", "no_such_module"], 1, "--import no_such_module: No module named"),
-        (["--device", "meta"], 1, "--device 'meta' is not supported; use cpu or cuda"),
+        (["--device", "meta"], 2, "--device: 'meta', expected cpu, cuda or cuda:N"),
         (["--memory-cap", "much"], 2, "512M"),
         (["--threads", "99999999999999999999"], 2, "from 0 to 1024"),
         (["--keys", ""], 2, "expected a path"),
@@ -114,6 +116,17 @@ def test_coordinator_keys_and_port_are_checked(lone, capsys):
     assert coordinate(lone.serve_flags()) == 1
     assert "server.secret cannot be read" in one_line(capsys.readouterr().err, "edge-coordinator")
     assert not lone.run_dir.exists(), "nothing was begun"
+
+
+def test_a_run_that_lives_is_named_before_its_port(lone, capsys):
+    assert coordinate(lone.serve_flags("--give-up-after", "0.1")) == 3
+    capsys.readouterr()
+    holder = RunLock(lone.run_dir)
+    with socket.create_server(("127.0.0.1", lone.port)):
+        assert coordinate(lone.serve_flags("--resume")) == 1
+    said = f"{lone.run_dir} is in use by process {os.getpid()}; stop it first"
+    assert said in one_line(capsys.readouterr().err, "edge-coordinator")
+    holder.release()
 
 
 def test_a_run_folder_is_resumed_only_as_it_was_begun(lone, capsys):
