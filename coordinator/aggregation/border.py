@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -34,9 +35,9 @@ from coordinator.aggregation.robust import lower_median
 from coordinator.aggregation.weights import most_examples
 from coordinator.cohorts.base import Absence, ClientUpdate
 from coordinator.cohorts.sampling import job_seed
-from edge_sdk.errors import UpdateError
+from edge_sdk.errors import ShapeError, UpdateError
 from edge_sdk.protocol.tensor_lists import stage_of
-from edge_sdk.protocol.tensors import Tensors, check_shapes
+from edge_sdk.protocol.tensors import Tensors, check_finite, check_shapes
 
 log = logging.getLogger(__name__)
 WEIGHTS, MEANS, VARIANCES = range(3)
@@ -54,8 +55,8 @@ class Border:
     """One run's. factor: FACTOR, 0: movement is not bounded. epochs: of a job."""
 
     def __init__(self, model: nn.Module, factor: float, *, epochs: int, seed: int) -> None:
-        self._kinds = kinds_of(model)
-        stages = max((stage_of(name)[1] for name in self._kinds), default=0)
+        self._groups = groups_of(model)
+        stages = 1 + max((stage for stage, _ in self._groups.values()), default=-1)
         self.memory = NormMemory(stages, len(KINDS))
         self._factor = factor
         self._epochs = epochs
@@ -65,8 +66,8 @@ class Border:
         self._bounded: set[str] = set()
 
     def check(self, update: ClientUpdate, sent: Mapping[str, Tensor]) -> None:
-        """Raise UpdateError for an update that may not count, as far as earlier rounds tell. sent:
-        what its job began from."""
+        """Raise UpdateError for an update that may not count, as far as earlier rounds tell, and
+        ShapeError for NaN and infinite values. sent: what its job began from."""
         where = f"update from {update.client.id}, round {update.round}"
         told, known = update.message.num_examples, update.client.num_examples
         if known and told > known:
@@ -77,11 +78,14 @@ class Border:
             if not tensor.is_floating_point():
                 self._check_integers(name, tensor, sent[name], told, where)
                 continue
-            group = stage_of(name)[1] - 1, self._kinds.get(name, MEANS)
+            group = self._groups[name]
             if group[1] == VARIANCES and tensor.numel() and (least := float(tensor.min())) < 0:
                 raise UpdateError(f"{where}: {name} reaches {least:.3g}, a variance is at least 0")
-            squares[group] = squares.get(group, 0.0) + squared_norm(tensor, sent[name])
-            started[group] = started.get(group, 0.0) + squared_norm(sent[name])
+            moved, began = squared_norms(tensor, sent[name])
+            squares[group] = squares.get(group, 0.0) + moved
+            started[group] = started.get(group, 0.0) + began
+        if not all(math.isfinite(total) for total in squares.values()):
+            check_finite(update.tensors, where)
         norms = {group: min(REMEMBERED, math.sqrt(total)) for group, total in squares.items()}
         scales = {group: math.sqrt(total) + 1 for group, total in started.items()}
         self._seen[update.client.id, update.round] = norms, scales
@@ -139,7 +143,7 @@ class Border:
             return None
         try:
             self.check(update, update.sent or sent[update.client.id])
-        except UpdateError as error:
+        except ShapeError as error:
             return absence(update, error)
         return None
 
@@ -216,28 +220,32 @@ class Border:
         self._seen = {}
 
 
-def absence(update: ClientUpdate, error: UpdateError) -> Absence:
+def absence(update: ClientUpdate, error: ShapeError) -> Absence:
     """The participant's result instead of an update that may not count."""
     log.warning("%s", error)
     moved = update.bytes_down, update.bytes_up
     return Absence(update.client, update.segments, "failed", error.code, str(error), *moved)
 
 
-def kinds_of(model: nn.Module) -> dict[str, int]:
-    """The kind of each parameter and of each variance of BatchNorm, by name."""
-    kinds = {name: WEIGHTS for name, _ in model.named_parameters()}
+def groups_of(model: nn.Module) -> dict[str, Group]:
+    """Of each tensor, by name."""
+    kinds = {name: MEANS for name, _ in model.named_buffers()}
+    kinds |= {name: WEIGHTS for name, _ in model.named_parameters()}
     for name, module in model.named_modules():
         if isinstance(module, _NormBase) and module.running_var is not None:
             kinds[f"{name}.running_var"] = VARIANCES
-    return kinds
+    return {name: (stage_of(name)[1] - 1, kind) for name, kind in kinds.items()}
 
 
-def squared_norm(tensor: Tensor, sent: Tensor | None = None) -> float:
-    """|tensor - sent|^2, of `tensor` without `sent`; infinite from about 1e38 on."""
-    parts = tensor.reshape(-1).split(COLUMNS)
-    others = sent.reshape(-1).split(COLUMNS) if sent is not None else [None] * len(parts)
-    total = 0.0
-    for part, other in zip(parts, others, strict=True):
-        moved = part if other is None else part - other
-        total += float(torch.linalg.vector_norm(moved.float())) ** 2
-    return total
+def squared_norms(tensor: Tensor, sent: Tensor) -> tuple[float, float]:
+    """|tensor - sent|^2 and |sent|^2, in float32: not finite from about 1e38 on. By numpy, which
+    takes half of torch's time for small tensors: 0.2 ms for 5 MB."""
+    new, old = (t.reshape(-1).float().numpy() for t in (tensor, sent))
+    moved = began = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(new), COLUMNS):
+            part = old[start : start + COLUMNS]
+            step = new[start : start + COLUMNS] - part
+            moved += float(np.dot(step, step))
+            began += float(np.dot(part, part))
+    return moved, began

@@ -122,7 +122,7 @@ class ClientUpdate:
         return dict(self.message.phases) | upload
 
 
-# Raises UpdateError for an update that may not count, by what its job began from.
+# Raises ShapeError for an update that may not count, by what its job began from.
 Check: TypeAlias = Callable[[ClientUpdate, Mapping[str, Tensor]], None]
 
 

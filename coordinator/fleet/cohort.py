@@ -20,6 +20,7 @@ from coordinator.fleet.counters import Counters
 from coordinator.fleet.declared import plausible_ready
 from coordinator.fleet.flow_control import BUDGET_BYTES, Budget
 from coordinator.fleet.jobs import Jobs
+from coordinator.fleet.open_job import check_values
 from coordinator.fleet.patience import Patience
 from coordinator.fleet.router import Outcast, Received, Refused, Router
 from coordinator.fleet.sessions import SILENCE_S, Gone, Session, Sessions, welcome_of
@@ -142,7 +143,7 @@ class ZmqCohort:
         self,
         clients: Iterable[Client],
         num_chosen: int,
-        check: Check = lambda update, sent: None,
+        check: Check = check_values,
     ) -> None:
         """A round begins. These clients, whether they are there yet or not, take part in one that
         was cut short: the first num_chosen were chosen, the others asked for those who failed."""

@@ -52,7 +52,7 @@ class Jobs:
         counters: Counters | None = None,
     ) -> None:
         self.finished: list[ClientUpdate | Absence] = []
-        self.check: Check = lambda update, sent: None
+        self.check: Check = check_values
         self.budget = budget
         self.open: dict[str, OpenJob] = {}
         self.transfers = Transfers(self.open, budget, sessions)
@@ -92,7 +92,7 @@ class Jobs:
             arrived, tensors = found
             try:
                 check_update(arrived.update, open_job)
-                check_values(ClientUpdate(client, arrived, tensors), open_job, self.check)
+                self.check(ClientUpdate(client, arrived, tensors), assignment.tensors)
             except EdgeError as error:
                 log.warning("%s; it is asked for again", error)
             else:
@@ -320,7 +320,7 @@ class Jobs:
         try:
             arrived = open_job.as_arrived()
             update = ClientUpdate(open_job.client, arrived, tensors)
-            check_values(update, open_job, self.check)
+            self.check(update, open_job.assignment.tensors)
         except EdgeError as error:
             self._refuse(open_job, error)
             return

@@ -9,7 +9,9 @@ import math
 import pytest
 import torch
 from msgspec.structs import replace
+from safetensors.torch import load_file, save_file
 
+from coordinator.aggregation.border import STATE
 from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS, make_method
 from coordinator.runs.rounds import run_rounds
@@ -69,7 +71,8 @@ def test_a_run_is_as_without_the_liar_and_goes_on_without_it(tmp_path, reference
     state, _ = run(tmp_path / "run", settings(key), Lying(sends(ATTACKS[attack])))
     assert same(state, without_it(references, key))
     told = "SELECT DISTINCT client_id, code FROM participations WHERE outcome = 'failed'"
-    assert read_rows(tmp_path / "run", told) == [(LIAR, "update")]
+    code = "tensors" if attack == "NaN" else "update"
+    assert read_rows(tmp_path / "run", told) == [(LIAR, code)]
     state, reports = run(tmp_path / "run", settings(key), Lying(None), 1, resume=True)
     assert unsound(state) == ""
     assert reports[0].totals.returned == 5
@@ -103,3 +106,21 @@ def test_without_the_bound_a_round_that_would_end_the_run_changes_nothing(tmp_pa
     state, reports = run(tmp_path / "run", made, Lying(None), 1, resume=True)
     assert "aggregate_refused" not in reports[0].metrics.values
     assert not torch.equal(state["server/globals/exits.0.2.weight"], before["exits.0.2.weight"])
+
+
+@pytest.mark.parametrize("key", ["hypemefed", "owners-mean"])
+def test_a_run_that_an_earlier_version_let_be_poisoned_goes_back_and_on(tmp_path, key):
+    """Its last checkpoint holds a share of 1e20 and no norms; from the one before it becomes what
+    it would have been."""
+    straight, _ = run(tmp_path / "straight", settings(key), Lying(None), 3)
+    run(tmp_path / "run", settings(key), Lying(None), 2)
+    for number in (1, 2):
+        path = tmp_path / "run" / f"round-{number:06d}.safetensors"
+        state = load_file(path)
+        del state[STATE]
+        if number == 2:
+            state["server/globals/exits.0.2.weight"] += 2e18
+        save_file(state, path)
+    state, reports = run(tmp_path / "run", settings(key), Lying(None), 2, resume=True)
+    assert [report.round for report in reports] == [2, 3]
+    assert same(state, straight)

@@ -3,6 +3,7 @@ how such clients are made."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import deque
 
@@ -265,3 +266,23 @@ def test_an_asynchronous_round_may_be_of_those_at_work(tmp_path):
     cohort = Turns(("", ""), needed=0, num_busy=3)
     assert gathered(tmp_path, cohort, mode="async") == []
     assert (cohort.rests, cohort.asked) == ([], [""])
+
+
+def test_in_asynchronous_mode_all_clients_so_far_tell_how_much_one_may_count(tmp_path):
+    """A round asks one, who says 2^31; three who were asked in rounds before have 10 each."""
+
+    class Alone(Turns):
+        def clients(self):
+            return [dataclasses.replace(client("d", 1), num_examples=2**31)]
+
+        def train(self, work, round, deadline_s):
+            (liar,) = self.clients()
+            yield dataclasses.replace(answer(liar, work["d"], num_examples=2**31), client=liar)
+
+    store = Store.create(tmp_path, config("owners-mean", mode="async"), "serve")
+    store.record_clients(dataclasses.replace(client(n, 1), num_examples=10) for n in "abc")
+    border = Border(build(store.config.model), 10.0, epochs=1, seed=0)
+    asking = Asking(store, make_method(store.config), Alone(("d", "d")), border, 1)
+    (update,) = asking.results()
+    store.close()
+    assert update.num_examples == 30
