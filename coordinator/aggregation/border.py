@@ -64,11 +64,12 @@ class Border:
         self._medians: dict[Group, float] = {}
         self._seen: dict[tuple[str, int], tuple[dict[Group, float], dict[Group, float]]] = {}
         self._bounded: set[str] = set()
+        self._round = 0
 
     def check(self, update: ClientUpdate, sent: Mapping[str, Tensor]) -> None:
         """Raise UpdateError for an update that may not count, as far as earlier rounds tell, and
         ShapeError for NaN and infinite values. sent: what its job began from."""
-        where = f"update from {update.client.id}, round {update.round}"
+        where = self._where(update)
         told, known = update.message.num_examples, update.client.num_examples
         if known and told > known:
             raise UpdateError(f"{where}: {told} examples, it had {known} when it was asked")
@@ -101,7 +102,7 @@ class Border:
         """Pass the results of one round's participants on, refused updates as absences, and
         remember all norms. sent: what each client's job began from; examples: of all who were
         asked, as they said."""
-        most = most_examples(examples)
+        self._round, most = round, most_examples(examples)
         waiting: deque[ClientUpdate] = deque()
         found: dict[Group, list[float]] = {}
         for result in results:
@@ -131,6 +132,10 @@ class Border:
             check_shapes(state, {STATE: tuple(self.memory.norms.shape)}, "checkpoint, border")
             self.memory.norms = state[STATE].clone()
         self._medians = self.memory.medians(FEW)
+
+    def _where(self, update: ClientUpdate) -> str:
+        """An emulated client's names no round."""
+        return f"update from {update.client.id}, round {update.round or self._round}"
 
     def _norms(self, update: ClientUpdate) -> tuple[dict[Group, float], dict[Group, float]]:
         return self._seen.get((update.client.id, update.round), ({}, {}))
@@ -163,8 +168,7 @@ class Border:
         norms, scales = self._norms(update)
         open_norms = {group: norm for group, norm in norms.items() if group in medians}
         try:
-            where = f"update from {update.client.id}, round {update.round}"
-            self._check_norms(where, open_norms, scales, medians)
+            self._check_norms(self._where(update), open_norms, scales, medians)
         except UpdateError as error:
             return absence(update, error)
         return update

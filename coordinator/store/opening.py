@@ -27,16 +27,18 @@ def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Stor
         held = store.config
         if held.trained_on.scaling is None:  # stored by a version that did not tell it
             held = replace(held, trained_on=config.trained_on)
-        is_same = replace(held, rounds=config.rounds).to_json() == config.to_json()
+        bound = replace(held.aggregation, refuse_above=config.aggregation.refuse_above)
+        free = replace(held, rounds=config.rounds, aggregation=bound)
+        is_same = free.to_json() == config.to_json()
         if not is_same or config.rounds < held.rounds:
             raise ConfigError(
                 f"{folder} was started with other settings: {differences(held, config)}; resume "
-                "with the same flags; --rounds alone may be higher"
+                "with the same flags; --rounds may be higher, --refuse-above another"
             )
         if config.rounds > held.rounds:
-            store.extend(config.rounds)
             log.info("the run gets %d rounds instead of %d", config.rounds, held.rounds)
         if resume:
+            store.amend(config)
             _take_sound(store)
             store.sweep()
         stack.pop_all()

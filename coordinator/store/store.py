@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -74,9 +73,9 @@ class Store:
         if self._lock:
             self._lock.check()
 
-    def extend(self, rounds: int) -> None:
-        """The run is to have more rounds than it was started with. Raises StoreError."""
-        self.config = replace(self.config, rounds=rounds)
+    def amend(self, config: RunConfig) -> None:
+        """The run goes on with these settings, that of it which may change. Raises StoreError."""
+        self.config = config
         with self._writing():
             self._db.execute("UPDATE runs SET config = ?", (self.config.to_json(),))
             self._db.commit()

@@ -71,6 +71,9 @@ def test_a_run_is_as_without_the_liar_and_goes_on_without_it(tmp_path, reference
     state, _ = run(tmp_path / "run", settings(key), Lying(sends(ATTACKS[attack])))
     assert same(state, without_it(references, key))
     told = "SELECT DISTINCT client_id, code FROM participations WHERE outcome = 'failed'"
+    details = "SELECT round, detail FROM participations WHERE outcome = 'failed'"
+    for number, detail in read_rows(tmp_path / "run", details):
+        assert detail.startswith(f"update from {LIAR}, round {number}: ")
     code = "tensors" if attack == "NaN" else "update"
     assert read_rows(tmp_path / "run", told) == [(LIAR, code)]
     state, reports = run(tmp_path / "run", settings(key), Lying(None), 1, resume=True)

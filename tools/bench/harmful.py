@@ -52,6 +52,12 @@ def times(factor: float) -> Lie:
     return lambda name, trained, sent: sent + factor * (trained - sent)
 
 
+def weights_times(factor: float) -> Lie:
+    return lambda name, trained, sent: (
+        trained if "running" in name else times(factor)(name, trained, sent)
+    )
+
+
 def every(value: float) -> Lie:
     return lambda name, trained, sent: torch.full_like(trained, value)
 
@@ -73,6 +79,8 @@ ATTACKS: Mapping[str, Attack] = {
     "movement times -1000": Attack(times(-1000.0)),
     "movement times -10": Attack(times(-10.0)),
     "movement times -3": Attack(times(-3.0)),
+    "weights times -5, statistics honest": Attack(weights_times(-5.0)),
+    "weights times -1, statistics honest": Attack(weights_times(-1.0)),
 }
 SETTINGS = {
     "default": AggregationOptions(),

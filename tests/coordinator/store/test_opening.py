@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from coordinator.config import AggregationOptions
 from coordinator.store.database import DATABASE
 from coordinator.store.opening import open_store
 from coordinator.store.store import Store
@@ -35,6 +36,16 @@ def test_a_finished_run_goes_on_with_more_rounds(tmp_path):
     store.close()
     again = Store.resume(tmp_path)
     assert again.config.rounds == 5, "kept, also if it is killed now"
+    again.close()
+
+
+def test_what_refuses_updates_may_be_another(tmp_path):
+    """A device that honestly moves far is let in without beginning anew."""
+    finished_run(tmp_path)
+    other = AggregationOptions(refuse_above=100.0)
+    open_store(tmp_path, settings(rounds=2, aggregation=other), "emulate", True).close()
+    again = Store.resume(tmp_path)
+    assert again.config.aggregation.refuse_above == 100.0
     again.close()
 
 
