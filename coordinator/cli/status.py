@@ -25,6 +25,7 @@ from coordinator.store.status import (
     ClientState,
     Health,
     Snapshot,
+    UnfitDevice,
     age_s,
     health,
     read_status,
@@ -143,6 +144,7 @@ def described(view: View, folder: Path) -> list[str]:
     else:
         lines += _run_lines(view.status, view, folder)
         lines += _client_lines(view.status.cohort.clients, view.age_s or 0.0)
+        lines += _unfit_lines(view.status.cohort.unfit, view.age_s or 0.0)
     if view.rounds:
         head = "round,returned,late,failed,down,up,seconds,training loss,accuracy per exit in %"
         lines += ["", *table(head, map(_round_cells, view.rounds))]
@@ -227,6 +229,16 @@ def _client_lines(clients: Sequence[ClientState], age_s: float) -> list[str]:
         for client in clients
     ]
     return ["", f"{len(clients)} clients: {_counted(phases)}", *table(head, rows)]
+
+
+def _unfit_lines(unfit: Sequence[UnfitDevice], age_s: float) -> list[str]:
+    """The reasons stand last, as they are long."""
+    told = [
+        f"{device.name}, {device.code}, {device.count} times, last {lasting(device.age_s + age_s)} "
+        f"ago: {device.reason}"
+        for device in unfit
+    ]
+    return ["", f"{len(unfit)} devices cannot take part:", *told] if told else []
 
 
 def _round_cells(row: RoundRow) -> list[str]:

@@ -133,7 +133,8 @@ class ZmqCohort:
             if time.monotonic() - told > TELL_S:
                 told = time.monotonic()
                 extra = event("waiting", ready=here, needed=least)
-                log.info("waiting for devices: %d of %d ready", here, least, extra=extra)
+                told_of = (here, least, self.sessions.lacking())
+                log.info("waiting for devices: %d of %d ready%s", *told_of, extra=extra)
             self._patience.check(f"{here} of the {least} devices that it needs are there")
             self._pump()
         self._is_assembled = True
@@ -215,6 +216,7 @@ class ZmqCohort:
             spool_bytes=folder_bytes(self._spool.folder),
             strangers=self._router.num_refused,
             links=self._router.link_counts(),
+            unfit=self._router.unfit.told(),
             now=time.monotonic(),
         )
 
@@ -389,10 +391,6 @@ class ZmqCohort:
         if wrong := self.sessions.misfit(ready):
             self.sessions.refuse(session.route, "protocol", wrong)
             return
-        if session.ready is None or session.ready.exit != ready.exit:
-            extra = event("ready", client=name, exit=ready.exit)
-            if (behind := self.sessions.repeats.note("ready", name)) is not None:
-                said = (name, ready.exit, ready.reason, behind)
-                log.info("%s trains up to exit %d (%s)%s", *said, extra=extra)
+        self.sessions.log_ready(name, ready)
         self.jobs.on_ready(name, ready)  # first: what fails here was before this ready
         self.sessions.set_ready(name, plausible_ready(ready))

@@ -57,8 +57,9 @@ class Patience:
         told = [self._last_sign(job) for job in self._jobs.open.values() if self._counts(job)]
         if now - max([self.since, *told]) > limit:
             raise QuorumError(
-                f"{what}, and nothing changed for {limit:.0f} s (--give-up-after); "
-                "nothing is lost: go on with --resume when the devices are back"
+                f"{what}, and nothing changed for {limit:.0f} s (--give-up-after)"
+                f"{self._sessions.lacking()}; nothing is lost: go on with --resume when the "
+                "devices are back"
             )
 
     def end_holdups(self, elapsed_s: float) -> None:

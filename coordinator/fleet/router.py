@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Callable, Hashable
+import re
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import zmq
@@ -21,13 +22,15 @@ from coordinator.admission import join as joining
 from coordinator.admission.client_list import Admission
 from coordinator.fleet.connections import Connections
 from coordinator.fleet.rate_limit import OUT_S, RateLimits, Repeats, Verdict, cost_of
+from coordinator.fleet.unfit import UnfitDevices
 from coordinator.store.status import LinkCounts
-from edge_sdk.errors import ConfigError, ProtocolError
+from edge_sdk.errors import ConfigError, ProtocolError, VersionError
 from edge_sdk.helpers.logs import event
 from edge_sdk.helpers.text import split_endpoint
+from edge_sdk.protocol.codec import unpack
 from edge_sdk.protocol.keys import KeyPair
 from edge_sdk.protocol.link import Payload, parse_frames, send_frames, set_common_options
-from edge_sdk.protocol.messages import Fault, Hello, Join, Message
+from edge_sdk.protocol.messages import CLIENT_NAME, Fault, Hello, Join, Message
 
 log = logging.getLogger(__name__)
 TOO_MUCH = "this device says more than it is asked for; what is too much is dropped"
@@ -127,6 +130,7 @@ class Router:
         self.limits = limits or RateLimits()
         self._repeats = Repeats()
         self.counts = LinkCounts()
+        self.unfit = UnfitDevices()
         self.is_session: Callable[[bytes], bool] = lambda route: False  # whether it has said hello
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         set_common_options(self.socket)
@@ -207,7 +211,7 @@ class Router:
         try:
             message, payload = parse_frames(frames[1:])
         except ProtocolError as error:
-            return True, self._on_bad(route, peer, descriptor, error)
+            return True, self._on_bad(frames, peer, descriptor, error)
         self.limits.note_frame(peer, is_refused=False)
         if isinstance(message, Join):
             self._on_join(route, key, message)
@@ -230,14 +234,17 @@ class Router:
         return self._end(route, peer, descriptor, is_new=verdict == "end")
 
     def _on_bad(
-        self, route: bytes, peer: Hashable, descriptor: int, error: ProtocolError
+        self, frames: list[zmq.Frame], peer: Hashable, descriptor: int, error: ProtocolError
     ) -> Refused | Outcast:
-        name = peer if isinstance(peer, str) else None
+        route, name = frames[0].bytes, peer if isinstance(peer, str) else None
         self.counts.frames_refused += 1
-        if (behind := self._repeats.note("refused", peer)) is not None:
+        who, is_told = name or "a device", True
+        if isinstance(error, VersionError):  # it can take no part at all
+            who = name or claimed_name(frames[1:]) or _address(frames[-1])
+            is_told = self.unfit.note(who, error.code, str(error))
+        if is_told and (behind := self._repeats.note("refused", peer)) is not None:
             extra = event("refused", client=name, code=error.code)
-            said = "message from %s refused: %s%s"
-            log.warning(said, name or "a device", error, behind, extra=extra)
+            log.warning("message from %s refused: %s%s", who, error, behind, extra=extra)
         if self.limits.note_frame(peer, is_refused=True) == "end":
             return self._end(route, peer, descriptor, is_new=True)
         self.send(route, Fault(code=error.code, detail=str(error)))
@@ -297,6 +304,15 @@ class Router:
             self._context.term()
         else:  # it would wait for the sockets of that thread, which ends with the process
             log.warning("the thread that checks keys did not end")
+
+
+def claimed_name(frames: Sequence[zmq.Frame]) -> str:
+    """The name that a message which is refused gives of its sender, if it is one; else ""."""
+    with contextlib.suppress(ProtocolError):
+        told = unpack(frames[0].buffer) if frames else None
+        name = told.get("client_id") if isinstance(told, dict) else None
+        return name if isinstance(name, str) and re.match(CLIENT_NAME, name) else ""
+    return ""
 
 
 def _address(frame: zmq.Frame) -> str:

@@ -28,6 +28,7 @@ from coordinator.fleet.router import (
     Router,
 )
 from edge_sdk.data.contract import names_digest, unlike_run
+from edge_sdk.errors import CapacityError
 from edge_sdk.helpers.logs import event
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import (
@@ -126,6 +127,32 @@ class Sessions:
         log.debug("fault to a device: %s: %s", code, detail, extra=event("refused", code=code))
         self._router.send(route, Fault(code=code, detail=detail))
 
+    def lacking(self) -> str:
+        """Why devices that were heard of take no part; behind what is said of too few."""
+        strangers = self._router.num_refused
+        keys = f"; connections refused for an unknown key: {strangers}" if strangers else ""
+        return f"{self._router.unfit.in_words()}{keys}"
+
+    def log_ready(self, name: str, ready: Ready) -> None:
+        """Log what a device says that it can train, before set_ready, if that is news."""
+        before, unfit = self.all[name].ready, self._router.unfit
+        if ready.exit:
+            unfit.forget(name)
+        elif not unfit.note(name, CapacityError.code, ready.reason or "it can train nothing"):
+            return
+        if not ready.exit or before is None or before.exit != ready.exit:
+            what = f"trains up to exit {ready.exit}" if ready.exit else "can train nothing now"
+            extra = event("ready", client=name, exit=ready.exit)
+            if (behind := self.repeats.note("ready", name)) is not None:
+                log.info("%s %s (%s)%s", name, what, ready.reason, behind, extra=extra)
+
+    def _turn_away(self, received: Received, name: str, code: str, detail: str) -> None:
+        """Refuse a hello."""
+        if self._router.unfit.note(name, code, detail):
+            extra = event("refused", client=name, code=code, address=received.address)
+            log.warning("%s is refused, %s: %s", name, code, detail, extra=extra)
+        self.refuse(received.route, code, detail)
+
     def ready_clients(self) -> list[Client]:
         """The clients that have said what they can train, if they can train anything; by name."""
         return [
@@ -166,16 +193,17 @@ class Sessions:
         route, name = received.route, hello.client_id
         known = received.name or self._names.get(route, name)
         if known != name:
-            self.refuse(route, "admission", f"this is {known!r}, hello says {name!r}")
+            said = f"this is {known!r}, hello says {name!r}"
+            self._turn_away(received, known, "admission", said)
             return None
         unlike = unlike_run(hello, self._known, name, self._class_names)
         if unlike and unlike.is_certain:
-            self.refuse(route, "data", unlike.text)
+            self._turn_away(received, name, "data", unlike.text)
             return None
         counted = self._counters.clients
         if received.name is None and name not in counted and len(counted) >= MAX_CLIENTS:
             detail = f"{MAX_CLIENTS} names have joined without keys, and no more may"
-            self.refuse(route, "admission", detail)
+            self._turn_away(received, name, "admission", detail)
             return None
         old = self.all.get(name)
         if old and old.route == route and old.hello.session == hello.session:

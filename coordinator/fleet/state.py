@@ -13,7 +13,13 @@ from coordinator.fleet.job_phases import JobPhase
 from coordinator.fleet.jobs import Jobs
 from coordinator.fleet.open_job import OpenJob
 from coordinator.fleet.sessions import Session
-from coordinator.store.status import ClientPhase, ClientState, CohortState, LinkCounts
+from coordinator.store.status import (
+    ClientPhase,
+    ClientState,
+    CohortState,
+    LinkCounts,
+    UnfitDevice,
+)
 
 
 @dataclass
@@ -37,6 +43,7 @@ def cohort_state(
     spool_bytes: int,
     strangers: int,
     links: LinkCounts,
+    unfit: tuple[UnfitDevice, ...],
     now: float,
 ) -> CohortState:
     """The state as the status page tells it. sessions: of the clients that are connected."""
@@ -64,6 +71,7 @@ def cohort_state(
         faults=dict(counters.faults),
         strangers=strangers,
         links=links,
+        unfit=unfit,
     )
 
 

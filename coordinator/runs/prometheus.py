@@ -116,6 +116,8 @@ def families(snapshot: Snapshot) -> Iterator[Any]:
     yield _counter("peers_ended", said, links.peers_ended)
     said = "Connections ended for their descriptor or an endless message."
     yield _counter("connections_ended", said, links.connections_ended)
+    said = "Devices that are refused, or can train nothing, of those heard of last."
+    yield _gauge("unfit_devices", said, len(cohort.unfit))
     outcomes = {
         "accepted": cohort.updates_accepted,
         "late": cohort.updates_late,

@@ -83,6 +83,16 @@ class LinkCounts(msgspec.Struct, kw_only=True):
     connections_ended: int = 0  # for their descriptor, or a message without an end
 
 
+class UnfitDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """A device that tries to take part and is refused, or can train nothing."""
+
+    name: str  # or its address
+    code: str  # of the fault; capacity: it can train nothing now
+    reason: str
+    count: int = 1  # times that it was heard of so
+    age_s: float = 0.0  # since the last time
+
+
 class CohortState(msgspec.Struct, frozen=True, kw_only=True):
     """What the cohort knows; the counts without "round" are those since the coordinator's start."""
 
@@ -102,6 +112,7 @@ class CohortState(msgspec.Struct, frozen=True, kw_only=True):
     faults: dict[str, int] = {}  # by code
     strangers: int = 0  # connections with a key that is not admitted
     links: LinkCounts = msgspec.field(default_factory=LinkCounts)
+    unfit: tuple[UnfitDevice, ...] = ()  # the one heard of last first
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from coordinator.store.status import (
     CohortState,
     Snapshot,
     StatusFile,
+    UnfitDevice,
     identity,
     utc,
 )
@@ -60,6 +61,10 @@ COHORT = CohortState(
     updates_failed=2,
     faults={"tensors": 3, "gone": 1, OTHER: 2},
     strangers=9,
+    unfit=(
+        UnfitDevice(name="pi-3", code="data", reason="its examples differ", count=12, age_s=3.0),
+        UnfitDevice(name="10.0.0.9", code="version", reason="speaks protocol 3"),
+    ),
 )
 
 

@@ -26,7 +26,7 @@ from coordinator.cli.status import (
 )
 from coordinator.fleet.counters import OTHER
 from coordinator.store.lock import RunLock
-from coordinator.store.status import FILE, ClientState, utc
+from coordinator.store.status import FILE, ClientState, UnfitDevice, utc
 from edge_sdk.cli.flags import Parser
 from tests.support.examples import one_line
 from tests.support.other_user import closed
@@ -52,6 +52,8 @@ def test_a_table_for_people(tmp_path, capsys):
         "strangers refused 9",
         "faults: gone 1, other 2, tensors 3",
         "2 clients: away 1, upload 1",
+        "2 devices cannot take part:\npi-3, data, 12 times, last 3 s ago: its examples differ\n"
+        "10.0.0.9, version, 1 times, last 0 s ago: speaks protocol 3\n",
     ):
         assert words in text
     rows = [line.split() for line in text.splitlines()]
@@ -171,16 +173,14 @@ def test_the_reason_of_a_round_in_progress_is_told(tmp_path, capsys):
 
 def test_nothing_that_was_told_controls_the_terminal(tmp_path, capsys):
     """Faults are counted by known codes, but a file may hold anything."""
-    bad = replace(
-        COHORT,
-        faults={HOSTILE: 1},
-        clients=(ClientState(name=HOSTILE, phase="ready", failure=HOSTILE),),
-    )
+    unfit = (UnfitDevice(name="n", code="data", reason=HOSTILE),)
+    clients = (ClientState(name=HOSTILE, phase="ready", failure=HOSTILE),)
+    bad = replace(COHORT, faults={HOSTILE: 1}, clients=clients, unfit=unfit)
     status(told(tmp_path, cohort=bad, reason=HOSTILE))
     text = capsys.readouterr().out
     assert "\x1b" not in text
     assert "\u2028" not in text
-    assert text.count('a" b\\ ? c ?[2J {x="1"} ?') == 4
+    assert text.count('a" b\\ ? c ?[2J {x="1"} ?') == 5
 
 
 def test_watching_ends_with_the_run(tmp_path, capsys):

@@ -92,6 +92,7 @@ def test_prometheus_gets_the_latest_snapshot():
         ("updates_total", "late"): 1,
         ("updates_total", "failed"): 2,
         ("strangers_refused_total", ""): 9,
+        ("unfit_devices", ""): 2,
         ("faults_total", "tensors"): 3,
         ("faults_total", "gone"): 1,
         ("faults_total", OTHER): 2,
