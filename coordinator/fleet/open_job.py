@@ -16,7 +16,7 @@ from torch import Tensor
 from coordinator.cohorts.base import Absence, ArrivedUpdate, Assignment, Client, ClientUpdate
 from coordinator.fleet.declared import plausible_update
 from coordinator.fleet.digests import RunningDigest
-from coordinator.fleet.flow_control import LinkRate, LinkRates
+from coordinator.fleet.flow_control import SLOW_RATE, WINDOW, LinkRate, LinkRates
 from coordinator.fleet.job_phases import JobEvent, JobPhase, phase_after
 from edge_sdk.errors import ProtocolError, ShapeError
 from edge_sdk.protocol.link import Payload
@@ -91,10 +91,11 @@ class OpenJob:
 
     @property
     def most_under_way(self) -> int:
-        """Parts. Of a job, down: one until the link is measured, then room for the window that the
-        device asks for, and the next."""
+        """Parts. Of a job, down: a device's window, over a quick link the next one too."""
         rate = self.link_rate
-        return rate.window if self.receiver is not None else 2 * rate.window if rate.rate else 1
+        if self.receiver is not None:
+            return rate.window
+        return 2 * WINDOW if rate.rate >= SLOW_RATE else WINDOW
 
     @property
     def has_never_moved(self) -> bool:
@@ -109,8 +110,9 @@ class OpenJob:
         return f"it has said of {self.most_moved} of the job's {self.sender.num_parts} parts"
 
     def patience_s(self, parts: int) -> float:
-        """Seconds without any of so many parts under way after which something is wrong."""
-        return self.link_rate.patience_s(parts * PART_BYTES)
+        """Seconds without any of so many parts under way after which something is wrong. Of a job
+        of which nothing has come yet the first part is waited for."""
+        return self.link_rate.patience_s((1 if self.has_never_moved else parts) * PART_BYTES)
 
     def note_moved(self, num_bytes: int) -> None:
         now = time.monotonic()

@@ -276,10 +276,7 @@ class World:
 
     def _fetch(self, name: str, count: int) -> Iterator[list[Frame] | None]:
         yield self._frames(name, Fetch(round=ROUND, have=0, first=0, count=count))
-        came = sum(isinstance(message, Part) for _, message in self.socket.sent)
-        if came < count:  # one, until the link is measured
-            yield self._frames(name, Fetch(round=ROUND, have=came, first=3, count=0))
-        self._expect(name, Part, count - came if came < count else count)
+        self._expect(name, Part, count)
         if count == 3:
             yield self._frames(name, Fetch(round=ROUND, have=3, first=3, count=0))
 

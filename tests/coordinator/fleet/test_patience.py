@@ -42,22 +42,22 @@ def patience(bed: JobsBed, **seen: float) -> Patience:
     return Patience(config("fedavg-l"), bed.jobs, sessions, LIMIT_S)  # type: ignore[arg-type]
 
 
-def test_who_does_not_say_what_came_gets_one_part(bed):
-    """Of 128 that may be under way: others get on."""
+def test_who_does_not_say_what_came_gets_one_window(bed):
+    """Of 128 parts that may be under way, however often it asks: others get on."""
     bed.give("a")
+    for _ in range(10):
+        fetch(bed, 0, PARTS + 1)
+    assert bed.jobs.budget.held("a") == len(bed.to("a", Part)) == WINDOW
     bed.give("b")
-    fetch(bed, 0, 1024)
-    assert bed.jobs.budget.held("a") == 1
-    fetch(bed, 0, 2, name="b")
-    fetch(bed, 1, name="b")
-    assert bed.jobs.budget.held("b") == 1
-    assert [part.index for part in bed.to("b", Part)] == [0, 1]
+    fetch(bed, 0, PARTS + 1, name="b")
+    fetch(bed, PARTS + 1, name="b")
+    assert [part.index for part in bed.to("b", Part)] == list(range(PARTS + 1))
 
 
-def test_a_measured_link_has_two_windows_at_most(tmp_path):
-    bed = JobsBed(tmp_path)
+def test_a_measured_link_has_two_windows_at_most(bed):
     bed.give()
     open_job = bed.jobs.open["a"]
+    assert open_job.most_under_way == WINDOW
     open_job.link_rate.note_moved(PART_BYTES, 0.01)
     assert open_job.most_under_way == 2 * WINDOW
     assert Budget().share == 32  # of 128
