@@ -31,10 +31,12 @@ from coordinator.fleet import (
     job_phases,
     jobs,
     open_job,
+    patience,
+    rate_limit,
     router,
     sessions,
 )
-from edge_sdk.agent import agent, state, trainer_process
+from edge_sdk.agent import agent, conduct, job_watch, state, trainer_process
 from edge_sdk.capacity import chooser
 from edge_sdk.data import examples
 from edge_sdk.errors import EdgeError
@@ -190,10 +192,14 @@ CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
     codec: ("MAX_CONTROL_BYTES",),
     stream: ("PART_BYTES", "MAX_TRANSFER_BYTES", "ALIGNMENT"),
     link: ("PING_MS", "PING_TIMEOUT_MS", "DEAD_MS", "HIGH_WATER"),
-    state: ("HELLO_S", "HELLO_MAX_S", "REFUSED_S", "REFUSED_MAX_S"),
+    state: ("HELLO_S", "HELLO_MAX_S", "REFUSED_S", "REFUSED_MAX_S", "LEAST_HEARTBEAT_S"),
     trainer_process: ("RESTART_S", "RESTART_MAX_S"),
     chooser: ("GROWN",),
     worker: ("WINDOW",),
+    conduct: ("CREDIT", "CREDIT_PER_S"),
+    job_watch: ("TIMES", "LEAST_S", "UNPREDICTED_S"),
+    rate_limit: ("BURST", "RATE", "MOST_DROPPED", "MOST_REFUSED", "OUT_S"),
+    patience: ("IDLE_S", "SLOWER"),
     examples: ("MIN_BATCH",),
     join: ("CONNECT_S", "ANSWER_S", "AGAIN_S"),
     cohort: ("HEARTBEAT_S", "FAREWELL_S"),
