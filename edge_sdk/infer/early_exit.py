@@ -213,7 +213,7 @@ def open_session(content: bytes, where: str, threads: int = 1) -> Session:
     runtime = onnx_runtime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3  # errors only; they are raised as well
+    options.log_severity_level = 4  # what is fatal; errors are raised
     try:
         return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common base

@@ -76,9 +76,9 @@ def build(spec: ModelSpec) -> StagedModel:
     """The model of `spec`, randomly initialised. Raises ConfigError, also for what a family's own
     code raises and for what is no StagedModel of such tensors (structure.py)."""
     family = FAMILIES[spec.family]
-    own = () if family.options is None else (read_options(spec, family.options),)
     try:
         with own_code(spec.family, "build", family.build):
+            own = () if family.options is None else (read_options(spec, family.options),)
             model = family.build(spec, *own)
             if not family.is_built_in:
                 check_structure(model, spec)
