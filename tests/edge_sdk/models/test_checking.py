@@ -158,3 +158,9 @@ def test_what_a_layer_raises_in_training_is_one_line(mistaken):
         match=r"family 'five': exits.0.1 \(Returns\) raises RuntimeError: shape '\[5, 3",
     ):
         train(model, plan, initial_tensors(model, 0), data)
+
+
+def test_options_that_are_no_struct_are_the_familys_mistake(mistaken):
+    register_family("of-dict", lambda spec, options: None, dict)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="family 'of-dict': build raises AttributeError"):
+        check_family(spec("of-dict"))
