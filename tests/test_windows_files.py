@@ -82,7 +82,7 @@ def test_an_invitation_from_a_pipe(gate, tmp_path, capsys, monkeypatch, written)
 
 def test_an_invitation_that_is_no_text_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\x80\xff" * 20)))
-    assert on_device(["join", "-", "--config", str(tmp_path / "c"), "--keys", str(tmp_path)]) == 1
+    assert on_device(["join", "-", "--config", str(tmp_path / "c"), "--keys", str(tmp_path)]) == 2
     said = (
         "edge-sdk: the invitation is no text: invalid start byte; copy the whole line once more\n"
     )

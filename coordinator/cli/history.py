@@ -19,7 +19,7 @@ from coordinator.cli.status import per_exit, shown, table
 from coordinator.store.database import DATABASE
 from coordinator.store.reader import BY_EXIT, ClientRow, RoundRow, client_rows, last_rounds
 from edge_sdk.cli.flags import add_command, path_flag
-from edge_sdk.errors import ConfigError, StoreError
+from edge_sdk.errors import ConfigError, StoreError, UsageError
 from edge_sdk.helpers.files import is_there, write_file
 from edge_sdk.helpers.imports import install
 from edge_sdk.helpers.text import csv_cell
@@ -51,9 +51,9 @@ def add_history_command(commands: Any) -> None:
 
 def run_history(args: argparse.Namespace) -> int:
     if args.plot and args.clients:
-        raise ConfigError("--plot shows rounds, not clients; leave --clients out")
+        raise UsageError("--plot shows rounds, not clients; leave --clients out")
     if args.plot and args.plot.suffix not in PLOTS:
-        raise ConfigError(f"--plot {args.plot}, expected a name that ends in .svg, .png or .pdf")
+        raise UsageError(f"--plot {args.plot}, expected a name that ends in .svg, .png or .pdf")
     if not is_there(args.folder / DATABASE):
         raise StoreError(f"{args.folder} holds no run; give the --run-dir of a run")
     clients = client_rows(args.folder) if args.clients else []

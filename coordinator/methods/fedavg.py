@@ -13,9 +13,18 @@ from coordinator.methods.base import Method
 from coordinator.methods.depthwise import DepthAveraging
 from coordinator.methods.registry import TorchDevice, register_method
 from coordinator.methods.rotation import fixed
+from edge_sdk.errors import ConfigError
 
 
-@register_method("fedavg-s")
+def check_one_exit(config: RunConfig) -> None:
+    if config.distill.direction != "none":
+        raise ConfigError(
+            f"method 'fedavg-s' trains one exit, so --distill {config.distill.direction} has no "
+            "place there; leave it out"
+        )
+
+
+@register_method("fedavg-s", check=check_one_exit)
 def fedavg_s(config: RunConfig, device: TorchDevice) -> Method:
     shallow = replace(config.model, exit=1)
     config = replace(config, model=shallow, exit_weights=config.exit_weights[:1])

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from edge_sdk.cli.flags import MAX_EXITS, add_command, add_imports, path_flag, whole_flag
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import UsageError
 from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.infer.model_folder import described
 
@@ -40,7 +40,9 @@ def run_export(args: argparse.Namespace) -> int:
 
     if os.path.isdir(args.source):  # Path.is_dir raises on what cannot be looked at
         if args.exit is None:
-            raise ConfigError(f"{args.source} is exported already; give --exit to cut it")
+            raise UsageError(f"{args.source} is exported already; give --exit to cut it")
+        if args.data:
+            raise UsageError(f"--data has no effect with {args.source}, which is exported already")
         model = cut(args.source, args.exit, args.out)
     else:
         from edge_sdk.data.loading import load_test

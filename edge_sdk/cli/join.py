@@ -22,7 +22,7 @@ from edge_sdk.agent.settings import (
 )
 from edge_sdk.agent.setup import checked_id, default_keys
 from edge_sdk.cli.flags import USUAL_KEYS, Only, add_command, path_flag
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, UsageError, typed
 from edge_sdk.helpers.text import checked_endpoint, user_text
 from edge_sdk.protocol.invitation import COPY, MAX_CHARACTERS, InvitationLine, decode_line
 from edge_sdk.protocol.keys import (
@@ -89,10 +89,12 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
 def run_join(args: argparse.Namespace) -> int:
     from edge_sdk.protocol.join import join
 
-    line = decode_line(_given_line(args.line))
+    with typed():
+        line = decode_line(_given_line(args.line))
     path = args.config or default_config(default_keys)
     text, settings = _present_config(path)
-    client_id = _own_id(args.id, line, settings)
+    with typed():
+        client_id = _own_id(args.id, line, settings)
     folder = (args.keys or Path(settings.keys or default_keys())).absolute()
     server_file = folder / f"{SERVER_KEYS}.public"
     values: dict[str, str | bool] = {
@@ -181,7 +183,8 @@ def run_keys(args: argparse.Namespace) -> int:
         config = usual
     flags = {name: getattr(args, name) for name in ("id", "keys", "coordinator", "server_key")}
     settings = settled(config, flags, default_keys)
-    client_id = checked_id(settings.id, "--id")
+    with typed():
+        client_id = checked_id(settings.id, "--id")
     if args.rotate:
         return _rotate(settings, client_id, config)
     files = f"{settings.keys / DEVICE_KEYS}.public and .secret"
@@ -203,8 +206,9 @@ def _rotate(settings: RunSettings, client_id: str, config: Path | None) -> int:
     if settings.insecure:
         raise ConfigError(f"{config} says insecure = true: there is no key to change")
     if settings.coordinator is None:
-        raise ConfigError("give --coordinator, or a --config FILE that sets coordinator")
-    endpoint = checked_endpoint(settings.coordinator, "--coordinator")
+        raise UsageError("give --coordinator, or a --config FILE that sets coordinator")
+    with typed():
+        endpoint = checked_endpoint(settings.coordinator, "--coordinator")
     _, server_key = read_all_keys(settings.keys, settings.server_key)
     keys = rotate(endpoint, server_key, settings.keys, client_id)
     print(f"{client_id} has a new public key, {keys.public.decode()}, also on the coordinator")

@@ -65,7 +65,8 @@ class SavedUpdate:
                 file.write(msgspec.json.encode(_Finished(job=job, update=update)))
             self._sync(data, about, self._folder)
         except OSError as error:
-            log.warning("the update is not kept over a restart: %s: %s", self._folder, error)
+            why = _reason(error)
+            log.warning("the update is not kept over a restart: %s: %s", self._folder, why)
             self.forget()
 
     def load(self) -> tuple[Job, Update, Sender] | None:
@@ -80,7 +81,7 @@ class SavedUpdate:
             with memory_errors("while reading an update"):
                 sender = _read(data, found.update)
         except (CapacityError, BlockingIOError) as error:
-            log.warning("%s is left out: %s", data, error)
+            log.warning("%s is left out: %s", data, _reason(error))
             return None
         except OSError:
             return None
@@ -120,10 +121,17 @@ class SavedUpdate:
             lock(handle)
         except BlockingIOError as error:
             close()
-            what = "another agent with this device's name and coordinator uses it"
+            what = (
+                "another agent with this device's name and coordinator uses it; give another --id"
+            )
             raise BlockingIOError(errno.EAGAIN, what) from error
         os.register_at_fork(after_in_child=close)  # one that counts costs may live longer
         self._is_locked = True
+
+
+def _reason(error: Exception) -> str:
+    """Without the number of an OSError, which tells a person nothing."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _files(folder: Path) -> tuple[Path, Path]:

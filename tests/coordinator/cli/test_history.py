@@ -100,7 +100,10 @@ def test_a_picture_has_a_line_for_each_exit(run, tmp_path, capsys):
         (["nowhere"], "nowhere holds no run; give the --run-dir"),
         (["RUN", "--plot", "x.txt"], "--plot x.txt, expected a name that ends in"),
         (["RUN", "--plot", "x.svg", "--clients"], "leave --clients out"),
-        (["RUN", "--plot", "no/such/x.svg"], "there is no folder no/such"),
+        (
+            ["RUN", "--plot", "/proc/x.svg"],
+            "/proc/x.svg cannot be written: No such file",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_one_line(run, flags, said, capsys, monkeypatch, tmp_path):

@@ -256,7 +256,8 @@ def test_sources_that_are_no_model_are_one_line(tmp_path, capsys):
         "empty": "give --exit",
         "model": "give --exit",
     }.items():
-        assert main(["export", str(tmp_path / source), "--out", str(tmp_path / "out")]) == 1
+        status = 2 if said == "give --exit" else 1
+        assert main(["export", str(tmp_path / source), "--out", str(tmp_path / "out")]) == status
         err = capsys.readouterr().err
         assert said in err
         assert err.count("\n") == 1
