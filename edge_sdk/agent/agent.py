@@ -196,10 +196,10 @@ class Agent:
             case Fault():
                 self._on_fault(message, is_mine)
             case Probe():
-                self._conduct.note("probe")
+                self._conduct.charge("probe")
                 self._send_heartbeat()
             case Bye():
-                self._conduct.note("bye")
+                self._conduct.charge("bye")
                 self._on_bye(message)
             case ProtocolError():
                 self._conduct.note("frame that breaks the protocol", str(message))
