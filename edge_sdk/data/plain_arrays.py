@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.data.contract import NAMES_STEP, bad
-from edge_sdk.data.examples import mapped
+from edge_sdk.data.examples import MAX_CLASSES, mapped
 
 MASK_STEP = "leave these examples out, or fill the values on purpose with .filled(...)"
 SHOWN = 5  # examples that a message names
@@ -52,6 +52,8 @@ def checked_inputs(x: npt.NDArray[Any], where: str, name: str = "x") -> npt.NDAr
 
 def checked_labels(y: npt.NDArray[Any], names: tuple[str, ...], where: str) -> npt.NDArray[Any]:
     """Labels (n,) as int64, those of text by their place in names. Raises DataError."""
+    if not y.size:
+        raise bad(where, "empty data, no label", "at least one example")
     if y.ndim == 2:
         step = "give y[:, 0]" if y.shape[1] == 1 else "of one-hot rows give y.argmax(1)"
         raise bad(where, f"y of shape {y.shape}", f"({len(y)},), a label for each example", step)
@@ -68,6 +70,9 @@ def checked_labels(y: npt.NDArray[Any], names: tuple[str, ...], where: str) -> n
     if y.dtype.kind not in "iu":
         step = LABEL_STEPS.get(y.dtype.kind, "correct the data")
         raise bad(where, f"y of dtype {'text' if is_text else y.dtype}", "integers", step)
+    if y.max() > MAX_CLASSES:  # before it becomes another number
+        step = "number the classes from 0, e.g. by np.unique(y, return_inverse=True)[1]"
+        raise bad(where, f"labels up to {y.max()}", f"at most {MAX_CLASSES}", step)
     return y.astype(np.int64)
 
 

@@ -99,8 +99,11 @@ BAD_NPZ = {
     "bool y": ({"x": PIXELS, "y": LABELS > 1}, "y of dtype bool"),
     "one-hot y": ({"x": PIXELS, "y": np.eye(3, dtype=int)}, "y of shape (3, 3)"),
     "negative y": ({"x": PIXELS, "y": [0, -1, 2]}, "labels from -1 to 2, expected 0 to 2"),
-    "huge y": ({"x": PIXELS, "y": [0, 1, 2**63 - 1]}, "9223372036854775808 classes"),
-    "unsigned y": ({"x": PIXELS, "y": np.array([0, 1, 2**64 - 1], np.uint64)}, "labels from -1"),
+    "huge y": ({"x": PIXELS, "y": [0, 1, 2**63 - 1]}, "labels up to 9223372036854775807"),
+    "unsigned y": (
+        {"x": PIXELS, "y": np.array([0, 1, 2**64 - 1], np.uint64)},
+        "labels up to 18446744073709551615",
+    ),
     "short y": ({"x": PIXELS, "y": LABELS[:2]}, "y of shape (2,), int64, expected (3,)"),
     "high y": ({"x": PIXELS, "y": LABELS, "num_classes": 2}, "labels from 0 to 2, expected 0 to 1"),
     "no classes": ({"x": PIXELS, "y": LABELS, "num_classes": 0}, "0 classes"),

@@ -355,6 +355,8 @@ def masked(array: np.ndarray, *rows: int) -> np.ma.MaskedArray:
         ((X, Y.astype(bool)), "y of dtype bool, expected integers; give y.astype(int)"),
         ((X, np.eye(3)[Y]), "y of shape (12, 3), expected (12,)"),
         ((X, Y[:, None]), "give y[:, 0]"),
+        ((X, np.full(12, 2**63 + 5, np.uint64)), "labels up to 9223372036854775813, expected at"),
+        (([], []), "empty data"),
         ((torch.from_numpy(X).requires_grad_(), Y), "Use tensor.detach().numpy()"),
         ((torch.from_numpy(X).bfloat16(), Y), "BFloat16"),
         ((np.where(X > 2, 1e20, X), Y), "1e+20 among the inputs"),
