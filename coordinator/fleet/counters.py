@@ -35,7 +35,8 @@ OF_ROUNDS = {
     "round",
     "stalled",
 }
-CODES = frozenset({*OF_ERRORS, *OF_ROUNDS, "cancelled"})
+OF_DEVICES = {"cancelled", "conditions"}
+CODES = frozenset({*OF_ERRORS, *OF_ROUNDS, *OF_DEVICES})
 
 
 def known_code(code: str) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from edge_sdk.agent.pipe import Progress
+from edge_sdk.capacity.chooser import LONGEST_S
 
 TIMES = 10.0
 LEAST_S = 60.0  # that any job counts as predicted
-UNPREDICTED_S = 86_400.0  # all of it, where neither speed nor deadline is known
+UNPREDICTED_S = LONGEST_S  # all of it, where neither speed nor deadline is known
 
 
 def limit_s(predicted_s: float, deadline_s: float) -> float:

@@ -18,6 +18,7 @@ GROWN = 1.25  # memory must have grown so much before what failed is tried
 # Of the predicted peak that failed, without the runtime, so much is tried next: the next lever, or
 # an exit less.
 LESS = 0.9
+LONGEST_S = 86_400.0  # that a job may be predicted to take
 
 
 class Chooser:
@@ -74,7 +75,7 @@ class Chooser:
             choice = choose_exit(
                 self.costs,
                 replace(profile, memory_available_bytes=available),
-                deadline_s=welcome.deadline_s or None,
+                deadline_s=_deadline_s(welcome, profile),
                 num_examples=num_examples,
                 epochs=welcome.plan.epochs,
             )
@@ -142,6 +143,13 @@ class Chooser:
                     f"exit {choice.exit} and stages {list(choice.stages)} alone: {choice.reason}"
                 )
         return ""
+
+
+def _deadline_s(welcome: Welcome, profile: DeviceProfile) -> float | None:
+    """The run's deadline; a job of more than a day is none, whatever the coordinator says."""
+    longest_s = LONGEST_S if profile.gflops else math.inf
+    bound_s = min(welcome.deadline_s or math.inf, longest_s)
+    return None if math.isinf(bound_s) else bound_s
 
 
 def _within(choice: Choice, allowance: Allowance) -> Choice:

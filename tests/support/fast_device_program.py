@@ -12,6 +12,6 @@ PAUSE_S = 0.5
 
 if __name__ == "__main__":
     link.RECONNECT_MAX_MS = int(1000 * PAUSE_S)
-    state.HELLO_S = state.HELLO_MAX_S = PAUSE_S
-    agent.State = partial(state.State, hello_pause_s=PAUSE_S)
+    state.HELLO_S = state.HELLO_MAX_S = agent.REFUSED_S = PAUSE_S
+    agent.State = partial(state.State, hello_pause_s=PAUSE_S, refused_pause_s=PAUSE_S)
     sys.exit(main())

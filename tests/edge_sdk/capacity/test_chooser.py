@@ -196,3 +196,13 @@ def test_refusal_of_what_is_more_than_chosen(chooser, asked, is_refused):
     assert bool(refusal) == is_refused
     if is_refused:
         assert "this device trains up to exit 2 and stages [3] alone: exit 3 needs" in refusal
+
+
+def test_a_job_of_more_than_a_day_is_none(chooser):
+    """Prefix 1 takes 10 examples x 1 GFLOP at 10 GFLOPS, a second an epoch."""
+    assert choose(chooser, 400, epochs=28_800) == (3, ())
+    exit, _ = choose(chooser, 400, epochs=28_801)  # three times that
+    assert exit == 2
+    assert "takes 86403.0 s, the deadline is 86400.0 s" in chooser.choice.reason
+    assert choose(chooser, 400, epochs=86_401)[0] == 0
+    assert choose(chooser, 400, epochs=86_401, deadline_s=1e9)[0] == 0
