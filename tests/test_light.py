@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ROOT, World, mapped_libraries
+from tests.support.processes import ROOT, World, mapped_libraries, wait_until
 
 HEAVY = ("torch", "numpy", "ray", "sklearn", "scipy", "rich", "safetensors", "coordinator", "tools")
 LIGHT_ROOMS = ("agent", "cli", "hardware", "helpers", "protocol")
@@ -127,8 +127,8 @@ def test_a_waiting_agent_has_not_mapped_torch(tmp_path):
     with World(tmp_path, num_devices=1) as world:
         agent = world.device("a")
         agent.wait_said("waiting for it")
+        trainer = agent.trainer().pid
+        wait_until(lambda: "libtorch" in str(mapped_libraries(trainer)), "the trainer has torch")
         libraries = mapped_libraries(agent.process.pid)
-        trainer_libraries = mapped_libraries(agent.trainer().pid)
     assert any("zmq" in library for library in libraries)
     assert not [name for name in libraries if "torch" in name or "numpy" in name]
-    assert any("libtorch" in library for library in trainer_libraries)

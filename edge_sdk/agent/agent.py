@@ -130,7 +130,7 @@ class Agent:
         elif state.welcome is None:
             if state.inspected and now >= state.next_hello:
                 self._say_hello(state.inspected, now)
-            if state.inspected and state.is_news(absence := self._link.absence(), now):
+            if state.is_news(absence := self._link.absence(), now):
                 said = "coordinator %s not reached yet: %s; waiting for it"
                 log.warning(said, self._link.endpoint, absence)
         elif now >= state.next_heartbeat:

@@ -151,7 +151,7 @@ def test_ready_when_the_data_is_read_without_a_coordinator(service):
     assert re.search(r"^service   active \(running\) since .*, enabled$", status, re.MULTILINE)
     assert re.search(r"^memory    \d+\.\d MiB of at most 964\.0 MiB$", status, re.MULTILINE)
     assert "restarts  0, last result: success" in status
-    assert "not reached yet; waiting for it" in service.journal()
+    assert re.search("not reached yet: .*Connection refused; waiting for it", service.journal())
     doctor = service.machine.edge_sdk("doctor", check=False)
     assert re.findall(r"^fail +(\w+)", doctor.stdout, re.MULTILINE) == ["coordinator"]
     assert doctor.returncode == 1

@@ -131,7 +131,9 @@ def idle_agent(folder: Path) -> tuple[Figures, Figures]:
             for line in agent.stderr:
                 said.append(line)
                 if "waiting for it" in line:
-                    return footing(agent.pid), footing(trainer_of(agent.pid))
+                    trainer = trainer_of(agent.pid)
+                    wait_idle(trainer)
+                    return footing(agent.pid), footing(trainer)
             raise RuntimeError(f"the agent ended: {''.join(said)}")
         finally:
             agent.terminate()
@@ -141,6 +143,18 @@ def idle_agent(folder: Path) -> tuple[Figures, Figures]:
 def footing(pid: int) -> Figures:
     times = psutil.Process(pid).cpu_times()
     return {**footprint(pid), "start_cpu_s": times.user + times.system}
+
+
+def wait_idle(pid: int) -> None:
+    """Until a trainer has read its data and computes nothing."""
+    process, before = psutil.Process(pid), None
+    while (now := process.cpu_times()[:2]) != before or "torch" not in libraries(pid):
+        before = now
+        time.sleep(1.0)
+
+
+def libraries(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
 
 
 def trainer_of(pid: int) -> int:
