@@ -18,7 +18,7 @@ from edge_sdk.cli.flags import (
     print_step,
     rate_flag,
 )
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, typed
 from edge_sdk.hardware import conditions
 from edge_sdk.hardware.boards import check_free, save_board, save_path
 from edge_sdk.hardware.measure import measure, measured_board
@@ -57,7 +57,8 @@ def run_measure(args: argparse.Namespace) -> int:
         if args.save is not None:
             raise
         lacking = str(error)
-    path = save_path(args.save) if args.save is not None else None
+    with typed():
+        path = save_path(args.save) if args.save is not None else None
     if path:
         check_free(path, is_forced=args.force)
         check_output(path, "--save")

@@ -9,10 +9,11 @@ import math
 import numpy as np
 
 from edge_sdk.data.examples import Examples, Ints, bad
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, UsageError
 
 DIRICHLET_DRAWS = 100
 MAX_ALPHA = 1e12  # shares are equal to 1e-6 there; numpy's gamma draws overflow near 1e308
+SUBSET_FLAGS = {"train subset": "--examples", "test subset": "--test-examples"}
 _PURPOSES = ("split", "train subset", "test subset", "iid", "dirichlet", "subject")
 
 
@@ -117,5 +118,6 @@ def stratified_subset(examples: Examples, size: int | None, seed: int, purpose: 
     if size is None:
         return examples
     if not 1 <= size <= len(examples):
-        raise ConfigError(f"{purpose} of {size} examples, expected 1 to {len(examples)}")
+        flag = SUBSET_FLAGS.get(purpose, purpose)
+        raise UsageError(f"{flag} {size}, expected 1 to {len(examples)}, all that there are")
     return examples.take(_stratified(examples.y, size, 0, _generator(seed, purpose)))

@@ -32,10 +32,16 @@ def destination(flag: str) -> str:
 def plain_words(refusal: str) -> str:
     """What msgspec says of a value, without its types: "Expected `int` >= 1" is "expected a whole
     number, at least 1"."""
-    text = re.sub(r"`(\w+)(?: \| \w+)*`", lambda found: KINDS.get(found[1], found[1]), refusal)
+    text = re.sub(r"`(\w+(?: \| \w+)*)`", lambda found: _kinds(found[1]), refusal)
     for sign, words in SIGNS.items():
         text = text.replace(f" {sign} ", f", {words} ")
     return text[:1].lower() + text[1:]
+
+
+def _kinds(names: str) -> str:
+    """Of "int | null": a whole number."""
+    kinds = [KINDS.get(name, name) for name in names.split(" | ") if name != "null"]
+    return " or ".join(kinds)
 
 
 def user_text(content: bytes) -> str:

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.helpers.text import plain_words
 from edge_sdk.protocol.messages import ModelSpec
 
 MOST = 1_000_000  # channels or features; sizes of tensors then stay below 2^63
@@ -34,9 +35,9 @@ def read_options(spec: ModelSpec, kind: type[Read]) -> Read:
         try:
             msgspec.convert({name: value}, kind)
         except msgspec.ValidationError as error:
-            expected = str(error).partition(" - at ")[0]
+            expected = plain_words(str(error).partition(" - at ")[0])
             said = f"{name}: {described(kind)[name]}"
-            raise ConfigError(f"model option {name} is {value!r}: {expected}; {said}") from error
+            raise ConfigError(f"model option {name} is {value!r}, {expected}; {said}") from error
     return msgspec.convert(spec.options, kind)
 
 

@@ -209,3 +209,23 @@ def test_serve_says_what_lacks(tmp_path, capsys):
 def test_preset_without_its_data_says_which_files(capsys):
     assert main(["emulate", "--preset", "svhn"]) == 1
     assert "train_32x32.mat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--examples", "99999"], "--examples 99999, expected 1 to 1438, all that there are"),
+        (["--test-examples", "99999"], "--test-examples 99999, expected 1 to 359, all that there"),
+        (["--option", "channels=a"], "option channels is 'a', expected a whole number or a list"),
+        (
+            ["--option", "channels=0,4,4"],
+            "option channels is (0, 4, 4), expected a whole number, at",
+        ),
+    ],
+    ids=str,
+)
+def test_values_that_data_and_model_bound_name_what_was_typed(capsys, flags, said):
+    assert status_of(main, [*EMULATE, *flags]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

@@ -116,7 +116,7 @@ def test_measure_saves_a_board_that_plan_takes(capsys, tmp_path):
     ],
 )
 def test_measure_refuses_in_one_line(capsys, arguments, message):
-    assert main.main(["measure", *arguments]) == 1
+    assert main.main(["measure", *arguments]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1

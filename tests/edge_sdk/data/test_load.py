@@ -12,7 +12,7 @@ import pytest
 from scipy.io import savemat
 
 from edge_sdk.data.loading import load, load_dataset, load_shard, save_shard
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, UsageError
 from tests.support.data_files import (
     FLOATS,
     LABELS,
@@ -198,7 +198,7 @@ def test_dataset_subsets_are_stratified_and_drawn_apart(tmp_path):
     assert np.isin(part.train.x, whole.train.x).all()
     assert_same(load_dataset(path, seed=3, test_examples=10).test, part.test)
     for size in (0, -1, 81):
-        fails(lambda size=size: load_dataset(path, 3, size), "1 to 80", error=ConfigError)
+        fails(lambda size=size: load_dataset(path, 3, size), "1 to 80", error=UsageError)
 
 
 def test_dataset_keeps_an_official_test_part(tmp_path):

@@ -113,7 +113,7 @@ def test_blocks_have_a_bound():
         exit=1,
         options={"blocks": 1_000_000},
     )
-    with pytest.raises(ConfigError, match="option blocks is 1000000: Expected `int` <= 100"):
+    with pytest.raises(ConfigError, match="option blocks is 1000000, expected a whole number, at"):
         build(model)
 
 
