@@ -74,6 +74,12 @@ def test_a_device_that_breaks_a_rule_is_told(scenario, tmp_path, capsys):
     assert said in printed
 
 
+def test_a_program_that_ends_is_not_waited_for(capsys):
+    command = f"{sys.executable} -c 'exit(7)'"
+    assert main(["--client", command, "--only", "credit", "--patience", "300"]) == 1
+    assert "its program has ended with status 7" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [("sleep {nothing}", "the places are {endpoint}"), ("no-such-program", "does not start")],

@@ -215,8 +215,11 @@ class Bed:
 
     def receive(self, until: float) -> tuple[Message, Payload | None] | None:
         """The next message, None when the time (monotonic) is over. Heartbeats are answered."""
-        if not self._socket.poll(max(0, int(1000 * (until - time.monotonic())))):
-            return None
+        while not self._socket.poll(min(500, max(0, int(1000 * (until - time.monotonic()))))):
+            if self.client is not None and self.client.poll():
+                raise Failed(f"its program has ended with status {self.client.poll()}")
+            if time.monotonic() >= until:
+                return None
         route, *frames = self._socket.recv_multipart(copy=False)
         try:
             message, payload = parse_frames(frames)
