@@ -14,6 +14,7 @@ from coordinator.store.status import (
     FILE,
     ClientState,
     CohortState,
+    LinkCounts,
     Snapshot,
     StatusFile,
     UnfitDevice,
@@ -61,6 +62,7 @@ COHORT = CohortState(
     updates_failed=2,
     faults={"tensors": 3, "gone": 1, OTHER: 2},
     strangers=9,
+    links=LinkCounts(frames_refused=11, messages_dropped=12, peers_ended=13, connections_ended=14),
     unfit=(
         UnfitDevice(name="pi-3", code="data", reason="its examples differ", count=12, age_s=3.0),
         UnfitDevice(name="10.0.0.9", code="version", reason="speaks protocol 3"),

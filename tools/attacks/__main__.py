@@ -30,7 +30,7 @@ from coordinator.admission.invitations import Invitation, write_invitation
 from edge_sdk.protocol.keys import KeyPair, make_keys
 from tools.attacks.peers import ATTACKS
 from tools.bench.light_fleet import write_clients
-from tools.bench.load import CLASSES, INPUTS, model_width, sample
+from tools.bench.load import CLASSES, INPUTS, Sample, model_width, sample
 from tools.tables import made_by, print_row, write_csv
 
 HONEST = 3
@@ -88,13 +88,16 @@ def measure(name: str, seconds: float) -> Row:
         under = observe(folder, server.pid, seconds)
         told = json.loads(bad.communicate(timeout=60)[0] or "{}")
         after = observe(folder, server.pid, min(5.0, seconds))
+        if server.poll() is not None:
+            last = (folder / "log").read_text().strip().splitlines()[-1]
+            told["told"] = f"the coordinator ended with {server.returncode}: {last[:200]}"
     return {
         "attack": name,
         "rounds_per_s_without": calm["rounds_per_s"],
         "rounds_per_s": under["rounds_per_s"],
         "ratio": round(under["rounds_per_s"] / max(calm["rounds_per_s"], 1e-9), 2),
         "longest_s": under["longest_s"],
-        "peak_MB": after["peak_MB"],
+        "peak_MB": max(under["peak_MB"], after["peak_MB"]),
         "cpu": under["cpu"],
         "log_kB_per_s": under["log_kB_per_s"],
         "ratio_after": round(after["rounds_per_s"] / max(calm["rounds_per_s"], 1e-9), 2),
@@ -107,21 +110,29 @@ def observe(folder: Path, pid: int, seconds: float) -> Row:
     """What happens meanwhile. cpu: the coordinator's seconds for each of the clock. longest_s:
     without a round."""
     begin, log_bytes = num_rounds(folder), (folder / "log").stat().st_size
-    before, started = sample(pid), time.monotonic()
+    before, started = look(pid), time.monotonic()
     last, longest, count = started, 0.0, begin
     while (now := time.monotonic()) < started + seconds:
         time.sleep(0.02)
         if (found := num_rounds(folder)) != count:
             longest, last, count = max(longest, now - last), now, found
     longest = max(longest, time.monotonic() - last)
-    after, passed = sample(pid), time.monotonic() - started
+    after, passed = look(pid), time.monotonic() - started
     return {
         "rounds_per_s": round((count - begin) / passed, 2),
         "longest_s": round(longest, 2),
         "peak_MB": round(after.peak / 1e6),
-        "cpu": round((after.cpu_s - before.cpu_s) / passed, 2),
+        "cpu": round(max(0.0, after.cpu_s - before.cpu_s) / passed, 2),
         "log_kB_per_s": round(((folder / "log").stat().st_size - log_bytes) / passed / 1e3, 1),
     }
+
+
+def look(pid: int) -> Sample:
+    """Zeros of a process that has ended."""
+    try:
+        return sample(pid)
+    except (KeyError, FileNotFoundError):
+        return Sample(time.time(), 0.0, 0.0, 0, 0, 0)
 
 
 def start_coordinator(folder: Path, attack: str) -> subprocess.Popen[bytes]:

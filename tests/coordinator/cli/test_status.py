@@ -51,6 +51,8 @@ def test_a_table_for_people(tmp_path, capsys):
         "100 B sent, 200 B received",
         "strangers refused 9",
         "faults: gone 1, other 2, tensors 3",
+        "not heard: 11 frames that break the protocol, 12 messages too many; "
+        "disconnected: 13 peers that said too much, 14 connections",
         "2 clients: away 1, upload 1",
         "2 devices cannot take part:\npi-3, data, 12 times, last 3 s ago: its examples differ\n"
         "10.0.0.9, version, 1 times, last 0 s ago: speaks protocol 3\n",
