@@ -117,7 +117,7 @@ def withdraw(path: Path, name: str) -> list[Invitation]:
     return gone
 
 
-def write_private(path: Path, entries: Sequence[msgspec.Struct]) -> None:
+def write_private(path: Path, entries: Sequence[msgspec.Struct], *, is_synced: bool = True) -> None:
     """As JSON, an entry a line, that others may not read. Raises OSError."""
     text = ",\n".join(msgspec.json.encode(entry).decode() for entry in entries)
-    write_whole(path, f"[{text}]\n", mode=0o600, owner_ids=heir_of(path))
+    write_whole(path, f"[{text}]\n", mode=0o600, owner_ids=heir_of(path), is_synced=is_synced)

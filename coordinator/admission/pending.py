@@ -80,7 +80,8 @@ class PendingKeys:
             self._due, self._written = None, self._timer()
             try:
                 with locked(self.path.parent, is_patient=False):
-                    write_private(self.path, list(self._known.values()))
+                    # Rounds would wait for the disk as often as strangers knock.
+                    write_private(self.path, list(self._known.values()), is_synced=False)
                 self._has_failed = False
             except BlockingIOError:  # another changes the folder's files just now
                 self._due = self._timer() + WRITE_S

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from edge_sdk.protocol.keys import KeyPair
@@ -27,6 +28,7 @@ from edge_sdk.protocol.messages import (
     Fault,
     Fetch,
     Heartbeat,
+    Hello,
     Job,
     Join,
     Message,
@@ -86,13 +88,15 @@ class Peer:
             yield parse_frames(self.socket.recv_multipart(copy=False))
             timeout_ms = 0
 
-    def join(self, seconds: float = 5.0) -> bool:
-        """Whether it is welcomed."""
-        self.say(self.client.hello())
+    def join(self, hello: Hello | None = None, seconds: float = 5.0) -> bool:
+        """Say hello, and what a device says then. Whether it is welcomed."""
+        self.say(hello or self.client.hello())
         until = min(self.until, time.monotonic() + seconds)
         while time.monotonic() < until:
-            if any(isinstance(message, Welcome) for message, _ in self.heard(100)):
-                return True
+            for message, _ in self.heard(100):
+                if isinstance(message, Welcome):
+                    self.client.on_message(message)
+                    return True
         return False
 
     def flood(self, say: Callable[[int], bool]) -> Told:
@@ -238,33 +242,28 @@ def join_after_hello(peer: Peer) -> Told:
 
 def harmful(peer: Peer) -> Told:
     """An honest device's updates, but 1e20 everywhere, for as many examples as can be said."""
-    peer.join()
+    peer.join(changed(peer.client.hello(), num_examples=NUM_HUGE))
     peer.say(Ready(exit=2))
     sent, worst, beat = 0, 0.0, time.monotonic()
-    hello = peer.client.hello()
-    peer.client._num_examples = NUM_HUGE  # type: ignore[attr-defined]
-    peer.say(
-        type(hello)(
-            **{f: getattr(hello, f) for f in hello.__struct_fields__} | {"num_examples": NUM_HUGE}
-        )
-    )
     while peer.is_time():
         for message, payload in peer.heard(100):
             if isinstance(message, Part):
-                first = struct.unpack("<f", bytes(payload[:4]))[0]
-                worst = max(worst, abs(first))
+                worst = max(worst, abs(struct.unpack("<f", bytes(payload[:4]))[0]))
             for answer, data in peer.client.on_message(message, payload):
-                if isinstance(answer, Update):
-                    fields = {f: getattr(answer, f) for f in answer.__struct_fields__}
-                    answer = Update(**fields | {"num_examples": NUM_HUGE})
-                    sent += 1
                 if isinstance(answer, Part):
-                    data = struct.pack("<f", HUGE) * (len(data) // 4)
-                peer.say(answer, data)
+                    peer.say(answer, struct.pack("<f", HUGE) * (len(data or b"") // 4))
+                    continue
+                is_update = isinstance(answer, Update)
+                sent += is_update
+                peer.say(changed(answer, num_examples=NUM_HUGE) if is_update else answer, data)
         if time.monotonic() - beat > 1:
             beat = time.monotonic()
             peer.say(peer.client.heartbeat())
     return {"sent": sent, "told": f"largest weight sent down {worst:.3g}"}
+
+
+def changed(message: Any, **fields: Any) -> Any:
+    return msgspec.structs.replace(message, **fields)
 
 
 def is_open(connection: socket.socket) -> bool:
