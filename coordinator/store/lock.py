@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,20 +13,37 @@ from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import lock
 
 LOCK = "lock"
+TOO_MANY = (errno.EMFILE, errno.ENFILE)
+DESCRIPTOR_S = 10.0
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """What fails meanwhile is a StoreError about this file or folder."""
     try:
+        _wait_for_descriptor()
         yield
     except (OSError, RuntimeError) as error:
         step = "free space or make it writable"
-        if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):
+        if getattr(error, "errno", 0) in TOO_MANY:
             step = "raise the limit of open files with ulimit -Hn, or LimitNOFILE= of a service"
         raise StoreError(
             f"{path} cannot be written: {error}; {step}; go on with --resume"
         ) from error
+
+
+def _wait_for_descriptor() -> None:
+    """Connections that come all at once may take the last one, for the moment that it takes to end
+    them. Raises OSError where none is free for DESCRIPTOR_S."""
+    give_up = time.monotonic() + DESCRIPTOR_S
+    while True:
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            return
+        except OSError as error:
+            if error.errno not in TOO_MANY or time.monotonic() > give_up:
+                raise
+        time.sleep(0.01)
 
 
 class RunLock:

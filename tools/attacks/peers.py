@@ -151,7 +151,11 @@ def handshakes(peer: Peer) -> Told:
     while peer.is_time():
         if len(sockets) == STRANGERS:
             sockets.popleft().close(linger=0)
-        sockets.append(peer.connect(KeyPair(*zmq.curve_keypair())))
+        try:
+            sockets.append(peer.connect(KeyPair(*zmq.curve_keypair())))
+        except zmq.ZMQError:  # those that were closed are not gone yet
+            time.sleep(0.01)
+            continue
         sent += 1
     return {"sent": sent}
 
