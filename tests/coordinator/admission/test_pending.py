@@ -94,7 +94,7 @@ def test_the_newest_are_kept(tmp_path, clock):
 
 def test_it_is_written_once_a_second_at_most(tmp_path, clock, monkeypatch):
     writes = []
-    monkeypatch.setattr(pending, "write_private", lambda *args: writes.append(clock.now))
+    monkeypatch.setattr(pending, "write_private", lambda *args, **_: writes.append(clock.now))
     known = PendingKeys(tmp_path / "pending", clock, clock)
     known.write_if_due(nobody)
     assert writes == [], "nothing is new"
@@ -156,7 +156,7 @@ def test_while_another_changes_the_files_it_waits(tmp_path, clock, caplog):
 
 
 def test_a_full_disk_is_said_once_and_tried_again(tmp_path, clock, caplog, monkeypatch):
-    def full(*args):
+    def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     known = PendingKeys(tmp_path / "pending", clock, clock)
