@@ -38,7 +38,8 @@ def fetch(bed: JobsBed, have: int, count: int = 0, name: str = "a") -> None:
 
 
 def patience(bed: JobsBed, **seen: float) -> Patience:
-    sessions = SimpleNamespace(all={n: SimpleNamespace(seen=at) for n, at in seen.items()})
+    links = {name: SimpleNamespace(seen=at) for name, at in seen.items()}
+    sessions = SimpleNamespace(all=links, lacking=lambda: "")
     return Patience(config("fedavg-l"), bed.jobs, sessions, LIMIT_S)  # type: ignore[arg-type]
 
 
