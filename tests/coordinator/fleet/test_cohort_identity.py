@@ -14,6 +14,7 @@ from coordinator.admission.client_list import remove_client
 from coordinator.fleet import sessions as sessions_module
 from coordinator.fleet.rate_limit import RateLimits
 from coordinator.fleet.router import Received
+from coordinator.fleet.unfit import UnfitDevices
 from edge_sdk.protocol.keys import make_keys, read_keys
 from edge_sdk.protocol.messages import (
     PROTOCOL,
@@ -189,8 +190,10 @@ class Lines:
     """In the place of a Router: every link stands."""
 
     limits = RateLimits(burst=math.inf)
+    num_refused = 0
 
     def __init__(self) -> None:
+        self.unfit = UnfitDevices()
         self.said: list[Received] = []
         self.sent: list[tuple[bytes, Message]] = []
 

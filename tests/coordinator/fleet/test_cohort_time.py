@@ -18,6 +18,7 @@ from coordinator.fleet.jobs import MOST_STALLS, Jobs
 from coordinator.fleet.rate_limit import RateLimits
 from coordinator.fleet.router import Received
 from coordinator.fleet.spool import Spool
+from coordinator.fleet.unfit import UnfitDevices
 from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Heartbeat, Job, Message, Ready
 from edge_sdk.protocol.stream import PART_BYTES
@@ -81,8 +82,10 @@ class TalkingHub:
     """Two devices of which one says nothing after it is ready, and the other never stops."""
 
     limits = RateLimits(burst=math.inf)
+    num_refused = 0
 
     def __init__(self) -> None:
+        self.unfit = UnfitDevices()
         self.said: list[Received] = []
         for name in BOTH:
             hello = ScriptedDevice.make_hello(SimpleNamespace(name=name, session="1"))
