@@ -2,7 +2,8 @@
 
     EdgeError
     ├── ConfigError      a value from a person: flag, file, preset, unknown name
-    │   └── UsageError       what was typed is wrong in itself; the commands end with status 2
+    │   ├── UsageError       what was typed is wrong in itself; the commands end with status 2
+    │   └── LackError        this machine or user lacks something: a package, a home
     ├── DataError        a data set: missing, corrupt, wrong shape, empty shard
     ├── ShapeError       tensors that do not belong to the model: name, shape, dtype, NaN
     │   └── UpdateError      an update that no honest training gives
@@ -36,6 +37,10 @@ class ConfigError(EdgeError):
 
 class UsageError(ConfigError):
     """Known before any work is done, by what was typed alone."""
+
+
+class LackError(ConfigError):
+    """The same would do on a machine, or for a user, that has what lacks here."""
 
 
 class DataError(EdgeError):
@@ -87,7 +92,7 @@ def typed() -> Iterator[None]:
     """A ConfigError in here is about what was typed: it becomes a UsageError."""
     try:
         yield
-    except UsageError:
+    except (UsageError, LackError):
         raise
     except ConfigError as error:
         raise UsageError(str(error)) from error

@@ -39,6 +39,7 @@ from coordinator.store.tables import (
     insert,
     participation_row,
 )
+from edge_sdk.data.contract import ModelNote
 from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import is_there, sync, why_not
 from edge_sdk.protocol.messages import ModelSpec, Phase
@@ -294,11 +295,10 @@ class Store:
         return totals
 
     def write_model(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Path:
-        """The model to use as `model.safetensors`; its metadata: ModelSpec and data, as JSON."""
+        """The model to use as `model.safetensors`; its metadata: a ModelNote as JSON."""
         path = self.folder / "model.safetensors"
-        about = {"spec": spec, "data": self.config.trained_on}
-        text = {name: msgspec.json.encode(value).decode() for name, value in about.items()}
-        self.write_tensors(path, tensors, text)
+        note = ModelNote(spec=spec, data=self.config.trained_on)
+        self.write_tensors(path, tensors, {"model": msgspec.json.encode(note).decode()})
         return path
 
     def write_tensors(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from edge_sdk.errors import DataError
-from edge_sdk.protocol.messages import PLAIN_TEXT, InputScaling, Struct, Welcome
+from edge_sdk.protocol.messages import PLAIN_TEXT, InputScaling, ModelSpec, Struct, Welcome
 
 Shape: TypeAlias = tuple[int, ...]
 LAYOUTS = {"features": "(n, F)", "series": "(n, C, window)", "images": "(n, C, H, W)"}
@@ -95,6 +95,14 @@ class TrainedOn(Struct, frozen=True, kw_only=True):
 
 
 NOT_KNOWN = TrainedOn()
+
+
+class ModelNote(Struct, frozen=True, kw_only=True):
+    """What a model.safetensors says of itself, as JSON under one key: the order of several is a
+    matter of chance in such a file, and one run gives the same bytes each time."""
+
+    spec: ModelSpec
+    data: TrainedOn | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from edge_sdk.errors import ConfigError, EdgeError, StoreError, UsageError
+from edge_sdk.errors import EdgeError, LackError, StoreError, UsageError
 from edge_sdk.helpers.text import one_line
 
 # Time of the last change in ns, size in bytes, inode: a new key has the old one's length, and two
@@ -248,13 +248,11 @@ def why_not(error: BaseException) -> str:
 
 
 def home() -> Path:
-    """Raises ConfigError for a user who has none, as in a container without an entry for it."""
+    """Raises LackError for a user who has none, as in a container without an entry for it."""
     try:
         return Path.home()
     except RuntimeError as error:
-        raise ConfigError(
-            "no home directory; set HOME, or give --keys and XDG_CACHE_HOME"
-        ) from error
+        raise LackError("no home directory; set HOME, or give --keys and XDG_CACHE_HOME") from error
 
 
 def is_there(path: Path, kind: type[EdgeError] = StoreError) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from edge_sdk.errors import ConfigError, EdgeError
+from edge_sdk.errors import ConfigError, EdgeError, LackError
 from edge_sdk.helpers.interrupts import ends_by_interrupt
 from edge_sdk.helpers.text import one_line
 from edge_sdk.version import __version__
@@ -40,9 +40,9 @@ def require_torch(what: str) -> None:
         reason = f"does not load: {' '.join(str(error).split())}; install it again: "
         if isinstance(error, ModuleNotFoundError) and error.name == "torch":
             reason = "is not installed; "
-        raise ConfigError(f"{what} needs torch, which {reason}{INSTALL}") from error
+        raise LackError(f"{what} needs torch, which {reason}{INSTALL}") from error
     if is_too_old(torch.__version__):
-        raise ConfigError(f"{what} needs torch {oldest()}, this is {torch.__version__}; {INSTALL}")
+        raise LackError(f"{what} needs torch {oldest()}, this is {torch.__version__}; {INSTALL}")
 
 
 def is_too_old(version: str) -> bool:
@@ -65,7 +65,7 @@ def optional_module(name: str, what: str, extra: str) -> Any:
         reason = f"does not load: {one_line(str(error))}"
         if isinstance(error, ModuleNotFoundError):
             reason = "is not installed"
-        raise ConfigError(f"{what} needs {name}, which {reason}; {install(extra)}") from error
+        raise LackError(f"{what} needs {name}, which {reason}; {install(extra)}") from error
 
 
 def import_module(name: str) -> None:
@@ -88,4 +88,4 @@ def heavy_imports() -> Iterator[None]:
         with ends_by_interrupt():
             yield
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error}; {install('coordinator')}") from error
+        raise LackError(f"{error}; {install('coordinator')}") from error

@@ -23,7 +23,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from edge_sdk.data.contract import NOT_KNOWN, TrainedOn, mismatch
+from edge_sdk.data.contract import NOT_KNOWN, ModelNote, TrainedOn, mismatch
 from edge_sdk.data.examples import Examples, Floats
 from edge_sdk.errors import ConfigError, DataError, EdgeError, StoreError
 from edge_sdk.helpers.files import sha256_of, write_file, write_struct
@@ -165,10 +165,9 @@ def read_weights(path: Path) -> tuple[ModelSpec, Tensors]:
     errors = (OSError, importlib.import_module("safetensors").SafetensorError)
     expected = "a model.safetensors of a coordinator's run folder"
     try:
-        with importlib.import_module("safetensors").safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+        note = _note(path)
         tensors: Tensors = safetensors.load_file(path)
-        return msgspec.json.decode(about["spec"], type=ModelSpec), tensors
+        return note.spec, tensors
     except errors as error:
         raise StoreError(f"{path}: {one_line(str(error))}, expected {expected}") from error
     except KeyError as error:
@@ -182,11 +181,20 @@ def read_trained_on(path: Path) -> TrainedOn | None:
     """What such a file says of the data that it was trained for; None: an older one, which does
     not. Raises StoreError, ConfigError."""
     try:
-        with importlib.import_module("safetensors").safe_open(path, "pt") as file:
-            said = (file.metadata() or {}).get("data")
-        return msgspec.json.decode(said, type=TrainedOn) if said else None
+        return _note(path).data
+    except KeyError:
+        return None
     except msgspec.MsgspecError as error:
         raise StoreError(f"{path}: {error}; made by another version of edge-sdk?") from error
+
+
+def _note(path: Path) -> ModelNote:
+    """Raises KeyError for a file that says nothing of itself."""
+    with importlib.import_module("safetensors").safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+    if "model" in about:
+        return msgspec.json.decode(about["model"], type=ModelNote)
+    return ModelNote(spec=msgspec.json.decode(about["spec"], type=ModelSpec))  # of an older version
 
 
 def check_packages() -> None:

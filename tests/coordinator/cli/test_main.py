@@ -90,7 +90,7 @@ def test_run_folder_resumes_and_holds_the_model(tmp_path, capsys):
     assert "other settings" in capsys.readouterr().err
     assert main([*EMULATE, "--run-dir", folder, "--resume"]) == 0
     with safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["spec"])["family"] == "cnn"
+        assert json.loads(file.metadata()["model"])["spec"]["family"] == "cnn"
         assert "exits.2.2.weight" in file.keys()  # noqa: SIM118
 
 

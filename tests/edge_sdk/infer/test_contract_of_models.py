@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ from edge_sdk.data.examples import Examples
 from edge_sdk.data.loading import save_shard
 from edge_sdk.errors import DataError
 from edge_sdk.infer.early_exit import EarlyExit
-from edge_sdk.infer.export import cut, export, read_trained_on
+from edge_sdk.infer.export import cut, export, read_trained_on, read_weights
 from edge_sdk.infer.model_folder import MODEL, read_model
 from edge_sdk.models import initial_tensors
 from tests.support.data_files import fails, write_npz
@@ -129,7 +130,9 @@ def test_a_run_gives_its_scaling_and_names_to_its_models(tmp_path):
     for name in ("whole", "own", "late"):
         made = read_model(tmp_path / name)
         assert (made.class_names, made.inputs) == (NAMES, trained_on.scaling)
-    save_file(load_file(weights), tmp_path / "old.safetensors", {"spec": "{}"})
+    old = {"spec": msgspec.json.encode(read_weights(weights)[0]).decode()}
+    save_file(load_file(weights), tmp_path / "old.safetensors", old)
+    assert read_weights(tmp_path / "old.safetensors")[0] == read_weights(weights)[0]
     assert read_trained_on(tmp_path / "old.safetensors") is None
 
 
