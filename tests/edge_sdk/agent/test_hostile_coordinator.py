@@ -4,6 +4,7 @@ of the agent (34 MB at rest) and of its trainer with all that it forks."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import psutil
