@@ -212,8 +212,11 @@ class Border:
         name, told = update.client.id, update.message.num_examples
         if bounded.num_examples < told and name not in self._bounded:
             self._bounded.add(name)
-            said = "round %d: %s counts with %d of its %d examples; see Harmful updates in the docs"
-            log.warning(said, round, name, bounded.num_examples, told)
+            said = (
+                "round %d: %s counts with %d of its %d examples, as nobody counts for more than "
+                "three times another, ten medians or half of all"
+            )
+            log.info(said, round, name, bounded.num_examples, told)
         return bounded
 
     def _settle(self, round: int) -> None:

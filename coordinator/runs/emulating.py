@@ -33,6 +33,7 @@ from coordinator.runs.beginning import check_init
 from coordinator.runs.evaluate import Personalised, personalised_accuracy
 from coordinator.runs.exporting import check_export, export_finished, try_export
 from coordinator.runs.rounds import check_folder, print_round, run_rounds
+from coordinator.runs.untrained import tell_untrained, untrained_exits
 from coordinator.settings import checked, shaped
 from coordinator.store.opening import open_store
 from coordinator.store.store import Store
@@ -140,6 +141,8 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
             log.info("stopped; round %d was next, %s", store.next_round(), store.way_on())
             return
         store.write_model(method.spec, method.served())
+        untrained = untrained_exits(store, method.spec.exit)
+        tell_untrained(untrained, method.spec.exit)
         extra = {}
         if epochs := settings.personal_epochs:
             served = method.served()
@@ -153,7 +156,7 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
                 )
         if settings.out:
             write_json(store, population, settings.out, extra)
-        export_finished(store, method, data.test, settings.export)
+        export_finished(store, method, data.test, settings.export, untrained)
 
 
 @contextmanager

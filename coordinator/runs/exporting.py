@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from coordinator.cohorts.base import Client
@@ -10,6 +11,7 @@ from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
 from coordinator.runs.beginning import load_state
+from coordinator.runs.untrained import deepest_trained, tell_untrained, untrained_exits
 from coordinator.store.store import Store
 from edge_sdk.data.loading import Examples, load_dataset, load_test
 from edge_sdk.errors import ConfigError, DataError, EdgeError, ExportError, StoreError
@@ -42,14 +44,20 @@ def try_export(method: Method, examples: Examples | None, folder: Path | None) -
 
 
 def export_finished(
-    store: Store, method: Method, examples: Examples | None, folder: Path | None
+    store: Store,
+    method: Method,
+    examples: Examples | None,
+    folder: Path | None,
+    untrained: Collection[int] = (),
 ) -> None:
-    """Write the whole served model of a finished run, if a folder is named. Raises ExportError,
-    which says how to do it again: the run is finished all the same."""
+    """Write the served model of a finished run, if a folder is named, up to the deepest exit that a
+    device trained. Raises ExportError, which says how to do it again: the run is finished all the
+    same."""
     if not folder:
         return
     try:
-        spec, tensors = method.spec, method.served()
+        deepest = deepest_trained(untrained, method.spec.exit)
+        spec, tensors = prefix(method.spec, method.served(), deepest)
         trained_on = store.config.trained_on
         made = export(spec, tensors, folder, examples=examples, trained_on=trained_on)
     except Exception as error:  # of a user's layers, of torch's and onnx's code
@@ -91,9 +99,14 @@ def export_run(
 def chosen_part(
     store: Store, method: Method, client_id: str | None, exit: int | None
 ) -> tuple[ModelSpec, Tensors]:
-    """The served model: a client's part, its first exits, or all. Raises ConfigError."""
+    """The served model: a client's part, its first exits, or all that devices trained. Raises
+    ConfigError."""
     if client_id is None:
-        return prefix(method.spec, method.served(), exit)
+        untrained = untrained_exits(store, method.spec.exit)
+        tell_untrained(untrained, method.spec.exit)
+        return prefix(
+            method.spec, method.served(), exit or deepest_trained(untrained, method.spec.exit)
+        )
     known = store.client_exits()
     if client_id not in known:
         some = ", ".join(sorted(known)[:5]) or "none"

@@ -23,6 +23,7 @@ from coordinator.runs.exporting import check_export, export_finished, try_export
 from coordinator.runs.monitor import Monitor
 from coordinator.runs.prometheus import MetricsServer, metrics_flag
 from coordinator.runs.rounds import RoundReport, check_folder, print_round, run_rounds
+from coordinator.runs.untrained import tell_untrained, untrained_exits
 from coordinator.settings import checked, shaped
 from coordinator.store.opening import open_store
 from coordinator.store.store import SPOOL, Store
@@ -133,7 +134,7 @@ def serve_rounds(
     if store.is_finished:
         log.info("run %s has all its %d rounds already", store.run, config.rounds)
     log.info("run %s in %s, listening on %s", *where, extra=logs.event("started", run=store.run))
-    goodbye = "coordinator stopped"
+    goodbye, untrained = "coordinator stopped", list[int]()
     with stop_signals() as stopping:
 
         def is_stopping() -> bool:  # asked at every message
@@ -181,6 +182,8 @@ def serve_rounds(
                 )
                 if store.is_finished:
                     path = store.write_model(method.spec, method.served())
+                    untrained = untrained_exits(store, method.spec.exit)
+                    tell_untrained(untrained, method.spec.exit)
                     goodbye = FINISHED
                     told = (store.run, path, logs.event("finished", run=store.run))
                     log.info("run %s is finished, its model is in %s", *told[:2], extra=told[2])
@@ -191,4 +194,4 @@ def serve_rounds(
             store.close()
             cohort.close(goodbye, is_final=goodbye == FINISHED)
     if goodbye == FINISHED:  # and no device waits for it
-        export_finished(store, method, test, settings.export)
+        export_finished(store, method, test, settings.export, untrained)

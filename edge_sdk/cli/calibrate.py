@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any, get_args
 
-from edge_sdk.cli.flags import add_command, number_flag, path_flag, share_flag
+from edge_sdk.cli.flags import add_command, number_flag, path_flag, print_step, share_flag
 from edge_sdk.cli.infer import add_model_arguments, import_runtime
 from edge_sdk.helpers.files import make_folder
-from edge_sdk.infer.model_folder import Measure
+from edge_sdk.infer.model_folder import Measure, read_model
+
+FEW = 100  # held-out examples: a share of them is a step of a per cent
 
 
 def add_calibrate_command(commands: Any) -> None:
@@ -67,6 +69,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
         measure=args.measure,
         threads=args.threads,
     )
+    tell_doubts(y, read_model(args.model).spec.num_classes)
     shares = ", ".join(f"{100 * share:.1f}" for share in found.exit_shares)
     thresholds = ", ".join(f"{value:g}" for value in found.thresholds) or "anything"
     print(
@@ -76,6 +79,19 @@ def run_calibrate(args: argparse.Namespace) -> int:
         f"per exit {shares} %"
     )
     return 0
+
+
+def tell_doubts(y: Any, num_classes: int) -> None:
+    """Why thresholds chosen on these labels may be worth little. y: (n,)."""
+    if len(y) < FEW:
+        print_step(f"chosen on {len(y)} examples, which is few: give {FEW} or more")
+    lacking = sorted(set(range(num_classes)) - set(y.tolist()))
+    if lacking:
+        some = ", ".join(map(str, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
+        print_step(
+            f"chosen without examples of {len(lacking)} of the {num_classes} classes ({some}): "
+            "the thresholds know nothing of them; give data that has all classes"
+        )
 
 
 def run_infer_report(args: argparse.Namespace) -> int:

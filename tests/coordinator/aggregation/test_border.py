@@ -192,7 +192,7 @@ def test_factor_0_bounds_no_movement():
 def test_a_weight_is_bounded_and_told_once(caplog):
     guard = settled(1.0, 1.0, 1.0)
     asked = [10, 10, 2**31]
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.INFO)
     for round in (2, 3):
         honest, liar = screen(guard, moved("a"), moved("b", examples=2**31), examples=asked)
         assert (honest.num_examples, liar.num_examples) == (10, 20)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from edge_sdk.cli.calibrate import tell_doubts
 from edge_sdk.cli.main import main
 from edge_sdk.data.loading import save_shard
 from edge_sdk.errors import ConfigError, DataError
@@ -239,3 +240,12 @@ def test_report_without_matplotlib_is_a_table_and_one_line(labelled, tmp_path, c
     ]
     (said,) = [record.message for record in caplog.records]
     assert said == "no curve.png: matplotlib is not installed; pip install matplotlib"
+
+
+def test_few_examples_and_lacking_classes_are_told(capsys):
+    tell_doubts(np.array([0, 3] * 50), 4)
+    assert "chosen without examples of 2 of the 4 classes (1, 2)" in capsys.readouterr().err
+    tell_doubts(np.array([0, 1]), 2)
+    assert "chosen on 2 examples, which is few: give 100 or more" in capsys.readouterr().err
+    tell_doubts(np.arange(100) % 4, 4)
+    assert capsys.readouterr().err == ""
