@@ -50,6 +50,7 @@ FOREIGN_FLAGS = {"--system-site-packages", "--no-deps", "--wheel-dir", "--index-
 RUN = (
     "edge-coordinator keys",
     "edge-coordinator invite --name pi-1",
+    "edge-coordinator history runs/first --plot run.svg",
     "edge-coordinator export --run runs/first --out model",
     "edge-sdk calibrate model --data held-out.npz --accuracy-loss 0.01",
     "edge-sdk infer model --data my-inputs.npy --out predictions.csv",
