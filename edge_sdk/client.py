@@ -27,6 +27,7 @@ from edge_sdk.agent.setup import (
     measure_here,
     trainer_options,
 )
+from edge_sdk.data.contract import checked_names
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
 from edge_sdk.helpers.standard_streams import open_closed_streams
@@ -168,7 +169,7 @@ class Client:
 def _checked_data(
     data: object, layout: str | None, class_names: Sequence[str]
 ) -> tuple[str | Source, About | None]:
-    names = class_names if isinstance(class_names, str) else tuple(class_names)
+    names = checked_names(class_names, "class_names")
     if isinstance(data, str | os.PathLike):
         if layout is not None or names:
             said = "layout and class_names are for arrays and Datasets; put them into the file"

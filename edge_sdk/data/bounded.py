@@ -3,10 +3,11 @@ header says, and nothing that memory cannot hold. A few MB of zeros unpack to GB
 
 from __future__ import annotations
 
+import logging
 import math
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from gzip import GzipFile
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from edge_sdk.data.contract import bad
 
+log = logging.getLogger(__name__)
 Stream: TypeAlias = IO[bytes] | GzipFile
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 MEMINFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -82,15 +84,36 @@ def read_array(stream: IO[bytes], where: str | Path, held_bytes: int) -> npt.NDA
     return flat.reshape(shape, order="F" if is_fortran else "C")
 
 
-def read_arrays(file: IO[bytes], where: str | Path, names: Collection[str]) -> Arrays:
-    """Those of these arrays that an .npz file holds. Raises DataError, zipfile.BadZipFile."""
+def read_arrays(
+    file: IO[bytes], where: str | Path, names: Collection[str], needed: Collection[str]
+) -> Arrays:
+    """Those of these arrays that an .npz file holds; others are told of, as a name may be misspelt.
+    Raises DataError, also without those that are needed, and zipfile.BadZipFile."""
     with zipfile.ZipFile(file) as archive:
         held = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        if not held.keys() >= set(needed):
+            got, wanted = f"arrays {shown(held)}", f"arrays {' and '.join(needed)}"
+            step = f"save them under these names: np.savez(PATH, {', '.join(map(_as, needed))})"
+            raise bad(where, got, wanted, step)
+        if other := held.keys() - set(names):
+            known = ", ".join(names)
+            log.warning("%s: arrays %s are not read; known: %s", where, shown(other), known)
         found = {}
         for name in held.keys() & set(names):
             with archive.open(held[name]) as stream:
                 found[name] = read_array(stream, f"{where}, {name}", held[name].file_size)
         return found
+
+
+def _as(name: str) -> str:
+    return f"{name}=..."
+
+
+def shown(names: Iterable[str], most: int = 8) -> str:
+    """Names that may be anything, in order."""
+    found = sorted(names)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return f"[{', '.join(f'{name!r:.40}' for name in found[:most])}]{more}"
 
 
 def inflate(packed: memoryview, where: str | Path) -> bytes:

@@ -8,10 +8,10 @@ import hashlib
 import operator
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 
 from edge_sdk.errors import DataError
 from edge_sdk.protocol.messages import PLAIN_TEXT, InputScaling, ModelSpec, Struct, Welcome
@@ -30,6 +30,7 @@ MOST_INPUT = 1e15  # beyond it lie marks of missing values (1e20, 9.97e36), neve
 # Of the wider of two ranges, the share that both have. Pixels at 0..1 beside -1..1 have half.
 SHARED = 0.5
 FAR = 100.0  # times as wide: no other devices' data of one kind, but other units (0..255 by 0..1)
+FAR_INTEGERS = 8.0  # times as wide, by one rule: 0..16 beside 0..255 are no dark pictures
 
 
 def bad(where: str | Path, got: str, expected: str, step: str = "correct the data") -> DataError:
@@ -128,13 +129,20 @@ def described(scaling: InputScaling) -> str:
     return f"integers / {scaling.divisor:g} - {scaling.offset:g}"
 
 
+def integers(scaling: InputScaling) -> str:
+    """The range of the integers that such inputs were made of, e.g. "0 to 255"."""
+    divisor, offset = scaling.divisor or 1.0, scaling.offset
+    return " to ".join(f"{round((v + offset) * divisor)}" for v in (scaling.low, scaling.high))
+
+
 def mismatch(
     reference: InputScaling | None, other: InputScaling | None, names: tuple[str, str]
 ) -> Mismatch | None:
     """How the inputs of `other` were scaled unlike those of `reference`; None: as far as can be
     told they were not, or one of them is not known. names: whose they are, in that order.
 
-    Two rules for integers are one or differ. Floats beside integers, and floats beside floats, are
+    Two rules for integers are one or differ; by one rule a range FAR_INTEGERS times as wide is a
+    doubt. Floats beside integers, and floats beside floats, are
     compared by their ranges: floats that were scaled by hand by the same rule share more than half
     of the range, or, if few or dark, lie within it and reach into its lower half. Floats within
     other floats are legitimate, as clients differ, but for a range FAR wider than the
@@ -144,17 +152,24 @@ def mismatch(
     widths = reference.high - reference.low, other.high - other.low
     both = min(reference.high, other.high) - max(reference.low, other.low)
     is_apart = both <= SHARED * max(widths)
+    if reference.divisor is not None and _rule(reference) == _rule(other):
+        if min(widths) <= 0 or FAR_INTEGERS * min(widths) > max(widths):
+            return None
+        text = (
+            f"the integers of {names[0]} are {integers(reference)}, those of {names[1]} "
+            f"{integers(other)}; are they of one kind? Give both on one scale"
+        )
+        return Mismatch(text, False)
     if reference.divisor is not None and other.divisor is not None:
-        is_other = is_certain = _rule(reference) != _rule(other)
+        is_other = is_certain = True
     elif min(widths) <= 0:  # constant inputs tell nothing
         is_other = is_certain = False
     elif reference.divisor is None and other.divisor is None:
         is_other, is_certain = is_apart, widths[1] >= FAR * widths[0]
     else:
-        integers, floats = sorted((reference, other), key=lambda one: one.divisor is None)
+        whole, floats = sorted((reference, other), key=lambda one: one.divisor is None)
         is_part = (
-            integers.low <= floats.low < (integers.low + integers.high) / 2
-            and floats.high <= integers.high
+            whole.low <= floats.low < (whole.low + whole.high) / 2 and floats.high <= whole.high
         )
         is_other, is_certain = True, is_apart and not is_part
     if not is_other:
@@ -229,11 +244,15 @@ def _rule(scaling: InputScaling) -> tuple[float | None, float]:
 # -- labels ----------------------------------------------------------------------------------------
 
 
-def checked_names(names: Sequence[object], where: str) -> tuple[str, ...]:
-    """The classes' names in the order of their labels. Raises DataError."""
+def checked_names(names: object, where: str) -> tuple[str, ...]:
+    """The classes' names, a list, tuple or array in the order of their labels. Raises DataError:
+    also for a set or dict, whose order says nothing of labels."""
     wanted = "a different name for each class, text on one line"
-    if isinstance(names, str):
-        raise bad(where, f"class_names {names!r:.60}", "a list of names")
+    is_array = hasattr(names, "__array__") and getattr(names, "ndim", 1) == 1
+    if isinstance(names, str | bytes) or not (isinstance(names, Sequence) or is_array):
+        got = f"class_names {names!r:.60} of type {type(names).__name__}"
+        raise bad(where, got, "a list of names", "give a list, in the order of the labels")
+    names = tuple(cast(Iterable[object], names))
     for name in names:
         if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME:
             raise bad(where, f"class_names with {name!r:.60}", wanted)
@@ -265,8 +284,11 @@ def label_of(label: object, names: Sequence[str], where: str) -> int:
     try:
         return operator.index(label)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:
-        got = f"a label of type {type(label).__name__}"
-        raise bad(where, got, "an integer, or one of class_names") from error
+        dtype = getattr(label, "dtype", None)
+        of_dtype = f" of {dtype}" if dtype is not None else ""
+        got = f"a label of type {type(label).__name__}{of_dtype}"
+        step = "give labels.long()" if type(label).__module__ == "torch" else "give int(label)"
+        raise bad(where, got, "an integer, or one of class_names", step) from error
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from edge_sdk.data.bounded import shown
 from edge_sdk.data.contract import bad, checked_names, label_of, laid_out
 from edge_sdk.data.examples import MIN_BATCH, Examples, Ints, check_enough, mapped
 from edge_sdk.data.loading import save_shard
@@ -63,8 +64,14 @@ def checked_source(data: object, about: About = NOTHING) -> Source:
             raise bad("data", f"a tuple of {len(data)}", "(x, y)", "give inputs and labels")
         given = {"x": data[0], "y": data[1], **about.given()}
         return check_enough(checked_arrays(given, "data"), "data")
-    if isinstance(data, np.ndarray | str | bytes | dict) or not isinstance(data, Dataset):
+    if isinstance(data, Mapping):  # also np.load of an .npz
+        step = 'give the tuple (data["x"], data["y"]), or the path of an .npz'
+        raise bad("data", f"{type(data).__name__} of {shown(map(str, data))}", EXPECTED, step)
+    if isinstance(data, np.ndarray | str | bytes) or not isinstance(data, Dataset):
         raise bad("data", type(data).__name__, EXPECTED, "give one of them")
+    if isinstance(data, list) and len(data) == 2:
+        got, step = "a list of 2", "give inputs and labels as the tuple (x, y)"
+        raise bad("data", got, EXPECTED, step)
     with mapped("data", EXPECTED, "give one of them"):
         length = len(data)
     if length < MIN_BATCH:
@@ -127,7 +134,12 @@ def _item(dataset: Dataset, index: int, labels: Ints, about: About) -> np.ndarra
     """One input, floats as float32; its label is written to `labels`."""
     where = f"data[{index}]"
     with mapped(where, "a pair of a tensor and an int", "correct the Dataset"):
-        value, label = dataset[index]
+        item = dataset[index]
+        if isinstance(item, Mapping):
+            step = "give the pair of its input and its label from __getitem__"
+            got = f"a {type(item).__name__} of {shown(map(str, item))}"
+            raise bad(where, got, "a pair of a tensor and an int", step)
+        value, label = item
     for name, part in (("input", value), ("label", label)):
         if masked(part):
             raise bad(where, f"a masked {name}", "no masked value", MASK_STEP)

@@ -9,16 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_sdk.data.contract import AXES, bad, described, from_one, mismatch
+from edge_sdk.data.contract import AXES, bad, described, from_one, integers, mismatch
 from edge_sdk.data.examples import DataSet, Examples, check_examples, mapped
 from edge_sdk.data.partition import stratified_split, stratified_subset
+from edge_sdk.data.readers.scaling import PIXELS
 from edge_sdk.data.readers.table import Reader, readers
 from edge_sdk.errors import ConfigError, DataError, UsageError
 from edge_sdk.helpers.files import replacing
+from edge_sdk.protocol.messages import InputScaling
 
 __all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "load_test", "save_shard"]
 log = logging.getLogger(__name__)
 UNSCALED = 100.0  # no float input that somebody scaled is larger; 0..255 and -9999 are
+NARROW = 0.01  # no inputs that somebody scaled have a range smaller than this
+DARK = 64  # of 256: pixels have a larger one among them
+MANY_CLASSES, SEEN = 1000, 0.01  # of more classes, a share that labels have if they are no ids
 TEST_FRACTION = 0.2
 
 
@@ -49,21 +54,46 @@ def load(source: str) -> tuple[str, Examples, Examples | None]:
     return name, check_examples(train, source), check_examples(test, source)
 
 
-def _read(reader: Reader, source: str) -> Examples:
-    """What a reader gives, which may be a user's own, checked; a doubt about its labels is told."""
+def _read(reader: Reader, source: str, is_for_training: bool = True) -> Examples:
+    """What a reader gives, which may be a user's own, checked; doubts about labels and scaling are
+    told."""
     examples = check_examples(reader(), source)
     lowest, highest = int(examples.y.min()), int(examples.y.max())
     if said := from_one(lowest, highest, examples.num_classes):
         log.warning("%s: %s", source, said)
-    scaling = examples.input_scaling
-    if scaling.divisor is None and max(scaling.high, -scaling.low) > UNSCALED:
+    seen, num_classes = len(np.unique(examples.y)), examples.num_classes
+    if num_classes > MANY_CLASSES and seen < SEEN * num_classes:
         log.warning(
-            "%s: the inputs are %s, and training wants about -1 to 1; scale them by constants, or "
-            "give pixels of 0 to 255 as uint8",
+            "%s: labels from %d to %d are of %d classes only, and the model gets %d; number the "
+            "classes from 0 without gaps, the same on every device",
             source,
-            described(scaling),
+            lowest,
+            highest,
+            seen,
+            num_classes,
         )
+    if is_for_training and (said := _badly_scaled(examples.input_scaling)):
+        log.warning("%s: %s", source, said)
     return examples
+
+
+def _badly_scaled(scaling: InputScaling) -> str:
+    """What to say of inputs that training does not want; "" for others."""
+    if scaling.divisor is None:
+        if max(scaling.high, -scaling.low) <= UNSCALED and scaling.high - scaling.low >= NARROW:
+            return ""
+        return (
+            f"the inputs are {described(scaling)}, and training wants about -1 to 1; scale them by "
+            "constants, or give pixels of 0 to 255 as uint8"
+        )
+    largest = round((scaling.high + scaling.offset) * scaling.divisor)
+    if (scaling.divisor, scaling.offset) != PIXELS or not 0 < largest < DARK:
+        return ""
+    return (
+        f"the inputs are uint8 of {integers(scaling)}, scaled as pixels of 0 to 255 to "
+        f"{scaling.low:g} to {scaling.high:g}; if they are no dark pictures give floats scaled by "
+        f"constants that are the same on every device, e.g. x / {largest / 2:g} - 1"
+    )
 
 
 def load_dataset(
@@ -81,10 +111,11 @@ def load_dataset(
     return DataSet(name, train, stratified_subset(test, test_examples, seed, "test subset"))
 
 
-def load_test(source: str) -> Examples:
-    """The official test part of a source, or all of it where it has none; reads nothing else."""
+def load_test(source: str, is_for_training: bool = True) -> Examples:
+    """The official test part of a source, or all of it where it has none; reads nothing else.
+    is_for_training: whether scaling that training does not want is told."""
     _, read_train, read_test = readers(source)
-    return _read(read_test or read_train, source)
+    return _read(read_test or read_train, source, is_for_training)
 
 
 def load_shard(source: str) -> Examples:

@@ -81,10 +81,7 @@ def read_alone(path: Path) -> Arrays:
         check_begin(path, file, b"PK", expected)
         if "y.npy" in zipfile.ZipFile(file).namelist():
             return {}
-        arrays = read_arrays(file, path, ARRAYS)
-        if "x" not in arrays:
-            raise bad(path, f"arrays {sorted(arrays)}", expected)
-        return arrays
+        return read_arrays(file, path, ARRAYS, ("x",))
 
 
 def unlabelled(arrays: Arrays, model: ExportedModel, data: str) -> npt.NDArray[Any]:

@@ -40,9 +40,7 @@ def read_npz(paths: Sequence[Path]) -> Examples:
     expected = "an .npz file with numeric arrays x and y"
     with mapped(path, expected), path.open("rb") as file:
         check_begin(path, file, b"PK", expected)
-        arrays = read_arrays(file, path, ARRAYS)
-        if not {"x", "y"} <= arrays.keys():
-            raise bad(path, f"arrays {sorted(arrays)}", expected)
+        arrays = read_arrays(file, path, ARRAYS, ("x", "y"))
     return checked_arrays(arrays, str(path))
 
 

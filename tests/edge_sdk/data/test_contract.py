@@ -301,7 +301,7 @@ def test_text_labels_without_names_are_refused_with_the_way(tmp_path):
         (("a", "b\n", "c"), "class_names with 'b\\n'"),
         (("a", 2, "c"), "class_names with 2"),
         (("a", "x" * 201, "c"), "class_names with 'xxx"),
-        ("abc", "class_names 'abc', expected a list of names"),
+        ("abc", "class_names 'abc' of type str, expected a list of names"),
         (("a", "b"), "labels from 0 to 2, expected 0 to 1"),
     ],
 )

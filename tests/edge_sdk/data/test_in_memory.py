@@ -139,7 +139,7 @@ def test_a_dataset_that_draws_at_random_is_told_of(caplog):
 def test_class_names_may_be_any_list(names):
     made = client((X, np.array(["a", "b", "c"])[Y]), class_names=names)
     assert made._data.y.tolist() == Y.tolist()
-    with pytest.raises(DataError, match="class_names 'abc', expected a list of names"):
+    with pytest.raises(DataError, match="class_names 'abc' of type str, expected a list of names"):
         client((X, Y), class_names="abc")
     with pytest.raises(ConfigError, match="put them into the file"):
         client("digits", class_names=names)
