@@ -16,7 +16,7 @@ from scipy.io import savemat
 
 from edge_sdk.data.examples import check_examples
 from edge_sdk.data.loading import load, load_shard
-from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.errors import DataError, LackError
 from edge_sdk.helpers.imports import install
 from tests.support.data_files import (
     FLOATS,
@@ -48,7 +48,7 @@ def test_file_of_unknown_kind(tmp_path):
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     extra = install("data")
-    fails(lambda: load("digits"), "sklearn.datasets", extra, error=ConfigError)
+    fails(lambda: load("digits"), "sklearn.datasets", extra, error=LackError)
 
 
 def corrupt_idx(tmp_path: Path, change: Callable[[bytes], bytes], ending: str = "") -> str:
