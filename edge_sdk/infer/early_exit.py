@@ -36,6 +36,8 @@ from edge_sdk.infer.model_folder import (
 log = logging.getLogger(__name__)
 NEVER = 2.0  # a threshold above every confidence
 BATCH = 100
+# of onnxruntime 1.32: of a learnable scalar before a product it leaves an input that nothing makes
+BROKEN = ["MatMulScaleFusion"]
 Session: TypeAlias = Any  # onnxruntime.InferenceSession, or what has its `run`
 
 
@@ -215,7 +217,9 @@ def open_session(content: bytes, where: str, threads: int = 1) -> Session:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what is fatal; errors are raised
     try:
-        return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(
+            content, options, providers=["CPUExecutionProvider"], disabled_optimizers=BROKEN
+        )
     except Exception as error:  # onnxruntime's errors have no common base
         step = "export the model again"
         raise StoreError(f"{where} cannot be loaded: {one_line(str(error))}; {step}") from error

@@ -1,16 +1,17 @@
 """Whether a family of a person's own can be trained at all, tried before the first round.
 
-Each depth is built, gives logits for a few inputs in eval and in training mode, and has one
-backward pass; a shallower model must be a cut of a deeper one, with the same tensors and, loaded
-with them, the same logits. Of the families of this package the contract suite knows that; they are
-only built (trying would add 0.2 s to a start with resnet18, and nothing could be found)."""
+Each depth is built, gives logits for a few inputs in eval and in training mode, and takes one
+training step; a shallower model must be a cut of a deeper one, with the same tensors and, loaded
+with them once trained, the same logits. Of the families of this package the contract suite knows
+that; they are only built (trying would add 0.2 s to a start with resnet18, and find nothing)."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -28,13 +29,15 @@ from edge_sdk.protocol.messages import ModelSpec, Specs
 from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import specs_of
 
-TRAINED, EVALUATED = 2, (1, 3)  # examples; several sizes, so that none may be built into the model
+log = logging.getLogger(__name__)
+TRAINED, EVALUATED = 2, 3  # examples; two sizes and single ones, so that no size may be built in
+LR = 0.01
 SEED = 0  # of what is drawn here; exit e is built from seed e
 CLOSE = 1e-4  # of the largest logit
 
 
 class _Known(NamedTuple):
-    """A built model as it was before it was trained on. buffers: copies."""
+    """A model as it was after its training step. buffers: copies."""
 
     model: StagedModel
     buffers: dict[str, Tensor]
@@ -70,12 +73,16 @@ def checked_models(spec: ModelSpec) -> Iterator[StagedModel]:
         model = build(part)
         with _naming(spec):
             drawn = _digests(model) if exit == spec.exit else {}
-            known = _tried(model, part, known)
+            _tried(model, part, known)
             _train_step(model, part)
+            known = _known(model, part)
         yield model
     torch.manual_seed(spec.exit)
     with _naming(spec):
-        if name := _differing(drawn, _digests(build(spec))):
+        again = build(spec)
+        if known is not None:
+            _check_new(again, known.model)
+        if name := _differing(drawn, _digests(again)):
             raise ConfigError(
                 f"{name} differs between two builds from one seed; draw it from torch's global "
                 "generator, so that a run can be repeated"
@@ -83,6 +90,17 @@ def checked_models(spec: ModelSpec) -> Iterator[StagedModel]:
     torch.manual_seed(SEED)
     with _naming(spec):
         _tried(build(spec), spec, known)
+    if known is not None and all(_is_softmax(found) for found in known.logits):
+        log.warning(
+            "family %r: its exits give probabilities (each row sums to 1), expected logits: the "
+            "loss takes their softmax, so it learns slowly; leave softmax out",
+            spec.family,
+        )
+
+
+def _is_softmax(found: Tensor) -> bool:
+    rows = found.sum(1)
+    return bool((found >= 0).all()) and torch.allclose(rows, torch.ones_like(rows), atol=CLOSE)
 
 
 @contextmanager
@@ -110,20 +128,64 @@ def _inputs(spec: ModelSpec, count: int) -> Tensor:
 
 @torch.no_grad()
 def _logits(model: StagedModel, spec: ModelSpec) -> list[Tensor]:
-    """Those of eval mode, one (3, K) per exit; also for a single example they must be logits."""
-    logits: list[Tensor] = []
-    for count in EVALUATED:
-        torch.manual_seed(SEED)  # layers that draw in eval mode, too
-        with family_code(spec, "the model", model):
-            logits = model.eval()(_inputs(spec, count))
-        for exit, found in enumerate(logits, 1):
-            _check_logits(found, count, spec, exit)
+    """Those of eval mode, one (3, K) per exit; the same again, and for each example alone."""
+    x = _inputs(spec, EVALUATED)
+    logits = _eval_logits(model, spec, x, SEED)
+    for exit, (one, other) in enumerate(
+        zip(logits, _eval_logits(model, spec, x, SEED + 1), strict=True), 1
+    ):
+        if not _is_close(one, other):
+            raise ConfigError(
+                f"exit {exit} gives other logits in eval mode when asked again; give "
+                "functional.dropout training=self.training (or use nn.Dropout), and keep nothing "
+                "between calls"
+            )
+    singles = [_eval_logits(model, spec, one, SEED) for one in x.split(1)]
+    for exit, (together, alone) in enumerate(zip(logits, zip(*singles, strict=True), strict=True)):
+        if not _is_close(together, torch.cat(alone)):
+            raise ConfigError(
+                f"exit {exit + 1}: the logits of an example depend on the others in its batch, in "
+                "eval mode; the first axis is the examples (batch_first=True, BatchNorm with its "
+                "running statistics, no mean over axis 0)"
+            )
     return logits
 
 
-def _tried(model: StagedModel, spec: ModelSpec, known: _Known | None) -> _Known:
-    """A model in eval mode, with the tensors of `known`: the model of an exit less, or the same one
-    built before."""
+def _eval_logits(model: StagedModel, spec: ModelSpec, x: Tensor, seed: int) -> list[Tensor]:
+    """seed: of layers that draw in eval mode, too."""
+    torch.manual_seed(seed)
+    logits, features = [], x
+    for exit, (stage, head) in enumerate(zip(model.eval().stages, model.exits, strict=True), 1):
+        with family_code(spec, "the model", model):
+            features = _unchanged(stage, features, f"stage {exit}")
+            found = _unchanged(head, features, f"exit {exit}")
+        _check_logits(found, len(x), spec, exit)
+        logits.append(found)
+    return logits
+
+
+def _unchanged(module: nn.Module, given: Any, what: str) -> Any:
+    """What `module` makes of `given`. Raises ConfigError if it writes into that: the data set, or
+    what an exit has used, or the next stage will."""
+    if not isinstance(given, Tensor):
+        return module(given)
+    version, before = given._version, given.detach().clone()
+    made = module(given)
+    if given._version != version or not torch.equal(given.detach(), before):
+        raise ConfigError(
+            f"{what} changes its input in place, which others use too; work on a new tensor "
+            "(nn.ReLU() without inplace, x - a instead of x.sub_(a), x = x + y instead of x += y)"
+        )
+    return made
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=CLOSE * max(1e-3, float(one.abs().max())))
+
+
+def _tried(model: StagedModel, spec: ModelSpec, known: _Known | None) -> None:
+    """A model in eval mode, with the tensors of `known`: the trained model of an exit less, or the
+    same one built before."""
     _check_travels(model)
     held = model.tensors()
     if known is not None:
@@ -134,14 +196,17 @@ def _tried(model: StagedModel, spec: ModelSpec, known: _Known | None) -> _Known:
         model.ready("cpu")
     logits = _logits(model, spec)
     for exit, (old, new) in enumerate(zip(known.logits if known else (), logits, strict=False), 1):
-        if not torch.allclose(old, new, rtol=0, atol=CLOSE * max(1e-3, float(old.abs().max()))):
+        if not _is_close(old, new):
             raise ConfigError(
                 f"exit {exit} gives other logits from the same tensors in another model of the "
-                "family; all that it computes with must be parameters or buffers (register_buffer) "
-                "and must not depend on depth"
+                "family; all that it computes with, and all that training changes, must be "
+                "parameters or buffers (register_buffer) and must not depend on depth"
             )
+
+
+def _known(model: StagedModel, spec: ModelSpec) -> _Known:
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    return _Known(model, buffers, logits)
+    return _Known(model, buffers, _logits(model, spec))
 
 
 def _check_new(model: StagedModel, before: StagedModel) -> None:
@@ -164,6 +229,12 @@ def _check_travels(model: StagedModel) -> None:
         msgspec.convert(msgspec.to_builtins(specs_of(model.tensors())), Specs)
     except msgspec.ValidationError as error:
         raise ConfigError(f"its tensors cannot travel: {error}; see docs/protocol.md") from error
+    for name, tensor in model.tensors().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(
+                f"{name} holds NaN or infinite values, which do not travel; use a large finite "
+                "number (-1e9 in a mask), or make it in forward instead of keeping it as a buffer"
+            )
 
 
 def _check_logits(found: object, count: int, spec: ModelSpec, exit: int) -> None:
@@ -197,14 +268,16 @@ def _differing(before: dict[str, str], now: dict[str, str]) -> str | None:
 
 
 def _train_step(model: StagedModel, spec: ModelSpec) -> None:
-    """A backward pass of each stage with its exit, over the features of those before."""
+    """A backward pass of each stage with its exit, over the features of those before, and then a
+    step by all exits together."""
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     labels = torch.arange(TRAINED) % spec.num_classes
-    features, model = _inputs(spec, TRAINED), model.train()
+    x, model = _inputs(spec, TRAINED), model.train()
+    features = x
     for exit, (stage, head) in enumerate(zip(model.stages, model.exits, strict=True), 1):
         with family_code(spec, f"stage {exit} or its exit", model):
-            features = stage(features.detach())
-            logits = head(features)
+            features = _unchanged(stage, features.detach(), f"stage {exit}")
+            logits = _unchanged(head, features, f"exit {exit}")
         _check_features(features, exit)
         _check_logits(logits, TRAINED, spec, exit)
         loss = functional.cross_entropy(logits, labels)
@@ -214,6 +287,10 @@ def _train_step(model: StagedModel, spec: ModelSpec) -> None:
                 loss.backward()
         _check_reached(stage, head, exit)
         model.zero_grad(set_to_none=True)
+    with family_code(spec, "the backward pass of all exits", model):
+        torch.stack([functional.cross_entropy(z, labels) for z in model(x)]).sum().backward()
+    torch.optim.SGD(model.parameters(), LR).step()
+    model.zero_grad(set_to_none=True)
 
 
 def _check_features(features: object, exit: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from edge_sdk.models import StagedModel, register_family
 from edge_sdk.protocol.messages import ModelSpec
@@ -54,6 +55,23 @@ class Noise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.vector
+
+
+class Warm(nn.Module):
+    """Grows over its first 100 training steps, which it counts in a plain attribute or a buffer."""
+
+    def __init__(self, *, is_registered: bool) -> None:
+        super().__init__()
+        self.steps = 0
+        if is_registered:
+            del self.steps
+            self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
+        out: Tensor = x * (self.steps / 100)
+        return out
 
 
 class Replaced(StagedModel):
@@ -242,6 +260,65 @@ def odd_name(spec, stages, exits):
     exits[0].forward = lambda x: exits[0]["k" * 1000](x)
 
 
+def infinite_mask(spec, stages, exits):
+    stages[0].register_buffer("mask", torch.triu(torch.full((8, 8), float("-inf")), 1))
+
+
+def changes_the_data(spec, stages, exits):
+    stages[0] = nn.Sequential(Returns(lambda x: x.sub_(0.5).div_(0.5)), stages[0])
+
+
+def before_stage_2(layer: Callable[[], nn.Module]) -> Change:
+    def change(spec, stages, exits):
+        stages[1:2] = [nn.Sequential(layer(), stage) for stage in stages[1:2]]
+
+    return change
+
+
+def before_exits(layer: Callable[[], nn.Module]) -> Change:
+    def change(spec, stages, exits):
+        exits[:] = [nn.Sequential(layer(), head) for head in exits]
+
+    return change
+
+
+def after_exits(layer: nn.Module) -> Change:
+    def change(spec, stages, exits):
+        exits[:] = [nn.Sequential(head, layer) for head in exits]
+
+    return change
+
+
+def finite_mask(spec, stages, exits):
+    stages[0].register_buffer("mask", torch.full((8, 8), -1e9))
+
+
+def steps_first(spec, stages, exits):
+    """A recurrent layer that takes the examples for its steps."""
+    stages[0] = nn.Sequential(
+        stages[0],
+        Returns(lambda x: x.unsqueeze(1)),
+        First(nn.GRU(WIDTH, WIDTH)),
+        nn.Flatten(),
+    )
+
+
+class First(nn.Sequential):
+    """What a recurrent layer gives at every step, without its state."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)[0]
+        return out
+
+
+def mixes_once_trained(spec, stages, exits):
+    """All logits are 0 until then."""
+    before_exits(lambda: Returns(lambda x: x - x.mean(0)))(spec, stages, exits)
+    for head in exits:
+        nn.init.zeros_(head[1][0].weight)
+        nn.init.zeros_(head[1][0].bias)
+
+
 def batch_of(size: int) -> Callable[[Tensor], object]:
     return lambda x: x.reshape(size, -1)
 
@@ -300,6 +377,17 @@ MISTAKES: dict[str, Change] = {
     "odd-dtype": odd_dtype,
     "odd-name": odd_name,
     "replaced": replaced,
+    "infinite-mask": infinite_mask,
+    "changes-the-data": changes_the_data,
+    "relu-in-place": before_stage_2(lambda: nn.ReLU(inplace=True)),
+    "adds-in-place": before_stage_2(lambda: Returns(lambda x: x.add_(1))),
+    "exit-in-place": before_exits(lambda: nn.ReLU(inplace=True)),
+    "batch-mean": before_exits(lambda: Returns(lambda x: x - x.mean(0, keepdim=True))),
+    "steps-first": steps_first,
+    "batch-statistics": before_exits(lambda: nn.BatchNorm1d(WIDTH, track_running_stats=False)),
+    "mixes-once-trained": mixes_once_trained,
+    "counts-its-steps": before_exits(lambda: Warm(is_registered=False)),
+    "always-drops": before_exits(lambda: Returns(functional.dropout)),
     "never-ends": never_ends,
     "dies": dies,
 }
@@ -310,6 +398,10 @@ SOUND: dict[str, Change] = {
     "frozen-stages": frozen_stages,
     "tied-in-one-stage": tied_in_one_stage,
     "looks-at-values": looks_at_values,
+    "finite-mask": finite_mask,
+    "counts-in-a-buffer": before_exits(lambda: Warm(is_registered=True)),
+    "softmax": after_exits(nn.Softmax(1)),
+    "log-softmax": after_exits(nn.LogSoftmax(1)),
 }
 for name, change in {**MISTAKES, **OF_IMAGES, **SOUND}.items():
     register_family(name, changed(change))  # type: ignore[arg-type]

@@ -75,10 +75,22 @@ def test_the_place_is_the_line_of_the_authors_code(mistaken):
     assert "raise KeyError" in Path(found[1]).read_text().splitlines()[int(found[2]) - 1]
 
 
-@pytest.mark.parametrize("family", ["plain", "no-parameters", "frozen-stages", "looks-at-values"])
+SOUND = ["plain", "no-parameters", "frozen-stages", "looks-at-values", "finite-mask"]
+
+
+@pytest.mark.parametrize("family", [*SOUND, "counts-in-a-buffer", "softmax", "log-softmax"])
 def test_what_can_be_trained_is_taken(family):
     check_family(spec(family, exit=3))
     assert len(segment_costs_apart(spec(family), PLAN, 10, 0)) == 3
+
+
+def test_an_exit_of_probabilities_is_told(caplog):
+    """Each row of a softmax sums to 1; those of a log-softmax train as logits do."""
+    for family in ("plain", "log-softmax"):
+        check_family(spec(family))
+    assert not caplog.text
+    check_family(spec("softmax"))
+    assert "family 'softmax': its exits give probabilities" in caplog.text
 
 
 def test_a_tensor_may_be_shared_within_a_stage_and_its_exit():
