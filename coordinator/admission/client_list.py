@@ -21,13 +21,22 @@ from pathlib import Path
 from coordinator.admission.invitations import Invitations
 from coordinator.admission.pending import PendingKeys
 from edge_sdk.errors import ConfigError, UsageError
-from edge_sdk.helpers.files import NOWHERE, Stamp, heir_of, locked, mode_of, stamp_of, write_whole
-from edge_sdk.helpers.text import user_text
+from edge_sdk.helpers.files import (
+    NOWHERE,
+    Stamp,
+    heir_of,
+    locked,
+    mode_of,
+    read_user_text,
+    stamp_of,
+    write_whole,
+)
 from edge_sdk.protocol.keys import check_key
 from edge_sdk.protocol.messages import CLIENT_NAME
 
 log = logging.getLogger(__name__)
 SETTLED_S = 0.2
+MOST_LIST_BYTES = 64 * 1024**2  # half a million clients
 MOST_PATIENCE_S = 10.0  # of a command with a list that somebody goes on writing
 
 
@@ -222,7 +231,7 @@ def _without(text: str, name: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return user_text(path.read_bytes())
+        return read_user_text(path, MOST_LIST_BYTES)
     except FileNotFoundError as error:
         said = "there is no such file; make it with `edge-coordinator clients add` or `invite`"
         raise ConfigError(f"client list {path} cannot be read: {said}") from error

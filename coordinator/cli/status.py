@@ -92,7 +92,8 @@ def run_status(args: argparse.Namespace, wait: Callable[[float], object] = time.
             clear = CLEAR if args.watch and sys.stdout.isatty() else ""
             print(clear + "\n".join(described(view, args.run_dir)), flush=True)
         if args.watch is None or view.health != "running":
-            return STATUS[view.health]
+            is_damaged = view.problem and (args.run_dir / DATABASE).exists()
+            return STATUS[view.health] or int(bool(is_damaged))
         wait(args.watch)
 
 

@@ -16,6 +16,7 @@ from edge_sdk.errors import StoreError
 from edge_sdk.protocol.messages import ExitResult
 
 T = TypeVar("T")
+DAMAGED = "it is damaged: put back a copy of the run's folder, or start another run"
 BY_EXIT = {  # fields of RoundRow, by the names of the metrics that they come from
     "accuracy": "accuracy_exit_",
     "accuracy_served": "accuracy_served_exit_",
@@ -99,14 +100,19 @@ def _read(folder: Path, query: Callable[[sqlite3.Connection], T]) -> T:
             db.execute("BEGIN")  # one state: a round that ends meanwhile is not half in it
             return query(db)
     except (sqlite3.Error, msgspec.MsgspecError) as error:
-        raise StoreError(
-            f"{path} cannot be read: {error}; ask as the user who runs the coordinator"
-        ) from error
+        is_there = isinstance(error, sqlite3.OperationalError) and "no such" not in str(error)
+        step = "ask as the user who runs the coordinator" if is_there else DAMAGED
+        if not path.exists():  # SQLite takes it for an empty one
+            raise StoreError(f"{path} is not there, so its rounds are not known") from error
+        raise StoreError(f"{path} cannot be read: {error}; {step}") from error
 
 
 def _run(db: sqlite3.Connection) -> RunRow:
     names = "run, kind, json_extract(config, '$.rounds'), (SELECT count(*) FROM rounds)"
-    run, kind, rounds, finished = db.execute(f"SELECT {names} FROM runs").fetchone()
+    found = db.execute(f"SELECT {names} FROM runs").fetchone()
+    if found is None:
+        raise sqlite3.DatabaseError("it holds no run")
+    run, kind, rounds, finished = found
     return RunRow(run=run, kind=kind, finished=finished, rounds=rounds)
 
 

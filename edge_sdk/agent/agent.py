@@ -24,7 +24,7 @@ from edge_sdk.agent.pipe import (
     Resume,
     Train,
 )
-from edge_sdk.agent.state import REFUSED_S, State, hello
+from edge_sdk.agent.state import REFUSED_S, UNANSWERED, State, hello
 from edge_sdk.agent.trainer_process import Supervisor
 from edge_sdk.agent.watchdog import Notifier, Watchdog
 from edge_sdk.data.contract import unlike_run
@@ -163,7 +163,8 @@ class Agent:
         profile, client_id = self._choosing.profile(), self._options.client_id
         is_said = self._link.send(hello(client_id, self._session, profile, inspected, state.job))
         self._conduct.expect("welcome", int(is_said))
-        state.put_off_hello(now, is_said)
+        if silent_s := state.put_off_hello(now, is_said):
+            log.warning(UNANSWERED, self._link.endpoint, silent_s)
 
     def _send_heartbeat(self) -> bool:
         job = self._state.job
@@ -174,7 +175,7 @@ class Agent:
     def _on_coordinator_message(
         self, message: Message | ProtocolError, payload: Payload | None
     ) -> None:
-        job = self._state.job
+        job, self._state.num_unanswered = self._state.job, 0
         is_mine = job is not None and getattr(message, "round", 0) == job.round
         match message:
             case Welcome():

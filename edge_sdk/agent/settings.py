@@ -18,8 +18,8 @@ from msgspec import Meta
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers import toml
-from edge_sdk.helpers.files import mode_of, why_not, write_whole
-from edge_sdk.helpers.text import checked_endpoint, parse_size, user_text
+from edge_sdk.helpers.files import mode_of, read_user_text, why_not, write_whole
+from edge_sdk.helpers.text import checked_endpoint, parse_size
 from edge_sdk.protocol.messages import CLIENT_NAME, CLIENT_NAME_IN_WORDS, CURVE_KEY
 
 DEFAULT_CONFIG = Path("/etc/edge-sdk/config.toml")
@@ -110,7 +110,7 @@ def settled(
 def read_config(path: Path) -> Settings:
     """The settings of a file. Raises ConfigError: unreadable, no TOML, or a value not allowed."""
     try:
-        text = user_text(path.read_bytes())
+        text = read_user_text(path)
     except OSError as error:
         raise ConfigError(
             f"config file {path} cannot be read: {error.strerror}; "
@@ -126,6 +126,9 @@ def parse_config(text: str, where: str) -> Settings:
     """The settings of a file's text; `where` names the file in errors. Raises ConfigError."""
     raw = _parse_toml(text, where)
     for key, value in raw.items():
+        if isinstance(value, dict | list) and (section := _section(text, key)):
+            said = f"sections are not used; remove the line {section[1]}"
+            raise ConfigError(f"{where}, line {section[0]}: {said}")
         if key not in EXPECTED:
             close = difflib.get_close_matches(key.lower(), EXPECTED, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(EXPECTED)}"
@@ -209,11 +212,18 @@ def _parse_toml(text: str, where: str) -> dict[str, Any]:
         ) from error
 
 
+def _section(text: str, key: str) -> tuple[int, str] | None:
+    """Number and text of the line that begins a section of this name, as [KEY]."""
+    begins = re.compile(rf"\s*(\[\[?\s*[\"']?{re.escape(key)}[\"']?\s*[].].*)")
+    for number, line in enumerate(text.splitlines(), 1):
+        if found := begins.match(line):
+            return number, _shown(found[1].partition("#")[0].strip())[1:-1]
+    return None
+
+
 def _place(text: str, where: str, key: str) -> str:
-    """Where a key stands in the file, "FILE, line N, key KEY": the line that sets it, or that
-    begins a table of its name."""
-    name = rf"[\"']?{re.escape(key)}[\"']?"
-    begins = re.compile(rf"\s*(\[+\s*{name}\s*[.\]]|{name}\s*[.=])")
+    """Where a key stands in the file, "FILE, line N, key KEY": the line that sets it."""
+    begins = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[.=]")
     numbers = [n for n, line in enumerate(text.splitlines(), 1) if begins.match(line)]
     return f"{where}, line {numbers[0]}, key {key}" if numbers else f"{where}, key {key}"
 

@@ -17,6 +17,12 @@ from edge_sdk.version import __version__
 HELLO_S = 2.0  # between attempts to be welcomed, grows to HELLO_MAX_S
 REFUSED_S = 10.0  # pause after a refused handshake, doubles to REFUSED_MAX_S
 HELLO_MAX_S = 15.0
+UNANSWERED_S = 15.0  # until unanswered hellos are logged, then when that has doubled
+LEAST_UNANSWERED = 3  # one or two may have been lost with a coordinator that was restarted
+UNANSWERED = (
+    "coordinator %s: connected, but no answer to hello for %.0f s; it may be busy; is it an "
+    "edge-coordinator?"
+)
 ABSENCE_S = 600.0  # between two lines that say the same of an absent coordinator
 LEAST_HEARTBEAT_S = 0.1
 REFUSED_MAX_S = 120.0
@@ -59,6 +65,10 @@ class State:
     waited_s: float = 0.0
     next_hello: float = 0.0
     hello_pause_s: float = HELLO_S
+    num_unanswered: int = 0  # hellos that left this device since it last heard anything
+    unanswered_s: float = 0.0  # waited for an answer to them, while there was a connection
+    tell_unanswered_s: float = UNANSWERED_S
+    said_hello_at: float = 0.0
     next_heartbeat: float = 0.0
     reopen_at: float | None = None  # the link is closed until then
     refused_pause_s: float = REFUSED_S
@@ -107,12 +117,24 @@ class State:
         self.absence, self.tell_absence_at = absence, now + ABSENCE_S
         return True
 
-    def put_off_hello(self, now: float, is_said: bool) -> None:
+    def put_off_hello(self, now: float, is_said: bool) -> float:
         """Set when the next hello is due. The pause grows only if this one left the device
-        (is_said): waiting longer for a connection that is not there spares nobody."""
+        (is_said): waiting longer for a connection that is not there spares nobody. Returns the
+        seconds that those before it have had no answer, where that is to be logged, else 0."""
         self.next_hello = now + self.hello_pause_s * random.uniform(0.8, 1.2)
-        if is_said:
-            self.hello_pause_s = min(HELLO_MAX_S, self.hello_pause_s * 1.3)
+        if not is_said:
+            return 0.0
+        self.hello_pause_s = min(HELLO_MAX_S, self.hello_pause_s * 1.3)
+        if not self.num_unanswered:
+            self.unanswered_s, self.tell_unanswered_s = 0.0, UNANSWERED_S
+        else:  # no longer than between two on one connection
+            self.unanswered_s += min(now - self.said_hello_at, 1.2 * HELLO_MAX_S)
+        self.num_unanswered, self.said_hello_at = self.num_unanswered + 1, now
+        is_long = self.unanswered_s >= self.tell_unanswered_s
+        if not is_long or self.num_unanswered <= LEAST_UNANSWERED:
+            return 0.0
+        self.tell_unanswered_s = self.unanswered_s + min(ABSENCE_S, self.unanswered_s)
+        return self.unanswered_s
 
     def put_off_reopening(self) -> float:
         """Set when the link is opened again; the seconds until then, twice as many every time."""

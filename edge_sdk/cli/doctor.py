@@ -317,7 +317,8 @@ def check_coordinator(
     if refusal := handshake(found, keys):
         why, _, advice = refusal.partition("; ")
         return Finding(name, "fail", f"{endpoint} answers, but: {why}", advice)
-    return Finding(name, "ok", f"{endpoint} takes this device's connection")
+    advice = "not checked: whether it welcomes this device, as only `edge-sdk run` says hello"
+    return Finding(name, "ok", f"{endpoint} takes this device's connection", advice)
 
 
 def handshake(endpoint: str, keys: tuple[KeyPair, bytes] | None) -> str:

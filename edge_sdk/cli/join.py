@@ -23,6 +23,7 @@ from edge_sdk.agent.settings import (
 from edge_sdk.agent.setup import checked_id, default_keys
 from edge_sdk.cli.flags import USUAL_KEYS, Only, add_command, path_flag
 from edge_sdk.errors import ConfigError, UsageError, typed
+from edge_sdk.helpers.files import read_user_text
 from edge_sdk.helpers.text import checked_endpoint, user_text
 from edge_sdk.protocol.invitation import COPY, MAX_CHARACTERS, InvitationLine, decode_line
 from edge_sdk.protocol.keys import (
@@ -156,7 +157,7 @@ def _given_line(words: list[str]) -> str:
 def _present_config(path: Path) -> tuple[str, Settings]:
     """The config file's text and settings; without a file the template's. Raises ConfigError."""
     try:
-        text = user_text(path.read_bytes())
+        text = read_user_text(path)
     except FileNotFoundError:
         return template(), Settings()
     except (OSError, UnicodeDecodeError) as error:

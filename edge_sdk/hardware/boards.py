@@ -17,8 +17,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.jetson import jetson_module
 from edge_sdk.hardware.procfs import ROOT, meminfo, read_text
 from edge_sdk.helpers import toml
-from edge_sdk.helpers.files import home, is_there, make_parent, why_not, write_whole
-from edge_sdk.helpers.text import user_text
+from edge_sdk.helpers.files import home, is_there, make_parent, read_user_text, why_not, write_whole
 
 GIB = 1024**3
 OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -130,7 +129,7 @@ def board(name_or_path: str) -> Board:
             raise ConfigError(f"unknown board {name_or_path!r}; known: {known}; {step}")
         path = files[name_or_path]
     try:
-        found = msgspec.convert(toml.loads(user_text(path.read_bytes())), Board)
+        found = msgspec.convert(toml.loads(read_user_text(path)), Board)
     except OSError as error:
         raise ConfigError(f"board file {path}: {error.strerror}") from error
     except (ValueError, msgspec.MsgspecError) as error:  # which names the key as $.key

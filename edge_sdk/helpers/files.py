@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from edge_sdk.errors import EdgeError, LackError, StoreError, UsageError
-from edge_sdk.helpers.text import one_line
+from edge_sdk.helpers.text import one_line, user_text
 
 # Time of the last change in ns, size in bytes, inode: a new key has the old one's length, and two
 # changes within a tick of the kernel's clock the same time.
@@ -34,6 +34,7 @@ ADVICE = {  # where a file or folder cannot be written
     errno.EEXIST: "a file of that name is in the way; choose another",
     errno.ENAMETOOLONG: "choose a shorter one",
 }
+MOST_TEXT_BYTES = 1024**2  # of a text that a person writes
 log = logging.getLogger(__name__)
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # so that a link put there meanwhile is not followed
 
@@ -192,6 +193,23 @@ def heir_of(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         found = path.parent.stat()
     return found.st_uid, found.st_gid
+
+
+def read_user_text(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
+    """The text of a person's file, as `user_text`. Waits for no writer of a pipe and holds no more
+    than most_bytes. Raises OSError, also for what is no regular file, and UnicodeDecodeError."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb") as file:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        most = f"it is larger than {most_bytes // 1024**2} MiB"
+        raise OSError(errno.EFBIG, most, str(path))
+    return user_text(content)
 
 
 # -- with errors for people -----------------------------------------------------------------------

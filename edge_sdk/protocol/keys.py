@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.helpers.files import heir_of, is_there, sync, why_not, write_whole
-from edge_sdk.helpers.text import user_text
+from edge_sdk.helpers.files import heir_of, is_there, read_user_text, sync, why_not, write_whole
 from edge_sdk.protocol.messages import CURVE_KEY
 
 DEVICE_KEYS = "device"  # names of the two pairs of files
@@ -218,7 +217,7 @@ def read_all_keys(
 def read_key(path: Path, advice: str = MAKE) -> bytes:
     """The key that a file holds; advice: what to do where there is none. Raises ConfigError."""
     try:
-        text = user_text(path.read_bytes()).strip()
+        text = read_user_text(path).strip()
     except (OSError, ValueError) as error:  # no text, a path with a null byte
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, PermissionError):

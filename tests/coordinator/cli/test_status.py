@@ -247,7 +247,9 @@ def test_looking_needs_no_torch():
 def test_a_broken_database_does_not_hide_the_state(tmp_path, capsys, content):
     told(tmp_path)
     (tmp_path / "run.sqlite").write_bytes(content)
-    assert status(tmp_path) == 0
+    assert status(tmp_path) == 1
     text = capsys.readouterr().out
     assert "round open, round 3 of 50" in text
     assert "run.sqlite cannot be read" in text
+    assert "it is damaged: put back a copy of the run's folder, or start another run" in text
+    assert "ask as the user" not in text

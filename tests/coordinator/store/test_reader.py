@@ -6,8 +6,11 @@ import contextlib
 import sqlite3
 from pathlib import Path
 
-from coordinator.store.reader import last_rounds
+import pytest
+
+from coordinator.store.reader import client_rows, last_rounds, run_row
 from coordinator.store.store import Store
+from edge_sdk.errors import StoreError
 from tests.support.other_user import not_allowed_to_write
 from tests.support.run_states import finished_run
 
@@ -64,6 +67,26 @@ def test_a_killed_run_is_read_with_its_log(tmp_path):
         assert last_rounds(killed, 1)[0].round == 77
     (killed / "run.sqlite-shm").unlink()
     assert last_rounds(killed, 1)[0].round == 77
+
+
+@pytest.mark.parametrize("is_left", [0.0, 0.3, 0.6])
+def test_a_database_that_was_cut_is_said_to_be_damaged(tmp_path, is_left):
+    folder = tmp_path / "run"
+    finished_run(folder)
+    whole = (folder / "run.sqlite").read_bytes()
+    (folder / "run.sqlite").write_bytes(whole[: int(is_left * len(whole))])
+    with pytest.raises(StoreError, match=r"cannot be read: .*; it is damaged: put back a copy"):
+        last_rounds(folder, 5)
+        client_rows(folder)
+
+
+def test_a_database_without_its_run_is_said_to_be_damaged(tmp_path):
+    folder = tmp_path / "run"
+    finished_run(folder)
+    with contextlib.closing(sqlite3.connect(folder / "run.sqlite")) as db, db:
+        db.execute("DELETE FROM runs")
+    with pytest.raises(StoreError, match="cannot be read: it holds no run; it is damaged"):
+        run_row(folder)
 
 
 def writer(folder: Path) -> sqlite3.Connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from edge_sdk.agent.setup import default_keys
 from edge_sdk.cli import main, run
 from edge_sdk.cli.flags import Parser
 from edge_sdk.errors import ConfigError
+from edge_sdk.protocol.keys import read_key
 
 FULL = """
 coordinator = "tcp://192.168.1.10:5555"
@@ -72,7 +74,11 @@ def test_an_empty_file_sets_nothing():
         ("coordinator = 5", "line 1, key coordinator: got 5, expected the coordinator's address"),
         ("# a\n\nthread = 2", "line 3, key thread: there is no such key; did you mean threads?"),
         ("x = 2", "line 1, key x: there is no such key; known are coordinator, data, id"),
-        ("id = 'a'\n[run]\nthreads = 1", "line 2, key run: there is no such key"),
+        ("id = 'a'\n[run]\nthreads = 1", "line 2: sections are not used; remove the line [run]"),
+        ("[device]\nid = 'a'", "line 1: sections are not used; remove the line [device]"),
+        ("[[ 'keys' ]] # of it\n", "line 1: sections are not used; remove the line [[ 'keys' ]]"),
+        ("\n[a.b]\n", "line 2: sections are not used; remove the line [a.b]"),
+        ("device = {x = 1}", "line 1, key device: got {'x': 1}, expected"),
         ("run.threads = 1", "line 1, key run: there is no such key"),
         ("id = pi-1", 'line 1: Invalid value in "id = pi-1"; a line is KEY = VALUE'),
         ("import = [\n'a',", "line 2: "),
@@ -97,6 +103,23 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.toml").write_bytes('id = "ä"'.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"latin.toml is not UTF-8 text"):
         read_config(tmp_path / "latin.toml")
+
+
+def test_what_never_ends_is_no_config_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "large").write_text("#" * 2**20 + "\n")
+    (tmp_path / "full").write_text("#" * (2**20 - 1) + "\n")
+    assert read_config(tmp_path / "full") == Settings()
+    for path, said in (
+        (Path("/dev/zero"), "it is not a regular file"),
+        (tmp_path / "fifo", "it is not a regular file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "large", "it is larger than 1 MiB"),
+    ):
+        with pytest.raises(ConfigError, match=f"config file {path} cannot be read: {said}"):
+            read_config(path)
+        with pytest.raises(ConfigError, match=f"key file {path} cannot be read: {said}"):
+            read_key(path)
 
 
 # -- run --config ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from itertools import pairwise
 from uuid import uuid4
 
 import pytest
@@ -168,6 +169,29 @@ def test_the_status_line_says_what_the_device_does():
     state.reopen_at = 5.0
     assert "refused by the coordinator" in state.status_line(ENDPOINT)
     assert "starting another" in state.status_line(ENDPOINT, "starting another")
+
+
+def test_hellos_without_an_answer_are_told_after_a_while_and_then_ever_more_rarely():
+    state, now, told = State(), 100.0, []
+    while now < 3700.0:
+        if silent_s := state.put_off_hello(now, is_said=True):
+            told.append((round(now), round(silent_s)))
+        now = state.next_hello
+    assert 15 <= told[0][1] <= 33
+    assert all(moment == silent_s + 100 for moment, silent_s in told)
+    waits = [after[1] - before[1] for before, after in pairwise(told)]
+    assert 7 <= len(told) <= 12
+    assert all(wait >= before[1] or wait >= 600 for wait, before in zip(waits, told, strict=False))
+    state.num_unanswered = 0  # something came
+    assert state.put_off_hello(now, is_said=True) == 0.0
+
+
+def test_hellos_lost_with_a_coordinator_that_was_away_for_long_are_not_told():
+    state = State()
+    assert state.put_off_hello(0.0, is_said=True) == 0.0
+    for now in range(5, 900, 5):
+        assert state.put_off_hello(float(now), is_said=False) == 0.0
+    assert state.put_off_hello(900.0, is_said=True) == 0.0
 
 
 # -- the real agent and trainer -------------------------------------------------------------------
