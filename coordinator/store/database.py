@@ -22,7 +22,7 @@ def connect_to_read(folder: Path) -> sqlite3.Connection:
     path = folder / DATABASE
     log = path.with_name(f"{DATABASE}-wal")
     try:
-        how = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
+        how = "mode=ro" if log.exists() and log.stat().st_size else "mode=ro&immutable=1"
         uri = f"{path.resolve().as_uri()}?{how}"
         db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None)
         return _told(db, "schema_version")  # only now SQLite opens the files

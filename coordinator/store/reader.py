@@ -13,6 +13,7 @@ import msgspec
 from coordinator.store import failures
 from coordinator.store.database import DATABASE, connect_to_read
 from edge_sdk.errors import StoreError
+from edge_sdk.helpers.files import is_there
 from edge_sdk.protocol.messages import ExitResult
 
 T = TypeVar("T")
@@ -95,15 +96,15 @@ def last_failures(folder: Path, most: int) -> list[failures.Failures]:
 
 def _read(folder: Path, query: Callable[[sqlite3.Connection], T]) -> T:
     path = folder / DATABASE
+    if not is_there(path):
+        raise StoreError(f"{path} is not there, so the run's rounds are not known")
     try:
         with closing(connect_to_read(folder)) as db:
             db.execute("BEGIN")  # one state: a round that ends meanwhile is not half in it
             return query(db)
     except (sqlite3.Error, msgspec.MsgspecError) as error:
-        is_there = isinstance(error, sqlite3.OperationalError) and "no such" not in str(error)
-        step = "ask as the user who runs the coordinator" if is_there else DAMAGED
-        if not path.exists():  # SQLite takes it for an empty one
-            raise StoreError(f"{path} is not there, so its rounds are not known") from error
+        is_sound = isinstance(error, sqlite3.OperationalError) and "no such" not in str(error)
+        step = "ask as the user who runs the coordinator" if is_sound else DAMAGED
         raise StoreError(f"{path} cannot be read: {error}; {step}") from error
 
 

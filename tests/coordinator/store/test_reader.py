@@ -80,6 +80,12 @@ def test_a_database_that_was_cut_is_said_to_be_damaged(tmp_path, is_left):
         client_rows(folder)
 
 
+def test_no_database_is_made_by_looking(tmp_path):
+    with pytest.raises(StoreError, match="run.sqlite is not there, so the run's rounds are not kn"):
+        run_row(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_database_without_its_run_is_said_to_be_damaged(tmp_path):
     folder = tmp_path / "run"
     finished_run(folder)
