@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import threading
 import time
@@ -37,6 +38,7 @@ from edge_sdk.protocol.messages import CLIENT_NAME
 log = logging.getLogger(__name__)
 SETTLED_S = 0.2
 MOST_LIST_BYTES = 64 * 1024**2  # half a million clients
+TELL_S = 60.0  # between two lines about a list that is not in force
 MOST_PATIENCE_S = 10.0  # of a command with a list that somebody goes on writing
 
 
@@ -49,7 +51,8 @@ class Admission:
         self.pending = PendingKeys(path.with_name("pending"))
         self._stamp = NOWHERE  # of the file that is in force
         self._refused: Stamp | None = None  # of one that is malformed: not worth reading again
-        self._told: Stamp | None = None  # of one that an error has been logged about
+        self._problem = ""  # of the file as it is, "" where it is in force or not read yet
+        self._tell_at = -math.inf  # the same problem again; of time.monotonic()
         self._by_key: dict[bytes, str] = {}
         self._by_name: dict[str, bytes] = {}
         self._lock = threading.Lock()  # ZeroMQ's authenticator asks from a thread of its own
@@ -93,18 +96,26 @@ class Admission:
 
     def _look(self) -> None:
         """Read the file again if it is another. This is done for every message, so it complains
-        about a file once."""
+        about a problem every TELL_S only."""
         stamp = stamp_of(self.path)
         if stamp == self._stamp:
-            self._told = None
-        elif stamp != self._refused and not is_being_written(self.path):
+            self._problem = ""
+            return
+        if stamp != self._refused and not is_being_written(self.path):
             try:
                 self.reload()
+                self._problem = ""
             except ConfigError as error:
-                if stamp != self._told:
-                    log.error("client list not reloaded, the last one stays in force: %s", error)
-                self._told = stamp
+                if str(error) != self._problem:
+                    self._problem, self._tell_at = str(error), -math.inf
                 self._refused = None if isinstance(error.__cause__, OSError) else stamp
+        if self._problem and (now := time.monotonic()) >= self._tell_at:
+            self._tell_at = now + TELL_S
+            log.error(
+                "client list not reloaded, the last one stays in force: nobody is admitted or "
+                "removed by it until this is corrected: %s",
+                self._problem,
+            )
 
 
 def parse_clients(text: str, where: str) -> dict[bytes, str]:

@@ -97,22 +97,27 @@ def run_clients(args: argparse.Namespace) -> int:
 
 
 def _remove(path: Path, name: str) -> None:
-    """Invitations first: the device could come back with one as long as it stands."""
+    """Invitations first: the device could come back with one as long as it stands. A file of them
+    that is damaged invites nobody, so it keeps no device in."""
+    gone, problem = list[Invitation](), ""
     invitations = path.with_name("invitations")
     _check_folder(path.parent)
     try:
         with locked(path.parent):
             gone = withdraw(invitations, name)
+    except ConfigError as error:
+        problem = str(error)
     except OSError as error:
         raise ConfigError(f"{invitations} cannot be written: {why_not(error)}") from error
-    was_client = remove_client(path, name)
     if gone:
-        print(f"withdrew {len(gone)} invitation{'s' * (len(gone) > 1)} of {name}")
-    if was_client:
+        print(f"withdrew {len(gone)} invitation{'s' * (len(gone) > 1)} of {name}", flush=True)
+    if remove_client(path, name):
         print(f"removed {name}; a running coordinator takes nothing from it any more")
     elif not gone:
         known = ", ".join(sorted(Admission(path).names())[:20]) or "none"
         raise ConfigError(f"no client {name!r} in {path}; known: {known}")
+    if problem:
+        raise ConfigError(f"{name}'s invitations are not withdrawn: {problem}")
 
 
 def _check_folder(folder: Path) -> None:

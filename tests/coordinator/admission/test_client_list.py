@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from coordinator.admission import client_list
 from coordinator.admission.client_list import Admission, add_client, parse_clients
 from coordinator.fleet.router import Router
 from edge_sdk.errors import ConfigError
@@ -96,6 +97,28 @@ def test_a_list_that_went_bad_is_complained_about_once(tmp_path, caplog):
         for _ in range(3):
             assert admission.name_of(KEY_A) == "pi"
         assert len(caplog.records) == 1
+
+
+def test_a_list_that_stays_bad_is_complained_about_every_minute(tmp_path, caplog, monkeypatch):
+    path, now = tmp_path / "clients", [1000.0]
+    monkeypatch.setattr(client_list.time, "monotonic", lambda: now[0])
+    path.write_text(line("pi", KEY_A))
+    admission = Admission(path)
+    path.write_text("# pi is revoked\nnonsense\n")
+    settle(path)
+    for seconds, lines in ((0, 1), (59, 1), (1, 2), (59, 2), (1, 3)):
+        now[0] += seconds
+        assert admission.name_of(KEY_A) == "pi"
+        assert len(caplog.records) == lines
+    assert len({record.getMessage() for record in caplog.records}) == 1
+    said = caplog.records[-1].getMessage()
+    assert "nobody is admitted or removed by it until this is corrected" in said
+    assert "clients line 2: expected `NAME PUBLIC_KEY`" in said
+    path.write_text("# pi is revoked\n")
+    settle(path)
+    now[0] += 100
+    assert admission.name_of(KEY_A) is None
+    assert len(caplog.records) == 3
 
 
 def test_a_list_that_could_not_be_read_is_tried_again(tmp_path, caplog):

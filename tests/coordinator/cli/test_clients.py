@@ -155,6 +155,21 @@ def test_removing_withdraws_the_invitations_too(gate, capsys, tmp_path):
     assert [i.name for i in read_invitations(gate.invitations)] == ["pi-2", None]
 
 
+def test_a_client_is_removed_though_the_invitations_are_damaged(gate, capsys):
+    folder = ["--keys", str(gate.clients.parent)]
+    assert coordinate(["clients", "add", "nano", new_key(), *folder]) == 0
+    gate.invitations.write_text("[{")
+    capsys.readouterr()
+    assert coordinate(["clients", "remove", "nano", *folder]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "removed nano; a running coordinator takes nothing from it any more\n"
+    said = one_line(printed.err, "edge-coordinator")
+    assert f"nano's invitations are not withdrawn: invitations in {gate.invitations} cannot" in said
+    assert "remove the file and invite again" in said
+    assert not gate.router.is_admitted("nano")
+    assert gate.invitations.read_text() == "[{"
+
+
 def test_pending_keys_are_shown_until_they_are_added(gate, capsys):
     folder = ["--keys", str(gate.clients.parent)]
     assert coordinate(["clients", "pending", *folder]) == 0
