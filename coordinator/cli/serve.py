@@ -105,6 +105,7 @@ def serve_settings(args: argparse.Namespace) -> tuple[RunConfig, ServeSettings]:
         budget_bytes=args.memory_budget,
         metrics=args.metrics,
         export=args.export,
+        imports=tuple(args.imports),
         input_shape=args.input,
         num_classes=args.classes,
     )

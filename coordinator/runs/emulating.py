@@ -156,7 +156,8 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
                 )
         if settings.out:
             write_json(store, population, settings.out, extra)
-        export_finished(store, method, data.test, settings.export, untrained)
+        imports = settings.imports
+        export_finished(store, method, data.test, settings.export, untrained, imports)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import shlex
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from coordinator.cohorts.base import Client
@@ -49,6 +50,7 @@ def export_finished(
     examples: Examples | None,
     folder: Path | None,
     untrained: Collection[int] = (),
+    imports: Sequence[str] = (),
 ) -> None:
     """Write the served model of a finished run, if a folder is named, up to the deepest exit that a
     device trained. Raises ExportError, which says how to do it again: the run is finished all the
@@ -63,7 +65,9 @@ def export_finished(
     except Exception as error:  # of a user's layers, of torch's and onnx's code
         log.debug("export failed", exc_info=True)
         why = str(error) if isinstance(error, EdgeError) else f"{type(error).__name__}: {error}"
-        way = f"edge-coordinator export --run {store.folder} --out {folder}"
+        flags = ["--run", str(store.folder), "--out", str(folder)]
+        flags += [flag for module in imports for flag in ("--import", module)]
+        way = shlex.join(["edge-coordinator", "export", *flags])
         raise ExportError(
             f"run {store.run} is finished, but its model was not exported: {one_line(why, 500)}; "
             + (store.way_on() if store.is_temporary else f"mend that, then {way}")

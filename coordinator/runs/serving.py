@@ -46,8 +46,8 @@ class ServeSettings:
     folder: where the run lives. endpoint: where devices connect. keys: the folder of the
     coordinator's; None: nothing is encrypted and everybody is admitted. clients_file: of the
     admitted devices, by default beside the keys. metrics: HOST:PORT for Prometheus. export: folder
-    for the served model as ONNX, at the end. input_shape, num_classes: asked for beside a test set,
-    which may lack some classes."""
+    for the served model as ONNX, at the end. imports: modules that register what the run uses.
+    input_shape, num_classes: asked for beside a test set, which may lack some classes."""
 
     folder: Path
     is_resumed: bool = False
@@ -60,6 +60,7 @@ class ServeSettings:
     budget_bytes: int = BUDGET_BYTES
     metrics: str | None = None
     export: Path | None = None
+    imports: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
     num_classes: int | None = None
 
@@ -194,4 +195,4 @@ def serve_rounds(
             store.close()
             cohort.close(goodbye, is_final=goodbye == FINISHED)
     if goodbye == FINISHED:  # and no device waits for it
-        export_finished(store, method, test, settings.export, untrained)
+        export_finished(store, method, test, settings.export, untrained, settings.imports)

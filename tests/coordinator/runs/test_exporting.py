@@ -66,7 +66,13 @@ def test_what_cannot_be_exported_begins_no_run(family, tmp_path, capfd):
 
 @pytest.mark.parametrize(
     ("is_temporary", "way"),
-    [(False, "edge-coordinator export --run {0}/run --out {0}/model"), (True, "nothing was kept")],
+    [
+        (
+            False,
+            "edge-coordinator export --run {0}/run --out {0}/model --import mine --import more",
+        ),
+        (True, "nothing was kept"),
+    ],
 )
 def test_an_export_that_fails_at_the_end_says_how_to_do_it_again(tmp_path, is_temporary, way):
     (tmp_path / "model").mkdir()
@@ -74,7 +80,8 @@ def test_an_export_that_fails_at_the_end_says_how_to_do_it_again(tmp_path, is_te
     store = Store.create(tmp_path / "run", config("owners-mean"), "emulate")
     store.is_temporary = is_temporary
     with pytest.raises(ExportError) as raised:
-        export_finished(store, make_method(store.config), None, tmp_path / "model")
+        method, out = make_method(store.config), tmp_path / "model"
+        export_finished(store, method, None, out, imports=["mine", "more"])
     store.close()
     assert str(raised.value).startswith(f"run {store.run} is finished, but its model was not exp")
     assert "photo.jpg, which is no part of an exported model" in str(raised.value)

@@ -117,6 +117,36 @@ def test_a_layer_that_onnx_lacks_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(refused.value)
 
 
+class Scaled(nn.Module):
+    """A learnable scalar, trained to 1.5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return x * self.by
+
+
+def test_a_learnable_scalar_before_a_product_is_exported(tmp_path, monkeypatch):
+    """onnxruntime fuses the two into a graph that it then cannot load; untrained, at 1, it does
+    not."""
+
+    def build(spec):
+        stages = [nn.Sequential(nn.Flatten(), Scaled()), Scaled()]
+        exits = [nn.Linear(64, spec.num_classes, bias=False) for _ in stages]
+        return StagedModel(stages, exits)
+
+    monkeypatch.setattr(FAMILIES, "_entries", FAMILIES._entries | {"scaled": Family(build)})
+    spec = ModelSpec(family="scaled", input_shape=(1, 8, 8), num_classes=3, exit=2)
+    tensors = initial_tensors(spec, 0)
+    assert export(spec, tensors, tmp_path / "model").largest_difference < 1e-5
+    x = examples(5).x
+    _, second = EarlyExit.load(tmp_path / "model").all_exits(x)
+    wanted = 2.25 * x.reshape(5, 64) @ tensors["exits.1.weight"].numpy().T
+    assert np.allclose(second, wanted, atol=1e-4)
+
+
 def test_batch_norms_that_stay_are_counted_and_right(tmp_path, monkeypatch):
     norm = nn.BatchNorm2d(1)
     norm.running_var.fill_(4.0)
@@ -268,7 +298,7 @@ def test_sources_that_are_no_model_are_one_line(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_serve_exports_when_its_run_ends(tmp_path):
-    """And then the part of a device, by the exit that it chose: for more it has no time."""
+    """Up to the one exit that its device trained: for more it has no time. And then its part."""
     with World(tmp_path, num_devices=1) as world:
         flags = ["--rounds", "1", "--deadline", "0.02", "--export", str(tmp_path / "model")]
         coordinator = world.serve(*flags)
@@ -278,5 +308,6 @@ def test_serve_exports_when_its_run_ends(tmp_path):
         assert read_model(tmp_path / "model").checked_on == "40 examples"
         flags = ["--run", str(world.run_dir), "--client", "a", "--out", str(tmp_path / "part")]
         assert coordinate(["export", *flags]) == 0
-        assert read_model(tmp_path / "model").spec.exit == 3
+        assert coordinator.said("no device trained exit 2, 3 of 3")
+        assert read_model(tmp_path / "model").spec.exit == 1
         assert read_model(tmp_path / "part").spec.exit == 1
