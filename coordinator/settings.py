@@ -23,6 +23,7 @@ Checked = TypeVar("Checked")
 
 OTHER_FLAGS = {  # of settings that do not say it themselves
     "data": "--data (serve: --test)",
+    "trained_on.class_names": "class_names of --data (serve: --test)",
     "model.family": "--model",
     "model.exit": "--exits",
     "model.options": "--option",
@@ -138,8 +139,6 @@ def own_options(given: Own, kind: type[Options] | None, whose: str) -> tuple[Opt
 
 def flag_of(path: str) -> str:
     """The flag of a setting such as "generator.epochs"."""
-    if path.startswith("trained_on."):
-        path = "data"
     if path in OTHER_FLAGS:
         return OTHER_FLAGS[path]
     *part, field = path.split(".")

@@ -12,6 +12,7 @@ from coordinator.config import RunConfig
 from coordinator.settings import differences
 from coordinator.store.checkpoints import read_sound
 from coordinator.store.store import Store
+from edge_sdk.data.contract import mismatch
 from edge_sdk.errors import ConfigError, StoreError
 
 log = logging.getLogger(__name__)
@@ -27,14 +28,24 @@ def open_store(folder: Path, config: RunConfig, kind: str, resume: bool) -> Stor
         held = store.config
         if held.trained_on.scaling is None:  # stored by a version that did not tell it
             held = replace(held, trained_on=config.trained_on)
-        bound = replace(held.aggregation, refuse_above=config.aggregation.refuse_above)
-        free = replace(held, rounds=config.rounds, aggregation=bound)
-        is_same = free.to_json() == config.to_json()
-        if not is_same or config.rounds < held.rounds:
+        now = config.trained_on.scaling
+        free = replace(
+            held,
+            rounds=max(held.rounds, config.rounds),
+            aggregation=replace(held.aggregation, refuse_above=config.aggregation.refuse_above),
+            trained_on=replace(held.trained_on, scaling=now),
+        )
+        if free.to_json() != config.to_json():
             raise ConfigError(
-                f"{folder} was started with other settings: {differences(held, config)}; resume "
+                f"{folder} was started with other settings: {differences(free, config)}; resume "
                 "with the same flags; --rounds may be higher, --refuse-above another"
             )
+        if found := mismatch(
+            held.trained_on.scaling, now, (f"the run in {folder}", "its data now")
+        ):
+            if found.is_certain:
+                raise ConfigError(found.text)
+            log.warning("%s", found.text)
         if config.rounds > held.rounds:
             log.info("the run gets %d rounds instead of %d", config.rounds, held.rounds)
         if resume:

@@ -184,6 +184,24 @@ def mismatch(
     return Mismatch(text, is_certain)
 
 
+def unlike_integers(reference: InputScaling | None, low: float, high: float) -> Mismatch | None:
+    """How integers, scaled by a model's rule to this range, are unlike those that trained it. They
+    may be a few and dark, so a narrower range is a doubt only."""
+    if reference is None or not (reference.low < reference.high and low < high):
+        return None
+    own = scaling_of(low, high, (reference.divisor or 1.0, reference.offset))
+    width = FAR_INTEGERS * (reference.high - reference.low)
+    is_certain = high > reference.low + width
+    is_narrow = FAR_INTEGERS * (high - reference.low) <= reference.high - reference.low
+    if not is_narrow and high <= reference.high + 2 * (reference.high - reference.low):
+        return None
+    text = (
+        f"the inputs are integers, {integers(own)}; those that trained the model were "
+        f"{integers(reference)}, {described(reference)}; give them on that scale"
+    )
+    return Mismatch(text, is_certain)
+
+
 def unlike_model(reference: InputScaling | None, low: float, high: float) -> Mismatch | None:
     """How float inputs of this range were scaled unlike those that trained a model. They may be a
     few, so only a wider range is certain; those of integers that stay in its upper half are a

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.data.contract import unlike_model
+from edge_sdk.data.contract import unlike_integers, unlike_model
 from edge_sdk.data.examples import Floats, Ints
 from edge_sdk.data.readers.scaling import scaled
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
@@ -122,9 +122,10 @@ class EarlyExit:
     def _checked(self, x: npt.NDArray[Any]) -> Floats:
         """The inputs as stage 1 takes them; a doubt about their scaling is told once."""
         features = checked_inputs(x, self.model)
-        if not len(x) or x.dtype == np.uint8:
+        if not len(x):
             return features
-        found = unlike_model(self.model.inputs, float(x.min()), float(x.max()))
+        compare = unlike_integers if x.dtype == np.uint8 else unlike_model
+        found = compare(self.model.inputs, float(features.min()), float(features.max()))
         if found and found.is_certain:
             raise DataError(found.text)
         if found and not self.told:

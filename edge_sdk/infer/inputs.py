@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from edge_sdk.data.bounded import Arrays, read_array, read_arrays
 from edge_sdk.data.contract import AXES, TrainedOn, bad, listed, mismatch
-from edge_sdk.data.examples import mapped
+from edge_sdk.data.examples import Examples, mapped
 from edge_sdk.data.loading import load_test
 from edge_sdk.data.plain_arrays import plain
 from edge_sdk.data.readers.arrays import ARRAYS, NPY, check_begin, checked_arrays
+from edge_sdk.data.readers.scaling import PIXELS
 from edge_sdk.errors import ConfigError, DataError
 from edge_sdk.infer.model_folder import ExportedModel, read_model
 
@@ -38,12 +41,28 @@ def read_inputs(
     if arrays := read_alone(Path(data)):
         x = unlabelled(arrays, read_model(model), data)[part]
     else:
-        examples = load_test(data)
-        check_like_model(read_model(model), examples.trained_on, data)
+        examples, about = load_test(data, is_for_training=False), read_model(model)
+        check_shape(examples, about, data)
         x, y = examples.x[part], examples.y[part]
+        own = examples.trained_on
+        is_bytes = examples.scaling == PIXELS and np.abs(examples.x).max() <= 1
+        if about.scaling and is_bytes:  # as uint8 without labels: by the model's rule
+            x = np.rint((x + PIXELS[1]) * PIXELS[0]).astype(np.uint8)
+            own = replace(own, scaling=None)
+        check_like_model(about, own, data)
     if not len(x):
         raise DataError(f"{data}: no examples are left after --skip {skip}")
     return x, y
+
+
+def check_shape(examples: Examples, model: ExportedModel, data: str) -> None:
+    """Raise DataError for examples of another shape than the model's."""
+    wanted, shape = ", ".join(map(str, model.spec.input_shape)), examples.x.shape
+    if examples.input_shape == model.spec.input_shape:
+        return
+    is_flat = math.prod(shape[1:]) == math.prod(model.spec.input_shape)
+    step = f"give x.reshape(-1, {wanted})" if is_flat else "give what the model was trained for"
+    raise bad(data, f"x of shape {shape}", f"(n, {wanted}) as the model takes", step)
 
 
 def check_like_model(model: ExportedModel, own: TrainedOn, data: str) -> None:
@@ -99,6 +118,7 @@ def unlabelled(arrays: Arrays, model: ExportedModel, data: str) -> npt.NDArray[A
         arrays = {"layout": np.array(AXES[x.ndim])} | arrays
     labels = {"y": np.zeros(x.shape[:1], np.int64), "num_classes": np.array(model.spec.num_classes)}
     examples = checked_arrays({**arrays, **labels}, data)
+    check_shape(examples, model, data)
     if x.dtype == np.uint8 and model.scaling:
         return x.reshape(examples.x.shape)
     check_like_model(model, examples.trained_on, data)

@@ -122,6 +122,23 @@ def test_a_run_of_a_version_that_did_not_note_its_data_goes_on(tmp_path):
 def test_a_run_whose_data_are_scaled_otherwise_now_does_not_go_on(tmp_path):
     open_store(tmp_path, settings(rounds=2, trained_on=PIXELS), "emulate", False).close()
     other = TrainedOn(scaling=scaling_of(0, 1, None), class_names=PIXELS.class_names)
-    said = r"--data \(serve: --test\) 127.5 \(now None\)"
+    said = r"are integers / 127.5 - 1, those of its data now floats as given, 0 to 1; give the same"
     with pytest.raises(ConfigError, match=said):
         open_store(tmp_path, settings(rounds=2, trained_on=other), "emulate", True)
+
+
+def test_what_the_data_hold_may_be_another_but_not_the_meaning_of_labels(tmp_path, caplog):
+    open_store(tmp_path, settings(rounds=2, trained_on=PIXELS), "emulate", False).close()
+    dark = TrainedOn(scaling=scaling_of(-1, -0.875, (127.5, 1.0)), class_names=PIXELS.class_names)
+    open_store(tmp_path, settings(rounds=2, trained_on=dark), "emulate", True).close()
+    assert "are 0 to 255, those of its data now 0 to 16; are they of one kind" in caplog.text
+    again = Store.resume(tmp_path)
+    assert again.config.trained_on == dark
+    again.close()
+    turned = TrainedOn(scaling=dark.scaling, class_names=PIXELS.class_names[::-1])
+    with pytest.raises(ConfigError) as caught:
+        open_store(tmp_path, settings(rounds=3, trained_on=turned), "emulate", True)
+    told = (
+        "class_names of --data (serve: --test) ('a', 'b', 'c') (now ('c', 'b', 'a')); resume with"
+    )
+    assert f"{tmp_path} was started with other settings: {told}" in str(caught.value)

@@ -291,7 +291,7 @@ def test_inputs_without_labels_have_no_accuracy(folder, tmp_path, capsys):
         ("one.npz", "one example, expected (n, 2); give x[None]"),
         ("whole.npy", "x of dtype int64, expected uint8 or float"),
         ("whole.npz", "x of dtype int64, expected uint8 or float"),
-        ("other.npz", "arrays [], expected an .npz file with inputs x"),
+        ("other.npz", "arrays ['inputs'], expected arrays x; save them under"),
     ]:
         assert main(["infer", str(folder), "--data", str(tmp_path / name)]) == 1
         assert said in capsys.readouterr().err
@@ -323,11 +323,12 @@ def test_data_scaled_otherwise_than_the_training_data_is_refused(tmp_path, capsy
     spec, data = cnn(), examples(6)
     known = dataclasses.replace(data, scaling=(8.0, 1.0))
     export(spec, initial_tensors(spec, 0), tmp_path / "model", examples=known)
-    np.savez(tmp_path / "a.npz", x=np.zeros((6, 1, 8, 8), np.uint8), y=data.y)
+    x = np.zeros((6, 1, 8, 8), np.float32)
+    np.savez(tmp_path / "a.npz", x=x, y=data.y, scaling=(16.0, 1.0))
     assert main(["infer", str(tmp_path / "model"), "--data", str(tmp_path / "a.npz")]) == 1
     said = "the model's training data are integers / 8 - 1, those of "
     assert said in (err := capsys.readouterr().err)
-    assert "a.npz integers / 127.5 - 1" in err
+    assert "a.npz integers / 16 - 1" in err
 
 
 def test_pickled_inputs_are_refused(folder, tmp_path, capsys):
