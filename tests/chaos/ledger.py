@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from coordinator.aggregation.border import STATE
 from coordinator.aggregation.staleness import rebase_late_updates
 from coordinator.cohorts.base import Client, ClientUpdate
 from coordinator.cohorts.in_process import train_here
@@ -148,7 +149,7 @@ def replayed(bed: Bed, rounds: Iterable[int], *, seed_shift: int = 0) -> dict[in
     for round in rounds:
         method = _method_before(bed, config, round)
         _do_again(bed, config, method, round, seed_shift)
-        theirs = load_file(bed.checkpoint(round))
+        theirs = _state(bed, round)
         differences[round] = largest_difference(method.state_dict(), theirs)
     return differences
 
@@ -161,7 +162,12 @@ def undisturbed(bed: Bed, last: int) -> float:
     method = make_method(config, "cpu")
     for round in range(1, last + 1):
         _do_again(bed, config, method, round)
-    return largest_difference(method.state_dict(), load_file(bed.checkpoint(last)))
+    return largest_difference(method.state_dict(), _state(bed, last))
+
+
+def _state(bed: Bed, round: int) -> Tensors:
+    """The method's part of a round's checkpoint: what the border remembers of norms is not."""
+    return {name: t for name, t in load_file(bed.checkpoint(round)).items() if name != STATE}
 
 
 def _config(bed: Bed) -> RunConfig:
@@ -173,7 +179,7 @@ def _method_before(bed: Bed, config: RunConfig, round: int) -> Method:
     """As it was when the jobs of this round were given."""
     method = make_method(config, "cpu")
     if round > 1:
-        method.load_state_dict(load_file(bed.checkpoint(round - 1)))
+        method.load_state_dict(_state(bed, round - 1))
     return method
 
 
