@@ -26,6 +26,7 @@ from coordinator.fleet.router import Outcast, Received, Refused, Router
 from coordinator.fleet.sessions import SILENCE_S, Gone, Session, Sessions, welcome_of
 from coordinator.fleet.spool import Spool
 from coordinator.fleet.state import RoundAtHand, cohort_state, folder_bytes
+from coordinator.fleet.waiting import TELL_S, Waiting
 from coordinator.store.status import CohortState
 from edge_sdk.helpers.logs import event
 from edge_sdk.helpers.text import one_line
@@ -43,7 +44,6 @@ from edge_sdk.protocol.messages import (
 
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 5.0
-TELL_S = 15.0  # between lines about what is waited for
 FAREWELL_S = 3.0  # for devices to answer a Bye
 LISTENING_GAP_S = 1.0  # a longer pause between two looks was the caller's
 LOOK_S = 1.0  # between looks after those who are silent
@@ -176,7 +176,7 @@ class ZmqCohort:
         jobs = self.jobs
         needed = self._hand_out(work, round, deadline_s)
         returned, started = 0, time.monotonic()
-        told = started
+        waiting = Waiting(round, started + deadline_s + self._config.grace_s, started)
         while True:
             while jobs.finished:
                 result = jobs.finished.pop(0)
@@ -187,22 +187,24 @@ class ZmqCohort:
                     returned += int(self._is_async or not result.staleness)
                 yield result
                 del result  # no reference stays here
+                waiting.note_result(time.monotonic())
                 self._num_heard = 0  # messages waited for the caller
             if not jobs.awaited or (self._is_async and returned >= needed):
                 jobs.leave_open()
                 return
             overdue_s = time.monotonic() - started - deadline_s - self._config.grace_s
             is_hopeless = returned + len(jobs.awaited) < needed  # too many have failed
-            if overdue_s > 0 and (returned >= needed or is_hopeless):
+            may_close = returned >= needed or is_hopeless
+            if overdue_s > 0 and may_close:
                 self._drain()  # what came while the caller aggregated is not late
                 if not jobs.finished:
                     jobs.close()
                 continue
             if overdue_s > 0:
                 self._patience.check(f"{returned} of {needed} needed returned in round {round}")
-                if time.monotonic() - told > TELL_S:
-                    told = time.monotonic()
-                    log.warning("round %d: %d of %d needed returned", round, returned, needed)
+            here = self._at_hand
+            counts = (len(here.returned), len(here.asked), here.needed)
+            waiting.tell(counts, jobs.awaited, time.monotonic(), may_close=may_close)
             self._pump()
 
     def snapshot(self) -> CohortState:
