@@ -77,8 +77,11 @@ def export(
 def check_exportable(
     spec: ModelSpec, tensors: Mapping[str, Tensor], examples: Examples | None
 ) -> None:
-    """Raise, before training, what `export` would raise of such a model; nothing is written."""
-    _exported(spec, tensors, examples, None)
+    """Raise, before training, what `export` would raise of such a model; nothing is written. The
+    parameters are moved a little, as training will: those of exactly 0 or 1 are optimised away."""
+    own = {name for name, _ in build(spec).named_parameters()}
+    moved = {n: t * 1.01 + 0.001 if n in own else t for n, t in tensors.items()}
+    _exported(spec, moved, examples, None)
 
 
 def _exported(

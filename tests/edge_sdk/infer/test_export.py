@@ -14,6 +14,7 @@ from coordinator.cli.main import main as coordinate
 from edge_sdk.cli.main import main
 from edge_sdk.data.loading import load_dataset, save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
+from edge_sdk.infer import early_exit
 from edge_sdk.infer import export as module
 from edge_sdk.infer.early_exit import EarlyExit
 from edge_sdk.infer.export import cut, export
@@ -118,27 +119,40 @@ def test_a_layer_that_onnx_lacks_is_one_line(tmp_path, monkeypatch):
 
 
 class Scaled(nn.Module):
-    """A learnable scalar, trained to 1.5."""
+    """A learnable scalar."""
 
-    def __init__(self) -> None:
+    def __init__(self, by: float) -> None:
         super().__init__()
-        self.by = nn.Parameter(torch.tensor(1.5))
+        self.by = nn.Parameter(torch.tensor(by))
 
     def forward(self, x):
         return x * self.by
 
 
-def test_a_learnable_scalar_before_a_product_is_exported(tmp_path, monkeypatch):
-    """onnxruntime fuses the two into a graph that it then cannot load; untrained, at 1, it does
-    not."""
+def scaled_by(monkeypatch, by: float) -> ModelSpec:
+    """The spec of a family that scales its inputs twice, each time before a product."""
 
     def build(spec):
-        stages = [nn.Sequential(nn.Flatten(), Scaled()), Scaled()]
+        stages = [nn.Sequential(nn.Flatten(), Scaled(by)), Scaled(by)]
         exits = [nn.Linear(64, spec.num_classes, bias=False) for _ in stages]
         return StagedModel(stages, exits)
 
     monkeypatch.setattr(FAMILIES, "_entries", FAMILIES._entries | {"scaled": Family(build)})
-    spec = ModelSpec(family="scaled", input_shape=(1, 8, 8), num_classes=3, exit=2)
+    return ModelSpec(family="scaled", input_shape=(1, 8, 8), num_classes=3, exit=2)
+
+
+def test_what_only_a_trained_model_breaks_is_found_before_training(monkeypatch):
+    """Scaling by exactly 1 is optimised away, and then there is nothing to fuse."""
+    spec = scaled_by(monkeypatch, 1.0)
+    module.check_exportable(spec, initial_tensors(spec, 0), None)
+    monkeypatch.setattr(early_exit, "BROKEN", [])
+    with pytest.raises(StoreError, match=r"whole.onnx cannot be loaded: .* is not a graph input"):
+        module.check_exportable(spec, initial_tensors(spec, 0), None)
+
+
+def test_a_learnable_scalar_before_a_product_is_exported(tmp_path, monkeypatch):
+    """onnxruntime would fuse the two into a graph that it then cannot load."""
+    spec = scaled_by(monkeypatch, 1.5)
     tensors = initial_tensors(spec, 0)
     assert export(spec, tensors, tmp_path / "model").largest_difference < 1e-5
     x = examples(5).x
