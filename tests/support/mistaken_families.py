@@ -289,6 +289,20 @@ def after_exits(layer: nn.Module) -> Change:
     return change
 
 
+class HalfInside(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out: Tensor = super().forward(x)
+        return out.float()
+
+
+def half_inside(spec, stages, exits):
+    exits[:] = [
+        HalfInside(nn.Linear(WIDTH, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), head)
+        for head in [nn.Linear(256, spec.num_classes) for _ in exits]
+    ]
+
+
 def finite_mask(spec, stages, exits):
     stages[0].register_buffer("mask", torch.full((8, 8), -1e9))
 
@@ -399,6 +413,7 @@ SOUND: dict[str, Change] = {
     "tied-in-one-stage": tied_in_one_stage,
     "looks-at-values": looks_at_values,
     "finite-mask": finite_mask,
+    "half-inside": half_inside,
     "counts-in-a-buffer": before_exits(lambda: Warm(is_registered=True)),
     "softmax": after_exits(nn.Softmax(1)),
     "log-softmax": after_exits(nn.LogSoftmax(1)),

@@ -75,7 +75,7 @@ def test_the_place_is_the_line_of_the_authors_code(mistaken):
     assert "raise KeyError" in Path(found[1]).read_text().splitlines()[int(found[2]) - 1]
 
 
-SOUND = ["plain", "no-parameters", "frozen-stages", "looks-at-values", "finite-mask"]
+SOUND = ["plain", "no-parameters", "frozen-stages", "looks-at-values", "finite-mask", "half-inside"]
 
 
 @pytest.mark.parametrize("family", [*SOUND, "counts-in-a-buffer", "softmax", "log-softmax"])
