@@ -344,7 +344,9 @@ class Agent:
         state, is_first = self._state, self._state.inspected is None
         if is_first and inspected.num_labels == 1:
             log.warning("all %d local examples have one label", inspected.num_examples)
-        state.note_inspected(inspected)
+        if state.note_inspected(inspected):
+            state.mark_lost()
+            self._link.open()  # a coordinator heeds one hello of a connection
         if is_first and inspected.finished:
             state.job, state.is_trained = inspected.finished, True
         elif state.job:  # the trainer died when it had trained

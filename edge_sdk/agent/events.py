@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -14,6 +16,8 @@ from edge_sdk.protocol.messages import ExitResult, Job, Segment, Update, Welcome
 EventKind: TypeAlias = Literal[
     "connected", "chosen", "job", "trained", "accepted", "failed", "lost", "finished", "ended"
 ]
+REPEATED = ("failed", "lost")  # kinds that a coordinator can cause without end
+SAME_S = 10.0  # between two lines that are alike
 
 
 @dataclass(frozen=True)
@@ -40,23 +44,24 @@ class Event:
 
 
 class EventLog:
-    """Logs each event and hands it to the callback, whose own errors end nothing."""
+    """Logs each event and hands it to the callback, whose own errors end nothing. A coordinator
+    that says the same again and again fills no log: of its like lines one in SAME_S is written,
+    with how many were not. clock: seconds, of any beginning."""
 
-    def __init__(self, log: logging.Logger, on_event: Callable[[Event], object] | None) -> None:
-        self._log = log
+    def __init__(
+        self,
+        log: logging.Logger,
+        on_event: Callable[[Event], object] | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._log, self._clock = log, clock
+        self._told: dict[Event, tuple[float, int]] = {}  # since when, lines that were left out
         self._on_event = on_event
         self._has_failed = False
 
     def __call__(self, event: Event) -> None:
-        where = f"round {event.round}: " if event.round else ""
-        fields = logs.event(
-            event.kind,
-            round=event.round or None,
-            code=event.code or None,
-            exit=event.exit or None,
-            seconds=event.seconds or None,
-        )
-        self._log.log(event.level, "%s%s", where, event.detail, extra=fields)
+        if (behind := self._behind(event)) is not None:
+            self._write(event, behind)
         if self._on_event is None:
             return
         try:
@@ -68,6 +73,30 @@ class EventLog:
                     event.kind,
                 )
             self._has_failed = True
+
+    def _behind(self, event: Event) -> str | None:
+        """What to write behind the line, mostly ""; None: the line is left out."""
+        if event.kind not in REPEATED:
+            return ""
+        now = self._clock()
+        since, num_left_out = self._told.get(event, (-math.inf, 0))
+        if now - since < SAME_S:
+            self._told[event] = since, num_left_out + 1
+            return None
+        self._told = {e: told for e, told in self._told.items() if now - told[0] < SAME_S}
+        self._told[event] = now, 0
+        return f" ({num_left_out} more like it since)" if num_left_out else ""
+
+    def _write(self, event: Event, behind: str) -> None:
+        where = f"round {event.round}: " if event.round else ""
+        fields = logs.event(
+            event.kind,
+            round=event.round or None,
+            code=event.code or None,
+            exit=event.exit or None,
+            seconds=event.seconds or None,
+        )
+        self._log.log(event.level, "%s%s%s", where, event.detail, behind, extra=fields)
 
 
 def connected(welcome: Welcome) -> Event:

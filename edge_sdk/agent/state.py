@@ -25,6 +25,7 @@ UNANSWERED = (
 )
 ABSENCE_S = 600.0  # between two lines that say the same of an absent coordinator
 LEAST_HEARTBEAT_S = 0.1
+OF_DATA = ("num_examples", "input_shape", "num_classes", "scaling", "class_names")  # in a hello
 REFUSED_MAX_S = 120.0
 
 
@@ -76,12 +77,15 @@ class State:
     absence: str = ""  # why the coordinator is not reached, as it was logged last
     tell_absence_at: float = 0.0  # again
 
-    def note_inspected(self, inspected: Inspected) -> None:
-        """Remember what a trainer found. Only the first one measures speed: that is carried on."""
-        if self.inspected and not inspected.gflops:
-            known = self.inspected
-            inspected = replace(inspected, gflops=known.gflops, layer_s=known.layer_s)
-        self.inspected = inspected
+    def note_inspected(self, inspected: Inspected) -> bool:
+        """Remember what a trainer found; whether its data are not those that hello told of. Only
+        the first one measures speed: that is carried on."""
+        known, self.inspected = self.inspected, inspected
+        if known and not inspected.gflops:
+            self.inspected = replace(inspected, gflops=known.gflops, layer_s=known.layer_s)
+        return known is not None and any(
+            getattr(known, name) != getattr(inspected, name) for name in OF_DATA
+        )
 
     def mark_welcomed(self, welcome: Welcome) -> None:
         self.welcome = self.last_welcome = welcome

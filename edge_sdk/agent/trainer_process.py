@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -28,6 +29,7 @@ from edge_sdk.helpers.files import Stamp, stamp_of
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Fault, Fetch, Part, Update
 
+log = logging.getLogger(__name__)
 RESTART_S = 1.0  # pause before another trainer, doubles to RESTART_MAX_S
 RESTART_MAX_S = 60.0
 # Trainers that end alike before any job, after which the device rests: the next one would, too.
@@ -202,13 +204,13 @@ class Supervisor:
     def __init__(self, options: TrainerOptions, search_path: Sequence[str] = ()) -> None:
         self._options = options
         self._search_path = search_path
+        self._stamps = _stamps(options.data)  # of the data, as the last process began to read them
         self.process: TrainerProcess | None = TrainerProcess(options, search_path)
         self.restart_at: float | None = None
         self._pause_s = RESTART_S
         self._num_cancels = 0  # sent, and not answered yet
         self.num_alike, self._status = 0, 0
         self._started = time.monotonic()
-        self._stamps: list[Stamp] = []  # of the data, when the rest began
 
     def send(self, message: PipeMessage, payload: Payload = b"") -> None:
         """Queue a message. While no process runs it is dropped: a new one begins without a job."""
@@ -274,8 +276,12 @@ class Supervisor:
         return ending, self._put_off()
 
     def restart(self) -> None:
-        """Start another process. Raises TrainerError: the next try is at `restart_at`."""
+        """Start another process, which reads the data anew. Raises TrainerError: the next try is
+        at `restart_at`."""
         self.restart_at = None
+        if (stamps := _stamps(self._options.data)) != self._stamps:
+            log.warning("%s changed since it was read, read again", self._options.data)
+        self._stamps = stamps
         try:
             options = replace(self._options, measure_compute=False)
             self.process = TrainerProcess(options, self._search_path)
@@ -296,7 +302,6 @@ class Supervisor:
         self._pause_s = min(RESTART_MAX_S, 2 * pause_s)
         if self.is_resting:
             pause_s = min(REST_MAX_S, REST_S * 2 ** min(10, self.num_alike - MOST_ALIKE))
-            self._stamps = _stamps(self._options.data)
         self.restart_at = time.monotonic() + pause_s
         return pause_s
 

@@ -42,7 +42,7 @@ def test_a_round_that_needs_more_is_told_to_wait_also_beyond_its_end(said):
     round = Waiting(3, closes_at=30.0, now=0.0)
     tell_from(round, range(46), (0, 7, 4), may_close=False, awaited=set("gfedcba"))
     assert said.messages == [
-        "round 3: 0 of 7 returned, waiting for a, b, c, d, e and 2 more, 4 are needed"
+        "round 3: 0 of 7 returned, waiting for a, b, c, d, e and 2 more, 4 needed"
     ]
     assert [record.levelname for record in said.records] == ["WARNING"]
 

@@ -15,6 +15,7 @@ from edge_sdk.agent.pipe import TrainerOptions
 from edge_sdk.agent.trainer_process import MOST_ALIKE, Ending, Supervisor
 from edge_sdk.data.loading import save_shard
 from edge_sdk.errors import DataError, TrainerError
+from edge_sdk.helpers.files import write_whole
 from edge_sdk.protocol.messages import Hello, Ready
 from tests.support.agent import MODEL, WHOLE, finish, listening, running
 from tests.support.coordinator import ScriptedCoordinator
@@ -109,6 +110,18 @@ def test_other_data_end_the_rest(monkeypatch, tmp_path, what):
     assert supervisor.is_due(soon)
 
 
+def test_data_that_changed_are_said_to_be_read_again(monkeypatch, tmp_path, caplog):
+    data = tmp_path / "d1.npz"
+    data.write_bytes(b"1")
+    monkeypatch.setattr(trainer_process, "TrainerProcess", lambda *_: Mortal(*[1] * 4))
+    supervisor = Supervisor(TrainerOptions(data=str(data)))
+    for content, lines in ((None, 0), (b"2", 1), (None, 1), (b"22", 2)):
+        if content:
+            write_whole(data, content)  # by another file of its name
+        supervisor.restart()
+        assert caplog.messages == [f"{data} changed since it was read, read again"] * lines
+
+
 # -- real processes --------------------------------------------------------------------------------
 
 
@@ -153,7 +166,7 @@ def test_what_a_trainer_dies_of_is_told(tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_a_device_rests_and_tells_each_coordinator_why(quick_retries, tmp_path):
+def test_a_device_rests_and_tells_each_coordinator_why(quick_retries, tmp_path, caplog):
     flag, data = tmp_path / "flag", tmp_path / "data.npz"
     (tmp_path / "mortal.py").write_text(MORTAL.format(flag=str(flag)))
     options = {"imports": ("mortal",), "search_path": (str(tmp_path), str(ROOT))}
@@ -180,5 +193,8 @@ def test_a_device_rests_and_tells_each_coordinator_why(quick_retries, tmp_path):
         coordinator.welcome(MODEL, WHOLE)
         flag.unlink()
         save_shard(data, examples(30))
+        coordinator.wait_for(Hello, lambda hello: hello.num_examples == 30)
+        assert caplog.messages.count(f"{data} changed since it was read, read again") == 1
+        coordinator.welcome(MODEL, WHOLE)
         coordinator.wait_for(Ready, lambda ready: ready.exit == 3)
         finish(coordinator, 1)
