@@ -33,7 +33,7 @@ from edge_sdk.protocol.keys import SERVER_KEYS, check_key, make_keys, read_key
 from edge_sdk.protocol.messages import CLIENT_NAME
 
 PORT = 5555  # of `serve --listen` by default
-MOST_HOURS = 24.0 * 366
+LEAST_HOURS, MOST_HOURS = 1 / 60, 24.0 * 366
 
 
 def add_keys_command(commands: Any) -> None:
@@ -176,8 +176,9 @@ def hours_flag(text: str) -> float:
         hours = float(text)
     except ValueError:
         hours = 0.0
-    if not 0 < hours <= MOST_HOURS:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected hours up to {MOST_HOURS:g}")
+    if not LEAST_HOURS <= hours <= MOST_HOURS:
+        wanted = f"expected hours up to {MOST_HOURS:g}, a minute (0.017) or more"
+        raise argparse.ArgumentTypeError(f"{text!r}, {wanted}")
     return hours
 
 

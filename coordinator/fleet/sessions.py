@@ -144,7 +144,8 @@ class Sessions:
             what = f"trains up to exit {ready.exit}" if ready.exit else "can train nothing now"
             extra = event("ready", client=name, exit=ready.exit)
             if (behind := self.repeats.note("ready", name)) is not None:
-                log.info("%s %s (%s)%s", name, what, ready.reason, behind, extra=extra)
+                why = f" ({ready.reason})" if ready.reason else ""
+                log.info("%s %s%s%s", name, what, why, behind, extra=extra)
 
     def _turn_away(self, received: Received, name: str, code: str, detail: str) -> None:
         """Refuse a hello."""

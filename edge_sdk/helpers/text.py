@@ -98,6 +98,8 @@ def checked_endpoint(text: str, flag: str) -> str:
         raise ConfigError(f"{flag} {text!r} has a port outside 1 to 65535")
     if found[1] is not None:
         _check_ipv6(found[1], f"{flag} {text!r}")
+    elif re.fullmatch(r"[0-9.]+", found[2]):
+        _check_ipv4(found[2], f"{flag} {text!r}")
     return text
 
 
@@ -107,6 +109,15 @@ def split_endpoint(endpoint: str) -> tuple[str, str, bool]:
     found = _ENDPOINT.fullmatch(endpoint)
     assert found, endpoint
     return found[1] or found[2], found[3], found[1] is not None
+
+
+def _check_ipv4(host: str, where: str) -> None:
+    """Raise ConfigError, which begins with `where`."""
+    try:
+        ipaddress.IPv4Address(host)
+    except ValueError as error:
+        wanted = "expected four numbers from 0 to 255, or a name"
+        raise ConfigError(f"{where} has no IPv4 address: {error}; {wanted}") from error
 
 
 def _check_ipv6(host: str, where: str) -> None:

@@ -102,12 +102,14 @@ def test_an_invitation_that_cannot_be_made(gate, capsys, flags, said):
     assert not gate.invitations.exists()
 
 
-@pytest.mark.parametrize("hours", ["0", "-1", "nan", "inf", "1e9", "a day", ""])
+@pytest.mark.parametrize("hours", ["0", "-1", "nan", "inf", "1e9", "1e-9", "0.016", "a day", ""])
 def test_hours_that_no_invitation_has(gate, capsys, hours):
     with pytest.raises(SystemExit) as stop:
         coordinate(["invite", "--keys", str(gate.clients.parent), f"--valid={hours}"])
     assert stop.value.code == 2
-    assert f"{hours!r}, expected hours up to 8784" in capsys.readouterr().err
+    assert (
+        f"{hours!r}, expected hours up to 8784, a minute (0.017) or more" in capsys.readouterr().err
+    )
 
 
 def test_clients_are_added_listed_and_removed(gate, capsys):

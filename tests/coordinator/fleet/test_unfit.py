@@ -148,6 +148,19 @@ def test_who_waits_hears_why(make_coordinator, impatient_waiting, caplog):
     }
 
 
+def test_a_device_that_gives_no_reason_is_told_without(make_coordinator, caplog):
+    caplog.set_level(logging.INFO)
+    coordinator = make_coordinator("pi", "nano")
+    waiting = coordinator.clients()
+    for name, reason in (("pi", ""), ("nano", "the model's last exit")):
+        device = coordinator.device(name)
+        device.hello()
+        device.send(Ready(exit=3, reason=reason))
+    waiting.result(WAIT_S)
+    assert "pi trains up to exit 3" in caplog.messages
+    assert "nano trains up to exit 3 (the model's last exit)" in caplog.messages
+
+
 @pytest.mark.parametrize("is_insecure", [True, False])
 def test_another_protocol(make_coordinator, impatient_waiting, caplog, is_insecure):
     """By the name of its key, else the one that it gives."""
