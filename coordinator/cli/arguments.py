@@ -251,8 +251,8 @@ class CommandParser(Parser):
 
 def _named(args: Sequence[str]) -> argparse.Namespace:
     """What is named before anything else is understood: with it the other flags, and their
-    defaults, are. Shortened flags count, as where all are parsed."""
-    parser = argparse.ArgumentParser(add_help=False)
+    defaults, are. Nothing is shortened: --serve would be taken for --server-optimizer."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--import", dest="imports", action="append", nargs="?", default=[])
     for name in ("--paper", "--resume"):
         parser.add_argument(name, action="store_true")

@@ -126,13 +126,14 @@ class Only(NamedTuple):
 
 class Parser(argparse.ArgumentParser):
     """What is wrong with the command line is one line and status 2. No value may be empty, as of a
-    script's variable that is not set, and no number NaN or infinite.
+    script's variable that is not set, and no number NaN or infinite. A flag is its whole name: a
+    shortened one could mean another, or another one tomorrow.
 
     only: by flag, with what it counts; typed elsewhere it is refused, as it would have no effect.
     own: values of such other flags that are not this project's, and may take any."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self.only: dict[str, Only] = {}
         self.own: set[object] = set()
         for kind, parse in {int: whole_flag(), float: plain_number, Path: path_flag}.items():

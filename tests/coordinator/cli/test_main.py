@@ -245,6 +245,19 @@ def test_default_and_paper_settings(tmp_path):
     assert (own["generator"]["rank"], own["server"]["serve"]) == (7, "ema")
 
 
+def test_a_flag_whose_name_begins_another_changes_nothing_else(tmp_path):
+    """--serve was taken for a shortened --server-optimizer, whose defaults ruin a plain server."""
+    plain, last = settings(tmp_path)["config"], settings(tmp_path, "--serve", "last")["config"]
+    assert last["server"] == plain["server"] | {"serve": "last"}
+
+
+def test_a_shortened_flag_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*EMULATE, "--server-optimize", "fedadam"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --server-optimize" in capsys.readouterr().err
+
+
 def test_personalised_accuracy_is_told_by_group(tmp_path, capsys):
     content = settings(tmp_path, "--personalise", "1")
     groups = content["personalised"]["groups"]
