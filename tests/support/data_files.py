@@ -96,3 +96,16 @@ def broken_copies(raw: bytes, count: int) -> list[bytes]:
         copies.append(raw[:position])
         copies.append(raw[:position] + rng.bytes(4) + raw[position + 4 :])
     return copies
+
+
+class Items:
+    """A Dataset of what it is given."""
+
+    def __init__(self, items: list[object]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> object:
+        return self._items[index]

@@ -15,26 +15,7 @@ from safetensors import safe_open
 
 from coordinator.cli.main import main
 from coordinator.store.lock import RunLock
-
-EMULATE = [
-    "emulate",
-    "--data",
-    "digits",
-    "--clients",
-    "6",
-    "--groups",
-    "2,2,2",
-    "--rounds",
-    "2",
-    "--participants",
-    "4",
-    "--batch-size",
-    "8",
-    "--epochs",
-    "1",
-    "--examples",
-    "300",
-]
+from tests.support.commands import EMULATE
 
 
 @pytest.mark.parametrize("method", ["hypemefed", "stage-rotation"])

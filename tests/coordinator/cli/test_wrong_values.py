@@ -5,27 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coordinator.cli.main import main
-from tests.support.commands import status_of
-
-EMULATE = [
-    "emulate",
-    "--data",
-    "digits",
-    "--clients",
-    "6",
-    "--groups",
-    "2,2,2",
-    "--rounds",
-    "2",
-    "--participants",
-    "4",
-    "--batch-size",
-    "8",
-    "--epochs",
-    "1",
-    "--examples",
-    "300",
-]
+from tests.support.commands import EMULATE, status_of
 
 
 @pytest.mark.parametrize(
