@@ -163,6 +163,7 @@ def plot(rounds: Sequence[RoundRow], path: Path, title: str) -> None:
         else:
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
         axes.set(xlabel="round", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     content = io.BytesIO()

@@ -143,6 +143,7 @@ VALUES: tuple[dict[str, float], ...] = (
         "accuracy_exit_1": 0.5,
         "accuracy_served_exit_1": 0.4,
         "accuracy_exit_2": 0.7,
+        "loss_exit_1": 0.5,
         "error": 0.25,
         "gap": float("nan"),
     },

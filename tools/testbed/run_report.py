@@ -181,7 +181,7 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
         figures={
             name: value
             for round, name, value in metrics
-            if round == last_round and not name.startswith((LAST, SERVED))
+            if round == last_round and "_exit_" not in name
         },
     )
 
