@@ -14,7 +14,12 @@ from msgspec import UNSET, Meta, UnsetType
 
 from edge_sdk.data.contract import NOT_KNOWN, TrainedOn
 from edge_sdk.errors import ConfigError
-from edge_sdk.protocol.messages import Index, ModelSpec, Plan, Seconds, Segment
+from edge_sdk.protocol.fields import Index, Seconds
+from edge_sdk.protocol.messages import (
+    ModelSpec,
+    Plan,
+    Segment,
+)
 
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Decay: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]

@@ -41,154 +41,20 @@ from edge_sdk.capacity import chooser
 from edge_sdk.data import examples
 from edge_sdk.errors import EdgeError
 from edge_sdk.protocol import codec, join, link, messages, stream
+from edge_sdk.protocol import fields as wire_fields
 from edge_sdk.protocol.codec import decode, encode
-from edge_sdk.protocol.messages import (
-    PLAIN_TEXT,
-    Accepted,
-    Bye,
-    DeviceProfile,
-    ExitResult,
-    Fault,
-    Fetch,
-    Heartbeat,
-    Hello,
-    InputScaling,
-    Job,
-    Join,
-    Joined,
-    Message,
-    ModelSpec,
-    Part,
-    Phase,
-    Plan,
-    Probe,
-    Ready,
-    Segment,
-    TensorSpec,
-    Update,
-    Welcome,
-)
+from edge_sdk.protocol.fields import ITEM_BYTES, PLAIN_TEXT
+from edge_sdk.protocol.messages import Fetch, Message
 from edge_sdk.protocol.tensors import DTYPES
 from edge_sdk.training import trainer, worker
+from tests.support.golden_messages import EXAMPLES
 
 GOLDEN = Path(__file__).parent / "golden"
 TYPES = typing.get_args(Message)
-MODEL = ModelSpec(
-    family="cnn",
-    input_shape=(1, 28, 28),
-    num_classes=10,
-    exit=3,
-    width=0.5,
-    options={"channels": (16, 32, 64), "dropout": 0.25, "name": "é", "is_wide": True, "depth": 4},
-)
-PLAN = Plan(
-    segments=(Segment(first=1, last=2), Segment(first=3, last=3)),
-    epochs=2,
-    batch_size=16,
-    micro_batch=8,
-    recompute=True,
-    lr=0.0625,
-    optimizer="sgd",
-    momentum=0.5,
-    weight_decay=0.125,
-    exit_weights=(1.0, 0.5, 0.25),
-    prox_mu=0.75,
-    distill="mutual",
-    distill_weight=0.5,
-    distill_temperature=3.0,
-    seed=2**61 + 7,
-)
-SPECS = (
-    TensorSpec(name="stages.0.0.weight", shape=(16, 1, 3, 3), dtype="float32", role="mask"),
-    TensorSpec(name="exits.0.2.bias", shape=(10,), dtype="float16", role="correction"),
-    TensorSpec(name="stages.1.1.count", shape=(), dtype="int64", role="teacher"),
-)
-SCALING = InputScaling(low=-1.0, high=0.75, divisor=127.5, offset=1.0)
-NAMES = "00112233445566778899aabbccddeeff"
-JOB = "0123456789abcdef0123456789abcdef"
-EXAMPLES: tuple[Message, ...] = (
-    Hello(
-        protocol=5,
-        client_id="pi-4.kitchen_1",
-        session="5f0c9a6e1b2d3c4f",
-        profile=DeviceProfile(
-            platform="raspberry-pi-4",
-            board="Raspberry Pi 4 Model B Rev 1.5",
-            machine="aarch64",
-            memory_total_bytes=4_000_000_000,
-            memory_available_bytes=536_870_912,
-            memory_bound="cgroup",
-            cores=3.5,
-            gflops=9.25,
-            layer_s=0.0001,
-            link_mbit_s=90.5,
-            is_emulated=True,
-            cpu_scale=6.5,
-        ),
-        num_examples=640,
-        input_shape=(1, 28, 28),
-        num_classes=10,
-        scaling=SCALING,
-        class_names=NAMES,
-        round=7,
-        job=JOB,
-        software="edge-sdk 0.1.0",
-    ),
-    Welcome(
-        protocol=5,
-        run="a1b2c3d4e5f6",
-        model=MODEL,
-        plan=PLAN,
-        deadline_s=90.5,
-        heartbeat_s=5.0,
-        scaling=SCALING,
-        class_names=NAMES,
-    ),
-    Ready(
-        exit=2,
-        stages=(3,),
-        prefix_s=1.5,
-        stage_s=(2.0, 2.5),
-        reason="exit 3 needs 700.0 MiB, 512.0 MiB available (cgroup)",
-    ),
-    Job(id=JOB, round=7, model=MODEL, plan=PLAN, tensors=SPECS, deadline_s=90.5),
-    Fetch(round=7, have=5, first=8, count=4),
-    Part(round=7, index=300),
-    Update(
-        job=JOB,
-        digest="fedcba9876543210fedcba9876543210",
-        round=7,
-        num_examples=640,
-        num_steps=80,
-        exits=(ExitResult(exit=1, loss=0.5, accuracy=0.875),),
-        phases={
-            "wait": Phase(wall_s=1.5, cpu_s=0.125),
-            "download": Phase(wall_s=2.5, cpu_s=0.25),
-            "load": Phase(wall_s=0.25, cpu_s=0.25),
-            "train": Phase(wall_s=30.5, cpu_s=100.25),
-        },
-        peak_memory_bytes=400_000_000,
-        micro_batch=8,
-        recompute=True,
-        retries=2,
-        tensors=SPECS,
-    ),
-    Accepted(round=7),
-    Fault(code="capacity", detail="out of memory while training", round=7),
-    Heartbeat(round=7),
-    Probe(),
-    Bye(reason="run finished", is_final=True),
-    Join(client_id="pi-4.kitchen_1", public_key="Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"),
-    Joined(client_id="pi-4.kitchen_1"),
-)
 # What a peer sees of every module's constants, a table of docs/protocol-coordinator.md.
 CONSTANTS: dict[ModuleType, tuple[str, ...]] = {
-    messages: (
-        "PROTOCOL",
-        "MAX_FRAME_BYTES",
-        "MAX_TENSORS",
-        "MAX_LINE",
-    ),
+    messages: ("PROTOCOL", "MAX_FRAME_BYTES", "MAX_TENSORS"),
+    wire_fields: ("MAX_LINE",),
     codec: ("MAX_CONTROL_BYTES",),
     stream: ("PART_BYTES", "MAX_TRANSFER_BYTES", "ALIGNMENT"),
     link: ("PING_MS", "PING_TIMEOUT_MS", "DEAD_MS", "HIGH_WATER"),
@@ -409,10 +275,10 @@ def test_protocol_names_every_fault_code(text):
 
 
 def test_protocol_gives_every_dtype_and_its_size(text):
-    assert list(messages.ITEM_BYTES) == list(DTYPES)
+    assert list(ITEM_BYTES) == list(DTYPES)
     table = {row[0].strip("`"): row[1] for row in rows(text) if len(row) > 1}
     assert {name: table.get(name) for name in DTYPES} == {
-        name: str(size) for name, size in messages.ITEM_BYTES.items()
+        name: str(size) for name, size in ITEM_BYTES.items()
     }
 
 

@@ -19,9 +19,9 @@ from typing import TypeAlias
 from uuid import uuid4
 
 from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.fields import ITEM_BYTES
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import (
-    ITEM_BYTES,
     PROTOCOL,
     Accepted,
     Bye,

@@ -32,8 +32,8 @@ from edge_sdk.helpers.files import (
     stamp_of,
     write_whole,
 )
+from edge_sdk.protocol.fields import CLIENT_NAME
 from edge_sdk.protocol.keys import check_key
-from edge_sdk.protocol.messages import CLIENT_NAME
 
 log = logging.getLogger(__name__)
 SETTLED_S = 0.2

@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import NOWHERE, Stamp, heir_of, stamp_of, write_whole
-from edge_sdk.protocol.messages import ClientId, CurveKey
+from edge_sdk.protocol.fields import ClientId, CurveKey
 
 log = logging.getLogger(__name__)
 # Seconds of UTC since 1970, to year 6325.

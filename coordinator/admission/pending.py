@@ -19,7 +19,7 @@ from msgspec import Meta
 from coordinator.admission.invitations import Time, write_private
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import NOWHERE, locked, stamp_of
-from edge_sdk.protocol.messages import CurveKey
+from edge_sdk.protocol.fields import CurveKey
 
 log = logging.getLogger(__name__)
 MOST = 100

@@ -10,6 +10,10 @@ method, Dirichlet 0.1, adam, sgd at 0.1 with momentum too) those that moved weig
 |sent| moved 2.8 medians, and statistics moved up to 48. Norms of refused updates are remembered
 too: when most of a cohort moves further, that is no attack.
 
+What an update brings beside the model's own tensors (see fields.Role) is one more group, whose
+movement is measured from what was sent under the same name and shape, else from zero; what its
+integers mean the method knows that asked for them.
+
 With fewer than FEW norms of earlier rounds a stage has the round's own: up to HELD updates wait, in
 their order, for others to be compared with. Where there are no three, weights may move by 10 FACTOR
 (|sent| + 1), statistics by anything whose squares stay in float32.
@@ -36,7 +40,7 @@ from coordinator.aggregation.weights import most_examples
 from coordinator.cohorts.base import Absence, ClientUpdate
 from coordinator.cohorts.sampling import job_seed
 from edge_sdk.errors import ShapeError, UpdateError
-from edge_sdk.protocol.tensor_lists import stage_of
+from edge_sdk.protocol.tensor_lists import role_of, stage_of
 from edge_sdk.protocol.tensors import Tensors, check_finite, check_shapes
 
 log = logging.getLogger(__name__)
@@ -57,7 +61,8 @@ class Border:
     def __init__(self, model: nn.Module, factor: float, *, epochs: int, seed: int) -> None:
         self._groups = groups_of(model)
         stages = 1 + max((stage for stage, _ in self._groups.values()), default=-1)
-        self.memory = NormMemory(stages, len(KINDS))
+        self._beside: Group = (stages, WEIGHTS)
+        self.memory = NormMemory(stages + 1, len(KINDS))
         self._factor = factor
         self._epochs = epochs
         self._seed = seed
@@ -77,12 +82,16 @@ class Border:
         started: dict[Group, float] = {}
         for name, tensor in update.tensors.items():
             if not tensor.is_floating_point():
-                self._check_integers(name, tensor, sent[name], told, where)
+                if role_of(name)[0] == "weight":
+                    self._check_integers(name, tensor, sent[name], told, where)
                 continue
-            group = self._groups[name]
+            group = self._groups.get(name, self._beside)
             if group[1] == VARIANCES and tensor.numel() and (least := float(tensor.min())) < 0:
                 raise UpdateError(f"{where}: {name} reaches {least:.3g}, a variance is at least 0")
-            moved, began = squared_norms(tensor, sent[name])
+            old = sent.get(name)
+            if old is None or old.shape != tensor.shape:
+                old = torch.zeros_like(tensor)
+            moved, began = squared_norms(tensor, old)
             squares[group] = squares.get(group, 0.0) + moved
             started[group] = started.get(group, 0.0) + began
         if not all(math.isfinite(total) for total in squares.values()):
@@ -181,7 +190,7 @@ class Border:
         medians: Mapping[Group, float],
     ) -> None:
         for group, norm in norms.items() if self._factor else ():
-            stage, kind = group
+            kind = group[1]
             factor = self._factor * (1 if kind == WEIGHTS else STATISTICS)
             if (median := medians.get(group)) is not None:
                 bound = max(factor * median, factor / 10 * scales[group])
@@ -191,9 +200,17 @@ class Border:
                 why = "before there are others to compare with"
             if norm > bound:
                 raise UpdateError(
-                    f"{where}: moved the {KINDS[kind]} of stage {stage + 1} by {norm:.3g}, at most "
+                    f"{where}: moved the {self._words(group)} by {norm:.3g}, at most "
                     f"{bound:.3g}: {why}; see --refuse-above"
                 )
+
+    def _words(self, group: Group) -> str:
+        stage, kind = group
+        return (
+            "tensors beside the model"
+            if group == self._beside
+            else f"{KINDS[kind]} of stage {stage + 1}"
+        )
 
     def _check_integers(
         self, name: str, tensor: Tensor, sent: Tensor, num_examples: int, where: str

@@ -28,9 +28,9 @@ from edge_sdk.cli.flags import add_command, path_flag
 from edge_sdk.errors import ConfigError, UsageError, typed
 from edge_sdk.helpers.files import locked, why_not
 from edge_sdk.helpers.text import checked_endpoint, split_endpoint
+from edge_sdk.protocol.fields import CLIENT_NAME
 from edge_sdk.protocol.invitation import InvitationLine, encode_line
 from edge_sdk.protocol.keys import SERVER_KEYS, check_key, make_keys, read_key
-from edge_sdk.protocol.messages import CLIENT_NAME
 
 PORT = 5555  # of `serve --listen` by default
 LEAST_HOURS, MOST_HOURS = 1 / 60, 24.0 * 366

@@ -9,13 +9,13 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
+from edge_sdk.protocol.fields import Struct
 from edge_sdk.protocol.messages import (
     DeviceProfile,
     ModelSpec,
     Phase,
     Plan,
     Segment,
-    Struct,
     TensorSpec,
     Update,
 )
@@ -26,7 +26,8 @@ from edge_sdk.protocol.tensors import Tensors
 class Client:
     """A device known to the coordinator. exit: the deepest it can train, its group; stages: deeper
     ones that it could train alone over a frozen prefix. prefix_s, stage_s: predicted seconds of the
-    prefix's job and of each of `stages`; 0 and () where unknown."""
+    prefix's job and of each of `stages`; 0 and () where unknown. variant: the place, from 1, of its
+    model among those that the method offers; 0: none. num_weights: see messages.Ready."""
 
     id: str
     exit: int
@@ -35,11 +36,26 @@ class Client:
     stage_s: tuple[float, ...] = ()
     num_examples: int = 0
     profile: DeviceProfile | None = None
+    variant: int = 0
+    num_weights: int = 0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What devices count with before they say what they can train. model: the whole one. plan: with
+    all that any job may ask for, at its largest. variants: models to choose among, cheapest first,
+    each trained as one segment up to its exit; (): `model`, cut at any exit."""
+
+    model: ModelSpec
+    plan: Plan
+    variants: tuple[ModelSpec, ...] = ()
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One job: what to build, how to train, what travels down, and what must come back."""
+    """One job: what to build, how to train, what travels down, and what must come back. Tensors
+    that are no weights of the model are named by their role, see fields.Role; of "packed" ones at
+    most as many values as `returns` says."""
 
     model: ModelSpec
     plan: Plan
@@ -64,10 +80,12 @@ class ArrivedUpdate(Struct, frozen=True, kw_only=True):
     """A whole update but for its tensors: the participant's own message, and how it came. That of
     an emulated client names no round (0), job ("") or digest (""), and was not uploaded (None).
 
-    segments: of its job; bytes_down, bytes_up: moved for the job and for the update."""
+    segments, model: of its job, the model None where an older program kept it; bytes_down,
+    bytes_up: moved for the job and for the update."""
 
     update: Update
     segments: tuple[Segment, ...]
+    model: ModelSpec | None = None
     upload_s: float | None = None
     bytes_down: int = 0
     bytes_up: int = 0
@@ -96,6 +114,10 @@ class ClientUpdate:
     @property
     def segments(self) -> tuple[Segment, ...]:
         return self.arrived.segments
+
+    @property
+    def model(self) -> ModelSpec | None:
+        return self.arrived.model
 
     @property
     def num_examples(self) -> int:

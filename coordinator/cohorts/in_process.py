@@ -80,6 +80,7 @@ def train_here(
     arrived = ArrivedUpdate(
         update=as_update(result, job),
         segments=job.plan.segments,
+        model=job.model,
         bytes_down=layout(specs_of(job.tensors))[1],
         bytes_up=layout(job.returns)[1],
     )

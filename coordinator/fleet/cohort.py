@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from coordinator.cohorts.base import Absence, Assignment, Check, Client, ClientUpdate
+from coordinator.cohorts.base import Absence, Assignment, Check, Client, ClientUpdate, Offer
 from coordinator.cohorts.quorum import clients_needed, updates_needed
 from coordinator.config import RunConfig
 from coordinator.fleet.counters import Counters
@@ -36,7 +36,6 @@ from edge_sdk.protocol.messages import (
     Fetch,
     Heartbeat,
     Hello,
-    ModelSpec,
     Part,
     Ready,
     Update,
@@ -67,7 +66,7 @@ class ZmqCohort:
         router: Router,
         spool: Spool,
         config: RunConfig,
-        model: ModelSpec,
+        offer: Offer,
         *,
         run: str,
         give_up_after_s: float = 0.0,
@@ -83,7 +82,7 @@ class ZmqCohort:
         self._spool = spool
         self._counters = counters = Counters()
         self._should_stop = should_stop
-        welcome, names = welcome_of(config, model, run, HEARTBEAT_S), config.trained_on.class_names
+        welcome, names = welcome_of(config, offer, run, HEARTBEAT_S), config.trained_on.class_names
         self.sessions = Sessions(router, welcome, counters, names)
         self.jobs = Jobs(
             run,

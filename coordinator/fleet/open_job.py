@@ -175,6 +175,7 @@ class OpenJob:
         return ArrivedUpdate(
             update=self.update,
             segments=self.job.plan.segments,
+            model=self.job.model,
             upload_s=time.monotonic() - self.announced,
             bytes_down=self.bytes_down,
             bytes_up=self.bytes_up,

@@ -28,9 +28,15 @@ from edge_sdk.errors import ConfigError, ProtocolError, VersionError
 from edge_sdk.helpers.logs import event
 from edge_sdk.helpers.text import split_endpoint
 from edge_sdk.protocol.codec import unpack
+from edge_sdk.protocol.fields import CLIENT_NAME
 from edge_sdk.protocol.keys import KeyPair
 from edge_sdk.protocol.link import Payload, parse_frames, send_frames, set_common_options
-from edge_sdk.protocol.messages import CLIENT_NAME, Fault, Hello, Join, Message
+from edge_sdk.protocol.messages import (
+    Fault,
+    Hello,
+    Join,
+    Message,
+)
 
 log = logging.getLogger(__name__)
 TOO_MUCH = "this device says more than it is asked for; what is too much is dropped"

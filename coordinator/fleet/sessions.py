@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from coordinator.cohorts.base import Client
+from coordinator.cohorts.base import Client, Offer
 from coordinator.config import RunConfig
 from coordinator.fleet.counters import MAX_CLIENTS, Counters
 from coordinator.fleet.declared import plausible_hello
@@ -37,7 +37,6 @@ from edge_sdk.protocol.messages import (
     Fault,
     Hello,
     Message,
-    ModelSpec,
     Probe,
     Ready,
     Welcome,
@@ -48,13 +47,14 @@ SILENCE_S = 45.0  # a device that says nothing for so long is gone, unless a par
 PROBE_S = 3.0  # in which the device that was there first must answer
 
 
-def welcome_of(config: RunConfig, model: ModelSpec, run: str, heartbeat_s: float) -> Welcome:
-    """What every device of a run is answered. model: that of the run's method."""
+def welcome_of(config: RunConfig, offer: Offer, run: str, heartbeat_s: float) -> Welcome:
+    """What every device of a run is answered. offer: of the run's method."""
     return Welcome(
         protocol=PROTOCOL,
         run=run,
-        model=model,
-        plan=config.plan(config.rounds),
+        model=offer.model,
+        plan=offer.plan,
+        variants=offer.variants,
         deadline_s=config.deadline_s,
         heartbeat_s=heartbeat_s,
         scaling=config.trained_on.scaling,
@@ -165,6 +165,8 @@ class Sessions:
                 stage_s=session.ready.stage_s,
                 num_examples=session.hello.num_examples,
                 profile=session.hello.profile,
+                variant=session.ready.variant,
+                num_weights=session.ready.num_weights,
             )
             for name in sorted(self.ready)
             if (session := self.all[name]).ready is not None

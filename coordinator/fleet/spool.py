@@ -25,7 +25,8 @@ from coordinator.cohorts.base import ArrivedUpdate, Client
 from coordinator.store.lock import writing
 from edge_sdk.errors import EdgeError
 from edge_sdk.helpers.files import write_whole
-from edge_sdk.protocol.messages import Job, Struct, TensorSpec
+from edge_sdk.protocol.fields import Struct
+from edge_sdk.protocol.messages import Job, TensorSpec
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout
 from edge_sdk.protocol.tensors import Sender, Tensors, views
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from coordinator.cohorts.base import Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Assignment, Client, ClientUpdate, Offer
 from edge_sdk.protocol.messages import ModelSpec, Phase
 from edge_sdk.protocol.tensors import Tensors
 
@@ -26,6 +26,9 @@ class Method(Protocol):
     """State in, state out: everything between rounds is in state_dict."""
 
     spec: ModelSpec  # the whole model that it trains
+
+    def offer(self) -> Offer:
+        """The same in every round."""
 
     def assign(self, client: Client, round: int) -> Assignment:
         """This client's job in this round."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from coordinator.aggregation.mean import Kernel
 from coordinator.aggregation.registry import make_kernel
 from coordinator.aggregation.server_optimizer import Server
-from coordinator.cohorts.base import Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Assignment, Client, ClientUpdate, Offer
 from coordinator.cohorts.sampling import job_seed
 from coordinator.config import RunConfig
 from coordinator.generators.base import Generator
@@ -57,6 +57,9 @@ class DepthAveraging:
         factor = config.aggregation.clip
         self._clip = NormClip(factor, parameters, self.spec.exit, config.seed) if factor else None
         self._owners = torch.zeros(self.spec.exit, dtype=torch.float64)  # of each stage, so far
+
+    def offer(self) -> Offer:
+        return Offer(self.spec, self._config.plan(self._config.rounds))
 
     def assign(self, client: Client, round: int) -> Assignment:
         config = self._config

@@ -151,7 +151,7 @@ def serve_rounds(
                 router,
                 Spool(store.folder / SPOOL),
                 config,
-                method.spec,
+                method.offer(),
                 run=store.run,
                 give_up_after_s=settings.give_up_after_s,
                 budget_bytes=settings.budget_bytes,

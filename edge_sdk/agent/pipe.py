@@ -12,18 +12,15 @@ from typing import TypeAlias
 import msgspec
 
 from edge_sdk.capacity.costs import SegmentCost
+from edge_sdk.protocol.fields import Count, Digest, Index, Struct
 from edge_sdk.protocol.messages import (
-    Count,
-    Digest,
     Fault,
     Fetch,
-    Index,
     InputScaling,
     Job,
     ModelSpec,
     Part,
     Plan,
-    Struct,
     Update,
 )
 

@@ -20,7 +20,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.helpers import toml
 from edge_sdk.helpers.files import mode_of, read_user_text, why_not, write_whole
 from edge_sdk.helpers.text import checked_endpoint, parse_size
-from edge_sdk.protocol.messages import CLIENT_NAME, CLIENT_NAME_IN_WORDS, CURVE_KEY
+from edge_sdk.protocol.fields import CLIENT_NAME, CLIENT_NAME_IN_WORDS, CURVE_KEY
 
 DEFAULT_CONFIG = Path("/etc/edge-sdk/config.toml")
 # What an error says is expected; also every key there is.

@@ -20,9 +20,10 @@ from edge_sdk.agent.settings import RunSettings
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.measure import measure
 from edge_sdk.helpers.files import home
+from edge_sdk.protocol.fields import CLIENT_NAME, CLIENT_NAME_IN_WORDS
 from edge_sdk.protocol.keys import KeyPair, read_all_keys
 from edge_sdk.protocol.link import Link
-from edge_sdk.protocol.messages import CLIENT_NAME, CLIENT_NAME_IN_WORDS, DeviceProfile
+from edge_sdk.protocol.messages import DeviceProfile
 
 log = logging.getLogger(__name__)
 # This device's pair and the coordinator's public key; None and None: no encryption.

@@ -23,7 +23,8 @@ from edge_sdk.errors import CapacityError, ConfigError, EdgeError
 from edge_sdk.hardware import process_memory
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.helpers.text import one_line
-from edge_sdk.protocol.messages import MAX_LINE, ModelSpec, Plan
+from edge_sdk.protocol.fields import MAX_LINE
+from edge_sdk.protocol.messages import ModelSpec, Plan
 
 log = logging.getLogger(__name__)
 LIMIT_S = 200.0  # a trainer that says nothing for 300 s is ended (agent/watchdog.py)

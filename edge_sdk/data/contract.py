@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Protocol, TypeAlias, cast
 
 from edge_sdk.errors import DataError
-from edge_sdk.protocol.messages import PLAIN_TEXT, InputScaling, ModelSpec, Struct, Welcome
+from edge_sdk.protocol.fields import PLAIN_TEXT, Struct
+from edge_sdk.protocol.messages import (
+    InputScaling,
+    ModelSpec,
+    Welcome,
+)
 
 Shape: TypeAlias = tuple[int, ...]
 LAYOUTS = {"features": "(n, F)", "series": "(n, C, window)", "images": "(n, C, H, W)"}

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from edge_sdk.hardware.procfs import ROOT, cgroups, meminfo, read_int, read_text, to_int
-from edge_sdk.protocol.messages import Bound
+from edge_sdk.protocol.fields import Bound
 
 PAGE_COUNTS = ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
 NO_LIMIT_V1 = 2**60  # cgroup v1 writes "no limit" as a huge page-aligned number

@@ -24,7 +24,8 @@ from msgspec import Meta
 from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import is_there, make_parent, sha256_of, why_not
 from edge_sdk.helpers.text import one_line
-from edge_sdk.protocol.messages import Input, InputScaling, ModelSpec, Struct
+from edge_sdk.protocol.fields import Input, Struct
+from edge_sdk.protocol.messages import InputScaling, ModelSpec
 
 FORMAT: Literal[1] = 1
 MODEL, WHOLE, THRESHOLDS = "model.json", "whole.onnx", "calibration.json"

@@ -9,7 +9,13 @@ import msgspec
 
 from edge_sdk.errors import ProtocolError, VersionError
 from edge_sdk.helpers.text import one_line
-from edge_sdk.protocol.messages import MAX_FRAME_BYTES, MAX_LINE, MAX_TENSORS, PROTOCOL, Message
+from edge_sdk.protocol.fields import MAX_LINE
+from edge_sdk.protocol.messages import (
+    MAX_FRAME_BYTES,
+    MAX_TENSORS,
+    PROTOCOL,
+    Message,
+)
 
 MAX_CONTROL_BYTES = MAX_FRAME_BYTES - 1024  # one control frame; CURVE adds 33 bytes to each
 _DECODE: Any = Message

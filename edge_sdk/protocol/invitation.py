@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.text import checked_endpoint
-from edge_sdk.protocol.messages import CLIENT_NAME
+from edge_sdk.protocol.fields import CLIENT_NAME
 
 VERSION = 1
 MARK = "edge-join"

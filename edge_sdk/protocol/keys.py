@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import heir_of, is_there, read_user_text, sync, why_not, write_whole
-from edge_sdk.protocol.messages import CURVE_KEY
+from edge_sdk.protocol.fields import CURVE_KEY
 
 DEVICE_KEYS = "device"  # names of the two pairs of files
 SERVER_KEYS = "server"

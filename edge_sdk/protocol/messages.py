@@ -13,71 +13,52 @@ from msgspec import Meta
 from msgspec.structs import force_setattr
 
 from edge_sdk.helpers.text import one_line
+from edge_sdk.protocol.fields import (
+    ITEM_BYTES,
+    MAX_LINE,
+    Bound,
+    Bytes,
+    ClientId,
+    Count,
+    CurveKey,
+    Digest,
+    Distill,
+    Dtype,
+    Factor,
+    Index,
+    Input,
+    InputShape,
+    JobId,
+    JobInHand,
+    Line,
+    Name,
+    Option,
+    Role,
+    Scaler,
+    Seconds,
+    Share,
+    Struct,
+    Text,
+)
 
-PROTOCOL = 5
+PROTOCOL = 6
 MAX_FRAME_BYTES = 1024 * 1024  # any frame as it is on the network; ZMQ_MAXMSGSIZE
 MAX_TENSORS = 10_000
-MAX_LINE = 2000  # characters
-
-# What a message may hold as text: no control characters, no line or paragraph separators.
-PLAIN_TEXT = r"\A[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
-Text: TypeAlias = Annotated[str, Meta(max_length=200, pattern=PLAIN_TEXT)]
-Bytes: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
-Bound: TypeAlias = Literal["host", "cgroup", "cap"]
-Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**48)]
-Index: TypeAlias = Annotated[int, Meta(ge=1, le=2**31)]
-JobInHand: TypeAlias = Annotated[int, Meta(ge=0, le=2**31)]  # its round, 0: none
-Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=10**9)]
-Factor: TypeAlias = Annotated[float, Meta(ge=0, le=10**6)]
-JobId: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
-Digest: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
-Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200, pattern=PLAIN_TEXT)]
-CLIENT_NAME = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
-CLIENT_NAME_IN_WORDS = "1 to 64 letters, digits, dots, - or _"
-ClientId: TypeAlias = Annotated[str, Meta(pattern=CLIENT_NAME)]
-# A CURVE key as Z85 text; keys.check_key knows which of these are numbers of 32 bytes.
-CURVE_KEY = r"\A[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}\Z"
-CurveKey: TypeAlias = Annotated[str, Meta(pattern=CURVE_KEY)]
-Line: TypeAlias = Annotated[str, Meta(max_length=MAX_LINE, pattern=PLAIN_TEXT)]
-# A model input, float32; NaN and infinity are in no range.
-Input: TypeAlias = Annotated[float, Meta(ge=-3.5e38, le=3.5e38)]
-InputShape: TypeAlias = Annotated[tuple[Index, ...], Meta(min_length=1, max_length=4)]
-# The text has no pattern: msgspec 0.22 frees what is not its own when it drops a type that joins a
-# str with a pattern and an array. Families quote options by their repr.
-Option: TypeAlias = (
-    int
-    | Annotated[float, Meta(ge=-(10**9), le=10**9)]
-    | Annotated[str, Meta(max_length=MAX_LINE)]
-    | bool
-    | Annotated[tuple[int, ...], Meta(max_length=100)]
-)
-Role: TypeAlias = Literal["weight", "mask", "correction", "teacher"]
-Distill: TypeAlias = Literal["none", "deep-to-shallow", "shallow-to-deep", "mutual"]
-Dtype: TypeAlias = Literal["float32", "float64", "float16", "int64", "int32", "uint8", "bool"]
-ITEM_BYTES: dict[str, int] = {
-    "float32": 4,
-    "float64": 8,
-    "float16": 2,
-    "int64": 8,
-    "int32": 4,
-    "uint8": 1,
-    "bool": 1,
-}
-
-
-class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Immutable record with checked fields."""
 
 
 class ModelSpec(Struct, frozen=True, kw_only=True):
-    """Enough to build a multi-exit model: the exit is a cut, the width a ratio of channels."""
+    """Enough to build a multi-exit model: the exit is a cut, the width a ratio of channels, the
+    rank the share of its rank that a convolution after the first stage keeps, as two factors."""
 
     family: Name
     input_shape: InputShape  # (C, H, W), (C, window) or (F,)
     num_classes: Annotated[int, Meta(ge=2, le=1_000_000)]
     exit: Annotated[int, Meta(ge=1, le=100)]
     width: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    options: Annotated[dict[Name, Option], Meta(max_length=50)] = {}
+    rank: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    options: Annotated[dict[Name, Option], Meta(max_length=50)] = msgspec.field(
+        default_factory=dict
+    )
 
 
 class Segment(Struct, frozen=True, kw_only=True):
@@ -85,6 +66,27 @@ class Segment(Struct, frozen=True, kw_only=True):
 
     first: Annotated[int, Meta(ge=1, le=100)]
     last: Annotated[int, Meta(ge=1, le=100)]
+
+
+class Prune(Struct, frozen=True, kw_only=True):
+    """Of a client whose received model answers at least `threshold` of its held-out examples right
+    and still has more than `target` of its weights: in each layer the `share` of those left that
+    are smallest goes, and the rest begins again from the initial values (LotteryFL)."""
+
+    share: Annotated[float, Meta(gt=0, lt=1)]
+    target: Annotated[float, Meta(gt=0, le=1)]
+    threshold: Share = 0.5
+
+
+class Teacher(Struct, frozen=True, kw_only=True):
+    """A second model, which comes with the job and teaches as it came: the loss is (1 - weight) of
+    the labels' and weight * temperature^2 of the distance to its answers. is_trained: a copy of it
+    is trained on the labels too, and returned."""
+
+    model: ModelSpec
+    weight: Share
+    temperature: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    is_trained: bool = False
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -110,7 +112,24 @@ class Plan(Struct, frozen=True, kw_only=True):
     distill: Distill = "none"  # between the exits of a segment, see losses.distillation
     distill_weight: Factor = 0.0
     distill_temperature: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    clip_norm: Factor = 0.0  # the most of a step's gradient, over all tensors; 0: not clipped
+    clip_value: Factor = 0.0  # and of each entry of it
+    logit_adjustment: Factor = 0.0  # of the client's own class frequencies, in training only
+    mask_absent: bool = False  # classes without an example here are no part of the loss
+    correction: bool = False  # SCAFFOLD's control variates
+    dyn_alpha: Factor = 0.0  # FedDyn's regulariser
+    static_norm: bool = False  # BatchNorm by the batch; its statistics by one pass at the end
+    scaler: Scaler = "none"  # when layers of a narrow model have their outputs divided by its width
+    prune: Prune | None = None
+    flat: bool = False  # parameters travel as one vector, statistics of BatchNorm stay here
+    teacher: Teacher | None = None
+    holdout: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # share of the examples, never trained on
     seed: Annotated[int, Meta(ge=0, lt=2**62)] = 0
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a device keeps tensors from one round to the next."""
+        return bool(self.correction or self.dyn_alpha or self.prune or self.flat)
 
 
 class TensorSpec(Struct, frozen=True, kw_only=True):
@@ -147,7 +166,16 @@ class ExitResult(Struct, frozen=True, kw_only=True):
 
     exit: Index
     loss: float
-    accuracy: Annotated[float, Meta(ge=0, le=1)]
+    accuracy: Share
+
+
+class Holdout(Struct, frozen=True, kw_only=True):
+    """What the model, as it was received, makes of the examples that the plan sets aside: of its
+    last exit, the loss in nats."""
+
+    num_examples: Index
+    num_correct: Count
+    loss: float
 
 
 class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -205,7 +233,10 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
 
 
 class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
-    """Coordinator to device: the whole model, the training it will be asked for, the deadline."""
+    """Coordinator to device: the whole model, the training it will be asked for, the deadline.
+
+    variants: models to choose among, cheapest first, each trained as one segment up to its exit;
+    (): the model, cut at any exit."""
 
     protocol: int
     run: Name
@@ -213,6 +244,7 @@ class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
     plan: Plan
     deadline_s: Seconds  # 0: none
     heartbeat_s: Annotated[float, Meta(gt=0, le=3600)]
+    variants: Annotated[tuple[ModelSpec, ...], Meta(max_length=100)] = ()
     scaling: InputScaling | None = None  # of the test set, or of the run's first device
     class_names: Digest | None = None
 
@@ -220,9 +252,15 @@ class Welcome(Struct, frozen=True, kw_only=True, tag="welcome"):
 class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
     """Device to coordinator: the deepest exit it can train (0: none), the deeper stages it could
     train alone over a frozen prefix, and those of them for which a round also leaves time beside
-    the prefix. Sent again when the choice changes."""
+    the prefix. Sent again when the choice changes.
+
+    variant: the place, from 1, of the welcome's variant that it has chosen, whose exit `exit` is;
+    0: none was offered, or none fits. num_weights: how many parameters the model has that it trains
+    for a plan of flat weights, which may be its own."""
 
     exit: Annotated[int, Meta(ge=0, le=100)]
+    variant: Annotated[int, Meta(ge=0, le=100)] = 0
+    num_weights: Count = 0
     stages: Annotated[tuple[Index, ...], Meta(max_length=100)] = ()
     prefix_s: Seconds = 0.0  # predicted for the job of the prefix; 0: not known
     stage_s: Annotated[tuple[Seconds, ...], Meta(max_length=100)] = ()  # of each of `stages`, or ()
@@ -281,6 +319,10 @@ class Update(Struct, frozen=True, kw_only=True, tag="update"):
     micro_batch: Count = 0  # of the plan as it was trained
     recompute: bool = False
     retries: Count = 0
+    holdout: Holdout | None = None
+    state_round: JobInHand = (
+        0  # of the tensors kept here that training began from; 0: there were none
+    )
     tensors: Specs
 
 

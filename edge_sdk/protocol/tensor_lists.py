@@ -6,13 +6,29 @@ returns, and how two lists differ.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast, get_args
 
 from edge_sdk.errors import ConfigError, ShapeError
+from edge_sdk.protocol.fields import Role
 from edge_sdk.protocol.messages import Segment, TensorSpec
+
+ROLES = frozenset(get_args(Role)) - {"weight"}
+
+
+def role_of(name: str) -> tuple[Role, str]:
+    """What a tensor of a transfer is, by its name, and the name of the weight that it goes with:
+    ("mask", "stages.0.0.weight") of "mask/stages.0.0.weight"; without a role it is a weight."""
+    role, _, rest = name.partition("/")
+    return (cast(Role, role), rest) if rest and role in ROLES else ("weight", name)
+
+
+def weight_names(names: Iterable[str]) -> list[str]:
+    """Those of the model's own tensors, without what travels beside them."""
+    return [name for name in names if role_of(name)[0] == "weight"]
 
 
 def stage_of(name: str) -> tuple[str, int]:
-    """Where a tensor belongs: ("stages" or "exits", number from 1)."""
+    """Where a tensor of a model belongs: ("stages" or "exits", number from 1)."""
     kind, _, rest = name.partition(".")
     number = rest.partition(".")[0]
     if kind not in ("stages", "exits") or not number.isdigit():

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from edge_sdk.errors import ProtocolError, ShapeError
-from edge_sdk.protocol.messages import ITEM_BYTES, Role, TensorSpec
+from edge_sdk.protocol.fields import ITEM_BYTES
+from edge_sdk.protocol.messages import TensorSpec
 from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
-from edge_sdk.protocol.tensor_lists import some_of
+from edge_sdk.protocol.tensor_lists import role_of, some_of
 
 if sys.byteorder != "little":
     raise ImportError("edge_sdk needs a little-endian machine: tensors travel as raw bytes")
@@ -28,14 +29,16 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BY
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def specs_of(tensors: Mapping[str, Tensor], role: Role = "weight") -> tuple[TensorSpec, ...]:
-    """The full list that goes ahead of a transfer. Raises ShapeError for a dtype without name."""
+def specs_of(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    """The full list that goes ahead of a transfer; a name says its role. Raises ShapeError for a
+    dtype without name."""
     specs = []
     for name, tensor in tensors.items():
         dtype = NAMES.get(tensor.dtype)
         if dtype is None:
             raise ShapeError(f"tensor {name!r} is {tensor.dtype}; known: {', '.join(DTYPES)}")
-        specs.append(TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype, role=role))  # type: ignore[arg-type]
+        role, shape = role_of(name)[0], tuple(tensor.shape)
+        specs.append(TensorSpec(name=name, shape=shape, dtype=dtype, role=role))  # type: ignore[arg-type]
     return tuple(specs)
 
 

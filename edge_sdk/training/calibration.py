@@ -29,7 +29,12 @@ from edge_sdk.hardware.limits import cores, memory
 from edge_sdk.helpers.files import sha256_of, write_struct
 from edge_sdk.helpers.text import mebibytes
 from edge_sdk.models import build, initial_tensors
-from edge_sdk.protocol.messages import ModelSpec, Plan, Segment, Struct
+from edge_sdk.protocol.fields import Struct
+from edge_sdk.protocol.messages import (
+    ModelSpec,
+    Plan,
+    Segment,
+)
 from edge_sdk.training.trainer import train
 from edge_sdk.version import __version__
 

@@ -24,7 +24,8 @@ import torch
 from edge_sdk.errors import CapacityError
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.helpers.files import lock, sync
-from edge_sdk.protocol.messages import Job, Struct, Update
+from edge_sdk.protocol.fields import Struct
+from edge_sdk.protocol.messages import Job, Update
 from edge_sdk.protocol.stream import layout
 from edge_sdk.protocol.tensors import Sender, views
 

@@ -20,7 +20,7 @@ import torch
 import zmq
 
 from coordinator.admission.client_list import Admission, add_client
-from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate, Offer
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.flow_control import BUDGET_BYTES
 from coordinator.fleet.rate_limit import RateLimits
@@ -298,7 +298,7 @@ def make_cohort(
         router,
         Spool(spool),
         run,
-        run.model,
+        Offer(run.model, run.plan(run.rounds)),
         run="a run",
         give_up_after_s=give_up_after_s,
         budget_bytes=budget_bytes,

@@ -18,7 +18,8 @@ from zmq.utils import z85
 
 from coordinator.admission.client_list import Admission
 from edge_sdk.protocol.codec import decode
-from edge_sdk.protocol.messages import PLAIN_TEXT, Message
+from edge_sdk.protocol.fields import PLAIN_TEXT
+from edge_sdk.protocol.messages import Message
 
 PART_BYTES = 64  # so that tensors of a few bytes travel in parts
 HONEST = "honest"

@@ -105,7 +105,7 @@ def numbered(make: Callable[[int], Message], payload: bytes | None = None) -> Ca
 
 
 def a_welcome(model: ModelSpec) -> Welcome:
-    return Welcome(protocol=5, run="r", model=model, plan=LONG, deadline_s=0.0, heartbeat_s=1.0)
+    return Welcome(protocol=6, run="r", model=model, plan=LONG, deadline_s=0.0, heartbeat_s=1.0)
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,8 @@ def test_values_that_are_not_finite_are_refused(dtype, bad):
 def test_specs_follow_names_order_and_role():
     tensors = {"b": torch.tensor(1), "a": torch.ones(2, 3)}
     assert specs_of(tensors) == (B, A)
-    assert [spec.role for spec in specs_of(tensors, "mask")] == ["mask", "mask"]
+    named = specs_of({"mask/a": torch.ones(1), "teacher/stages.0.w": torch.ones(1)})
+    assert [spec.role for spec in named] == ["mask", "teacher"]
 
 
 # -- properties ----------------------------------------------------------------------------------
