@@ -51,6 +51,8 @@ MODE = "async: a round ends with its quorum, the others go on and count later"
 LATE = "an update of a round that is over: count it, for less, or not"
 HALF_LIFE = "after which a late update counts half"
 INIT = "safetensors file that the model begins from, by the names that fit"
+ADJUSTMENT = "tau of logits shifted by a client's own label counts in training, 0: off"
+HOLDOUT = "of each client's examples, set aside: they test the model that it receives"
 EXIT_WEIGHTS = "of the joint loss, e.g. 1,1,2; default all ones"
 # With which values of another flag a flag counts; a file of your own may take any flag.
 DEPTHS = ("--method", "hypemefed", "owners-mean", "stage-rotation")
@@ -217,6 +219,8 @@ class RunConfig(Options, frozen=True, kw_only=True):
     exit_weights: Annotated[tuple[NotNegative, ...], flag(EXIT_WEIGHTS)] = ()
     weight_decay: Annotated[NotNegative, flag("added to the gradient, times the weights")] = 0.0
     prox_mu: Annotated[NotNegative, flag("FedProx's pull to the received weights")] = 0.0
+    logit_adjustment: Annotated[NotNegative, flag(ADJUSTMENT, metavar="TAU")] = 0.0
+    holdout: Annotated[Decay, flag(HOLDOUT, metavar="SHARE")] = 0.0
     weighting: Annotated[
         Literal["examples", "equal"], flag("of a client in the mean: its examples, or equal")
     ] = "examples"
@@ -254,6 +258,8 @@ class RunConfig(Options, frozen=True, kw_only=True):
             distill="shallow-to-deep" if direction == "auto" else direction,
             distill_weight=self.distill.weight_at(round),
             distill_temperature=self.distill.temperature,
+            logit_adjustment=self.logit_adjustment,
+            holdout=self.holdout,
         )
 
     def to_json(self) -> str:

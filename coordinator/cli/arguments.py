@@ -40,8 +40,8 @@ from edge_sdk.protocol.messages import ModelSpec
 # Fields of RunConfig: those that every command has that runs rounds
 RUN = ["rounds", "init", "participants", "seed", "eval_every", "eval_tail"]
 LOCAL = ["epochs", "batch_size", "lr", "optimizer", "momentum", "weight_decay"]
-LOSS = ["prox_mu", "exit_weights"]
-SHARED = [*RUN, *LOCAL, *LOSS, "weighting"]
+LOSS = ["prox_mu", "exit_weights", "logit_adjustment"]
+SHARED = [*RUN, *LOCAL, *LOSS, "holdout", "weighting"]
 # What a field of one of PARTS may name
 NAMES: dict[str, Iterable[str]] = {"rule": RULES, "name": GENERATORS}
 OWN_VALUES = "defaults are those of the --method and --generator that are named"
@@ -85,7 +85,7 @@ def add_run_arguments(parser: Parser) -> None:
     add("--import", dest="imports", metavar="MODULE", help=IMPORT, **REPEATED)
     group = parser.add_argument_group("local training")
     defaults = {"epochs": DEFAULT_EPOCHS, "batch_size": DEFAULT_BATCH_SIZE}
-    add_flags(group, RunConfig, [*LOCAL, *LOSS], defaults=defaults)
+    add_flags(group, RunConfig, [*LOCAL, *LOSS, "holdout"], defaults=defaults)
     group = parser.add_argument_group("aggregation", description=OWN_VALUES)
     add_flags(group, RunConfig, ("weighting",))
     for part in ("aggregation", "server"):

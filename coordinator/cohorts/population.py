@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 import torch
 
 from coordinator.cohorts.sampling import job_seed
@@ -21,7 +20,7 @@ from edge_sdk.data.partition import (
     partition_by_subject,
     partition_dirichlet,
     partition_iid,
-    stratified_split,
+    split_holdout,
 )
 from edge_sdk.errors import ConfigError, DataError
 
@@ -91,8 +90,7 @@ class EmulatedClient:
 def emulated_clients(
     population: Population, config: RunConfig, train: Examples
 ) -> list[EmulatedClient]:
-    """Everything about them is a function of the run's seed. A client of a single example has no
-    hold-out."""
+    """Everything about them is a function of the run's seed."""
     exits = group_exits(population.groups, population.clients, config.model.exit)
     parts = split_shards(
         train, population.clients, split=population.split, alpha=population.alpha, seed=config.seed
@@ -100,9 +98,9 @@ def emulated_clients(
     clients = []
     for number, (exit, part) in enumerate(zip(exits, parts, strict=True), 1):
         name, held = f"client-{number:03d}", None
-        if population.holdout and len(part) > 1:
-            part, held = split_holdout(part, population.holdout, job_seed(config.seed, 0, name))
-        clients.append(EmulatedClient(name, exit, part, held))
+        if population.holdout:
+            part, held = split_holdout(part, population.holdout)
+        clients.append(EmulatedClient(name, exit, part, held or None))
     return clients
 
 
@@ -126,22 +124,3 @@ def check_processes(processes: int, device: torch.device) -> None:
     """Raises ConfigError."""
     if processes > 1 and device.type != "cpu":
         raise ConfigError(f"--processes {processes} is for the CPU; leave it out with {device}")
-
-
-def split_holdout(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    """Training part and hold-out of one client's examples, drawn from `seed`.
-
-    The hold-out is `fraction` of every class, to one example, while some class has two; of
-    examples that are each alone in their class, it is drawn from all, at least one and never all.
-    Raises DataError with fewer than two examples."""
-    if not 0 < fraction < 1:
-        raise ConfigError(f"hold-out fraction is {fraction}, expected between 0 and 1")
-    if len(examples) < 2:
-        raise DataError(f"{len(examples)} examples cannot be split, expected at least 2")
-    if len(np.unique(examples.y)) < len(examples):
-        kept, held = stratified_split(examples.y, fraction, seed)
-    else:
-        size = min(max(1, round(fraction * len(examples))), len(examples) - 1)
-        order = np.random.default_rng(seed).permutation(len(examples))
-        kept, held = np.sort(order[size:]), np.sort(order[:size])
-    return examples.take(kept), examples.take(held)

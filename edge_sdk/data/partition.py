@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from edge_sdk.data.examples import Examples, Ints, bad
+from edge_sdk.data.examples import MIN_BATCH, Examples, Ints, bad
 from edge_sdk.errors import ConfigError, UsageError
 
 DIRICHLET_DRAWS = 100
@@ -30,6 +30,27 @@ def stratified_split(y: Ints, fraction: float, seed: int) -> tuple[Ints, Ints]:
         raise bad("train and test split", got, "two of one class at least", "add examples")
     test = _stratified(y, size, 1, _generator(seed, "split"))
     return np.setdiff1d(np.arange(len(y)), test), test
+
+
+def split_holdout(examples: Examples, share: float, seed: int = 0) -> tuple[Examples, Examples]:
+    """Training part and hold-out of one client's examples, a function of the labels and the seed.
+
+    The hold-out is `share` of every class, to one example, while some class has two; of examples
+    that are each alone in their class, it is drawn from all, at least one. It is empty where fewer
+    than MIN_BATCH would be left to train on. Raises ConfigError."""
+    if not 0 < share < 1:
+        raise ConfigError(f"hold-out is {share} of the examples, expected between 0 and 1")
+    y, every = examples.y, np.arange(len(examples))
+    if len(np.unique(y)) < len(y):
+        kept, held = stratified_split(y, share, seed)
+    else:
+        held = np.sort(
+            _generator(seed, "split").permutation(every)[: max(1, round(share * len(y)))]
+        )
+        kept = np.setdiff1d(every, held)
+    if len(kept) < MIN_BATCH:
+        kept, held = every, every[:0]
+    return examples.take(kept), examples.take(held)
 
 
 def partition_iid(n: int, num_clients: int, seed: int) -> list[Ints]:

@@ -6,10 +6,19 @@ from typing import Annotated
 
 import pytest
 from msgspec import UNSET, Meta
+from msgspec.structs import replace
 
 from coordinator.config import Options, RunConfig, ServerOptions, flag
-from coordinator.settings import changed, differences, flag_of, flags_of, own_options, shaped
-from edge_sdk.errors import ConfigError, DataError
+from coordinator.settings import (
+    changed,
+    checked,
+    differences,
+    flag_of,
+    flags_of,
+    own_options,
+    shaped,
+)
+from edge_sdk.errors import ConfigError, DataError, UsageError
 from tests.support.examples import config
 
 
@@ -80,3 +89,15 @@ def test_a_model_gets_the_shape_of_the_data():
     assert (model.input_shape, model.num_classes) == ((3, 5), 2)
     with pytest.raises(DataError, match="digits: got 1 class, expected at least 2"):
         shaped(config("owners-mean", data="digits"), (3, 5), 1)
+
+
+def test_logit_adjustment_and_holdout_are_part_of_every_plan():
+    run = replace(config("owners-mean"), logit_adjustment=1.5, holdout=0.25)
+    plan = run.plan(1)
+    assert (plan.logit_adjustment, plan.holdout) == (1.5, 0.25)
+    for field, flag, wrong in [
+        ("logit_adjustment", "--logit-adjustment", -1),
+        ("holdout", "--holdout", 1),
+    ]:
+        with pytest.raises(UsageError, match=f"{flag} is {wrong}"):
+            checked(replace(run, **{field: wrong}))

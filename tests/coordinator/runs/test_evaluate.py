@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.cohorts.population import split_holdout
 from coordinator.cohorts.sampling import job_seed
 from coordinator.runs.evaluate import accuracy_per_exit, linear_cka, personalised_accuracy
 from edge_sdk.errors import ConfigError, DataError, ShapeError
@@ -45,25 +44,6 @@ def test_cka_takes_feature_maps_and_refuses_other_examples():
     assert math.isnan(linear_cka(maps, torch.ones(5, 1)))
     with pytest.raises(ShapeError, match="of 5 and of 4 examples"):
         linear_cka(maps, maps[:4])
-
-
-def test_split_holdout_is_stratified_and_drawn_from_the_seed():
-    data = examples(30)  # ten of each of three classes
-    kept, held = split_holdout(data, 0.2, seed=1)
-    assert (kept.label_counts().tolist(), held.label_counts().tolist()) == ([8] * 3, [2] * 3)
-    assert np.array_equal(split_holdout(data, 0.2, seed=1)[1].x, held.x)
-    assert not np.array_equal(split_holdout(data, 0.2, seed=2)[1].x, held.x)
-
-
-def test_split_holdout_where_no_class_can_be_shared():
-    kept, held = split_holdout(examples(3), 0.2, seed=0)  # one of each class
-    assert (len(kept), len(held)) == (2, 1)
-    lonely = replace(examples(4), y=np.zeros(4, dtype=np.int64))  # one class only
-    assert [len(part) for part in split_holdout(lonely, 0.25, seed=0)] == [3, 1]
-    with pytest.raises(DataError, match="1 examples cannot be split"):
-        split_holdout(examples(1), 0.2, seed=0)
-    with pytest.raises(ConfigError, match="between 0 and 1"):
-        split_holdout(examples(9), 1.0, seed=0)
 
 
 def test_personalised_accuracy_is_that_of_the_tuned_subnetwork():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,10 +11,12 @@ from edge_sdk.data.partition import (
     partition_by_subject,
     partition_dirichlet,
     partition_iid,
+    split_holdout,
     stratified_split,
 )
 from edge_sdk.errors import ConfigError
 from tests.support.data_files import fails
+from tests.support.examples import examples
 
 
 def test_split_takes_the_fraction_of_each_class():
@@ -37,6 +41,25 @@ def test_split_keeps_one_of_each_class_in_train():
     fails(lambda: stratified_split(np.array([0, 1]), 0.5, seed=0), "2 examples of 2 classes")
     for fraction in (0, 1, -0.1, float("nan")):
         fails(lambda f=fraction: stratified_split(y, f, 0), "test fraction", error=ConfigError)
+
+
+def test_holdout_is_stratified_and_a_function_of_labels_and_seed():
+    data = examples(30)  # ten of each of three classes
+    kept, held = split_holdout(data, 0.2)
+    assert (kept.label_counts().tolist(), held.label_counts().tolist()) == ([8] * 3, [2] * 3)
+    assert np.array_equal(split_holdout(replace(data, x=data.x + 1), 0.2)[1].x, held.x + 1)
+    assert not np.array_equal(split_holdout(data, 0.2, seed=2)[1].x, held.x)
+
+
+def test_holdout_where_no_class_can_be_shared_or_too_few_would_be_left():
+    fours = replace(examples(4), y=np.arange(4), num_classes=4)  # each alone in its class
+    assert [len(part) for part in split_holdout(fours, 0.2)] == [3, 1]
+    lonely = replace(examples(4), y=np.zeros(4, dtype=np.int64))  # one class only
+    assert [len(part) for part in split_holdout(lonely, 0.25)] == [3, 1]
+    assert [len(part) for part in split_holdout(lonely, 0.5)] == [4, 0], "2 cannot train"
+    assert [len(part) for part in split_holdout(examples(1), 0.2)] == [1, 0]
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        split_holdout(examples(9), 1.0)
 
 
 def skewed_labels(n: int = 3000) -> np.ndarray:

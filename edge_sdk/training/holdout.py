@@ -1,0 +1,36 @@
+"""How well a model answers the examples that a client set aside."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from edge_sdk.data.examples import Examples
+from edge_sdk.models import StagedModel
+from edge_sdk.models.staged import moved
+from edge_sdk.protocol.messages import Holdout
+
+AT_ONCE = 100  # examples
+
+
+@torch.no_grad()
+def answers(
+    model: StagedModel, examples: Examples, device: str | torch.device = "cpu"
+) -> Holdout | None:
+    """Of the model's last exit, in eval mode; the other exits are not asked, so they may lack
+    tensors. None of no examples. The model is left in the mode that it was in."""
+    if not len(examples):
+        return None
+    was_training = model.training
+    model.eval()
+    num_correct, loss = 0, 0.0
+    x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
+    for features, labels in zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True):
+        features = moved(features, device)
+        for stage in model.stages:
+            features = stage(features)
+        logits = model.exits[-1](features).cpu()  # (B, K)
+        num_correct += int((logits.argmax(1) == labels).sum())
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+    model.train(was_training)
+    return Holdout(num_examples=len(y), num_correct=num_correct, loss=loss / len(y))
