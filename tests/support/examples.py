@@ -23,9 +23,10 @@ from coordinator.config import (
     RunConfig,
     ServerOptions,
 )
+from coordinator.methods.registry import METHODS
 from edge_sdk.data.loading import Examples
 from edge_sdk.protocol.messages import ModelSpec, Segment
-from edge_sdk.protocol.tensors import Tensors
+from edge_sdk.protocol.tensors import DTYPES, Tensors
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 # Two public keys in Z85.
@@ -65,7 +66,10 @@ def examples(n: int = 24, seed: int = 0, shape: tuple[int, ...] = (1, 8, 8)) -> 
 
 
 def config(method: str, **changes: object) -> RunConfig:
-    settings: dict[str, object] = {
+    """Small, and otherwise RunConfig's defaults, with those of the method's own that it may not go
+    without: of local training. Of an unknown method all the same."""
+    needs = METHODS[method].defaults if method in METHODS else {}
+    settings: dict[str, object] = {path: v for path, v in needs.items() if "." not in path} | {
         "method": method,
         "model": cnn(),
         "rounds": 3,
@@ -107,20 +111,26 @@ def client(name: str, exit: int, num_exits: int = 3) -> Client:
 
 
 def answer(
-    who: Client, job: Assignment, num_examples: int = 10, shift: float | None = None
+    who: Client,
+    job: Assignment,
+    num_examples: int = 10,
+    shift: float | None = None,
+    num_steps: int = 4,
 ) -> ClientUpdate:
-    """An update made without training: what was sent, moved by `shift` or by a draw of its own."""
-    rng = torch.Generator().manual_seed(hash_of(who.id))
+    """An update made without training: what was sent, or zero, moved by `shift` or by draws of
+    (client, tensor). Integers come back as they were sent."""
     moved = {}
     for spec in job.returns:
-        old = job.tensors[spec.name]
-        step = (
-            torch.full_like(old, shift)
-            if shift is not None
-            else (0.1 * torch.randn(old.shape, generator=rng))
-        )
-        moved[spec.name] = old + step
-    return client_update(who, moved, job.plan.segments, num_examples=num_examples)
+        old = job.tensors.get(spec.name)
+        if old is None or tuple(old.shape) != spec.shape:
+            old = torch.zeros(spec.shape, dtype=DTYPES[spec.dtype])
+        rng = torch.Generator().manual_seed(hash_of(f"{who.id} {spec.name}"))
+        step = 0.1 * torch.randn(old.shape, generator=rng)
+        if shift is not None:
+            step = torch.full(old.shape, shift)
+        moved[spec.name] = old + step if old.is_floating_point() else old
+    told = {"num_examples": num_examples, "num_steps": num_steps}
+    return client_update(who, moved, job.plan.segments, model=job.model, **told)
 
 
 def client_update(
@@ -128,6 +138,7 @@ def client_update(
     tensors: Tensors,
     segments: tuple[Segment, ...],
     *,
+    model: ModelSpec | None = None,
     bytes_down: int = 0,
     bytes_up: int = 0,
     staleness: int = 0,
@@ -136,7 +147,11 @@ def client_update(
 ) -> ClientUpdate:
     """An update as an emulated client returns it. told: fields of its message."""
     arrived = ArrivedUpdate(
-        update=replace(BLANK, **told), segments=segments, bytes_down=bytes_down, bytes_up=bytes_up
+        update=replace(BLANK, **told),
+        segments=segments,
+        model=model,
+        bytes_down=bytes_down,
+        bytes_up=bytes_up,
     )
     return ClientUpdate(who, arrived, tensors, staleness, sent or {})
 

@@ -1,0 +1,89 @@
+"""What the suites over all methods share: clients for every model that a method offers, made updates,
+the whole of what a method has learned, and which method a check is not for, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from coordinator.cohorts.base import Client, ClientUpdate
+from coordinator.config import GeneratorOptions, ServerOptions
+from coordinator.methods.base import Method
+from coordinator.methods.registry import make_method
+from edge_sdk.models import build
+from edge_sdk.models.flat import num_weights, parameter_shapes
+from edge_sdk.protocol.tensors import Tensors
+from tests.support.examples import answer, client, config
+
+PLAIN = ServerOptions(momentum=0.0, lr=1.0)
+NO_GENERATION = GeneratorOptions(gain=0.0)
+
+STALE = "it is the published defect itself, kept to be measured"
+WHOLE = "the whole model for everybody, whatever a client holds"
+# (method, check) -> why the check is not for it. Nothing else may be left out.
+EXCEPT = {
+    ("stale-copy", "identical"): STALE,
+    ("stale-copy", "influence"): STALE,
+    ("fedavg-l", "holds"): WHOLE,
+    ("hypemefed", "order"): "its networks see their owners in a drawn order",
+}
+
+
+def unless_except(name: str, check: str) -> None:
+    if why := EXCEPT.get((name, check)):
+        pytest.skip(f"{name}: {why}")
+
+
+def fresh(name: str, **changes: object) -> Method:
+    """A new method with the plain mean as its server step."""
+    return make_method(config(name, **({"server": PLAIN} | changes)))
+
+
+def clients_of(
+    method: Method, exits: Sequence[int] = (1, 1, 2, 3), names: str = "abcdefgh"
+) -> list[Client]:
+    """A client of each of these exits. Of a method that offers models to choose among, the first of
+    three exits stands for the cheapest, the third for the dearest."""
+    made = [client(name, exit) for name, exit in zip(names, exits, strict=False)]
+    offer = method.offer()
+    if offer.plan.flat:
+        count = num_weights(parameter_shapes(build(method.spec)))
+        return [dataclasses.replace(who, num_weights=count) for who in made]
+    if not (variants := offer.variants):
+        return made
+    places = [1 + (who.exit - 1) * (len(variants) - 1) // 2 for who in made]
+    return [
+        dataclasses.replace(who, variant=place, exit=variants[place - 1].exit, stages=())
+        for who, place in zip(made, places, strict=True)
+    ]
+
+
+def weak_clients(method: Method) -> list[Client]:
+    """Two that can hold the least and no more."""
+    return [dataclasses.replace(who, stages=()) for who in clients_of(method, (1, 1))]
+
+
+def one_round(
+    method: Method, cohort: Sequence[Client], number: int = 1, **changes: object
+) -> list[ClientUpdate]:
+    """Made updates of these clients; `changes` as `answer` takes them."""
+    updates = [answer(who, method.assign(who, number), **changes) for who in cohort]  # type: ignore[arg-type]
+    method.aggregate(number, updates)
+    return updates
+
+
+def learned(method: Method, cohort: Sequence[Client]) -> Tensors:
+    """Copies of the global model; where each client has its own, of all of those."""
+    found = dict(method.current())
+    for who in () if found else cohort:
+        found |= {f"{who.id}: {name}": t for name, t in method.deployed(who)[1].items()}
+    assert found
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def changed_names(before: Tensors, after: Tensors) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
