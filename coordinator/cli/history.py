@@ -1,7 +1,8 @@
 """`edge-coordinator history`: all rounds of a run, as a table, as CSV or as a picture.
 
 Of the table: loss and `trained %` are those of the participants on what they trained on, accuracy
-of the model, and of the one that is served, on the test set; exit 1 first.
+of the model, and of the one that is served, on the test set; exit 1 first. Where clients set
+examples aside: hold-out %, of the models that participants received; own %, of each client's own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.cli.status import per_exit, shown, table
+from coordinator.cli.status import per_exit, shown, table, with_holdouts
 from coordinator.store.database import DATABASE
 from coordinator.store.reader import BY_EXIT, ClientRow, RoundRow, client_rows, last_rounds
 from edge_sdk.cli.flags import add_command, path_flag
@@ -68,7 +69,7 @@ def run_history(args: argparse.Namespace) -> int:
     elif clients:
         print("\n".join(table(CLIENTS, map(_shown_client, clients))))
     else:
-        print("\n".join(table(ROUNDS, map(_shown_round, rounds))))
+        print("\n".join(with_holdouts(ROUNDS, rounds, _shown_round)))
     return 0
 
 
@@ -82,6 +83,8 @@ def _round_cells(row: RoundRow) -> dict[str, Any]:
 
 def _client_cells(row: ClientRow) -> dict[str, Any]:
     cells: dict[str, Any] = msgspec.structs.asdict(row)
+    if held := cells.pop("holdout"):
+        cells |= {f"holdout_{k}": v for k, v in msgspec.structs.asdict(held).items()}
     for result in cells.pop("exits"):
         cells[f"loss_exit_{result.exit}"] = result.loss
         cells[f"train_accuracy_exit_{result.exit}"] = result.accuracy

@@ -20,7 +20,7 @@ import msgspec
 from coordinator.store.database import DATABASE
 from coordinator.store.failures import Failures
 from coordinator.store.lock import RunLock
-from coordinator.store.reader import RoundRow, RunRow, last_failures, last_rounds, run_row
+from coordinator.store.reader import ALONE, RoundRow, RunRow, last_failures, last_rounds, run_row
 from coordinator.store.status import (
     ClientState,
     Health,
@@ -148,7 +148,7 @@ def described(view: View, folder: Path) -> list[str]:
         lines += _unfit_lines(view.status.cohort.unfit, view.age_s or 0.0)
     if view.rounds:
         head = "round,returned,late,failed,down,up,seconds,training loss,accuracy per exit in %"
-        lines += ["", *table(head, map(_round_cells, view.rounds))]
+        lines += ["", *with_holdouts(head, view.rounds, _round_cells)]
     lines += _failure_lines(view)
     if view.problem:
         lines += ["", view.problem]
@@ -273,6 +273,21 @@ def table(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
         ).rstrip()
         for line in lines
     ]
+
+
+def with_holdouts(
+    head: str, rounds: Sequence[RoundRow], cells: Callable[[RoundRow], list[str]]
+) -> list[str]:
+    """A table of rounds, with a column for each figure of hold-outs that some round has."""
+    more = {
+        name: said
+        for name, said in ALONE.items()
+        if any(getattr(r, name) is not None for r in rounds)
+    }
+    rows = [
+        cells(row) + [per_exit([getattr(row, name)], ".1f", 100) for name in more] for row in rounds
+    ]
+    return table(",".join([head, *more.values()]), rows)
 
 
 def _counted(counts: dict[str, int] | Counter[Any]) -> str:

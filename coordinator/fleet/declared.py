@@ -62,8 +62,11 @@ def plausible_update(update: Update) -> Update:
         for name, phase in update.phases.items()
     }
     exits = tuple(replace(e, loss=_within(e.loss, 0.0, MOST_LOSS)) for e in update.exits)
+    holdout = update.holdout
+    if holdout:
+        holdout = replace(holdout, loss=_within(holdout.loss, 0.0, MOST_LOSS))
     peak = min(update.peak_memory_bytes, 2**44)
-    return replace(update, phases=phases, exits=exits, peak_memory_bytes=peak)
+    return replace(update, phases=phases, exits=exits, holdout=holdout, peak_memory_bytes=peak)
 
 
 def _within(figure: float | None, least: float, most: float) -> float | None:

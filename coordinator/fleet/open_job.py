@@ -20,7 +20,7 @@ from coordinator.fleet.flow_control import SLOW_RATE, WINDOW, LinkRate, LinkRate
 from coordinator.fleet.job_phases import JobEvent, JobPhase, phase_after
 from edge_sdk.errors import ProtocolError, ShapeError
 from edge_sdk.protocol.link import Payload
-from edge_sdk.protocol.messages import Job, Ready, Update
+from edge_sdk.protocol.messages import Holdout, Job, Ready, Update
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensor_lists import check_specs
 from edge_sdk.protocol.tensors import Receiver, Sender, check_finite
@@ -290,3 +290,17 @@ def check_update(update: Update, open_job: OpenJob) -> None:
     for result in update.exits:
         if not math.isfinite(result.loss):
             raise ShapeError(f"{where}: loss of exit {result.exit} is {result.loss}")
+    if update.holdout:
+        _check_holdout(update.holdout, open_job, where)
+
+
+def _check_holdout(told: Holdout, open_job: OpenJob, where: str) -> None:
+    """Raise ShapeError for one that was not asked for, or is none."""
+    if not open_job.job.plan.holdout:
+        raise ShapeError(f"{where}: it tells of a hold-out, the job asked for none")
+    if told.num_examples >= open_job.client.num_examples:
+        got = f"{told.num_examples} examples of {open_job.client.num_examples}"
+        raise ShapeError(f"{where}: a hold-out of {got}, which leaves none to train on")
+    if told.num_correct > told.num_examples or not math.isfinite(told.loss):
+        got = f"{told.num_correct} right of {told.num_examples}, loss {told.loss}"
+        raise ShapeError(f"{where}: a hold-out of {got}")

@@ -92,6 +92,8 @@ class Monitor:
             accuracy=tuple(report.accuracy),
             loss=tuple(report.loss),
             train_accuracy=tuple(report.train_accuracy),
+            holdout_accuracy=report.metrics.values.get("holdout_accuracy"),
+            personal_accuracy=report.metrics.values.get("personal_accuracy"),
         )
         fields = event(
             "round_closed",

@@ -108,6 +108,13 @@ def families(snapshot: Snapshot) -> Iterator[Any]:
         yield _labelled(
             name, said, "exit", {str(e): v for e, v in enumerate(values, 1) if v is not None}
         )
+    own = {"received": snapshot.holdout_accuracy, "own": snapshot.personal_accuracy}
+    said = (
+        "Accuracy on what clients set aside, last round, of the models received or of each's own."
+    )
+    yield _labelled(
+        "holdout_accuracy", said, "model", {k: v for k, v in own.items() if v is not None}
+    )
     links = cohort.links
     said = "Messages that were not heard, by why."
     unheard = {"refused": links.frames_refused, "dropped": links.messages_dropped}

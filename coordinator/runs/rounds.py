@@ -30,6 +30,10 @@ from edge_sdk.models import build
 from edge_sdk.protocol.timing import clock, since
 
 log = logging.getLogger(__name__)
+HOLDOUTS = {  # figures of a round, and how its line calls them
+    "holdout_accuracy": "on hold-outs as received",
+    "personal_accuracy": "each client's own model on its hold-out",
+}
 
 
 def is_evaluated(config: RunConfig, round: int) -> bool:
@@ -145,8 +149,13 @@ def print_round(report: RoundReport) -> None:
     last = " / ".join(f"{100 * share:.1f}" for share in report.accuracy) or "-"
     served = " / ".join(f"{100 * share:.1f}" for share in report.accuracy_served) or "-"
     stale = f" and {totals.stale} late" if totals.stale else ""
+    own = "".join(
+        f", {said} {100 * report.metrics.values[name]:.1f} %"
+        for name, said in HOLDOUTS.items()
+        if name in report.metrics.values
+    )
     print(
         f"round {report.round}: {totals.returned} of {totals.chosen}{stale} returned, "
-        f"accuracy per exit {last} %, served {served} %, {totals.wall_s:.1f} s",
+        f"accuracy per exit {last} %, served {served} %{own}, {totals.wall_s:.1f} s",
         flush=True,
     )

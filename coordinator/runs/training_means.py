@@ -1,4 +1,5 @@
-"""How well a round's participants did on what they trained on, as they told it."""
+"""How well a round's participants did on what they trained on and on what they set aside, as they
+told it."""
 
 from __future__ import annotations
 
@@ -6,16 +7,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from coordinator.cohorts.base import ClientUpdate
+from coordinator.runs.holdouts import pooled
+from edge_sdk.protocol.messages import Holdout
 
 
 class TrainingMeans:
-    """Of each exit, loss (nats) and accuracy in the last local epoch: means over the updates that
-    were watched, weighted by their examples."""
+    """Over the updates that were watched: of each exit, loss (nats) and accuracy in the last local
+    epoch, weighted by examples; of the models that were received, accuracy on the hold-outs."""
 
     def __init__(self) -> None:
         self._examples: defaultdict[int, float] = defaultdict(float)
         self._loss: defaultdict[int, float] = defaultdict(float)
         self._accuracy: defaultdict[int, float] = defaultdict(float)
+        self._holdouts: list[Holdout] = []
 
     def watched(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
         """Pass the updates on."""
@@ -24,6 +28,8 @@ class TrainingMeans:
                 self._examples[result.exit] += update.num_examples
                 self._loss[result.exit] += update.num_examples * result.loss
                 self._accuracy[result.exit] += update.num_examples * result.accuracy
+            if update.message.holdout:
+                self._holdouts.append(update.message.holdout)
             yield update
 
     def by_exit(self) -> tuple[list[float | None], list[float | None]]:
@@ -35,13 +41,15 @@ class TrainingMeans:
         )
 
     def values(self) -> dict[str, float]:
-        """`loss_exit_1`, `train_accuracy_exit_1` and so on, of the exits that were trained."""
-        return {
+        """`loss_exit_1`, `train_accuracy_exit_1` and so on, of the exits that were trained, and
+        `holdout_accuracy` and so on, where hold-outs were told (holdouts.pooled)."""
+        by_exit = {
             f"{name}_exit_{exit}": value
             for name, values in zip(("loss", "train_accuracy"), self.by_exit(), strict=True)
             for exit, value in enumerate(values, 1)
             if value is not None
         }
+        return by_exit | pooled("holdout", self._holdouts)
 
     def _mean(self, sums: Mapping[int, float], exit: int) -> float | None:
         examples = self._examples.get(exit)

@@ -14,7 +14,7 @@ from coordinator.store import failures
 from coordinator.store.database import DATABASE, connect_to_read
 from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import is_there
-from edge_sdk.protocol.messages import ExitResult
+from edge_sdk.protocol.messages import ExitResult, Holdout
 
 T = TypeVar("T")
 DAMAGED = "it is damaged: put back a copy of the run's folder, or start another run"
@@ -24,12 +24,21 @@ BY_EXIT = {  # fields of RoundRow, by the names of the metrics that they come fr
     "loss": "loss_exit_",
     "train_accuracy": "train_accuracy_exit_",
 }
+ALONE = {  # fields of RoundRow that are metrics themselves, and their column for people
+    "holdout_accuracy": "hold-out %",
+    "personal_accuracy": "own %",
+}
+
+OF_CLIENT = ("train_s", "exits", "holdout")  # of ClientRow, that are more than a column
 
 
 class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     """One committed round. By exit, exit 1 first: accuracy, accuracy_served: of the model and of
     the one that is served, on the test set; loss (nats), train_accuracy: of its participants on
-    what they trained on, weighted by their examples. None where there is no figure of an exit."""
+    what they trained on, weighted by their examples. None where there is no figure of an exit.
+
+    holdout_accuracy: of the models that its participants received, on what they set aside;
+    personal_accuracy: of every client's own model on its own; None where that was not asked."""
 
     round: int
     started_utc: str
@@ -45,11 +54,14 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     accuracy_served: tuple[float | None, ...] = ()
     loss: tuple[float | None, ...] = ()
     train_accuracy: tuple[float | None, ...] = ()
+    holdout_accuracy: float | None = None
+    personal_accuracy: float | None = None
 
 
 class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
     """What one participant returned, or why nothing, in the round that it counts in. exits: loss
-    and accuracy of each exit on what it trained on, last epoch. train_s: None where not told."""
+    and accuracy of each exit on what it trained on, last epoch. train_s, holdout: None where not
+    told."""
 
     round: int
     client_id: str
@@ -63,6 +75,7 @@ class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
     peak_memory_bytes: int
     train_s: float | None
     exits: tuple[ExitResult, ...]
+    holdout: Holdout | None = None
 
 
 class RunRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +131,7 @@ def _run(db: sqlite3.Connection) -> RunRow:
 
 
 def _rounds(db: sqlite3.Connection, count: int) -> list[RoundRow]:
-    names = [name for name in RoundRow.__struct_fields__ if name not in BY_EXIT]
+    names = [n for n in RoundRow.__struct_fields__ if n not in BY_EXIT and n not in ALONE]
     statement = f"SELECT {', '.join(names)} FROM rounds ORDER BY round DESC LIMIT ?"
     rows = [dict(zip(names, row, strict=True)) for row in db.execute(statement, (count,))]
     found = []
@@ -127,7 +140,8 @@ def _rounds(db: sqlite3.Connection, count: int) -> list[RoundRow]:
             db.execute("SELECT name, value FROM metrics WHERE round = ?", (row["round"],))
         )
         by_exit = {field: _by_exit(values, prefix) for field, prefix in BY_EXIT.items()}
-        found.append(msgspec.convert(row | by_exit, RoundRow))
+        alone = {name: values.get(name) for name in ALONE}
+        found.append(msgspec.convert(row | by_exit | alone, RoundRow))
     return found
 
 
@@ -137,18 +151,19 @@ def _by_exit(values: dict[str, float | None], prefix: str) -> tuple[float | None
 
 
 def _clients(db: sqlite3.Connection) -> list[ClientRow]:
-    columns = [name for name in ClientRow.__struct_fields__ if name not in ("train_s", "exits")]
+    columns = [name for name in ClientRow.__struct_fields__ if name not in OF_CLIENT]
     names = ", ".join(f"p.{name}" for name in columns)
     rows = db.execute(
-        f"SELECT {names}, t.wall_s, p.exits FROM participations AS p JOIN rounds USING (round)"
+        f"SELECT {names}, t.wall_s, p.exits, p.holdout FROM participations AS p"
+        " JOIN rounds USING (round)"
         " LEFT JOIN phases AS t ON t.round = p.round AND t.client_id = p.client_id"
         " AND t.phase = 'train' AND p.outcome = 'ok' ORDER BY p.round, p.client_id"
     )
     return [
         msgspec.convert(
-            dict(zip([*columns, "train_s"], row[:-1], strict=True))
-            | {"exits": msgspec.json.decode(row[-1])},
+            dict(zip([*columns, "train_s"], row, strict=True))
+            | {"exits": msgspec.json.decode(exits), "holdout": msgspec.json.decode(held or "null")},
             ClientRow,
         )
-        for row in rows
+        for *row, exits, held in rows
     ]

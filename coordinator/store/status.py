@@ -136,6 +136,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     accuracy: tuple[float, ...] = ()
     loss: tuple[float | None, ...] = ()
     train_accuracy: tuple[float | None, ...] = ()
+    holdout_accuracy: float | None = None  # see reader.RoundRow
+    personal_accuracy: float | None = None
     cohort: CohortState = CohortState()
 
 

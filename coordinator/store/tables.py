@@ -15,11 +15,12 @@ import msgspec
 from coordinator.cohorts.base import BLANK, Absence, Client, ClientUpdate
 from edge_sdk.protocol.messages import Segment, Update
 
-VERSION = 4
+VERSION = 5
 PARTICIPATIONS = """round INTEGER, client_id TEXT, exit INTEGER, segments TEXT,
     outcome TEXT, code TEXT, detail TEXT, num_examples INTEGER, num_steps INTEGER,
     bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,
-    exits TEXT, micro_batch INTEGER, recompute INTEGER, staleness INTEGER, job TEXT, digest TEXT"""
+    exits TEXT, micro_batch INTEGER, recompute INTEGER, staleness INTEGER, job TEXT, digest TEXT,
+    holdout TEXT, state_round INTEGER"""
 COLUMNS = {column.split()[0] for column in PARTICIPATIONS.split(",")}
 FROM_UPDATE = COLUMNS & set(Update.__struct_fields__) - {"round"}  # that is the one it counts in
 SCHEMA = f"""
@@ -87,7 +88,9 @@ def participation_row(round: int, result: ClientUpdate | Absence) -> dict[str, o
 
 def _value(value: object) -> object:
     """As SQLite keeps it: lists and structs as JSON."""
-    return value if isinstance(value, int | float | str) else msgspec.json.encode(value).decode()
+    if value is None or isinstance(value, int | float | str):
+        return value
+    return msgspec.json.encode(value).decode()
 
 
 def _segments(segments: Sequence[Segment]) -> str:

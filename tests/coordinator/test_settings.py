@@ -95,9 +95,7 @@ def test_logit_adjustment_and_holdout_are_part_of_every_plan():
     run = replace(config("owners-mean"), logit_adjustment=1.5, holdout=0.25)
     plan = run.plan(1)
     assert (plan.logit_adjustment, plan.holdout) == (1.5, 0.25)
-    for field, flag, wrong in [
-        ("logit_adjustment", "--logit-adjustment", -1),
-        ("holdout", "--holdout", 1),
-    ]:
-        with pytest.raises(UsageError, match=f"{flag} is {wrong}"):
-            checked(replace(run, **{field: wrong}))
+    for wrong in ({"logit_adjustment": -1.0}, {"holdout": 1.0}):
+        (field,) = wrong
+        with pytest.raises(UsageError, match=flag_of(field)):
+            checked(replace(run, **wrong))

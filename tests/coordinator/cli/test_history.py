@@ -13,7 +13,7 @@ from coordinator.cli.main import main
 from coordinator.cohorts.base import Absence
 from coordinator.methods.base import Metrics
 from coordinator.store.store import Store
-from edge_sdk.protocol.messages import ExitResult, Phase, Segment
+from edge_sdk.protocol.messages import ExitResult, Holdout, Phase, Segment
 from tests.support.examples import client, client_update, config
 from tests.support.other_user import not_allowed_to_write
 
@@ -118,3 +118,30 @@ def test_a_run_without_rounds_says_so(tmp_path, capsys):
     Store.create(tmp_path, config("owners-mean"), "serve").close()
     assert main(["history", str(tmp_path)]) == 1
     assert "has no finished round yet" in capsys.readouterr().err
+
+
+def test_holdouts_have_columns_where_some_client_had_one(tmp_path, capsys):
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    held = Holdout(num_examples=8, num_correct=5, loss=0.5)
+    told = [
+        client_update(client(name, 1), {}, PREFIX, holdout=h)
+        for name, h in (("a", held), ("b", None))
+    ]
+    list(store.record_results(1, told))
+    values = {"holdout_accuracy": 0.625, "personal_accuracy": 0.0}
+    store.commit(1, Metrics(values), {}, "2026-01-01T00:00:00+00:00", 1.5)
+    store.close()
+    assert main(["history", str(tmp_path)]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[-2:] == ["hold-out %", "own %"]
+    assert row.split()[-2:] == ["62.5", "0.0"]
+    assert main(["status", "--run-dir", str(tmp_path)]) in (0, 3, 4)
+    assert "hold-out %  own %" in capsys.readouterr().out
+    assert main(["history", str(tmp_path), "--csv", "--clients"]) == 0
+    a, b = table(capsys.readouterr().out)
+    assert (a["holdout_num_correct"], a["holdout_num_examples"], a["holdout_loss"]) == (
+        "5",
+        "8",
+        "0.5",
+    )
+    assert b["holdout_num_correct"] == ""

@@ -65,7 +65,7 @@ def scrape(port: int) -> dict[tuple[str, str], float]:
 
 
 def test_prometheus_gets_the_latest_snapshot():
-    state = snapshot(rounds_done=2, rounds_s=7.5, last_round_s=3.5)
+    state = snapshot(rounds_done=2, rounds_s=7.5, last_round_s=3.5, holdout_accuracy=0.75)
     with serving(state) as server:
         found = scrape(server.port)
     expected = {
@@ -83,6 +83,8 @@ def test_prometheus_gets_the_latest_snapshot():
         ("round_chosen", ""): 4,
         ("round_needed", ""): 2,
         ("round_returned", ""): 1,
+        ("holdout_accuracy", "received"): 0.75,
+        ("holdout_accuracy", "own"): None,
         ("bytes_in_flight", ""): 10,
         ("memory_budget_bytes", ""): 64,
         ("spool_bytes", ""): 7,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import msgspec
 import pytest
 
 from coordinator.runs.training_means import TrainingMeans
-from edge_sdk.protocol.messages import ExitResult, Segment
+from edge_sdk.protocol.messages import ExitResult, Holdout, Segment
 from tests.support.examples import client, client_update
 
 
@@ -37,3 +40,32 @@ def test_means_are_weighted_by_examples_and_only_over_who_trained_the_exit():
 def test_nobody_has_no_means():
     assert TrainingMeans().by_exit() == ([], [])
     assert TrainingMeans().values() == {}
+
+
+def test_holdouts_are_pooled_over_their_examples_and_spread_over_clients():
+    """28 of 40 right in all; the clients' accuracies are 0.5, 0.75 and 1, whose quantile at 0.1
+    lies a fifth of the way from the first to the second."""
+    told = [(20, 10, 1.0), (8, 6, 0.5), (12, 12, 0.25)]
+    given = [
+        replace(update("a", 10, e1=(1.0, 0.5)), arrived=with_holdout(*figures)) for figures in told
+    ] + [update("b", 30, e1=(2.0, 0.9))]
+    means = TrainingMeans()
+    assert list(means.watched(given)) == given
+    values = {name: v for name, v in means.values().items() if name.startswith("holdout")}
+    assert values == {
+        "holdout_accuracy": 28 / 40,
+        "holdout_loss": pytest.approx((20 * 1 + 8 * 0.5 + 12 * 0.25) / 40),
+        "holdout_examples": 40,
+        "holdout_clients": 3,
+        "holdout_accuracy_q10": pytest.approx(0.5 + 0.2 * 0.25),
+        "holdout_accuracy_q50": 0.75,
+        "holdout_accuracy_q90": pytest.approx(0.75 + 0.8 * 0.25),
+    }
+
+
+def with_holdout(num_examples, num_correct, loss):
+    held = Holdout(num_examples=num_examples, num_correct=num_correct, loss=loss)
+    arrived = update("a", 10, e1=(1.0, 0.5)).arrived
+    return msgspec.structs.replace(
+        arrived, update=msgspec.structs.replace(arrived.update, holdout=held)
+    )

@@ -17,6 +17,7 @@ import pytest
 
 from coordinator.fleet.cohort import Stopped
 from coordinator.fleet.counters import CODES, MAX_CLIENTS, OTHER, Counters
+from coordinator.methods.base import Metrics
 from coordinator.methods.registry import make_method
 from coordinator.runs.monitor import TELL_S, Monitor
 from coordinator.runs.rounds import RoundReport, run_rounds
@@ -194,7 +195,7 @@ def test_rounds_are_counted_and_logged(tmp_path, caplog):
     monitor, _ = monitored(tmp_path)
     for round, seconds in ((1, 2.0), (2, 3.5)):
         totals = RoundTotals(seconds, 4, 3, 1, 0, 0, 10, 20)
-        monitor.round_done(RoundReport(round, [], [], None, totals))
+        monitor.round_done(RoundReport(round, [], [], Metrics(), totals))
     last = monitor.latest
     assert (last.rounds_done, last.rounds_s, last.last_round_s) == (2, 5.5, 3.5)
     said = caplog.records[-1]
