@@ -39,8 +39,8 @@ def unflatten(flat: Tensor, shapes: Mapping[str, torch.Size]) -> Tensors:
     wanted = num_weights(shapes)
     if flat.shape != (wanted,):
         raise ShapeError(
-            f"a vector of {tuple(flat.shape)} weights came for a model of {wanted}; both sides must "
-            "have the same model, so tell the coordinator the number of weights of this one"
+            f"a vector of {tuple(flat.shape)} weights came for a model of {wanted}; both sides "
+            "must have the same model, so tell the coordinator the number of weights of this one"
         )
     parts = flat.split([shape.numel() for shape in shapes.values()])
     return {

@@ -1,5 +1,5 @@
-"""What the suites over all methods share: clients for every model that a method offers, made updates,
-the whole of what a method has learned, and which method a check is not for, and why."""
+"""What the suites over all methods share: clients for every model that a method offers, made
+updates, the whole of what a method has learned, and which method a check is not for, and why."""
 
 from __future__ import annotations
 
