@@ -34,7 +34,7 @@ FLOORS = {
         ("admission", "settings"),
         ("registry",),
         ("cohorts",),
-        ("aggregation", "generators"),
+        ("aggregation", "generators", "personal"),
         ("methods",),
         ("store",),
         ("fleet",),

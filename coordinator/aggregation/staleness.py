@@ -4,6 +4,10 @@ A job that began from w_s and returned w_i moved w_i - w_s. Used at w, s rounds 
 w + 0.5^(s / half-life) (w_i - w_s), with its own weight in the mean: the step of FedBuff (Nguyen et
 al. 2022) with a half-life for its polynomial. Statistics of BatchNorm go the same share of the way
 from w's to their own; counters stay as they came.
+
+What is no tensor of the model (a vector of all weights, a control variate: see fields.Role) has no
+w here: it comes as sent + 0.5^(s / half-life) (returned - sent), what was not sent counting as
+zeros, and its method is told `sent`.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ def rebase_late_updates(
     for update in updates:
         if update.staleness:
             share = 0.5 ** (update.staleness / half_life)
-            update = replace(update, tensors=_moved(update, current, parameters, share), sent={})
+            beside = {name: t for name, t in update.sent.items() if name not in current}
+            moved = _moved(update, current, parameters, share)
+            update = replace(update, tensors=moved, sent=beside)
         yield update
         del update  # no reference stays here
 
@@ -40,6 +46,11 @@ def _moved(
     for name, tensor in update.tensors.items():
         if not tensor.is_floating_point():
             moved[name] = tensor
+        elif name not in current:
+            began = update.sent.get(name)
+            moved[name] = torch.lerp(
+                torch.zeros_like(tensor) if began is None else began, tensor, share
+            )
         elif name in parameters:
             now, limit = current[name], torch.finfo(tensor.dtype).max
             step = share * (tensor.double() - update.sent[name].double())  # of finite ones, finite

@@ -100,3 +100,20 @@ def test_only_one_update_is_alive_at_a_time():
 def test_oldest_update_that_counts(changes, oldest):
     settings: RunConfig = config("owners-mean", **changes)
     assert settings.oldest == oldest
+
+
+def test_what_is_no_tensor_of_the_model_comes_with_what_was_sent():
+    """A vector (1, 2) that came back as (5, 0), and a correction that was not sent, half each:
+    (1 + 2, 2 - 1) and (0 + 3). The model's own need no `sent` any more."""
+    late = client_update(
+        client("a", 1),
+        dict(RETURNED) | {"flat/all": RETURNED["w"], "correction/w": torch.tensor([6.0])},
+        (Segment(first=1, last=1),),
+        staleness=2,
+        sent=dict(SENT) | {"flat/all": SENT["w"]},
+    )
+    (found,) = rebase_late_updates([late], CURRENT, PARAMETERS, 2.0)
+    assert found.tensors["flat/all"].tolist() == [3.0, 1.0]
+    assert found.tensors["correction/w"].tolist() == [3.0]
+    assert {name: t.tolist() for name, t in found.sent.items()} == {"flat/all": [1.0, 2.0]}
+    assert found.tensors["w"].tolist() == [12.0, 19.0]

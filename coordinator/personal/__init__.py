@@ -1,0 +1,1 @@
+"""A model for each client, made by networks of the server: hypernetworks."""
