@@ -20,8 +20,9 @@ class Registered(Generic[Made]):
     """make: the function; its options are the last thing that it is given, if it has any.
     options: what it has of its own; each field with its default, bounds and help is a flag.
     defaults: of shared settings by their paths, e.g. "server.lr", where nothing else is asked for.
-    paper: instead of them with --paper. uses: the parts of a run that a method has a place for, of
-    "rotation" and "generator". check: raises ConfigError for settings that do not go with it."""
+    paper: instead of them with --paper, of a method's own by "own.FIELD" too. uses: the parts of a
+    run that a method has a place for, of "rotation" and "generator". check: raises ConfigError for
+    settings that do not go with it."""
 
     make: Callable[..., Made]
     options: type[Options] | None = None

@@ -148,9 +148,14 @@ def flag_of(path: str) -> str:
 
 
 def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """With other values at some paths, e.g. {"server.lr": 0.5}."""
+    """With other values at some paths, e.g. {"server.lr": 0.5}; "own.": of what the method has of
+    its own."""
     for path, value in values.items():
         part, _, field = path.rpartition(".")
+        if part == "own":
+            value = ({} if config.own is UNSET else config.own) | {field: value}
+            config = replace(config, own=value)
+            continue
         if part:
             value = replace(getattr(config, part), **{field: value})
         config = replace(config, **{part or field: value})

@@ -212,9 +212,9 @@ class CommandParser(Parser):
                     setattr(named, name, preset.get(name, default))
             if named.method in METHODS:
                 values = _method_values(named)
-                self.set_defaults(**values | preset)
                 named.generator = named.generator or values.get("generator", "none")
                 self._add_own_flags(named)
+                self.set_defaults(**values | preset)
                 self._limit_flags(named)
             return parse(args, namespace)
 

@@ -54,7 +54,9 @@ def make_config(
     which = {"generator": plain.generator.name} if "generator" in settings else {}
     optimizer = plain.server.optimizer
     defaults = defaults_of(method, is_paper=is_paper, optimizer=optimizer, **which)
-    return changed(plain, {k: v for k, v in defaults.items() if k.split(".")[0] not in settings})
+    given = settings.keys() | {f"own.{field}" for field in settings.get("own", {})}
+    given -= {"own"}
+    return changed(plain, {k: v for k, v in defaults.items() if not {k, k.split(".")[0]} & given})
 
 
 def check_method(config: RunConfig) -> None:
