@@ -66,4 +66,5 @@ def widths(
     spec: ModelSpec, name: str, given: Sizes, default: Sequence[int], least: int
 ) -> list[int]:
     """`sizes`, each scaled by the spec's width and rounded up: channels or features."""
-    return [math.ceil(size * spec.width) for size in sizes(spec, name, given, default, least)]
+    given_sizes = sizes(spec, name, given, default, least)
+    return [math.ceil(round(size * spec.width, 6)) or 1 for size in given_sizes]  # 0.07 * 100 > 7

@@ -16,8 +16,11 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 from msgspec.structs import replace
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from edge_sdk.models import initial_tensors
+from coordinator.aggregation.sliced import cut
+from edge_sdk.models import build, initial_tensors
+from edge_sdk.models.widths import slice_of
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training.trainer import train
 from tests.support.examples import examples
@@ -82,6 +85,35 @@ def fault_apart(arguments: Sequence[str], variables: Mapping[str, str], timeout_
         status, how = -1, f"still running after {timeout_s:g} s"
     begun = said.splitlines()[-1:] or ["its start"]
     return f"{how} in {begun[0]}\n{wrong}" if status else ""
+
+
+def check_slice(spec: ModelSpec, width: float, shift: int, *, is_same: bool = True) -> None:
+    """The slices of `spec` are a model of that width, tensor by tensor. is_same: loaded with them
+    it gives the whole model's logits, once the whole one hears nothing of the other channels."""
+    draws = torch.Generator().manual_seed(0)
+    whole, narrow = (build(replace(spec, width=w)).eval() for w in (spec.width, width))
+    parts = slice_of(spec, width, shift)
+    drawn = {n: torch.rand(t.shape, generator=draws) for n, t in whole.tensors().items()}
+    tensors = {n: t.to(whole.tensors()[n].dtype) for n, t in drawn.items()}
+    held = cut(tensors, parts)
+    assert {n: t.shape for n, t in held.items()} == {
+        n: t.shape for n, t in narrow.tensors().items()
+    }
+    if not is_same:
+        return
+    for name, tensor in tensors.items():
+        layer = whole.get_submodule(name.rpartition(".")[0])
+        axis = 0 if isinstance(layer, _ConvTransposeNd) else 1  # of its inputs
+        if tensor.ndim > 1 and (kept := parts[name][axis]) is not None:
+            deaf = torch.ones(tensor.shape[axis], dtype=torch.bool).index_fill(0, kept, False)
+            tensor.index_fill_(axis, deaf.nonzero().flatten(), 0)
+    for name, tensor in (held | cut(tensors, parts)).items():
+        assert torch.equal(tensor, held[name]), "what is taken away is not what is held"
+    whole.load(tensors)
+    narrow.load(held)
+    x = torch.rand(2, *spec.input_shape, generator=draws)
+    for one, other in zip(whole(x), narrow(x), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def main(families: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensor_lists import needed_names, stage_of, trained_names
 from edge_sdk.training.trainer import train
-from tests.contract.families import FOLDED, SPECS, TABLE, check_trains_apart
+from tests.contract.families import FOLDED, SPECS, TABLE, WIDTHS, check_slice, check_trains_apart
 from tests.support.examples import examples
 
 
@@ -141,6 +141,13 @@ def test_width_scales_what_lies_between(spec):
         sum(p.numel() for p in build(replace(spec, width=width)).parameters()) for width in (1, 0.5)
     )
     assert half < whole
+
+
+@pytest.mark.parametrize("width", WIDTHS[::2])
+def test_a_narrow_model_is_a_part_of_the_whole(spec, width):
+    """Of the first channels, and of a window of them that begins anew after the last."""
+    check_slice(spec, width, 0)
+    check_slice(spec, width, 3)
 
 
 def test_wrong_options_name_the_known(spec):
