@@ -46,7 +46,7 @@ from edge_sdk.protocol.codec import decode, encode
 from edge_sdk.protocol.fields import ITEM_BYTES, PLAIN_TEXT
 from edge_sdk.protocol.messages import Fetch, Message
 from edge_sdk.protocol.tensors import DTYPES
-from edge_sdk.training import trainer, worker
+from edge_sdk.training import segment, worker
 from tests.support.golden_messages import EXAMPLES
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -260,7 +260,7 @@ def test_protocol_names_every_fault_code(text):
     kinds = EdgeError.__subclasses__()
     kinds += [below for kind in kinds for below in kind.__subclasses__()]
     codes = {kind.code for kind in kinds} - never_sent
-    codes |= {"version", trainer.Cancelled.code, *agent.FATAL}
+    codes |= {"version", segment.Cancelled.code, *agent.FATAL}
     sent = set()
     # Fault(code="..."), _fault(name, "..."), _answer(name, "...")
     for module in (cohort, jobs, sessions, router, joining, agent):

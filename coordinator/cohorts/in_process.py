@@ -88,7 +88,7 @@ def train_here(
 
 
 def as_update(result: TrainResult, job: Assignment) -> Update:
-    """The message that a device would send: what a result holds has the same name in both."""
-    told = {field.name: getattr(result, field.name) for field in fields(result)}
+    """The message that a device would send: what a result tells has the same name in both."""
+    told = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "state"}
     told |= {"micro_batch": job.plan.micro_batch, "recompute": job.plan.recompute}
     return replace(BLANK, **told | {"tensors": job.returns})

@@ -47,7 +47,7 @@ from edge_sdk.helpers import files
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensors import Tensors
-from edge_sdk.training.trainer import pick_device
+from edge_sdk.training.devices import pick_device
 
 log = logging.getLogger(__name__)
 HOLDOUT = 0.2  # as in the paper

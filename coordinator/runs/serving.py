@@ -33,7 +33,7 @@ from edge_sdk.helpers import logs
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.helpers.text import checked_endpoint
 from edge_sdk.protocol.keys import read_keys
-from edge_sdk.training.trainer import pick_device
+from edge_sdk.training.devices import pick_device
 
 log = logging.getLogger(__name__)
 FINISHED = "run finished"

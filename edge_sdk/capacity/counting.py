@@ -145,9 +145,11 @@ def _as_planned(cost: SegmentCost, plan: Plan) -> SegmentCost:
 
 
 def optimizer_copies(plan: Plan) -> int:
-    """Copies of the trained parameters that the optimizer and the proximal term hold."""
+    """Copies of the trained parameters that the optimizer and the plan's terms hold: FedProx's
+    received ones; SCAFFOLD's received ones and its two control variates; FedDyn's received ones and
+    its gradient."""
     state = 2 if plan.optimizer == "adam" else int(plan.momentum > 0)
-    return state + int(plan.prox_mu > 0)
+    return state + int(plan.prox_mu > 0) + 3 * plan.correction + 2 * int(plan.dyn_alpha > 0)
 
 
 def of_whole_step(model: StagedModel, plan: Plan, x: Tensor) -> tuple[int, int]:
@@ -290,9 +292,8 @@ def _forward(
     enter: Callable[[int, Tensor], None] = lambda number, features: None,
 ) -> Tensor:
     """A step's loss. enter: called before a stage with its number from 1, after it with LAST."""
-    stages, heads, named, weights, plan = step
+    stages, heads, _, weights, plan = step
     labels = torch.zeros(len(features), dtype=torch.int64)
-    anchor = {k: w.detach().clone() for k, w in named.items()} if plan.prox_mu else {}
     logits = []
     for number, (stage, head) in enumerate(zip(stages, heads, strict=True), 1):
         enter(number, features)
@@ -300,4 +301,4 @@ def _forward(
         enter(LAST, features)
         with torch.set_grad_enabled(bool(weights[number - 1]) or plan.distill != "none"):
             logits.append(head.train()(features))  # of weight 0: no backward pass
-    return local_loss(logits, labels, weights, plan, named, anchor)
+    return local_loss(logits, labels, weights, plan)

@@ -63,7 +63,7 @@ def run_measure(args: argparse.Namespace) -> int:
         check_free(path, is_forced=args.force)
         check_output(path, "--save")
     if args.device != "cpu" and not lacking:
-        from edge_sdk.training.trainer import usable_device
+        from edge_sdk.training.devices import usable_device
 
         usable_device(args.device)
     now = conditions.read(with_jetson_stats=True)  # before measuring makes it warm

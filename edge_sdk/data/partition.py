@@ -33,14 +33,21 @@ def stratified_split(y: Ints, fraction: float, seed: int) -> tuple[Ints, Ints]:
 
 
 def split_holdout(examples: Examples, share: float, seed: int = 0) -> tuple[Examples, Examples]:
-    """Training part and hold-out of one client's examples, a function of the labels and the seed.
+    """Training part and hold-out of one client's examples, copies of those at `holdout_rows`."""
+    kept, held = holdout_rows(examples.y, share, seed)
+    return examples.take(kept), examples.take(held)
+
+
+def holdout_rows(y: Ints, share: float, seed: int = 0) -> tuple[Ints, Ints]:
+    """Sorted indices of those that one client trains on and of its hold-out, a function of its
+    labels and the seed.
 
     The hold-out is `share` of every class, to one example, while some class has two; of examples
     that are each alone in their class, it is drawn from all, at least one. It is empty where fewer
     than MIN_BATCH would be left to train on. Raises ConfigError."""
     if not 0 < share < 1:
         raise ConfigError(f"hold-out is {share} of the examples, expected between 0 and 1")
-    y, every = examples.y, np.arange(len(examples))
+    every = np.arange(len(y))
     if len(np.unique(y)) < len(y):
         kept, held = stratified_split(y, share, seed)
     else:
@@ -50,7 +57,7 @@ def split_holdout(examples: Examples, share: float, seed: int = 0) -> tuple[Exam
         kept = np.setdiff1d(every, held)
     if len(kept) < MIN_BATCH:
         kept, held = every, every[:0]
-    return examples.take(kept), examples.take(held)
+    return kept, held
 
 
 def partition_iid(n: int, num_clients: int, seed: int) -> list[Ints]:

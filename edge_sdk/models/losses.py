@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,11 +11,12 @@ from torch.nn import functional
 from edge_sdk.errors import ConfigError, ShapeError
 from edge_sdk.protocol.messages import Plan
 
-# Whether exit j teaches exit e.
-TEACHES: dict[str, Callable[[int, int], bool]] = {
-    "deep-to-shallow": operator.gt,
-    "shallow-to-deep": operator.lt,
-    "mutual": operator.ne,
+# Whether exit j teaches exit e, the deepest being the last.
+TEACHES: dict[str, Callable[[int, int, int], bool]] = {
+    "deep-to-shallow": lambda j, e, last: j > e,
+    "deepest-to-shallow": lambda j, e, last: j == last > e,
+    "shallow-to-deep": lambda j, e, last: j < e,
+    "mutual": lambda j, e, last: j != e,
 }
 
 
@@ -35,24 +35,11 @@ def exit_weights(plan: Plan, first: int, last: int) -> Sequence[float]:
 
 
 def local_loss(
-    logits: Sequence[Tensor],
-    labels: Tensor,
-    weights: Sequence[float],
-    plan: Plan,
-    parameters: Mapping[str, Tensor],
-    anchor: Mapping[str, Tensor],
+    logits: Sequence[Tensor], labels: Tensor, weights: Sequence[float], plan: Plan
 ) -> Tensor:
-    """What a step on one batch of a segment minimises: all terms of the plan, a scalar.
-
-    logits, labels, weights: see joint_exit_loss. parameters, anchor: the trained ones now and as
-    they were received, by name; without prox_mu the anchor is not looked at."""
-    loss = joint_exit_loss(logits, labels, weights)
-    if plan.distill != "none" and plan.distill_weight and len(logits) > 1:
-        taught = distillation(logits, plan.distill, plan.distill_temperature)
-        loss = loss + plan.distill_weight * taught
-    if plan.prox_mu:
-        loss = loss + plan.prox_mu / 2 * proximal_term(parameters, anchor)
-    return loss
+    """What a step on one batch of a segment minimises, without what the plan adds by a client's
+    own frequencies, state or teacher: a scalar. logits, labels, weights: see joint_exit_loss."""
+    return joint_exit_loss(logits, labels, weights) + exit_distillation(logits, weights, plan)
 
 
 def joint_exit_loss(logits: Sequence[Tensor], labels: Tensor, weights: Sequence[float]) -> Tensor:
@@ -69,33 +56,42 @@ def joint_exit_loss(logits: Sequence[Tensor], labels: Tensor, weights: Sequence[
     return total
 
 
-def proximal_term(parameters: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> Tensor:
-    """|w - w_received|^2 over trainable tensors (FedProx, 2020); the caller applies mu / 2."""
-    return torch.stack([(w - anchor[name]).square().sum() for name, w in parameters.items()]).sum()
+def exit_distillation(logits: Sequence[Tensor], weights: Sequence[float], plan: Plan) -> Tensor:
+    """The plan's distillation between these exits, times distill_weight; 0 where it has none. In
+    "deepest-to-shallow" each exit's part also has the exit's weight of the joint loss, as ScaleFL
+    weighs an exit's loss as a whole. A scalar."""
+    if plan.distill == "none" or not plan.distill_weight or len(logits) < 2:
+        return torch.zeros((), device=logits[0].device)
+    shares = weights if plan.distill == "deepest-to-shallow" else (1.0,) * len(logits)
+    taught = distillation(logits, plan.distill, plan.distill_temperature, shares)
+    return plan.distill_weight * taught
 
 
-def distillation(logits: Sequence[Tensor], direction: str, temperature: float) -> Tensor:
+def distillation(
+    logits: Sequence[Tensor], direction: str, temperature: float, shares: Sequence[float] = ()
+) -> Tensor:
     """How far the exits are from their teachers: T^2 * KL(softmax(z_j / T) || softmax(z_e / T)) in
     nats, averaged over the batch and over the teachers j of an exit e, summed over the exits e.
 
     logits: one (B, K) per exit, shallow first. direction: a key of TEACHES; an exit that it gives
-    no teacher adds nothing. Teachers get no gradient: the term moves students only. T^2 keeps the
-    gradients' size when T changes (Hinton et al. 2015). Returns a scalar.
+    no teacher adds nothing. shares: factors of the exits' parts, () is 1 each. Teachers get no
+    gradient: the term moves students only. T^2 keeps the gradients' size when T changes (Hinton et
+    al. 2015). Returns a scalar.
 
     Sources. DepthFL (ICLR 2023): "mutual" at T = 1; its code adds 1e-7 to the teachers'
     probabilities, which is left out as the logarithms here are finite without. ScaleFL (CVPR 2023):
-    "deep-to-shallow" where the deepest exit alone teaches, here every deeper one does; its code
-    also averages over the classes (a factor of 1 / K), weights the term with the exit's number and
-    lets the gradient reach the teacher. "shallow-to-deep" is ours, for deep stages with few owners.
+    "deepest-to-shallow"; its code also averages over the classes (a factor of 1 / K) and lets the
+    gradient reach the teacher. "deep-to-shallow", where every deeper exit teaches, and
+    "shallow-to-deep", for deep stages with few owners, are ours.
 
     Raises ConfigError for an unknown direction."""
     if direction not in TEACHES:
         raise ConfigError(f"unknown distillation {direction!r}; known: {', '.join(TEACHES)}")
     log_p = [(z / temperature).log_softmax(-1) for z in logits]  # E of (B, K)
-    total = torch.zeros((), device=logits[0].device)
-    for e, student in enumerate(log_p):
-        teachers = [t.detach() for j, t in enumerate(log_p) if TEACHES[direction](j, e)]
+    total, last = torch.zeros((), device=logits[0].device), len(log_p) - 1
+    for e, (student, share) in enumerate(zip(log_p, shares or (1.0,) * len(log_p), strict=True)):
+        teachers = [t.detach() for j, t in enumerate(log_p) if TEACHES[direction](j, e, last)]
         for teacher in teachers:
             apart = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-            total = total + apart / len(teachers)
+            total = total + share * apart / len(teachers)
     return temperature**2 * total

@@ -42,8 +42,10 @@ from edge_sdk.protocol.tensors import Receiver, Sender, specs_of
 from edge_sdk.protocol.timing import clock, since
 from edge_sdk.training.augmenting import Augment, load_augment
 from edge_sdk.training.calibration import MemoryCalibration, memory_calibration, runtime_bytes
+from edge_sdk.training.devices import usable_device
 from edge_sdk.training.saved_update import SavedUpdate
-from edge_sdk.training.trainer import TrainResult, num_batches, train, usable_device
+from edge_sdk.training.segment import num_batches
+from edge_sdk.training.trainer import TrainResult, train
 
 log = logging.getLogger(__name__)
 WINDOW = 8  # parts asked for ahead: 4 MiB
@@ -260,5 +262,7 @@ def make_update(
         peak_memory_bytes=max(0, result.peak_memory_bytes - idle_bytes),
         micro_batch=job.plan.micro_batch,
         recompute=job.plan.recompute,
+        holdout=result.holdout,
+        state_round=result.state_round,
         tensors=specs_of(result.tensors),
     )

@@ -65,7 +65,7 @@ def one_step(spec: ModelSpec) -> dict[str, Any]:
     model.train()
     logits = model(x)
     parameters = dict(model.named_parameters())
-    loss = local_loss(logits, y, PLAN.exit_weights, PLAN, parameters, {})
+    loss = local_loss(logits, y, PLAN.exit_weights, PLAN)
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
     Optimizer(list(parameters.values()), PLAN).step_()

@@ -8,7 +8,8 @@ from edge_sdk.agent.job_watch import UNPREDICTED_S, JobWatch, limit_s
 from edge_sdk.agent.pipe import Progress
 from edge_sdk.models import initial_tensors
 from edge_sdk.protocol.messages import Plan, Segment
-from edge_sdk.training.trainer import num_batches, train
+from edge_sdk.training.segment import num_batches
+from edge_sdk.training.trainer import train
 from tests.support.examples import cnn, examples
 
 

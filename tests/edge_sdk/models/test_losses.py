@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edge_sdk.errors import ConfigError, ShapeError
-from edge_sdk.models.losses import distillation, exit_weights, joint_exit_loss, proximal_term
+from edge_sdk.models.losses import distillation, exit_weights, joint_exit_loss
 from edge_sdk.protocol.messages import Plan, Segment
 
 LN3 = math.log(3.0)
@@ -44,12 +44,6 @@ def test_exit_weights_must_reach_the_segment():
         exit_weights(plan, 3, 3)
 
 
-def test_proximal_term_is_squared():
-    # (3 - 1)^2 + (0 - 4)^2 = 20; published code uses the norm itself
-    term = proximal_term({"w": torch.tensor([3.0, 0.0])}, {"w": torch.tensor([1.0, 4.0])})
-    assert term.item() == pytest.approx(20.0)
-
-
 # Two classes. EVEN gives (1/2, 1/2), SURE (3/4, 1/4), so with their logarithms
 # KL(EVEN || SURE) = 1/2 ln(2/3) + 1/2 ln 2 = 1/2 ln(4/3)
 # KL(SURE || EVEN) = 3/4 ln(3/2) + 1/4 ln(1/2) = 3/4 ln 3 - ln 2
@@ -82,6 +76,8 @@ def test_distillation_between_two_exits(direction, expected):
         ("shallow-to-deep", EVEN_TEACHES_SURE + SURE_TEACHES_EVEN / 2),
         # exit 1 learns from the mean of 2 and 3 (0); exit 2 from 3
         ("deep-to-shallow", SURE_TEACHES_EVEN / 2 + EVEN_TEACHES_SURE),
+        # exit 3 alone teaches: exit 1 from 3 (0); exit 2 from 3
+        ("deepest-to-shallow", EVEN_TEACHES_SURE),
         # 1 and 3 from each other (0) and from 2; 2 from both
         ("mutual", SURE_TEACHES_EVEN + EVEN_TEACHES_SURE),
     ],
@@ -133,5 +129,5 @@ def test_distillation_of_certain_teachers_is_finite():
 
 
 def test_unknown_distillation_names_the_known():
-    with pytest.raises(ConfigError, match="'none'; known: deep-to-shallow, shallow-to-deep, mut"):
+    with pytest.raises(ConfigError, match="'none'; known: deep-to-shallow, deepest-to"):
         distillation(exits(EVEN, SURE), "none", 1.0)

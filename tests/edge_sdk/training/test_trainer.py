@@ -14,7 +14,8 @@ from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.losses import distillation
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training.optim import Optimizer
-from edge_sdk.training.trainer import Cancelled, _forward, _parts, train
+from edge_sdk.training.segment import Cancelled, forward, parts
+from edge_sdk.training.trainer import train
 from tests.support.examples import cnn, examples
 
 PREFIX = (Segment(first=1, last=3),)
@@ -139,9 +140,9 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole():
 
 
 def test_parts_are_about_equal():
-    sizes = [[len(part) for part in _parts(torch.arange(n), 8)] for n in (8, 9, 17, 32)]
+    sizes = [[len(part) for part in parts(torch.arange(n), 8)] for n in (8, 9, 17, 32)]
     assert sizes == [[8], [5, 4], [6, 6, 5], [8, 8, 8, 8]]
-    assert [len(part) for part in _parts(torch.arange(9), 0)] == [9]
+    assert [len(part) for part in parts(torch.arange(9), 0)] == [9]
 
 
 def test_recomputing_keeps_less_of_the_graph():
@@ -157,7 +158,7 @@ def test_recomputing_keeps_less_of_the_graph():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = _forward(model.stages, model.exits, x, recompute)
+            logits = forward(model.stages, model.exits, x, recompute)
         saved.append(sum(storages.values()))
         del logits
     assert saved[1] < 0.6 * saved[0]

@@ -1,0 +1,177 @@
+"""One segment of a job: its batches, steps and figures. There is no other training loop.
+
+Two fields of the plan save memory. micro_batch: a batch goes through in parts of about equal size,
+whose gradients add up to the batch's; BatchNorm sees the parts. recompute: of all stages but a
+segment's last only the input is kept, and the stage runs again when its gradient is wanted: the
+same update bit by bit, for at most a third more operations."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from edge_sdk.data.examples import MIN_BATCH
+from edge_sdk.errors import TrainerError
+from edge_sdk.models import family_code
+from edge_sdk.models.losses import exit_weights, joint_exit_loss
+from edge_sdk.models.staged import moved
+from edge_sdk.protocol.messages import ExitResult, Plan, Segment
+from edge_sdk.protocol.tensor_lists import trained_names
+from edge_sdk.training.augmenting import Augment
+from edge_sdk.training.checkpointing import recomputed
+from edge_sdk.training.optim import Optimizer
+from edge_sdk.training.terms.base import Batch, Context, Term, Trained
+
+log = logging.getLogger(__name__)
+Inputs: TypeAlias = Callable[[Tensor], Tensor]  # from a batch's indices to its input on the device
+
+
+class Cancelled(TrainerError):
+    """The coordinator no longer wants this job."""
+
+    code = "cancelled"
+
+
+def train_segment(
+    context: Context,
+    segment: Segment,
+    terms: Term,
+    inputs: Inputs,
+    should_stop: Callable[[], bool],
+    note_epoch: Callable[[], None],
+) -> tuple[int, list[ExitResult]]:
+    """Train one segment in place. Returns the number of steps and the last epoch's exit results,
+    whose losses are the cross entropies of the plain logits, without what the plan's terms add."""
+    plan, model, y = context.plan, context.model, context.labels
+    trained = parts_of(context, segment)
+    first, last, stages, heads = segment.first, segment.last, trained.stages, trained.heads
+    weights = exit_weights(plan, first, last)
+    optimizer = Optimizer(list(trained.named.values()), plan)
+    stages.train()
+    heads.train()
+    terms.begin_(trained)
+    order = torch.Generator().manual_seed(plan.seed)
+    num_steps, sums = 0, torch.zeros(3, last - first + 1, dtype=torch.float64)
+    for _ in range(plan.epochs):
+        sums.zero_()
+        for batch in batches(len(y), plan.batch_size, order):
+            for part in parts(batch, plan.micro_batch):
+                if should_stop():
+                    raise Cancelled(f"training of segment ({first}, {last}) cancelled")
+                with family_code(context.spec, "training", model):
+                    features, labels = inputs(part), y[part].to(context.device)
+                    logits = forward(stages, heads, features, plan.recompute)
+                    loss = joint_exit_loss([terms.adjusted(z) for z in logits], labels, weights)
+                    loss = terms.loss(loss, Batch(features, logits, labels))
+                    (loss * (len(part) / len(batch))).backward()
+                    sums += count(logits, labels)
+            terms.before_step_()
+            optimizer.step_()
+            num_steps += 1
+        note_epoch()
+    losses, correct, seen = sums[0] / sums[2], sums[1] / sums[2], sums[2]
+    if not bool(torch.isfinite(losses).all()):
+        raise TrainerError(
+            f"loss of segment ({first}, {last}) is not finite after {num_steps} steps; "
+            f"lower the learning rate ({plan.lr}) or check the data"
+        )
+    terms.end_(num_steps, inputs)
+    log.debug("segment (%d, %d): %d steps, %d examples", first, last, num_steps, int(seen[0]))
+    results = [
+        ExitResult(exit=first + i, loss=float(losses[i]), accuracy=float(correct[i]))
+        for i in range(last - first + 1)
+    ]
+    return num_steps, results
+
+
+def parts_of(context: Context, segment: Segment) -> Trained:
+    """What training a segment changes."""
+    model, cut = context.model, slice(segment.first - 1, segment.last)
+    parameters = dict(model.named_parameters())
+    named = {name: parameters[name] for name in trained_names(parameters, [segment])}
+    return Trained(segment, model.stages[cut], model.exits[cut], named)
+
+
+def forward(
+    stages: nn.ModuleList, heads: nn.ModuleList, features: Tensor, recompute: bool
+) -> list[Tensor]:
+    """Logits of each exit. With recompute the graph holds the inputs of all stages but the last:
+    that one's gradient comes first, so running it again would save nothing."""
+    logits = []
+    for number, (stage, head) in enumerate(zip(stages, heads, strict=True), 1):
+        keeps_graph = not recompute or number == len(stages)
+        features = stage(features) if keeps_graph else recomputed(stage, features)
+        logits.append(head(features))
+    return logits
+
+
+def inputs_of(
+    context: Context,
+    frozen: nn.Sequential,
+    x: Tensor,
+    rows: Tensor,
+    cache_bytes: int,
+    should_stop: Callable[[], bool],
+    augment: Augment | None,
+) -> Inputs:
+    """A function from a batch's indices, places in `rows` of x, to what the first trained stage
+    takes: x itself, or the features that the frozen stages make of it. Those of all rows are made
+    once and kept on the CPU if several epochs want them and they take at most cache_bytes; else
+    they are made for each batch anew."""
+    plan, device = context.plan, context.device
+
+    @torch.no_grad()
+    def make(some: Tensor) -> Tensor:
+        with family_code(context.spec, "a frozen stage"):
+            made: Tensor = frozen(moved(some, device))
+        return made
+
+    if augment:
+        return lambda batch: make(augment(x[rows[batch]]))
+    one = make(x[:1]) if len(frozen) and plan.epochs > 1 else None
+    if one is None or len(rows) * one.numel() * one.element_size() > cache_bytes:
+        return lambda batch: make(x[rows[batch]])
+    order = torch.channels_last if one.ndim == 4 else torch.contiguous_format
+    cache = torch.empty((len(rows), *one.shape[1:]), dtype=one.dtype, memory_format=order)
+    at_once = plan.micro_batch or plan.batch_size
+    for chunk, place in zip(rows.split(at_once), cache.split(at_once), strict=True):
+        if should_stop():
+            raise Cancelled("training cancelled while computing frozen features")
+        place.copy_(make(x[chunk]))
+    return lambda batch: moved(cache[batch], device)
+
+
+@torch.no_grad()
+def count(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Of a batch, (3, exits): the summed loss, how many answers are right, how many there are."""
+    stacked = torch.stack([logit.detach() for logit in logits])  # (E, B, K)
+    log_p = stacked.log_softmax(-1).gather(-1, labels.expand(len(logits), -1).unsqueeze(-1))
+    correct = (stacked.argmax(-1) == labels).sum(1)
+    seen = torch.full((len(logits),), len(labels))
+    return torch.stack([-log_p.sum((1, 2)).double().cpu(), correct.double().cpu(), seen.double()])
+
+
+def batches(n: int, batch_size: int, order: torch.Generator) -> list[Tensor]:
+    """The indices of a shuffled epoch's batches, without a rest that is too small for BatchNorm."""
+    batches = torch.randperm(n, generator=order).split(batch_size)
+    return [batch for batch in batches if len(batch) >= min(MIN_BATCH, batch_size)]
+
+
+def num_batches(plan: Plan, num_examples: int) -> int:
+    """How often a job goes through its model, a batch or a part of one at a time."""
+    whole, rest = divmod(num_examples, plan.batch_size)
+    sizes = {plan.batch_size: whole, rest: int(rest >= min(MIN_BATCH, plan.batch_size))}
+    parts = {size: math.ceil(size / (plan.micro_batch or plan.batch_size)) for size in sizes}
+    an_epoch = sum(count * parts[size] for size, count in sizes.items())
+    return len(plan.segments) * plan.epochs * an_epoch
+
+
+def parts(batch: Tensor, micro_batch: int) -> Sequence[Tensor]:
+    """The batch cut into as few parts of about equal size as hold at most micro_batch examples
+    each; 0: the batch as one part."""
+    return batch.tensor_split(math.ceil(len(batch) / micro_batch)) if micro_batch else (batch,)
