@@ -108,6 +108,7 @@ plain_number = number_flag(-LARGEST, LARGEST, "a number")
 rate_flag = number_flag(0, 1e6, "Mbit/s such as 94 or 7.5", is_open=True)
 duration_flag = number_flag(0, 1e9, "seconds, 0 or more")
 share_flag = number_flag(0, 1, "a share from 0 to 1")
+part_flag = number_flag(0, 1, "a share above 0, at most 1", is_open=True)
 
 
 def path_flag(text: str) -> Path:

@@ -36,6 +36,7 @@ from edge_sdk.cli.flags import (
     add_memory_cap,
     duration_flag,
     option_flag,
+    part_flag,
     print_json,
     print_step,
     shape_flag,
@@ -91,6 +92,15 @@ def add_plan_command(subparsers: Subparsers) -> None:
     )
     model.add_argument("--input", type=shape_flag, metavar="1x28x28", help="shape of one example")
     model.add_argument(
+        "--width", type=part_flag, default=1.0, help="of a narrower model: its share of channels"
+    )
+    model.add_argument(
+        "--rank",
+        type=part_flag,
+        default=1.0,
+        help="share of its rank that a layer after the first stage keeps, as two factors",
+    )
+    model.add_argument(
         "--option",
         type=option_flag,
         action="append",
@@ -130,6 +140,8 @@ def run_plan(args: argparse.Namespace) -> int:
         input_shape=input_shape,
         num_classes=num_classes,
         exit=args.exits,
+        width=args.width,
+        rank=args.rank,
         options=dict(args.option),
     )
     plan = checked(
@@ -158,9 +170,11 @@ def run_plan(args: argparse.Namespace) -> int:
         print_json(msgspec.to_builtins({"profile": profile, "costs": costs, "choice": choice}))
         return 0
     print(describe_profile(profile))
+    parts = {"width": spec.width, "rank": spec.rank}
+    cut = "".join(f", {name} {share:g}" for name, share in parts.items() if share < 1)
     print(
         f"model    {spec.family}, input {'x'.join(map(str, spec.input_shape))}, "
-        f"{spec.num_classes} classes, {spec.exit} exits\n"
+        f"{spec.num_classes} classes, {spec.exit} exits{cut}\n"
         f"training {plan.epochs} x {num_examples} examples, batch {plan.batch_size}, "
         f"{plan.optimizer}; predicted:\n"
     )

@@ -35,7 +35,8 @@ def fold_batch_norms_(model: nn.Module) -> None:
     w' = w s, b' = (b - mean) s + beta, with s = gamma / sqrt(var + eps), in float64."""
     for chain in [module for module in model.modules() if type(module) is nn.Sequential]:
         layers = list(chain.named_children())
-        for (_, layer), (name, norm) in itertools.pairwise(layers):
+        for (_, before), (name, norm) in itertools.pairwise(layers):
+            layer = _last(before)
             if not isinstance(layer, FOLDABLE) or not isinstance(norm, NORMS):
                 continue
             if norm.running_mean is None or norm.running_var is None:
@@ -50,6 +51,13 @@ def fold_batch_norms_(model: nn.Module) -> None:
             layer.weight = nn.Parameter(weight.float(), requires_grad=False)
             layer.bias = nn.Parameter(shift.float(), requires_grad=False)
             setattr(chain, name, nn.Identity())
+
+
+def _last(layer: nn.Module) -> nn.Module:
+    """The layer that gives the output: itself, or the last one of a Sequential."""
+    while type(layer) is nn.Sequential and len(layer):
+        layer = layer[-1]
+    return layer
 
 
 class AveragePool(nn.Module):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.registry import Registry
+from edge_sdk.models.factorised import factorised
 from edge_sdk.models.options import read_options
 from edge_sdk.models.own_code import own_code
 from edge_sdk.models.staged import StagedModel
@@ -73,8 +74,9 @@ def find_family(name: str) -> Family:
 
 
 def build(spec: ModelSpec) -> StagedModel:
-    """The model of `spec`, randomly initialised. Raises ConfigError, also for what a family's own
-    code raises and for what is no StagedModel of such tensors (structure.py)."""
+    """The model of `spec`, randomly initialised, with factors in the place of layers where its rank
+    is below 1 (factorised.py). Raises ConfigError, also for what a family's own code raises and for
+    what is no StagedModel of such tensors (structure.py)."""
     family = FAMILIES[spec.family]
     try:
         with own_code(spec.family, "build", family.build):
@@ -86,7 +88,7 @@ def build(spec: ModelSpec) -> StagedModel:
         if (name := f"family {spec.family!r}") in str(error):
             raise
         raise ConfigError(f"{name}: {error}") from error
-    return model
+    return factorised(model, spec.rank)
 
 
 def family_code(

@@ -45,6 +45,16 @@ SPECS = [
     for family, (shapes, options, _) in TABLE.items()
     for shape in shapes
 ]
+FACTORISED = [
+    replace(spec, rank=0.25)
+    for spec in SPECS
+    if (spec.family, spec.input_shape) in (("resnet18", (3, 32, 32)), ("cnn", (3, 51)))
+]
+ALL = [*SPECS, FOLDED, *FACTORISED]
+IDS = [
+    f"{s.family}-{s.input_shape}-{s.rank}" if s.rank < 1 else f"{s.family}-{s.input_shape}"
+    for s in ALL
+]
 WIDTHS = (0.25, 0.5, 0.75, 1.0)  # of the options in TABLE: 1 to 7 channels
 PATIENCE_S = 120.0  # for about 2 s of work, 4 s for all families
 # Kernels as on a CPU with AVX2 but no AVX-512; where they do not exist, those of this machine.
@@ -120,10 +130,13 @@ def main(families: Sequence[str]) -> None:
     """Train each family on every input of TABLE, two steps each, and print the input before."""
     torch.set_num_threads(1)  # as in tests/conftest.py
     plan = Plan(segments=(Segment(first=1, last=3),), batch_size=4)
-    for given in [*SPECS, FOLDED]:
+    for given in ALL:
         for width in WIDTHS if given.family in families else ():
             spec = replace(given, width=width)
-            print(f"{spec.family} {spec.input_shape} {spec.options} width {width}", flush=True)
+            print(
+                f"{spec.family} {spec.input_shape} {spec.options} width {width} rank {spec.rank}",
+                flush=True,
+            )
             train(spec, plan, initial_tensors(spec, 0), examples(8, shape=spec.input_shape))
 
 

@@ -12,11 +12,11 @@ from edge_sdk.infer.export import cut, export
 from edge_sdk.infer.model_folder import read_model
 from edge_sdk.infer.onnx_layers import NORMS, plain_model
 from edge_sdk.models import build, initial_tensors
-from tests.contract.families import FOLDED, SPECS
+from tests.contract.families import ALL, IDS
 from tests.support.examples import examples
 
 
-@pytest.fixture(params=[*SPECS, FOLDED], ids=lambda s: f"{s.family}-{s.input_shape}")
+@pytest.fixture(params=ALL, ids=IDS)
 def spec(request):
     return request.param
 

@@ -14,11 +14,20 @@ from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensor_lists import needed_names, stage_of, trained_names
 from edge_sdk.training.trainer import train
-from tests.contract.families import FOLDED, SPECS, TABLE, WIDTHS, check_slice, check_trains_apart
+from tests.contract.families import (
+    ALL,
+    FOLDED,
+    IDS,
+    SPECS,
+    TABLE,
+    WIDTHS,
+    check_slice,
+    check_trains_apart,
+)
 from tests.support.examples import examples
 
 
-@pytest.fixture(params=[*SPECS, FOLDED], ids=lambda s: f"{s.family}-{s.input_shape}")
+@pytest.fixture(params=ALL, ids=IDS)
 def spec(request):
     return request.param
 

@@ -30,7 +30,7 @@ PLAN = ["plan", "--model", "cnn", "--input", "1x8x8", "--classes", "10"]
 def fixed_runtime(monkeypatch):
     """230 MiB instead of starting a trainer for every test; one test below starts it."""
     trainer = {"runtime_bytes": 230 * MiB, "allowance": 1.1, "error": 0.1}
-    monkeypatch.setattr(plan, "_trial_trainer", lambda: trainer)
+    monkeypatch.setattr(plan, "_trial_trainer", lambda: dict(trainer))
 
 
 @pytest.fixture
@@ -232,6 +232,23 @@ def test_a_short_deadline_is_shown_as_it_was_given(capsys):
     assert "the deadline is 0.0001 s" in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.usefixtures("fixed_runtime", "fixed_speed")
+def test_costs_are_those_of_the_narrower_or_factorised_model(capsys):
+    weights = {}
+    for flags in ((), ("--rank", "0.125"), ("--width", "0.5")):
+        arguments = [*PLAN, "--exits", "2", "--option", "channels=16,16", *flags]
+        assert main.main([*arguments, "--json"]) == 0
+        costs = json.loads(capsys.readouterr().out)["costs"]
+        weights[flags[:1]] = [cost["gradient_bytes"] // 4 for cost in costs[:2]]
+    # of stage 2's 16 x 16 x 9 weights there are 2 x 3 x (16 + 16); stage 1 is whole
+    whole, factors = weights[()], weights[("--rank",)]
+    assert [a - b for a, b in zip(whole, factors, strict=True)] == [0, 2304 - 192]
+    # conv 9c, 9cc, norms 4c, exit 40c + 10; then conv 9cc, norm 2c and another exit
+    assert weights[("--width",)] == [1010, 1010 + 922]
+    assert main.main([*PLAN, "--rank", "0.125"]) == 0
+    assert "10 classes, 3 exits, rank 0.125\n" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("fixed_runtime")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -285,6 +302,8 @@ def test_debug_shows_the_traceback(at):
         ([*PLAN, "--option", "channels"], "expected KEY=VALUE"),
         ([*PLAN, "--examples", "2"], "at least 3"),
         ([*PLAN, "--deadline", "-1"], "'-1', expected seconds"),
+        ([*PLAN, "--rank", "0"], "'0', expected a share above 0, at most 1"),
+        ([*PLAN, "--width", "1.5"], "'1.5', expected a share above 0, at most 1"),
     ],
 )
 def test_wrong_usage_is_status_2(capsys, arguments, message):
