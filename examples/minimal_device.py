@@ -112,7 +112,7 @@ class Device:
         self.hello |= {"scaling": scaling}
         self.due, self.pause_s, self.is_over = 0.0, 2.0, False  # due: the next hello or heartbeat
         self.socket = zmq.Context().socket(zmq.DEALER)
-        options = {"MAXMSGSIZE": 1048576, "SNDHWM": 32, "RCVHWM": 32, "IMMEDIATE": 1}
+        options = {"MAXMSGSIZE": 1048576, "SNDHWM": 32, "RCVHWM": 0, "IMMEDIATE": 1}
         options |= {"HEARTBEAT_IVL": 5000, "HEARTBEAT_TIMEOUT": 120000, "LINGER": 500}
         for file in KEYS if keys else ():
             key = np.fromfile(f"{keys}/{file}", "u1").tobytes()

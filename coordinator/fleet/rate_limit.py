@@ -103,6 +103,10 @@ class RateLimits:
         known = self._peers.get(peer)
         return known is not None and self._clock() < known.out_until
 
+    def out_since(self, peer: Hashable) -> float:
+        """When this peer was ended last, in seconds of the clock."""
+        return self._of(peer).out_until - OUT_S
+
     def _of(self, peer: Hashable) -> _Peer:
         if (known := self._peers.get(peer)) is None:
             if len(self._peers) >= self._forget_at:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ NOT_ADMITTED = (
     "ask for an invitation"
 )
 MOST_STRANGERS = 100  # of whom a minute's log and the list of pending keys tell
+CURVE_BYTES, SHORT_BYTES, LONG_BYTES = 33, 2, 9  # that CURVE and ZMTP add to a frame
+LAG_S = 1.0  # until a connection is known of
 STOP_TRIES, STOP_S = 20, 0.5  # to end the authenticator's thread
 
 
@@ -141,6 +144,7 @@ class Router:
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         set_common_options(self.socket)
         self.socket.set(zmq.ROUTER_MANDATORY, 1)
+        self._is_secure = keys is not None
         if keys is not None:
             assert admission is not None, "CURVE without a client list admits nobody"
             self._authenticator = ThreadAuthenticator(self._context)
@@ -197,23 +201,26 @@ class Router:
         if admission is not None:
             admission.pending.write_if_due(self._is_client)
         if timeout_ms and not self.socket.poll(timeout_ms):
+            self._connections.note_drained()
             return False, None
         try:
             frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
+            self._connections.note_drained()
             return False, None
         route, key, name = frames[0].bytes, b"", None
         if admission is not None:
             key = str(frames[-1].get("User-Id")).encode()
             name = admission.name_of(key)
-        peer, descriptor = name or key or route, int(frames[-1].get(zmq.SRCFD))
+        peer, descriptor = name or key or route, _descriptor(frames[-1])
+        self._connections.note_read(descriptor, wire_bytes(frames, is_secure=self._is_secure))
         verdict = self.limits.take(peer, cost_of(frames))
         if verdict != "hear":
             return True, self._drop(route, peer, descriptor, verdict)
         if admission is not None and name is None and admission.invitations.find(key) is None:
             self._refuse(route, NOT_ADMITTED)
             return True, Outcast(route, NO_KEY)
-        self._connections.note(descriptor, peer)
+        self._connections.note_peer(descriptor, peer)
         try:
             message, payload = parse_frames(frames[1:])
         except ProtocolError as error:
@@ -265,7 +272,9 @@ class Router:
                 extra = event("refused", client=name, code=FLOOD)
                 said = "%s %s: disconnected for %.0f s%s"
                 log.warning(said, name or "a device", ENDED, OUT_S, behind, extra=extra)
-        self._connections.end(descriptor)
+        # Who is out gets no new connection; without keys its route, a name of its own choice, does.
+        before = self.limits.out_since(peer) + LAG_S if self._is_secure else math.inf
+        self._connections.end(descriptor, peer, before)
         return Outcast(route, ENDED, FLOOD, may_return=True)
 
     def link_counts(self) -> LinkCounts:
@@ -319,6 +328,20 @@ def claimed_name(frames: Sequence[zmq.Frame]) -> str:
         name = told.get("client_id") if isinstance(told, dict) else None
         return name if isinstance(name, str) and re.match(CLIENT_NAME, name) else ""
     return ""
+
+
+def wire_bytes(frames: Sequence[zmq.Frame], *, is_secure: bool) -> int:
+    """Bytes that a message took on the network. frames: its route, which took none, and more."""
+    sizes = [len(frame) + (CURVE_BYTES if is_secure else 0) for frame in frames[1:]]
+    return sum(size + (SHORT_BYTES if size < 256 else LONG_BYTES) for size in sizes)
+
+
+def _descriptor(frame: zmq.Frame) -> int:
+    """Of the connection over which it came, which may be closed by now; -1 of a peer that speaks
+    ZMTP 1 or 2, as only one without keys may: its connection ends when 2 MiB have come."""
+    with contextlib.suppress(zmq.ZMQError):
+        return int(frame.get(zmq.SRCFD))
+    return -1
 
 
 def _address(frame: zmq.Frame) -> str:

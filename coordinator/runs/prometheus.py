@@ -121,7 +121,7 @@ def families(snapshot: Snapshot) -> Iterator[Any]:
     yield _labelled("messages_unheard", said, "why", unheard, is_counter=True)
     said = "Peers that said too much, and were kept out for a while."
     yield _counter("peers_ended", said, links.peers_ended)
-    said = "Connections ended for their descriptor or an endless message."
+    said = "Connections ended for their descriptor or more than is read."
     yield _counter("connections_ended", said, links.connections_ended)
     said = "Devices that are refused, or can train nothing, of those heard of last."
     yield _gauge("unfit_devices", said, len(cohort.unfit))

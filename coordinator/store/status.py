@@ -80,7 +80,7 @@ class LinkCounts(msgspec.Struct, kw_only=True):
     frames_refused: int = 0  # that break the protocol
     messages_dropped: int = 0  # beyond what a peer may say
     peers_ended: int = 0  # disconnected, and kept out for a while
-    connections_ended: int = 0  # for their descriptor, or a message without an end
+    connections_ended: int = 0  # for their descriptor, or more than is read
 
 
 class UnfitDevice(msgspec.Struct, frozen=True, kw_only=True):

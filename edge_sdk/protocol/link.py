@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 PING_MS = 5_000  # ZeroMQ heartbeats, both ends
 RECONNECT_MAX_MS = 5_000  # between attempts to connect, doubled up to it
 PING_TIMEOUT_MS = 120_000  # a part of a slow link may take so long, and no PONG comes beside it
-HIGH_WATER = 32  # messages queued per peer: a window of parts and some control
+HIGH_WATER = 32  # messages queued for a peer: a window of parts and some control
 MOST_AT_ONCE = 64  # messages read without a look at anything else
 LOOK_S = 3.0  # without a connection until it is looked into why; the pause then doubles
 LOOK_MAX_S = 60.0
@@ -47,7 +47,10 @@ def set_common_options(socket: zmq.Socket[bytes]) -> None:
     """Set the options that both ends of a link have."""
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.SNDHWM, HIGH_WATER)
-    socket.set(zmq.RCVHWM, HIGH_WATER)
+    # No bound: once a queue is full, a reset of its connection aborts the process at the next PING
+    # of either side (libzmq 4.3.5). What comes is bounded by what was asked for, and by the
+    # coordinator (coordinator/fleet/connections.py).
+    socket.set(zmq.RCVHWM, 0)
     socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     socket.set(zmq.HEARTBEAT_IVL, PING_MS)
     socket.set(zmq.HEARTBEAT_TIMEOUT, PING_TIMEOUT_MS)
