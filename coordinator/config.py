@@ -54,8 +54,8 @@ INIT = "safetensors file that the model begins from, by the names that fit"
 ADJUSTMENT = "tau of logits shifted by a client's own label counts in training, 0: off"
 HOLDOUT = "of each client's examples, set aside: they test the model that it receives"
 EXIT_WEIGHTS = "of the joint loss, e.g. 1,1,2; default all ones"
-# With which values of another flag a flag counts; a file of your own may take any flag.
-DEPTHS = ("--method", "hypemefed", "owners-mean", "stage-rotation")
+# With which values of another flag a flag counts; a file of your own may take any flag. With which
+# methods: coordinator/registry.py.
 NETWORKS = ("--generator", "svd-mlp", "svd-mlp-residual", "naive-mlp")
 GENERATING = (*NETWORKS, "update-regression")
 FACTORS = ("--generator", "svd-mlp", "svd-mlp-residual", "update-regression")
@@ -82,7 +82,7 @@ class ServerOptions(Options, frozen=True, kw_only=True):
     lr: Annotated[Rate, flag(SERVER_LR, "--server-lr")] = 1.0
     beta2: Decay = 0.99
     tau: Rate = 1e-3
-    damping: Annotated[Share, flag("0 owners' mean, 1 stale copy", only=DEPTHS)] = 0.0
+    damping: Annotated[Share, flag("0 owners' mean, 1 stale copy")] = 0.0
     ema: Annotated[Decay, flag("decay of the served average", only=("--serve", "ema"))] = 0.8
     serve: Annotated[
         Literal["ema", "last"], flag("serve the moving average, or the last model")

@@ -15,21 +15,54 @@ Made = TypeVar("Made")
 Make = TypeVar("Make", bound=Callable[..., Any])
 
 
+# Shared settings, by path or part of RunConfig, that only count with a method that `uses` them.
+OPT_IN = ("rotation", "generator", "server.damping")
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """What a method asks of a device, for people. fits: how its model is made to fit there. memory,
+    traffic: of training and each way, as formulas; cli/methods.py says of what. keeps: what stays
+    there from round to round."""
+
+    fits: str
+    memory: str
+    traffic: str
+    keeps: str = "nothing"
+
+
 @dataclass(frozen=True)
 class Registered(Generic[Made]):
     """make: the function; its options are the last thing that it is given, if it has any.
     options: what it has of its own; each field with its default, bounds and help is a flag.
     defaults: of shared settings by their paths, e.g. "server.lr", where nothing else is asked for.
-    paper: instead of them with --paper, of a method's own by "own.FIELD" too. uses: the parts of a
-    run that a method has a place for, of "rotation" and "generator". check: raises ConfigError for
-    settings that do not go with it."""
+    paper: instead of them with --paper, of a method's own by "own.FIELD" too. check: raises
+    ConfigError for settings that do not go with it.
+
+    Of a method: uses, without: the shared settings that it has a place for of OPT_IN, and has none
+    for of all others, by their paths or whole parts, e.g. "server". is_personal: it may have a
+    model of its own for each client."""
 
     make: Callable[..., Made]
     options: type[Options] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     paper: Mapping[str, Any] = field(default_factory=dict)
     uses: Collection[str] = ()
+    without: Collection[str] = ()
     check: Callable[[RunConfig], None] | None = None
+    on_device: OnDevice | None = None
+    is_personal: bool = False
+
+    @property
+    def about(self) -> str:
+        """What it does, in one line: the first paragraph of its function's docstring."""
+        return " ".join((self.make.__doc__ or "").split("\n\n")[0].split())
+
+    def has_place(self, path: str) -> bool:
+        """Whether a shared setting, e.g. "server.lr", counts with this method."""
+        names = {path, path.partition(".")[0]}
+        is_wanted = not names & set(OPT_IN) or bool(names & set(self.uses))
+        return is_wanted and not names & set(self.without)
 
 
 class PartRegistry(Registry[Registered[Made]]):
@@ -47,12 +80,25 @@ class PartRegistry(Registry[Registered[Made]]):
         defaults: Mapping[str, Any] | None = None,
         paper: Mapping[str, Any] | None = None,
         uses: Collection[str] = (),
+        without: Collection[str] = (),
         check: Callable[[RunConfig], None] | None = None,
+        on_device: OnDevice | None = None,
+        is_personal: bool = False,
     ) -> Callable[[Make], Make]:
         """Decorates the function; see Registered. Raises ConfigError for a name that is taken."""
 
         def decorate(make: Make) -> Make:
-            entry = Registered(make, options, defaults or {}, paper or {}, uses, check)
+            entry = Registered(
+                make,
+                options,
+                defaults or {},
+                paper or {},
+                uses,
+                without,
+                check,
+                on_device,
+                is_personal,
+            )
             self.add(name, entry, make.__module__)
             return make
 

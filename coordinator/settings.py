@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from operator import attrgetter
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -145,6 +147,21 @@ def flag_of(path: str) -> str:
     kind = PARTS.get(".".join(part)) if part else RunConfig
     flags = flags_of(kind) if kind else {}
     return flags[field].name if field in flags else "--" + field.replace("_", "-")
+
+
+@cache
+def shared_flags() -> dict[str, Flag]:
+    """By path, e.g. "server.lr": the flags of all settings that every run has."""
+    parts: dict[str, type[Options]] = {"": RunConfig, **PARTS}
+    return {
+        f"{part}.{field}".lstrip("."): flag
+        for part, kind in parts.items()
+        for field, flag in flags_of(kind).items()
+    }
+
+
+def value_at(config: RunConfig, path: str) -> Any:
+    return attrgetter(path)(config)
 
 
 def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from edge_sdk.cli.flags import HelpFormatter
 from edge_sdk.helpers.interrupts import ends_unread
 from edge_sdk.version import __version__
 from tests.support.admission import new_key
+from tests.support.processes import ROOT
 
 MAINS = {"edge-sdk": device_cli.main, "edge-coordinator": coordinator_cli.main}
 PARSERS = {"edge-sdk": device_cli.make_parser(), "edge-coordinator": coordinator_cli.make_parser()}
@@ -158,3 +160,44 @@ def test_help_shows_the_values_of_what_is_named(flags, shown):
         parser.parse_args(["emulate", *flags, "--help"])
     for flag, value in shown.items():
         assert str(emulate._option_string_actions[flag].default) == value, flag
+
+
+def help_of(capsys, *flags):
+    with pytest.raises(SystemExit) as ended:
+        coordinator_cli.make_parser().parse_args([*flags, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["emulate", "serve"])
+def test_help_of_a_method_leaves_out_what_has_no_place_in_it(command, capsys):
+    hidden = [
+        "--rotation",
+        "--rotation-stages",
+        "--generator",
+        "--hidden",
+        "--distill",
+        "--damping",
+    ]
+    hidden += ["--exit-weights", "--paper", "stages that few clients train:"]
+    hidden += ["--holders"] * (command == "emulate")
+    whole, shallow = help_of(capsys, command), help_of(capsys, command, "--method", "fedavg-s")
+    for text in hidden:
+        assert re.search(rf"^ *{text}(?![\w-])", whole, re.M), (
+            "without a method all flags are there"
+        )
+        assert not re.search(rf"^ *{text}(?![\w-])", shallow, re.M), text
+    assert "--server-momentum" in shallow
+    again = help_of(capsys, command, "--method", "hypemefed")
+    assert "--rotation-stages" in again
+    assert "--paper" in again
+
+
+def test_an_option_of_another_method_is_told_whose_it_is(own_things, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    with pytest.raises(SystemExit) as ended:
+        coordinator_cli.main(["emulate", "--import", "own_method", "--shallow", "2"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "unrecognized arguments: --shallow 2; it is of --method warm-up" in said
+    assert said.count("\n") == 1

@@ -102,8 +102,14 @@ def test_help_has_the_flags_of_what_is_named(capsys, module):
     [
         (["--shallow", "-1"], "--shallow: '-1', expected a whole number, at least 0"),
         (["--paper"], "method 'warm-up' has no settings of a paper; leave --paper out"),
-        (["--generator", "svd-mlp"], "method 'warm-up' generates nothing"),
-        (["--rotation", "add"], "method 'warm-up' has the same stages for everybody"),
+        (
+            ["--generator", "svd-mlp"],
+            "method 'warm-up': --generator svd-mlp has no place there; leave it",
+        ),
+        (
+            ["--rotation", "add"],
+            "method 'warm-up': --rotation add has no place there; leave it out",
+        ),
         (["--import", "no_such_module"], "--import no_such_module: No module named"),
     ],
     ids=str,

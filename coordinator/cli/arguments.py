@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import msgspec
@@ -18,7 +19,7 @@ from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS, defaults_of
 from coordinator.presets import PRESETS, find_preset
 from coordinator.registry import PartRegistry, Registered
-from coordinator.settings import Flag, flag_of, flags_of
+from coordinator.settings import Flag, flag_of, flags_of, shared_flags
 from edge_sdk.cli.flags import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
@@ -73,7 +74,8 @@ def add_run_arguments(parser: Parser) -> None:
     add("--threads", type=threads, default=1, help="torch threads on the CPU")
     add("--run-dir", type=path_flag, help="where the run lives")
     add("--resume", action="store_true", help="go on with the run in --run-dir")
-    add = parser.add_argument_group("model").add_argument
+    model = parser.add_argument_group("model")
+    add = model.add_argument
     add("--model", default="cnn", help="model family")
     add(
         "--exits",
@@ -82,7 +84,7 @@ def add_run_arguments(parser: Parser) -> None:
         help="number of exits of the whole model",
     )
     add("--option", type=option_flag, metavar="KEY=VALUE", help="model option", **REPEATED)
-    add("--import", dest="imports", metavar="MODULE", help=IMPORT, **REPEATED)
+    add_module_flag(model)
     group = parser.add_argument_group("local training")
     defaults = {"epochs": DEFAULT_EPOCHS, "batch_size": DEFAULT_BATCH_SIZE}
     add_flags(group, RunConfig, [*LOCAL, *LOSS, "holdout"], defaults=defaults)
@@ -93,6 +95,11 @@ def add_run_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("stages that few clients train", description=OWN_VALUES)
     for part in ("generator", "rotation", "distill"):
         add_flags(group, PARTS[part], choices=NAMES)
+
+
+def add_module_flag(parser: argparse._ActionsContainer) -> None:
+    """--import MODULE, any number of times: a list `imports`."""
+    parser.add_argument("--import", dest="imports", metavar="MODULE", help=IMPORT, **REPEATED)
 
 
 def add_flags(
@@ -195,6 +202,7 @@ class CommandParser(Parser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._own: set[type[Options]] = set()
+        self._hidden: set[str] = set()  # flags that do not count with the method that is named
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Raises ConfigError for a module that cannot be imported."""
@@ -206,6 +214,7 @@ class CommandParser(Parser):
             for module in named.imports:
                 import_module(module)
             preset = find_preset(named.preset).flags if named.preset in PRESETS else {}
+            named.is_named = named.method is not None
             for name in DECIDING:  # the command line, else the preset, else the parser
                 if getattr(named, name) is None:
                     default = None if name == "generator" else self.get_default(name)
@@ -216,11 +225,18 @@ class CommandParser(Parser):
                 self._add_own_flags(named)
                 self.set_defaults(**values | preset)
                 self._limit_flags(named)
+                self._hidden = self._useless_flags(named.method) if named.is_named else set()
             return parse(args, namespace)
+
+    def format_help(self) -> str:
+        with _without_help(self, self._hidden):
+            return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         if re.match(r"argument --(method|aggregation|generator): invalid choice", message):
             message += "; load your own with --import MODULE"
+        if found := re.match(r"unrecognized arguments: (--[a-z0-9-]+)", message):
+            message += _whose(found[1])
         super().error(message)
 
     def _limit_flags(self, chosen: argparse.Namespace) -> None:
@@ -236,6 +252,14 @@ class CommandParser(Parser):
                 elif flag.only:
                     self.only[flag.name] = Only(flag.only[0], flag.only[1:])
 
+    def _useless_flags(self, name: str) -> set[str]:
+        """Of the shared flags those that the method has no place for, and what counts only with
+        such a one."""
+        method = METHODS[name]
+        found = {flag.name for path, flag in shared_flags().items() if not method.has_place(path)}
+        found |= {flag for flag, only in self.only.items() if only.flag in found}
+        return found | ({"--paper"} if not method.paper else set())
+
     def _add_own_flags(self, chosen: argparse.Namespace) -> None:
         for part, kind in own_kinds(chosen).items():
             if kind in self._own:
@@ -247,6 +271,38 @@ class CommandParser(Parser):
                 raise ConfigError(
                     f"{kind.__module__}.{kind.__name__}: {error}; rename the field"
                 ) from error
+
+
+def _whose(name: str) -> str:
+    """Of a flag that nothing chosen has: what has it of its own, as the end of an error's text."""
+    with heavy_imports():
+        owners = [
+            f"--{registry.kind.split()[0]} {part}"
+            for registry in (METHODS, RULES, GENERATORS)
+            for part in registry
+            if (kind := registry[part].options)
+            and name in [flag.name for flag in flags_of(kind).values()]
+        ]
+    return f"; it is of {' and '.join(owners)}" if owners else ""
+
+
+@contextmanager
+def _without_help(parser: argparse.ArgumentParser, flags: Collection[str]) -> Iterator[None]:
+    """Inside, the parser's help leaves out these flags, and groups of nothing else."""
+    groups = [(group, group.title, group.description) for group in parser._action_groups]
+    actions = [(a, a.help) for a in parser._actions if set(a.option_strings) & set(flags)]
+    for action, _ in actions:
+        action.help = argparse.SUPPRESS
+    for group, *_ in groups:
+        if all(action.help == argparse.SUPPRESS for action in group._group_actions):
+            group.title = group.description = None
+    try:
+        yield
+    finally:
+        for action, said in actions:
+            action.help = said
+        for group, title, description in groups:
+            group.title, group.description = title, description
 
 
 def _named(args: Sequence[str]) -> argparse.Namespace:

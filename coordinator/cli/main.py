@@ -12,6 +12,7 @@ from coordinator.cli.clients import add_clients_command, add_invite_command, add
 from coordinator.cli.emulate import add_emulate_command
 from coordinator.cli.export import add_export_command
 from coordinator.cli.history import add_history_command
+from coordinator.cli.methods import add_methods_command
 from coordinator.cli.serve import add_serve_command
 from coordinator.cli.status import add_status_command
 from edge_sdk.cli.flags import HelpFormatter, Parser
@@ -34,6 +35,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_export_command,
     add_status_command,
     add_history_command,
+    add_methods_command,
 )
 
 

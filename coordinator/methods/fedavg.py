@@ -11,26 +11,23 @@ from msgspec.structs import replace
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.depthwise import DepthAveraging
-from coordinator.methods.registry import TorchDevice, register_method
+from coordinator.methods.registry import OnDevice, TorchDevice, register_method
 from coordinator.methods.rotation import fixed
-from edge_sdk.errors import ConfigError
 
 
-def check_one_exit(config: RunConfig) -> None:
-    if config.distill.direction != "none":
-        raise ConfigError(
-            f"method 'fedavg-s' trains one exit, so --distill {config.distill.direction} has no "
-            "place there; leave it out"
-        )
-
-
-@register_method("fedavg-s", check=check_one_exit)
+@register_method(
+    "fedavg-s",
+    without=("distill", "exit_weights"),
+    on_device=OnDevice("exit 1 for everyone", "M_1", "K_1"),
+)
 def fedavg_s(config: RunConfig, device: TorchDevice) -> Method:
+    """Everyone trains exit 1 only, whatever it can hold."""
     shallow = replace(config.model, exit=1)
-    config = replace(config, model=shallow, exit_weights=config.exit_weights[:1])
+    config = replace(config, model=shallow, exit_weights=())
     return DepthAveraging(config, fixed(1))
 
 
-@register_method("fedavg-l")
+@register_method("fedavg-l", on_device=OnDevice("nothing: the whole model", "M", "K"))
 def fedavg_l(config: RunConfig, device: TorchDevice) -> Method:
+    """Everyone trains the whole model, all its exits: the bound, not for weak devices."""
     return DepthAveraging(config, fixed(config.model.exit))

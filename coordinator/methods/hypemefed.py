@@ -17,7 +17,7 @@ from coordinator.config import RunConfig
 from coordinator.generators.registry import make_generator
 from coordinator.methods.base import Method
 from coordinator.methods.depthwise import DepthAveraging
-from coordinator.methods.registry import TorchDevice, register_method
+from coordinator.methods.registry import OnDevice, TorchDevice, register_method
 from coordinator.methods.rotation import rotation
 
 BEST = {
@@ -40,8 +40,15 @@ PAPER = {
 }
 
 
-@register_method("hypemefed", defaults=BEST, paper=PAPER, uses=("rotation", "generator"))
+@register_method(
+    "hypemefed",
+    defaults=BEST,
+    paper=PAPER,
+    uses=("rotation", "generator", "server.damping"),
+    on_device=OnDevice("depth", "M_e", "K_e, and K - K_e down and up by turns"),
+)
 def hypemefed(config: RunConfig, device: TorchDevice) -> Method:
+    """The prefix to the device's exit, deeper stages by turns, and a generator for the rest."""
     make = partial(make_generator, config.model, config.generator, config.seed, device)
     rule = rotation(config.rotation, config.seed, config.deadline_s)
     return DepthAveraging(config, rule, make)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from coordinator.aggregation.registry import RULES
 from coordinator.config import ADAPTIVE, RunConfig
 from coordinator.generators.registry import GENERATORS
+from coordinator.registry import OnDevice as OnDevice
 from coordinator.registry import PartRegistry
-from coordinator.settings import changed
+from coordinator.settings import changed, shared_flags, value_at
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.protocol.messages import ModelSpec
@@ -64,20 +65,17 @@ def check_method(config: RunConfig) -> None:
     method has no place for: all that can be told before the data's shape is known."""
     from edge_sdk.models import find_family
 
-    method, generator = METHODS[config.method], config.generator.name
+    method = METHODS[config.method]
     METHODS.own(config.method, config.own)
     RULES.own(config.aggregation.rule, config.aggregation.own)
-    GENERATORS.own(generator, config.generator.own)
-    if generator != "none" and "generator" not in method.uses:
-        raise ConfigError(
-            f"method {config.method!r} generates nothing, so --generator {generator} "
-            "has no place there; use --method hypemefed"
-        )
-    if config.rotation.mode != "off" and "rotation" not in method.uses:
-        raise ConfigError(
-            f"method {config.method!r} has the same stages for everybody, so --rotation "
-            f"{config.rotation.mode} has no place there; leave it out"
-        )
+    GENERATORS.own(config.generator.name, config.generator.own)
+    for path, flag in shared_flags().items():
+        value = value_at(config, path)
+        if not (flag.only or method.has_place(path) or value == flag.default):
+            raise ConfigError(
+                f"method {config.method!r}: {flag.name} {value} has no place there; leave it out, "
+                "or choose another method (edge-coordinator methods)"
+            )
     if method.check:
         method.check(config)
     find_family(config.model.family)

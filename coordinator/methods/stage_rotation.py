@@ -6,7 +6,7 @@ from __future__ import annotations
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.owners_mean import owners_mean
-from coordinator.methods.registry import TorchDevice, register_method
+from coordinator.methods.registry import OnDevice, TorchDevice, register_method
 from edge_sdk.errors import ConfigError
 
 
@@ -21,8 +21,10 @@ def check_rotates(config: RunConfig) -> None:
 @register_method(
     "stage-rotation",
     defaults={"rotation.mode": "add", "rotation.stages": 0},
-    uses=("rotation",),
+    uses=("rotation", "server.damping"),
     check=check_rotates,
+    on_device=OnDevice("depth", "M_e", "K_e, and K - K_e down and up by turns"),
 )
 def stage_rotation(config: RunConfig, device: TorchDevice) -> Method:
+    """The prefix to the device's exit, and deeper stages by turns over what lies before them."""
     return owners_mean(config, device)

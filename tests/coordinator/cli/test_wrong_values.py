@@ -39,6 +39,8 @@ from tests.support.commands import EMULATE, status_of
         (["--exit-weights", "0,0,0"], "--exit-weights are all 0"),
         (["--method", "stage-rotation", "--rotation", "off"], "--rotation off is owners-mean"),
         (["--method", "fedavg-l", "--rotation", "add"], "--rotation add has no place there"),
+        (["--method", "fedavg-s", "--distill", "mutual"], "--distill mutual has no place there"),
+        (["--method", "fedavg-l", "--damping", "1"], "--damping 1.0 has no place there; leave it"),
         (["--option", "channels=1000000,1000000,4"], "out of memory making hypemefed"),
         (["--option", "channels=99999999999999999999,4,4"], "channels"),
         (["--device", "meta"], "--device: 'meta', expected auto, cpu, cuda or cuda:N"),
