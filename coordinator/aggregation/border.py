@@ -10,9 +10,10 @@ method, Dirichlet 0.1, adam, sgd at 0.1 with momentum too) those that moved weig
 |sent| moved 2.8 medians, and statistics moved up to 48. Norms of refused updates are remembered
 too: when most of a cohort moves further, that is no attack.
 
-What an update brings beside the model's own tensors (see fields.Role) is one more group, whose
-movement is measured from what was sent under the same name and shape, else from zero; what its
-integers mean the method knows that asked for them.
+The values of a weight under a mask are that weight's, and their mask is within the one that was
+sent. What else an update brings beside the model's own tensors (see fields.Role) is one more group,
+whose movement is measured from what was sent under the same name and shape, else from zero; what
+its integers mean the method knows that asked for them.
 
 With fewer than FEW norms of earlier rounds a stage has the round's own: up to HELD updates wait, in
 their order, for others to be compared with. Where there are no three, weights may move by 10 FACTOR
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from coordinator.aggregation.masked import kept_of_sent
 from coordinator.aggregation.movement import Group, NormMemory
 from coordinator.aggregation.robust import lower_median
 from coordinator.aggregation.weights import most_examples
@@ -81,14 +83,16 @@ class Border:
         squares: dict[Group, float] = {}
         started: dict[Group, float] = {}
         for name, tensor in update.tensors.items():
+            role, weight = role_of(name)
             if not tensor.is_floating_point():
-                if role_of(name)[0] == "weight":
+                if role == "weight":
                     self._check_integers(name, tensor, sent[name], told, where)
                 continue
-            group = self._groups.get(name, self._beside)
+            is_packed = role == "packed"
+            group = self._groups.get(weight if is_packed else name, self._beside)
             if group[1] == VARIANCES and tensor.numel() and (least := float(tensor.min())) < 0:
                 raise UpdateError(f"{where}: {name} reaches {least:.3g}, a variance is at least 0")
-            old = sent.get(name)
+            old = kept_of_sent(weight, update.tensors, sent, where) if is_packed else sent.get(name)
             if old is None or old.shape != tensor.shape:
                 old = torch.zeros_like(tensor)
             moved, began = squared_norms(tensor, old)

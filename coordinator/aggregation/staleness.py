@@ -5,9 +5,12 @@ w + 0.5^(s / half-life) (w_i - w_s), with its own weight in the mean: the step o
 al. 2022) with a half-life for its polynomial. Statistics of BatchNorm go the same share of the way
 from w's to their own; counters stay as they came.
 
-What is no tensor of the model (a vector of all weights, a control variate: see fields.Role) has no
-w here: it comes as sent + 0.5^(s / half-life) (returned - sent), what was not sent counting as
-zeros, and its method is told `sent`.
+An update of parts of tensors, as of a narrower model or under masks, is passed on as it came: the
+method that cut them knows where they lie.
+
+What else is no tensor of the model (a vector of all weights, a control variate: see fields.Role)
+has no w here: it comes as sent + 0.5^(s / half-life) (returned - sent), what was not sent counting
+as zeros, and its method is told `sent`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from coordinator.cohorts.base import ClientUpdate
+from edge_sdk.protocol.tensor_lists import role_of
 from edge_sdk.protocol.tensors import Tensors
 
 
@@ -30,13 +34,20 @@ def rebase_late_updates(
 ) -> Iterator[ClientUpdate]:
     """The updates, late ones as if they had begun from `current`. parameters: names of those."""
     for update in updates:
-        if update.staleness:
+        if update.staleness and not _is_of_parts(update, current):
             share = 0.5 ** (update.staleness / half_life)
             beside = {name: t for name, t in update.sent.items() if name not in current}
             moved = _moved(update, current, parameters, share)
             update = replace(update, tensors=moved, sent=beside)
         yield update
         del update  # no reference stays here
+
+
+def _is_of_parts(update: ClientUpdate, current: Mapping[str, Tensor]) -> bool:
+    return any(
+        role_of(name)[0] == "packed" or (name in current and current[name].shape != tensor.shape)
+        for name, tensor in update.tensors.items()
+    )
 
 
 def _moved(

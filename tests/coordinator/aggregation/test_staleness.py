@@ -117,3 +117,19 @@ def test_what_is_no_tensor_of_the_model_comes_with_what_was_sent():
     assert found.tensors["correction/w"].tolist() == [3.0]
     assert {name: t.tolist() for name, t in found.sent.items()} == {"flat/all": [1.0, 2.0]}
     assert found.tensors["w"].tolist() == [12.0, 19.0]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"w": torch.tensor([5.0])},
+        {"mask/w": torch.tensor([1], dtype=torch.uint8), "packed/w": torch.tensor([5.0])},
+    ],
+    ids=["narrow", "masked"],
+)
+def test_parts_of_tensors_are_left_to_their_method(part):
+    late = client_update(
+        client("a", 1), part, (Segment(first=1, last=1),), staleness=2, sent=dict(part)
+    )
+    (found,) = rebase_late_updates([late], CURRENT, PARAMETERS, 2.0)
+    assert found is late
