@@ -23,7 +23,8 @@ def sample(
     round: int,
     failed: Collection[str] = (),
 ) -> list[Client]:
-    """`count` clients, spread over the groups (deepest exit) in proportion to their sizes.
+    """`count` clients, spread over the groups (deepest exit, or variant) in proportion to their
+    sizes.
 
     Systematic sampling: groups lie end to end on a line of `count` places, and a draw shifts where
     the places fall, so a group's expected places are its exact share, however small. Within a group
@@ -42,9 +43,9 @@ def sample(
 def _spread(clients: Sequence[Client], count: int, seed: int, round: int) -> list[Client]:
     if count >= len(clients):
         return list(clients)
-    groups: dict[int, list[Client]] = {}
+    groups: dict[tuple[int, int], list[Client]] = {}
     for client in clients:
-        groups.setdefault(client.exit, []).append(client)
+        groups.setdefault((client.variant, client.exit), []).append(client)
     shift = job_seed(seed, round, "groups") / 2**62
     chosen: list[Client] = []
     seen = 0

@@ -389,7 +389,7 @@ class ZmqCohort:
             self.jobs.on_message(name, fault, None)
 
     def _on_ready(self, name: str, session: Session, ready: Ready) -> None:
-        if wrong := self.sessions.misfit(ready):
+        if wrong := self.sessions.offered.misfit(name, ready):
             self.sessions.refuse(session.route, "protocol", wrong)
             return
         self.sessions.log_ready(name, ready)

@@ -20,7 +20,7 @@ from coordinator.fleet.endings import Endings
 from coordinator.fleet.flow_control import Budget, LinkRates
 from coordinator.fleet.job_phases import JobEvent, JobPhase
 from coordinator.fleet.open_job import OpenJob, Senders, check_update, check_values, make_job
-from coordinator.fleet.sessions import Sessions
+from coordinator.fleet.sessions import Sessions, trains
 from coordinator.fleet.spool import Spool
 from coordinator.fleet.transfers import Transfers
 from edge_sdk.errors import EdgeError, StoreError
@@ -218,7 +218,7 @@ class Jobs:
         if open_job.fits(ready):
             self._give_again(open_job)
         else:
-            detail = f"came back and can train up to exit {ready.exit} only"
+            detail = f"came back and can train {trains(ready)} only"
             self._absent(open_job, "failed", "capacity", detail)
 
     def on_heartbeat(self, name: str, round: int) -> None:

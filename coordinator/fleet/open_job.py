@@ -231,6 +231,9 @@ class OpenJob:
 
     def fits(self, ready: Ready) -> bool:
         """Whether the device can still train this."""
+        if self.client.variant or self.client.num_weights:
+            is_same = ready.num_weights == self.client.num_weights
+            return is_same and bool(ready.exit) and ready.variant >= self.client.variant
         segments = self.job.plan.segments
         prefix = max((s.last for s in segments if s.first == 1), default=1)
         alone = {stage for s in segments if s.first > 1 for stage in range(s.first, s.last + 1)}

@@ -18,6 +18,7 @@ from coordinator.cohorts.base import Client, Offer
 from coordinator.config import RunConfig
 from coordinator.fleet.counters import MAX_CLIENTS, Counters
 from coordinator.fleet.declared import plausible_hello
+from coordinator.fleet.offered import Offered
 from coordinator.fleet.rate_limit import Repeats
 from coordinator.fleet.router import (
     NO_KEY,
@@ -62,6 +63,11 @@ def welcome_of(config: RunConfig, offer: Offer, run: str, heartbeat_s: float) ->
     )
 
 
+def trains(ready: Ready) -> str:
+    """What a device can train, for people."""
+    return f"variant {ready.variant}" if ready.variant else f"up to exit {ready.exit}"
+
+
 @dataclass
 class Session:
     """One client's live link. ready: what it can train; None while it must say so anew. rival: the
@@ -100,6 +106,7 @@ class Sessions:
         self._router = router
         self._welcome = welcome
         self._class_names = class_names
+        self.offered = Offered(welcome)
         self._known = welcome  # of the run's own data; what lacks there the first device tells
         self._counters = counters
         self._names: dict[bytes, str] = {}
@@ -140,8 +147,9 @@ class Sessions:
             unfit.forget(name)
         elif not unfit.note(name, CapacityError.code, ready.reason or "it can train nothing"):
             return
-        if not ready.exit or before is None or before.exit != ready.exit:
-            what = f"trains up to exit {ready.exit}" if ready.exit else "can train nothing now"
+        now = ready.exit, ready.variant
+        if not ready.exit or before is None or (before.exit, before.variant) != now:
+            what = f"trains {trains(ready)}" if ready.exit else "can train nothing now"
             extra = event("ready", client=name, exit=ready.exit)
             if (behind := self.repeats.note("ready", name)) is not None:
                 why = f" ({ready.reason})" if ready.reason else ""
@@ -171,15 +179,6 @@ class Sessions:
             for name in sorted(self.ready)
             if (session := self.all[name]).ready is not None
         ]
-
-    def misfit(self, ready: Ready) -> str:
-        """Why no device can say this of the run's model; "" if one can."""
-        deepest = self._welcome.model.exit
-        if ready.exit > deepest or any(stage > deepest for stage in ready.stages):
-            return f"the model has {deepest} exits"
-        if ready.stage_s and len(ready.stage_s) != len(ready.stages):
-            return f"{len(ready.stage_s)} stage_s for {len(ready.stages)} stages"
-        return ""
 
     def set_ready(self, name: str, ready: Ready | None) -> None:
         """Note what a device can train now; None if it must say so anew."""

@@ -262,9 +262,8 @@ class Agent:
             self._choosing.tell(is_repeated=True)
             return
         self._tell(events.job_given(job))
-        chooser, segments = self._choosing.chooser, job.plan.segments
-        state.begin_job(job, chooser.predicted_s(segments))
-        cache_bytes = chooser.cache_bytes(segments)
+        state.begin_job(job, self._choosing.predicted_s(job))
+        cache_bytes = self._choosing.chooser.cache_bytes(job.plan.segments)
         self._trainer.send(Train(job=adapted, cache_bytes=cache_bytes))
 
     def _on_part(self, part: Part, payload: Payload) -> None:
@@ -396,5 +395,5 @@ class Agent:
         assert job is not None
         self._link.send(Fault(code=code, detail=detail, round=job.round))
         if is_memory:
-            log.warning("%s", self._choosing.note_failure(job.plan.segments))
+            log.warning("%s", self._choosing.note_failure(job))
         self._end_job()

@@ -3,8 +3,6 @@ coordinator of the choice when that changes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from edge_sdk.agent import events
 from edge_sdk.agent.events import EventLog
 from edge_sdk.agent.job_checks import check_welcome, checked_job
@@ -12,11 +10,13 @@ from edge_sdk.agent.options import Senses
 from edge_sdk.agent.pipe import Estimate, Estimated
 from edge_sdk.agent.state import State
 from edge_sdk.agent.trainer_process import Supervisor
-from edge_sdk.capacity.chooser import Chooser, ready_message
+from edge_sdk.capacity.chooser import Chooser
 from edge_sdk.capacity.costs import SegmentCost
 from edge_sdk.errors import DataError
 from edge_sdk.protocol.link import Link
-from edge_sdk.protocol.messages import DeviceProfile, Job, Segment, Welcome
+from edge_sdk.protocol.messages import DeviceProfile, Job, Welcome
+
+COUNTED = ("model", "variants", "plan")  # of a welcome: what costs are counted of
 
 
 class Choosing:
@@ -37,9 +37,9 @@ class Choosing:
     def begin(self, welcome: Welcome, before: Welcome | None) -> bool:
         """A coordinator has welcomed the device, the one before to the model and plan of before.
         Whether the choice stands; else it is to be counted anew."""
-        stands = before and (before.model, before.plan) == (welcome.model, welcome.plan)
+        stands = before and all(getattr(before, f) == getattr(welcome, f) for f in COUNTED)
         if not stands:
-            self.chooser = Chooser()
+            self.chooser = Chooser(welcome.variants)
             self.chooser.excuse = self._rest
         return bool(stands)
 
@@ -60,8 +60,8 @@ class Choosing:
             return
         self._is_counting = True
         available = self.profile().memory_available_bytes
-        counted = Estimate(model=welcome.model, plan=welcome.plan, memory_bytes=available)
-        self._trainer.send(counted)
+        asked = {field: getattr(welcome, field) for field in COUNTED}
+        self._trainer.send(Estimate(**asked, memory_bytes=available))
 
     def on_estimated(self, estimated: Estimated) -> None:
         welcome = self._state.last_welcome
@@ -84,9 +84,16 @@ class Choosing:
         """The job as the device trains it. Raises EdgeError, see checked_job."""
         return checked_job(job, welcome, self.chooser)
 
-    def note_failure(self, segments: Sequence[Segment]) -> str:
+    def predicted_s(self, job: Job) -> float:
+        """See Chooser.predicted_s."""
+        chooser = self.chooser
+        return chooser.predicted_s(job.plan.segments, chooser.variant_of(job.model))
+
+    def note_failure(self, job: Job) -> str:
         """See Chooser.note_failure."""
-        return self.chooser.note_failure(segments, self.profile().memory_available_bytes)
+        variant = self.chooser.variant_of(job.model)
+        available = self.profile().memory_available_bytes
+        return self.chooser.note_failure(job.plan.segments, available, variant)
 
     def look_at_conditions(self) -> None:
         """While a job runs: whether it has to end at its epoch's end."""
@@ -110,7 +117,7 @@ class Choosing:
         if is_new and (choice.exit or chooser.costs):
             self._tell_event(events.chosen(choice, is_resting=state.is_resting))
         if is_new or is_repeated:
-            self._link.send(ready_message(choice))
+            self._link.send(chooser.ready())
 
     def _is_counted(self) -> bool:
         """The trainer has counted; whether that is what was asked for last."""

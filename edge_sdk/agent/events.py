@@ -109,9 +109,11 @@ def chosen(choice: Choice, *, is_resting: bool = False) -> Event:
     if is_resting:
         return Event("chosen", choice.reason, level=logging.WARNING)
     if not choice.exit:
-        detail = f"this device is too small for exit 1: {choice.reason}"
+        least = "variant 1" if any(row.variant for row in choice.rows) else "exit 1"
+        detail = f"this device is too small for {least}: {choice.reason}"
         return Event("chosen", detail, level=logging.ERROR)
-    detail = f"training up to exit {choice.exit}; {choice.reason}"
+    what = f"variant {choice.variant}" if choice.variant else f"up to exit {choice.exit}"
+    detail = f"training {what}; {choice.reason}"
     return Event("chosen", detail, exit=choice.exit, stages=choice.stages)
 
 

@@ -2,7 +2,8 @@
 a job that is not what the welcome and its own costs were about.
 
 A device plans for the model and plan of `welcome`. A job may ask for a part of that: a cut of the
-model at a shallower exit, fewer epochs, another seed or learning rate; never for more."""
+model at a shallower exit, or one of the welcome's variants that is no larger than the chosen one,
+fewer epochs, another seed or learning rate; never for more."""
 
 from __future__ import annotations
 
@@ -37,18 +38,21 @@ def checked_job(job: Job, welcome: Welcome, chooser: Chooser) -> Job:
     """The job as it is trained here: its model cut at its deepest stage, its plan with the levers
     that make it fit. Raises CapacityError for more than the device said it can train, ConfigError
     for another model or plan than the welcome's, ShapeError for other tensors than they need."""
-    if refused := chooser.refusal(job.plan.segments):
+    variant = chooser.variant_of(job.model)
+    if refused := chooser.refusal(job.plan.segments, variant):
         raise CapacityError(refused)
     check_segments(job.plan.segments, job.model.exit)
-    _check_model(job.model, welcome.model)
+    if not variant:
+        _check_model(job.model, welcome.model)
     _check_plan(job.plan, welcome.plan)
-    known = {spec.name: spec for cost in chooser.costs for spec in cost.tensors}
+    costs = chooser.costs[variant - 1 : variant] if variant else chooser.costs
+    known = {spec.name: spec for cost in costs for spec in cost.tensors}
     wanted = [known[name] for name in needed_names(known, job.plan.segments)]
     check_specs(job.tensors, wanted, f"job of round {job.round}", is_ordered=False)
     layout(job.tensors)
     deepest = max(segment.last for segment in job.plan.segments)
     model = replace(job.model, exit=deepest)
-    return replace(job, model=model, plan=chooser.adapted(job.plan))
+    return replace(job, model=model, plan=chooser.adapted(job.plan, variant))
 
 
 def _check_model(got: ModelSpec, want: ModelSpec) -> None:

@@ -69,15 +69,18 @@ class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
 
 
 class Estimate(Struct, frozen=True, kw_only=True, tag="estimate"):
-    """Agent to trainer: count what training this model costs, in so many bytes; 0: in any."""
+    """Agent to trainer: count what training this model costs, or each of its variants instead, in
+    so many bytes; 0: in any."""
 
     model: ModelSpec
     plan: Plan
+    variants: tuple[ModelSpec, ...] = ()
     memory_bytes: Count = 0
 
 
 class Estimated(Struct, frozen=True, kw_only=True, tag="estimated"):
-    """Trainer to agent: the costs of every segment of the model that it had memory to count."""
+    """Trainer to agent: the costs of every segment of the model that it had memory to count, or of
+    its variants up to the first that does not fit."""
 
     model: ModelSpec
     costs: tuple[SegmentCost, ...]

@@ -1,4 +1,5 @@
-"""The deepest exit that fits: a pure function of costs, profile and deadline."""
+"""The deepest exit, or the largest of several models, that fits: pure functions of costs, profile
+and deadline."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import msgspec
+from msgspec.structs import replace
 
 from edge_sdk.capacity.costs import (
     SegmentCost,
@@ -27,6 +29,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     first: int
     last: int
+    variant: int = 0  # the place of its model among several, from 1
     peak_bytes: int
     error_bytes: int = 0  # by how much the peak may be off
     runtime_bytes: int  # of the peak: what no lever changes
@@ -39,13 +42,17 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device could train. exit: the deepest e whose prefix (1, e) fits, 0 if none does.
+    """What a device could train. exit: the deepest e whose prefix (1, e) fits, 0 if none does; of
+    several models the exit of the chosen one, whose place among them, from 1, is `variant` and
+    which has num_weights parameters.
     stages: deeper ones that would each fit alone, with everything before frozen. prefix_s,
     stage_s: what prefix and stages take; 0 where compute was not measured. A job of several
     takes the sum, and the memory of the largest row: one is trained after the other, in one
     model, which is as deep as the deepest of `stages`. reason: what limits, one line."""
 
     exit: int
+    variant: int = 0
+    num_weights: int = 0
     stages: tuple[int, ...]
     prefix_s: float
     stage_s: tuple[float, ...]
@@ -98,6 +105,42 @@ def choose_exit(
         stage_s=tuple(rows[stage, stage].seconds or 0.0 for stage in stages),
         reason=reason,
         rows=tuple(rows.values()),
+    )
+
+
+def choose_variant(
+    costs: Sequence[SegmentCost],
+    num_variants: int,
+    profile: DeviceProfile,
+    *,
+    deadline_s: float | None,
+    num_examples: int,
+    epochs: int,
+) -> Choice:
+    """Of so many models, of which `costs` knows the first, cheapest first and each trained as one
+    segment up to its exit: the last that fits in memory and in time. Raises CapacityError for an
+    empty list."""
+    if not costs:
+        raise CapacityError("no variant was costed, so none can be chosen; count them first")
+    judge = partial(
+        _judge, profile=profile, deadline_s=deadline_s, num_examples=num_examples, epochs=epochs
+    )
+    rows = tuple(replace(judge(cost), variant=n) for n, cost in enumerate(costs, 1))
+    chosen = max((row.variant for row in rows if row.is_feasible), default=0)
+    reason = f"variant {chosen} is the largest of {num_variants}"
+    if chosen < len(rows):
+        reason = f"variant {chosen + 1} of {num_variants} {rows[chosen].reason}"
+    elif chosen < num_variants:
+        reason = f"memory did not do for counting what variant {chosen + 1} takes"
+    return Choice(
+        exit=costs[chosen - 1].last if chosen else 0,
+        variant=chosen,
+        num_weights=costs[chosen - 1].num_weights if chosen else 0,
+        stages=(),
+        prefix_s=rows[chosen - 1].seconds or 0.0 if chosen else 0.0,
+        stage_s=(),
+        reason=reason,
+        rows=rows,
     )
 
 

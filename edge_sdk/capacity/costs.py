@@ -74,7 +74,8 @@ class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     recompute_flops_per_example: float = 0.0  # forward through what would be run again
     upload_bytes: int
     download_bytes: int
-    tensors: tuple[TensorSpec, ...] = ()  # of a stage alone and its exit
+    tensors: tuple[TensorSpec, ...] = ()  # of a stage alone and its exit, or of a whole variant
+    num_weights: int = 0  # parameters of a variant, one by one
 
 
 def uncached(cost: SegmentCost) -> SegmentCost:
@@ -150,6 +151,11 @@ def peak_bytes(cost: SegmentCost) -> int:
     copies = 3 if at_once < cost.batch_size else 1
     step = max(moment.at(at_once, copies) for moment in cost.moments) + cost.gradient_bytes
     return cost.runtime_bytes + max(cost.load_bytes, held + math.ceil(cost.allowance * step))
+
+
+def least_bytes(cost: SegmentCost) -> int:
+    """Predicted peak with all that can be saved."""
+    return min(map(peak_bytes, memory_savings(cost)))
 
 
 def error_bytes(cost: SegmentCost) -> int:

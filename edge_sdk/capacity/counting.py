@@ -14,11 +14,20 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from edge_sdk.capacity.costs import ALLOWANCE, ERROR, Moment, SegmentCost, in_parts, recomputing
+from edge_sdk.capacity.costs import (
+    ALLOWANCE,
+    ERROR,
+    Moment,
+    SegmentCost,
+    in_parts,
+    least_bytes,
+    recomputing,
+)
 from edge_sdk.capacity.flops import FlopCounter
 from edge_sdk.hardware.speed import torch_threads
 from edge_sdk.models import StagedModel, family_code
-from edge_sdk.models.checking import checked_models
+from edge_sdk.models.checking import checked_model, checked_models
+from edge_sdk.models.flat import num_weights, parameter_shapes
 from edge_sdk.models.losses import exit_weights, local_loss
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
@@ -73,6 +82,34 @@ def each_cost(
                     model.ready("cpu")
                     cost = _cost(model, spec, segment, plan, num_examples, runtime_bytes)
                 yield cost
+
+
+def each_variant_cost(
+    variants: Sequence[ModelSpec],
+    plan: Plan,
+    num_examples: int,
+    runtime_bytes: int,
+    memory_bytes: int = 0,
+    allowance: float = ALLOWANCE,
+) -> Iterator[SegmentCost]:
+    """The costs of training each of these models as one segment up to its exit, in their order, and
+    no more of them after one that takes more than memory_bytes (0: any) however much is saved:
+    those behind it take more still, and counting them would take as much time as memory. allowance:
+    see segment_costs."""
+    with torch.random.fork_rng(devices=[]):
+        for spec in variants:
+            model = checked_model(spec)
+            whole = Segment(first=1, last=spec.exit)
+            with family_code(spec, "counting its costs", model):
+                model.ready("cpu")
+                cost = _cost(model, spec, whole, plan, num_examples, runtime_bytes)
+            yield replace(
+                cost,
+                tensors=specs_of(model.tensors()),
+                num_weights=num_weights(parameter_shapes(model)),
+            )
+            if memory_bytes and least_bytes(replace(cost, allowance=allowance)) > memory_bytes:
+                return
 
 
 def in_order(costs: Iterable[SegmentCost]) -> list[SegmentCost]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import msgspec
@@ -18,10 +18,11 @@ import torch
 from msgspec.structs import replace
 
 from edge_sdk.capacity.costs import ALLOWANCE, ERROR, SegmentCost
-from edge_sdk.capacity.counting import each_cost, in_order, segment_costs
+from edge_sdk.capacity.counting import each_cost, each_variant_cost, in_order
 from edge_sdk.errors import CapacityError, ConfigError, EdgeError
 from edge_sdk.hardware import process_memory
 from edge_sdk.hardware.process_memory import memory_errors
+from edge_sdk.hardware.speed import torch_threads
 from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.fields import MAX_LINE
 from edge_sdk.protocol.messages import ModelSpec, Plan
@@ -39,18 +40,27 @@ def segment_costs_apart(
     error: float = ERROR,
     memory_bytes: int = 0,
     limit_s: float = LIMIT_S,
+    variants: Sequence[ModelSpec] = (),
 ) -> tuple[SegmentCost, ...]:
     """`segment_costs`, counted in a forked process, so that this one stays as it is. Segments that
     memory, or limit_s, did not do for are missing: training them takes more. memory_bytes: what
-    that process may take, whatever the model; 0: any.
+    that process may take, whatever the model; 0: any. variants: models that are counted instead of
+    the spec's cuts, in their order and up to the first that does not fit (each_variant_cost).
 
     The fork knows the families registered here. It computes on one thread, as it has lost the
     others. With CUDA autograd's threads forbid it: such boards have the memory to count here.
     Raises ConfigError for a spec that cannot be built or trained, CapacityError if nothing was
     counted."""
-    count = partial(each_cost, spec, plan, num_examples, runtime_bytes)
+    about = plan, num_examples, runtime_bytes
+    count: Callable[[], Iterator[SegmentCost]] = partial(each_cost, spec, *about)
+    ordered: Callable[[Iterable[SegmentCost]], list[SegmentCost]] = in_order
+    if variants:
+        count = partial(each_variant_cost, variants, *about, memory_bytes, allowance)
+        ordered = list
+    measured = partial(replace, allowance=allowance, error=error)
     if torch.cuda.is_available() or not hasattr(os, "fork"):
-        return segment_costs(spec, plan, num_examples, runtime_bytes, allowance, error)
+        with torch_threads(1):
+            return tuple(map(measured, ordered(count())))
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -81,7 +91,7 @@ def segment_costs_apart(
         elif status:
             end = f"was killed by signal {-status}, likely for memory; free some or raise the limit"
         raise CapacityError(f"counting the model's costs {end}")
-    return tuple(replace(cost, allowance=allowance, error=error) for cost in in_order(counted))
+    return tuple(map(measured, ordered(counted)))
 
 
 def _read_until(reader: int, deadline: float) -> tuple[bytes, bool]:

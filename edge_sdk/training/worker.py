@@ -123,7 +123,7 @@ class TrainerLoop:
     def _handle(self, message: PipeMessage, payload: memoryview) -> None:
         round = self._job.round if self._job else 0  # of a message about the job in hand
         match message:
-            case Estimate(model=model, plan=plan, memory_bytes=memory_bytes):
+            case Estimate(model=model, plan=plan, variants=variants, memory_bytes=memory_bytes):
                 count, here = len(self._examples), self._calibration
                 costs = segment_costs_apart(
                     model,
@@ -133,6 +133,7 @@ class TrainerLoop:
                     here.allowance,
                     here.error,
                     memory_bytes,
+                    variants=variants,
                 )
                 self._pipe.send(Estimated(model=model, costs=costs))
             case Train(job=job, cache_bytes=cache_bytes):
