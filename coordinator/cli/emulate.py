@@ -56,6 +56,8 @@ def add_emulate_command(commands: Any) -> None:
     add("--alpha", type=alpha, default=0.5, help="Dirichlet label skew")
     said = "share of the weak clients that can hold a deeper stage"
     add("--holders", type=share_flag, default=1.0, metavar="SHARE", help=said)
+    said = "of each group, of a method that offers several models; default the largest that fits"
+    add("--variants", type=whole_numbers_flag, default=(), metavar="1,2,4", help=said)
     add("--processes", type=whole_flag(1, 1024), default=1, help="clients trained at once")
     add("--personalise", type=whole_flag(1, 100_000), metavar="EPOCHS", help=PERSONALISE)
     group = parser.add_argument_group("watching and results")
@@ -78,6 +80,7 @@ def run_emulate(args: argparse.Namespace) -> int:
         split=args.split,
         alpha=args.alpha,
         holders=args.holders,
+        variants=args.variants,
         holdout=HOLDOUT if args.personalise else 0.0,
     )
     config = run_config(args, [*SHARED, *SUBSETS], data=args.data)

@@ -16,6 +16,7 @@ from coordinator.cohorts.base import (
     Client,
     ClientUpdate,
 )
+from coordinator.cohorts.budget import Variant
 from edge_sdk.data.loading import Examples
 from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.process_memory import memory_errors
@@ -31,7 +32,8 @@ MOST_TRIES = 3  # of a round without updates, where nothing changes by waiting
 class InProcessCohort:
     """Clients as shards in this process; a failing client is an Absence, as over the network.
 
-    holders: who can hold any deeper stage over a frozen prefix; None: everybody."""
+    holders: who can hold any deeper stage over a frozen prefix; None: everybody. variants: of each
+    client that takes part, among those that the method offers; None: it offers none."""
 
     def __init__(
         self,
@@ -40,11 +42,24 @@ class InProcessCohort:
         num_exits: int,
         device: str | torch.device = "cpu",
         holders: Collection[str] | None = None,
+        variants: Mapping[str, Variant] | None = None,
     ) -> None:
         self.shards = shards
         self._device = device
         self._clients = []
         for name, shard in sorted(shards.items()):
+            if variants is not None:
+                if v := variants.get(name):
+                    self._clients.append(
+                        Client(
+                            id=name,
+                            exit=v.exit,
+                            num_examples=len(shard),
+                            variant=v.number,
+                            num_weights=v.num_weights,
+                        )
+                    )
+                continue
             can_hold = holders is None or name in holders
             deeper = tuple(range(exits[name] + 1, num_exits + 1)) if can_hold else ()
             self._clients.append(
@@ -82,7 +97,7 @@ def train_here(
         segments=job.plan.segments,
         model=job.model,
         bytes_down=layout(specs_of(job.tensors))[1],
-        bytes_up=layout(job.returns)[1],
+        bytes_up=layout(specs_of(result.tensors))[1],
     )
     return ClientUpdate(client, arrived, result.tensors)
 
@@ -91,4 +106,4 @@ def as_update(result: TrainResult, job: Assignment) -> Update:
     """The message that a device would send: what a result tells has the same name in both."""
     told = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "state"}
     told |= {"micro_batch": job.plan.micro_batch, "recompute": job.plan.recompute}
-    return replace(BLANK, **told | {"tensors": job.returns})
+    return replace(BLANK, **told | {"tensors": specs_of(result.tensors)})

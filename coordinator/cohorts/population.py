@@ -55,7 +55,8 @@ def group_exits(groups: Sequence[int], num_clients: int, num_exits: int) -> list
 class Population(msgspec.Struct, frozen=True, kw_only=True):
     """Emulated clients. groups: how many stop at exit 1, 2, ...; alpha: label skew of the split
     "dirichlet"; holders: share of the weak clients of each group that can hold a deeper stage;
-    holdout: share of each client's examples that it keeps from training."""
+    holdout: share of each client's examples that it keeps from training. variants: of each group,
+    among those that the method offers; (): the largest that its memory holds."""
 
     clients: int
     groups: tuple[int, ...]
@@ -63,6 +64,7 @@ class Population(msgspec.Struct, frozen=True, kw_only=True):
     alpha: float
     holders: float = 1.0
     holdout: float = 0.0
+    variants: tuple[int, ...] = ()
 
     def text(self) -> str:
         """For the run's settings: a resumed run must have the same."""

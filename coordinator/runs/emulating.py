@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from msgspec.structs import replace
 
+from coordinator.cohorts.base import Offer
+from coordinator.cohorts.budget import check_numbers, chosen_variants
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.cohorts.population import (
     EmulatedClient,
@@ -105,6 +107,8 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
     config = checked(replace(config, population=population.text()))
     with typed():
         method = make_method(config, device)  # a model that cannot be built begins no run
+        if population.variants:
+            check_numbers(population.variants, method.offer(), len(population.groups))
     try_export(method, data.test, settings.export)
     if not settings.is_resumed:
         check_init(config.init, method)
@@ -118,6 +122,7 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
                 device=device,
                 processes=settings.processes,
                 imports=settings.imports,
+                offer=method.offer(),
             )
         )
         folder = settings.folder
@@ -185,12 +190,18 @@ def emulated_cohort(
     device: torch.device,
     processes: int = 1,
     imports: Sequence[str] = (),
+    offer: Offer | None = None,
 ) -> Iterator[InProcessCohort | ProcessCohort]:
-    """The clients as a cohort, trained here or in `processes`."""
+    """The clients as a cohort, trained here or in `processes`. offer: of the run's method; None:
+    one without variants."""
     shards = {client.id: client.shard for client in clients}
     exits = {client.id: client.exit for client in clients}
     holders = choose_holders(exits, population.holders, config.seed)
-    here = InProcessCohort(shards, exits, config.model.exit, device, holders)
+    variants = None
+    if offer and offer.variants:
+        plain = config.plan(config.rounds)
+        variants = chosen_variants(offer, config.model, plain, exits, population.variants)
+    here = InProcessCohort(shards, exits, config.model.exit, device, holders, variants)
     if processes == 1:
         yield here
         return
