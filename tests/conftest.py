@@ -3,7 +3,9 @@ what the tests of the coordinator with scripted devices begin with."""
 
 from __future__ import annotations
 
+import importlib
 import signal
+import sys
 import tempfile
 from typing import Any
 
@@ -34,6 +36,14 @@ def own_things(monkeypatch):
 
     with forgotten(monkeypatch):
         yield
+
+
+@pytest.fixture
+def by_variant(own_things, monkeypatch):
+    """The method of tests/support/by_variant.py, known in one test only."""
+    module = "tests.support.by_variant"
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    return importlib.import_module(module)
 
 
 @pytest.fixture

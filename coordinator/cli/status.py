@@ -215,7 +215,7 @@ def _client_lines(clients: Sequence[ClientState], age_s: float) -> list[str]:
         [
             client.name,
             client.phase,
-            str(client.exit or "-"),
+            str(client.exit or "-") + f" v{client.variant}" * bool(client.variant),
             str(client.round or "-"),
             size(client.bytes_down),
             size(client.bytes_up),

@@ -21,7 +21,6 @@ from edge_sdk.capacity.costs import peak_bytes
 from edge_sdk.capacity.counting import each_variant_cost
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.speed import torch_threads
-from edge_sdk.helpers.text import mebibytes
 from edge_sdk.protocol.messages import ModelSpec, Plan
 
 log = logging.getLogger(__name__)
@@ -82,14 +81,18 @@ def _largest(offer: Offer, prefix: ModelSpec, plain: Plan) -> int:
         if peaks[-1] > budget:
             break
     number = sum(peak <= budget for peak in peaks)
-    has = f"group {prefix.exit} has {mebibytes(budget)}, as training exit {prefix.exit} takes"
+    has = f"group {prefix.exit} has {_kibibytes(budget)}, as training exit {prefix.exit} takes"
     if number:
-        takes = mebibytes(peaks[number - 1])
+        takes = _kibibytes(peaks[number - 1])
         said = "%s: variant %d of %d, which takes %s"
         log.info(said, has, number, len(offer.variants), takes)
     else:
-        log.warning("%s, and takes no part: variant 1 takes %s", has, mebibytes(peaks[0]))
+        log.warning("%s, and takes no part: variant 1 takes %s", has, _kibibytes(peaks[0]))
     return number
+
+
+def _kibibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1024:,.0f} KiB"
 
 
 def _variant(offer: Offer, number: int) -> Variant:

@@ -124,6 +124,7 @@ def _client_state(
         address=counts.address,
         platform=counts.platform,
         exit=ready.exit if ready else 0,
+        variant=ready.variant if ready else 0,
         round=open_job.round if open_job else 0,
         bytes_down=counts.bytes_down + (open_job.bytes_down if open_job else 0),
         bytes_up=counts.bytes_up + (open_job.bytes_up if open_job else 0),

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from coordinator.cohorts.base import Client
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
@@ -111,14 +110,14 @@ def chosen_part(
         return prefix(
             method.spec, method.served(), exit or deepest_trained(untrained, method.spec.exit)
         )
-    known = store.client_exits()
+    known = store.client_models()
     if client_id not in known:
         some = ", ".join(sorted(known)[:5]) or "none"
         raise ConfigError(
             f"client {client_id!r} took part in no round of {store.folder}; {len(known)} did: "
             f"{some}{', ...' if len(known) > 5 else ''}"
         )
-    return method.deployed(Client(id=client_id, exit=known[client_id]))
+    return method.deployed(known[client_id])
 
 
 def run_examples(config: RunConfig) -> Examples | None:

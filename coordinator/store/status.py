@@ -63,6 +63,7 @@ class ClientState(msgspec.Struct, frozen=True, kw_only=True):
     address: str = ""
     platform: str = ""
     exit: int = 0  # the deepest that it can train; 0: not known, or none
+    variant: int = 0  # that it has chosen; 0: the method offers none
     round: int = 0  # of the job in hand; 0: none
     bytes_down: int = 0
     bytes_up: int = 0

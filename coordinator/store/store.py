@@ -204,9 +204,13 @@ class Store:
             )
         return rounds
 
-    def client_exits(self) -> dict[str, int]:
-        """The exit, as last known, of every client that was ever chosen."""
-        return dict(self._read("SELECT client_id, exit FROM clients"))
+    def client_models(self) -> dict[str, Client]:
+        """Every client that was ever chosen, with the model that it trains, as last known."""
+        rows = self._read("SELECT client_id, exit, variant, num_weights FROM clients")
+        return {
+            name: Client(id=name, exit=exit, variant=variant, num_weights=num_weights)
+            for name, exit, variant, num_weights in rows
+        }
 
     def client_examples(self) -> dict[str, int]:
         """The examples, as last told, of every client that was ever chosen."""

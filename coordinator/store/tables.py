@@ -16,7 +16,7 @@ from coordinator.cohorts.base import BLANK, Absence, Client, ClientUpdate
 from edge_sdk.protocol.messages import Segment, Update
 
 VERSION = 5
-PARTICIPATIONS = """round INTEGER, client_id TEXT, exit INTEGER, segments TEXT,
+PARTICIPATIONS = """round INTEGER, client_id TEXT, exit INTEGER, variant INTEGER, segments TEXT,
     outcome TEXT, code TEXT, detail TEXT, num_examples INTEGER, num_steps INTEGER,
     bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,
     exits TEXT, micro_batch INTEGER, recompute INTEGER, staleness INTEGER, job TEXT, digest TEXT,
@@ -26,6 +26,7 @@ FROM_UPDATE = COLUMNS & set(Update.__struct_fields__) - {"round"}  # that is the
 SCHEMA = f"""
 CREATE TABLE runs (version INTEGER, run TEXT, created_utc TEXT, config TEXT, kind TEXT);
 CREATE TABLE clients (client_id TEXT PRIMARY KEY, exit INTEGER, stages TEXT,
+    variant INTEGER, num_weights INTEGER,
     prefix_s REAL, stage_s TEXT, num_examples INTEGER,
     platform TEXT, board TEXT, is_emulated INTEGER, cpu_scale REAL, link_mbit_s REAL, profile TEXT);
 CREATE TABLE rounds (round INTEGER PRIMARY KEY, started_utc TEXT, wall_s REAL, chosen INTEGER,
@@ -63,6 +64,7 @@ def insert(db: sqlite3.Connection, table: str, row: Mapping[str, object], how: s
 
 def client_row(client: Client) -> dict[str, object]:
     row: dict[str, object] = {"client_id": client.id, "exit": client.exit}
+    row |= {"variant": client.variant, "num_weights": client.num_weights}
     row |= {"stages": _list(client.stages), "num_examples": client.num_examples}
     row |= {"prefix_s": client.prefix_s, "stage_s": _list(client.stage_s)}
     if (profile := client.profile) is None:
@@ -75,7 +77,8 @@ def client_row(client: Client) -> dict[str, object]:
 def participation_row(round: int, result: ClientUpdate | Absence) -> dict[str, object]:
     """round: that the result counts in."""
     row: dict[str, object] = {"round": round, "client_id": result.client.id}
-    row |= {"exit": result.client.exit, "segments": _segments(result.segments)}
+    row |= {"exit": result.client.exit, "variant": result.client.variant}
+    row |= {"segments": _segments(result.segments)}
     row |= {"bytes_down": result.bytes_down, "bytes_up": result.bytes_up}
     match result:
         case ClientUpdate(message=message, staleness=staleness):

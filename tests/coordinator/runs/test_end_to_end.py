@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from safetensors.torch import load_file
 from coordinator.admission.client_list import Admission
 from coordinator.cli.main import main as coordinate
 from coordinator.cohorts.base import Client
+from coordinator.cohorts.budget import Variant
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import RotationOptions, RunConfig, read_config
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
+from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
 from coordinator.runs.rounds import run_rounds
 from coordinator.store.store import SPOOL, Store
@@ -63,22 +66,32 @@ def one_thread():
 
 
 def replay(run_dir: Path, shards: dict) -> Tensors:
-    """The served model of a finished run, trained again in this process: the same clients with the
+    """The served model of a finished run, trained again in this process."""
+    return replayed(run_dir, shards).served()
+
+
+def replayed(run_dir: Path, shards: dict) -> Method:
+    """The method of a finished run after training again in this process: the same clients with the
     choices they announced, the updates folded in the order in which they arrived."""
     ((text,),) = read_rows(run_dir, "SELECT config FROM runs")
     config = read_config(text, str(run_dir))
     told = {
         name: {
+            "variant": variant,
             "stages": tuple(int(stage) for stage in stages.split(",") if stage),
             "prefix_s": prefix_s,
             "stage_s": tuple(float(taken_s) for taken_s in stage_s.split(",") if taken_s),
         }
-        for name, stages, prefix_s, stage_s in read_rows(
-            run_dir, "SELECT client_id, stages, prefix_s, stage_s FROM clients"
+        for name, variant, stages, prefix_s, stage_s in read_rows(
+            run_dir, "SELECT client_id, variant, stages, prefix_s, stage_s FROM clients"
         )
     }
-    cohort = InProcessCohort(shards, dict.fromkeys(shards, 1), config.model.exit)
     method = make_method(config)
+    variants = None
+    if offered := method.offer().variants:
+        chosen = {name: told[name]["variant"] for name in told}
+        variants = {name: Variant(n, offered[n - 1].exit, 0) for name, n in chosen.items()}
+    cohort = InProcessCohort(shards, dict.fromkeys(shards, 1), config.model.exit, variants=variants)
     for (round,) in read_rows(run_dir, "SELECT round FROM rounds ORDER BY round"):
         arrived = read_rows(
             run_dir,
@@ -91,7 +104,7 @@ def replay(run_dir: Path, shards: dict) -> Tensors:
             for name, exit in arrived
         }
         method.aggregate(round, cohort.train(work, round, 0.0))
-    return method.served()
+    return method
 
 
 def assert_same(got: Tensors, expected: Tensors) -> None:
@@ -108,25 +121,18 @@ def assert_every_round_once(world: World, num_rounds: int) -> None:
 # -- the same model ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("method", "rounds"), [("stage-rotation", 1), ("hypemefed", 2), ("owners-mean", 2)]
-)
-def test_devices_give_the_model_that_one_process_gives(
-    three_devices, tmp_path, one_thread, method, rounds
-):
-    world = three_devices
+def run_in(world: World, folder: Path, **settings: Any) -> Method:
+    """A run with the world's three devices, its coordinator in this process."""
     config = RunConfig(
-        method=method,
         model=ModelSpec(family="cnn", input_shape=(1, 8, 8), num_classes=10, exit=3, options={}),
-        rounds=rounds,
         batch_size=16,
         seed=7,
         deadline_s=DEADLINE_S,
-        rotation=RotationOptions(mode="add" if method == "stage-rotation" else "off"),
         min_clients=3,
         late="drop",
+        **settings,
     )
-    store = Store.create(tmp_path / "run", config, "serve")
+    store = Store.create(folder, config, "serve")
     made = make_method(config)
     router = Router(
         world.endpoint, read_keys(world.keys, "server"), Admission(world.keys / "clients")
@@ -136,7 +142,7 @@ def test_devices_give_the_model_that_one_process_gives(
         router,
         Spool(store.folder / SPOOL),
         config,
-        made.spec,
+        made.offer(),
         run=store.run,
         should_stop=lambda: time.monotonic() > give_up,
     )
@@ -145,6 +151,23 @@ def test_devices_give_the_model_that_one_process_gives(
     finally:
         store.close()
         cohort.close("run finished", is_final=False)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("method", "rounds"), [("stage-rotation", 1), ("hypemefed", 2), ("owners-mean", 2)]
+)
+def test_devices_give_the_model_that_one_process_gives(
+    three_devices, tmp_path, one_thread, method, rounds
+):
+    world = three_devices
+    made = run_in(
+        world,
+        tmp_path / "run",
+        method=method,
+        rounds=rounds,
+        rotation=RotationOptions(mode="add" if method == "stage-rotation" else "off"),
+    )
     announced = read_rows(tmp_path / "run", "SELECT client_id, exit, stages FROM clients")
     assert {name: (exit, stages) for name, exit, stages in announced} == {
         name: (exit, ",".join(map(str, stages))) for name, (exit, stages) in CHOICES.items()
@@ -162,6 +185,16 @@ def test_devices_give_the_model_that_one_process_gives(
     for device in world.running[:3]:
         libraries = mapped_libraries(device.process.pid)
         assert not [name for name in libraries if "torch" in name or "numpy" in name]
+
+
+def test_each_device_trains_the_largest_variant_that_it_has_time_for(
+    three_devices, tmp_path, one_thread, by_variant
+):
+    """By the deadline, of widths 1/4, 1/2 and 1."""
+    made = run_in(three_devices, tmp_path / "run", method="by-variant", rounds=1)
+    announced = read_rows(tmp_path / "run", "SELECT client_id, exit, variant FROM clients")
+    assert sorted(announced) == [("a", 3, 1), ("b", 3, 2), ("c", 3, 3)]
+    assert_same(made.state_dict(), replayed(tmp_path / "run", three_devices.shards).state_dict())
 
 
 # -- killed -----------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from msgspec.structs import replace
 from edge_sdk.agent.job_checks import check_welcome, checked_job
 from edge_sdk.agent.pipe import Inspected
 from edge_sdk.capacity.chooser import Chooser
-from edge_sdk.capacity.counting import segment_costs
+from edge_sdk.capacity.counting import each_variant_cost, segment_costs
 from edge_sdk.errors import CapacityError, ConfigError, DataError, EdgeError, ShapeError
+from edge_sdk.models import initial_tensors
 from edge_sdk.protocol.messages import Job, ModelSpec, Plan, Segment, TensorSpec, Welcome
 from edge_sdk.protocol.tensors import specs_of
 from tests.support.agent import MODEL, WHOLE, job_tensors
@@ -169,3 +170,45 @@ def test_welcome_to_a_run_of_the_devices_examples():
 def test_welcome_to_a_run_of_other_examples(changes):
     with pytest.raises(DataError, match=r"this device's examples are \(1, 8, 8\) with 3; join"):
         check_welcome(of_model(**changes), INSPECTED)
+
+
+# -- variants ------------------------------------------------------------------------------------
+
+VARIANTS = (replace(MODEL, width=0.5), MODEL)
+OFFER = replace(WELCOME, variants=VARIANTS)
+
+
+@pytest.fixture(scope="module")
+def among_variants() -> Chooser:
+    """Both fit."""
+    chooser = Chooser(VARIANTS)
+    chooser.set_costs(tuple(each_variant_cost(VARIANTS, PROMISED, 24, 0)), 3, 2**33)
+    chooser.choose(replace(PROFILE, memory_available_bytes=2**33), OFFER, 24)
+    return chooser
+
+
+@pytest.mark.parametrize("spec", VARIANTS)
+def test_a_variant_is_trained_with_all_of_its_own_tensors(among_variants, spec):
+    given = job(spec, tensors=specs_of(initial_tensors(spec, 0)))
+    assert checked_job(given, OFFER, among_variants) == given
+    other = next(v for v in VARIANTS if v != spec)
+    with pytest.raises(ShapeError, match="float32 weight, expected"):
+        checked_job(replace(given, model=other), OFFER, among_variants)
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "said"),
+    [
+        (replace(MODEL, width=0.25), ConfigError, "is none of the 2 variants of the welcome"),
+        (replace(MODEL, exit=2), ConfigError, "is none of the 2 variants of the welcome"),
+    ],
+)
+def test_a_model_that_is_no_variant(among_variants, spec, kind, said):
+    with pytest.raises(kind, match=said):
+        checked_job(job(spec), OFFER, among_variants)
+
+
+def test_a_cut_of_a_variant(among_variants):
+    plan = replace(PROMISED, segments=(Segment(first=1, last=2),))
+    with pytest.raises(CapacityError, match="stages 1-2 asked for, a variant is trained as one"):
+        checked_job(job(plan=plan), OFFER, among_variants)
