@@ -207,10 +207,7 @@ class Store:
     def client_models(self) -> dict[str, Client]:
         """Every client that was ever chosen, with the model that it trains, as last known."""
         rows = self._read("SELECT client_id, exit, variant, num_weights FROM clients")
-        return {
-            name: Client(id=name, exit=exit, variant=variant, num_weights=num_weights)
-            for name, exit, variant, num_weights in rows
-        }
+        return {name: Client(name, exit, variant=v, num_weights=n) for name, exit, v, n in rows}
 
     def client_examples(self) -> dict[str, int]:
         """The examples, as last told, of every client that was ever chosen."""
