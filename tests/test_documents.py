@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from coordinator.aggregation.registry import RULES
 from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS
+from coordinator.settings import flags_of
 from coordinator.presets import PRESETS
 from edge_sdk.data import load_shard, save_shard
 from edge_sdk.models import FAMILIES, build
@@ -88,14 +89,16 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 
 @pytest.fixture
 def known_flags(capsys):
-    """Of both commands' --help, and as literals of the tools' parsers."""
+    """Of both commands' --help, of methods' own options, and as literals of the tools' parsers."""
     helps = [said(capsys, command, "--help") for command in COMMANDS]
     for command, names in SUBCOMMANDS.items():
         helps += [said(capsys, command, *name.split(), "--help") for name in names]
     sources = [*ROOT.glob("tools/**/*.py"), *ROOT.glob("tests/chaos/*.py")]
     literals = [re.findall(r'"(--[a-z-]+)"', path.read_text()) for path in sources]
     found = re.findall(r"(?<![\w-])--[a-z][a-z-]*", "\n".join(helps))
-    return FOREIGN_FLAGS.union(found, *literals)
+    kinds = [METHODS[name].options for name in METHODS]
+    own = [flag.name for kind in kinds if kind for flag in flags_of(kind).values()]
+    return FOREIGN_FLAGS.union(found, own, *literals)
 
 
 # -- every document -------------------------------------------------------------------------------
@@ -235,7 +238,6 @@ def packages(name: str) -> set[str]:
 @pytest.mark.parametrize(
     ("file", "heading", "known"),
     [
-        ("README.md", "Methods", {*METHODS, "hypemefed --paper"}),
         ("docs/methods.md", "Methods", {*METHODS, "hypemefed --paper"}),
         ("docs/methods.md", "Models", set(FAMILIES)),
         ("docs/methods.md", "**Generation", set(GENERATORS) - {"none"}),
@@ -245,6 +247,12 @@ def packages(name: str) -> set[str]:
 )
 def test_a_table_has_a_row_for_each(file, heading, known):
     assert sorted(first_cells((ROOT / file).read_text(), heading)) == sorted(known)
+
+
+def test_the_readme_compares_methods_that_there_are():
+    shown = first_cells(README.read_text(), "Methods")
+    assert {"hypemefed", "hypemefed --paper"} < set(shown) <= {*METHODS, "hypemefed --paper"}
+    assert len(set(shown)) == len(shown)
 
 
 @pytest.mark.parametrize("package", FLOORS)

@@ -25,9 +25,13 @@ class Server:
         self._average: Tensors = {}
         self._average_weight = 0.0
 
-    def step(self, aggregate: Mapping[str, Tensor]) -> None:
+    def step(
+        self, aggregate: Mapping[str, Tensor], owned: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Take one round's aggregate; tensors are new objects, the old ones stay as they were.
-        Raises ShapeError, and then changes nothing, if the new state would not be finite."""
+        owned: where only some elements of a tensor had an owner, which ones (bool, of its shape or
+        one that is broadcast to it): the others keep their value and their moments. Raises
+        ShapeError, and then changes nothing, if the new state would not be finite."""
         options = self.options
         new, first, second = dict(aggregate), dict(self._first), dict(self._second)
         is_plain = options.optimizer == "fedavgm" and not options.momentum and options.lr == 1
@@ -37,6 +41,12 @@ class Server:
             moved = new[name] - self.globals[name]
             direction = self._direction(name, moved, first, second)
             new[name] = self.globals[name] + options.lr * direction
+            if owned is None or bool(owned[name].all()):
+                continue
+            kept = ((new, self.globals), (first, self._first), (second, self._second))
+            for held, before in kept:
+                if name in before:
+                    held[name] = torch.where(owned[name], held[name], before[name])
         # normalised geometric average: sum d^i w / sum d^i, newest first
         weight, average = options.ema * self._average_weight + 1, dict(self._average)
         for name, tensor in new.items():

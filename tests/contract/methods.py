@@ -30,6 +30,9 @@ EXCEPT = {
     ("fedavg-l", "holds"): WHOLE,
     ("hypemefed", "order"): "its networks see their owners in a drawn order",
 }
+PARTS = "it averages parts of tensors, which rules and clipping do not know, and refuses them"
+for method in ("heterofl", "fedrolex", "scalefl"):
+    EXCEPT |= {(method, check): PARTS for check in ("rule", "clip")}
 
 
 def unless_except(name: str, check: str) -> None:

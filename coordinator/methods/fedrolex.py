@@ -1,0 +1,41 @@
+"""`fedrolex`: FedRolex (Alam et al. 2022, arXiv 2212.01548). As HeteroFL, but the channels that a
+narrow model holds are a window that moves by one channel each round and begins anew after the last,
+so that every channel is trained, also where nobody holds the whole model.
+
+The window has the same shift in all layers: those of as many channels have the same window, which
+an identity shortcut needs. `--paper` has the settings for CIFAR-10.
+
+Deviations. The published code weighs updates by a counter that it restores within its loop over the
+tensors, so from the second tensor on a client counts as often as its place in the list says; its
+`--overlap` draws windows for each layer on its own, so shortcuts add unlike channels. Here it is
+the plain mean over owners, and there is no overlap. Widths are what clients hold and are not drawn
+anew each round; training goes as in heterofl.py, whose deviations hold here too.
+
+A group of C channels is covered by a width p for pC rounds, then not for (1 - p)C of them: with few
+rounds prefer heterofl.
+"""
+
+from __future__ import annotations
+
+from coordinator.config import RunConfig
+from coordinator.methods.base import Method
+from coordinator.methods.heterofl import WidthOptions
+from coordinator.methods.registry import TorchDevice, register_method
+from coordinator.methods.width import WidthAveraging, check_plain_mean, variants_of
+
+PAPER = {
+    "optimizer": "sgd",
+    "lr": 2e-4,
+    "momentum": 0.9,
+    "weight_decay": 1e-3,
+    "batch_size": 10,
+    "epochs": 1,
+    "weighting": "equal",
+    "server.serve": "last",
+}
+
+
+@register_method("fedrolex", options=WidthOptions, paper=PAPER, check=check_plain_mean)
+def fedrolex(config: RunConfig, device: TorchDevice, options: WidthOptions) -> Method:
+    variants = variants_of(config.model, options.widths)
+    return WidthAveraging(config, variants, options.plan_rule(), lambda round: round - 1)

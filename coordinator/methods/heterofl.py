@@ -1,0 +1,73 @@
+"""`heterofl`: HeteroFL (Diao et al. 2021, arXiv 2010.01264). Each client trains the first channels
+of every layer, as many as its width allows; each element is the mean over those who held it.
+
+As published: classes that a client has no example of are left out of its loss, and their classifier
+rows out of the mean; BatchNorm goes by the batch in training, and its statistics are those of one
+pass over the data; outputs of narrow layers are divided by the width in training; gradients are
+clipped to a norm of 1. `--paper` has the settings for CIFAR-10 in IID.
+
+Deviations. Statistics: the published code has the server go over all clients' data with the whole
+model before it evaluates; here, where data stays with the clients, each client's pass is over its
+own, with what it trained, and they are averaged like weights. Loss: that of all exits together, so
+that the exits can be compared; --exit-weights 0,0,1 is the last alone. Weights: by examples, the
+published code counts clients alike (--weighting equal, as --paper does). A client has the width
+that it holds; widths drawn anew each round are not offered. A layer's channels are rounded up once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+from msgspec.structs import replace
+
+from coordinator.config import NotNegative, Options, RunConfig, flag
+from coordinator.methods.base import Method
+from coordinator.methods.registry import TorchDevice, register_method
+from coordinator.methods.width import PlanRule, WidthAveraging, check_plain_mean, variants_of
+from edge_sdk.protocol.messages import ModelSpec, Plan
+
+Width = Annotated[float, Meta(gt=0, le=1)]
+PAPER = {
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "batch_size": 10,
+    "epochs": 5,
+    "weighting": "equal",
+    "server.serve": "last",
+}
+
+
+class WidthOptions(Options, frozen=True, kw_only=True):
+    """Of methods that cut by width alone."""
+
+    widths: Annotated[
+        tuple[Width, ...],
+        Meta(min_length=1, max_length=100),
+        flag("shares of the channels, of the models that devices choose among"),
+    ] = (0.0625, 0.125, 0.25, 0.5, 1.0)
+    static_norm: Annotated[
+        bool, flag("BatchNorm by the batch in training, its statistics by a pass at the end")
+    ] = True
+    scaler: Annotated[bool, flag("divide a narrow layer's outputs by the width in training")] = True
+    mask_absent: Annotated[bool, flag("leave out classes that a client has no example of")] = True
+    clip_norm: Annotated[NotNegative, flag("the most of a step's gradient, 0: not clipped")] = 1.0
+
+    def plan_rule(self) -> PlanRule:
+        def rule(plan: Plan, model: ModelSpec, round: int) -> Plan:
+            return replace(
+                plan,
+                static_norm=self.static_norm,
+                scaler="training" if self.scaler else "none",
+                mask_absent=self.mask_absent,
+                clip_norm=self.clip_norm,
+            )
+
+        return rule
+
+
+@register_method("heterofl", options=WidthOptions, paper=PAPER, check=check_plain_mean)
+def heterofl(config: RunConfig, device: TorchDevice, options: WidthOptions) -> Method:
+    return WidthAveraging(config, variants_of(config.model, options.widths), options.plan_rule())
