@@ -15,8 +15,8 @@ from msgspec.structs import replace
 from coordinator.aggregation.registry import RULES
 from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS
-from coordinator.settings import flags_of
 from coordinator.presets import PRESETS
+from coordinator.settings import flags_of
 from edge_sdk.data import load_shard, save_shard
 from edge_sdk.models import FAMILIES, build
 from edge_sdk.protocol.keys import make_keys
