@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method
-from coordinator.methods.heterofl import WidthOptions
+from coordinator.methods.heterofl import ON_DEVICE, WidthOptions
 from coordinator.methods.registry import TorchDevice, register_method
-from coordinator.methods.width import WidthAveraging, check_plain_mean, variants_of
+from coordinator.methods.width import WITHOUT, WidthAveraging, variants_of
 
 PAPER = {
     "optimizer": "sgd",
@@ -35,7 +35,10 @@ PAPER = {
 }
 
 
-@register_method("fedrolex", options=WidthOptions, paper=PAPER, check=check_plain_mean)
+@register_method(
+    "fedrolex", options=WidthOptions, paper=PAPER, without=WITHOUT, on_device=ON_DEVICE
+)
 def fedrolex(config: RunConfig, device: TorchDevice, options: WidthOptions) -> Method:
+    """As heterofl, of channels that move on by one in each round."""
     variants = variants_of(config.model, options.widths)
     return WidthAveraging(config, variants, options.plan_rule(), lambda round: round - 1)

@@ -23,8 +23,8 @@ from msgspec.structs import replace
 
 from coordinator.config import NotNegative, Options, RunConfig, flag
 from coordinator.methods.base import Method
-from coordinator.methods.registry import TorchDevice, register_method
-from coordinator.methods.width import PlanRule, WidthAveraging, check_plain_mean, variants_of
+from coordinator.methods.registry import OnDevice, TorchDevice, register_method
+from coordinator.methods.width import WITHOUT, PlanRule, WidthAveraging, variants_of
 from edge_sdk.protocol.messages import ModelSpec, Plan
 
 Width = Annotated[float, Meta(gt=0, le=1)]
@@ -68,6 +68,12 @@ class WidthOptions(Options, frozen=True, kw_only=True):
         return rule
 
 
-@register_method("heterofl", options=WidthOptions, paper=PAPER, check=check_plain_mean)
+ON_DEVICE = OnDevice("the widest of --widths", "about w M", "about w^2 K")
+
+
+@register_method(
+    "heterofl", options=WidthOptions, paper=PAPER, without=WITHOUT, on_device=ON_DEVICE
+)
 def heterofl(config: RunConfig, device: TorchDevice, options: WidthOptions) -> Method:
+    """Each client trains the first channels of every layer, as many as it can hold."""
     return WidthAveraging(config, variants_of(config.model, options.widths), options.plan_rule())

@@ -23,8 +23,8 @@ from msgspec.structs import replace
 from coordinator.config import NotNegative, Options, Rate, RunConfig, Share, flag
 from coordinator.methods.base import Method
 from coordinator.methods.heterofl import Width
-from coordinator.methods.registry import TorchDevice, register_method
-from coordinator.methods.width import WidthAveraging, check_plain_mean
+from coordinator.methods.registry import OnDevice, TorchDevice, register_method
+from coordinator.methods.width import WITHOUT, WidthAveraging
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import ModelSpec, Plan
 
@@ -56,22 +56,17 @@ class ScaleFLOptions(Options, frozen=True, kw_only=True):
     begin: Annotated[Share, flag("share of the rounds before it", "--gamma-begin")] = 0.25
 
 
-def check_scalefl(config: RunConfig) -> None:
-    check_plain_mean(config)
-    asked = {
-        f"--distill {config.distill.direction}": config.distill.direction != "none",
-        "--exit-weights": bool(config.exit_weights),
-    }
-    for flags in (name for name, is_given in asked.items() if is_given):
-        raise ConfigError(
-            f"method 'scalefl' has weights of exits and distillation of its own, so {flags} has no "
-            "place there; leave it out, see --gamma"
-        )
-
-
-@register_method("scalefl", options=ScaleFLOptions, paper=PAPER, check=check_scalefl)
+@register_method(
+    "scalefl",
+    options=ScaleFLOptions,
+    paper=PAPER,
+    without=(*WITHOUT, "distill", "exit_weights"),
+    on_device=OnDevice("the deepest level: exit and width", "about w M_e", "about w^2 K_e"),
+)
 def scalefl(config: RunConfig, device: TorchDevice, options: ScaleFLOptions) -> Method:
-    """Raises ConfigError unless there is a width for each exit, none narrower than one before."""
+    """Each client trains a prefix, and the first channels of its layers.
+
+    Raises ConfigError unless there is a width for each exit, none narrower than the one before."""
     levels = config.model.exit
     widths = options.widths or (LEVELS[0],) * (levels - len(LEVELS)) + LEVELS[-levels:]
     if len(widths) != levels or list(widths) != sorted(widths):

@@ -8,7 +8,7 @@ has no example of as they came, bit by bit; a row that did not move is taken as 
 is told beside the weights, no list or mask of a client's labels: whoever sees rows that are
 averaged by owner sees as much. Statistics of BatchNorm are averaged like weights.
 
-Robust rules and --clip compare whole tensors of alike size, so they are refused.
+Robust rules and --clip compare whole tensors of all clients, so they have no place here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from coordinator.cohorts.base import Assignment, Client, ClientUpdate, Offer
 from coordinator.cohorts.sampling import job_seed
 from coordinator.config import RunConfig
 from coordinator.methods.base import Metrics
-from edge_sdk.errors import CapacityError, ConfigError, ShapeError
+from edge_sdk.errors import CapacityError, ShapeError
 from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.scaling import scaled_names
 from edge_sdk.models.widths import slice_of
@@ -42,15 +42,8 @@ log = logging.getLogger(__name__)
 PlanRule: TypeAlias = Callable[[Plan, ModelSpec, int], Plan]
 
 
-def check_plain_mean(config: RunConfig) -> None:
-    """Raises ConfigError for what compares whole tensors."""
-    rule, clip = config.aggregation.rule, config.aggregation.clip
-    if rule != "mean" or clip:
-        asked = f"--aggregation {rule}" if rule != "mean" else f"--clip {clip:g}"
-        raise ConfigError(
-            f"method {config.method!r} averages parts of tensors, which {asked} cannot compare; "
-            "use --aggregation mean without --clip"
-        )
+# Settings without a place here: these compare whole tensors.
+WITHOUT = ("aggregation.rule", "aggregation.clip")
 
 
 def variants_of(spec: ModelSpec, widths: Sequence[float]) -> tuple[ModelSpec, ...]:
