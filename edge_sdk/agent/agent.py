@@ -22,9 +22,8 @@ from edge_sdk.agent.pipe import (
     PipeMessage,
     Progress,
     Resume,
-    Train,
 )
-from edge_sdk.agent.state import REFUSED_S, UNANSWERED, State, hello
+from edge_sdk.agent.state import UNANSWERED, State, hello
 from edge_sdk.agent.trainer_process import Supervisor
 from edge_sdk.agent.watchdog import Notifier, Watchdog
 from edge_sdk.data.contract import unlike_run
@@ -192,7 +191,7 @@ class Agent:
             case Accepted() if is_mine and self._state.is_trained:
                 self._tell(Event("accepted", "update accepted", message.round))
                 self._trainer.mark_well()
-                self._state.refused_pause_s = REFUSED_S
+                self._trainer.send(self._state.mark_accepted())
                 self._end_job()
             case Fault():
                 self._on_fault(message, is_mine)
@@ -262,9 +261,9 @@ class Agent:
             self._choosing.tell(is_repeated=True)
             return
         self._tell(events.job_given(job))
-        state.begin_job(job, self._choosing.predicted_s(job))
         cache_bytes = self._choosing.chooser.cache_bytes(job.plan.segments)
-        self._trainer.send(Train(job=adapted, cache_bytes=cache_bytes))
+        predicted_s = self._choosing.predicted_s(job)
+        self._trainer.send(state.begin_job(job, adapted, predicted_s, cache_bytes))
 
     def _on_part(self, part: Part, payload: Payload) -> None:
         try:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import msgspec
 
 from edge_sdk.capacity.costs import SegmentCost
-from edge_sdk.protocol.fields import Count, Digest, Index, Struct
+from edge_sdk.protocol.fields import Count, Digest, Index, JobId, Struct
 from edge_sdk.protocol.messages import (
     Fault,
     Fetch,
@@ -86,12 +86,24 @@ class Estimated(Struct, frozen=True, kw_only=True, tag="estimated"):
     costs: tuple[SegmentCost, ...]
 
 
+class Keep(Struct, frozen=True, kw_only=True, tag="keep"):
+    """Agent to trainer: the update of this run's job was accepted, so what the client keeps of it
+    counts. The same may be said again."""
+
+    run: str
+    round: Index
+    job: JobId
+
+
 class Train(Struct, frozen=True, kw_only=True, tag="train"):
-    """Agent to trainer: train this job. cache_bytes: of features of a frozen prefix, the most that
-    may stay in memory over the epochs."""
+    """Agent to trainer: train this job of that run. cache_bytes: of features of a frozen prefix,
+    the most that may stay in memory over the epochs. accepted: the last update that was, as the
+    trainer may have been another one then."""
 
     job: Job
+    run: str
     cache_bytes: Count
+    accepted: Keep | None = None
 
 
 class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):
@@ -114,7 +126,7 @@ class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
     epochs: Count = 0
 
 
-ToTrainer: TypeAlias = TrainerOptions | Estimate | Train | Cancel | Resume
+ToTrainer: TypeAlias = TrainerOptions | Estimate | Train | Cancel | Resume | Keep
 ToAgent: TypeAlias = LastWords | Inspected | Estimated | Progress | Update
 PipeMessage: TypeAlias = ToTrainer | ToAgent | Fetch | Part | Fault
 _DECODER: msgspec.msgpack.Decoder[PipeMessage] = msgspec.msgpack.Decoder(PipeMessage)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from edge_sdk.agent.job_watch import JobWatch
-from edge_sdk.agent.pipe import Inspected
+from edge_sdk.agent.pipe import Inspected, Keep, Train
 from edge_sdk.agent.transfer import Transfer
 from edge_sdk.protocol.messages import PROTOCOL, DeviceProfile, Hello, Job, Phase, Update, Welcome
 from edge_sdk.version import __version__
@@ -73,6 +73,7 @@ class State:
     next_heartbeat: float = 0.0
     reopen_at: float | None = None  # the link is closed until then
     refused_pause_s: float = REFUSED_S
+    accepted: Keep | None = None  # the last update that was
     is_resting: bool = False  # too hot or the battery too low for any job
     absence: str = ""  # why the coordinator is not reached, as it was logged last
     tell_absence_at: float = 0.0  # again
@@ -100,11 +101,24 @@ class State:
         """The connection is gone, so a hello is due at once."""
         self.welcome, self.next_hello = None, 0.0
 
-    def begin_job(self, job: Job, predicted_s: float) -> None:
+    def begin_job(self, job: Job, adapted: Job, predicted_s: float, cache_bytes: int) -> Train:
+        """What the trainer is asked for. adapted: the job as it is trained here."""
+        assert self.welcome is not None
         self.job, self.retries = job, 0
         self.watch, self.transfer = JobWatch(predicted_s, job.deadline_s), Transfer(job.tensors)
         self.is_trained = self.is_result_logged = False
         self.waited_s = time.monotonic() - self.idle_since
+        run = self.welcome.run
+        return Train(job=adapted, run=run, cache_bytes=cache_bytes, accepted=self.accepted)
+
+    def mark_accepted(self) -> Keep:
+        """The update of the job in hand counts, so its coordinator is a good one. Returns what the
+        trainer is told of it."""
+        assert self.job is not None
+        assert self.last_welcome is not None
+        run, self.refused_pause_s = self.last_welcome.run, REFUSED_S
+        self.accepted = Keep(run=run, round=self.job.round, job=self.job.id)
+        return self.accepted
 
     def complete(self, update: Update) -> Update:
         """The trainer's update with what only the agent knows of the job: how long the device had

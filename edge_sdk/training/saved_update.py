@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 import threading
 import weakref
 from contextlib import suppress
@@ -32,6 +33,7 @@ from edge_sdk.protocol.tensors import Sender, views
 log = logging.getLogger(__name__)
 MOST_OTHERS = 3
 DATA, ABOUT = "update.data", "update.json"
+STATE = "state"  # beside them, what the client keeps between rounds (client_state.py)
 COORDINATOR_MARK = re.compile(r"-[0-9a-f]{12}\Z")  # ends a folder's name, behind the device's name
 
 
@@ -169,6 +171,7 @@ def _remove(folder: Path) -> None:
         if lock(handle):
             for path in _files(folder):
                 path.unlink(missing_ok=True)
+            shutil.rmtree(folder / STATE, ignore_errors=True)
             folder.rmdir()
     finally:
         os.close(handle)

@@ -88,12 +88,15 @@ def train(
         raise ShapeError(f"job lacks tensors {', '.join(missing)}; nothing was trained")
     check_finite(tensors, "job")
     x, labels = torch.from_numpy(examples.x), torch.from_numpy(examples.y[rows])
-    kept = _fitting(state or {}, model)
+    state = {} if state is None else state
+    kept = _fitting(state, model)
+    began_from = state_round if kept else 0
     context = Context(spec, plan, model, labels, kept, device)
     terms = terms_of(context)
     model.load(terms.received(tensors))
     if is_consuming:
-        tensors.clear()
+        for used in (tensors, state, kept):
+            used.clear()
     model.ready(device)
     with family_code(spec, "answering examples set aside", model):
         tested = answers(model, examples.take(aside), device)
@@ -127,7 +130,7 @@ def train(
         phases={"load": since(started, loaded), "train": since(loaded, finished)},
         peak_memory_bytes=process_memory.peak_bytes(),
         holdout=tested,
-        state_round=state_round if kept else 0,
+        state_round=began_from,
         state=terms.kept(),
     )
 

@@ -22,6 +22,7 @@ from edge_sdk.agent.pipe import (
     Estimate,
     Estimated,
     Inspected,
+    Keep,
     Pipe,
     PipeMessage,
     Progress,
@@ -42,8 +43,9 @@ from edge_sdk.protocol.tensors import Receiver, Sender, specs_of
 from edge_sdk.protocol.timing import clock, since
 from edge_sdk.training.augmenting import Augment, load_augment
 from edge_sdk.training.calibration import MemoryCalibration, memory_calibration, runtime_bytes
+from edge_sdk.training.client_state import ClientState
 from edge_sdk.training.devices import usable_device
-from edge_sdk.training.saved_update import SavedUpdate
+from edge_sdk.training.saved_update import STATE, SavedUpdate
 from edge_sdk.training.segment import num_batches
 from edge_sdk.training.trainer import TrainResult, train
 
@@ -63,6 +65,7 @@ class TrainerLoop:
         device: str,
         calibration: MemoryCalibration,
         saved: SavedUpdate,
+        state: ClientState,
         augment: Augment | None = None,
     ) -> None:
         self._pipe = pipe
@@ -70,12 +73,14 @@ class TrainerLoop:
         self._device = device
         self._calibration = calibration
         self._saved = saved
+        self._state = state
         self._augment = augment
         needed, self._library_bytes = runtime_bytes()
         self._runtime_bytes = needed + calibration.scratch_bytes
         self._inbox: deque[tuple[PipeMessage, memoryview]] = deque()
         self._job: Job | None = None
-        self._cache_bytes = 0  # of the job
+        self._run = ""  # of the job
+        self._cache_bytes = 0
         self._receiver: Receiver | None = None
         self._update: Update | None = None
         self._sender: Sender | None = None
@@ -136,9 +141,13 @@ class TrainerLoop:
                     variants=variants,
                 )
                 self._pipe.send(Estimated(model=model, costs=costs))
-            case Train(job=job, cache_bytes=cache_bytes):
+            case Keep(run=run, round=kept, job=id):
+                self._state.accept(run, kept, id)
+            case Train(job=job, run=run, cache_bytes=cache_bytes, accepted=accepted):
                 self._forget_job()
-                self._job, self._cache_bytes = job, cache_bytes
+                if accepted:
+                    self._state.accept(accepted.run, accepted.round, accepted.job)
+                self._job, self._run, self._cache_bytes = job, run, cache_bytes
                 total = num_batches(job.plan, len(self._examples))
                 self._progress = Progress(round=job.round, total=total)
                 self._receiver = Receiver(job.tensors)
@@ -175,11 +184,15 @@ class TrainerLoop:
         tensors = self._receiver.tensors()
         self._receiver = None  # the model that is trained is the only copy of the tensors
         self._tell_progress()
+        keeps_state = job.plan.keeps_state
+        state_round, state = self._state.load(self._run, job.round) if keeps_state else (0, {})
         result = train(
             job.model,
             job.plan,
             tensors,
             self._examples,
+            state=state,
+            state_round=state_round,
             device=self._device,
             cache_bytes=self._cache_bytes,
             should_stop=self._is_cancelled,
@@ -188,6 +201,8 @@ class TrainerLoop:
             augment=self._augment,
         )
         process_memory.trim()
+        if keeps_state:
+            self._state.save(self._run, job.round, result.state, job.id)
         self._sender = Sender(result.tensors)
         idle = max(0, process_memory.library_bytes() - self._library_bytes)
         self._update = make_update(job, result, download, idle, self._sender.digest())
@@ -242,8 +257,9 @@ def prepare(pipe: Pipe, options: TrainerOptions) -> Callable[[], None]:
     threads = torch.get_num_threads()
     gflops = measure_gflops(threads=threads, device=device) if may_measure else 0.0
     layer_s = measure_layer_s(threads=threads, device=device) if may_measure else 0.0
-    saved = SavedUpdate(Path(options.saved_updates) if options.saved_updates else None)
-    loop = TrainerLoop(pipe, examples, device, calibration, saved, augment)
+    folder = Path(options.saved_updates) if options.saved_updates else None
+    saved, state = SavedUpdate(folder), ClientState(folder and folder / STATE)
+    loop = TrainerLoop(pipe, examples, device, calibration, saved, state, augment)
     return partial(loop.serve, gflops, layer_s)
 
 

@@ -169,7 +169,7 @@ class Device:
         plan = replace(plan, segments=tuple(Segment(first=f, last=n) for f, n in segments))
         model = replace(self._task.spec, exit=max(last for _, last in segments))
         job = Job(id="0" * 32, round=1, model=model, plan=plan, tensors=specs, deadline_s=0.0)
-        self._trainer.send(Train(job=job, cache_bytes=cache_bytes))
+        self._trainer.send(Train(job=job, run="bench", cache_bytes=cache_bytes))
         with name.with_name(f"{name.name}.parts").open("rb") as file:
             update = self._until(Update, file)
         count = num_parts(layout(update.tensors)[1])

@@ -225,7 +225,7 @@ def trainer_job(spec: ModelSpec, plan: Plan, data: Path) -> Figures:
         times = psutil.Process(pid).cpu_times()
         cost = next(c for c in estimated.costs if (c.first, c.last) == (1, spec.exit))
         job = Job(id="0" * 32, round=1, model=spec, plan=plan, tensors=sender.specs, deadline_s=0.0)
-        trainer.send(Train(job=job, cache_bytes=0))
+        trainer.send(Train(job=job, run="bench", cache_bytes=0))
         while isinstance(message := heard(trainer), Fetch):
             for index in range(message.first, message.first + message.count):
                 trainer.send(Part(round=1, index=index), memoryview(sender.part(index)))

@@ -43,7 +43,7 @@ class Correction(Term):
         return self._shared.pop(f"{ROLE}/{name}").to(self._device)
 
     def _own_of(self, name: str, parameter: Tensor) -> Tensor:
-        own = self._own.get(f"{ROLE}/{name}")
+        own = self._own.pop(f"{ROLE}/{name}", None)
         return torch.zeros_like(parameter) if own is None else own.to(self._device, copy=True)
 
     @torch.no_grad()

@@ -20,7 +20,8 @@ from edge_sdk.protocol.messages import ExitResult, Fault, Job, Phase, Plan, Segm
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import Sender, specs_of
 from edge_sdk.training.calibration import MemoryCalibration
-from edge_sdk.training.saved_update import SavedUpdate
+from edge_sdk.training.client_state import ClientState
+from edge_sdk.training.saved_update import STATE, SavedUpdate
 from edge_sdk.training.worker import TrainerLoop
 from tests.support.devices import floats
 from tests.support.examples import cnn, examples
@@ -216,7 +217,12 @@ def test_costs_that_cannot_be_counted_do_not_cost_the_update(folder):
     agent.send(Resume())
     ours.shutdown(socket.SHUT_WR)
     loop = TrainerLoop(
-        Pipe(theirs), examples(), "cpu", MemoryCalibration(made_with=""), SavedUpdate(folder)
+        Pipe(theirs),
+        examples(),
+        "cpu",
+        MemoryCalibration(made_with=""),
+        SavedUpdate(folder),
+        ClientState(None),
     )
     with pytest.raises(EOFError):
         loop.serve(0.0, 0.0)
@@ -244,6 +250,8 @@ def test_only_the_newest_of_other_coordinators_stay(monkeypatch, tmp_path):
     for stranger in strangers:
         stranger.mkdir(parents=True)
         (stranger / "update.data").touch()
+    (folders[1] / STATE).mkdir(parents=True)  # goes with the folder
+    (folders[1] / STATE / "1.state").touch()
     in_use = SavedUpdate(folders[0])
     for number, folder in enumerate(folders):
         saved = in_use if number == 0 else SavedUpdate(folder)
