@@ -31,7 +31,6 @@ OTHER_FLAGS = {  # of settings that do not say it themselves
     "model.options": "--option",
     "model.input_shape": "--input",
     "model.num_classes": "--classes",
-    "population.holdout": "--personalise",
 }
 
 

@@ -24,10 +24,7 @@ from edge_sdk.errors import DataError
 from edge_sdk.helpers.imports import heavy_imports
 
 SUBSETS = ("examples", "test_examples")  # fields of RunConfig
-PERSONALISE = (
-    "at the end, fine-tune the model at every client; each keeps a fifth of its examples "
-    "for testing"
-)
+PERSONALISE = "at the end, fine-tune the model at every client; --holdout, or a fifth, tests it"
 
 
 def add_emulate_command(commands: Any) -> None:
@@ -81,8 +78,9 @@ def run_emulate(args: argparse.Namespace) -> int:
         alpha=args.alpha,
         holders=args.holders,
         variants=args.variants,
-        holdout=HOLDOUT if args.personalise else 0.0,
     )
+    if args.personalise and not args.holdout:
+        args.holdout = HOLDOUT
     config = run_config(args, [*SHARED, *SUBSETS], data=args.data)
     settings = EmulateSettings(
         folder=args.run_dir,

@@ -20,7 +20,6 @@ from edge_sdk.data.partition import (
     partition_by_subject,
     partition_dirichlet,
     partition_iid,
-    split_holdout,
 )
 from edge_sdk.errors import ConfigError, DataError
 
@@ -54,16 +53,15 @@ def group_exits(groups: Sequence[int], num_clients: int, num_exits: int) -> list
 
 class Population(msgspec.Struct, frozen=True, kw_only=True):
     """Emulated clients. groups: how many stop at exit 1, 2, ...; alpha: label skew of the split
-    "dirichlet"; holders: share of the weak clients of each group that can hold a deeper stage;
-    holdout: share of each client's examples that it keeps from training. variants: of each group,
-    among those that the method offers; (): the largest that its memory holds."""
+    "dirichlet"; holders: share of the weak clients of each group that can hold a deeper stage.
+    variants: of each group, among those that the method offers; (): the largest that its memory
+    holds."""
 
     clients: int
     groups: tuple[int, ...]
     split: str
     alpha: float
     holders: float = 1.0
-    holdout: float = 0.0
     variants: tuple[int, ...] = ()
 
     def text(self) -> str:
@@ -86,7 +84,6 @@ class EmulatedClient:
     id: str
     exit: int
     shard: Examples
-    holdout: Examples | None
 
 
 def emulated_clients(
@@ -97,13 +94,10 @@ def emulated_clients(
     parts = split_shards(
         train, population.clients, split=population.split, alpha=population.alpha, seed=config.seed
     )
-    clients = []
-    for number, (exit, part) in enumerate(zip(exits, parts, strict=True), 1):
-        name, held = f"client-{number:03d}", None
-        if population.holdout:
-            part, held = split_holdout(part, population.holdout)
-        clients.append(EmulatedClient(name, exit, part, held or None))
-    return clients
+    return [
+        EmulatedClient(f"client-{number:03d}", exit, part)
+        for number, (exit, part) in enumerate(zip(exits, parts, strict=True), 1)
+    ]
 
 
 def choose_holders(exits: Mapping[str, int], share: float, seed: int) -> set[str]:

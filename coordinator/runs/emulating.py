@@ -34,6 +34,7 @@ from coordinator.methods.registry import check_method, make_method
 from coordinator.runs.beginning import check_init
 from coordinator.runs.evaluate import Personalised, personalised_accuracy
 from coordinator.runs.exporting import check_export, export_finished, try_export
+from coordinator.runs.own_models import OwnModels, check_global, has_global, write_model
 from coordinator.runs.rounds import check_folder, print_round, run_rounds
 from coordinator.runs.untrained import tell_untrained, untrained_exits
 from coordinator.settings import checked, shaped
@@ -41,8 +42,8 @@ from coordinator.store.opening import open_store
 from coordinator.store.store import Store
 from edge_sdk.capacity.costs import in_model, peak_bytes
 from edge_sdk.capacity.counting import segment_costs
-from edge_sdk.data.examples import MIN_BATCH
 from edge_sdk.data.loading import load_dataset
+from edge_sdk.data.partition import split_holdout
 from edge_sdk.errors import EdgeError, ExportError, StoreError, UsageError, typed
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.helpers import files
@@ -109,6 +110,8 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         method = make_method(config, device)  # a model that cannot be built begins no run
         if population.variants:
             check_numbers(population.variants, method.offer(), len(population.groups))
+    if settings.personal_epochs:
+        check_global(method, "--personalise", "its own model is tested by --holdout alone")
     try_export(method, data.test, settings.export)
     if not settings.is_resumed:
         check_init(config.init, method)
@@ -133,11 +136,16 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         stack.callback(store.close)
         store.is_temporary = settings.folder is None
         stack.enter_context(errors_in_json(store, population, settings.out))
+        own = None
+        if config.holdout:
+            shards = {client.id: client.shard for client in clients}
+            own = OwnModels(cohort.clients(), shards, config.holdout, device=device)
         run_rounds(
             store,
             method,
             cohort,
             data.test,
+            own=own.figures if own else None,
             device=device,
             should_stop=lambda: bool(stopping),
             report=print_round,
@@ -145,10 +153,12 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         if not store.is_finished:
             log.info("stopped; round %d was next, %s", store.next_round(), store.way_on())
             return
-        store.write_model(method.spec, method.served())
-        untrained = untrained_exits(store, method.spec.exit)
+        write_model(store, method)
+        untrained = untrained_exits(store, method.spec.exit) if has_global(method) else []
         tell_untrained(untrained, method.spec.exit)
-        extra = {}
+        extra: dict[str, Any] = {}
+        if own:
+            extra["personal"] = msgspec.to_builtins(own.results(method))
         if epochs := settings.personal_epochs:
             served = method.served()
             found = personalise(config, method.spec, served, clients, epochs, device)
@@ -221,14 +231,15 @@ def personalise(
 ) -> dict[str, Any]:
     """Accuracy on the clients' hold-outs, of the served model's part that each can run, before and
     after `epochs` of fine-tuning (HypeMeFed, section 5.3.2): means over all clients and over those
-    of each exit."""
-    able = [c for c in clients if c.holdout is not None and len(c.shard) >= MIN_BATCH]
+    of each exit. The losses are plain: a client's own label counts are what it is tuned to."""
+    parts = {client.id: split_holdout(client.shard, config.holdout) for client in clients}
+    able = [client for client in clients if len(parts[client.id][1])]
     found = personalised_accuracy(
         spec,
         served,
-        [client.shard for client in able],
-        [client.holdout for client in able if client.holdout is not None],
-        replace(config.plan(config.rounds), seed=config.seed),
+        [parts[client.id][0] for client in able],
+        [parts[client.id][1] for client in able],
+        replace(config.plan(config.rounds), seed=config.seed, holdout=0.0, logit_adjustment=0.0),
         epochs,
         exits=[min(client.exit, spec.exit) for client in able],
         device=device,

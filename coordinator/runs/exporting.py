@@ -11,6 +11,7 @@ from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
 from coordinator.runs.beginning import load_state
+from coordinator.runs.own_models import check_global
 from coordinator.runs.untrained import deepest_trained, tell_untrained, untrained_exits
 from coordinator.store.store import Store
 from edge_sdk.data.loading import Examples, load_dataset, load_test
@@ -36,6 +37,9 @@ def try_export(method: Method, examples: Examples | None, folder: Path | None) -
     long run: exported as it is before training, and thrown away."""
     if not folder:
         return
+    check_global(
+        method, f"--export {folder}", "leave it out; edge-coordinator export --client NAME"
+    )
     try:
         check_exportable(method.spec, method.current(), examples)
     except EdgeError as error:
@@ -105,6 +109,7 @@ def chosen_part(
     """The served model: a client's part, its first exits, or all that devices trained. Raises
     ConfigError."""
     if client_id is None:
+        check_global(method, f"{store.folder}", f"give --client: {_some(store.client_models())}")
         untrained = untrained_exits(store, method.spec.exit)
         tell_untrained(untrained, method.spec.exit)
         return prefix(
@@ -112,12 +117,16 @@ def chosen_part(
         )
     known = store.client_models()
     if client_id not in known:
-        some = ", ".join(sorted(known)[:5]) or "none"
         raise ConfigError(
             f"client {client_id!r} took part in no round of {store.folder}; {len(known)} did: "
-            f"{some}{', ...' if len(known) > 5 else ''}"
+            f"{_some(known)}"
         )
     return method.deployed(known[client_id])
+
+
+def _some(known: Collection[str]) -> str:
+    """The first of the clients' names."""
+    return (", ".join(sorted(known)[:5]) or "none") + ", ..." * (len(known) > 5)
 
 
 def run_examples(config: RunConfig) -> Examples | None:

@@ -60,14 +60,16 @@ def run_rounds(
     cohort: Cohort,
     test: Examples | None,
     *,
+    own: Callable[[Method], dict[str, float]] | None = None,
     device: str | torch.device = "cpu",
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[RoundReport], None] = lambda _: None,
     phase: Callable[[RunPhase, int], None] = lambda *_: None,
 ) -> None:
-    """Run the rounds that the store's run still lacks. `phase` is told what the run does from now
-    on, and its round. Raises what store and cohort raise, and TrainerError when nobody returns
-    anything; every finished round is kept then."""
+    """Run the rounds that the store's run still lacks. own: figures of the clients' own models,
+    asked for where the test set is; of a method without a model for all they are the only ones.
+    `phase` is told what the run does from now on, and its round. Raises what store and cohort
+    raise, and TrainerError when nobody returns anything; every finished round is kept then."""
     config = store.config
     model = build(method.spec)
     parameters = {name for name, _ in model.named_parameters()}
@@ -95,9 +97,12 @@ def run_rounds(
                 load_state(store, method)
         accuracy: list[float] = []
         served: list[float] = []
-        if test is not None and is_evaluated(config, round):
+        if is_evaluated(config, round) and (test is not None or own):
             phase("evaluating", round)
-            accuracy, served = evaluate(method, test, metrics, device)
+            if test is not None and method.current():
+                accuracy, served = evaluate(method, test, metrics, device)
+            if own:
+                metrics.values |= own(method)
         wall_s = time.monotonic() - started
         phase("saving", round)
         state = method.state_dict() | border.state_dict()

@@ -21,6 +21,7 @@ from coordinator.methods.registry import check_method, make_method
 from coordinator.runs.beginning import check_init
 from coordinator.runs.exporting import check_export, export_finished, try_export
 from coordinator.runs.monitor import Monitor
+from coordinator.runs.own_models import has_global, write_model
 from coordinator.runs.prometheus import MetricsServer, metrics_flag
 from coordinator.runs.rounds import RoundReport, check_folder, print_round, run_rounds
 from coordinator.runs.untrained import tell_untrained, untrained_exits
@@ -104,6 +105,11 @@ def serve(config: RunConfig, settings: ServeSettings) -> None:
         config = checked(shaped(config, test.input_shape, test.num_classes, test.trained_on))
     with typed():
         method = make_method(config, device)  # a model that cannot be built begins no run
+    if test is not None and not has_global(method):
+        said = (
+            "method %s has no model for all clients, so --test %s only gives their models a shape"
+        )
+        log.warning(said, config.method, config.data)
     try_export(method, test, settings.export)
     if not settings.is_resumed:
         check_init(config.init, method)
@@ -182,12 +188,13 @@ def serve_rounds(
                     phase=monitor.phase,
                 )
                 if store.is_finished:
-                    path = store.write_model(method.spec, method.served())
-                    untrained = untrained_exits(store, method.spec.exit)
+                    path = write_model(store, method)
+                    untrained = untrained_exits(store, method.spec.exit) if path else []
                     tell_untrained(untrained, method.spec.exit)
                     goodbye = FINISHED
-                    told = (store.run, path, logs.event("finished", run=store.run))
-                    log.info("run %s is finished, its model is in %s", *told[:2], extra=told[2])
+                    place = f", its model is in {path}" if path else ""
+                    fields = logs.event("finished", run=store.run)
+                    log.info("run %s is finished%s", store.run, place, extra=fields)
         finally:
             if stopping and not store.is_finished:
                 said = "stopped; round %d is next, go on with --resume"
