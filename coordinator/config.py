@@ -201,6 +201,9 @@ class RunConfig(Options, frozen=True, kw_only=True):
     epochs: Annotated[Index, flag("local epochs")] = 1
     batch_size: Annotated[int, Meta(ge=2), flag("of a local step")] = 32
     lr: Annotated[float, Meta(gt=0), flag("of local steps")] = 1e-3
+    lr_decay: Annotated[
+        float, Meta(gt=0, le=1), flag("factor of --lr from one round to the next")
+    ] = 1.0
     optimizer: Annotated[Literal["sgd", "adam"], flag("of local steps")] = "adam"
     momentum: Annotated[Decay, flag("of local SGD", only=("--optimizer", "sgd"))] = 0.0
     seed: Annotated[int, Meta(ge=0, lt=2**31), flag("of all random draws")] = 0
@@ -249,7 +252,7 @@ class RunConfig(Options, frozen=True, kw_only=True):
             segments=(Segment(first=1, last=self.model.exit),),
             epochs=self.epochs,
             batch_size=self.batch_size,
-            lr=self.lr,
+            lr=self.lr * self.lr_decay ** (round - 1),
             optimizer=self.optimizer,
             momentum=self.momentum,
             exit_weights=self.exit_weights,

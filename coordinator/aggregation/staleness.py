@@ -8,9 +8,10 @@ from w's to their own; counters stay as they came.
 An update of parts of tensors, as of a narrower model or under masks, is passed on as it came: the
 method that cut them knows where they lie.
 
-What else is no tensor of the model (a vector of all weights, a control variate: see fields.Role)
-has no w here: it comes as sent + 0.5^(s / half-life) (returned - sent), what was not sent counting
-as zeros, and its method is told `sent`.
+What else is no tensor of the model (a vector of all weights: see fields.Role) has no w here: it
+comes as sent + 0.5^(s / half-life) (returned - sent), what was not sent counting as zeros, and its
+method is told `sent`. A correction is a difference already, and the client keeps all of it: it
+stays.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _moved(
 ) -> Tensors:
     moved: Tensors = {}
     for name, tensor in update.tensors.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or role_of(name)[0] == "correction":
             moved[name] = tensor
         elif name not in current:
             began = update.sent.get(name)

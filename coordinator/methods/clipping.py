@@ -11,8 +11,9 @@ clipped too if others came beside it, and alone it is its own median: not clippe
 
 Statistics of BatchNorm are a group of their own in each stage, with their own median: left alone
 (or taken along only when the weights are clipped) they would be a way around the clip. Counters are
-left as they are. Norms are remembered before clipping: the bound can rise when everybody's do, and
-a minority of absurd norms does not move a median.
+left as they are. What travels beside the weights, such as differences of control variates, is a
+third group, measured from zero. Norms are remembered before clipping: the bound can rise when
+everybody's do, and a minority of absurd norms does not move a median.
 
 In a first round all its updates are held by reference, as in robust.py.
 """
@@ -24,6 +25,7 @@ import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from coordinator.aggregation.movement import Group, NormMemory
@@ -31,10 +33,10 @@ from coordinator.aggregation.robust import lower_median, shortened, squared_dist
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.cohorts.sampling import job_seed
 from coordinator.methods.base import Metrics
-from edge_sdk.protocol.tensor_lists import stage_of
+from edge_sdk.protocol.tensor_lists import role_of, stage_of
 
 log = logging.getLogger(__name__)
-KINDS = ("weights", "statistics")
+KINDS = ("weights", "statistics", "tensors beside the weights")
 
 
 class NormClip:
@@ -79,14 +81,18 @@ class NormClip:
         squares: dict[Group, float] = {}
         for name, tensor in update.tensors.items():
             if group := self._group(name, tensor):
-                squares[group] = squares.get(group, 0.0) + squared_distance(tensor, sent[name])
+                squares[group] = squares.get(group, 0.0) + squared_distance(
+                    tensor, _start(name, tensor, sent)
+                )
         return {group: math.sqrt(total) for group, total in squares.items()}
 
     def _group(self, name: str, tensor: Tensor) -> Group | None:
         """None: a counter."""
         if not tensor.is_floating_point():
             return None
-        return stage_of(name)[1] - 1, 0 if name in self._parameters else 1
+        role, weight = role_of(name)
+        kind = 2 if role != "weight" else 0 if name in self._parameters else 1
+        return stage_of(weight)[1] - 1, kind
 
     def _shortened(
         self,
@@ -108,5 +114,10 @@ class NormClip:
         tensors = dict(update.tensors)
         for name, tensor in update.tensors.items():
             if (group := self._group(name, tensor)) in shares:
-                tensors[name] = shortened(tensor, sent[name], shares[group])
+                tensors[name] = shortened(tensor, _start(name, tensor, sent), shares[group])
         return dataclasses.replace(update, tensors=tensors)
+
+
+def _start(name: str, tensor: Tensor, sent: Mapping[str, Tensor]) -> Tensor:
+    """What a tensor's movement is measured from."""
+    return sent[name] if name in sent else torch.zeros_like(tensor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from msgspec.structs import replace
@@ -23,6 +24,7 @@ from coordinator.generators.base import Generator
 from coordinator.methods.base import Metrics
 from coordinator.methods.clipping import NormClip
 from coordinator.methods.rotation import SegmentRule
+from coordinator.methods.server_rule import OwnersMeanAlone, ServerRule
 from edge_sdk.errors import EdgeError, ShapeError
 from edge_sdk.helpers.text import one_line
 from edge_sdk.models import build, initial_tensors
@@ -33,25 +35,39 @@ from edge_sdk.protocol.timing import Stopwatch
 
 log = logging.getLogger(__name__)
 SCARCE = 0.5  # of stage 1's owners: with fewer of the deepest stage's its exits are taught
+Adapt: TypeAlias = Callable[[Client, int, Assignment], Assignment]
 MAX_WEIGHT = 1e6  # of what generators learn from; squares and products of it stay in float32
 
 
 class DepthAveraging:
     """Each client trains the segments that `rule` gives it; each tensor becomes the mean over its
     owners, and what `make_generator` makes stands in for those who lack a stage. Where it cannot
-    compute, the round has the owners' mean and the next a new one without memory."""
+    compute, the round has the owners' mean and the next a new one without memory.
+
+    asks: fields of every job's plan beside the run's settings. adapt: (client, round, job) -> the
+    job with what is the method's own. server_rule: what is done with the mean, and kept.
+    least_exit: the shallowest that a deployed part may end with."""
 
     def __init__(
         self,
         config: RunConfig,
         rule: SegmentRule,
         make_generator: Callable[[], Generator | None] = lambda: None,
+        *,
+        asks: Mapping[str, Any] | None = None,
+        adapt: Adapt = lambda client, round, job: job,
+        server_rule: ServerRule | None = None,
+        least_exit: int = 1,
     ) -> None:
         self.spec = config.model
         self._config = config
         self._rule = rule
         self._make_generator = make_generator
         self._generator = make_generator()
+        self._asks = dict(asks or {})
+        self._adapt = adapt
+        self._server_rule = server_rule or OwnersMeanAlone()
+        self._least_exit = least_exit
         parameters = {name for name, _ in build(self.spec).named_parameters()}
         self.server = Server(initial_tensors(self.spec, config.seed), parameters, config.server)
         factor = config.aggregation.clip
@@ -59,7 +75,7 @@ class DepthAveraging:
         self._owners = torch.zeros(self.spec.exit, dtype=torch.float64)  # of each stage, so far
 
     def offer(self) -> Offer:
-        return Offer(self.spec, self._config.plan(self._config.rounds))
+        return Offer(self.spec, replace(self._config.plan(self._config.rounds), **self._asks))
 
     def assign(self, client: Client, round: int) -> Assignment:
         config = self._config
@@ -68,12 +84,12 @@ class DepthAveraging:
         held = self.server.globals
         down = {name: held[name] for name in needed_names(held, segments)}
         up = {name: held[name] for name in trained_names(held, segments)}
-        plan = replace(
-            config.plan(round), segments=segments, seed=job_seed(config.seed, round, client.id)
-        )
+        seed = job_seed(config.seed, round, client.id)
+        plan = replace(config.plan(round), segments=segments, seed=seed, **self._asks)
         if config.distill.direction == "auto" and self._owners[-1] >= SCARCE * self._owners[0]:
             plan = replace(plan, distill="none", distill_weight=0.0)
-        return Assignment(model=spec, plan=plan, tensors=down, returns=specs_of(up))
+        job = Assignment(model=spec, plan=plan, tensors=down, returns=specs_of(up))
+        return self._adapt(client, round, job)
 
     def aggregate(self, round: int, updates: Iterable[ClientUpdate]) -> Metrics:
         metrics, watch = Metrics(), Stopwatch()
@@ -82,10 +98,11 @@ class DepthAveraging:
         if self._clip:
             updates = self._clip.clipped(round, updates, sent, metrics)
         total = 0.0
+        self._server_rule.begin(round)
         for update in updates:
             weight = float(update.num_examples) if self._config.weighting == "examples" else 1.0
             with watch("aggregate"):
-                mean.add_(update.tensors, weight)
+                self._server_rule.add_(mean, update, weight, sent)
             if generator and is_learnable(update):
                 with watch("fit"), self._sheltered(round, metrics):
                     generator.observe(update, sent, weight)
@@ -110,7 +127,7 @@ class DepthAveraging:
                     mean.add_(made, self._config.generator.gain * weight)
         if metrics.num_updates:
             with watch("aggregate"):
-                self._step(self._damped(mean, shares), round, metrics)
+                self._step(mean, self._damped(mean, shares), round, metrics)
         metrics.phases |= watch.phases
         return metrics
 
@@ -142,13 +159,17 @@ class DepthAveraging:
                 result[name] = torch.lerp(sent[name], result[name], share**power)
         return result
 
-    def _step(self, aggregate: Tensors, round: int, metrics: Metrics) -> None:
+    def _step(self, mean: Kernel, aggregate: Tensors, round: int, metrics: Metrics) -> None:
         """Take the server's step, unless finite updates, or --server-lr, make it infinite."""
         try:
+            aggregate, kept = self._server_rule.stepped(mean, aggregate, self.server.globals)
+            check_finite(kept, "what the method keeps")
             self.server.step(aggregate)
         except ShapeError as error:
             log.error("round %d: %s; the global model stays as it was", round, error)
             metrics.values["aggregate_refused"] = 1.0
+        else:
+            self._server_rule.load_state_dict(kept)
 
     def current(self) -> Tensors:
         return self.server.globals
@@ -160,12 +181,13 @@ class DepthAveraging:
         return self.server.served()
 
     def deployed(self, client: Client) -> tuple[ModelSpec, Tensors]:
-        exit = max(1, min(client.exit, self.spec.exit))
+        exit = max(self._least_exit, min(client.exit, self.spec.exit))
         part = {name: t for name, t in self.served().items() if stage_of(name)[1] <= exit}
         return replace(self.spec, exit=exit), part
 
     def state_dict(self) -> Tensors:
         state = {f"server/{name}": tensor for name, tensor in self.server.state_dict().items()}
+        state |= {f"rule/{name}": t for name, t in self._server_rule.state_dict().items()}
         state["owners"] = self._owners.clone()
         if self._clip:
             state["clip"] = self._clip.memory.norms.clone()
@@ -175,13 +197,14 @@ class DepthAveraging:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        parts = ("server/", "generator/") if self._generator else ("server/",)
+        parts = ("server/", "rule/", *(("generator/",) if self._generator else ()))
         rest = {name: tensor for name, tensor in state.items() if not name.startswith(parts)}
         shapes: dict[str, tuple[int, ...]] = {"owners": (self.spec.exit,)}
         if self._clip:
             shapes["clip"] = tuple(self._clip.memory.norms.shape)
         check_shapes(rest, shapes, "checkpoint")
         self.server.load_state_dict(with_prefix(state, "server/"))
+        self._server_rule.load_state_dict(with_prefix(state, "rule/"))
         self._owners = state["owners"].clone()
         if self._clip:
             self._clip.memory.norms = state["clip"].clone()

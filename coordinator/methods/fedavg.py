@@ -1,8 +1,11 @@
 """FedAvg (McMahan et al. 2017) at one depth for everybody, whatever a client can hold.
 
-`fedavg-s`: everyone trains exit 1 only. `fedavg-l`: everyone trains the whole model; it is the
-bound that the others are measured against, not a method for weak devices. Deviation: the joint loss
-of all exits is trained, so that the exits can be compared."""
+`fedavg`: everyone trains the whole model by the loss of its last exit, as other systems do; shallow
+exits travel as they were made, so only the last one answers better than chance. `fedavg-s`:
+everyone trains exit 1 only. `fedavg-l`: everyone trains the whole model; it is the bound that the
+others are measured against. Deviation of these two: the joint loss of all exits is trained, so that
+the exits can be compared. None is for weak devices but `fedavg-s`: one that cannot hold the whole
+model fails at its jobs."""
 
 from __future__ import annotations
 
@@ -25,6 +28,24 @@ def fedavg_s(config: RunConfig, device: TorchDevice) -> Method:
     shallow = replace(config.model, exit=1)
     config = replace(config, model=shallow, exit_weights=())
     return DepthAveraging(config, fixed(1))
+
+
+# Batch and epochs as in its table 2; the learning rate is tuned there, one for each experiment.
+PAPER = {"optimizer": "sgd", "lr": 0.1, "batch_size": 10, "epochs": 5, "server.serve": "last"}
+
+
+@register_method(
+    "fedavg",
+    defaults={"server.serve": "last"},
+    paper=PAPER,
+    without=("distill", "exit_weights"),
+    on_device=OnDevice("nothing: the whole model", "M", "K"),
+)
+def fedavg(config: RunConfig, device: TorchDevice) -> Method:
+    """Everyone trains the whole model, by its last exit alone: for comparison with other systems."""
+    exits = config.model.exit
+    config = replace(config, exit_weights=(0.0,) * (exits - 1) + (1.0,))
+    return DepthAveraging(config, fixed(exits), least_exit=exits)
 
 
 @register_method("fedavg-l", on_device=OnDevice("nothing: the whole model", "M", "K"))

@@ -28,11 +28,16 @@ EXCEPT = {
     ("stale-copy", "identical"): STALE,
     ("stale-copy", "influence"): STALE,
     ("fedavg-l", "holds"): WHOLE,
+    ("fedavg", "holds"): WHOLE,
+    ("fedavg", "deployed"): "shallow exits are not trained, so the whole model is deployed",
     ("hypemefed", "order"): "its networks see their owners in a drawn order",
 }
 PARTS = "it averages parts of tensors, which rules and clipping do not know, and refuses them"
 for method in ("heterofl", "fedrolex", "scalefl"):
     EXCEPT |= {(method, check): PARTS for check in ("rule", "clip")}
+BEYOND = "its model is the mean less h / alpha, which lies beyond the mean"
+for name in ("feddyn", "depthfl"):
+    EXCEPT |= {(name, check): BEYOND for check in ("identical", "weight", "fedavg")}
 
 
 def unless_except(name: str, check: str) -> None:
