@@ -40,12 +40,19 @@ KINDS = ("weights", "statistics", "tensors beside the weights")
 
 
 class NormClip:
-    """Bounds how far an update may move, by the norms of earlier ones."""
+    """Bounds how far an update may move, by the norms of earlier ones. num_kinds: of KINDS, as many
+    as updates bring."""
 
     def __init__(
-        self, factor: float, parameters: Collection[str], num_stages: int, seed: int
+        self,
+        factor: float,
+        parameters: Collection[str],
+        num_stages: int,
+        seed: int,
+        *,
+        num_kinds: int = 2,
     ) -> None:
-        self.memory = NormMemory(num_stages, len(KINDS))
+        self.memory = NormMemory(num_stages, num_kinds)
         self._factor = factor
         self._parameters = frozenset(parameters)
         self._seed = seed

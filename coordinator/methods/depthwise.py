@@ -71,7 +71,14 @@ class DepthAveraging:
         parameters = {name for name, _ in build(self.spec).named_parameters()}
         self.server = Server(initial_tensors(self.spec, config.seed), parameters, config.server)
         factor = config.aggregation.clip
-        self._clip = NormClip(factor, parameters, self.spec.exit, config.seed) if factor else None
+        clip = NormClip(
+            factor,
+            parameters,
+            self.spec.exit,
+            config.seed,
+            num_kinds=3 if self._asks.get("correction") else 2,
+        )
+        self._clip = clip if factor else None
         self._owners = torch.zeros(self.spec.exit, dtype=torch.float64)  # of each stage, so far
 
     def offer(self) -> Offer:

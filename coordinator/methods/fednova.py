@@ -60,24 +60,26 @@ class NormalisedMean:
 
     def begin(self, round: int) -> None:
         self._plan = self._config.plan(round)
-        self._unit = 0.0  # a_i of the round's first update: equal steps are the plain mean exactly
-        self._sums: dict[str, float] = {}  # of p_i a_i, by tensor
+        # By tensor: a_i of its first owner (equal steps are to be the plain mean to the last bit),
+        # and the sum of p_i a_i.
+        self._units: dict[str, float] = {}
+        self._sums: dict[str, float] = {}
 
     def add_(self, mean: Kernel, update: ClientUpdate, weight: float, sent: Tensors) -> None:
         most = self._plan.epochs * math.ceil(update.num_examples / self._plan.batch_size)
         steps = steps_in_all(self._plan, max(1, min(update.message.num_steps, most)))
-        self._unit = self._unit or steps
         tensors = dict(update.tensors)
         for name in self._parameters & tensors.keys():
+            unit = self._units.setdefault(name, steps)
             self._sums[name] = self._sums.get(name, 0.0) + weight * steps
-            if steps != self._unit:
-                tensors[name] = shortened(tensors[name], sent[name], self._unit / steps)
+            if steps != unit:
+                tensors[name] = shortened(tensors[name], sent[name], unit / steps)
         mean.add_(tensors, weight)
 
     def stepped(self, mean: Kernel, aggregate: Tensors, sent: Tensors) -> tuple[Tensors, Tensors]:
         stepped = dict(aggregate)
         for name, total in self._sums.items():
-            share = total / mean.weight(name) / self._unit
+            share = total / mean.weight(name) / self._units[name]
             if not math.isclose(share, 1.0, rel_tol=1e-12):
                 stepped[name] = shortened(aggregate[name], sent[name], share)
         return stepped, {}

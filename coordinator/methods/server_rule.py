@@ -102,8 +102,9 @@ class KnownClients:
         """Raises ShapeError."""
         check_shapes(state, {IDS: (None,), WEIGHTS: (None, self._num_stages)}, "checkpoint")
         ids, rows = state[IDS].tolist(), state[WEIGHTS].tolist()
-        if len(set(ids)) != len(rows):
-            raise ShapeError(f"checkpoint: {len(rows)} rows of weights for {len(ids)} clients")
+        if not len(set(ids)) == len(ids) == len(rows):
+            said = f"{len(rows)} rows of weights for {len(ids)} clients, {len(set(ids))} different"
+            raise ShapeError(f"checkpoint: {said}; expected one row for each")
         self.weights = dict(zip(ids, rows, strict=True))
 
 

@@ -185,7 +185,7 @@ def choose_deadline(args: argparse.Namespace, devices: Sequence[Device]) -> floa
     boards, and slow ones with little data, train deeper exits."""
     if args.deadline != "auto":
         return float(args.deadline)
-    if args.method == "fedavg-l":
+    if args.method in ("fedavg", "fedavg-l"):
         return 0.0  # everyone trains the whole model, however long it takes
     spec = spec_of(args, devices[0].examples, 1)
     plan = Plan(segments=(Segment(first=1, last=1),), batch_size=args.batch_size)

@@ -103,8 +103,8 @@ def test_oldest_update_that_counts(changes, oldest):
 
 
 def test_what_is_no_tensor_of_the_model_comes_with_what_was_sent():
-    """A vector (1, 2) that came back as (5, 0), and a correction that was not sent, half each:
-    (1 + 2, 2 - 1) and (0 + 3). The model's own need no `sent` any more."""
+    """A vector (1, 2) that came back as (5, 0), half: (1 + 2, 2 - 1). A correction is what the
+    client's own moved by, so it counts whole. The model's own need no `sent` any more."""
     late = client_update(
         client("a", 1),
         dict(RETURNED) | {"flat/all": RETURNED["w"], "correction/w": torch.tensor([6.0])},
@@ -114,7 +114,7 @@ def test_what_is_no_tensor_of_the_model_comes_with_what_was_sent():
     )
     (found,) = rebase_late_updates([late], CURRENT, PARAMETERS, 2.0)
     assert found.tensors["flat/all"].tolist() == [3.0, 1.0]
-    assert found.tensors["correction/w"].tolist() == [3.0]
+    assert found.tensors["correction/w"].tolist() == [6.0]
     assert {name: t.tolist() for name, t in found.sent.items()} == {"flat/all": [1.0, 2.0]}
     assert found.tensors["w"].tolist() == [12.0, 19.0]
 
