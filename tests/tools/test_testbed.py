@@ -10,7 +10,7 @@ import signal
 import pytest
 from msgspec.structs import replace
 
-from coordinator.cli.arguments import RUN, CommandParser, run_config
+from coordinator.cli.arguments import SHARED, CommandParser, run_config
 from coordinator.cli.serve import add_serve_command
 from coordinator.methods.registry import METHODS
 from coordinator.settings import changed
@@ -173,7 +173,7 @@ def test_the_coordinator_runs_a_method_with_its_own_settings(tmp_path, method):
         given = make_parser().parse_args(["--method", method, *flags])
         parser = argparse.ArgumentParser()
         add_serve_command(parser.add_subparsers(parser_class=CommandParser))
-        return run_config(parser.parse_args(serve_command(given, tmp_path, 3, 0.0)), RUN)
+        return run_config(parser.parse_args(serve_command(given, tmp_path, 3, 0.0)), SHARED)
 
     assert METHODS["hypemefed"].defaults["server.momentum"] == 0.5, "or this shows nothing"
     own = served()

@@ -41,6 +41,7 @@ from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from tools.testbed.boards import DEFAULT_DEVICES, Device, Host, parse_devices, prepare
 from tools.testbed.progress import follow, tell
 
+LR = 2e-3
 START_S = 60.0  # for the coordinator to listen
 FAREWELL_S = 20.0  # for devices to end after the run
 
@@ -75,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--option", type=option_text, metavar="KEY=VALUE", help="model option", **REPEATED)
     add("--epochs", type=int, default=DEFAULT_EPOCHS)
     add("--batch-size", type=int, default=16)
-    add("--lr", type=float, default=2e-3)
+    add("--lr", type=float, help=f"default the method's own, else {LR}")
     add("serve", nargs="*", help="after --: flags of edge-coordinator serve, e.g. -- --mode async")
     add(
         "--deadline",
@@ -203,7 +204,9 @@ def serve_command(
     command = ["serve", "--listen", "tcp://127.0.0.1:*", "--run-dir", str(folder)]
     command += ["--keys", str(folder / "keys"), "--test", str(folder / "test.npz")]
     command += ["--method", args.method, "--rounds", str(args.rounds), "--seed", str(args.seed)]
-    command += ["--model", args.model, "--exits", str(args.exits), "--lr", str(args.lr)]
+    command += ["--model", args.model, "--exits", str(args.exits)]
+    if args.lr or "lr" not in METHODS[args.method].defaults:
+        command += ["--lr", str(args.lr or LR)]
     command += ["--epochs", str(args.epochs), "--batch-size", str(args.batch_size)]
     command += ["--min-clients", str(num_devices), "--deadline", str(deadline_s)]
     command += [part for option in args.option for part in ("--option", option)]
