@@ -42,7 +42,7 @@ PAPER = {"optimizer": "sgd", "lr": 0.1, "batch_size": 10, "epochs": 5, "server.s
     on_device=OnDevice("nothing: the whole model", "M", "K"),
 )
 def fedavg(config: RunConfig, device: TorchDevice) -> Method:
-    """Everyone trains the whole model, by its last exit alone: for comparison with other systems."""
+    """Everyone trains the whole model by its last exit alone, as other systems do."""
     exits = config.model.exit
     config = replace(config, exit_weights=(0.0,) * (exits - 1) + (1.0,))
     return DepthAveraging(config, fixed(exits), least_exit=exits)

@@ -169,5 +169,5 @@ def test_damping_counts_those_who_trained():
 
 def test_only_hypemefed_generates():
     settings = config("owners-mean", generator=config("hypemefed").generator)
-    with pytest.raises(ConfigError, match="use --method hypemefed"):
+    with pytest.raises(ConfigError, match="--generator svd-mlp has no place there"):
         make_method(settings)
