@@ -83,7 +83,8 @@ def train(
     rows, aside = _rows(examples, plan)
     model = build(spec)
     specs, buffers = specs_of(model.tensors()), [name for name, _ in model.named_buffers()]
-    wanted = {tensor.name for tensor in job_specs(plan, specs, buffers)}
+    teacher = specs_of(build(plan.teacher.model).tensors()) if plan.teacher else ()
+    wanted = {tensor.name for tensor in job_specs(plan, specs, buffers, teacher)}
     if missing := sorted(wanted - set(tensors)):
         raise ShapeError(f"job lacks tensors {', '.join(missing)}; nothing was trained")
     check_finite(tensors, "job")
@@ -118,7 +119,7 @@ def train(
     held = model.tensors()
     update = {name: held[name].cpu() for name in trained_names(held, plan.segments)}
     update = terms.returned(update)
-    order = [tensor.name for tensor in update_specs(plan, specs, buffers)]
+    order = [tensor.name for tensor in update_specs(plan, specs, buffers, teacher)]
     update = {name: update[name] for name in order} | update
     check_finite(update, "training result")
     finished = clock()
