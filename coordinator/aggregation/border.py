@@ -11,9 +11,10 @@ method, Dirichlet 0.1, adam, sgd at 0.1 with momentum too) those that moved weig
 too: when most of a cohort moves further, that is no attack.
 
 The values of a weight under a mask are that weight's, and their mask is within the one that was
-sent. What else an update brings beside the model's own tensors (see fields.Role) is one more group,
-whose movement is measured from what was sent under the same name and shape, else from zero; what
-its integers mean the method knows that asked for them.
+sent. A teacher's tensors are measured as those of the model, by their names. What else an update
+brings beside the model's own tensors (see fields.Role) is one more group, whose movement is
+measured from what was sent under the same name and shape, else from zero; what its integers mean
+the method knows that asked for them.
 
 With fewer than FEW norms of earlier rounds a stage has the round's own: up to HELD updates wait, in
 their order, for others to be compared with. Where there are no three, weights may move by 10 FACTOR
@@ -85,11 +86,12 @@ class Border:
         for name, tensor in update.tensors.items():
             role, weight = role_of(name)
             if not tensor.is_floating_point():
-                if role == "weight":
+                if role in ("weight", "teacher"):
                     self._check_integers(name, tensor, sent[name], told, where)
                 continue
             is_packed = role == "packed"
-            group = self._groups.get(weight if is_packed else name, self._beside)
+            of_model = weight if role in ("packed", "teacher") else name
+            group = self._groups.get(of_model, self._beside)
             if group[1] == VARIANCES and tensor.numel() and (least := float(tensor.min())) < 0:
                 raise UpdateError(f"{where}: {name} reaches {least:.3g}, a variance is at least 0")
             old = kept_of_sent(weight, update.tensors, sent, where) if is_packed else sent.get(name)

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort
+from edge_sdk.protocol.plan_tensors import FLAT
 from edge_sdk.protocol.tensors import Tensors
 from tests.support.examples import examples
 
@@ -23,10 +24,10 @@ def everywhere(value: float) -> Change:
 
 
 def one_number(value: float) -> Change:
-    """Of each weight matrix."""
+    """Of each weight matrix, and of a vector of all weights."""
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.ndim < 2:
+        if tensor.ndim < 2 and name != FLAT:
             return tensor
         made = tensor.clone()
         made.view(-1)[0] = value
