@@ -40,9 +40,10 @@ class Variant:
         return self.affine.delta(moved) if self.affine else moved
 
     def tensors(self, weights: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Tensors:
-        """By name, in the model's order. buffers: a fresh model's by default."""
+        """By name, in the model's order, each of its own memory. buffers: a fresh model's by
+        default."""
         held = unflatten(weights, self.shapes) | dict(self.buffers if buffers is None else buffers)
-        return {name: held[name] for name in self.order}
+        return {name: held[name].clone() for name in self.order}
 
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return flatten(tensors, self.shapes)

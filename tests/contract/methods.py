@@ -38,6 +38,15 @@ for method in ("heterofl", "fedrolex", "scalefl"):
 BEYOND = "its model is the mean less h / alpha, which lies beyond the mean"
 for name in ("feddyn", "depthfl"):
     EXCEPT |= {(name, check): BEYOND for check in ("identical", "weight", "fedavg")}
+GENERATED = ("mh-pfedhn", "mh-pfedhngd", "pfedhn")
+NO_MEAN = "it generates models, so none is a mean; see methods/test_generated.py"
+REFUSED = "it has no global model, and refuses such settings"
+for check in ("identical", "alike", "weight", "influence", "unowned", "finite", "fedavg"):
+    EXCEPT |= {(method, check): NO_MEAN for method in GENERATED}
+for check in ("begin", "server", "clip", "rule"):
+    EXCEPT |= {(method, check): REFUSED for method in GENERATED}
+del EXCEPT["mh-pfedhngd", "rule"]  # its light model is a mean
+EXCEPT |= {(method, "statistics"): "no statistics travel" for method in ("mh-pfedhn", "pfedhn")}
 
 
 def unless_except(name: str, check: str) -> None:
@@ -57,14 +66,20 @@ def clients_of(
     three exits stands for the cheapest, the third for the dearest."""
     made = [client(name, exit) for name, exit in zip(names, exits, strict=False)]
     offer = method.offer()
-    if offer.plan.flat:
-        count = num_weights(parameter_shapes(build(method.spec)))
-        return [dataclasses.replace(who, num_weights=count) for who in made]
     if not (variants := offer.variants):
         return made
     places = [1 + (who.exit - 1) * (len(variants) - 1) // 2 for who in made]
+    sizes = [0] * len(variants)
+    if offer.plan.flat:
+        sizes = [num_weights(parameter_shapes(build(spec))) for spec in variants]
     return [
-        dataclasses.replace(who, variant=place, exit=variants[place - 1].exit, stages=())
+        dataclasses.replace(
+            who,
+            variant=place,
+            exit=variants[place - 1].exit,
+            stages=(),
+            num_weights=sizes[place - 1],
+        )
         for who, place in zip(made, places, strict=True)
     ]
 
