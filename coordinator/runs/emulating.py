@@ -32,6 +32,7 @@ from coordinator.cohorts.processes import ProcessCohort
 from coordinator.config import RunConfig
 from coordinator.methods.registry import check_method, make_method
 from coordinator.runs.beginning import check_init
+from coordinator.runs.costs import client_costs
 from coordinator.runs.evaluate import Personalised, personalised_accuracy
 from coordinator.runs.exporting import check_export, export_finished, try_export
 from coordinator.runs.own_models import OwnModels, check_global, has_global, write_model
@@ -40,8 +41,6 @@ from coordinator.runs.untrained import tell_untrained, untrained_exits
 from coordinator.settings import checked, shaped
 from coordinator.store.opening import open_store
 from coordinator.store.store import Store
-from edge_sdk.capacity.costs import in_model, peak_bytes
-from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.data.loading import load_dataset
 from edge_sdk.data.partition import split_holdout
 from edge_sdk.errors import EdgeError, ExportError, StoreError, UsageError, typed
@@ -135,7 +134,7 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         store = open_store(folder, config, "emulate", settings.is_resumed)
         stack.callback(store.close)
         store.is_temporary = settings.folder is None
-        stack.enter_context(errors_in_json(store, population, settings.out))
+        stack.enter_context(errors_in_json(store, method.offer(), population, settings.out))
         own = None
         if config.holdout:
             shards = {client.id: client.shard for client in clients}
@@ -170,13 +169,15 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
                     f"{100 * group['after']:.1f} %"
                 )
         if settings.out:
-            write_json(store, population, settings.out, extra)
+            write_json(store, method.offer(), population, settings.out, extra)
         imports = settings.imports
         export_finished(store, method, data.test, settings.export, untrained, imports)
 
 
 @contextmanager
-def errors_in_json(store: Store, population: Population, out: Path | None) -> Iterator[None]:
+def errors_in_json(
+    store: Store, offer: Offer, population: Population, out: Path | None
+) -> Iterator[None]:
     """Around a run: one that ends with an error leaves its rounds and the reasons in `out`, too."""
     try:
         yield
@@ -185,7 +186,7 @@ def errors_in_json(store: Store, population: Population, out: Path | None) -> It
     except EdgeError as error:
         if out:
             try:
-                write_json(store, population, out, {"error": str(error)})
+                write_json(store, offer, population, out, {"error": str(error)})
             except EdgeError as other:  # of a full disk, which ended the run, too
                 log.error("%s", other)
         raise
@@ -261,20 +262,24 @@ def personalise(
     }
 
 
-def write_json(store: Store, population: Population, path: Path, extra: Mapping[str, Any]) -> None:
-    """The run as one JSON file, from the database, replaced as a whole. extra: more of its keys.
-    Raises StoreError."""
+def write_json(
+    store: Store, offer: Offer, population: Population, path: Path, extra: Mapping[str, Any]
+) -> None:
+    """The run as one JSON file, from the database, replaced as a whole. offer: of its method.
+    extra: more of its keys. Raises StoreError."""
     config: RunConfig = store.config
-    costs = {}
+    costs: dict[int, dict[str, float]] = {}
+    groups: dict[str, Any] = {}
     try:
         with memory_errors("while counting costs"):
-            costs = client_costs(store)
+            costs, groups = client_costs(store, offer)
     except EdgeError as error:  # of a family's own code, or for memory
         log.warning("%s has no costs of clients: %s", path, error)
     content = {
         "config": msgspec.to_builtins(config) | msgspec.to_builtins(population),
         "machine": {"torch": torch.__version__, "numpy": np.__version__, "cpus": os.cpu_count()},
         "rounds": [entry | costs.get(int(str(entry["round"])), {}) for entry in store.history()],
+        "groups": groups,
         "failures": msgspec.to_builtins(store.failures()),
         **extra,
     }
@@ -285,28 +290,3 @@ def write_json(store: Store, population: Population, path: Path, extra: Mapping[
         raise StoreError(
             f"{path} cannot be written: {files.why_not(error)}; {store.way_on()}"
         ) from error
-
-
-def client_costs(store: Store) -> dict[int, dict[str, int]]:
-    """By round: `stages_trained`, the sum over participants of examples x stages x epochs, and
-    `peak_memory_bytes`, the largest that capacity/costs.py predicts for a client of the shallowest
-    exit, its runtime and data left out (one process emulates all: what it takes says nothing)."""
-    config, trained = store.config, store.trained()
-    if not trained:
-        return {}
-    shallowest = min(exit for _, exit, _, _ in trained)
-    examples = max(2, sum(row[3] for row in trained) // len(trained))
-    found = segment_costs(config.model, config.plan(config.rounds), examples, 0)
-    cost_of = {f"{cost.first}-{cost.last}": cost for cost in found}
-    costs: dict[int, dict[str, int]] = {}
-    for round, exit, segments, num_examples in trained:
-        entry = costs.setdefault(round, {"stages_trained": 0, "peak_memory_bytes": 0})
-        deepest = max(map(cost_of.__getitem__, segments.split(",")), key=lambda cost: cost.last)
-        for segment in segments.split(","):
-            first, last = map(int, segment.split("-"))
-            work = num_examples * (last - first + 1) * config.epochs
-            entry["stages_trained"] += work
-            if exit == shallowest:
-                peak = peak_bytes(in_model(cost_of[segment], deepest))
-                entry["peak_memory_bytes"] = max(entry["peak_memory_bytes"], peak)
-    return costs

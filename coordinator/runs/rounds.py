@@ -106,6 +106,7 @@ def run_rounds(
         wall_s = time.monotonic() - started
         phase("saving", round)
         state = method.state_dict() | border.state_dict()
+        metrics.values["state_bytes"] = float(sum(tensor.nbytes for tensor in state.values()))
         totals = store.commit(round, metrics, state, started_utc, wall_s)
         del state  # up to four models and a generator's memory
         before = None

@@ -59,12 +59,14 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What one participant returned, or why nothing, in the round that it counts in. exits: loss
-    and accuracy of each exit on what it trained on, last epoch. train_s, holdout: None where not
-    told."""
+    """What one participant returned, or why nothing, in the round that it counts in. exit: the
+    deepest that it can train; segments: of its job, as "1-1,3-3". exits: loss and accuracy of each
+    exit on what it trained on, last epoch. train_s, holdout: None where not told."""
 
     round: int
     client_id: str
+    exit: int
+    segments: str
     outcome: str
     code: str
     detail: str

@@ -75,7 +75,7 @@ def test_failing_client_is_counted_and_the_round_goes_on(tmp_path):
     run_rounds(store, method, clients, None, report=reports.append)
     assert (reports[0].totals.returned, reports[0].totals.failures) == (1, 1)
     population = Population(clients=2, groups=(2,), split="iid", alpha=0.5)
-    write_json(store, population, tmp_path / "out" / "x.json", {"more": 1})
+    write_json(store, method.offer(), population, tmp_path / "out" / "x.json", {"more": 1})
     content = json.loads((tmp_path / "out" / "x.json").read_text())
     assert (content["more"], content["config"]["groups"]) == (1, [2])
     # a trained stage 1 of 12 examples, one epoch; b failed
