@@ -23,22 +23,39 @@ from edge_sdk.training.trainer import train
 AT_ONCE = 100  # examples
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of examples that are answered right. by_exit: exit 1 first; of_mean: by the mean of
+    all exits' logits, the prediction of DepthFL (2023)."""
+
+    by_exit: list[float]
+    of_mean: float
+
+
 def accuracy_per_exit(
     spec: ModelSpec, tensors: Tensors, examples: Examples, *, device: str | torch.device = "cpu"
 ) -> list[float]:
     """Share of `examples` that each exit gets right, exit 1 first. Every example counts."""
+    return accuracy_of(spec, tensors, examples, device=device).by_exit
+
+
+@torch.no_grad()
+def accuracy_of(
+    spec: ModelSpec, tensors: Tensors, examples: Examples, *, device: str | torch.device = "cpu"
+) -> Accuracy:
+    """Of a model, in eval mode; every example counts."""
     model = build(spec)
     model.load(tensors)
     model.ready(device).eval()
-    correct = torch.zeros(spec.exit, dtype=torch.int64)
+    correct = torch.zeros(spec.exit + 1, dtype=torch.int64)  # the last one: of the mean
     x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
     for features, labels in zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True):
         with family_code(spec, "evaluating", model):
             logits: list[Tensor] = model(moved(features, device))
-        for exit, logit in enumerate(logits):
-            correct[exit] += (logit.argmax(1).cpu() == labels).sum()
-    return [int(count) / len(examples) for count in correct]
+        for place, logit in enumerate([*logits, torch.stack(logits).mean(0)]):
+            correct[place] += (logit.argmax(1).cpu() == labels).sum()
+    *by_exit, of_mean = (int(count) / len(examples) for count in correct)
+    return Accuracy(by_exit, of_mean)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from coordinator.config import RunConfig
 from coordinator.methods.base import Method, Metrics
 from coordinator.runs.asking import Asking
 from coordinator.runs.beginning import load_state
-from coordinator.runs.evaluate import accuracy_per_exit
+from coordinator.runs.evaluate import accuracy_of
 from coordinator.runs.training_means import TrainingMeans
 from coordinator.store.checkpoints import unsound
 from coordinator.store.lock import RunLock
@@ -117,17 +117,18 @@ def evaluate(
     method: Method, test: Examples, metrics: Metrics, device: str | torch.device
 ) -> tuple[list[float], list[float]]:
     """Accuracy per exit on the test set, of the current model and of the one that is served; told
-    to `metrics` too, with the time that it took."""
+    to `metrics` too, with that of the mean of the exits' logits, and the time that it took."""
     start = clock()
-    accuracy = accuracy_per_exit(method.spec, method.current(), test, device=device)
-    served = accuracy
+    last = served = accuracy_of(method.spec, method.current(), test, device=device)
     if method.served() is not method.current():
-        served = accuracy_per_exit(method.spec, method.served(), test, device=device)
+        served = accuracy_of(method.spec, method.served(), test, device=device)
     metrics.phases["evaluate"] = since(start)
-    for exit, (last, kept) in enumerate(zip(accuracy, served, strict=True), 1):
-        metrics.values[f"accuracy_exit_{exit}"] = last
-        metrics.values[f"accuracy_served_exit_{exit}"] = kept
-    return accuracy, served
+    for kind, found in (("accuracy", last), ("accuracy_served", served)):
+        for exit, share in enumerate(found.by_exit, 1):
+            metrics.values[f"{kind}_exit_{exit}"] = share
+        if method.spec.exit > 1:
+            metrics.values[f"{kind}_mean_of_exits"] = found.of_mean
+    return last.by_exit, served.by_exit
 
 
 def _closing(

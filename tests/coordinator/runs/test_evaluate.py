@@ -10,14 +10,31 @@ import pytest
 import torch
 
 from coordinator.cohorts.sampling import job_seed
-from coordinator.runs.evaluate import accuracy_per_exit, linear_cka, personalised_accuracy
+from coordinator.runs.evaluate import (
+    accuracy_of,
+    accuracy_per_exit,
+    linear_cka,
+    personalised_accuracy,
+)
+from edge_sdk.data.loading import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError
 from edge_sdk.models import initial_tensors
 from edge_sdk.protocol.messages import Plan, Segment
 from edge_sdk.training.trainer import train
-from tests.support.examples import cnn, examples
+from tests.support.examples import cnn, examples, two_exits
 
 PLAN = Plan(segments=(Segment(first=1, last=3),), batch_size=4, lr=0.01, seed=5)
+
+
+@pytest.mark.parametrize(("scale", "of_mean"), [(1.0, 1.0), (2.0, 0.0)])
+def test_the_mean_of_the_exits_logits_by_hand(scale, of_mean):
+    """Of (1, 0) exit 1 says (scale ln 3, 0), exit 2 (0, ln 4): class 0 against class 1, and the
+    mean what the surer of both says."""
+    spec, tensors = two_exits()
+    tensors["exits.0.weight"] = scale * tensors["exits.0.weight"]
+    x = np.array([[1.0, 0.0]] * 2, dtype=np.float32)
+    found = accuracy_of(spec, tensors, Examples(x=x, y=np.array([1, 1]), num_classes=2))
+    assert (found.by_exit, found.of_mean) == ([0.0, 1.0], of_mean)
 
 
 def test_cka_by_hand():
