@@ -38,17 +38,12 @@ class Cancelled(TrainerError):
 
 
 def train_segment(
-    context: Context,
-    segment: Segment,
-    terms: Term,
-    inputs: Inputs,
-    should_stop: Callable[[], bool],
-    note_epoch: Callable[[], None],
+    context: Context, segment: Segment, terms: Term, inputs: Inputs
 ) -> tuple[int, list[ExitResult]]:
     """Train one segment in place. Returns the number of steps and the last epoch's exit results,
     whose losses are the cross entropies of the plain logits, without what the plan's terms add."""
     plan, model, y = context.plan, context.model, context.labels
-    trained = parts_of(context, segment)
+    trained = parts_of(context, segment, inputs)
     first, last, stages, heads = segment.first, segment.last, trained.stages, trained.heads
     weights = exit_weights(plan, first, last)
     optimizer = Optimizer(list(trained.named.values()), plan)
@@ -61,7 +56,7 @@ def train_segment(
         sums.zero_()
         for batch in batches(len(y), plan.batch_size, order):
             for part in parts(batch, plan.micro_batch):
-                if should_stop():
+                if context.should_stop():
                     raise Cancelled(f"training of segment ({first}, {last}) cancelled")
                 with family_code(context.spec, "training", model):
                     features, labels = inputs(part), y[part].to(context.device)
@@ -73,14 +68,14 @@ def train_segment(
             terms.before_step_()
             optimizer.step_()
             num_steps += 1
-        note_epoch()
+        context.note_epoch()
     losses, correct, seen = sums[0] / sums[2], sums[1] / sums[2], sums[2]
     if not bool(torch.isfinite(losses).all()):
         raise TrainerError(
             f"loss of segment ({first}, {last}) is not finite after {num_steps} steps; "
             f"lower the learning rate ({plan.lr}) or check the data"
         )
-    terms.end_(num_steps, inputs)
+    terms.end_(num_steps)
     log.debug("segment (%d, %d): %d steps, %d examples", first, last, num_steps, int(seen[0]))
     results = [
         ExitResult(exit=first + i, loss=float(losses[i]), accuracy=float(correct[i]))
@@ -89,12 +84,12 @@ def train_segment(
     return num_steps, results
 
 
-def parts_of(context: Context, segment: Segment) -> Trained:
+def parts_of(context: Context, segment: Segment, inputs: Inputs) -> Trained:
     """What training a segment changes."""
     model, cut = context.model, slice(segment.first - 1, segment.last)
     parameters = dict(model.named_parameters())
     named = {name: parameters[name] for name in trained_names(parameters, [segment])}
-    return Trained(segment, model.stages[cut], model.exits[cut], named)
+    return Trained(segment, model.stages[cut], model.exits[cut], named, inputs)
 
 
 def forward(
@@ -116,7 +111,6 @@ def inputs_of(
     x: Tensor,
     rows: Tensor,
     cache_bytes: int,
-    should_stop: Callable[[], bool],
     augment: Augment | None,
 ) -> Inputs:
     """A function from a batch's indices, places in `rows` of x, to what the first trained stage
@@ -140,7 +134,7 @@ def inputs_of(
     cache = torch.empty((len(rows), *one.shape[1:]), dtype=one.dtype, memory_format=order)
     at_once = plan.micro_batch or plan.batch_size
     for chunk, place in zip(rows.split(at_once), cache.split(at_once), strict=True):
-        if should_stop():
+        if context.should_stop():
             raise Cancelled("training cancelled while computing frozen features")
         place.copy_(make(x[chunk]))
     return lambda batch: moved(cache[batch], device)
@@ -168,7 +162,8 @@ def num_batches(plan: Plan, num_examples: int) -> int:
     sizes = {plan.batch_size: whole, rest: int(rest >= min(MIN_BATCH, plan.batch_size))}
     parts = {size: math.ceil(size / (plan.micro_batch or plan.batch_size)) for size in sizes}
     an_epoch = sum(count * parts[size] for size, count in sizes.items())
-    return len(plan.segments) * plan.epochs * an_epoch
+    models = len(plan.segments) + bool(plan.teacher and plan.teacher.is_trained)
+    return models * plan.epochs * an_epoch
 
 
 def parts(batch: Tensor, micro_batch: int) -> Sequence[Tensor]:

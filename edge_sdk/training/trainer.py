@@ -92,7 +92,7 @@ def train(
     state = {} if state is None else state
     kept = _fitting(state, model)
     began_from = state_round if kept else 0
-    context = Context(spec, plan, model, labels, kept, device)
+    context = Context(spec, plan, model, labels, kept, device, should_stop, note_epoch)
     terms = terms_of(context)
     model.load(terms.received(tensors))
     if is_consuming:
@@ -112,8 +112,8 @@ def train(
         for segment in sorted(plan.segments, key=lambda g: -g.first):
             frozen = torch.nn.Sequential(*model.stages[: segment.first - 1]).eval()
             # end with the segment
-            inputs = inputs_of(context, frozen, x, chosen, cache_bytes, should_stop, augment)
-            steps, results = train_segment(context, segment, terms, inputs, should_stop, note_epoch)
+            inputs = inputs_of(context, frozen, x, chosen, cache_bytes, augment)
+            steps, results = train_segment(context, segment, terms, inputs)
             num_steps += steps
             exits += results
     held = model.tensors()

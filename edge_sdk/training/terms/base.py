@@ -20,7 +20,8 @@ from edge_sdk.protocol.tensors import Tensors
 @dataclass(frozen=True)
 class Context:
     """The job that terms are made for. labels (n,): of the examples that are trained on. kept: what
-    this client keeps from earlier rounds, by name; a term that needs a tensor takes a copy."""
+    this client keeps from earlier rounds, by name; no term writes into it. should_stop() is asked
+    before every batch, note_epoch() told after every epoch of a segment."""
 
     spec: ModelSpec
     plan: Plan
@@ -28,15 +29,19 @@ class Context:
     labels: Tensor
     kept: Tensors = field(default_factory=dict)
     device: str | torch.device = "cpu"
+    should_stop: Callable[[], bool] = lambda: False
+    note_epoch: Callable[[], None] = lambda: None
 
 
 class Trained(NamedTuple):
-    """What a segment trains. named: its parameters by their names in the model."""
+    """What a segment trains. named: its parameters by their names in the model. inputs: from places
+    among the examples that are trained on, (B,), to what its first stage takes."""
 
     segment: Segment
     stages: nn.ModuleList
     heads: nn.ModuleList
     named: dict[str, nn.Parameter]
+    inputs: Callable[[Tensor], Tensor]
 
 
 class Batch(NamedTuple):
@@ -76,8 +81,8 @@ class Term:
     def before_step_(self) -> None:
         """The gradients of a whole batch are there; those of parameters without any are None."""
 
-    def end_(self, num_steps: int, inputs: Callable[[Tensor], Tensor]) -> None:
-        """The segment is trained. inputs: from examples' indices to what its first stage takes."""
+    def end_(self, num_steps: int) -> None:
+        """The segment is trained, and finite."""
 
     def returned(self, tensors: Tensors) -> Tensors:
         """What travels back, of the trained tensors (on the CPU) by their names in the model."""
@@ -121,9 +126,9 @@ class Terms(Term):
         for term in self._terms:
             term.before_step_()
 
-    def end_(self, num_steps: int, inputs: Callable[[Tensor], Tensor]) -> None:
+    def end_(self, num_steps: int) -> None:
         for term in self._terms:
-            term.end_(num_steps, inputs)
+            term.end_(num_steps)
 
     def returned(self, tensors: Tensors) -> Tensors:
         for term in self._terms:

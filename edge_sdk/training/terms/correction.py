@@ -9,8 +9,6 @@ Weight decay is part of the objective, and so of that mean: it is the gradient's
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -53,7 +51,7 @@ class Correction(Term):
                 parameter.grad.add_(shared - own)
 
     @torch.no_grad()
-    def end_(self, num_steps: int, inputs: Callable[[Tensor], Tensor]) -> None:
+    def end_(self, num_steps: int) -> None:
         for name, (parameter, start, shared, own) in self._segment.items():
             change = start.sub_(parameter).div_(num_steps * self.plan.lr).sub_(shared)
             self._change[f"{ROLE}/{name}"] = change.cpu()

@@ -12,8 +12,6 @@ coordinator knows what this client has no say in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +58,6 @@ class MaskAbsent(Term):
         return logits.masked_fill(self._is_absent, 0.0)
 
     @torch.no_grad()
-    def end_(self, num_steps: int, inputs: Callable[[Tensor], Tensor]) -> None:
+    def end_(self, num_steps: int) -> None:
         for parameter, sent in self._sent:
             parameter[self._is_absent] = sent

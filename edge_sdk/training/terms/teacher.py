@@ -1,23 +1,25 @@
-"""A second model that came with the job teaches (MH-pFedHNGD, after Hinton et al. 2015):
+"""A teacher that comes with the job (MH-pFedHNGD): a second model, which answers every batch as it
+came, in evaluation mode. The loss becomes (1 - weight) times the labels' plus weight T^2
+KL(softmax(t / T) || softmax(s / T)), t the logits of the teacher's last exit, s of the segment's,
+averaged over the batch (Hinton et al. 2015).
 
-    loss = (1 - weight) of the labels' + weight T^2 KL(softmax(t / T) || softmax(z / T))
-
-t: the teacher's answers, z: this model's, both of the last exit; the mean over a batch, in nats.
-The teacher stays as it came, statistics of BatchNorm too. With is_trained a copy of it takes the
-same steps on the labels alone, unclipped, and is returned. In memory: the second model, with a copy
-its gradients, moments and activations too."""
+is_trained: before that a copy of the teacher is trained on the labels alone, by the plan's steps
+without its other terms, and goes back. What teaches is not that copy. It is trained first and not
+in the same steps, so that the activations of both never lie in memory together."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edge_sdk.models import StagedModel, build
-from edge_sdk.protocol.messages import Teacher
+from edge_sdk.models import StagedModel, build, family_code
+from edge_sdk.protocol.messages import Plan, Segment
 from edge_sdk.protocol.tensors import Tensors, with_prefix
-from edge_sdk.training.optim import Optimizer
-from edge_sdk.training.terms.base import Batch, Context, Term, Trained
+from edge_sdk.training.segment import train_segment
+from edge_sdk.training.terms.base import Batch, Context, Term, Terms, Trained
 
 ROLE = "teacher/"
 
@@ -26,47 +28,58 @@ class Taught(Term):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         assert context.plan.teacher is not None
-        self._told: Teacher = context.plan.teacher
-        self._device = context.device
-        self._copy: StagedModel | None = None
+        self._context, self._asked = context, context.plan.teacher
+        self._returned: Tensors = {}
 
     def received(self, tensors: Tensors) -> Tensors:
-        brought = with_prefix(tensors, ROLE)
-        self._teacher = self._made(brought).eval()
-        if self._told.is_trained:
-            self._copy = self._made(brought)
+        self._teacher = build(self._asked.model)
+        self._teacher.load(with_prefix(tensors, ROLE))
+        self._teacher.ready(self._context.device).eval().requires_grad_(False)
         return {name: t for name, t in tensors.items() if not name.startswith(ROLE)}
 
-    def _made(self, tensors: Tensors) -> StagedModel:
-        model = build(self._told.model)
-        model.load(tensors)
-        return model.ready(self._device)
-
     def begin_(self, trained: Trained) -> None:
-        if self._copy:
-            self._optimizer = Optimizer(list(self._copy.train().parameters()), self.plan)
+        if self._asked.is_trained:
+            pupil = self._trained_copy(trained)
+            made = pupil.tensors()
+            self._returned = {ROLE + name: tensor.cpu() for name, tensor in made.items()}
+
+    def _trained_copy(self, trained: Trained) -> StagedModel:
+        spec = self._asked.model
+        whole = Segment(first=1, last=spec.exit)
+        copy = build(spec)
+        copy.load(self._teacher.tensors())
+        copy.ready(self._context.device)
+        context = replace(self._context, spec=spec, plan=plain(self.plan, whole), model=copy)
+        train_segment(context, whole, Terms([]), trained.inputs)
+        return copy
 
     def loss(self, loss: Tensor, batch: Batch) -> Tensor:
-        weight, temperature = self._told.weight, self._told.temperature
-        with torch.no_grad():
-            answers = self._teacher(batch.features)[-1]
-        taught = functional.kl_div(
+        weight, temperature = self._asked.weight, self._asked.temperature
+        with torch.no_grad(), family_code(self._asked.model, "teaching", self._teacher):
+            answers = self._teacher(batch.features)[-1] / temperature
+        apart = functional.kl_div(
             (batch.logits[-1] / temperature).log_softmax(-1),
-            (answers / temperature).log_softmax(-1),
+            answers.log_softmax(-1),
             reduction="batchmean",
             log_target=True,
         )
-        loss = (1 - weight) * loss + weight * temperature**2 * taught
-        if self._copy:  # shares no parameter with the model, so neither has a part in the other's
-            logits = self._copy(batch.features)[-1]
-            loss = loss + functional.cross_entropy(logits, batch.labels)
-        return loss
-
-    def before_step_(self) -> None:
-        if self._copy:
-            self._optimizer.step_()
+        return (1 - weight) * loss + weight * temperature**2 * apart
 
     def returned(self, tensors: Tensors) -> Tensors:
-        if self._copy is None:
-            return tensors
-        return tensors | {ROLE + name: t.cpu() for name, t in self._copy.tensors().items()}
+        return tensors | self._returned
+
+
+def plain(plan: Plan, segment: Segment) -> Plan:
+    """The plan's steps alone."""
+    return Plan(
+        segments=(segment,),
+        epochs=plan.epochs,
+        batch_size=plan.batch_size,
+        micro_batch=plan.micro_batch,
+        recompute=plan.recompute,
+        lr=plan.lr,
+        optimizer=plan.optimizer,
+        momentum=plan.momentum,
+        weight_decay=plan.weight_decay,
+        seed=plan.seed,
+    )

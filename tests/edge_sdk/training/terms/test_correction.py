@@ -40,7 +40,7 @@ def local_round(theta: float, c: float, own: float, curvature: float, minimum: f
         y.grad = curvature * (y.detach() - minimum)
         term.before_step_()
         y.data -= 0.1 * y.grad
-    term.end_(steps, lambda rows: rows)
+    term.end_(steps)
     return y.item(), term.returned({})["correction/w"].item(), term.kept()["correction/w"].item()
 
 
