@@ -84,11 +84,11 @@ def build(spec: ModelSpec) -> StagedModel:
             model = family.build(spec, *own)
             if not family.is_built_in:
                 check_structure(model, spec)
+        return factorised(model, spec.rank)
     except ConfigError as error:
         if (name := f"family {spec.family!r}") in str(error):
             raise
         raise ConfigError(f"{name}: {error}") from error
-    return factorised(model, spec.rank)
 
 
 def family_code(

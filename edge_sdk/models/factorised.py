@@ -16,20 +16,23 @@ NAME.u.bias."""
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edge_sdk.errors import ConfigError
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.tensor_lists import stage_of
+from edge_sdk.protocol.tensors import Tensors
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def factor_ranks(model: StagedModel, rank: float) -> dict[str, int]:
-    """R of each weight that is factorised, by its name in the whole model."""
+    """R of each weight that is factorised, by its name in the whole model; of none at rank 1."""
     main = set(model.main_weights)
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     closed = {
@@ -43,7 +46,7 @@ def factor_ranks(model: StagedModel, rank: float) -> dict[str, int]:
         assert isinstance(layer.weight, Tensor)
         outputs, inputs, kh, kw = _kernel(layer.weight).shape
         kept = max(1, round(rank * outputs))
-        is_smaller = kept * (outputs * kh + inputs * kw) < layer.weight.numel()
+        is_smaller = rank < 1 and kept * (outputs * kh + inputs * kw) < layer.weight.numel()
         if is_smaller and uses[id(layer.weight)] == 1:
             found[name] = kept
     return found
@@ -51,9 +54,15 @@ def factor_ranks(model: StagedModel, rank: float) -> dict[str, int]:
 
 def factorised(model: StagedModel, rank: float) -> StagedModel:
     """The model with factors in the place of its layers, drawn as torch draws such layers; `model`
-    itself is used up. rank: above 0, at most 1, where it stays as it is."""
-    if rank == 1 or not (ranks := factor_ranks(model, rank)):
+    itself is used up. rank: above 0, at most 1, where it stays as it is, as it does with one stage.
+    Raises ConfigError where no layer would become smaller."""
+    if rank == 1 or len(model.stages) == 1:
         return model
+    if not (ranks := factor_ranks(model, rank)):
+        raise ConfigError(
+            f"rank {rank:g}: two factors make none of its layers after stage 1 smaller, which are "
+            "convolutions without groups and linear layers; take another rank or family"
+        )
     pairs = {
         layer: _pair(layer, ranks[f"{path}.weight"])
         for path, layer in model.named_modules()
@@ -75,6 +84,40 @@ def factor_names(name: str) -> tuple[str, str]:
     """Of a weight's factors v and u."""
     layer = name.removesuffix(".weight")
     return f"{layer}.v.weight", f"{layer}.u.weight"
+
+
+def lowered(tensors: Mapping[str, Tensor], all_ranks: Sequence[Mapping[str, int]]) -> list[Tensors]:
+    """The tensors of factorised models from those of the whole one, whose ranks factor_ranks tells:
+    one decomposition of a weight serves them all. What stays whole is the same tensor in each."""
+    made: list[Tensors] = [{} for _ in all_ranks]
+    for name, tensor in tensors.items():
+        most = max((ranks.get(name, 0) for ranks in all_ranks), default=0)
+        v, u = split(tensor, most) if most else (tensor, tensor)
+        layer = name.removesuffix(".bias")
+        for ranks, held in zip(all_ranks, made, strict=True):
+            if kept := ranks.get(name):
+                one, other = factor_names(name)
+                held |= {one: v[:kept].contiguous(), other: u[:, :kept].contiguous()}
+            else:
+                held[f"{layer}.u.bias" if f"{layer}.weight" in ranks else name] = tensor
+    return made
+
+
+def raised(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensors:
+    """The tensors of the whole model from those of a factorised one. names: of the weights that may
+    be factors there."""
+    layers = {name.removesuffix(".weight") for name in names}
+    made: Tensors = {}
+    for name, tensor in tensors.items():
+        path, _, kind = name.rpartition(".")
+        layer, _, factor = path.rpartition(".")
+        if layer not in layers or factor not in ("u", "v"):
+            made[name] = tensor
+        elif kind == "bias":
+            made[f"{layer}.bias"] = tensor
+        elif factor == "u":
+            made[f"{layer}.weight"] = merged(tensors[f"{layer}.v.weight"], tensor)
+    return made
 
 
 def split(weight: Tensor, most: int) -> tuple[Tensor, Tensor]:

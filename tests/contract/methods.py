@@ -38,6 +38,9 @@ for method in ("heterofl", "fedrolex", "scalefl"):
 BEYOND = "its model is the mean less h / alpha, which lies beyond the mean"
 for name in ("feddyn", "depthfl"):
     EXCEPT |= {(name, check): BEYOND for check in ("identical", "weight", "fedavg")}
+FACTORS = "what travels are factors of a weight, which everybody trains; see its own tests"
+EXCEPT |= {("fedhm", check): FACTORS for check in ("identical", "unowned")}
+EXCEPT["fedhm", "weight"] = "where none had the whole model, the global one counts as one more"
 GENERATED = ("mh-pfedhn", "mh-pfedhngd", "pfedhn")
 NO_MEAN = "it generates models, so none is a mean; see methods/test_generated.py"
 REFUSED = "it has no global model, and refuses such settings"

@@ -7,8 +7,17 @@ from msgspec.structs import replace
 from torch import nn
 
 from edge_sdk.capacity.counting import segment_costs
-from edge_sdk.models import StagedModel, build
-from edge_sdk.models.factorised import factor_names, factor_ranks, factorised, merged, split
+from edge_sdk.errors import ConfigError
+from edge_sdk.models import StagedModel, build, initial_tensors
+from edge_sdk.models.factorised import (
+    factor_names,
+    factor_ranks,
+    factorised,
+    lowered,
+    merged,
+    raised,
+    split,
+)
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensor_lists import stage_of
 from tests.support.examples import cnn
@@ -190,8 +199,40 @@ def hooked() -> list[nn.Module]:
     ids=lambda layers: type(layers[0]).__name__,
 )
 def test_what_is_no_plain_layer_or_would_not_become_smaller_stays_whole(layers):
-    model = second_stage(*layers)
-    before = list(model.tensors())
-    assert factor_ranks(model, 0.5) == {}
-    assert factorised(model, 0.5) is model
-    assert list(model.tensors()) == before
+    other = nn.Conv2d(8, 8, 3)
+    assert factor_ranks(second_stage(*layers), 0.5) == {}
+    held = factorised(second_stage(*layers, other), 0.5).tensors()
+    place = f"stages.1.{len(layers)}"
+    rest = {name for name in held if not name.startswith(place)}
+    assert rest == set(second_stage(*layers).tensors())
+    assert set(held) - rest == {*factor_names(f"{place}.weight"), f"{place}.u.bias"}
+
+
+def test_a_rank_that_makes_nothing_smaller_is_refused():
+    spec = ModelSpec(family="lstm", input_shape=(3, 9), num_classes=3, exit=2, rank=0.25)
+    with pytest.raises(ConfigError, match="family 'lstm': rank 0.25: two factors make none of its"):
+        build(spec)
+    build(replace(spec, exit=1))  # its stage is whole anyway
+    square = replace(spec, family="mlp", rank=0.5)
+    with pytest.raises(ConfigError, match="rank 0.5"):  # 64 (128 + 128) are no fewer than 128 x 128
+        build(square)
+    build(replace(square, rank=0.49))
+
+
+def test_factors_of_several_ranks_come_from_one_whole_model():
+    spec = replace(WIDE, family="vgg", exit=2)  # its convolutions have biases
+    whole = initial_tensors(spec, 0)
+    ranks = [factor_ranks(build(spec), rank) for rank in (0.25, 1.0, 0.5)]
+    assert ranks[1] == {}
+    for made, own, rank in zip(lowered(whole, ranks), ranks, (0.25, 1.0, 0.5), strict=True):
+        expected = build(replace(spec, rank=rank)).tensors()
+        assert {n: t.shape for n, t in made.items()} == {n: t.shape for n, t in expected.items()}
+        assert list(made) == list(expected)
+        back = raised(made, ranks[0])
+        assert list(back) == list(whole)
+        for name, tensor in back.items():
+            if name in own:
+                v, u = split(whole[name], own[name])
+                assert torch.equal(tensor, merged(v, u))
+            else:
+                assert tensor is whole[name]
