@@ -12,7 +12,7 @@ from edge_sdk.agent.state import State
 from edge_sdk.agent.trainer_process import Supervisor
 from edge_sdk.capacity.chooser import Chooser
 from edge_sdk.capacity.costs import SegmentCost
-from edge_sdk.errors import DataError
+from edge_sdk.errors import EdgeError
 from edge_sdk.protocol.link import Link
 from edge_sdk.protocol.messages import DeviceProfile, Job, Welcome
 
@@ -49,7 +49,7 @@ class Choosing:
         assert self._state.inspected is not None
         try:
             check_welcome(welcome, self._state.inspected)
-        except DataError as error:
+        except EdgeError as error:
             self._take_costs((), welcome, str(error))
             return
         if self._trainer.process is None:

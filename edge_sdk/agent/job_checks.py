@@ -7,25 +7,49 @@ fewer epochs, another seed or learning rate; never for more."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec.structs import replace
 
 from edge_sdk.agent.pipe import Inspected
 from edge_sdk.capacity.chooser import Chooser
+from edge_sdk.capacity.costs import SegmentCost
 from edge_sdk.errors import CapacityError, ConfigError, DataError
 from edge_sdk.helpers.text import one_line
-from edge_sdk.protocol.messages import Job, ModelSpec, Plan, Welcome
+from edge_sdk.protocol.messages import Job, ModelSpec, Plan, TensorSpec, Welcome
+from edge_sdk.protocol.plan_tensors import check_plan, job_specs
 from edge_sdk.protocol.stream import layout
-from edge_sdk.protocol.tensor_lists import check_segments, check_specs, needed_names
+from edge_sdk.protocol.tensor_lists import check_segments, check_specs
 
-# What decides memory: as the costs were counted.
-SAME = ("batch_size", "micro_batch", "recompute", "optimizer")
-# 0 in the welcome: no memory was counted for it.
-NONE_WHERE_NONE = ("momentum", "prox_mu", "distill_weight")
+# What decides memory, how tensors travel, or which examples are set aside: as it was counted.
+SAME = ("batch_size", "micro_batch", "recompute", "optimizer", "flat", "holdout")
+# As the welcome has it, or without: nothing was counted or is kept for another.
+SAME_OR_WITHOUT = ("distill", "prune", "static_norm", "scaler", "mask_absent", "correction")
+# Any number where the welcome has one.
+NONE_WHERE_NONE = (
+    "momentum",
+    "prox_mu",
+    "distill_weight",
+    "clip_norm",
+    "clip_value",
+    "logit_adjustment",
+    "dyn_alpha",
+)
 
 
 def check_welcome(welcome: Welcome, inspected: Inspected) -> None:
-    """Raise DataError unless the run's model takes this device's examples."""
-    model = welcome.model
+    """Raise DataError unless the run's model takes this device's examples, ConfigError for one that
+    contradicts itself."""
+    model, plan = welcome.model, welcome.plan
+    check_plan(plan)
+    others = (*welcome.variants, *([plan.teacher.model] if plan.teacher else []))
+    for other in others:
+        for field in ("input_shape", "num_classes"):
+            if getattr(other, field) != getattr(model, field):
+                raise ConfigError(
+                    f"run {welcome.run} has models of {field} {getattr(model, field)} and of "
+                    f"{getattr(other, field)}; see what this coordinator runs"
+                )
     if model.input_shape != inspected.input_shape or not inspected.num_classes <= model.num_classes:
         raise DataError(
             f"run {welcome.run} trains on {model.input_shape} with {model.num_classes} classes, "
@@ -42,17 +66,26 @@ def checked_job(job: Job, welcome: Welcome, chooser: Chooser) -> Job:
     if refused := chooser.refusal(job.plan.segments, variant):
         raise CapacityError(refused)
     check_segments(job.plan.segments, job.model.exit)
+    check_plan(job.plan)
     if not variant:
         _check_model(job.model, welcome.model)
     _check_plan(job.plan, welcome.plan)
     costs = chooser.costs[variant - 1 : variant] if variant else chooser.costs
-    known = {spec.name: spec for cost in costs for spec in cost.tensors}
-    wanted = [known[name] for name in needed_names(known, job.plan.segments)]
-    check_specs(job.tensors, wanted, f"job of round {job.round}", is_ordered=False)
+    check_specs(job.tensors, _wanted(job, costs), f"job of round {job.round}", is_ordered=False)
     layout(job.tensors)
     deepest = max(segment.last for segment in job.plan.segments)
     model = replace(job.model, exit=deepest)
     return replace(job, model=model, plan=chooser.adapted(job.plan, variant))
+
+
+def _wanted(job: Job, costs: Sequence[SegmentCost]) -> list[TensorSpec]:
+    """All tensors that the job's plan needs, by the model and the teacher that were counted. The
+    values that pruned weights begin again from come when the coordinator sends them."""
+    model = [spec for cost in costs for spec in cost.tensors]
+    buffers = {name for cost in costs for name in cost.buffers}
+    teacher = costs[0].teacher if job.plan.teacher else ()
+    has_initial = bool(job.plan.prune) and any(t.role == "initial" for t in job.tensors)
+    return job_specs(job.plan, model, buffers, teacher, has_initial=has_initial)
 
 
 def _check_model(got: ModelSpec, want: ModelSpec) -> None:
@@ -66,13 +99,19 @@ def _check_plan(got: Plan, want: Plan) -> None:
     for field in SAME:
         if getattr(got, field) != getattr(want, field):
             raise _other("plan", field, getattr(got, field), getattr(want, field))
+    without = Plan(segments=got.segments)
+    for field in SAME_OR_WITHOUT:
+        if getattr(got, field) not in (getattr(want, field), getattr(without, field)):
+            raise _other("plan", field, getattr(got, field), getattr(want, field))
     for field in NONE_WHERE_NONE:
         if getattr(got, field) and not getattr(want, field):
             raise _other("plan", field, getattr(got, field), getattr(want, field))
     if got.epochs > want.epochs:
         raise _other("plan", "epochs", got.epochs, want.epochs, "at most ")
-    if got.distill not in ("none", want.distill):
-        raise _other("plan", "distill", got.distill, want.distill)
+    if (teacher := got.teacher) and (told := want.teacher):  # how much it teaches may differ
+        teacher = replace(teacher, weight=told.weight, temperature=told.temperature)
+    if teacher and teacher != want.teacher:
+        raise _other("plan", "teacher", got.teacher, want.teacher)
 
 
 def _other(of: str, field: str, got: object, want: object, how: str = "") -> ConfigError:

@@ -75,6 +75,8 @@ class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     upload_bytes: int
     download_bytes: int
     tensors: tuple[TensorSpec, ...] = ()  # of a stage alone and its exit, or of a whole variant
+    buffers: tuple[str, ...] = ()  # which of these are no parameters
+    teacher: tuple[TensorSpec, ...] = ()  # of the plan's second model
     num_weights: int = 0  # parameters of a variant, one by one
 
 

@@ -6,9 +6,8 @@ counted on the model as its job has it, so counting takes less memory than train
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from msgspec.structs import replace
@@ -24,29 +23,29 @@ from edge_sdk.capacity.costs import (
     recomputing,
 )
 from edge_sdk.capacity.flops import FlopCounter
+from edge_sdk.capacity.moments import (
+    FEW,
+    Step,
+    forward,
+    freeze,
+    leaves,
+    moments,
+    num_bytes,
+    saved,
+    whole_step,
+    widest_bytes,
+)
+from edge_sdk.capacity.second_model import beside, second_model
 from edge_sdk.hardware.speed import torch_threads
 from edge_sdk.models import StagedModel, family_code
 from edge_sdk.models.checking import checked_model, checked_models
 from edge_sdk.models.flat import num_weights, parameter_shapes
-from edge_sdk.models.losses import exit_weights, local_loss
+from edge_sdk.models.losses import exit_weights
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
-from edge_sdk.protocol.tensor_lists import needed_names, trained_names
+from edge_sdk.protocol.plan_tensors import job_specs, update_specs
+from edge_sdk.protocol.tensor_lists import trained_names
 from edge_sdk.protocol.tensors import specs_of
-
-FEW = 2  # examples of the smaller step; BatchNorm wants two
-LAST = 0  # instead of a stage's number: what is saved by a segment's last stage, exits and loss
-
-
-class Step(NamedTuple):
-    """What a training step goes through. named: the parameters of stages and heads. weights: of
-    the exits."""
-
-    stages: nn.ModuleList
-    heads: nn.ModuleList
-    named: dict[str, nn.Parameter]
-    weights: Sequence[float]
-    plan: Plan
 
 
 def segment_costs(
@@ -75,13 +74,14 @@ def each_cost(
     """The costs of each segment, those of shallow models first: counting a deep one may take more
     memory than this device has."""
     with torch.random.fork_rng(devices=[]):
+        second = second_model(plan, optimizer_copies(plan))
         for last, model in enumerate(checked_models(spec), 1):
             for first in sorted({1, last}, reverse=True):  # a stage alone takes less
                 segment = Segment(first=first, last=last)
                 with family_code(spec, "counting its costs", model):
                     model.ready("cpu")
                     cost = _cost(model, spec, segment, plan, num_examples, runtime_bytes)
-                yield cost
+                yield beside(cost, second)
 
 
 def each_variant_cost(
@@ -97,17 +97,15 @@ def each_variant_cost(
     those behind it take more still, and counting them would take as much time as memory. allowance:
     see segment_costs."""
     with torch.random.fork_rng(devices=[]):
+        second = second_model(plan, optimizer_copies(plan))
         for spec in variants:
             model = checked_model(spec)
             whole = Segment(first=1, last=spec.exit)
             with family_code(spec, "counting its costs", model):
                 model.ready("cpu")
-                cost = _cost(model, spec, whole, plan, num_examples, runtime_bytes)
-            yield replace(
-                cost,
-                tensors=specs_of(model.tensors()),
-                num_weights=num_weights(parameter_shapes(model)),
-            )
+                cost = _cost(model, spec, whole, plan, num_examples, runtime_bytes, True)
+            cost = beside(cost, second)
+            yield cost
             if memory_bytes and least_bytes(replace(cost, allowance=allowance)) > memory_bytes:
                 return
 
@@ -123,42 +121,48 @@ def _cost(
     plan: Plan,
     num_examples: int,
     runtime_bytes: int,
+    is_variant: bool = False,
 ) -> SegmentCost:
     """The costs of one segment. model: of the stages that a job of this segment has."""
     first, last = segment.first, segment.last
     stages, heads = model.stages[first - 1 :], model.exits[first - 1 :]
     named = dict(nn.ModuleList([stages, heads]).named_parameters())
-    held = dict([*model.named_parameters(), *model.named_buffers()])
-    needed, trained = needed_names(held, [segment]), trained_names(held, [segment])
+    buffers = dict(model.named_buffers())
+    held = dict(model.named_parameters()) | buffers
+    trained = trained_names(held, [segment])
+    travels = replace(plan, segments=(segment,)), specs_of(held), buffers
+    is_listed = first == last or is_variant
     batch = max(2, min(plan.batch_size, num_examples))
 
     frozen = list(model.stages[: first - 1])
     with FlopCounter() as frozen_flops:
-        features, widest = _freeze(frozen, moved(torch.zeros(FEW, *spec.input_shape), "cpu"))
+        features, widest = freeze(frozen, moved(torch.zeros(FEW, *spec.input_shape), "cpu"))
     step = Step(stages, heads, named, exit_weights(plan, first, last), plan)
     whole, again = moments(step, features)
     with FlopCounter() as flops:
-        _forward(step, features)
+        forward(step, features)
     with FlopCounter() as again_flops, torch.no_grad():
         nn.Sequential(*stages[:-1])(features)
     gradient_bytes = num_bytes(named.values())
-    download_bytes = num_bytes(held[name] for name in needed)
+    download_bytes = sum(spec.num_bytes for spec in job_specs(*travels))
+    arriving = (2 * plan.correction + int(plan.dyn_alpha > 0)) * gradient_bytes  # beside weights
+    set_aside = math.ceil(plan.holdout * num_examples) * math.prod(spec.input_shape) * 4
     is_reused = bool(frozen) and plan.epochs > 1  # the features
     # the frozen stages, before anything is saved; their kernels copy weights, too
     reordered = widest_bytes(p for stage in frozen for p in stage.parameters())
-    beside = [Moment(fixed_bytes=reordered, example_bytes=widest / FEW)]
+    others = [Moment(fixed_bytes=reordered, example_bytes=widest / FEW)]
     if plan.optimizer == "adam":
-        beside.append(Moment(fixed_bytes=gradient_bytes))  # the root of its second moment
+        others.append(Moment(fixed_bytes=gradient_bytes))  # the root of its second moment
     is_gain = max(m.at(batch, 1) for m in again) < max(m.at(batch, 1) for m in whole)
     cost = SegmentCost(
         first=first,
         last=last,
         parameter_bytes=num_bytes(held.values()),
-        load_bytes=num_bytes(held.values()) + download_bytes,
+        load_bytes=num_bytes(held.values()) + download_bytes + arriving + set_aside,
         gradient_bytes=gradient_bytes,
         optimizer_bytes=optimizer_copies(plan) * gradient_bytes,
-        moments=(*whole, *beside),
-        recompute_moments=(*again, *beside) if is_gain else None,
+        moments=(*whole, *others),
+        recompute_moments=(*again, *others) if is_gain else None,
         cache_bytes=num_bytes([features]) * num_examples // FEW if is_reused else 0,
         runtime_bytes=runtime_bytes,
         batch_size=batch,
@@ -167,9 +171,11 @@ def _cost(
         flops_per_example=flops.total / FEW,
         frozen_flops_per_example=frozen_flops.total / FEW,
         recompute_flops_per_example=again_flops.total / FEW,
-        upload_bytes=num_bytes(held[name] for name in trained),
+        upload_bytes=sum(spec.num_bytes for spec in update_specs(*travels)),
         download_bytes=download_bytes,
-        tensors=specs_of({name: held[name] for name in trained}) if first == last else (),
+        tensors=specs_of({name: held[name] for name in trained}) if is_listed else (),
+        buffers=tuple(name for name in trained if name in buffers) if is_listed else (),
+        num_weights=num_weights(parameter_shapes(model)),
     )
     return _as_planned(cost, plan)
 
@@ -201,141 +207,4 @@ def of_whole_step(model: StagedModel, plan: Plan, x: Tensor) -> tuple[int, int]:
 
 def autograd_bytes(model: StagedModel, plan: Plan, x: Tensor) -> int:
     """What autograd saves for a step of the whole model on a batch x (B, ...)."""
-    return _saved(whole_step(model, plan), x)["all"]
-
-
-def whole_step(model: StagedModel, plan: Plan) -> Step:
-    named = dict(model.named_parameters())
-    weights = exit_weights(plan, 1, len(model.stages))
-    return Step(model.stages, model.exits, named, weights, plan)
-
-
-def widest_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the largest tensor: a kernel reorders one weight at a time into a copy."""
-    return max((num_bytes([tensor]) for tensor in tensors), default=0)
-
-
-def leaves(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """The layers of the modules: those that hold no other modules."""
-    return [m for module in modules for m in module.modules() if not list(m.children())]
-
-
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-@torch.no_grad()
-def _freeze(frozen: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
-    """Features after the frozen stages, and the most bytes that one of their layers has in hand:
-    its input and its output."""
-    if not frozen:
-        return x, 0
-    widest = 0
-
-    def look(_: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-        nonlocal widest
-        outputs = output if isinstance(output, tuple) else (output,)  # an LSTM: also its state
-        held = (tensor for tensor in (*inputs, *outputs) if isinstance(tensor, Tensor))
-        widest = max(widest, num_bytes(held))
-
-    chain = nn.Sequential(*frozen).eval()
-    handles = [leaf.register_forward_hook(look) for leaf in leaves(frozen)]
-    features: Tensor = chain(x)
-    for handle in handles:
-        handle.remove()
-    return features, widest
-
-
-def moments(step: Step, features: Tensor) -> tuple[list[Moment], list[Moment]]:
-    """The moments of a backward pass, one for each stage, from the last to the first; and the same
-    where stages are run again. features: (FEW, ...), what the first of the stages takes. How bytes
-    grow with the batch is seen in steps of FEW examples and of twice as many."""
-    stages, heads = step.stages, step.heads
-    few = _saved(step, features)
-    twice = _saved(step, moved(torch.cat([features, features]), "cpu"))
-    order = [LAST, *range(len(stages) - 1, 0, -1)]
-    largest = [widest_bytes([*stages[-1].parameters(), *heads.parameters()])]
-    largest += [widest_bytes(stages[number - 1].parameters()) for number in order[1:]]
-
-    def growing(bytes_of: Callable[[Counter[str], int], int]) -> list[Moment]:
-        found = []
-        for number, weight_bytes in zip(order, largest, strict=True):
-            grown = bytes_of(twice, number) - bytes_of(few, number)
-            fixed, each = bytes_of(few, number) - grown, grown / FEW
-            found.append(Moment(fixed_bytes=fixed, example_bytes=each, weight_bytes=weight_bytes))
-        return found
-
-    return growing(_whole), growing(_again)
-
-
-def _whole(sizes: Counter[str], number: int) -> int:
-    """A stage's backward pass makes a gradient as large as the stage's largest activation, when
-    what later stages saved is gone."""
-    later = 0
-    if number != LAST:
-        later = sizes[f"{LAST}"] + sum(sizes[f"{n}"] for n in range(number + 1, sizes["stages"]))
-    return sizes["all"] - later + sizes[f"widest {number}"]
-
-
-def _again(sizes: Counter[str], number: int) -> int:
-    """What a stage that is run again holds: its own, its input, the inputs of the stages before."""
-    up_to = sizes["stages"] if number == LAST else number
-    inputs = sum(sizes[f"input {n}"] for n in range(1, up_to + 1))
-    return inputs + sizes[f"{number}"] + sizes[f"widest {number}"]
-
-
-def _saved(step: Step, features: Tensor) -> Counter[str]:
-    """Bytes that autograd saves in one step, every storage once and the parameters not at all:
-    "all"; by stage (LAST for all that follows) what is saved beside the stages' inputs, a stage's
-    own output, made a second time, included; its "widest" tensor; each stage's "input". And how
-    many "stages" there are."""
-    storages: dict[int, tuple[int, int]] = {}  # address: bytes, and the stage that saved them
-    own = {parameter.untyped_storage()._cdata for parameter in step.named.values()}
-    inputs: list[torch.UntypedStorage] = []
-    where = LAST
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            storages.setdefault(storage._cdata, (storage.nbytes(), where))
-        # The graph keeps it, so no other storage takes this address. Detached, as a node that saves
-        # its own output would never be freed.
-        return tensor.detach()
-
-    def enter(number: int, given: Tensor) -> None:
-        nonlocal where
-        where = number if number < len(step.stages) else LAST
-        if number:
-            inputs.append(given.untyped_storage())
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = _forward(step, features, enter)
-    sizes = Counter(stages=len(step.stages), all=sum(size for size, _ in storages.values()))
-    sizes.update({f"input {n}": storage.nbytes() for n, storage in enumerate(inputs, 1)})
-    input_addresses = {storage._cdata for storage in inputs}
-    for address, (size, stage) in storages.items():
-        if address not in input_addresses or (
-            stage != LAST and address != inputs[stage - 1]._cdata
-        ):
-            sizes[f"{stage}"] += size
-            sizes[f"widest {stage}"] = max(sizes[f"widest {stage}"], size)
-    del loss  # the graph, which kept the storages alive
-    return sizes
-
-
-def _forward(
-    step: Step,
-    features: Tensor,
-    enter: Callable[[int, Tensor], None] = lambda number, features: None,
-) -> Tensor:
-    """A step's loss. enter: called before a stage with its number from 1, after it with LAST."""
-    stages, heads, _, weights, plan = step
-    labels = torch.zeros(len(features), dtype=torch.int64)
-    logits = []
-    for number, (stage, head) in enumerate(zip(stages, heads, strict=True), 1):
-        enter(number, features)
-        features = stage.train()(features)
-        enter(LAST, features)
-        with torch.set_grad_enabled(bool(weights[number - 1]) or plan.distill != "none"):
-            logits.append(head.train()(features))  # of weight 0: no backward pass
-    return local_loss(logits, labels, weights, plan)
+    return saved(whole_step(model, plan), x)["all"]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import cast, get_args
 
+from msgspec.structs import replace
+
 from edge_sdk.errors import ConfigError, ShapeError
 from edge_sdk.protocol.fields import Role
 from edge_sdk.protocol.messages import Segment, TensorSpec
@@ -70,7 +72,8 @@ def needed_names(names: Iterable[str], segments: Sequence[Segment]) -> list[str]
 def check_specs(
     got: Sequence[TensorSpec], want: Sequence[TensorSpec], where: str, *, is_ordered: bool = True
 ) -> None:
-    """Raise ShapeError with the first difference of two tensor lists."""
+    """Raise ShapeError with the first difference of two tensor lists. "packed" tensors may have
+    fewer values than they are wanted with: how many there are the mask tells."""
     have = {spec.name: spec for spec in got}
     wanted = {spec.name: spec for spec in want}
     missing, extra = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
@@ -78,14 +81,20 @@ def check_specs(
         said = f"not expected: {some_of(extra)}; named {len(got)}, expected {len(want)}"
         raise ShapeError(f"{where}: tensors missing: {some_of(missing)}; {said}")
     for spec in got:
-        if spec != wanted[spec.name]:
-            target = wanted[spec.name]
+        target = wanted[spec.name]
+        if spec != target and not _is_shorter(spec, target):
             raise ShapeError(
                 f"{where}: {spec.name} is {spec.shape} {spec.dtype} {spec.role}, expected "
                 f"{target.shape} {target.dtype} {target.role}"
             )
     if is_ordered and [spec.name for spec in got] != [spec.name for spec in want]:
         raise ShapeError(f"{where}: tensors are not in the order of the model")
+
+
+def _is_shorter(spec: TensorSpec, target: TensorSpec) -> bool:
+    is_packed = target.role == "packed" and len(spec.shape) == len(target.shape) == 1
+    is_like = replace(spec, shape=target.shape) == target
+    return is_packed and is_like and spec.shape[0] <= target.shape[0]
 
 
 def some_of(names: Sequence[str]) -> str:

@@ -7,13 +7,30 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from edge_sdk.agent.job_checks import check_welcome, checked_job
+from edge_sdk.agent.job_checks import (
+    NONE_WHERE_NONE,
+    SAME,
+    SAME_OR_WITHOUT,
+    check_welcome,
+    checked_job,
+)
 from edge_sdk.agent.pipe import Inspected
 from edge_sdk.capacity.chooser import Chooser
 from edge_sdk.capacity.counting import each_variant_cost, segment_costs
 from edge_sdk.errors import CapacityError, ConfigError, DataError, EdgeError, ShapeError
-from edge_sdk.models import initial_tensors
-from edge_sdk.protocol.messages import Job, ModelSpec, Plan, Segment, TensorSpec, Welcome
+from edge_sdk.models import build, initial_tensors
+from edge_sdk.protocol.messages import (
+    Job,
+    ModelSpec,
+    Plan,
+    Prune,
+    Segment,
+    Teacher,
+    TensorSpec,
+    Welcome,
+)
+from edge_sdk.protocol.plan_tensors import job_specs
+from edge_sdk.protocol.tensor_lists import role_of
 from edge_sdk.protocol.tensors import specs_of
 from tests.support.agent import MODEL, WHOLE, job_tensors
 from tests.support.costs import welcome
@@ -212,3 +229,123 @@ def test_a_cut_of_a_variant(among_variants):
     plan = replace(PROMISED, segments=(Segment(first=1, last=2),))
     with pytest.raises(CapacityError, match="stages 1-2 asked for, a variant is trained as one"):
         checked_job(job(plan=plan), OFFER, among_variants)
+
+
+# -- fields of the plan and what travels with them -----------------------------------------------
+
+FREE = {"segments", "epochs", "lr", "weight_decay", "exit_weights", "distill_temperature", "seed"}
+RICH = replace(
+    PROMISED,
+    optimizer="sgd",
+    correction=True,
+    holdout=0.2,
+    teacher=Teacher(model=replace(MODEL, exit=1), weight=0.5, is_trained=True),
+)
+
+
+def test_every_field_of_a_plan_has_its_rule():
+    named = [*SAME, *SAME_OR_WITHOUT, *NONE_WHERE_NONE, "teacher"]
+    assert sorted({*named} | FREE) == sorted(Plan.__struct_fields__)
+    assert len(named) + len(FREE) == len(Plan.__struct_fields__)
+
+
+@pytest.fixture(scope="module")
+def counted_richly() -> Chooser:
+    chooser = Chooser()
+    chooser.set_costs(segment_costs(MODEL, RICH, 24, 0), 3, 2**33)
+    chooser.choose(replace(PROFILE, memory_available_bytes=2**33), replace(WELCOME, plan=RICH), 24)
+    return chooser
+
+
+def rich_specs(plan: Plan) -> tuple[TensorSpec, ...]:
+    model, buffers = build(MODEL), [name for name, _ in build(MODEL).named_buffers()]
+    teacher = specs_of(build(replace(MODEL, exit=1)).tensors())
+    return tuple(job_specs(plan, specs_of(model.tensors()), buffers, teacher))
+
+
+def check_rich(chooser: Chooser, given: Job, promised: Plan = RICH) -> Job:
+    return checked_job(given, replace(WELCOME, plan=promised), chooser)
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_control_variates_and_a_teacher_come_with_the_weights(counted_richly, last):
+    plan = replace(RICH, segments=(Segment(first=1, last=last),))
+    specs = rich_specs(plan)
+    assert {role_of(spec.name)[0] for spec in specs} == {"weight", "correction", "teacher"}
+    assert check_rich(counted_richly, job(plan=plan, tensors=specs)).plan == plan
+    with pytest.raises(ShapeError, match="tensors missing: teacher/stages.0.0.weight"):
+        check_rich(
+            counted_richly,
+            job(
+                plan=plan, tensors=tuple(s for s in specs if s.name != "teacher/stages.0.0.weight")
+            ),
+        )
+    plain = tuple(spec for spec in specs if spec.role == "weight")
+    with pytest.raises(ShapeError, match="tensors missing: correction/exits.0.2.bias"):
+        check_rich(counted_richly, job(plan=plan, tensors=plain))
+
+
+def test_a_job_may_leave_out_what_was_promised(counted_richly):
+    plan = replace(RICH, correction=False, teacher=None)
+    assert check_rich(counted_richly, job(plan=plan)).plan == plan
+    told = replace(RICH, teacher=replace(RICH.teacher, weight=0.25, temperature=3.0))
+    assert check_rich(counted_richly, job(plan=told, tensors=rich_specs(told))).plan == told
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"teacher": replace(RICH.teacher, model=MODEL)}, "plan.teacher of the job is Teacher("),
+        ({"teacher": replace(RICH.teacher, is_trained=False)}, "plan.teacher of the job is"),
+        ({"holdout": 0.0}, "plan.holdout of the job is 0.0, welcome said 0.2"),
+        ({"flat": True, "correction": False}, "plan.flat of the job is True, welcome said False"),
+        ({"static_norm": True}, "plan.static_norm of the job is True, welcome said False"),
+        ({"scaler": "always"}, "plan.scaler of the job is 'always', welcome said 'none'"),
+        ({"mask_absent": True}, "plan.mask_absent of the job is True, welcome said False"),
+        ({"prune": Prune(share=0.1, target=0.5)}, "prune and correction exclude each other"),
+        ({"clip_norm": 1.0}, "plan.clip_norm of the job is 1.0, welcome said 0.0"),
+        ({"logit_adjustment": 1.0}, "plan.logit_adjustment of the job is 1.0, welcome said 0.0"),
+        ({"dyn_alpha": 0.1, "correction": False}, "plan.dyn_alpha of the job is 0.1, welcome said"),
+    ],
+)
+def test_a_plan_with_fields_that_were_not_announced(counted_richly, changes, said):
+    plan = replace(RICH, **changes)
+    with pytest.raises(ConfigError) as found:
+        check_rich(counted_richly, job(plan=plan, tensors=rich_specs(RICH)))
+    assert said in str(found.value)
+
+
+def test_a_pruned_model_may_bring_fewer_values(counted):
+    """The values that remain, the mask of all, and what they begin again from if it is sent."""
+    promised = replace(PROMISED, prune=Prune(share=0.1, target=0.5), holdout=0.2)
+    chooser = Chooser()
+    chooser.set_costs(segment_costs(MODEL, promised, 24, 0), 3, 2**33)
+    chooser.choose(
+        replace(PROFILE, memory_available_bytes=2**33), replace(WELCOME, plan=promised), 24
+    )
+    model, buffers = build(MODEL), [name for name, _ in build(MODEL).named_buffers()]
+    every = job_specs(promised, specs_of(model.tensors()), buffers, has_initial=True)
+    without = job_specs(promised, specs_of(model.tensors()), buffers)
+    for specs in (every, without):
+        fewer = tuple(
+            replace(s, shape=(s.shape[0] // 2,)) if s.role == "packed" else s for s in specs
+        )
+        assert check_rich(chooser, job(plan=promised, tensors=fewer), promised)
+    for role in ("packed", "mask"):
+        more = tuple(replace(s, shape=(s.shape[0] + 1,)) if s.role == role else s for s in without)
+        with pytest.raises(ShapeError, match=rf"{role}/\S+ is \(\d+,\) .* expected"):
+            check_rich(chooser, job(plan=promised, tensors=more), promised)
+    some = tuple(s for s in every if s.name != "initial/exits.0.2.bias")
+    with pytest.raises(ShapeError, match="tensors missing: initial/exits.0.2.bias"):
+        check_rich(chooser, job(plan=promised, tensors=some), promised)
+
+
+def test_welcomes_that_contradict_themselves():
+    with pytest.raises(ConfigError, match="correction needs sgd without momentum"):
+        check_welcome(replace(WELCOME, plan=replace(WHOLE, correction=True)), INSPECTED)
+    other = replace(MODEL, num_classes=4)
+    with pytest.raises(ConfigError, match="has models of num_classes 3 and of 4"):
+        check_welcome(replace(WELCOME, variants=(MODEL, other)), INSPECTED)
+    taught = replace(WHOLE, teacher=Teacher(model=replace(MODEL, input_shape=(64,)), weight=0.5))
+    with pytest.raises(ConfigError, match=r"has models of input_shape \(1, 8, 8\) and of \(64,\)"):
+        check_welcome(replace(WELCOME, plan=taught), INSPECTED)

@@ -9,7 +9,7 @@ import torch
 from msgspec.structs import replace
 from torch.utils.flop_counter import FlopCounterMode
 
-from edge_sdk.capacity import counting
+from edge_sdk.capacity import counting, moments
 from edge_sdk.capacity.costs import Moment, SegmentCost, examples_at_once, in_parts, recomputing
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.capacity.counting_apart import segment_costs_apart
@@ -145,11 +145,11 @@ def test_saved_bytes_equal_those_of_a_step_of_the_whole_batch(family, plan):
     spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=3)
     whole = saved_in_one_step(build(spec).ready("cpu"), spec, plan, batch=8)
     counted = by_segment(spec, replace(plan, batch_size=8), num_examples=100)[1, 3]
-    order = (counting.LAST, 2, 1)  # of the backward pass
-    expected = [counting._whole(whole, number) for number in order]
+    order = (moments.LAST, 2, 1)  # of the backward pass
+    expected = [moments._whole(whole, number) for number in order]
     assert [moment.at(8) for moment in counted.moments[:3]] == expected
     assert saved_bytes(counted) == max(expected)
-    again = [counting._again(whole, number) for number in order]
+    again = [moments._again(whole, number) for number in order]
     if counted.recompute_moments:
         assert [moment.at(8) for moment in counted.recompute_moments[:3]] == again
     else:
@@ -160,7 +160,7 @@ def test_saved_bytes_equal_those_of_a_step_of_the_whole_batch(family, plan):
 
 def saved_in_one_step(model, spec: ModelSpec, plan: Plan, batch: int) -> Counter[str]:
     x = moved(torch.randn(batch, *spec.input_shape), "cpu")
-    return counting._saved(counting.whole_step(model, plan), x)
+    return moments.saved(moments.whole_step(model, plan), x)
 
 
 def test_autograd_saves_what_a_layer_needs_by_hand():
@@ -181,7 +181,7 @@ def test_saved_bytes_of_lstm_are_near_those_of_the_whole_batch(shape, hidden):
     )
     whole = saved_in_one_step(build(spec), spec, PLAN, batch=32)
     counted = by_segment(spec, replace(PLAN, batch_size=32), num_examples=100)[1, 2]
-    at_once = max(counting._whole(whole, number) for number in (counting.LAST, 1))
+    at_once = max(moments._whole(whole, number) for number in (moments.LAST, 1))
     assert saved_bytes(counted) == pytest.approx(at_once, rel=0.05)
 
 
@@ -351,6 +351,6 @@ def test_the_most_at_once_by_hand():
     Where stages run again: 6 + 10 + 4, 3 + 20 + 15, 1 + 50 + 40."""
     sizes = Counter({"stages": 3, "all": 86, "input 1": 1, "input 2": 2, "input 3": 3})
     sizes.update({"1": 50, "2": 20, "0": 10, "widest 1": 40, "widest 2": 15, "widest 0": 4})
-    order = (counting.LAST, 2, 1)
-    assert [counting._whole(sizes, number) for number in order] == [90, 91, 96]
-    assert [counting._again(sizes, number) for number in order] == [20, 38, 91]
+    order = (moments.LAST, 2, 1)
+    assert [moments._whole(sizes, number) for number in order] == [90, 91, 96]
+    assert [moments._again(sizes, number) for number in order] == [20, 38, 91]

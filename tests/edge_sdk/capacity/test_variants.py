@@ -46,8 +46,9 @@ def test_a_variant_costs_what_its_whole_prefix_costs():
     (same,) = [c for c in segment_costs(MODEL, WHOLE, 24, 1000) if (c.first, c.last) == (1, 3)]
     model = build(MODEL)
     assert found.tensors == specs_of(model.tensors())
+    assert set(found.buffers) == {name for name, _ in model.named_buffers()}
     assert found.num_weights == sum(p.numel() for p in model.parameters())
-    assert replace(found, tensors=(), num_weights=0) == same
+    assert replace(found, tensors=(), buffers=()) == same
 
 
 def test_counting_ends_behind_the_first_that_does_not_fit():
