@@ -32,7 +32,7 @@ from pathlib import Path
 
 from edge_sdk.cli.flags import whole_flag
 from edge_sdk.errors import ConfigError, EdgeError
-from tools.experiments import figures, probes, tables
+from tools.experiments import figures, probes, tables, zoo
 from tools.experiments.grids import GRIDS, Grid, Setting
 from tools.tables import git, machine
 
@@ -86,10 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seeds", type=names, default=["0"], help="e.g. 0,1,2; default 0")
     add("--rounds", type=whole_flag(1, 10**6), help="instead of the grid's")
     add("--extra", default="", help="more flags for every run, as one string")
+    add("--quick", action="store_true", help="a small setting of the grid instead, in minutes")
     add("--dry-run", action="store_true", help="print the commands that are missing")
     run.set_defaults(run=run_grid)
     tables.add_commands(commands)
     figures.add_command(commands)
+    zoo.add_command(commands)
     probes.add_command(commands)
     args = parser.parse_args(argv)
     try:
@@ -141,9 +143,13 @@ def grid_cells(name: str, grid: Grid, args: argparse.Namespace) -> Iterator[Cell
     sources = KNOWN_SOURCES | dict(source_of(item) for item in args.data)
     labels = picked(args.only, grid.rows, "row", name)
     # dictionaries keep the grid's order in the error message
-    regimes = picked(args.regimes, dict.fromkeys(s.regime for s in grid.settings), "regime", name)
-    alphas = picked(args.alphas, dict.fromkeys(s.alpha for s in grid.settings), "alpha", name)
-    data = {setting.data for setting in grid.settings}
+    every = grid.quick if args.quick else grid.settings
+    if not every:
+        quick = [key for key, held in GRIDS.items() if held.quick]
+        raise ConfigError(f"grid {name} has no --quick setting; {', '.join(quick)} has")
+    regimes = picked(args.regimes, dict.fromkeys(s.regime for s in every), "regime", name)
+    alphas = picked(args.alphas, dict.fromkeys(s.alpha for s in every), "alpha", name)
+    data = {setting.data for setting in every}
     if lacking := sorted(data - set(sources)):
         hint = " ".join(f"--data {key}=SOURCE" for key in lacking)
         if len(lacking) == len(data):
@@ -151,7 +157,7 @@ def grid_cells(name: str, grid: Grid, args: argparse.Namespace) -> Iterator[Cell
         say(f"grid {name} runs without {', '.join(lacking)}; for it give {hint}")
     found = [
         setting
-        for setting in grid.settings
+        for setting in every
         if setting.data in sources and setting.regime in regimes and setting.alpha in alphas
     ]
     for seed, setting, label in itertools.product(args.seeds, found, labels):

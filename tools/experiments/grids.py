@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from coordinator.methods.registry import METHODS
+
 PLAIN = "--server-momentum 0 --server-lr 1"
 MOMENTUM = "--server-momentum 0.5 --server-lr 0.75"
 REGRESSION = "--generator update-regression --generate all"
@@ -32,9 +34,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Grid:
+    """quick: settings for a look at the whole grid in minutes, instead of the others."""
+
     about: str
     rows: Mapping[str, str]
     settings: tuple[Setting, ...]
+    quick: tuple[Setting, ...] = ()
 
 
 def settings(
@@ -109,7 +114,40 @@ def chosen(labels: str) -> dict[str, str]:
     return {label: ROWS[label] for label in labels.split()}
 
 
+# Small clients, and what each sets aside; where no flag tells, a method's own defaults count, of
+# its local optimizer too. All clients of a group have the memory of that group's prefix.
+SMALL = {
+    "even": "--clients 30 --groups 10,10,10 --participants 6",
+    "skew": "--clients 30 --groups 18,9,3 --participants 6",
+}
+ZOO = "--holdout 0.2 --eval-every 4 --eval-tail 5"
+ZOO_FASHION = f"--examples 4000 --test-examples 2000 --epochs 2 --batch-size 16 --rounds 40 {ZOO}"
+ZOO_CIFAR = (
+    "--model vgg --option channels=16,32,64,128 --examples 8000 --test-examples 2000 --epochs 2"
+    f" --batch-size 16 --rounds 40 {ZOO}"
+)
+ZOO_UNIMIB = f"--epochs 5 --batch-size 16 --rounds 60 {ZOO}"
+ZOO_DIGITS = "--holdout 0.2 --epochs 2 --batch-size 8 --rounds 6 --eval-every 2"
+QUICK = {"even": "--clients 12 --groups 4,4,4 --participants 6"}
+# Fine-tuned at the end: what a method of models for each client has to beat.
+TUNED = ("fedavg-s", "fedavg-l", "owners-mean", "hypemefed")
+ZOO_ROWS = {
+    name: f"--method {name}" + " --personalise 2" * (name in TUNED)
+    for name in METHODS
+    if name not in ("stale-copy", "stage-rotation")  # parts of hypemefed, in the grid `main`
+} | {"hypemefed-paper": "--method hypemefed --paper"}
+
 GRIDS = {
+    "zoo": Grid(
+        "every method at one memory of clients, for `tools.experiments zoo`",
+        ZOO_ROWS,
+        (
+            *settings("fashion", SMALL, ("0.5", "0.1"), ZOO_FASHION),
+            *settings("cifar", SMALL, ("0.5", "0.1"), ZOO_CIFAR),
+            *settings("unimib", SMALL, ("0.5", "0.1"), ZOO_UNIMIB),
+        ),
+        tuple(settings("digits", QUICK, ("0.5",), ZOO_DIGITS)),
+    ),
     "main": Grid(
         "every rule, Fashion-MNIST",
         ROWS,

@@ -14,7 +14,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -38,11 +38,14 @@ COSTS = {  # column of the table: column of the rows
 
 @dataclass(frozen=True)
 class Run:
-    """One result. cell: label, data, regime, alpha, seed; rounds: as Store.history gives them."""
+    """One result. cell: label, data, regime, alpha, seed; rounds: as Store.history gives them;
+    groups: costs of clients by their exit; tuned: accuracy after fine-tuning at every client."""
 
     cell: Mapping[str, Any]
     record: Mapping[str, Any]
     rounds: Sequence[Mapping[str, Any]]
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tuned: float | None = None
 
 
 def add_commands(commands: Any) -> None:
@@ -106,7 +109,9 @@ def read_runs(folder: Path) -> list[Run]:
             continue  # interrupted
         record, content = read_json(path), read_json(result)
         if record and content and content.get("rounds"):
-            runs.append(Run(record["cell"], record, content["rounds"]))
+            tuned = content.get("personalised", {}).get("groups", {}).get("all", {}).get("after")
+            groups = content.get("groups", {})
+            runs.append(Run(record["cell"], record, content["rounds"], groups, tuned))
     if not runs:
         raise DataError(
             f"{folder} holds no results; make some with `python -m tools.experiments run --out`"
