@@ -1,0 +1,71 @@
+"""Generated models learn: of clients with two classes each, on real digits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from coordinator.cohorts.base import Client
+from coordinator.methods.registry import make_config, make_method
+from edge_sdk.data.loading import load_dataset
+from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.training.trainer import train
+from tests.support.examples import client_update
+
+SPEC = ModelSpec(
+    family="mlp", input_shape=(1, 8, 8), num_classes=10, exit=2, options={"widths": (16, 16)}
+)
+NETWORK = {"hyper_hidden": 32, "embedding": 16, "chunk": 256}
+OWN = {
+    "mh-pfedhn": NETWORK | {"hyper_lr": 1e-2},
+    "mh-pfedhngd": NETWORK | {"hyper_lr": 3e-3},
+    "pfedhn": {"hyper_hidden": 16, "hyper_lr": 0.1},
+}
+ROUNDS = 10
+
+
+@pytest.fixture(scope="module")
+def shards():
+    """Four clients of two classes each, by their ids; 40 examples of each class."""
+    data = load_dataset("digits", 0, 400, None).train
+    pairs = [(0, 1), (2, 3), (4, 5), (1, 2)]
+    return {
+        f"client-{n}": data.take(np.flatnonzero(np.isin(data.y, pair)))
+        for n, pair in enumerate(pairs)
+    }
+
+
+def cohort_of(shards):
+    """Of two sizes, by turns."""
+    return [Client(id=name, exit=1 + n % 2, variant=1 + n % 2) for n, name in enumerate(shards)]
+
+
+def play(method, cohort, shards, kept, number):
+    """A round; the share of all held-out examples that the models, as they were sent, answer
+    right. kept: what each client keeps."""
+    updates, correct, asked = [], 0, 0
+    for who in cohort:
+        job = method.assign(who, number)
+        result = train(
+            job.model, job.plan, dict(job.tensors), shards[who.id], state=kept.get(who.id)
+        )
+        kept[who.id] = result.state
+        correct += result.holdout.num_correct
+        asked += result.holdout.num_examples
+        updates.append(
+            client_update(who, result.tensors, job.plan.segments, num_examples=result.num_examples)
+        )
+    method.aggregate(number, updates)
+    return correct / asked
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_personal_models_beat_local_chance(shards, name):
+    """A client's larger class is half of what it has; without its data a tenth is chance."""
+    method = make_method(
+        make_config(name, SPEC, rounds=ROUNDS, batch_size=8, own=OWN[name], seed=1)
+    )
+    cohort, kept = cohort_of(shards), {}
+    accuracy = [play(method, cohort, shards, kept, n) for n in range(1, ROUNDS + 1)]
+    assert accuracy[0] < 0.3
+    assert accuracy[-1] > 0.7
