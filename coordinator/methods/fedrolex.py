@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method
-from coordinator.methods.heterofl import ON_DEVICE, WidthOptions
+from coordinator.methods.heterofl import LEVELS, ON_DEVICE, WidthOptions
 from coordinator.methods.registry import TorchDevice, register_method
 from coordinator.methods.width import WITHOUT, WidthAveraging, variants_of
 
-PAPER = {
+PAPER = LEVELS | {
     "optimizer": "sgd",
     "lr": 2e-4,
     "momentum": 0.9,

@@ -11,7 +11,8 @@ model before it evaluates; here, where data stays with the clients, each client'
 own, with what it trained, and they are averaged like weights. Loss: that of all exits together, so
 that the exits can be compared; --exit-weights 0,0,1 is the last alone. Weights: by examples, the
 published code counts clients alike (--weighting equal, as --paper does). A client has the width
-that it holds; widths drawn anew each round are not offered. A layer's channels are rounded up once.
+that it holds; widths drawn anew each round are not offered. The default widths lie closer together
+where most devices are: the memory of activations falls with the width, not with its square.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from coordinator.methods.width import WITHOUT, PlanRule, WidthAveraging, variant
 from edge_sdk.protocol.messages import ModelSpec, Plan
 
 Width = Annotated[float, Meta(gt=0, le=1)]
-PAPER = {
+LEVELS = {"own.widths": (0.0625, 0.125, 0.25, 0.5, 1.0)}  # of both publications
+PAPER = LEVELS | {
     "optimizer": "sgd",
     "lr": 0.1,
     "momentum": 0.9,
@@ -47,7 +49,7 @@ class WidthOptions(Options, frozen=True, kw_only=True):
         tuple[Width, ...],
         Meta(min_length=1, max_length=100),
         flag("shares of the channels, of the models that devices choose among"),
-    ] = (0.0625, 0.125, 0.25, 0.5, 1.0)
+    ] = (0.125, 0.25, 0.5, 0.75, 1.0)
     static_norm: Annotated[
         bool, flag("BatchNorm by the batch in training, its statistics by a pass at the end")
     ] = True

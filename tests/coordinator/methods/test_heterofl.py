@@ -58,11 +58,30 @@ def test_worked_example():
     assert found["exits.0.bias"].tolist() == [4, 4, 4]
 
 
+def test_one_width_and_plain_settings_are_fedavg():
+    """Of clients that train in earnest, the same seeds: the same bytes."""
+    off = {"static_norm": False, "mask_absent": False, "scaler": False, "clip_norm": 0.0}
+    model = config("heterofl").model
+    results = []
+    for name, own in (("heterofl", {"widths": (1.0,)} | off), ("fedavg-l", UNSET)):
+        method = method_of(name, model, own)
+        cohort = [client_of(each, 1, 3) for each in "ab"]
+        for number in (1, 2):
+            updates = [
+                train_here(who, method.assign(who, number), examples(9, seed=seed), "cpu")
+                for seed, who in enumerate(cohort)
+            ]
+            method.aggregate(number, updates)
+        results.append(method.current())
+    for name, tensor in results[0].items():
+        assert torch.allclose(tensor, results[1][name], atol=1e-6), name
+
+
 def test_bytes_of_a_job_are_those_of_the_narrow_model():
     method = method_of(model=config("heterofl").model)
     for place, model in enumerate(method.offer().variants, 1):
         down = method.assign(client_of("a", place, 3), 1).tensors
-        assert model.width == (0.0625, 0.125, 0.25, 0.5, 1.0)[place - 1]
+        assert model.width == (0.125, 0.25, 0.5, 0.75, 1.0)[place - 1]
         want = {name: tensor.shape for name, tensor in build(model).tensors().items()}
         assert {name: tensor.shape for name, tensor in down.items()} == want
         assert all(tensor.is_contiguous() for tensor in down.values())
@@ -188,6 +207,7 @@ def test_what_compares_whole_tensors_is_refused(changes):
 def test_settings_of_the_paper():
     assert defaults_of("heterofl", is_paper=True) == PAPER
     assert (PAPER["lr"], PAPER["momentum"], PAPER["weighting"]) == (0.1, 0.9, "equal")
+    assert PAPER["own.widths"] == (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 
 
 def test_coverage_tells_what_share_of_the_model_anybody_held():
