@@ -79,6 +79,18 @@ def test_the_documents_have_a_row_for_each():
     assert set(first_cells(PAGE.read_text(), "Adding one more")) == set(KINDS)
 
 
+def test_the_page_has_a_paragraph_and_the_costs_of_each_method():
+    text = METHODS_PAGE.read_text()
+    costs, each = (text.split(f"\n## {title}\n")[1] for title in ("What they cost", "Each method"))
+    rows = "".join(
+        line.split("|")[1] for line in costs.split("\n## ")[0].splitlines() if "|" in line
+    )
+    paragraphs = "".join(re.findall(r"^\*\*.*?\*\*", each.split("\n## ")[0], re.M | re.S))
+    for name in METHODS:
+        assert f"`{name}`" in rows, "what it costs"
+        assert f"`{name}`" in paragraphs, "when to take it"
+
+
 def test_the_table_of_families_has_their_options():
     below = METHODS_PAGE.read_text().split("\n## Models\n")[1]
     for name in FAMILIES:

@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "edge-coordinator": (
         "emulate",
         "serve",
+        "methods",
         "keys",
         "clients",
         "invite",
