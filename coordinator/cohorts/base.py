@@ -178,6 +178,15 @@ class Cohort(Protocol):
 
 
 @runtime_checkable
+class KeepsState(Protocol):
+    """A cohort that keeps for its clients what real devices keep themselves between rounds."""
+
+    def accept(self, round: int, client_ids: Iterable[str]) -> None:
+        """The round is committed with the updates of these clients: what they keep of it counts.
+        May be said again. Raises StoreError."""
+
+
+@runtime_checkable
 class Fleet(Cohort, Protocol):
     """A cohort of real devices, which may be at work beyond the end of a round and over a restart
     of the coordinator: it knows of each, and is asked."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from msgspec.structs import replace
@@ -23,9 +25,12 @@ from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.protocol.messages import Update
 from edge_sdk.protocol.stream import layout
 from edge_sdk.protocol.tensor_lists import check_specs
-from edge_sdk.protocol.tensors import check_finite, specs_of
+from edge_sdk.protocol.tensors import Tensors, check_finite, specs_of
+from edge_sdk.training.client_state import ClientState
 from edge_sdk.training.trainer import TrainResult, train
 
+RUN = "emulated"  # a run's folder has no other's states
+Kept: TypeAlias = tuple[int, Tensors]  # the round of a client's state, 0: none, and its tensors
 MOST_TRIES = 3  # of a round without updates, where nothing changes by waiting
 
 
@@ -33,7 +38,9 @@ class InProcessCohort:
     """Clients as shards in this process; a failing client is an Absence, as over the network.
 
     holders: who can hold any deeper stage over a frozen prefix; None: everybody. variants: of each
-    client that takes part, among those that the method offers; None: it offers none."""
+    client that takes part, among those that the method offers; None: it offers none. states: the
+    folder in which each client has one for what it keeps between rounds (client_state.py); None: it
+    is kept in memory."""
 
     def __init__(
         self,
@@ -43,8 +50,13 @@ class InProcessCohort:
         device: str | torch.device = "cpu",
         holders: Collection[str] | None = None,
         variants: Mapping[str, Variant] | None = None,
+        states: Path | None = None,
     ) -> None:
         self.shards = shards
+        # A kill of this process harms no state; after a loss of power one is damaged, and said so.
+        self.states = {
+            name: ClientState(states and states / name, is_synced=False) for name in shards
+        }
         self._device = device
         self._clients = []
         for name, shard in sorted(shards.items()):
@@ -78,20 +90,60 @@ class InProcessCohort:
         """deadline_s is not applied: one process trains for all, its clock says nothing."""
         by_id = {client.id: client for client in self._clients}
         for client_id, job in work.items():
-            yield train_here(by_id[client_id], job, self.shards[client_id], self._device)
+            kept = self.kept(client_id, job, round)
+            shard = self.shards[client_id]
+            yield self.keep(round, *train_from(by_id[client_id], job, shard, self._device, kept))
+
+    def kept(self, client_id: str, job: Assignment, round: int) -> Kept:
+        """What a client's job begins from, beside what it brings."""
+        return self.states[client_id].load(RUN, round) if job.plan.keeps_state else (0, {})
+
+    def keep(
+        self, round: int, result: ClientUpdate | Absence, state: Tensors
+    ) -> ClientUpdate | Absence:
+        """The result, once the state that goes with it lies with the client; an Absence where that
+        cannot be."""
+        try:
+            if state:
+                self.states[result.client.id].save(RUN, round, state)
+        except EdgeError as error:
+            return Absence(result.client, result.segments, "failed", error.code, str(error))
+        return result
+
+    def accept(self, round: int, client_ids: Iterable[str]) -> None:
+        for client_id in client_ids:
+            if client_id in self.states:
+                self.states[client_id].accept(RUN, round)
 
 
 def train_here(
     client: Client, job: Assignment, shard: Examples, device: str | torch.device
 ) -> ClientUpdate | Absence:
-    """Train one job in this process; its result is checked as one from the network."""
+    """Train one job in this process, of a client that has kept nothing."""
+    return train_from(client, job, shard, device, (0, {}))[0]
+
+
+def train_from(
+    client: Client, job: Assignment, shard: Examples, device: str | torch.device, kept: Kept
+) -> tuple[ClientUpdate | Absence, Tensors]:
+    """Train one job in this process from what its client has kept; the result, checked as one from
+    the network, and what the client keeps if it counts."""
+    state_round, state = kept
     try:
         with memory_errors(f"training for {client.id}"):
-            result = train(job.model, job.plan, job.tensors, shard, device=device)
+            result = train(
+                job.model,
+                job.plan,
+                job.tensors,
+                shard,
+                state=state,
+                state_round=state_round,
+                device=device,
+            )
         check_specs(specs_of(result.tensors), job.returns, f"update from {client.id}")
         check_finite(result.tensors, f"update from {client.id}")
     except EdgeError as error:
-        return Absence(client, job.plan.segments, "failed", error.code, str(error))
+        return Absence(client, job.plan.segments, "failed", error.code, str(error)), {}
     arrived = ArrivedUpdate(
         update=as_update(result, job),
         segments=job.plan.segments,
@@ -99,7 +151,7 @@ def train_here(
         bytes_down=layout(specs_of(job.tensors))[1],
         bytes_up=layout(specs_of(result.tensors))[1],
     )
-    return ClientUpdate(client, arrived, result.tensors)
+    return ClientUpdate(client, arrived, result.tensors), result.state
 
 
 def as_update(result: TrainResult, job: Assignment) -> Update:

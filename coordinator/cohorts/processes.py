@@ -5,19 +5,21 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
-from coordinator.cohorts.in_process import InProcessCohort, train_here
+from coordinator.cohorts.in_process import InProcessCohort, train_from
 from edge_sdk.data.loading import Examples
 from edge_sdk.errors import TrainerError
 from edge_sdk.helpers.imports import import_module
+from edge_sdk.protocol.tensors import Tensors
 
 _shards: dict[str, Examples] = {}  # of a worker process, set once when it starts
 
@@ -44,6 +46,9 @@ class ProcessCohort:
     def clients(self) -> Sequence[Client]:
         return self._inner.clients()
 
+    def accept(self, round: int, client_ids: Iterable[str]) -> None:
+        self._inner.accept(round, client_ids)
+
     def rest(self, tries: int) -> bool:
         return self._inner.rest(tries)
 
@@ -53,14 +58,18 @@ class ProcessCohort:
         """As InProcessCohort.train. Raises TrainerError if a worker process died."""
         by_id = {client.id: client for client in self.clients()}
         waiting = deque(work.items())
-        running: deque[Future[ClientUpdate | Absence]] = deque()
+        running: deque[Future[tuple[ClientUpdate | Absence, Any]]] = deque()
         try:
             while waiting or running:
                 while waiting and len(running) < 2 * self._processes:
                     client_id, job = waiting.popleft()
-                    running.append(self._submit(by_id[client_id], _as_arrays(job)))
-                result = running.popleft().result()
-                yield _as_tensors(result) if isinstance(result, ClientUpdate) else result
+                    state_round, state = self._inner.kept(client_id, job, round)
+                    kept = state_round, _arrays(state)
+                    running.append(self._submit(by_id[client_id], _as_arrays(job), kept))
+                result, state = running.popleft().result()
+                if isinstance(result, ClientUpdate):
+                    result = _as_tensors(result)
+                yield self._inner.keep(round, result, _tensors(state))
         except BrokenProcessPool as error:
             raise TrainerError(
                 f"round {round}: an emulating process died, out of memory? Use fewer --processes"
@@ -69,12 +78,14 @@ class ProcessCohort:
             for future in running:
                 future.cancel()
 
-    def _submit(self, client: Client, job: Assignment) -> Future[ClientUpdate | Absence]:
+    def _submit(
+        self, client: Client, job: Assignment, kept: tuple[int, Any]
+    ) -> Future[tuple[ClientUpdate | Absence, Any]]:
         """A worker that this starts inherits the mask: Ctrl-C goes to the whole process group, but
         it is for this process to stop, after the round."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            return self._pool.submit(_train, client, job)
+            return self._pool.submit(_train, client, job, kept)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -97,16 +108,26 @@ def _start(shards: dict[str, Examples], imports: Sequence[str], threads: int) ->
     _shards.update(shards)
 
 
-def _train(client: Client, job: Assignment) -> ClientUpdate | Absence:
-    result = train_here(client, _as_tensors(job), _shards[client.id], "cpu")
-    return _as_arrays(result) if isinstance(result, ClientUpdate) else result
+def _train(
+    client: Client, job: Assignment, kept: tuple[int, Any]
+) -> tuple[ClientUpdate | Absence, Any]:
+    from_state = kept[0], _tensors(kept[1])
+    result, state = train_from(client, _as_tensors(job), _shards[client.id], "cpu", from_state)
+    return _as_arrays(result) if isinstance(result, ClientUpdate) else result, _arrays(state)
 
 
 def _as_arrays(message: Assignment | ClientUpdate):  # type: ignore[no-untyped-def]
     """The same with numpy arrays: torch would hand every tensor over by a file descriptor."""
-    return replace(message, tensors={n: t.numpy() for n, t in message.tensors.items()})  # type: ignore[misc]
+    return replace(message, tensors=_arrays(message.tensors))
 
 
 def _as_tensors(message: Assignment | ClientUpdate):  # type: ignore[no-untyped-def]
-    tensors = {n: torch.from_numpy(array) for n, array in message.tensors.items()}
-    return replace(message, tensors=tensors)
+    return replace(message, tensors=_tensors(message.tensors))
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def _tensors(arrays: Mapping[str, Any]) -> Tensors:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -52,6 +53,7 @@ from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.training.devices import pick_device
 
 log = logging.getLogger(__name__)
+STATES = "clients"  # of a run's folder: what its emulated clients keep between rounds
 HOLDOUT = 0.2  # as in the paper
 
 
@@ -116,6 +118,9 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         check_init(config.init, method)
     clients = emulated_clients(population, config, train)
     with ExitStack() as stack:
+        folder = settings.folder
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         cohort = stack.enter_context(
             emulated_cohort(
                 population,
@@ -125,13 +130,13 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
                 processes=settings.processes,
                 imports=settings.imports,
                 offer=method.offer(),
+                states=folder / STATES,
             )
         )
-        folder = settings.folder
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         stopping = stack.enter_context(stop_signals())
         store = open_store(folder, config, "emulate", settings.is_resumed)
+        if not settings.is_resumed:  # a run that was here before may have left some
+            shutil.rmtree(folder / STATES, ignore_errors=True)
         stack.callback(store.close)
         store.is_temporary = settings.folder is None
         stack.enter_context(errors_in_json(store, method.offer(), population, settings.out))
@@ -202,9 +207,10 @@ def emulated_cohort(
     processes: int = 1,
     imports: Sequence[str] = (),
     offer: Offer | None = None,
+    states: Path | None = None,
 ) -> Iterator[InProcessCohort | ProcessCohort]:
     """The clients as a cohort, trained here or in `processes`. offer: of the run's method; None:
-    one without variants."""
+    one without variants. states: see InProcessCohort."""
     shards = {client.id: client.shard for client in clients}
     exits = {client.id: client.exit for client in clients}
     holders = choose_holders(exits, population.holders, config.seed)
@@ -212,7 +218,7 @@ def emulated_cohort(
     if offer and offer.variants:
         plain = config.plan(config.rounds)
         variants = chosen_variants(offer, config.model, plain, exits, population.variants)
-    here = InProcessCohort(shards, exits, config.model.exit, device, holders, variants)
+    here = InProcessCohort(shards, exits, config.model.exit, device, holders, variants, states)
     if processes == 1:
         yield here
         return

@@ -13,7 +13,7 @@ import torch
 
 from coordinator.aggregation.border import Border
 from coordinator.aggregation.staleness import rebase_late_updates
-from coordinator.cohorts.base import Absence, ClientUpdate, Cohort
+from coordinator.cohorts.base import Absence, ClientUpdate, Cohort, KeepsState
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method, Metrics
 from coordinator.runs.asking import Asking
@@ -78,6 +78,8 @@ def run_rounds(
     before = method.state_dict() if store.next_round() == 1 else None
     while (round := store.next_round()) <= config.rounds and not should_stop():
         phase("waiting for devices", round)
+        if isinstance(cohort, KeepsState):  # said before the round, as one may have been killed
+            cohort.accept(round - 1, store.counted(round - 1))  # between its commit and this
         asking = Asking(store, method, cohort, border, round)  # draws who takes part; may wait
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
         phase("round open", round)

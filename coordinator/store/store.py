@@ -32,7 +32,11 @@ from coordinator.store.database import DATABASE, connect_to_read, connect_to_wri
 from coordinator.store.lock import RunLock
 from coordinator.store.round_journal import RoundJournal
 from coordinator.store.tables import (
+    COUNTED,
+    COUNTS,
     SCHEMA,
+    SECONDS,
+    TRAINED,
     VERSION,
     RoundTotals,
     client_row,
@@ -50,7 +54,6 @@ log = logging.getLogger(__name__)
 KEPT_CHECKPOINTS = 2
 BEGUN = "begun.json"
 SPOOL = "spool"
-SECONDS = "SELECT phase, SUM(COALESCE(cpu_s, wall_s)) FROM phases WHERE round = ? GROUP BY phase"
 
 
 class Store:
@@ -215,9 +218,7 @@ class Store:
 
     def trained(self) -> list[tuple[int, int, str, int]]:
         """Of every update that counts: round, the client's exit, segments ("1-1,3-3"), examples."""
-        return self._read(
-            "SELECT round, exit, segments, num_examples FROM participations WHERE outcome = 'ok'"
-        )
+        return self._read(TRAINED)
 
     def failures(self) -> list[failures.Failures]:
         """Why participants returned nothing, by round and kind; of the round in progress too."""
@@ -244,6 +245,10 @@ class Store:
         return bool(
             self._read("SELECT 1 FROM participations JOIN rounds USING (round) WHERE job = ?", job)
         )
+
+    def counted(self, round: int) -> list[str]:
+        """The clients with an update of this round that counts in it."""
+        return [name for (name,) in self._read(COUNTED, round)]
 
     def record_clients(self, clients: Iterable[Client]) -> None:
         """Record what is known of each client now, for the next commit."""
@@ -341,12 +346,7 @@ class Store:
             self._lock = None
 
     def _totals(self, round: int, wall_s: float) -> RoundTotals:
-        (row,) = self._read(
-            "SELECT TOTAL(outcome = 'ok' AND NOT staleness), TOTAL(outcome = 'straggler'),"
-            " TOTAL(outcome = 'failed'), TOTAL(retries), TOTAL(bytes_down), TOTAL(bytes_up),"
-            " TOTAL(outcome = 'ok' AND staleness) FROM participations WHERE round = ?",
-            round,
-        )
+        (row,) = self._read(COUNTS, round)
         return RoundTotals(wall_s, self._journal.count(round), *(int(value) for value in row))
 
     def _record_update(self, round: int, update: ClientUpdate) -> None:

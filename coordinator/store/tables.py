@@ -40,6 +40,19 @@ CREATE TABLE metrics (round INTEGER, name TEXT, value REAL, PRIMARY KEY (round, 
 """
 
 
+# Of a round seconds by phase, the counts of RoundTotals behind `chosen`, and whose updates count.
+SECONDS = "SELECT phase, SUM(COALESCE(cpu_s, wall_s)) FROM phases WHERE round = ? GROUP BY phase"
+COUNTS = (
+    "SELECT TOTAL(outcome = 'ok' AND NOT staleness), TOTAL(outcome = 'straggler'),"
+    " TOTAL(outcome = 'failed'), TOTAL(retries), TOTAL(bytes_down), TOTAL(bytes_up),"
+    " TOTAL(outcome = 'ok' AND staleness) FROM participations WHERE round = ?"
+)
+TRAINED = "SELECT round, exit, segments, num_examples FROM participations WHERE outcome = 'ok'"
+COUNTED = (
+    "SELECT client_id FROM participations WHERE round = ? AND outcome = 'ok' AND NOT staleness"
+)
+
+
 @dataclass(frozen=True)
 class RoundTotals:
     """A round in numbers, by the names of the table `rounds`. returned: participants of this round;

@@ -72,15 +72,15 @@ class ClientState:
         """The round and tensors of the newest accepted state of a round before that; (0, {}) if
         there is none, or it is damaged, which is told in one line. The caller may empty what it
         gets, but writes into no tensor."""
-        newest = max((n for n in self._accepted(run) if n < before_round), default=0)
-        if not newest:
-            return 0, {}
         try:
+            newest = max((n for n in self._accepted(run) if n < before_round), default=0)
+            if not newest:
+                return 0, {}
             with memory_errors("while reading what this client keeps"):
                 return newest, self._shelf.take(Place(mark_of(run), newest))
         except (OSError, ValueError, msgspec.MsgspecError, EdgeError) as error:
-            said = "what this client keeps of round %d cannot be used, so it begins without: %s"
-            log.warning(said, newest, one_line(str(error)))
+            said = "what this client keeps cannot be used in round %d, which begins without: %s"
+            log.warning(said, before_round, one_line(str(error)))
             return 0, {}
 
     def save(self, run: str, round: int, tensors: Tensors, job: str = "") -> None:

@@ -201,7 +201,7 @@ class TrainerLoop:
             augment=self._augment,
         )
         process_memory.trim()
-        if keeps_state:
+        if result.state:
             self._state.save(self._run, job.round, result.state, job.id)
         self._sender = Sender(result.tensors)
         idle = max(0, process_memory.library_bytes() - self._library_bytes)

@@ -152,7 +152,7 @@ def test_damage_is_told_in_one_line_and_nothing_is_begun_from(tmp_path, caplog, 
     harm(path)
     assert kept(state, 5) == (0, None)
     (line,) = caplog.messages
-    assert "cannot be used, so it begins without" in line
+    assert "cannot be used in round 5, which begins without" in line
     state.save("run", 5, values(5), B)  # and it goes on
     state.accept("run", 5, B)
     assert kept(state, 6) == (5, 5.0)
