@@ -1,7 +1,11 @@
 """A teacher that comes with the job (MH-pFedHNGD): a second model, which answers every batch as it
-came, in evaluation mode. The loss becomes (1 - weight) times the labels' plus weight T^2
-KL(softmax(t / T) || softmax(s / T)), t the logits of the teacher's last exit, s of the segment's,
-averaged over the batch (Hinton et al. 2015).
+came, in evaluation mode but for its norms. The loss becomes (1 - weight) times the labels' plus
+weight T^2 KL(softmax(t / T) || softmax(s / T)), t the logits of the teacher's last exit, s of the
+segment's, averaged over the batch (Hinton et al. 2015).
+
+Its norms take the statistics of the batch: those that come with it are a mean over clients, made by
+other weights than the hypernetwork then generates. The published model has no norms. With them, on
+digits of two classes a client, evaluation mode ended at 26 % instead of 89 % in 14 rounds.
 
 is_trained: before that a copy of the teacher is trained on the labels alone, by the plan's steps
 without its other terms, and goes back. What teaches is not that copy. It is trained first and not
@@ -14,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
 
 from edge_sdk.models import StagedModel, build, family_code
 from edge_sdk.protocol.messages import Plan, Segment
@@ -35,6 +40,9 @@ class Taught(Term):
         self._teacher = build(self._asked.model)
         self._teacher.load(with_prefix(tensors, ROLE))
         self._teacher.ready(self._context.device).eval().requires_grad_(False)
+        for layer in self._teacher.modules():
+            if isinstance(layer, _NormBase):
+                layer.train()  # by the batch; what it keeps of it is not looked at
         return {name: t for name, t in tensors.items() if not name.startswith(ROLE)}
 
     def begin_(self, trained: Trained) -> None:

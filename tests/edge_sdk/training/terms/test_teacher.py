@@ -24,24 +24,27 @@ BROUGHT = {f"teacher/{name}": tensor for name, tensor in initial_tensors(LIGHT, 
 
 
 def test_the_loss_by_hand():
-    """The teacher of two_exits says (ln 3 f0, 0) of f = (f0, f1): of (2, 0) at T = 2 (3, 1) / 4.
-    Answers 0, 0 are (1, 1) / 2, from which that is 3/4 ln 3/2 + 1/4 ln 1/2 away."""
+    """The teacher of two_exits says (ln 3 f0, 0), f0 = ReLU of 2 times its input in units of the
+    batch: of inputs 1 and 3, which lie 1 beside their mean, f0 is 0 and 2. At T = 2 that is
+    (1, 1) / 2 and (3, 1) / 4; answers 0, 0 are (1, 1) / 2, from the second 3/4 ln 3/2 + 1/4 ln 1/2
+    away. The running statistics that came play no part."""
     spec, tensors = two_exits()
-    model = replace(spec, exit=1)
-    held = {
-        f"teacher/{n}": t for n, t in tensors.items() if n.startswith(("stages.0.", "exits.0."))
-    }
-    told = Teacher(model=model, weight=0.25, temperature=2.0)
+    first = {n: t for n, t in tensors.items() if n.startswith(("stages.0.", "exits.0."))}
+    first |= {"stages.0.2.weight": torch.full((2,), 2.0)}
+    first |= {"stages.0.2.running_mean": torch.full((2,), 1e3)}
+    held = {f"teacher/{name}": tensor for name, tensor in first.items()}
+    told = Teacher(model=replace(spec, exit=1), weight=0.25, temperature=2.0)
     term = Taught(context(teacher=told))
     assert term.received(held | {"w": torch.zeros(1)}).keys() == {"w"}
-    x, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
-    logits = torch.zeros(1, 2, requires_grad=True)
-    loss = term.loss(torch.tensor(8.0), Batch(x, [torch.ones(1, 2), logits], labels))
-    apart = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert loss.item() == pytest.approx(0.75 * 8 + 0.25 * 4 * apart, abs=1e-5)
+    x, labels = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 0])
+    logits = torch.zeros(2, 2, requires_grad=True)
+    loss = term.loss(torch.tensor(8.0), Batch(x, [torch.ones(2, 2), logits], labels))
+    apart = (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2
+    assert loss.item() == pytest.approx(0.75 * 8 + 0.25 * 4 * apart, abs=1e-4)
     loss.backward()
-    # of T^2 KL by z: T (q - p) = 2 (1/2 - 3/4)
-    assert logits.grad[0].tolist() == pytest.approx([-0.125, 0.125], abs=1e-5)
+    # of T^2 KL by z, the mean of two: T (p - q) / 2 = 2 (1/2 - 3/4) / 2
+    assert logits.grad[0].tolist() == pytest.approx([0.0, 0.0], abs=1e-4)
+    assert logits.grad[1].tolist() == pytest.approx([-0.0625, 0.0625], abs=1e-4)
     assert all(p.grad is None for p in term._teacher.parameters()), "P9: it has no backward pass"
 
 
