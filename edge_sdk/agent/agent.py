@@ -61,7 +61,8 @@ class Agent:
         self._state = State()
         self._tell = EventLog(log, options.on_event)
         senses, trainer = Senses(options), self._trainer
-        self._choosing = Choosing(self._state, senses, trainer, link, self._tell)
+        own = options.own_model
+        self._choosing = Choosing(self._state, senses, trainer, link, self._tell, own)
         self._is_stopping = False
         self._last_words = "device stopped"
 

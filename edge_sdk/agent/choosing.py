@@ -7,6 +7,7 @@ from edge_sdk.agent import events
 from edge_sdk.agent.events import EventLog
 from edge_sdk.agent.job_checks import check_welcome, checked_job
 from edge_sdk.agent.options import Senses
+from edge_sdk.agent.own_model import OwnModel, check_own_model, models_to_choose
 from edge_sdk.agent.pipe import Estimate, Estimated
 from edge_sdk.agent.state import State
 from edge_sdk.agent.trainer_process import Supervisor
@@ -20,12 +21,20 @@ COUNTED = ("model", "variants", "plan")  # of a welcome: what costs are counted 
 
 
 class Choosing:
-    """The choice of one agent. chooser: that of the run's model and plan."""
+    """The choice of one agent. chooser: that of the run's model and plan. own: the device's own
+    model, if it has one."""
 
     def __init__(
-        self, state: State, senses: Senses, trainer: Supervisor, link: Link, tell: EventLog
+        self,
+        state: State,
+        senses: Senses,
+        trainer: Supervisor,
+        link: Link,
+        tell: EventLog,
+        own: OwnModel | None = None,
     ) -> None:
         self.chooser = Chooser()
+        self._own = own
         self._state, self._senses, self._trainer = state, senses, trainer
         self._link, self._tell_event = link, tell
         self._is_counting = self._is_recount_due = False
@@ -39,7 +48,8 @@ class Choosing:
         Whether the choice stands; else it is to be counted anew."""
         stands = before and all(getattr(before, f) == getattr(welcome, f) for f in COUNTED)
         if not stands:
-            self.chooser = Chooser(welcome.variants)
+            variants = models_to_choose(welcome, self._own)
+            self.chooser = Chooser(variants, is_own=self._own is not None)
             self.chooser.excuse = self._rest
         return bool(stands)
 
@@ -49,6 +59,7 @@ class Choosing:
         assert self._state.inspected is not None
         try:
             check_welcome(welcome, self._state.inspected)
+            check_own_model(welcome, self._own)
         except EdgeError as error:
             self._take_costs((), welcome, str(error))
             return
@@ -60,8 +71,9 @@ class Choosing:
             return
         self._is_counting = True
         available = self.profile().memory_available_bytes
-        asked = {field: getattr(welcome, field) for field in COUNTED}
-        self._trainer.send(Estimate(**asked, memory_bytes=available))
+        model, plan, variants = welcome.model, welcome.plan, self.chooser.variants
+        asked = Estimate(model=model, plan=plan, variants=variants, memory_bytes=available)
+        self._trainer.send(asked)
 
     def on_estimated(self, estimated: Estimated) -> None:
         welcome = self._state.last_welcome

@@ -3,7 +3,8 @@ a job that is not what the welcome and its own costs were about.
 
 A device plans for the model and plan of `welcome`. A job may ask for a part of that: a cut of the
 model at a shallower exit, or one of the welcome's variants that is no larger than the chosen one,
-fewer epochs, another seed or learning rate; never for more."""
+fewer epochs, another seed or learning rate; never for more. Where the device trains a model of its
+own, that stands for the job's, which the coordinator cannot name."""
 
 from __future__ import annotations
 
@@ -62,6 +63,8 @@ def checked_job(job: Job, welcome: Welcome, chooser: Chooser) -> Job:
     """The job as it is trained here: its model cut at its deepest stage, its plan with the levers
     that make it fit. Raises CapacityError for more than the device said it can train, ConfigError
     for another model or plan than the welcome's, ShapeError for other tensors than they need."""
+    if chooser.is_own:
+        job = replace(job, model=chooser.variants[0])
     variant = chooser.variant_of(job.model)
     if refused := chooser.refusal(job.plan.segments, variant):
         raise CapacityError(refused)

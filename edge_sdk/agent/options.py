@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from edge_sdk.agent.events import Event
+from edge_sdk.agent.own_model import OwnModel
 from edge_sdk.agent.pipe import Inspected, TrainerOptions
 from edge_sdk.hardware.conditions import FULL, Allowance, Conditions, allowed, slowed
 from edge_sdk.protocol.messages import DeviceProfile
@@ -26,6 +27,7 @@ class AgentOptions:
     is_once: bool = False  # end when the coordinator's run ends
     notify_socket: str = ""  # systemd's NOTIFY_SOCKET
     on_event: Callable[[Event], object] | None = None  # called in run()'s thread
+    own_model: OwnModel | None = None
     search_path: tuple[str, ...] = ()  # where the trainer finds modules; (): as python does
 
 

@@ -16,10 +16,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from edge_sdk.agent.own_model import OwnModel
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers import toml
 from edge_sdk.helpers.files import mode_of, read_user_text, why_not, write_whole
-from edge_sdk.helpers.text import checked_endpoint, parse_size
+from edge_sdk.helpers.text import checked_endpoint, parse_option, parse_size
 from edge_sdk.protocol.fields import CLIENT_NAME, CLIENT_NAME_IN_WORDS, CURVE_KEY
 
 DEFAULT_CONFIG = Path("/etc/edge-sdk/config.toml")
@@ -37,6 +38,9 @@ EXPECTED = {
     "ignore_conditions": "true or false",
     "import": 'a list of module names such as ["my_models"]',
     "augment": 'a function as MODULE:FUNCTION, e.g. "my_transforms:flip"',
+    "model": 'a family of models, e.g. "cnn"',
+    "exits": "a number from 1 to 100",
+    "option": 'a list of KEY=VALUE such as ["channels=16,32"]',
 }
 Name = Annotated[str, Meta(min_length=1)]
 MODULE = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
@@ -60,6 +64,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ignore_conditions: bool | None = None
     imports: tuple[Module, ...] | None = msgspec.field(default=None, name="import")
     augment: Annotated[str, Meta(pattern=FUNCTION)] | None = None
+    model: Name | None = None
+    exits: Annotated[int, Meta(ge=1, le=100)] | None = None
+    option: tuple[Annotated[str, Meta(pattern=r"\A[^=]+=.")], ...] | None = None
 
     @property
     def cap_bytes(self) -> int | None:
@@ -69,6 +76,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """What the file sets, by the names of RunSettings and with sizes in bytes."""
         values = {name: getattr(self, name) for name in self.__struct_fields__}
         values["memory_cap"] = self.cap_bytes
+        if self.option is not None:
+            values["option"] = tuple(map(parse_option, self.option))
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -87,6 +96,22 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     ignore_conditions: bool = False
     imports: tuple[str, ...] = ()
     augment: str | None = None
+    model: str | None = None  # family of a model of the device's own, its exits and options
+    exits: int = 1
+    option: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def own_model(self) -> OwnModel | None:
+        """Raises ConfigError for what no model has."""
+        if self.model is None and (self.exits > 1 or self.option):
+            raise ConfigError("exits and option are of a model of this device's own; set model too")
+        if self.model is None:
+            return None
+        told = {"family": self.model, "exits": self.exits, "options": dict(self.option)}
+        try:
+            return msgspec.convert(told, OwnModel)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"the device's own model (--model, --option): {error}") from error
 
 
 def settled(
@@ -192,6 +217,8 @@ def check_value(key: str, value: object, place: str) -> None:
             checked_endpoint(settings.coordinator, key)
         elif settings.memory_cap is not None:
             parse_size(settings.memory_cap)
+        elif settings.option is not None:
+            settings.given()
     except (msgspec.ValidationError, ConfigError) as error:
         raise ConfigError(f"{place}: got {_shown(value)}, expected {EXPECTED[key]}") from error
 

@@ -122,8 +122,8 @@ class Chooser:
     def variant_of(self, model: ModelSpec) -> int:
         """The place of this model among the variants, from 1; 0: there are none. Raises ConfigError
         for a model that is none of them."""
-        if not self.variants:
-            return 0
+        if self.is_own or not self.variants:
+            return int(self.is_own)
         if model not in self.variants:
             said = f"the job's model is none of the {len(self.variants)} variants of the welcome"
             raise ConfigError(f"{said}: {one_line(repr(model))}; see what this coordinator runs")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 from edge_sdk.errors import ConfigError
-from edge_sdk.helpers.text import destination, one_line, parse_size
+from edge_sdk.helpers.text import destination, one_line, parse_option, parse_size
 
 Parse: TypeAlias = Callable[[str], float]
 MAX_THREADS = 1024
@@ -204,23 +204,11 @@ def shape_flag(text: str) -> tuple[int, ...]:
 
 
 def option_flag(text: str) -> tuple[str, Any]:
-    """("channels", (16, 32)) of channels=16,32; also number, true, false, text; for argparse."""
-    key, _, value = text.partition("=")
-    if not (key and value):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected KEY=VALUE, e.g. channels=32,64,128")
-    if "," in value:
-        parts = value.split(",")
-        if not all(part.isdecimal() for part in parts):
-            raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers with commas")
-        return key, tuple(map(int, parts))
-    if value in ("true", "false"):
-        return key, value == "true"
-    for kind in (int, float):
-        try:
-            return key, kind(value)
-        except ValueError:
-            continue
-    return key, value
+    """parse_option for argparse, where a wrong one is wrong usage."""
+    try:
+        return parse_option(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def size_flag(text: str) -> int:

@@ -22,6 +22,7 @@ from edge_sdk.agent.setup import (
     trainer_options,
 )
 from edge_sdk.cli.flags import (
+    MAX_EXITS,
     MAX_THREADS,
     USUAL_KEYS,
     Only,
@@ -30,6 +31,7 @@ from edge_sdk.cli.flags import (
     add_memory_cap,
     device_flag,
     number_flag,
+    option_flag,
     path_flag,
     whole_flag,
 )
@@ -79,6 +81,12 @@ def add_run_command(commands: Any) -> None:
         default=None,
         help="train the same when hot, throttled or on a low battery",
     )
+    own = parser.add_argument_group("a model of this device's own, for runs that never see it")
+    add = own.add_argument
+    add("--model", metavar="FAMILY", help="its family, e.g. cnn; without it the run names one")
+    add("--exits", type=whole_flag(1, MAX_EXITS), help="its exits, default 1")
+    said = "of it, e.g. channels=16,32"
+    add("--option", type=option_flag, action="append", metavar="KEY=VALUE", help=said)
     add = parser.add_argument_group("emulation").add_argument
     speed = number_flag(0, 1e9, "GFLOP/s above 0", is_open=True)
     layer = number_flag(0, 1e9, "microseconds, 0 or more")
@@ -88,6 +96,8 @@ def add_run_command(commands: Any) -> None:
     parser.only |= {
         "--keys": Only("--insecure", (None,)),
         "--server-key": Only("--insecure", (None,)),
+        "--exits": Only("--model"),
+        "--option": Only("--model"),
         "--host-gflops": Only("--board"),
         "--host-layer-us": Only("--board"),
     }
@@ -121,6 +131,7 @@ def run_device(args: argparse.Namespace) -> int:
         measure=measure,
         conditions=None if is_emulated or settings.ignore_conditions else conditions.read,
         is_once=args.once,
+        own_model=settings.own_model,
         notify_socket=os.environ.pop("NOTIFY_SOCKET", ""),  # the trainer has nothing to say there
     )
     agent = make_agent(endpoint, secrets, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import ipaddress
 import re
+from contextlib import suppress
 
 from edge_sdk.errors import ConfigError
 
@@ -82,6 +83,25 @@ def parse_size(text: str) -> int:
     if num_bytes < 1:
         raise ConfigError(f"size {text!r}, expected one such as 512M or 1.5G")
     return num_bytes
+
+
+def parse_option(text: str) -> tuple[str, int | float | str | bool | tuple[int, ...]]:
+    """("channels", (16, 32)) of channels=16,32; also number, true, false, text. Raises
+    ConfigError."""
+    key, _, value = text.partition("=")
+    if not (key and value):
+        raise ConfigError(f"{text!r}, expected KEY=VALUE, e.g. channels=32,64,128")
+    if "," in value:
+        parts = value.split(",")
+        if not all(part.isdecimal() for part in parts):
+            raise ConfigError(f"{text!r}, expected whole numbers with commas")
+        return key, tuple(map(int, parts))
+    if value in ("true", "false"):
+        return key, value == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return key, kind(value)
+    return key, value
 
 
 def checked_endpoint(text: str, flag: str) -> str:

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from edge_sdk.agent.agent import Agent
 from edge_sdk.agent.options import AgentOptions
+from edge_sdk.agent.own_model import OwnModel
 from edge_sdk.agent.pipe import TrainerOptions
 from edge_sdk.data.loading import Examples, save_shard
 from edge_sdk.errors import EdgeError
@@ -57,6 +58,7 @@ class Device:
         notify_socket: str = "",
         imports: tuple[str, ...] = (),
         search_path: tuple[str, ...] = (),
+        own_model: OwnModel | None = None,
     ) -> None:
         self.data = data
         self.memory_bytes = 64 * GIB
@@ -74,6 +76,7 @@ class Device:
                 is_once=is_once,
                 notify_socket=notify_socket,
                 search_path=search_path,
+                own_model=own_model,
             ),
         )
         # Pauses that are seconds on a board, like those in quick_retries.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_sdk.agent.own_model import OwnModel
 from edge_sdk.agent.settings import (
     EXPECTED,
     RunSettings,
@@ -34,6 +35,9 @@ device = "cuda:0"
 ignore_conditions = true
 import = ["my_models"]
 augment = "my_transforms:flip"
+model = "cnn"
+exits = 2
+option = ["channels=4,8", "kernel=3"]
 """
 
 
@@ -45,6 +49,7 @@ def test_a_file_may_set_every_key():
     assert (settings.threads, settings.insecure, settings.device) == (2, True, "cuda:0")
     assert settings.id == "pi-1"
     assert settings.ignore_conditions is True
+    assert settings.given()["option"] == (("channels", (4, 8)), ("kernel", 3))
     assert len(settings.given()) == len(EXPECTED) == len(Settings.__struct_fields__)
 
 
@@ -165,3 +170,25 @@ def test_keys_go_where_the_file_says(tmp_path, capsys):
     assert main.main(["keys", "--config", str(tmp_path / "c.toml")]) == 0
     assert "edge-coordinator clients add pi-7 '" in capsys.readouterr().out
     assert (tmp_path / "keys" / "device.secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_model_of_the_devices_own(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text('insecure = true\nmodel = "cnn"\noption = ["channels=4,8"]\n')
+    own = settled(file, {"exits": 2}, Path).own_model
+    assert own == OwnModel(family="cnn", exits=2, options={"channels": (4, 8)})
+    assert settled(None, {"insecure": True}, Path).own_model is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"exits": 2}, "exits and option are of a model of this device's own; set model too"),
+        ({"option": (("a", 1),)}, "set model too"),
+        ({"model": "cnn", "option": (("a", "x" * 3000),)}, "the device's own model (--model, "),
+    ],
+)
+def test_a_model_of_its_own_that_cannot_be(flags, said):
+    with pytest.raises(ConfigError) as found:
+        _ = settled(None, {"insecure": True, **flags}, Path).own_model
+    assert said in str(found.value)
