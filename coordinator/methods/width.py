@@ -14,7 +14,7 @@ Robust rules and --clip compare whole tensors of all clients, so they have no pl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -63,6 +63,20 @@ def slice_from(whole: Tensors, spec: ModelSpec, model: ModelSpec, shift: int) ->
     """whole: the tensors of `spec`. Raises ConfigError for a family that cannot be cut."""
     parts = slice_of(replace(spec, exit=model.exit), model.width, shift)
     return Slice(parts, cut({name: whole[name] for name in parts}, parts))
+
+
+def step_(
+    server: Server, mean: SlicedMean, parameters: Collection[str], round: int, metrics: Metrics
+) -> bool:
+    """Take the server's step to the mean of those who held each element. False, and nothing is
+    changed, where finite updates, or --server-lr, would make it infinite."""
+    try:
+        server.step(mean.result(), {name: mean.owned(name) for name in parameters})
+    except ShapeError as error:
+        log.error("round %d: %s; the global model stays as it was", round, error)
+        metrics.values["aggregate_refused"] = 1.0
+        return False
+    return True
 
 
 class WidthAveraging:
@@ -118,7 +132,8 @@ class WidthAveraging:
         if metrics.num_updates:
             metrics.values["coverage"] = mean.coverage()
             with watch("aggregate"):
-                self._step(mean, round, metrics)
+                step_(self.server, mean, self._parameters, round, metrics)
+                self._slices = {}
         metrics.phases |= watch.phases
         return metrics
 
@@ -138,15 +153,6 @@ class WidthAveraging:
                 tensors[name] = tensor[rows]
                 parts[name] = (rows.nonzero().flatten(), *held.parts[name][1:])
         mean.add_(tensors, weight, parts)
-
-    def _step(self, mean: SlicedMean, round: int, metrics: Metrics) -> None:
-        """Take the server's step, unless finite updates, or --server-lr, make it infinite."""
-        try:
-            self.server.step(mean.result(), {name: mean.owned(name) for name in self._parameters})
-        except ShapeError as error:
-            log.error("round %d: %s; the global model stays as it was", round, error)
-            metrics.values["aggregate_refused"] = 1.0
-        self._slices = {}
 
     def _slice(self, model: ModelSpec, round: int) -> Slice:
         """The same tensors for all clients of a variant."""

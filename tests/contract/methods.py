@@ -33,7 +33,7 @@ EXCEPT = {
     ("hypemefed", "order"): "its networks see their owners in a drawn order",
 }
 PARTS = "it averages parts of tensors, which rules and clipping do not know, and refuses them"
-for method in ("heterofl", "fedrolex", "scalefl"):
+for method in ("heterofl", "fedrolex", "scalefl", "lotteryfl"):
     EXCEPT |= {(method, check): PARTS for check in ("rule", "clip")}
 BEYOND = "its model is the mean less h / alpha, which lies beyond the mean"
 for name in ("feddyn", "depthfl"):

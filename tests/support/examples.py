@@ -126,13 +126,16 @@ def answer(
     num_steps: int = 4,
 ) -> ClientUpdate:
     """An update made without training: what was sent, or zero, moved by `shift` or by draws of
-    (client, tensor). Integers come back as they were sent."""
+    (client, tensor), of a weight's values under a mask by those of the weight. Integers come back
+    as they were sent."""
     moved = {}
     for spec in job.returns:
         old = job.tensors.get(spec.name)
         if old is None or tuple(old.shape) != spec.shape:
             old = torch.zeros(spec.shape, dtype=DTYPES[spec.dtype])
-        rng = torch.Generator().manual_seed(hash_of(f"{who.id} {spec.name}"))
+        rng = torch.Generator().manual_seed(
+            hash_of(f"{who.id} {spec.name.removeprefix('packed/')}")
+        )
         step = 0.1 * torch.randn(old.shape, generator=rng)
         if shift is not None:
             step = torch.full(old.shape, shift)
