@@ -1,0 +1,84 @@
+"""Every method over ZeroMQ: a real device, which keeps its own state, gives to the last bit what an
+emulated client gives."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from coordinator.admission.client_list import Admission
+from coordinator.cohorts.budget import Variant
+from coordinator.cohorts.in_process import InProcessCohort
+from coordinator.fleet.cohort import ZmqCohort
+from coordinator.fleet.router import Router
+from coordinator.fleet.spool import Spool
+from coordinator.methods.registry import METHODS, make_method
+from coordinator.runs.rounds import run_rounds
+from coordinator.store.store import SPOOL, Store
+from edge_sdk.protocol.keys import read_keys
+from tests.contract.methods import changed_names
+from tests.support.examples import config
+from tests.support.processes import World
+
+ROUNDS = 2  # the second one begins from what the device kept of the first
+PATIENCE_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """One device that stays for all runs."""
+    torch.set_num_threads(1)
+    with World(tmp_path_factory.mktemp("world"), num_devices=1) as world:
+        world.device("a")
+        yield world
+
+
+def finished(folder, settings, cohort_of):
+    """The method after a whole run."""
+    store, method = Store.create(folder, settings, "serve"), make_method(settings)
+    cohort = cohort_of(store, method)
+    try:
+        run_rounds(store, method, cohort, None)
+    finally:
+        store.close()
+        if isinstance(cohort, ZmqCohort):
+            cohort.close("run finished", is_final=False)
+    return method, cohort
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_device_gives_the_bytes_that_an_emulated_client_gives(world, tmp_path, name):
+    give_up = time.monotonic() + PATIENCE_S
+    settings = config(name, rounds=ROUNDS, late="drop")
+    model = replace(settings.model, num_classes=10)
+    settings = replace(settings, model=model)
+
+    def over_links(store, method):
+        admission = Admission(world.keys / "clients")
+        router = Router(world.endpoint, read_keys(world.keys, "server"), admission)
+        spool = Spool(store.folder / SPOOL)
+        return ZmqCohort(
+            router,
+            spool,
+            settings,
+            method.offer(),
+            run=store.run,
+            should_stop=lambda: time.monotonic() > give_up,
+        )
+
+    def emulated(store, method):
+        offer = method.offer()
+        chosen = None
+        if offer.variants:
+            last = offer.variants[-1]
+            chosen = {"a": Variant(len(offer.variants), last.exit, 0)}
+        return InProcessCohort(
+            world.shards, {"a": method.spec.exit}, method.spec.exit, variants=chosen
+        )
+
+    real, _ = finished(tmp_path / "real", settings, over_links)
+    alike, _ = finished(tmp_path / "emulated", settings, emulated)
+    assert not changed_names(real.state_dict(), alike.state_dict())
