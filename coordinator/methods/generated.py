@@ -200,6 +200,8 @@ class GeneratedModels:
 def _brought_forward(update: ClientUpdate, light: Tensors) -> Tensors:
     """An update's light model; of a late one the movement, from the present model on."""
     brought = with_prefix(update.tensors, LIGHT_ROLE)
+    if not update.staleness:
+        return brought
     began = with_prefix(update.sent, LIGHT_ROLE)
     return {
         name: light[name] + (tensor - began[name])

@@ -3,8 +3,6 @@ rounds."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
