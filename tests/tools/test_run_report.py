@@ -13,6 +13,7 @@ from coordinator.methods.base import Metrics
 from coordinator.store.store import Store
 from edge_sdk.protocol.messages import DeviceProfile
 from tests.support.recorded_run import CONFIG, commit, record_run, update
+from tools.testbed.progress import rounds_after
 from tools.testbed.run_report import (
     Accuracy,
     Levers,
@@ -182,10 +183,20 @@ def test_who_saved_memory(store: Store):
 def test_accuracy_and_figures(store: Store):
     report = read_run(store.folder)
     assert report.accuracy == [
-        Accuracy(exit=1, first_round=1, first=0.2, last_round=3, last=0.5, served_last=0.4),
-        Accuracy(exit=2, first_round=1, first=0.3, last_round=3, last=0.7, served_last=None),
+        Accuracy("exit 1", first_round=1, first=0.2, last_round=3, last=0.5, served_last=0.4),
+        Accuracy("exit 2", first_round=1, first=0.3, last_round=3, last=0.7, served_last=None),
     ]
     assert report.figures == {"error": 0.25, "gap": None}  # of round 3
+
+
+def test_a_method_without_a_model_for_all_has_the_accuracy_of_holdouts(store: Store):
+    values = {"holdout_accuracy": 0.75}
+    store.commit(4, Metrics(values), {"w": torch.zeros(1)}, "2026-01-01T00:00:00+00:00", 1.0)
+    own = Accuracy("hold-outs, as received", 4, 0.75, 4, 0.75, None)
+    assert read_run(store.folder).accuracy[-1] == own
+    assert rounds_after(store.folder, 3) == [(4, "on hold-outs 75.0 %")]
+    (last,) = rounds_after(store.folder, 2)[:1]
+    assert last == (3, "served accuracy per exit 40.0 %")
 
 
 def test_run_in_progress(store: Store):

@@ -77,21 +77,26 @@ def last_error(device: Device) -> str:
 
 
 def rounds_after(folder: Path, seen: int) -> list[tuple[int, str]]:
-    """Every round committed after this one, and its served accuracy per exit as text, "" where it
-    was not evaluated."""
-    shares: dict[int, list[str]] = {}
+    """Every round committed after this one, and its served accuracy per exit as text, and that on
+    hold-outs; "" where it was not evaluated."""
+    shares: dict[int, tuple[list[str], list[str]]] = {}
     with contextlib.suppress(sqlite3.Error):  # there is no database yet
         uri = (folder / "run.sqlite").as_uri() + "?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-            for round, value in db.execute(
-                "SELECT r.round, value FROM rounds AS r LEFT JOIN metrics AS m ON m.round = r.round"
-                " AND name LIKE 'accuracy_served_exit_%' WHERE r.round > ? ORDER BY r.round, name",
+            for round, name, value in db.execute(
+                "SELECT r.round, name, value FROM rounds AS r LEFT JOIN metrics AS m"
+                " ON m.round = r.round AND (name LIKE 'accuracy_served_exit_%'"
+                " OR name = 'holdout_accuracy') WHERE r.round > ? ORDER BY r.round, name",
                 (seen,),
             ):
-                found = shares.setdefault(round, [])
+                found = shares.setdefault(round, ([], []))
                 if value is not None:
-                    found.append(f"{100 * value:.1f}")
+                    found[name == "holdout_accuracy"].append(f"{100 * value:.1f}")
+    heads = ("served accuracy per exit", "on hold-outs")
     return [
-        (round, f"served accuracy per exit {' / '.join(found)} %" if found else "")
+        (
+            round,
+            ", ".join(f"{h} {' / '.join(f)} %" for h, f in zip(heads, found, strict=True) if f),
+        )
         for round, found in shares.items()
     ]

@@ -125,9 +125,7 @@ def print_report(report: Report) -> None:
     rows = []
     for a in report.accuracy:
         shares = [_figure(s and 100 * s, ".1f") for s in (a.first, a.last, a.served_last)]
-        rows.append(
-            [f"exit {a.exit}", str(a.first_round), shares[0], str(a.last_round), *shares[1:]]
-        )
+        rows.append([a.of, str(a.first_round), shares[0], str(a.last_round), *shares[1:]])
     print_table("accuracy in %,round,first,round,last,served last", rows or [[MISSING]])
     figures = [
         f"{name} = {'not a number' if value is None else f'{value:.4g}'}"

@@ -24,6 +24,7 @@ SERVER_PHASES = ("fit", "generate", "aggregate", "evaluate", "checkpoint")
 WALL, CPU, LINK = "wall clock", "CPU x scale", "bytes / link"
 EMULATED = {"load": CPU, "train": CPU, "download": LINK, "upload": LINK}  # others: wall clock
 LAST, SERVED = "accuracy_exit_", "accuracy_served_exit_"
+HOLDOUTS = {"holdout_accuracy": "hold-outs, as received", "personal_accuracy": "hold-outs, own"}
 PARTICIPATIONS = """SELECT p.*, COALESCE(platform, 'unknown') AS platform, cpu_scale, link_mbit_s,
     COALESCE(is_emulated, 0) AS is_emulated
     FROM participations AS p LEFT JOIN clients USING (client_id) ORDER BY p.round, client_id"""
@@ -103,9 +104,10 @@ class Platform:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One exit's accuracy (0..1) in the first and the last round that was evaluated."""
+    """Accuracy (0..1) in the first and the last round that has it. of: "exit 1", ... on the test
+    set, or what clients set aside."""
 
-    exit: int
+    of: str
     first_round: int
     first: float
     last_round: int
@@ -307,5 +309,9 @@ def _accuracies(metrics: Iterable[tuple[int, str, float | None]]) -> list[Accura
     found = []
     for exit in sorted(int(name[len(LAST) :]) for name in series if name.startswith(LAST)):
         values, served = series[f"{LAST}{exit}"], series.get(f"{SERVED}{exit}")
-        found.append(Accuracy(exit, *values[0], *values[-1], served[-1][1] if served else None))
+        last = served[-1][1] if served else None
+        found.append(Accuracy(f"exit {exit}", *values[0], *values[-1], last))
+    for name, of in HOLDOUTS.items():
+        if values := series.get(name, []):
+            found.append(Accuracy(of, *values[0], *values[-1], None))
     return found
