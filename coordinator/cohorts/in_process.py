@@ -98,6 +98,10 @@ class InProcessCohort:
         """What a client's job begins from, beside what it brings."""
         return self.states[client_id].load(RUN, round) if job.plan.keeps_state else (0, {})
 
+    def newest(self, client_id: str) -> Tensors:
+        """What the client keeps as of its last training, whether or not that is committed yet."""
+        return self.states[client_id].newest(RUN)
+
     def keep(
         self, round: int, result: ClientUpdate | Absence, state: Tensors
     ) -> ClientUpdate | Absence:

@@ -49,6 +49,9 @@ class ProcessCohort:
     def accept(self, round: int, client_ids: Iterable[str]) -> None:
         self._inner.accept(round, client_ids)
 
+    def newest(self, client_id: str) -> Tensors:
+        return self._inner.newest(client_id)
+
     def rest(self, tries: int) -> bool:
         return self._inner.rest(tries)
 

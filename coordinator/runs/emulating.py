@@ -36,7 +36,7 @@ from coordinator.runs.beginning import check_init
 from coordinator.runs.costs import client_costs
 from coordinator.runs.evaluate import Personalised, personalised_accuracy
 from coordinator.runs.exporting import check_export, export_finished, try_export
-from coordinator.runs.own_models import OwnModels, check_global, has_global, write_model
+from coordinator.runs.own_models import STATES, OwnModels, check_global, has_global, write_model
 from coordinator.runs.rounds import check_folder, print_round, run_rounds
 from coordinator.runs.untrained import tell_untrained, untrained_exits
 from coordinator.settings import checked, shaped
@@ -53,7 +53,6 @@ from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.training.devices import pick_device
 
 log = logging.getLogger(__name__)
-STATES = "clients"  # of a run's folder: what its emulated clients keep between rounds
 HOLDOUT = 0.2  # as in the paper
 
 
@@ -143,7 +142,9 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         own = None
         if config.holdout:
             shards = {client.id: client.shard for client in clients}
-            own = OwnModels(cohort.clients(), shards, config.holdout, device=device)
+            who = cohort.clients()
+            kept = cohort.newest if method.offer().plan.flat else lambda name: {}
+            own = OwnModels(who, shards, config.holdout, kept, device)
         run_rounds(
             store,
             method,

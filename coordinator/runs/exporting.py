@@ -7,11 +7,13 @@ import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from coordinator.cohorts.base import Client
+from coordinator.cohorts.in_process import RUN
 from coordinator.config import RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
 from coordinator.runs.beginning import load_state
-from coordinator.runs.own_models import check_global
+from coordinator.runs.own_models import STATES, check_global
 from coordinator.runs.untrained import deepest_trained, tell_untrained, untrained_exits
 from coordinator.store.store import Store
 from edge_sdk.data.loading import Examples, load_dataset, load_test
@@ -19,8 +21,12 @@ from edge_sdk.errors import ConfigError, DataError, EdgeError, ExportError, Stor
 from edge_sdk.helpers.text import one_line
 from edge_sdk.infer.export import check_exportable, check_packages, export, prefix
 from edge_sdk.infer.model_folder import check_target, described
+from edge_sdk.models import build
 from edge_sdk.protocol.messages import ModelSpec
-from edge_sdk.protocol.tensors import Tensors
+from edge_sdk.protocol.plan_tensors import FLAT
+from edge_sdk.protocol.tensors import Tensors, with_prefix
+from edge_sdk.training.client_state import ClientState
+from edge_sdk.training.terms.flat import KEPT as STATISTICS
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +127,30 @@ def chosen_part(
             f"client {client_id!r} took part in no round of {store.folder}; {len(known)} did: "
             f"{_some(known)}"
         )
-    return method.deployed(known[client_id])
+    return own_model(store, method, known[client_id])
+
+
+def own_model(store: Store, method: Method, client: Client) -> tuple[ModelSpec, Tensors]:
+    """What the client can run, with the statistics of BatchNorm that an emulated one keeps. Raises
+    ConfigError where a part of it is with the client alone."""
+    spec, tensors = method.deployed(client)
+    if FLAT in tensors:
+        raise ConfigError(
+            f"client {client.id!r} has a model of its own, of {client.num_weights} weights, which "
+            "only it can build; export it there"
+        )
+    if not method.offer().plan.flat:
+        return spec, tensors
+    buffers = [name for name, _ in build(spec).named_buffers()]
+    folder = store.folder / STATES / client.id
+    kept = ClientState(folder).load(RUN, store.next_round())[1] if folder.exists() else {}
+    statistics = with_prefix(kept, STATISTICS)
+    if lacking := sorted(set(buffers) - set(statistics)):
+        raise ConfigError(
+            f"client {client.id!r} keeps the statistics of BatchNorm itself ({lacking[0]}, ...), "
+            f"and {folder} has none of them; take a model without BatchNorm, or export it there"
+        )
+    return spec, tensors | statistics
 
 
 def _some(known: Collection[str]) -> str:

@@ -20,16 +20,18 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, family_code
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.messages import Holdout, ModelSpec
-from edge_sdk.protocol.tensors import Tensors
+from edge_sdk.protocol.tensors import Tensors, with_prefix
 from edge_sdk.training.holdout import answers
+from edge_sdk.training.terms.flat import KEPT as STATISTICS
 
 log = logging.getLogger(__name__)
+STATES = "clients"  # of a run's folder: what its emulated clients keep between rounds
 
 
 class OwnModels:
     """The clients of an emulation, of which everything can be asked. shards: all examples of each;
     share: of them that are set aside, as the plan says. kept: what a client keeps between rounds,
-    of which statistics of BatchNorm belong to its model."""
+    of which the statistics of flat weights belong to its model."""
 
     def __init__(
         self,
@@ -55,8 +57,7 @@ class OwnModels:
                 built = spec, build(spec).ready(self._device)
             model = built[1]
             model.load(tensors)
-            buffers = {name for name, _ in model.named_buffers()}
-            model.load({n: t for n, t in self._kept(client.id).items() if n in buffers})
+            model.load(with_prefix(self._kept(client.id), STATISTICS))
             with family_code(spec, "evaluating", model):
                 result = answers(model, self._holdouts[client.id], self._device)
             if result:

@@ -83,6 +83,16 @@ class ClientState:
             log.warning(said, before_round, one_line(str(error)))
             return 0, {}
 
+    def newest(self, run: str) -> Tensors:
+        """The tensors of the newest state, whether or not it is accepted; {} where there is none,
+        or it is damaged."""
+        try:
+            places = [place for place in self._shelf.places() if place.run == mark_of(run)]
+            return self._shelf.take(max(places, key=lambda p: p.round)) if places else {}
+        except (OSError, ValueError, msgspec.MsgspecError, EdgeError) as error:
+            log.warning("what a client keeps cannot be used: %s", one_line(str(error)))
+            return {}
+
     def save(self, run: str, round: int, tensors: Tensors, job: str = "") -> None:
         """Keep the state that goes with an update of this round, which is not accepted yet. Raises
         CapacityError for more than most_bytes, and StoreError; the update must not be sent then, as

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from coordinator.cohorts.base import Client, Offer
+from coordinator.cohorts.in_process import RUN
 from coordinator.methods.base import Metrics
-from coordinator.runs.exporting import chosen_part, try_export
-from coordinator.runs.own_models import OwnModels, has_global, write_model
+from coordinator.runs.exporting import chosen_part, own_model, try_export
+from coordinator.runs.own_models import STATES, OwnModels, has_global, write_model
 from coordinator.store.store import Store
 from edge_sdk.data.partition import split_holdout
 from edge_sdk.errors import ConfigError
-from edge_sdk.models import initial_tensors
+from edge_sdk.models import build, initial_tensors
+from edge_sdk.protocol.messages import Plan, Segment
+from edge_sdk.training.client_state import ClientState
 from tests.support.examples import client, client_update, cnn, config, examples
 
 NAMES = ("a", "b")
@@ -24,6 +28,9 @@ class Constant:
     """Client a's model says class 0 to everything, b's class 1; there is none for all."""
 
     spec = cnn(exit=1)
+
+    def offer(self):
+        return Offer(self.spec, Plan(segments=(Segment(first=1, last=1),)))
 
     def current(self):
         return {}
@@ -74,7 +81,8 @@ def test_statistics_that_a_client_keeps_belong_to_its_model():
             return spec, initial_tensors(spec, 0)
 
     mean = next(name for name in initial_tensors(spec, 0) if name.endswith("running_mean"))
-    kept = {mean: initial_tensors(spec, 0)[mean] + 100.0, "initial/x": torch.zeros(1)}
+    kept = {f"statistics/{mean}": initial_tensors(spec, 0)[mean] + 100.0}
+    kept["correction/x"] = torch.zeros(1)
     who = [client("a", 1)]
     plain = OwnModels(who, {"a": shard}, 0.5).results(Plain())["a"]
     shifted = OwnModels(who, {"a": shard}, 0.5, lambda name: kept).results(Plain())["a"]
@@ -85,6 +93,41 @@ def test_who_has_no_holdout_is_left_out():
     own = OwnModels([client("a", 1)], {"a": examples(3)}, 0.1)
     assert own.results(Constant()) == {}
     assert own.figures(Constant()) == {}
+
+
+class Flat(Constant):
+    """Its jobs bring one vector of weights, so statistics of BatchNorm stay with the client."""
+
+    def offer(self):
+        return Offer(self.spec, Plan(segments=(Segment(first=1, last=1),), flat=True))
+
+
+def test_an_own_model_is_exported_with_what_its_client_keeps(tmp_path):
+    """Of an emulated client from its state in the run's folder; refused where that is not there."""
+    store = Store.create(tmp_path, config("owners-mean"), "emulate")
+    with pytest.raises(ConfigError, match="client 'a' keeps the statistics of BatchNorm itself"):
+        own_model(store, Flat(), client("a", 1))
+    buffers = {f"statistics/{name}": b + 1 for name, b in build(Flat.spec).named_buffers()}
+    state = ClientState(tmp_path / STATES / "a")
+    state.save(RUN, 1, buffers)
+    with pytest.raises(ConfigError, match="has none of them"):
+        own_model(store, Flat(), client("a", 1))
+    state.accept(RUN, 1)
+    store.commit(1, Metrics(), {}, "2026-01-01T00:00:00+00:00", 1.0)
+    _, tensors = own_model(store, Flat(), client("a", 1))
+    assert all(torch.equal(tensors[n.removeprefix("statistics/")], b) for n, b in buffers.items())
+    store.close()
+
+
+def test_a_model_that_only_its_client_can_build_is_not_exported(tmp_path):
+    class Unknown(Constant):
+        def deployed(self, who):
+            return self.spec, {"flat/all": torch.zeros(7)}
+
+    store = Store.create(tmp_path, config("owners-mean"), "serve")
+    with pytest.raises(ConfigError, match="a model of its own, of 7 weights, which only it can bu"):
+        own_model(store, Unknown(), Client(id="a", exit=1, num_weights=7))
+    store.close()
 
 
 def test_without_a_model_for_all_nothing_is_written_or_exported(tmp_path, caplog):

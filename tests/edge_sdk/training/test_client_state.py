@@ -56,6 +56,16 @@ def test_only_what_was_accepted_is_used(state):
     assert all(torch.equal(tensors[name], tensor) for name, tensor in values(1).items())
 
 
+def test_the_newest_is_told_before_it_is_accepted(state):
+    assert state.newest("run") == {}
+    for round in (1, 2):
+        state.save("run", round, values(round), A)
+        assert state.newest("run")["correction/w"][0] == round
+        assert kept(state, 9)[0] == round - 1, "a job does not begin from it"
+        state.accept("run", round, A)
+    assert state.newest("other") == {}
+
+
 def test_a_job_given_again_begins_from_the_same(state):
     for round in (1, 2):
         state.save("run", round, values(round), A)
