@@ -145,7 +145,12 @@ def _cost(
         nn.Sequential(*stages[:-1])(features)
     gradient_bytes = num_bytes(named.values())
     download_bytes = sum(spec.num_bytes for spec in job_specs(*travels))
-    arriving = (2 * plan.correction + int(plan.dyn_alpha > 0)) * gradient_bytes  # beside weights
+    # Beside weights what is kept is read, c copied; of pruned ones the initial ones are read and
+    # copied, those under the mask spread out.
+    reads = 2 * plan.correction + int(plan.dyn_alpha > 0) + 3 * bool(plan.prune)
+    arriving = reads * gradient_bytes
+    # held while pruned weights are trained: the initial values, and a byte of mask for each weight
+    pruning_bytes = gradient_bytes + gradient_bytes // 4 if plan.prune else 0
     set_aside = math.ceil(plan.holdout * num_examples) * math.prod(spec.input_shape) * 4
     is_reused = bool(frozen) and plan.epochs > 1  # the features
     # the frozen stages, before anything is saved; their kernels copy weights, too
@@ -160,7 +165,7 @@ def _cost(
         parameter_bytes=num_bytes(held.values()),
         load_bytes=num_bytes(held.values()) + download_bytes + arriving + set_aside,
         gradient_bytes=gradient_bytes,
-        optimizer_bytes=optimizer_copies(plan) * gradient_bytes,
+        optimizer_bytes=optimizer_copies(plan) * gradient_bytes + pruning_bytes,
         moments=(*whole, *others),
         recompute_moments=(*again, *others) if is_gain else None,
         cache_bytes=num_bytes([features]) * num_examples // FEW if is_reused else 0,

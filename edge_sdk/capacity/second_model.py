@@ -18,15 +18,17 @@ from edge_sdk.protocol.tensors import specs_of
 
 
 class SecondModel(NamedTuple):
-    """held_bytes: its weights, and of a copy that is trained also those and what the optimizer
-    holds. moment: what lies in memory for a batch until the backward pass of both."""
+    """moment: what lies in memory while it answers a batch. copy_moments: of the steps of a copy
+    that is trained before the model, its gradients and optimizer included; () where none is."""
 
     specs: tuple[TensorSpec, ...]
-    is_trained: bool
-    held_bytes: int
-    gradient_bytes: int
     moment: Moment
+    copy_moments: tuple[Moment, ...]
     flops_per_example: float
+
+    @property
+    def is_trained(self) -> bool:
+        return bool(self.copy_moments)
 
 
 def second_model(plan: Plan, copies: int) -> SecondModel | None:
@@ -40,35 +42,33 @@ def second_model(plan: Plan, copies: int) -> SecondModel | None:
         model.ready("cpu")
         with FlopCounter() as asked:
             _, widest = freeze(list(model.stages), x)
-        moment, flops, gradient_bytes = Moment(example_bytes=widest / FEW), asked.total, 0
+        moment, flops = Moment(example_bytes=widest / FEW), asked.total
+        steps: tuple[Moment, ...] = ()
         if teacher.is_trained:
             step = whole_step(model, plan)
-            moment = max(moments(step, x)[0], key=lambda moment: moment.at(plan.batch_size))
+            beside_bytes = (1 + copies) * num_bytes(step.named.values())
+            steps = tuple(
+                replace(m, fixed_bytes=m.fixed_bytes + beside_bytes) for m in moments(step, x)[0]
+            )
             with FlopCounter() as trained:
                 forward(step, x)
             flops += trained.total
-            gradient_bytes = num_bytes(step.named.values())
-    own_bytes = num_bytes(model.tensors().values())
-    copy_bytes = own_bytes + copies * gradient_bytes if teacher.is_trained else 0
-    return SecondModel(
-        specs_of(model.tensors()),
-        teacher.is_trained,
-        own_bytes + copy_bytes,
-        gradient_bytes,
-        moment,
-        flops / FEW,
-    )
+    return SecondModel(specs_of(model.tensors()), moment, steps, flops / FEW)
 
 
 def beside(cost: SegmentCost, second: SecondModel | None) -> SegmentCost:
     """The segment's costs with those of the second model: its answers are there while all that
-    autograd saves of the first lies in memory."""
+    autograd saves of the first lies in memory. A copy is trained before that, when the first has
+    neither gradients nor what its optimizer and its terms hold."""
     if second is None:
         return cost
     travels = sum(spec.num_bytes for spec in second.specs)
+    held_bytes = travels * (1 + second.is_trained)
+    later_bytes = cost.gradient_bytes + cost.optimizer_bytes
+    before = [replace(m, fixed_bytes=m.fixed_bytes - later_bytes) for m in second.copy_moments]
 
     def both(whole: tuple[Moment, ...]) -> tuple[Moment, ...]:
-        return tuple(
+        answering = (
             replace(
                 moment,
                 fixed_bytes=moment.fixed_bytes + second.moment.fixed_bytes,
@@ -77,13 +77,13 @@ def beside(cost: SegmentCost, second: SecondModel | None) -> SegmentCost:
             )
             for moment in whole
         )
+        return (*answering, *before)
 
     again = cost.recompute_moments
     return replace(
         cost,
-        parameter_bytes=cost.parameter_bytes + second.held_bytes,
-        load_bytes=cost.load_bytes + second.held_bytes + travels,
-        gradient_bytes=cost.gradient_bytes + second.gradient_bytes,
+        parameter_bytes=cost.parameter_bytes + held_bytes,
+        load_bytes=cost.load_bytes + 2 * travels,
         moments=both(cost.moments),
         recompute_moments=None if again is None else both(again),
         flops_per_example=cost.flops_per_example + second.flops_per_example,

@@ -10,6 +10,7 @@ import hashlib
 import json
 import struct
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -170,6 +171,102 @@ def array(tensor: dict[str, Any]) -> Any:
 
 def test_every_family_is_there():
     assert {name.split()[0] for name in CASES} == set(FAMILIES) == set(REFERENCES)
+
+
+FIELDS = read("training")["fields"]
+
+
+@pytest.mark.parametrize("name", FIELDS["cases"])
+def test_two_steps_by_a_plan_are_what_numpy_says(name):
+    """In float64, gradients of the loss by central differences."""
+    case, spec = FIELDS["cases"][name], FIELDS["model"]
+    plan, job, own = case["plan"], arrays(case["job"]), arrays(case["kept_before"])
+    x, y = array(FIELDS["inputs"]), np.array(FIELDS["labels"])
+    names = [n for n in job if "/" not in n]
+    start = {n: job[n] for n in names}
+    w = dict(start)
+    trained = [n for n in names if "running" not in n]
+    counts = np.bincount(y, minlength=spec["num_classes"])
+    prior = np.log((counts + 0.5) / (len(y) + 0.5 * len(counts)))
+    forward = REFERENCES["mlp"]
+
+    def adjusted(logits: Any) -> Any:
+        logits = logits + plan["logit_adjustment"] * prior
+        return np.where(counts == 0, 0.0, logits) if plan["mask_absent"] else logits
+
+    def loss(w: dict[str, Any], taught: Any) -> float:
+        exits = forward(w, x, True, {}, spec)
+        both = sum(
+            e * cross_entropy(adjusted(z), y) for e, z in zip((0.5, 1.0), exits, strict=True)
+        )
+        if plan["distill"] != "none":  # exit 2 teaches exit 1, which weighs 0.5
+            p, log_p = np.exp(log_softmax(taught)), log_softmax(exits[0])
+            apart = (p * (log_softmax(taught) - log_p)).sum(1).mean()
+            both += plan["distill_weight"] * 0.5 * apart
+        return float(both)
+
+    for _ in range(2):
+        after: dict[str, Any] = {}
+        taught = forward(w, x, True, after, spec)[1]
+        gradients = {n: slope(lambda w: loss(w, taught), w, n) for n in trained}  # noqa: B023
+        for n, g in gradients.items():
+            g += plan["prox_mu"] * (w[n] - start[n])
+            if plan["dyn_alpha"]:
+                g += plan["dyn_alpha"] * (w[n] - start[n]) - own[f"dyn/{n}"]
+            if plan["clip_value"]:
+                np.clip(g, -plan["clip_value"], plan["clip_value"], out=g)
+        if plan["clip_norm"]:
+            norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+            for g in gradients.values():
+                g *= min(1.0, plan["clip_norm"] / (norm + 1e-6))
+        for n, g in gradients.items():
+            if plan["correction"]:
+                g += job[f"correction/{n}"] - own[f"correction/{n}"]
+            w[n] = w[n] - plan["lr"] * (g + plan["weight_decay"] * w[n])
+        if not plan["static_norm"]:
+            w |= after
+    if plan["mask_absent"]:
+        for n in (n for n in trained if n.startswith("exits")):
+            w[n] = np.where((counts == 0).reshape(-1, *[1] * (w[n].ndim - 1)), start[n], w[n])
+    if plan["static_norm"]:  # of the one batch: the step from 0 has 0.1 of its own
+        after = {n: 0 * w[n] for n in names if "running" in n}
+        zeroed: dict[str, Any] = {}
+        forward(w | after, x, True, zeroed, spec)
+        w |= {n: value / 0.1 for n, value in zeroed.items()}
+    wanted = dict(w)
+    kept = dict(own)
+    for n in trained:
+        if plan["correction"]:
+            change = (start[n] - w[n]) / (2 * plan["lr"]) - job[f"correction/{n}"]
+            wanted[f"correction/{n}"] = change
+            kept[f"correction/{n}"] = own[f"correction/{n}"] + change
+        if plan["dyn_alpha"]:
+            kept[f"dyn/{n}"] = own[f"dyn/{n}"] - plan["dyn_alpha"] * (w[n] - start[n])
+    for got, want in ((arrays(case["update"]), wanted), (arrays(case["kept_after"]), kept)):
+        assert set(got) == set(want)
+        for n, value in want.items():
+            np.testing.assert_allclose(got[n], value, atol=3e-5, rtol=1e-3, err_msg=n)
+
+
+def slope(loss: Callable[[dict[str, Any]], float], w: dict[str, Any], name: str) -> Any:
+    """By central differences."""
+    found = np.zeros_like(w[name])
+    for place in np.ndindex(*found.shape):
+        sides = []
+        for step in (1e-6, -1e-6):
+            moved = w | {name: w[name].copy()}
+            moved[name][place] += step
+            sides.append(loss(moved))
+        found[place] = (sides[0] - sides[1]) / 2e-6
+    return found
+
+
+def log_softmax(z: Any) -> Any:
+    return (
+        z
+        - z.max(1, keepdims=True)
+        - np.log(np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True))
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

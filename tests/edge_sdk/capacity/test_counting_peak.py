@@ -9,17 +9,20 @@ import msgspec
 import pytest
 
 from edge_sdk.capacity.costs import TRAINER_ENVIRONMENT, SegmentCost, peak_bytes, uncached
-from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from edge_sdk.protocol.messages import ModelSpec, Plan, Prune, Segment, Teacher
 
 TRAINER = """
 import json, sys
-import msgspec, numpy
+import msgspec, numpy, torch
 from edge_sdk.hardware import process_memory
 from edge_sdk.data.loading import Examples
 from edge_sdk.models import initial_tensors
 from edge_sdk.training.calibration import memory_calibration, runtime_bytes
 from edge_sdk.capacity.counting_apart import segment_costs_apart
-from edge_sdk.protocol.tensor_lists import needed_names
+from edge_sdk.models.masks import mask_bits
+from edge_sdk.protocol.plan_tensors import job_specs
+from edge_sdk.protocol.tensor_lists import role_of
+from edge_sdk.protocol.tensors import specs_of
 from edge_sdk.training.trainer import train
 from edge_sdk.protocol.messages import ModelSpec, Plan
 
@@ -34,14 +37,44 @@ costs = segment_costs_apart(
     spec, plan, count, needed + found.scratch_bytes, found.allowance, found.error
 )
 after_bytes = process_memory.resident_bytes() - process_memory.library_bytes() + libraries
-tensors = initial_tensors(spec, 0)
-tensors = {name: tensors[name] for name in needed_names(tensors, plan.segments)}
+weights = initial_tensors(spec, 0)
+buffers = [name for name in weights if "running" in name]
+teacher = initial_tensors(plan.teacher.model, 0) if plan.teacher else {}
+make = {
+    "weight": lambda name: weights[name],
+    "packed": lambda name: weights[name].reshape(-1).clone(),
+    "mask": lambda name: mask_bits(torch.ones(weights[name].shape, dtype=torch.bool)),
+    "correction": lambda name: torch.zeros_like(weights[name]),
+    "teacher": lambda name: teacher[name],
+    "initial": lambda name: weights[name].clone(),
+}
+listed = job_specs(plan, specs_of(weights), buffers, specs_of(teacher), has_initial=False)
+tensors = {s.name: make[s.role](role_of(s.name)[1]) for s in listed}
+kept = [("correction/", plan.correction), ("dyn/", plan.dyn_alpha), ("initial/", plan.prune)]
+state = {
+    prefix + name: torch.zeros_like(weights[name])
+    for prefix, is_kept in kept
+    for name in weights
+    if is_kept and name not in buffers
+}
+del weights, teacher
 cache_bytes = int(sys.argv[3])
-result = train(spec, plan, tensors, examples, cache_bytes=cache_bytes, is_consuming=True)
+result = train(
+    spec, plan, tensors, examples, state=state, cache_bytes=cache_bytes, is_consuming=True
+)
 peak = result.peak_memory_bytes - process_memory.library_bytes() + libraries
 found = [needed, after_bytes, peak, msgspec.to_builtins(costs)]
 print(json.dumps(found))
 """
+
+
+VGG = ModelSpec(
+    family="vgg",
+    input_shape=(3, 18, 25),
+    num_classes=10,
+    exit=3,
+    options={"channels": (64, 128, 256, 512)},
+)
 
 
 def predicted_and_measured(
@@ -81,16 +114,35 @@ def predicted_and_measured(
 )
 def test_predicted_peak_covers_a_real_trainer(first, batch_size, levers):
     """vgg of 64..512 channels, 4.7 M parameters: the model the allowance was measured on."""
-    spec = ModelSpec(
-        family="vgg",
-        input_shape=(3, 18, 25),
-        num_classes=10,
-        exit=3,
-        options={"channels": (64, 128, 256, 512)},
-    )
     plan = Plan(segments=(Segment(first=first, last=3),), batch_size=batch_size, **levers)
-    predicted, peak = predicted_and_measured(spec, plan, 2 * batch_size, 0)
+    predicted, peak = predicted_and_measured(VGG, plan, 2 * batch_size, 0)
     assert peak <= predicted <= 1.15 * peak
+
+
+LIGHT = ModelSpec(
+    family="cnn",
+    input_shape=(3, 18, 25),
+    num_classes=10,
+    exit=3,
+    options={"channels": (64, 128, 512)},
+)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"optimizer": "sgd", "correction": True},
+        {"optimizer": "sgd", "dyn_alpha": 0.1},
+        {"prune": Prune(share=0.2, target=0.1, threshold=0.0), "holdout": 0.25},
+        {"teacher": Teacher(model=LIGHT, weight=0.2, is_trained=True)},
+        {"teacher": Teacher(model=VGG, weight=0.2, is_trained=True), "optimizer": "sgd"},
+    ],
+    ids=["correction", "dynamic", "prune", "light teacher", "teacher as large"],
+)
+def test_predicted_peak_covers_what_a_plan_adds(terms):
+    plan = Plan(segments=(Segment(first=1, last=3),), batch_size=16, **terms)
+    predicted, peak = predicted_and_measured(VGG, plan, 32, 0)
+    assert peak <= predicted <= 1.2 * peak
 
 
 def test_predicted_peak_with_and_without_a_cache():
