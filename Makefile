@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+PROCESSES ?= 2
 .DEFAULT_GOAL := help
 
 .PHONY: help venv testbed test test-edge test-chaos docs bench fuzz lint format clean
@@ -27,7 +28,7 @@ testbed: $(STAMP) ## the main job: a coordinator and emulated boards train on th
 	$(BIN)/python -m tools.testbed $(ARGS)
 
 test: lint ## every test but those of the chaos suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --capture sys $(ARGS)
 
 test-edge: $(STAMP) ## devices as systems: systemd, emulated ARM64; what is lacking is skipped
 	$(BIN)/python -m pytest tests/system $(ARGS)

@@ -14,6 +14,7 @@ import torch
 
 from edge_sdk.agent import trainer_process
 
+pytest_plugins = ["tests.support.crashes"]
 torch.set_num_threads(1)
 # A shell that runs the tests in the background ignores Ctrl-C for them and all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

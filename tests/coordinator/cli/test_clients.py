@@ -231,7 +231,7 @@ def test_a_list_that_cannot_be_read_is_one_line_with_the_next_step(gate, capsys,
         (["list", "pi-1"], "clients list needs nothing more"),
         (["pending", "pi-1"], "clients pending needs nothing more"),
         (["add", "pi-1", "short"], "PUBLIC_KEY holds no key: expected 40 characters"),
-        (["add", "a b", new_key()], "client name 'a b' is not"),
+        (["add", "a b", "0" * 40], "client name 'a b' is not"),
         (["remove", "pi-1"], "no client 'pi-1' in"),
         (["remove", "pi-1", "--keys", "nowhere"], "there is no folder nowhere"),
         (

@@ -102,7 +102,7 @@ def test_json_for_programs(tmp_path, capsys):
         ({"phase": "gave up", "process": "1"}, 3, "gave up"),
         ({"host": "elsewhere", "written_utc": utc() - timedelta(hours=2)}, 4, "on elsewhere"),
     ],
-    ids=str,
+    ids=["fresh", "finished", "gone", "gave up", "elsewhere"],
 )
 def test_the_exit_code_says_how_it_stands(tmp_path, capsys, changes, code, said):
     assert status(told(tmp_path, **changes)) == code

@@ -42,7 +42,6 @@ def test_a_line_does_not_show_its_secret():
         ),
         (lambda text: text.replace("-1-", "-999999999999-", 1), "this is no invitation"),
     ],
-    ids=str,
 )
 def test_a_line_that_is_none_is_one_clear_error(spoil, said):
     text = spoil(encode_line(LINE))
