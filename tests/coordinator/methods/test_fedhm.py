@@ -9,6 +9,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from coordinator.aggregation.staleness import rebase_late_updates
 from coordinator.config import ServerOptions
 from coordinator.methods.registry import make_config, make_method
 from edge_sdk.errors import CapacityError, ConfigError
@@ -16,7 +17,7 @@ from edge_sdk.models import build
 from edge_sdk.models.factorised import merged, split
 from edge_sdk.protocol.stream import layout
 from edge_sdk.protocol.tensors import specs_of
-from tests.support.examples import answer, client, client_update, cnn, config
+from tests.support.examples import answer, client, cnn, config
 
 MODEL = cnn(exit=2, channels=(8, 12))
 NAME, BIAS = "stages.1.0.weight", "exits.0.2.bias"
@@ -136,18 +137,15 @@ def test_alike_clients_of_a_low_rank_are_as_one():
 
 
 def test_a_late_update_moves_the_weights_of_now_by_its_own_movement():
-    """As runs/rounds.py brings it: factors half way from what was sent."""
+    """A half-life late, the factors and all else that moved by 1 count as moved by 0.5."""
     server = method({"global_vote": False})
     job = server.assign(LOW, 1)
     server.aggregate(1, [answer(WHOLE, server.assign(WHOLE, 1), shift=1.0)])
     now = server.current()
-    came = {name: tensor + 0.5 for name, tensor in job.tensors.items()}
-    came |= {name: now[name] + 0.5 for name in came if name in now}
-    beside = {name: tensor for name, tensor in job.tensors.items() if name not in now}
-    late = client_update(
-        LOW, came, job.plan.segments, model=job.model, num_examples=1, staleness=1, sent=beside
-    )
-    server.aggregate(2, [late])
+    parameters = {name for name, _ in build(MODEL).named_parameters()}
+    late = answer(LOW, job, shift=1.0)
+    late = dataclasses.replace(late, staleness=2, sent=dict(job.tensors))
+    server.aggregate(2, rebase_late_updates([late], now, parameters, half_life=2.0))
     moved = merged(job.tensors[V] + 0.5, job.tensors[U] + 0.5)
     moved = moved - merged(job.tensors[V], job.tensors[U])
     assert torch.allclose(server.current()[NAME], now[NAME] + moved, atol=1e-5)

@@ -7,6 +7,8 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.aggregation.border import Border
+from coordinator.cohorts.base import ClientUpdate
+from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import ServerOptions
 from coordinator.methods.registry import make_config, make_method
 from edge_sdk.errors import ConfigError, UpdateError
@@ -16,7 +18,7 @@ from edge_sdk.protocol.messages import Prune
 from edge_sdk.protocol.plan_tensors import job_specs, update_specs
 from edge_sdk.protocol.stream import layout
 from edge_sdk.protocol.tensors import specs_of
-from tests.support.examples import client, client_update, cnn, config
+from tests.support.examples import client, client_update, cnn, config, examples
 
 A, B = client("a", 3), client("b", 3)
 NAME = "stages.1.0.weight"  # (5, 4, 3, 3)
@@ -165,3 +167,31 @@ def test_settings_of_the_paper_and_what_is_refused():
     assert plan.holdout == 0.1
     with pytest.raises(ConfigError, match="give --holdout"):
         make_method(replace(settings, holdout=0.0))
+
+
+def test_clients_that_train_prune_to_the_target_and_no_further():
+    """From everything by 0.8 a round: 0.8, 0.64, 0.512, 0.5; of the smallest layers a weight more
+    or less is left, as shares are rounded down. Bytes follow, and initial values go once."""
+    server = method(own={"prune_above": 0.0})
+    cohort = InProcessCohort({"a": examples(24)}, {"a": 3}, 3)
+    sizes = {"down": [], "up": []}
+    for number in range(1, 7):
+        job = server.assign(A, number)
+        assert ("initial/exits.0.2.bias" in job.tensors) == (number == 1)
+        (update,) = cohort.train({"a": job}, number, 0.0)
+        assert isinstance(update, ClientUpdate), update
+        Border(build(server.spec), 0.0, epochs=1, seed=0).check(update, job.tensors)
+        cohort.accept(number, ["a"])
+        server.aggregate(number, [update])
+        assert update.message.state_round == number - 1
+        assert update.bytes_up == layout(specs_of(update.tensors))[1]
+        sizes["down"].append(update.bytes_down)
+        sizes["up"].append(update.bytes_up)
+        _, own = server.deployed(A)
+        assert all(torch.isfinite(tensor).all() for tensor in own.values())
+    masked = [own[name] for name in maskable(build(server.spec))]
+    left = sum(int((weight != 0).sum()) for weight in masked)
+    assert 0.5 <= left / sum(weight.numel() for weight in masked) < 0.52
+    assert sizes["down"][1:] == sizes["up"][:-1]
+    assert sizes["up"] == sorted(sizes["up"], reverse=True)
+    assert sizes["up"][-1] == sizes["up"][-2] < sizes["up"][0]
