@@ -22,6 +22,7 @@ from coordinator.config import RunConfig
 from coordinator.methods.base import Metrics
 from coordinator.personal.hypernetwork import Hypernetwork
 from coordinator.personal.variants import Variant, make_variant, variant_of
+from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment, Teacher
 from edge_sdk.protocol.plan_tensors import FLAT
 from edge_sdk.protocol.tensors import Tensors, check_shapes, specs_of, with_prefix
@@ -176,12 +177,14 @@ class GeneratedModels:
 
     def deployed(self, client: Client) -> tuple[ModelSpec, Tensors]:
         """The client's own model. Its statistics of BatchNorm are with the client: here they are a
-        fresh model's. {"flat/all": weights} of a client with a model of its own."""
+        fresh model's. Raises ConfigError where the client alone knows the model's architecture."""
         variant = variant_of(client, self._variants)
-        weights = self._weights(client.id, variant, client.num_weights)
         if variant is None:
-            return self._config.model, {FLAT: weights}
-        return variant.spec, variant.tensors(weights)
+            raise ConfigError(
+                f"client {client.id!r} has a model of its own kind, of which only its number of "
+                "weights is known here; export it where it is used"
+            )
+        return variant.spec, variant.tensors(self._weights(client.id, variant, 0))
 
     def state_dict(self) -> Tensors:
         state = {f"light/{name}": tensor for name, tensor in self._buffers.items()}

@@ -1,16 +1,22 @@
-"""Generated models learn: of clients with two classes each, on real digits."""
+"""Generated models learn: of clients with two classes each, on real digits; and a run of them goes
+on as if it had not been stopped."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from coordinator.cohorts.base import Client
+from coordinator.cohorts.budget import Variant
+from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.methods.registry import make_config, make_method
+from coordinator.runs.rounds import run_rounds
+from coordinator.store.opening import open_store
 from edge_sdk.data.loading import load_dataset
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.training.trainer import train
-from tests.support.examples import client_update
+from tests.support.examples import client_update, config, examples
 
 SPEC = ModelSpec(
     family="mlp", input_shape=(1, 8, 8), num_classes=10, exit=2, options={"widths": (16, 16)}
@@ -69,3 +75,28 @@ def test_personal_models_beat_local_chance(shards, name):
     accuracy = [play(method, cohort, shards, kept, n) for n in range(1, ROUNDS + 1)]
     assert accuracy[0] < 0.3
     assert accuracy[-1] > 0.7
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_run_goes_on_to_the_same_bits(tmp_path, name):
+    """Stopped after each round, with another method and cohort each time: server's and clients'."""
+    settings = config(name, rounds=3, participants=2, holdout=0.25)
+    shards = {who: examples(16, seed=n) for n, who in enumerate("abc")}
+    exits = {"a": 1, "b": 2, "c": 3}
+    variants = {who: Variant(exit, exit, 0) for who, exit in exits.items()}
+
+    def run(folder, most):
+        cohort = InProcessCohort(shards, exits, 3, variants=variants, states=folder / "clients")
+        store = open_store(folder, settings, "emulate", folder.exists())
+        method, until = make_method(settings), store.next_round() + most
+        run_rounds(store, method, cohort, None, should_stop=lambda: store.next_round() == until)
+        figures = [row["figures"]["holdout_loss"] for row in store.history()]
+        store.close()
+        return method.state_dict(), figures
+
+    straight = run(tmp_path / "straight", 3)
+    for _ in range(3):
+        stopped = run(tmp_path / "stopped", 1)
+    assert straight[0].keys() == stopped[0].keys()
+    assert all(torch.equal(straight[0][key], tensor) for key, tensor in stopped[0].items())
+    assert straight[1] == stopped[1], "by statistics that the clients kept"
