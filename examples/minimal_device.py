@@ -14,7 +14,7 @@ import zmq
 
 PROTOCOL, PART_BYTES, WINDOW = 6, 524288, 8
 PLAN = {"epochs": 1, "batch_size": 32, "optimizer": "adam", "lr": 1e-3, "momentum": 0, "seed": 0}
-LEFT_OUT = ("micro_batch", "weight_decay", "prox_mu", "distill_weight")  # not done by this device
+DONE = {*PLAN, "segments", "exit_weights", "distill", "distill_temperature"}  # no other field is
 KEYS = {"device.public": "PUBLIC", "device.secret": "SECRET", "server.public": "SERVER"}
 
 
@@ -108,8 +108,11 @@ class Device:
         profile = {"platform": "generic", "memory_total_bytes": 0, "memory_available_bytes": 0}
         self.hello = {"protocol": PROTOCOL, "client_id": name, "session": np.random.bytes(8).hex()}
         self.hello |= {"profile": profile | {"cores": 1, "gflops": 0}, "num_examples": len(y)}
-        self.hello |= {"input_shape": x.shape[1:], "num_classes": max(y.tolist()) + 1}
-        self.hello |= {"scaling": scaling}
+        self.hello |= {
+            "input_shape": x.shape[1:],
+            "num_classes": int(max(y)) + 1,
+            "scaling": scaling,
+        }
         self.due, self.pause_s, self.is_over = 0.0, 2.0, False  # due: the next hello or heartbeat
         self.socket = zmq.Context().socket(zmq.DEALER)
         options = {"MAXMSGSIZE": 1048576, "SNDHWM": 32, "RCVHWM": 0, "IMMEDIATE": 1}
@@ -191,8 +194,9 @@ class Device:
             self.ask(is_again=True)
 
     def is_able(self, model, plan):
-        is_same = model | {"exit": 0} == self.welcome["model"] | {"exit": 0}
-        return is_same and model["family"] == "mlp" and not any(plan.get(key) for key in LEFT_OUT)
+        models = self.welcome.get("variants") or [self.welcome["model"] | {"exit": model["exit"]}]
+        is_plain = all(key in DONE or value in (0, None, "none") for key, value in plan.items())
+        return model in models and model["family"] == "mlp" and is_plain
 
     def on_job(self, job):
         if self.job is None or self.job["id"] != job["id"]:
@@ -223,8 +227,10 @@ class Device:
             self.send("fault", code=code, detail=detail, round=self.job["round"])
         self.job = None
         if self.welcome:
-            able = self.is_able(self.welcome["model"], self.welcome["plan"])
-            self.send("ready", exit=self.welcome["model"]["exit"] if able else 0)
+            variants = self.welcome.get("variants", [])
+            model = (variants or [self.welcome["model"]])[-1]  # the largest: none is too large here
+            able = self.is_able(model, self.welcome["plan"])
+            self.send("ready", exit=model["exit"] * able, variant=len(variants) * able)
 
     def on_fault(self, fault):
         code, number = fault["code"], fault.get("round", 0)
@@ -238,9 +244,8 @@ class Device:
 
 def main(endpoint, name, file, keys=None):
     held = np.load(file)
-    x, divisor = held["x"].astype(np.float32), None
-    if held["x"].dtype == np.uint8:
-        x, divisor = x / np.float32(127.5) - 1, 127.5
+    x, is_pixels = held["x"].astype(np.float32), held["x"].dtype == np.uint8
+    x, divisor = (x / np.float32(127.5) - 1, 127.5) if is_pixels else (x, None)
     scaling = {"low": float(x.min()), "high": float(x.max()), "divisor": divisor, "offset": 1.0}
     Device(endpoint, name, x, held["y"].astype(np.int64), scaling, keys).serve()
 

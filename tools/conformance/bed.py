@@ -324,10 +324,11 @@ class Bed:
         self.hello = hello
         self.welcome()
 
-    def make_job(self, plan: Plan = PLAN) -> Given:
-        """A job of the next round, its model cut at the plan's deepest stage."""
+    def make_job(self, plan: Plan = PLAN, whole: ModelSpec | None = None) -> Given:
+        """A job of the next round, its model, or that of the bed, cut at the plan's deepest
+        stage."""
         deepest = max(segment.last for segment in plan.segments)
-        model = replace(self.model, exit=deepest)
+        model = replace(whole or self.model, exit=deepest)
         self.num_jobs += 1
         held = initial_tensors(model, self.num_jobs)
         tensors = {name: held[name] for name in needed_names(held, plan.segments)}

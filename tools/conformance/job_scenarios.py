@@ -11,7 +11,9 @@ from edge_sdk.protocol.messages import (
     Fault,
     Fetch,
     Job,
+    ModelSpec,
     Part,
+    Plan,
     Ready,
     Segment,
     Update,
@@ -239,6 +241,40 @@ def bad_jobs(bed: Bed) -> None:
         is_refused = isinstance(message, Fault) and message.round == job.round
         check(is_refused, f"a job {what}: got {in_short(message)}, expected a fault of its round")
         bed.expect_ready()
+
+
+def variants(bed: Bed) -> None:
+    """It chooses one of the welcome's variants, or rests; trains that and the smaller one, each as
+    one segment with tensors of its own; and refuses what is none of them."""
+    offered = [replace(bed.model, exit=1), replace(bed.model, width=0.5), bed.model]
+    bed.welcome(variants=tuple(offered))
+    ready = bed.expect(Ready)
+    if ready.exit or ready.variant:
+        check(
+            0 < ready.variant <= 3, f"ready names variant {ready.variant} of 3, exit {ready.exit}"
+        )
+        exit = offered[ready.variant - 1].exit
+        wanted = f"variant {ready.variant} has exit {exit}"
+        check(ready.exit == exit, f"ready names exit {ready.exit}, {wanted}")
+        check(not ready.stages, f"ready names stages {ready.stages} beside a variant")
+        bed.in_hand, bed.is_free = 0, True
+        for model in (offered[ready.variant - 1], offered[0]):
+            given = bed.make_job(_all_of(model), model)
+            bed.send_job(given.job)
+            finish(bed, given)
+        strange = replace(bed.model, width=0.75)
+        given = bed.make_job(_all_of(strange), strange)
+        bed.send_job(given.job)
+        message, _ = bed.next()
+        is_refused = isinstance(message, Fault) and message.round == given.job.round
+        check(is_refused, f"a job of no variant: got {in_short(message)}, expected a fault")
+        bed.expect_ready()
+    bed.welcome()
+    bed.wait_ready()
+
+
+def _all_of(model: ModelSpec) -> Plan:
+    return replace(PLAN, segments=(Segment(first=1, last=model.exit),))
 
 
 def bad_frames(bed: Bed) -> None:

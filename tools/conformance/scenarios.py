@@ -272,6 +272,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     jobs.late_while_it_uploads,
     jobs.faults_about_nothing,
     jobs.bad_jobs,
+    jobs.variants,
     jobs.bad_frames,
     cut_without_a_job,
     cut_in_the_download,
