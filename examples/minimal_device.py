@@ -108,18 +108,14 @@ class Device:
         profile = {"platform": "generic", "memory_total_bytes": 0, "memory_available_bytes": 0}
         self.hello = {"protocol": PROTOCOL, "client_id": name, "session": np.random.bytes(8).hex()}
         self.hello |= {"profile": profile | {"cores": 1, "gflops": 0}, "num_examples": len(y)}
-        self.hello |= {
-            "input_shape": x.shape[1:],
-            "num_classes": int(max(y)) + 1,
-            "scaling": scaling,
-        }
+        self.hello |= {"input_shape": x.shape[1:], "num_classes": max(y.tolist()) + 1}
+        self.hello |= {"scaling": scaling}
         self.due, self.pause_s, self.is_over = 0.0, 2.0, False  # due: the next hello or heartbeat
         self.socket = zmq.Context().socket(zmq.DEALER)
         options = {"MAXMSGSIZE": 1048576, "SNDHWM": 32, "RCVHWM": 0, "IMMEDIATE": 1}
         options |= {"HEARTBEAT_IVL": 5000, "HEARTBEAT_TIMEOUT": 120000, "LINGER": 500}
-        for file in KEYS if keys else ():
-            key = np.fromfile(f"{keys}/{file}", "u1").tobytes()
-            options[f"CURVE_{KEYS[file]}KEY"] = key.strip()
+        for file, key in KEYS.items() if keys else ():
+            options[f"CURVE_{key}KEY"] = np.fromfile(f"{keys}/{file}", "u1").tobytes().strip()
         for option, value in options.items():
             self.socket.set(getattr(zmq, option), value)
         self.socket.connect(endpoint)
