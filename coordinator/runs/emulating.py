@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from msgspec.structs import replace
 
-from coordinator.cohorts.base import Offer
+from coordinator.cohorts.base import Client, Offer
 from coordinator.cohorts.budget import check_numbers, chosen_variants
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.cohorts.population import (
@@ -30,7 +30,9 @@ from coordinator.cohorts.population import (
     emulated_clients,
 )
 from coordinator.cohorts.processes import ProcessCohort
+from coordinator.cohorts.sampling import job_seed
 from coordinator.config import RunConfig
+from coordinator.methods.base import Method
 from coordinator.methods.registry import check_method, make_method
 from coordinator.runs.beginning import check_init
 from coordinator.runs.costs import client_costs
@@ -48,8 +50,6 @@ from edge_sdk.errors import EdgeError, ExportError, StoreError, UsageError, type
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.helpers import files
 from edge_sdk.helpers.interrupts import stop_signals
-from edge_sdk.protocol.messages import ModelSpec
-from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.training.devices import pick_device
 
 log = logging.getLogger(__name__)
@@ -165,8 +165,7 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         if own:
             extra["personal"] = msgspec.to_builtins(own.results(method))
         if epochs := settings.personal_epochs:
-            served = method.served()
-            found = personalise(config, method.spec, served, clients, epochs, device)
+            found = personalise(config, method, cohort.clients(), clients, epochs, device)
             extra["personalised"] = found
             for name, group in found["groups"].items():
                 print(
@@ -231,30 +230,29 @@ def emulated_cohort(
 
 def personalise(
     config: RunConfig,
-    spec: ModelSpec,
-    served: Tensors,
+    method: Method,
+    known: Sequence[Client],
     clients: Sequence[EmulatedClient],
     epochs: int,
     device: torch.device,
 ) -> dict[str, Any]:
     """Accuracy on the clients' hold-outs, of the served model's part that each can run, before and
     after `epochs` of fine-tuning (HypeMeFed, section 5.3.2): means over all clients and over those
-    of each exit. The losses are plain: a client's own label counts are what it is tuned to."""
-    parts = {client.id: split_holdout(client.shard, config.holdout) for client in clients}
-    able = [client for client in clients if len(parts[client.id][1])]
-    found = personalised_accuracy(
-        spec,
-        served,
-        [parts[client.id][0] for client in able],
-        [parts[client.id][1] for client in able],
-        replace(config.plan(config.rounds), seed=config.seed, holdout=0.0, logit_adjustment=0.0),
-        epochs,
-        exits=[min(client.exit, spec.exit) for client in able],
-        device=device,
-    )
-    groups: dict[str, list[Personalised]] = {"all": found}
-    for client, result in zip(able, found, strict=True):
-        groups.setdefault(f"exit {client.exit}", []).append(result)
+    of each exit. known: the same clients as the cohort has them, but for those that take no part.
+    The losses are plain: a client's own label counts are what it is tuned to."""
+    plan = replace(config.plan(config.rounds), holdout=0.0, logit_adjustment=0.0)
+    emulated = {client.id: client for client in clients}
+    groups: dict[str, list[Personalised]] = {"all": []}
+    for client in known:
+        own = emulated[client.id]
+        kept, held = split_holdout(own.shard, config.holdout)
+        if not len(held):
+            continue
+        spec, tensors = method.deployed(client)
+        seeded = replace(plan, seed=job_seed(config.seed, 0, client.id))
+        found = personalised_accuracy(spec, tensors, [kept], [held], seeded, epochs, device=device)
+        groups["all"] += found
+        groups.setdefault(f"exit {own.exit}", []).extend(found)
     return {
         "epochs": epochs,
         "groups": {
