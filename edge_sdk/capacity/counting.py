@@ -37,7 +37,7 @@ from edge_sdk.capacity.moments import (
 )
 from edge_sdk.capacity.second_model import beside, second_model
 from edge_sdk.hardware.speed import torch_threads
-from edge_sdk.models import StagedModel, family_code
+from edge_sdk.models import StagedModel, build, family_code
 from edge_sdk.models.checking import checked_model, checked_models
 from edge_sdk.models.flat import num_weights, parameter_shapes
 from edge_sdk.models.losses import exit_weights
@@ -163,7 +163,10 @@ def _cost(
         first=first,
         last=last,
         parameter_bytes=num_bytes(held.values()),
-        load_bytes=num_bytes(held.values()) + download_bytes + arriving + set_aside,
+        load_bytes=_built_bytes(model, replace(spec, exit=last))
+        + download_bytes
+        + arriving
+        + set_aside,
         gradient_bytes=gradient_bytes,
         optimizer_bytes=optimizer_copies(plan) * gradient_bytes + pruning_bytes,
         moments=(*whole, *others),
@@ -183,6 +186,15 @@ def _cost(
         num_weights=num_weights(parameter_shapes(model)),
     )
     return _as_planned(cost, plan)
+
+
+def _built_bytes(model: StagedModel, spec: ModelSpec) -> int:
+    """What the model of `spec` takes while it is built: of a low rank also the whole one, whose
+    layers it takes the place of."""
+    held = num_bytes(model.tensors().values())
+    if spec.rank == 1 or spec.exit == 1:
+        return held
+    return held + num_bytes(build(replace(spec, rank=1.0)).tensors().values())
 
 
 def _as_planned(cost: SegmentCost, plan: Plan) -> SegmentCost:

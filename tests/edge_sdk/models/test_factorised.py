@@ -115,6 +115,8 @@ def test_a_device_counts_the_costs_of_the_factors():
     # of 3 x 3 x (8 x 8 + 8 x 12 + 12 x 12) there are 3 x (2 x 16 + 3 x 20 + 3 x 24) left
     assert whole.upload_bytes - small.upload_bytes == 4 * (9 * 304 - 3 * 164)
     assert small.parameter_bytes < whole.parameter_bytes
+    # built of the whole model, while the received factors wait
+    assert small.load_bytes == 2 * small.parameter_bytes + whole.parameter_bytes
     assert small.flops_per_example < whole.flops_per_example
 
 
