@@ -47,7 +47,9 @@ def packed(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor
     for name, tensor in tensors.items():
         if name in masks:
             made[f"mask/{name}"] = mask_bits(masks[name])
-            made[f"packed/{name}"] = tensor[masks[name]]
+            # numpy's, as torch's first makes the places of all entries: 32 bytes for each
+            values = tensor.detach().cpu().numpy()[masks[name].numpy()]
+            made[f"packed/{name}"] = torch.from_numpy(values)
         else:
             made[name] = tensor
     return made
@@ -78,7 +80,7 @@ def unpacked(
         if tensor.shape != (kept,):
             raise ShapeError(f"{name} is {tuple(tensor.shape)}, its mask keeps {kept} values")
         made[weight] = torch.zeros(shapes[weight], dtype=tensor.dtype)
-        made[weight][masks[weight]] = tensor
+        made[weight].numpy()[masks[weight].numpy()] = tensor.numpy()
     if lacking := sorted(masks.keys() - made.keys()):
         raise ShapeError(f"mask/{lacking[0]} came without packed/{lacking[0]}")
     return made, masks

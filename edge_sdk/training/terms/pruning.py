@@ -12,6 +12,7 @@ when it is small, where here the mask says so; it overshoots the target by up to
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,24 +51,24 @@ class Pruning(Term):
             return
         share = min(self._prune.share, 1 - self._prune.target / left_share)
         for name, mask in self._masks.items():
-            self._masks[name] = without_smallest(parameters[name].cpu(), mask, share)
+            self._masks[name] = without_smallest(parameters[name].cpu().contiguous(), mask, share)
         for name, parameter in parameters.items():
             parameter.copy_(self._initial[f"{ROLE}/{name}"])
             if name in self._masks:
-                parameter.mul_(self._masks[name].to(self._device))
+                parameter.masked_fill_(~self._masks[name].to(self._device), 0.0)
 
     def begin_(self, trained: Trained) -> None:
         self._masked = [
-            (w, self._masks[name].to(self._device))
+            (w, ~self._masks[name].to(self._device))
             for name, w in trained.named.items()
             if name in self._masks
         ]
 
     @torch.no_grad()
     def before_step_(self) -> None:
-        for parameter, mask in self._masked:
+        for parameter, is_gone in self._masked:
             if parameter.grad is not None:
-                parameter.grad.mul_(mask)
+                parameter.grad.masked_fill_(is_gone, 0.0)  # times a bool would copy it as floats
 
     def returned(self, tensors: Tensors) -> Tensors:
         return packed(tensors, self._masks)
@@ -78,10 +79,16 @@ class Pruning(Term):
 
 def without_smallest(weights: Tensor, mask: Tensor, share: float) -> Tensor:
     """The mask of one layer without the share, rounded down, of the weights under it that are
-    smallest in magnitude."""
-    places = mask.reshape(-1).nonzero().reshape(-1)
-    sizes = weights.reshape(-1)[places].abs()
-    gone = places[sizes.argsort(stable=True)[: int(share * len(places))]]
-    left = mask.reshape(-1).clone()
-    left[gone] = False
-    return left.view(mask.shape)
+    smallest in magnitude; of equal ones the first go."""
+    num_left = int(mask.sum())
+    num_gone = int(share * num_left)
+    if not num_gone:
+        return mask.clone()
+    sizes = weights.abs()
+    # No order of all: the places of a large layer take more memory than a training step.
+    edge = float(np.partition(sizes.numpy()[mask.numpy()], num_gone - 1)[num_gone - 1])
+    left = mask & (sizes > edge)
+    if num_equal := num_left - num_gone - int(left.sum()):  # of those at the edge, that stay
+        places = (mask & (sizes == edge)).reshape(-1).nonzero().reshape(-1)
+        left.view(-1)[places[-num_equal:]] = True
+    return left

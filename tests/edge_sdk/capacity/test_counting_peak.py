@@ -132,12 +132,10 @@ LIGHT = ModelSpec(
     "terms",
     [
         {"optimizer": "sgd", "correction": True},
-        {"optimizer": "sgd", "dyn_alpha": 0.1},
         {"prune": Prune(share=0.2, target=0.1, threshold=0.0), "holdout": 0.25},
         {"teacher": Teacher(model=LIGHT, weight=0.2, is_trained=True)},
-        {"teacher": Teacher(model=VGG, weight=0.2, is_trained=True), "optimizer": "sgd"},
     ],
-    ids=["correction", "dynamic", "prune", "light teacher", "teacher as large"],
+    ids=["correction", "prune", "teacher"],
 )
 def test_predicted_peak_covers_what_a_plan_adds(terms):
     plan = Plan(segments=(Segment(first=1, last=3),), batch_size=16, **terms)

@@ -66,6 +66,13 @@ def test_the_smallest_of_those_left_go():
     assert mask.sum() == 5
 
 
+def test_of_equal_weights_the_first_go():
+    weights = torch.tensor([1.0, -1.0, 1.0, 0.5, 2.0])
+    mask = torch.tensor([True, True, True, True, True])
+    assert without_smallest(weights, mask, 0.4).tolist() == [False, True, True, False, True]
+    assert without_smallest(weights, mask, 0.1).tolist() == mask.tolist()
+
+
 def test_each_layer_loses_its_share_and_the_rest_begins_again():
     theta = trained()
     plan = replace(PLAN, lr=1e-9)
