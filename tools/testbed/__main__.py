@@ -26,10 +26,12 @@ from rich.console import Console
 
 from coordinator.cli.arguments import REPEATED, CommandParser
 from coordinator.cli.serve import add_serve_command, serve_settings
-from coordinator.methods.registry import METHODS
-from coordinator.runs.serving import check_serve
+from coordinator.config import RunConfig
+from coordinator.methods.registry import METHODS, make_method
+from coordinator.runs.serving import ServeSettings, check_serve
+from coordinator.settings import shaped
 from edge_sdk.capacity.costs import seconds
-from edge_sdk.capacity.counting import segment_costs
+from edge_sdk.capacity.counting import each_variant_cost, segment_costs
 from edge_sdk.cli.flags import DEFAULT_EPOCHS, duration_flag, option_flag
 from edge_sdk.data.loading import Examples, load
 from edge_sdk.data.partition import check_alpha
@@ -115,7 +117,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     devices = prepare(args, folder, host)
     if args.deadline == "auto":
         tell(console, "counting what training takes on each board, for the deadline")
-    deadline_s = choose_deadline(args, devices)
+    deadline_s = choose_deadline(args, folder, devices)
     tell(console, f"starting the coordinator and {len(devices)} boards, each with a trainer")
     with contextlib.ExitStack() as stack:
         stack.enter_context(terminating())
@@ -159,12 +161,17 @@ def check_flags(args: argparse.Namespace, folder: Path) -> None:
     for name, _ in platforms:
         board(name)
     check_alpha(args.alpha)
+    check_serve(*coordinator_settings(args, folder, sum(count for _, count in platforms)))
+
+
+def coordinator_settings(
+    args: argparse.Namespace, folder: Path, num_devices: int
+) -> tuple[RunConfig, ServeSettings]:
+    """What the coordinator will be started with, but for a deadline that is not chosen yet."""
     given_s = 0.0 if args.deadline == "auto" else args.deadline
     parser = argparse.ArgumentParser(prog="edge-coordinator")
     add_serve_command(parser.add_subparsers(parser_class=CommandParser))
-    num_devices = sum(count for _, count in platforms)
-    served = parser.parse_args(serve_command(args, folder, num_devices, given_s))
-    check_serve(*serve_settings(served))
+    return serve_settings(parser.parse_args(serve_command(args, folder, num_devices, given_s)))
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -181,18 +188,24 @@ def spec_of(args: argparse.Namespace, examples: Examples, exit: int) -> ModelSpe
     )
 
 
-def choose_deadline(args: argparse.Namespace, devices: Sequence[Device]) -> float:
+def choose_deadline(args: argparse.Namespace, folder: Path, devices: Sequence[Device]) -> float:
     """Board seconds. auto: the least that leaves no device out, with 5 % to spare, so that fast
-    boards, and slow ones with little data, train deeper exits."""
+    boards, and slow ones with little data, train deeper exits, or larger variants."""
     if args.deadline != "auto":
         return float(args.deadline)
     if args.method in ("fedavg", "fedavg-l"):
         return 0.0  # everyone trains the whole model, however long it takes
     spec = spec_of(args, devices[0].examples, 1)
     plan = Plan(segments=(Segment(first=1, last=1),), batch_size=args.batch_size)
+    config, _ = coordinator_settings(args, folder, len(devices))
+    offer = make_method(shaped(config, spec.input_shape, spec.num_classes), "cpu").offer()
     slowest = 0.0
     for device in devices:
-        cost = segment_costs(spec, plan, len(device.examples), 0)[0]
+        count = len(device.examples)
+        if offer.variants:
+            (cost,) = each_variant_cost(offer.variants[:1], offer.plan, count, 0)
+        else:
+            cost = segment_costs(spec, plan, count, 0)[0]
         slowest = max(slowest, seconds(cost, device.profile, len(device.examples), args.epochs))
     return 1.05 * slowest
 

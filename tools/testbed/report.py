@@ -109,6 +109,7 @@ def print_report(report: Report) -> None:
     for name, p in zip(names, report.platforms, strict=True):
         for done in p.trained:
             depth = f"stage {done.stage} alone" if done.is_alone else f"up to exit {done.stage}"
+            depth += f", variant {done.variant}" * bool(done.variant)
             rows.append([name, depth, str(done.clients), str(done.updates)])
     print_table("trained,depth,clients,updates", rows or [["nothing returned"]])
 

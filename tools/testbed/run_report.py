@@ -68,12 +68,14 @@ class Totals:
 
 @dataclass(frozen=True)
 class Trained:
-    """Clients and updates that trained all stages up to this one, or this one alone."""
+    """Clients and updates that trained all stages up to this one, or this one alone; of one of the
+    method's variants, if it offers any."""
 
     stage: int
     is_alone: bool
     clients: int
     updates: int
+    variant: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,13 +197,14 @@ def _platform(rows: list[sqlite3.Row], phases: list[sqlite3.Row], rounds: int) -
         for round, client, phase, wall_s, cpu_s in phases
         if (round, client) in by_key
     ]
-    users: dict[tuple[bool, int], list[str]] = {}
+    users: dict[tuple[bool, int, int], list[str]] = {}
     for row in rows:
         if row["outcome"] != "ok":
             continue
         prefix, alone = split_segments(row["segments"])
-        for key in [(False, prefix)] * (prefix > 0) + [(True, stage) for stage in alone]:
-            users.setdefault(key, []).append(row["client_id"])
+        trained = [(False, prefix)] * (prefix > 0) + [(True, stage) for stage in alone]
+        for key in trained:
+            users.setdefault((*key, row["variant"]), []).append(row["client_id"])
     is_emulated = bool(rows[0]["is_emulated"])
     return Platform(
         platform=rows[0]["platform"],
@@ -210,8 +213,8 @@ def _platform(rows: list[sqlite3.Row], phases: list[sqlite3.Row], rounds: int) -
         phases=_phase_times(DEVICE_PHASES, times, EMULATED if is_emulated else {}),
         totals=_totals(rows, rounds),
         trained=[
-            Trained(stage, is_alone, len(set(names)), len(names))
-            for (is_alone, stage), names in sorted(users.items())
+            Trained(stage, is_alone, len(set(names)), len(names), variant)
+            for (is_alone, stage, variant), names in sorted(users.items())
         ],
         levers=_levers(rows),
     )
