@@ -51,6 +51,12 @@ def group_exits(groups: Sequence[int], num_clients: int, num_exits: int) -> list
     return [exit for exit, count in enumerate(groups, 1) for _ in range(count)]
 
 
+def exits_of(population: Population, num_exits: int) -> dict[str, int]:
+    """The exit that tells the group of each client, by its name."""
+    exits = group_exits(population.groups, population.clients, num_exits)
+    return {f"client-{number:03d}": exit for number, exit in enumerate(exits, 1)}
+
+
 class Population(msgspec.Struct, frozen=True, kw_only=True):
     """Emulated clients. groups: how many stop at exit 1, 2, ...; alpha: label skew of the split
     "dirichlet"; holders: share of the weak clients of each group that can hold a deeper stage.
@@ -90,13 +96,13 @@ def emulated_clients(
     population: Population, config: RunConfig, train: Examples
 ) -> list[EmulatedClient]:
     """Everything about them is a function of the run's seed."""
-    exits = group_exits(population.groups, population.clients, config.model.exit)
+    exits = exits_of(population, config.model.exit)
     parts = split_shards(
         train, population.clients, split=population.split, alpha=population.alpha, seed=config.seed
     )
     return [
-        EmulatedClient(f"client-{number:03d}", exit, part)
-        for number, (exit, part) in enumerate(zip(exits, parts, strict=True), 1)
+        EmulatedClient(name, exit, part)
+        for (name, exit), part in zip(exits.items(), parts, strict=True)
     ]
 
 

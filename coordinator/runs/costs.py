@@ -21,21 +21,25 @@ from edge_sdk.protocol.messages import DeviceProfile
 BOARD = "raspberry-pi-4"  # whose compute and link emulated seconds are of, for every client alike
 
 
-def client_costs(store: Store, offer: Offer) -> tuple[dict[int, dict[str, float]], dict[str, Any]]:
-    """By round, and by group of clients ("exit 1", ...). offer: of the run's method.
+def client_costs(
+    store: Store, offer: Offer, exits: Mapping[str, int]
+) -> tuple[dict[int, dict[str, float]], dict[str, Any]]:
+    """By round, and by group of clients ("exit 1", ...). offer: of the run's method. exits: of each
+    client the exit that tells its group, whatever model it trains; of others that of their model.
 
     Of a round: `stages_trained`, the sum over participants of examples x stages x epochs;
     `operations`, of their training in all; `emulated_s`, what the slowest takes on BOARD for its
     training and what it was sent and sent back; `peak_memory_bytes`, the largest of the shallowest
     group. Of a group: clients that took part, the variant that they trained (0: none), and their
-    largest peak. Peaks leave runtime and data out."""
+    largest peak, None of nobody. Peaks leave runtime and data out."""
     rows = [row for row in client_rows(store.folder) if row.outcome == "ok"]
     if not rows:
         return {}, {}
     epochs, profile = store.config.epochs, emulated(board(BOARD), 0.0)
     numbers = {name: client.variant for name, client in store.client_models().items()}
     found = _costs(offer, max(2, sum(row.num_examples for row in rows) // len(rows)))
-    shallowest = min(row.exit for row in rows)
+    exits = {row.client_id: row.exit for row in rows} | dict(exits)
+    shallowest = min(exits[row.client_id] for row in rows)
     rounds: dict[int, dict[str, float]] = {}
     groups: dict[int, dict[str, Any]] = {}
     for row in rows:
@@ -54,15 +58,17 @@ def client_costs(store: Store, offer: Offer) -> tuple[dict[int, dict[str, float]
             epochs * c.flops_per_example + c.frozen_flops_per_example for c in costs
         )
         entry["emulated_s"] = max(entry["emulated_s"], _seconds(costs, row, epochs, profile))
-        if row.exit == shallowest:
+        if exits[row.client_id] == shallowest:
             entry["peak_memory_bytes"] = max(entry["peak_memory_bytes"], peak)
         group = groups.setdefault(
-            row.exit, {"clients": set(), "variants": set(), "peak_memory_bytes": 0}
+            exits[row.client_id], {"clients": set(), "variants": set(), "peak_memory_bytes": 0}
         )
         group["clients"].add(row.client_id)
         group["variants"].add(number)
         group["peak_memory_bytes"] = max(group["peak_memory_bytes"], peak)
-    return rounds, {f"exit {exit}": _told(groups[exit]) for exit in sorted(groups)}
+    nobody: dict[str, Any] = {"clients": (), "variants": (0,), "peak_memory_bytes": None}
+    every = sorted(set(exits.values()))
+    return rounds, {f"exit {exit}": _told(groups.get(exit, nobody)) for exit in every}
 
 
 def _costs(offer: Offer, num_examples: int) -> Mapping[tuple[int, str], SegmentCost]:

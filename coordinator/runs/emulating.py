@@ -28,6 +28,7 @@ from coordinator.cohorts.population import (
     check_processes,
     choose_holders,
     emulated_clients,
+    exits_of,
 )
 from coordinator.cohorts.processes import ProcessCohort
 from coordinator.cohorts.sampling import job_seed
@@ -216,7 +217,7 @@ def emulated_cohort(
     holders = choose_holders(exits, population.holders, config.seed)
     variants = None
     if offer and offer.variants:
-        plain = config.plan(config.rounds)
+        plain = replace(config.plan(config.rounds), optimizer="adam")  # one memory, any method
         variants = chosen_variants(offer, config.model, plain, exits, population.variants)
     here = InProcessCohort(shards, exits, config.model.exit, device, holders, variants, states)
     if processes == 1:
@@ -277,7 +278,8 @@ def write_json(
     groups: dict[str, Any] = {}
     try:
         with memory_errors("while counting costs"):
-            costs, groups = client_costs(store, offer)
+            exits = exits_of(population, config.model.exit)
+            costs, groups = client_costs(store, offer, exits)
     except EdgeError as error:  # of a family's own code, or for memory
         log.warning("%s has no costs of clients: %s", path, error)
     content = {

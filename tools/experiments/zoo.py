@@ -11,7 +11,9 @@ of their 95 % interval. served, last: of the deepest exit of the served model an
 global; mean of exits: of the served exits' mean logits; personal: of each client's own model or
 part on what it set aside, pooled; tuned: the same after fine-tuning. At equal bytes and seconds: of
 the last round at which a method had moved no more bytes, or taken no more emulated seconds, than
-BASELINE with the same seed in all its rounds. memory: predicted peak of the groups, shallow first.
+BASELINE with the same seed in all its rounds. clients, memory, variants: of the groups, shallow
+first: how many took part (0: the method has no model for their memory), their predicted peak, and
+the place of what they trained among the method's models.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ Round: TypeAlias = Mapping[str, Any]
 Amount: TypeAlias = Callable[[Round], float]  # of one round
 ACCURACIES = ("served", "last", "mean_of_exits", "personal", "tuned", "at_bytes", "at_seconds")
 COSTS = ("gop", "mb_down", "mb_up", "emulated_s", "server_s", "state_mb")
+BY_GROUP = ("clients", "memory_mb", "variants")
 HEADS = {
+    "memory_mb": "memory MB",
     "mean_of_exits": "mean of exits",
     "at_bytes": "equal bytes",
     "at_seconds": "equal seconds",
@@ -119,7 +123,7 @@ def within(run: Run, amount: Amount, budget: float) -> float | None:
 def row_of(run: Run, base: Run | None) -> Row:
     """A run's figures. base: BASELINE's run of the same seed."""
     tail = run.rounds[-TAIL_ROUNDS:]
-    peaks = [scaled(group["peak_memory_bytes"]) for group in run.groups.values()]
+    groups = run.groups.values()
     budgets = {
         name: sum(map(amount, base.rounds)) if base else None
         for name, amount in (("at_bytes", moved), ("at_seconds", taken_s))
@@ -133,8 +137,9 @@ def row_of(run: Run, base: Run | None) -> Row:
         "tuned": _percent([run.tuned] if run.tuned is not None else []),
         "at_bytes": _within(run, moved, budgets["at_bytes"]),
         "at_seconds": _within(run, taken_s, budgets["at_seconds"]),
-        "memory_mb": "/".join(decimals(peak, 2) for peak in peaks),
-        "variants": "/".join(str(group["variant"]) for group in run.groups.values()),
+        "clients": "/".join(str(group["clients"]) for group in groups),
+        "memory_mb": "/".join(decimals(scaled(g["peak_memory_bytes"]), 2) or "-" for g in groups),
+        "variants": "/".join(str(group["variant"] or "-") for group in groups),
         "gop": _scaled(mean_of(run.rounds, "operations"), 1e9),
         "mb_down": scaled(mean_of(run.rounds, "bytes_down")),
         "mb_up": scaled(mean_of(run.rounds, "bytes_up")),
@@ -192,7 +197,7 @@ def line_of(label: str, rows: Mapping[str, Row], base: Mapping[str, Row]) -> Row
     middle, low, high, pairs = interval(difference if label != BASELINE else [])
     line |= {f"minus_{BASELINE}": middle, "low_95": low, "high_95": high, "pairs": pairs}
     first = next(iter(rows.values()))
-    line |= {"memory_mb": first["memory_mb"], "variants": first["variants"]}
+    line |= {name: first[name] for name in BY_GROUP}
     return line | {name: mean(column(rows, name).values()) for name in COSTS}
 
 
@@ -223,7 +228,7 @@ def reached(line: Row) -> dict[str, str]:
 
 
 def costs(line: Row) -> dict[str, str]:
-    cells = {"method": line["label"], "memory MB": line["memory_mb"], "variants": line["variants"]}
+    cells = {"method": line["label"]} | {HEADS.get(name, name): line[name] for name in BY_GROUP}
     return cells | {HEADS[name]: decimals(line[name], 2) for name in COSTS}
 
 

@@ -25,7 +25,7 @@ def costs_of(folder, offer, *updates):
     list(store.record_results(1, updates))
     store.commit(1, Metrics(), {}, "2026-01-01T00:00:00+00:00", 1.0)
     try:
-        return client_costs(store, offer)
+        return client_costs(store, offer, {"a": 1, "b": 3})
     finally:
         store.close()
 
@@ -66,7 +66,7 @@ def test_of_variants_each_by_its_own_model(tmp_path):
     _, groups = costs_of(
         tmp_path,
         offer,
-        client_update(Client(id="a", exit=1, variant=1), {}, (WHOLE,), **told),
+        client_update(Client(id="a", exit=3, variant=1), {}, (WHOLE,), **told),
         client_update(Client(id="b", exit=3, variant=2), {}, (WHOLE,), **told),
     )
     assert peak_bytes(narrow) < peak_bytes(whole)
@@ -78,5 +78,13 @@ def test_of_variants_each_by_its_own_model(tmp_path):
 
 def test_a_run_of_which_nothing_counted_has_none(tmp_path):
     store = Store.create(tmp_path, config("owners-mean"), "emulate")
-    assert client_costs(store, Offer(cnn(), PLAN)) == ({}, {})
+    assert client_costs(store, Offer(cnn(), PLAN), {"a": 1}) == ({}, {})
     store.close()
+
+
+def test_a_group_that_takes_no_part_is_told(tmp_path):
+    """As where no variant fits its memory."""
+    of_b = client_update(client("b", 3), {}, (WHOLE,), num_examples=10)
+    rounds, groups = costs_of(tmp_path, Offer(cnn(), PLAN), of_b)
+    assert groups["exit 1"] == {"clients": 0, "variant": 0, "peak_memory_bytes": None}
+    assert rounds[1]["peak_memory_bytes"] == groups["exit 3"]["peak_memory_bytes"]
