@@ -15,7 +15,7 @@ size. It does not grow with the clients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeAlias
 
 import torch
@@ -104,9 +104,9 @@ class SlicedMean:
         unheld = torch.zeros([1] * self._sent[name].ndim)
         return self._weights.get(name, unheld) > 0
 
-    def coverage(self) -> float:
-        """The share of the model's elements that somebody held."""
-        sizes = {name: tensor.numel() for name, tensor in self._sent.items() if tensor.numel()}
+    def coverage(self, names: Collection[str]) -> float:
+        """The share of the elements of these tensors that somebody held."""
+        sizes = {name: size for name in names if (size := self._sent[name].numel())}
         held = sum(size * float(self.owned(name).float().mean()) for name, size in sizes.items())
         return held / sum(sizes.values())
 

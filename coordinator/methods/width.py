@@ -6,7 +6,7 @@ of those that the method offers, which is a part of the whole one, channel by ch
 Classifier rows. Of a plan with masked cross entropy a device returns the rows of classes that it
 has no example of as they came, bit by bit; a row that did not move is taken as not held. So nothing
 is told beside the weights, no list or mask of a client's labels: whoever sees rows that are
-averaged by owner sees as much. Statistics of BatchNorm are averaged like weights.
+averaged by owner sees as much. Statistics of BatchNorm: aggregation/statistics.py.
 
 Robust rules and --clip compare whole tensors of all clients, so they have no place here.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 from coordinator.aggregation.server_optimizer import Server
 from coordinator.aggregation.sliced import SlicedMean, cut
 from coordinator.aggregation.staleness import rebase_late_updates
+from coordinator.aggregation.statistics import ModelStatistics
 from coordinator.cohorts.base import Assignment, Client, ClientUpdate, Offer
 from coordinator.cohorts.sampling import job_seed
 from coordinator.config import RunConfig
@@ -59,19 +60,19 @@ class Slice:
     tensors: Tensors
 
 
-def slice_from(whole: Tensors, spec: ModelSpec, model: ModelSpec, shift: int) -> Slice:
-    """whole: the tensors of `spec`. Raises ConfigError for a family that cannot be cut."""
-    parts = slice_of(replace(spec, exit=model.exit), model.width, shift)
-    return Slice(parts, cut({name: whole[name] for name in parts}, parts))
-
-
 def step_(
-    server: Server, mean: SlicedMean, parameters: Collection[str], round: int, metrics: Metrics
+    server: Server,
+    mean: SlicedMean,
+    parameters: Collection[str],
+    round: int,
+    metrics: Metrics,
+    settled: Callable[[SlicedMean], Tensors] = SlicedMean.result,
 ) -> bool:
-    """Take the server's step to the mean of those who held each element. False, and nothing is
-    changed, where finite updates, or --server-lr, would make it infinite."""
+    """Take the server's step to the mean of those who held each element. settled: makes the next
+    model of it. False, and nothing is changed, where finite updates, or --server-lr, would make it
+    infinite."""
     try:
-        server.step(mean.result(), {name: mean.owned(name) for name in parameters})
+        server.step(settled(mean), {name: mean.owned(name) for name in parameters})
     except ShapeError as error:
         log.error("round %d: %s; the global model stays as it was", round, error)
         metrics.values["aggregate_refused"] = 1.0
@@ -96,12 +97,24 @@ class WidthAveraging:
         self._plan_rule = plan_rule
         self._shift = shift
         self._parameters = {name for name, _ in build(self.spec).named_parameters()}
-        self.server = Server(
-            initial_tensors(self.spec, config.seed), self._parameters, config.server
-        )
-        self._slices: dict[tuple[int, float, int], Slice] = {}  # of the globals, until they change
+        whole = initial_tensors(self.spec, config.seed)
+        self._names = list(whole)
+        statistics = [name for name in whole if name not in self._parameters]
+        self._statistics = ModelStatistics(statistics, len(variants))
+        beside = self._statistics.beside(whole)
+        self.server = Server(whole | beside, self._parameters, config.server)
+        self._forget()
         for model in variants:
             self._slice(model, 1)  # a family that cannot be cut begins no run
+
+    def _forget(self) -> None:
+        """What was made of the globals: they are others now."""
+        self._current = self._model_in(self.server.globals)
+        self._slices: dict[tuple[int, int], Slice] = {}  # by place among the variants, and shift
+
+    def _model_in(self, tensors: Tensors) -> Tensors:
+        """Without the statistics beside it."""
+        return {name: tensors[name] for name in self._names}
 
     def offer(self) -> Offer:
         config = self._config
@@ -130,10 +143,11 @@ class WidthAveraging:
                 self._add_(mean, update, weight, round)
             metrics.num_updates += 1
         if metrics.num_updates:
-            metrics.values["coverage"] = mean.coverage()
+            metrics.values["coverage"] = mean.coverage(self._parameters)
             with watch("aggregate"):
-                step_(self.server, mean, self._parameters, round, metrics)
-                self._slices = {}
+                settled = self._statistics.settled
+                if step_(self.server, mean, self._parameters, round, metrics, settled):
+                    self._forget()
         metrics.phases |= watch.phases
         return metrics
 
@@ -145,38 +159,53 @@ class WidthAveraging:
             half_life = self._config.staleness_half_life
             late = rebase_late_updates([update], held.tensors, self._parameters, half_life)
             update = next(late)
-        tensors, parts = dict(update.tensors), dict(held.parts)
         is_masked = self._plan_rule(self._config.plan(began), model, began).mask_absent
-        for name, tensor in update.tensors.items() if is_masked else ():
-            if stage_of(name)[0] == "exits" and tensor.shape[:1] == (self.spec.num_classes,):
+        for name, tensor in update.tensors.items():
+            part = held.parts[name]
+            if is_masked and self._is_by_class(name, tensor):
                 rows = (tensor != held.tensors[name]).reshape(len(tensor), -1).any(1)
-                tensors[name] = tensor[rows]
-                parts[name] = (rows.nonzero().flatten(), *held.parts[name][1:])
-        mean.add_(tensors, weight, parts)
+                tensor, part = tensor[rows], (rows.nonzero().flatten(), *part[1:])
+            own_name = self._statistics.own_name(name, self._place(model))
+            mean.add_({own_name: tensor}, weight, {own_name: part})
+
+    def _is_by_class(self, name: str, tensor: Tensor) -> bool:
+        is_weight = name in self._parameters and stage_of(name)[0] == "exits"
+        return is_weight and tensor.shape[:1] == (self.spec.num_classes,)
+
+    def _place(self, model: ModelSpec) -> int:
+        return self._variants.index(model) + 1
 
     def _slice(self, model: ModelSpec, round: int) -> Slice:
         """The same tensors for all clients of a variant."""
-        key = model.exit, model.width, self._shift(round)
+        key = self._place(model), self._shift(round)
         if key not in self._slices:
-            self._slices[key] = slice_from(self.server.globals, self.spec, model, key[2])
+            self._slices[key] = self._cut(self.server.globals, model, key[1])
         return self._slices[key]
 
+    def _cut(self, tensors: Tensors, model: ModelSpec, shift: int) -> Slice:
+        """Of the whole model's tensors and those beside it. Raises ConfigError for a family that
+        cannot be cut."""
+        parts = slice_of(replace(self.spec, exit=model.exit), model.width, shift)
+        whole = tensors | self._statistics.seen_by(self._place(model), tensors)
+        return Slice(parts, cut({name: whole[name] for name in parts}, parts))
+
     def current(self) -> Tensors:
-        return self.server.globals
+        return self._current
 
     def begin_from(self, tensors: Tensors) -> None:
         self.server.globals = self.server.globals | tensors
-        self._slices = {}
+        self._forget()
 
     def served(self) -> Tensors:
-        return self.server.served()
+        held = self.server.served()
+        return self._current if held is self.server.globals else self._model_in(held)
 
     def deployed(self, client: Client) -> tuple[ModelSpec, Tensors]:
         """The first channels of the served model. Where narrow models train with their layers'
         outputs divided by the width, the division is in the weights: a model that is deployed
         stands alone."""
         model = self._variants[max(1, client.variant) - 1]
-        held = slice_from(self.served(), self.spec, model, 0).tensors
+        held = self._cut(self.server.served(), model, 0).tensors
         plan = self._plan_rule(self._config.plan(self._config.rounds), model, self._config.rounds)
         if plan.scaler == "none":
             return model, held
@@ -189,4 +218,4 @@ class WidthAveraging:
         rest = {name: tensor for name, tensor in state.items() if not name.startswith("server/")}
         check_shapes(rest, {}, "checkpoint")
         self.server.load_state_dict(with_prefix(state, "server/"))
-        self._slices = {}
+        self._forget()

@@ -142,9 +142,10 @@ def test_memory_does_not_grow_with_clients_and_weights_are_those_of_cut_axes():
 
 def test_coverage_is_the_share_of_elements_that_somebody_held():
     mean = SlicedMean({"a": torch.zeros(2, 4), "b": torch.zeros(2)})
-    assert mean.coverage() == 0
+    assert mean.coverage("ab") == 0
     mean.add_({"a": torch.zeros(1, 2)}, 1, {"a": at([0], [0, 1])})
-    assert mean.coverage() == pytest.approx(2 / 10)
+    assert mean.coverage("ab") == pytest.approx(2 / 10)
+    assert mean.coverage("a") == pytest.approx(2 / 8)
 
 
 def test_contributions_are_not_changed():

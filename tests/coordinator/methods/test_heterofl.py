@@ -53,7 +53,8 @@ def test_worked_example():
     method.aggregate(1, [returned(method, a, 1.0), returned(method, b, 5.0, 3)])
     found = method.current()
     assert found["stages.0.1.weight"].tolist() == [[4, 4], [4, 4], [5, 5], [5, 5]]
-    assert found["stages.0.2.running_mean"].tolist() == [4, 4, 5, 5]
+    assert found["stages.0.2.weight"].tolist() == [4, 4, 5, 5]
+    assert found["stages.0.2.running_mean"].tolist() == [5, 5, 5, 5], "of the whole model alone"
     assert found["exits.0.weight"].tolist() == [[4, 4, 5, 5]] * 3
     assert found["exits.0.bias"].tolist() == [4, 4, 4]
 
@@ -75,6 +76,33 @@ def test_one_width_and_plain_settings_are_fedavg():
         results.append(method.current())
     for name, tensor in results[0].items():
         assert torch.allclose(tensor, results[1][name], atol=1e-6), name
+
+
+def test_each_model_has_statistics_of_its_own():
+    """Those of clients of one model are averaged; the whole model has the widest's that ever came,
+    and before it came those that there were."""
+    method = method_of(own={"widths": (0.5, 1.0)})
+    a, b, c = client_of("a", 1), client_of("b", 2), client_of("c", 1)
+    mean_of = "stages.0.2.running_mean"
+
+    def seen():
+        models = [method.assign(who, 9).tensors[mean_of].tolist() for who in (a, b)]
+        return [method.current()[mean_of].tolist(), *models]
+
+    method.aggregate(1, [returned(method, a, 1.0)])
+    assert seen() == [[1, 1, 0, 0], [1, 1], [1, 1, 0, 0]]
+    method.aggregate(
+        2, [returned(method, a, 2.0), returned(method, b, 5.0), returned(method, c, 4.0)]
+    )
+    assert seen() == [[5, 5, 5, 5], [3, 3], [5, 5, 5, 5]]
+    method.aggregate(3, [returned(method, a, 7.0)])
+    assert seen() == [[5, 5, 5, 5], [7, 7], [5, 5, 5, 5]]
+    method.server.options = replace(PLAIN, serve="last")
+    assert method.deployed(a)[1][mean_of].tolist() == [7, 7]
+    assert method.served() is method.current()
+    again = method_of(own={"widths": (0.5, 1.0)})
+    again.load_state_dict(method.state_dict())
+    assert again.assign(a, 4).tensors[mean_of].tolist() == [7, 7]
 
 
 def test_bytes_of_a_job_are_those_of_the_narrow_model():
@@ -214,5 +242,5 @@ def test_coverage_tells_what_share_of_the_model_anybody_held():
     method = method_of(own={"widths": (0.5, 1.0)})
     a = client_of("a", 1)
     metrics = method.aggregate(1, [returned(method, a, 1.0)])
-    # of 4 x 2 weights, 4 norm tensors of 4, 3 x 4 and 3 of the exit: 4 + 8 + 6 + 3 of 39
-    assert metrics.values["coverage"] == pytest.approx(21 / 39)
+    # of 4 x 2 weights, scales and shifts of 4, 3 x 4 and 3 of the exit: 4 + 4 + 6 + 3 of 31
+    assert metrics.values["coverage"] == pytest.approx(17 / 31)
