@@ -201,12 +201,12 @@ class WidthAveraging:
         return self._current if held is self.server.globals else self._model_in(held)
 
     def deployed(self, client: Client) -> tuple[ModelSpec, Tensors]:
-        """The first channels of the served model. Where narrow models train with their layers'
-        outputs divided by the width, the division is in the weights: a model that is deployed
-        stands alone."""
-        model = self._variants[max(1, client.variant) - 1]
-        held = self._cut(self.server.served(), model, 0).tensors
-        plan = self._plan_rule(self._config.plan(self._config.rounds), model, self._config.rounds)
+        """The channels of the served model that jobs of the last round hold: they were trained
+        together. Where narrow models train with their layers' outputs divided by the width, the
+        division is in the weights: a model that is deployed stands alone."""
+        model, last = self._variants[max(1, client.variant) - 1], self._config.rounds
+        held = self._cut(self.server.served(), model, self._shift(last)).tensors
+        plan = self._plan_rule(self._config.plan(last), model, last)
         if plan.scaler == "none":
             return model, held
         return model, held | {name: held[name] / model.width for name in scaled_names(build(model))}

@@ -113,3 +113,8 @@ def learned(method: Method, cohort: Sequence[Client]) -> Tensors:
 def changed_names(before: Tensors, after: Tensors) -> set[str]:
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def is_statistic(name: str) -> bool:
+    """Of BatchNorm: a method may take them of fewer owners than weights."""
+    return name.endswith((".running_mean", ".running_var"))

@@ -59,12 +59,13 @@ def test_an_update_is_put_where_its_own_round_held_it():
     assert (found[[1, 2]] == 9).all()
 
 
-def test_what_is_deployed_does_not_move():
+def test_the_window_of_the_last_round_is_deployed():
+    """Of three: channels 2 and 3, which were trained together last."""
     method = method_of("fedrolex", own=OWN | {"scaler": False})
     method.aggregate(3, [returned(method, client_of("b", 2), 2.0, round=3)])
     spec, tensors = method.deployed(client_of("a", 1))
     assert spec.width == 0.5
-    assert torch.equal(tensors["stages.0.1.weight"], method.served()["stages.0.1.weight"][:2])
+    assert torch.equal(tensors["stages.0.1.weight"], method.served()["stages.0.1.weight"][2:])
 
 
 def test_blocks_and_their_shortcuts_hold_the_same_channels_in_every_round():
