@@ -21,6 +21,7 @@ are whole epochs here. --start fresh (personal/affine.py) is ours, for clients w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -31,14 +32,17 @@ from coordinator.methods.generated import GeneratedModels, Generating
 from coordinator.methods.registry import OnDevice, TorchDevice, register_method
 from coordinator.personal.hypernetwork import Architecture, Hypernetwork, Rule
 
-# Published, but for the batch. With Adam on devices, which moves each weight as far as the next,
-# the hypernetwork learns little: 48 instead of 90 % on digits after 30 rounds of 10 clients.
+# As published, but for the batch. Own accuracy on digits, 10 clients at Dirichlet 0.1, 30 rounds:
+# with Adam on devices 48 % instead of 90; at the published --hyper-lr 2e-4 83 and 89 % (two seeds),
+# at 1e-3 93 and 96.
 LOCAL = {"optimizer": "sgd", "lr": 5e-3, "momentum": 0.9, "weight_decay": 5e-4, "holdout": 0.25}
-PAPER = LOCAL | {"batch_size": 64, "own.start": "alike"}
-ANCESTOR = PAPER | {"weight_decay": 5e-5, "participants": 1}
+ALIKE = LOCAL | {"batch_size": 64, "own.start": "alike"}
+PAPER = ALIKE | {"own.hyper_lr": 2e-4}
+ANCESTOR = ALIKE | {"weight_decay": 5e-5, "participants": 1}
 # Settings of a global model that is stepped, or begun from.
 GLOBAL = ("init", "server", "aggregation.clip")
 KEEPS = "statistics of BatchNorm"
+WHOLE = Architecture(layers=4, chunk=0, spread=1.0, is_rectified=False)  # pFedHN's
 SUCCESSIVE = "a step for each client of the round, or one of their sum"
 START = "weights begin as a fresh model's (ours), or all alike"
 NOVEL = "round after which only embeddings are learned, and heads of sizes yet unknown; 0: never"
@@ -59,9 +63,9 @@ class Generated(Options, frozen=True, kw_only=True):
 
 
 class MhPFedHN(Generated, frozen=True, kw_only=True):
-    """Of the hypernetwork, as published."""
+    """Of the hypernetwork."""
 
-    hyper_lr: Annotated[Rate, flag("of the hypernetwork's Adam")] = 2e-4
+    hyper_lr: Annotated[Rate, flag("of the hypernetwork's Adam")] = 1e-3
     embedding: Annotated[Size, flag("length of each of a client's vectors")] = 64
     hyper_hidden: Annotated[Size, flag("width of the hypernetwork")] = 128
     chunk: Annotated[int, Meta(ge=1, le=2**24), flag("weights that one vector makes")] = 3072
@@ -135,16 +139,9 @@ def _network(config: RunConfig, device: TorchDevice, options: MhPFedHN) -> Hyper
 )
 def pfedhn(config: RunConfig, device: TorchDevice, options: PFedHN) -> Method:
     """As mh-pfedhn, with one embedding a client and one head for each number of weights."""
-    shape = Architecture(
-        embedding=options.embedding,
-        hidden=options.hyper_hidden,
-        layers=4,
-        chunk=0,
-        spread=1.0,
-        is_rectified=False,
-    )
-    rule = Rule(
-        lr=options.hyper_lr, momentum=options.hyper_momentum, weight_decay=options.hyper_decay
-    )
+    embedding, hidden = options.embedding, options.hyper_hidden
+    shape = replace(WHOLE, embedding=embedding, hidden=hidden)
+    decay, momentum = options.hyper_decay, options.hyper_momentum
+    rule = Rule(lr=options.hyper_lr, momentum=momentum, weight_decay=decay)
     network = Hypernetwork(shape, rule, config.seed, device)
     return GeneratedModels(config, network, options.generating())
