@@ -29,7 +29,7 @@ def one_number(value: float) -> Change:
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim < 2 and name != FLAT:
             return tensor
-        made = tensor.clone()
+        made = tensor.clone(memory_format=torch.contiguous_format)
         made.view(-1)[0] = value
         return made
 

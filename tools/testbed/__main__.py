@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from msgspec.structs import replace
 from rich.console import Console
 
 from coordinator.cli.arguments import REPEATED, CommandParser
@@ -39,7 +40,7 @@ from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.hardware.boards import board
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.models import build
-from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from edge_sdk.protocol.messages import ModelSpec, Segment
 from tools.testbed.boards import DEFAULT_DEVICES, Device, Host, parse_devices, prepare
 from tools.testbed.progress import follow, tell
 
@@ -195,18 +196,19 @@ def choose_deadline(args: argparse.Namespace, folder: Path, devices: Sequence[De
         return float(args.deadline)
     if args.method in ("fedavg", "fedavg-l"):
         return 0.0  # everyone trains the whole model, however long it takes
-    spec = spec_of(args, devices[0].examples, 1)
-    plan = Plan(segments=(Segment(first=1, last=1),), batch_size=args.batch_size)
     config, _ = coordinator_settings(args, folder, len(devices))
-    offer = make_method(shaped(config, spec.input_shape, spec.num_classes), "cpu").offer()
+    shape = devices[0].examples
+    offer = make_method(shaped(config, shape.input_shape, shape.num_classes), "cpu").offer()
+    shallow = replace(offer.model, exit=1)
+    plan = replace(offer.plan, segments=(Segment(first=1, last=1),))
     slowest = 0.0
     for device in devices:
         count = len(device.examples)
         if offer.variants:
             (cost,) = each_variant_cost(offer.variants[:1], offer.plan, count, 0)
         else:
-            cost = segment_costs(spec, plan, count, 0)[0]
-        slowest = max(slowest, seconds(cost, device.profile, len(device.examples), args.epochs))
+            cost = segment_costs(shallow, plan, count, 0)[0]
+        slowest = max(slowest, seconds(cost, device.profile, count, args.epochs))
     return 1.05 * slowest
 
 
