@@ -12,13 +12,15 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from coordinator.aggregation.border import STATE
+from coordinator.cohorts.budget import Variant
 from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS, make_method
 from coordinator.runs.rounds import run_rounds
 from coordinator.store.checkpoints import unsound
 from coordinator.store.opening import open_store
-from tests.contract.methods import unless_except
-from tests.support.attackers import ATTACKS, LIAR, Lying, says, sends
+from edge_sdk.data.partition import holdout_rows
+from tests.contract.methods import clients_of, unless_except
+from tests.support.attackers import ATTACKS, EXAMPLES, EXITS, LIAR, Lying, says, sends
 from tests.support.examples import config, examples
 from tests.support.processes import read_rows
 
@@ -33,6 +35,14 @@ def settings(key, **changes):
     if not generator:
         return made
     return replace(made, generator=replace(made.generator, name=generator, memory_rows=8))
+
+
+def lying(key, lie, says_examples=0):
+    method = make_method(settings(key))
+    if not method.offer().variants:
+        return Lying(lie, says_examples)
+    clients = clients_of(method, tuple(EXITS.values()))
+    return Lying(lie, says_examples, {c.id: Variant(c.variant, c.exit, 0) for c in clients})
 
 
 def run(folder, made, cohort, rounds=ROUNDS, resume=False):
@@ -58,7 +68,7 @@ def same(one, other):
 @functools.cache
 def without_it(folder, key):
     """The state when it returns nothing."""
-    return run(folder / f"reference {key}", settings(key), Lying(None))[0]
+    return run(folder / f"reference {key}", settings(key), lying(key, None))[0]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +81,7 @@ def references(tmp_path_factory):
 def test_a_run_is_as_without_the_liar_and_goes_on_without_it(tmp_path, references, key, attack):
     if attack.startswith(("mean", "variance")):
         unless_except(key, "statistics")
-    state, _ = run(tmp_path / "run", settings(key), Lying(sends(ATTACKS[attack])))
+    state, _ = run(tmp_path / "run", settings(key), lying(key, sends(ATTACKS[attack])))
     assert same(state, without_it(references, key))
     told = "SELECT DISTINCT client_id, code FROM participations WHERE outcome = 'failed'"
     details = "SELECT round, detail FROM participations WHERE outcome = 'failed'"
@@ -79,7 +89,7 @@ def test_a_run_is_as_without_the_liar_and_goes_on_without_it(tmp_path, reference
         assert detail.startswith(f"update from {LIAR}, round {number}: ")
     code = "tensors" if attack == "NaN" else "update"
     assert read_rows(tmp_path / "run", told) == [(LIAR, code)]
-    state, reports = run(tmp_path / "run", settings(key), Lying(None), 1, resume=True)
+    state, reports = run(tmp_path / "run", settings(key), lying(key, None), 1, resume=True)
     assert unsound(state) == ""
     assert reports[0].totals.returned == 5
     assert all(math.isfinite(value) for value in reports[0].metrics.values.values())
@@ -89,12 +99,12 @@ def test_a_run_is_as_without_the_liar_and_goes_on_without_it(tmp_path, reference
 def test_two_billion_examples_count_three_times_anothers(tmp_path, key):
     """Five others have 24 each, so 2^31 count as 72, in every method that counts examples; or less
     where some are set aside."""
-    lying = Lying(says(2**31), says_examples=2**31)
-    state, _ = run(tmp_path / "lie", settings(key), lying)
-    half, _ = run(tmp_path / "half", settings(key), Lying(says(72), says_examples=72))
+    state, _ = run(tmp_path / "lie", settings(key), lying(key, says(2**31), 2**31))
+    half, _ = run(tmp_path / "half", settings(key), lying(key, says(72), 72))
     assert same(state, half)
     rows = read_rows(tmp_path / "lie", "SELECT DISTINCT num_examples FROM participations")
-    trained_on = 24 - int(24 * settings(key).holdout)
+    share = settings(key).holdout
+    trained_on = len(holdout_rows(examples(EXAMPLES).y, share)[0]) if share else EXAMPLES
     assert sorted(rows) == [(trained_on,), (2**31,)], "what it said is recorded"
 
 

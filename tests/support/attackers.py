@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from msgspec.structs import replace
 
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate
+from coordinator.cohorts.budget import Variant
 from coordinator.cohorts.in_process import InProcessCohort
 from edge_sdk.protocol.plan_tensors import FLAT
+from edge_sdk.protocol.tensor_lists import role_of
 from edge_sdk.protocol.tensors import Tensors
 from tests.support.examples import examples
 
 EXITS = {"a": 1, "b": 1, "c": 2, "d": 3, "e": 3, "f": 3}
 LIAR = "f"
+EXAMPLES = 24  # of each client
 Change = Callable[[str, torch.Tensor], torch.Tensor]  # name and trained tensor -> what is sent
 
 
@@ -24,10 +28,10 @@ def everywhere(value: float) -> Change:
 
 
 def one_number(value: float) -> Change:
-    """Of each weight matrix, and of a vector of all weights."""
+    """Of each weight matrix, or what a mask leaves of it, and of a vector of all weights."""
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.ndim < 2 and name != FLAT:
+        if tensor.ndim < 2 and name != FLAT and role_of(name)[0] != "packed":
             return tensor
         made = tensor.clone(memory_format=torch.contiguous_format)
         made.view(-1)[0] = value
@@ -52,17 +56,19 @@ ATTACKS: Mapping[str, Change] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Lying:
-    """Six emulated clients, of whom LIAR does as `lie` says; None: it returns nothing."""
+    """Six emulated clients, of whom LIAR does as `lie` says; None: it returns nothing. held: the
+    models that they hold, of a method that offers some."""
 
     lie: Callable[[ClientUpdate], ClientUpdate] | None
     says_examples: int = 0  # 0: what it has
-    inner: InProcessCohort = dataclasses.field(
-        default_factory=lambda: InProcessCohort(
-            {name: examples(24, seed=i) for i, name in enumerate(EXITS)}, EXITS, 3
-        )
-    )
+    held: Mapping[str, Variant] | None = None
+
+    @functools.cached_property
+    def inner(self) -> InProcessCohort:
+        shards = {name: examples(EXAMPLES, seed=i) for i, name in enumerate(EXITS)}
+        return InProcessCohort(shards, EXITS, 3, variants=self.held)
 
     def clients(self) -> Sequence[Client]:
         told = {LIAR: self.says_examples} if self.says_examples else {}
