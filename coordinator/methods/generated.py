@@ -75,7 +75,10 @@ class GeneratedModels:
 
     def assign(self, client: Client, round: int) -> Assignment:
         variant = variant_of(client, self._variants)
-        model = variant.spec if variant else self._config.model
+        own = replace(
+            self._config.model, exit=client.exit
+        )  # of a model of its own only that counts
+        model = variant.spec if variant else own
         tensors = {FLAT: self._weights(client.id, variant, client.num_weights)}
         tensors |= {LIGHT_ROLE + name: tensor for name, tensor in self.current().items()}
         seed = job_seed(self._config.seed, round, client.id)

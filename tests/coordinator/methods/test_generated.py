@@ -94,6 +94,13 @@ def test_a_client_s_own_model_needs_nothing_but_its_number_of_weights(name):
         method.deployed(own)
 
 
+def test_a_client_s_own_model_is_trained_as_one_segment_up_to_its_own_exit(name):
+    """Whatever exits the run's model has: a device refuses segments that its model has not."""
+    plan = fresh(name).assign(Client(id="own", exit=1, num_weights=100), 1).plan
+    assert plan.segments == (Segment(first=1, last=1),)
+    assert plan.exit_weights == (1.0,)
+
+
 def test_clients_are_their_own(name):
     method = fresh(name, start="alike")
     a, b, _ = COHORT
