@@ -76,10 +76,9 @@ def run_rounds(
     border = Border(model, config.aggregation.refuse_above, epochs=config.epochs, seed=config.seed)
     load_state(store, method, border)
     before = method.state_dict() if store.next_round() == 1 else None
+    _accept_state(store, cohort)  # again, after a kill between a commit and that
     while (round := store.next_round()) <= config.rounds and not should_stop():
         phase("waiting for devices", round)
-        if isinstance(cohort, KeepsState):  # said before the round, as one may have been killed
-            cohort.accept(round - 1, store.counted(round - 1))  # between its commit and this
         asking = Asking(store, method, cohort, border, round)  # draws who takes part; may wait
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
         phase("round open", round)
@@ -110,9 +109,17 @@ def run_rounds(
         state = method.state_dict() | border.state_dict()
         metrics.values["state_bytes"] = float(sum(tensor.nbytes for tensor in state.values()))
         totals = store.commit(round, metrics, state, started_utc, wall_s)
+        _accept_state(store, cohort)
         del state  # up to four models and a generator's memory
         before = None
         report(RoundReport(round, accuracy, served, metrics, totals, *training.by_exit()))
+
+
+def _accept_state(store: Store, cohort: Cohort) -> None:
+    """What emulated clients keep of the last committed round counts."""
+    if isinstance(cohort, KeepsState):
+        last = store.next_round() - 1
+        cohort.accept(last, store.counted(last))
 
 
 def evaluate(
