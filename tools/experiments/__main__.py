@@ -32,7 +32,7 @@ from pathlib import Path
 
 from edge_sdk.cli.flags import whole_flag
 from edge_sdk.errors import ConfigError, EdgeError
-from tools.experiments import figures, probes, tables, zoo
+from tools.experiments import curves, figures, probes, tables, zoo
 from tools.experiments.grids import GRIDS, Grid, Setting
 from tools.tables import git, machine
 
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables.add_commands(commands)
     figures.add_command(commands)
     zoo.add_command(commands)
+    curves.add_command(commands)
     probes.add_command(commands)
     args = parser.parse_args(argv)
     try:

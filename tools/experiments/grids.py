@@ -137,7 +137,43 @@ ZOO_ROWS = {
     if name not in ("stale-copy", "stage-rotation")  # parts of hypemefed, in the grid `main`
 } | {"hypemefed-paper": "--method hypemefed --paper"}
 
+# Measures against label skew, alone and together, for the default and for its bound.
+MEASURES = {
+    "": "",
+    "+adjusted": " --logit-adjustment 1",
+    "+equal": " --weighting equal",
+    "+adjusted+equal": " --logit-adjustment 1 --weighting equal",
+}
+LABEL_SKEW_ROWS = {
+    f"{label}{measure}": f"{flags}{more}"
+    for label, flags in {
+        "default": "--method hypemefed",
+        "rotation-all": f"--method stage-rotation {ALL} {MOMENTUM}",
+        "fedavg-l": f"--method fedavg-l {MOMENTUM}",
+    }.items()
+    for measure, more in MEASURES.items()
+}
+STEADY = "--eval-every 2 --eval-tail 5"
+STEADY_FASHION = f"--examples 4000 --epochs 2 --batch-size 16 --rounds 50 {STEADY}"
+STEADY_CIFAR = (
+    "--model vgg --option channels=16,32,64,128 --examples 8000 --test-examples 2000 --epochs 2"
+    f" --batch-size 16 --rounds 50 {STEADY}"
+)
+STEADY_UNIMIB = f"--epochs 5 --batch-size 16 --rounds 50 {STEADY}"
+
 GRIDS = {
+    "label-skew": Grid(
+        "how fast and steadily the default and its bound learn, for `tools.experiments curves`",
+        LABEL_SKEW_ROWS,
+        (
+            *settings("fashion", {"skew": SMALL["skew"]}, ("0.1", "0.5", "iid"), STEADY_FASHION),
+            *settings("cifar", {"skew": SMALL["skew"]}, ("0.1", "0.5", "iid"), STEADY_CIFAR),
+            *settings("unimib", {"skew": SMALL["skew"]}, ("0.1", "0.5", "iid"), STEADY_UNIMIB),
+        ),
+        tuple(
+            settings("digits", QUICK, ("0.1",), "--epochs 2 --batch-size 8 --rounds 10 " + STEADY)
+        ),
+    ),
     "zoo": Grid(
         "every method at one memory of clients, for `tools.experiments zoo`",
         ZOO_ROWS,
