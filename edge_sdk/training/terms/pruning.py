@@ -3,8 +3,10 @@
 A client whose received model answers enough of its held-out examples right, and still has more than
 `target` of its weights, loses in each layer `share` of those left, the smallest; the rest begins
 again from the initial values (Frankle and Carbin 2019). Those came with its first job and are kept
-here; without them, as after a loss, nothing is pruned. Only matrices and convolutions are pruned,
-never biases or the scales of norms; all parameters begin again, statistics stay as received.
+here; without them, as after a loss, nothing is pruned. Where the share is not one weight of any
+layer, as close to the target, nothing begins again either. Only matrices and convolutions are
+pruned, never biases or the scales of norms; all parameters begin again, statistics stay as
+received.
 
 What the authors' code gets wrong: it decides on test data; it binds biases to the initial values'
 own storage when it rewinds, so that training changes those for all; it takes a weight for pruned
@@ -52,6 +54,8 @@ class Pruning(Term):
         share = min(self._prune.share, 1 - self._prune.target / left_share)
         for name, mask in self._masks.items():
             self._masks[name] = without_smallest(parameters[name].cpu().contiguous(), mask, share)
+        if sum(int(mask.sum()) for mask in self._masks.values()) == left:
+            return  # nothing went, so nothing begins again
         for name, parameter in parameters.items():
             parameter.copy_(self._initial[f"{ROLE}/{name}"])
             if name in self._masks:

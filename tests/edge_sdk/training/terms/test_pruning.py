@@ -145,6 +145,21 @@ def test_the_target_is_not_passed():
     assert 0.8 <= left < 0.82
 
 
+def test_who_can_prune_no_more_goes_on_from_what_it_received():
+    """Shares are rounded down by layer, so a client may stay a weight above its target for good."""
+    plan = replace(PLAN, prune=Prune(share=0.2, target=0.5, threshold=0.0), lr=1e-9)
+    theta = trained()
+    masks, counts = full(), [numbers()]
+    while len(counts) < 10 and (len(counts) < 2 or counts[-1] < counts[-2]):
+        _, weights, masks = run(plan, theta, masks)
+        counts.append(sum(int(mask.sum()) for mask in masks.values()))
+    assert counts[-1] == counts[-2] > 0.5 * numbers()  # above the target, and none went
+    for name in PARAMETERS:
+        received = theta[name] * masks[name] if name in masks else theta[name]
+        assert torch.allclose(weights[name], received, atol=1e-6), name
+        assert not torch.allclose(weights[name], THETA_0[name], atol=1e-6), name
+
+
 def test_without_initial_values_nothing_is_pruned():
     result, _, masks = run(initial={})
     assert all(bool(mask.all()) for mask in masks.values())
