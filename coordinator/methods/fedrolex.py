@@ -3,7 +3,8 @@ narrow model holds are a window that moves by one channel each round and begins 
 so that every channel is trained, also where nobody holds the whole model.
 
 The window has the same shift in all layers: those of as many channels have the same window, which
-an identity shortcut needs. `--paper` has the settings for CIFAR-10.
+an identity shortcut needs. `--paper` has the settings for CIFAR-10; of the learning rate the first,
+which published code divides by four after rounds 800 and 1200 (here: --lr-decay).
 
 Deviations. The published code weighs updates by a counter that it restores within its loop over the
 tensors, so from the second tensor on a client counts as often as its place in the list says; its

@@ -4,7 +4,8 @@ of every layer, as many as its width allows; each element is the mean over those
 As published: classes that a client has no example of are left out of its loss, and their classifier
 rows out of the mean; BatchNorm goes by the batch in training, and its statistics are those of one
 pass over the data; outputs of narrow layers are divided by the width in training; gradients are
-clipped to a norm of 1. `--paper` has the settings for CIFAR-10 in IID.
+clipped to a norm of 1. `--paper` has the settings for CIFAR-10 in IID; of the learning rate the
+first, which published code divides by ten after rounds 150 and 250 (here: --lr-decay).
 
 Deviations. Statistics: the published code has the server go over all clients' data with the whole
 model before it evaluates; here, where data stays with the clients, each client's pass is over its

@@ -141,7 +141,7 @@ def check_holdout(config: RunConfig) -> None:
     options=LotteryOptions,
     without=WITHOUT,
     check=check_holdout,
-    on_device=OnDevice("nothing: the whole model", "M", "s K + K / 32", "initial values"),
+    on_device=OnDevice("nothing: the whole model", "M and K", "s K + K / 32", "initial values"),
     is_personal=True,
 )
 def lotteryfl(config: RunConfig, device: TorchDevice, options: LotteryOptions) -> Method:

@@ -37,7 +37,7 @@ from coordinator.personal.hypernetwork import Architecture, Hypernetwork, Rule
 # at 1e-3 93 and 96.
 LOCAL = {"optimizer": "sgd", "lr": 5e-3, "momentum": 0.9, "weight_decay": 5e-4, "holdout": 0.25}
 ALIKE = LOCAL | {"batch_size": 64, "own.start": "alike"}
-PAPER = ALIKE | {"own.hyper_lr": 2e-4}
+PAPER = ALIKE | {"epochs": 1, "own.hyper_lr": 2e-4}
 ANCESTOR = ALIKE | {"weight_decay": 5e-5, "participants": 1}
 # Settings of a global model that is stepped, or begun from.
 GLOBAL = ("init", "server", "aggregation.clip")

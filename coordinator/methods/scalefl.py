@@ -3,7 +3,8 @@ width of that level, and exit j of them counts j in its loss: sum_j j L_j / (1 +
 of narrow layers are divided by the width, also when the model is used. With --gamma exits learn
 from the deepest one of the client as well, from a share of the rounds on: L_j is then the cross
 entropy and gamma T^2 KL(softmax(z_l / T) || softmax(z_j / T)). `--paper` has the settings for
-CIFAR-10; the commands that the authors give for it run without self-distillation, gamma 0.
+CIFAR-10; the commands that the authors give for it run without self-distillation, gamma 0. Of the
+learning rate it has the first, published code divides it by ten after rounds 100 and 200.
 
 Deviations. The published sub-model of a weak client holds all stages, whose forward pass only stops
 early; here it is cut. The teacher is detached, as the term would else pull the deepest exit to the

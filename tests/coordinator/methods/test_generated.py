@@ -8,7 +8,7 @@ import torch
 
 from coordinator.cohorts.base import Client
 from coordinator.config import AggregationOptions, ServerOptions
-from coordinator.methods.registry import make_config, make_method
+from coordinator.methods.registry import defaults_of, make_config, make_method
 from edge_sdk.errors import ConfigError, ShapeError
 from edge_sdk.models import build
 from edge_sdk.models.flat import num_weights, parameter_shapes
@@ -367,6 +367,8 @@ def test_the_paper_s_settings(name):
     made = make_config(name, cnn(), is_paper=True, rounds=3)
     assert (made.lr, made.momentum, made.batch_size, made.optimizer) == (5e-3, 0.9, 64, "sgd")
     assert made.own == own
+    if name != "pfedhn":  # the command line's own is 2
+        assert defaults_of(name, is_paper=True)["epochs"] == 1
     assert made.participants == (1 if name == "pfedhn" else None)
     made = make_config(name, cnn(), is_paper=True, rounds=3, own={"apply": "summed"})
     assert made.own == own | {"apply": "summed"}
