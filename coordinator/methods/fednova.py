@@ -8,7 +8,9 @@ a_i of t steps: t for SGD, [t - m (1 - m^t) / (1 - m)] / (1 - m) with momentum m
 [1 - (1 - lr mu)^t] / (lr mu) with FedProx's term. Server momentum is --server-momentum.
 
 Here each client trains the prefix to its exit, and both sums are over a tensor's owners. Statistics
-of BatchNorm follow the plain mean. t is what the update tells, at most what its epochs allow."""
+of BatchNorm follow the plain mean. t is what the update tells, at most what its epochs allow over
+its examples. In the mean a_i, which scales the whole step, it is at most what they allow over the
+examples that the client counts with (aggregation/weights.py)."""
 
 from __future__ import annotations
 
@@ -66,15 +68,19 @@ class NormalisedMean:
         self._sums: dict[str, float] = {}
 
     def add_(self, mean: Kernel, update: ClientUpdate, weight: float, sent: Tensors) -> None:
-        most = self._plan.epochs * math.ceil(update.num_examples / self._plan.batch_size)
-        steps = steps_in_all(self._plan, max(1, min(update.message.num_steps, most)))
+        done = max(1, min(update.message.num_steps, self._most_steps(update.message.num_examples)))
+        steps = steps_in_all(self._plan, done)
+        counted = steps_in_all(self._plan, min(done, self._most_steps(update.num_examples)))
         tensors = dict(update.tensors)
         for name in self._parameters & tensors.keys():
             unit = self._units.setdefault(name, steps)
-            self._sums[name] = self._sums.get(name, 0.0) + weight * steps
+            self._sums[name] = self._sums.get(name, 0.0) + weight * counted
             if steps != unit:
                 tensors[name] = shortened(tensors[name], sent[name], unit / steps)
         mean.add_(tensors, weight)
+
+    def _most_steps(self, num_examples: int) -> int:
+        return self._plan.epochs * max(1, math.ceil(num_examples / self._plan.batch_size))
 
     def stepped(self, mean: Kernel, aggregate: Tensors, sent: Tensors) -> tuple[Tensors, Tensors]:
         stepped = dict(aggregate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from msgspec.structs import replace
@@ -69,6 +71,21 @@ def test_more_steps_than_the_plan_has_do_not_count():
     liar, other = ("a", 1, 8, 2**40, 10.0), ("b", 1, 8, 2, 4.0)
     assert moved(method_of(), BIAS, liar, other) == pytest.approx(9.0, abs=1e-4)
     assert moved(method_of(), BIAS, ("a", 1, 8, 0, 1.0)) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_bounded_client_counts_less_and_is_no_faster_for_it():
+    """Each step of both moves 0.5. Of 100 examples the second counts with 10, whose steps are 20:
+    the mean number of steps is 20, so it goes 10. Were its 50 divided by 20, it would go 30."""
+    method = method_of()
+    before = method.current()[BIAS]
+    updates = []
+    for name, count, steps, shift in (("a", 10, 20, 10.0), ("b", 100, 100, 50.0)):
+        job = method.assign(client(name, 1), 1)
+        made = answer(client(name, 1), job, num_examples=count, num_steps=steps, shift=shift)
+        updates.append(dataclasses.replace(made, most_examples=10))
+    method.aggregate(1, updates)
+    moved = method.current()[BIAS] - before
+    assert moved.tolist() == pytest.approx([10.0] * 3, abs=1e-4)
 
 
 def test_what_steps_add_up_to():
