@@ -148,7 +148,8 @@ def own_model(store: Store, method: Method, client: Client) -> tuple[ModelSpec, 
     if lacking := sorted(set(buffers) - set(statistics)):
         raise ConfigError(
             f"client {client.id!r} keeps the statistics of BatchNorm itself ({lacking[0]}, ...), "
-            f"and {folder} has none of them; take a model without BatchNorm, or export it there"
+            f"and {folder} has none of them; of devices only a model without BatchNorm, such as "
+            "lstm, can be exported here"
         )
     return spec, tensors | statistics
 

@@ -162,8 +162,14 @@ def check_folder(folder: Path | None, resume: bool) -> None:
 def print_round(report: RoundReport) -> None:
     """One progress line."""
     totals = report.totals
-    last = " / ".join(f"{100 * share:.1f}" for share in report.accuracy) or "-"
-    served = " / ".join(f"{100 * share:.1f}" for share in report.accuracy_served) or "-"
+    tested = "".join(
+        f", {said} {' / '.join(f'{100 * share:.1f}' for share in shares)} %"
+        for said, shares in {
+            "accuracy per exit": report.accuracy,
+            "served": report.accuracy_served,
+        }.items()
+        if shares
+    )
     stale = f" and {totals.stale} late" if totals.stale else ""
     own = "".join(
         f", {said} {100 * report.metrics.values[name]:.1f} %"
@@ -171,7 +177,7 @@ def print_round(report: RoundReport) -> None:
         if name in report.metrics.values
     )
     print(
-        f"round {report.round}: {totals.returned} of {totals.chosen}{stale} returned, "
-        f"accuracy per exit {last} %, served {served} %{own}, {totals.wall_s:.1f} s",
+        f"round {report.round}: {totals.returned} of {totals.chosen}{stale} returned"
+        f"{tested}{own}, {totals.wall_s:.1f} s",
         flush=True,
     )

@@ -18,7 +18,7 @@ from edge_sdk.hardware.boards import save_board
 from edge_sdk.hardware.measure import measure, measured_board
 from tests.support.commands import status_of
 from tests.support.processes import Running, kill_marked, marked, read_rows, wait_until
-from tools.testbed.__main__ import main, make_parser, serve_command
+from tools.testbed.__main__ import main, make_parser, serve_command, written_model
 
 FLAGS = ["--devices", "jetson-nano=1,raspberry-pi-4=2", "--examples", "240", "--epochs", "1"]
 NAMES = {"jetson-nano-1", "raspberry-pi-4-1", "raspberry-pi-4-2"}
@@ -141,7 +141,7 @@ def test_bad_flags_are_one_line(tmp_path, capsys, flags, said):
     unread = [] if "--data" in flags else ["--data", "never-read"]
     assert status_of(main, [*FLAGS, "--run-dir", str(tmp_path / "run"), *unread, *flags])
     error = capsys.readouterr().err
-    assert error.startswith(("testbed: ", "edge-coordinator serve: "))
+    assert error.startswith(("testbed: ", "python -m tools.testbed: ", "edge-coordinator serve: "))
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists(), "nothing was begun"
@@ -163,8 +163,24 @@ def test_wrong_usage_is_told_with_the_flag(tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as ended:
         main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--data", "never-read", *flags])
     assert ended.value.code == 2
-    assert f"argument {flags[-2]}: " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"argument {flags[-2]}: " in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_a_flag_of_the_coordinator_is_told_where_to_stand(capsys):
+    with pytest.raises(SystemExit):
+        main(["--method", "hypemefed", "--paper"])
+    error = capsys.readouterr().err
+    assert "unrecognized arguments: --paper; those of edge-coordinator serve follow --" in error
+    assert error.count("\n") == 1
+
+
+def test_a_model_is_named_only_where_there_is_one(tmp_path):
+    assert written_model(tmp_path) == "none for all, each client has its own"
+    (tmp_path / "model.safetensors").touch()
+    assert written_model(tmp_path) == str(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -33,7 +33,7 @@ from coordinator.runs.serving import ServeSettings, check_serve
 from coordinator.settings import shaped
 from edge_sdk.capacity.costs import seconds
 from edge_sdk.capacity.counting import each_variant_cost, segment_costs
-from edge_sdk.cli.flags import DEFAULT_EPOCHS, duration_flag, option_flag
+from edge_sdk.cli.flags import DEFAULT_EPOCHS, Parser, duration_flag, option_flag
 from edge_sdk.data.loading import Examples, load
 from edge_sdk.data.partition import check_alpha
 from edge_sdk.errors import ConfigError, EdgeError
@@ -50,7 +50,11 @@ FAREWELL_S = 20.0  # for devices to end after the run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        said = "those of edge-coordinator serve follow --"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {said}")
     console = Console()
     try:
         return run(args, console)
@@ -63,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train on a testbed of emulated boards.")
+    description = "Train on a testbed of emulated boards."
+    parser = Parser(prog="python -m tools.testbed", description=description)
     add = parser.add_argument
     add("--rounds", type=int, default=20)
     add("--devices", default=DEFAULT_DEVICES, help="BOARD|FILE.toml=COUNT,..., default %(default)s")
@@ -146,13 +151,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.print(
         f"\nwhole time {time.monotonic() - started:.0f} s, of it rounds {trained - prepared:.0f} s "
         f"(one {os.cpu_count()}-core machine plays {len(devices)} boards and the coordinator)\n"
-        f"run: {folder}\nmodel: {folder / 'model.safetensors'}\n"
+        f"run: {folder}\nmodel: {written_model(folder)}\n"
         f"logs: {folder / 'coordinator.log'}, {folder / 'devices'}/*/device.log\n"
         f"again: {sys.executable} -m tools.testbed.report {folder}",
         soft_wrap=True,
         highlight=False,
     )
     return 0
+
+
+def written_model(folder: Path) -> str:
+    """Where the finished run's model is, or that there is none."""
+    file = folder / "model.safetensors"
+    return str(file) if file.exists() else "none for all, each client has its own"
 
 
 def check_flags(args: argparse.Namespace, folder: Path) -> None:

@@ -66,6 +66,17 @@ def test_a_late_update_is_not_told_as_the_rounds_own(capsys, stale, said):
     assert capsys.readouterr().out.startswith(f"round 7: {said}")
 
 
+def test_what_was_not_tested_is_not_told(capsys):
+    totals = RoundTotals(3.0, 2, 2, 0, 0, 0, 10, 20, 0)
+    own = Metrics({"holdout_accuracy": 0.5})
+    print_round(RoundReport(1, [0.5, 0.25], [0.75, 1.0], Metrics(), totals))
+    print_round(RoundReport(2, [], [], own, totals))
+    assert capsys.readouterr().out.splitlines() == [
+        "round 1: 2 of 2 returned, accuracy per exit 50.0 / 25.0 %, served 75.0 / 100.0 %, 3.0 s",
+        "round 2: 2 of 2 returned, on hold-outs as received 50.0 %, 3.0 s",
+    ]
+
+
 def test_failing_client_is_counted_and_the_round_goes_on(tmp_path):
     shards = {"a": examples(12), "b": examples(2)}  # b is too small to train
     store = Store.create(tmp_path, config("owners-mean", rounds=1), "emulate")
