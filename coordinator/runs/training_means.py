@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
+from coordinator.aggregation.weights import most_examples
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.runs.holdouts import pooled
 from edge_sdk.protocol.messages import Holdout
@@ -13,7 +14,8 @@ from edge_sdk.protocol.messages import Holdout
 
 class TrainingMeans:
     """Over the updates that were watched: of each exit, loss (nats) and accuracy in the last local
-    epoch, weighted by examples; of the models that were received, accuracy on the hold-outs."""
+    epoch, weighted by examples; of the models that were received, accuracy on the hold-outs.
+    No client counts for more than weights.most_examples, in either."""
 
     def __init__(self) -> None:
         self._examples: defaultdict[int, float] = defaultdict(float)
@@ -49,7 +51,8 @@ class TrainingMeans:
             for exit, value in enumerate(values, 1)
             if value is not None
         }
-        return by_exit | pooled("holdout", self._holdouts)
+        most = most_examples([held.num_examples for held in self._holdouts])
+        return by_exit | pooled("holdout", self._holdouts, most)
 
     def _mean(self, sums: Mapping[int, float], exit: int) -> float | None:
         examples = self._examples.get(exit)

@@ -122,6 +122,7 @@ def train(
     order = [tensor.name for tensor in update_specs(plan, specs, buffers, teacher)]
     update = {name: update[name] for name in order} | update
     check_finite(update, "training result")
+    check_finite(own := terms.kept(), "what this client keeps")
     finished = clock()
     return TrainResult(
         tensors=update,
@@ -132,7 +133,7 @@ def train(
         peak_memory_bytes=process_memory.peak_bytes(),
         holdout=tested,
         state_round=began_from,
-        state=terms.kept(),
+        state=own,
     )
 
 

@@ -63,6 +63,17 @@ def test_holdouts_are_pooled_over_their_examples_and_spread_over_clients():
     }
 
 
+def test_a_holdout_counts_no_more_than_an_update_may():
+    """One client says that it got all of two billion right; the others, of 10 each, none: it counts
+    for two of them."""
+    told = [(10, 0, 1.0), (10, 0, 1.0), (2**31, 2**31, 0.0)]
+    means = TrainingMeans()
+    list(means.watched(replace(update("a", 10), arrived=with_holdout(*held)) for held in told))
+    values = means.values()
+    assert values["holdout_examples"] == 40
+    assert values["holdout_accuracy"] == values["holdout_loss"] == 20 / 40
+
+
 def with_holdout(num_examples, num_correct, loss):
     held = Holdout(num_examples=num_examples, num_correct=num_correct, loss=loss)
     arrived = update("a", 10, e1=(1.0, 0.5)).arrived

@@ -60,3 +60,11 @@ def test_a_vector_for_another_model_is_refused():
         train(SPEC, PLAN, {"flat/all": torch.zeros(7)}, examples(24))
     with pytest.raises(ShapeError, match="lacks tensors flat/all"):
         train(SPEC, PLAN, SENT, examples(24))
+
+
+def test_statistics_that_are_not_finite_are_not_kept():
+    """Weights of 1e20 have activations whose variance is beyond float32, though BatchNorm makes the
+    loss, and so the vector that is returned, finite."""
+    sent = {"flat/all": JOB["flat/all"] * 1e20}
+    with pytest.raises(ShapeError, match="what this client keeps: statistics/.* NaN or infinite"):
+        train(SPEC, PLAN, sent, examples(24))
