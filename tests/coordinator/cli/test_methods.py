@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from msgspec.structs import replace
 
 from coordinator.cli.main import main
 from coordinator.cli.methods import needs
-from coordinator.methods.registry import METHODS
+from coordinator.cohorts.budget import chosen_variants
+from coordinator.cohorts.population import exits_of
+from coordinator.methods.registry import METHODS, make_method
 from coordinator.registry import OPT_IN, OnDevice, Registered
-from coordinator.settings import shared_flags
+from coordinator.runs import emulating
+from coordinator.settings import shaped, shared_flags
 from tests.support.processes import ROOT
 
 
@@ -61,3 +67,19 @@ def test_places_of_shared_settings():
     ]
     assert places(without=("server",), uses=("server.damping",)) == ["weighting"]
     assert places(without=("server.lr", "weighting")) == []
+
+
+def test_each_command_of_the_page_has_a_model_for_some_client(monkeypatch):
+    """Of a method that offers several, by the memory of the emulated groups or by --variants."""
+    text = (ROOT / "docs" / "methods.md").read_text()
+    asked = []
+    monkeypatch.setattr(emulating, "emulate", lambda *settings: asked.append(settings))
+    for name in ("scalefl", "heterofl", "fedrolex", "fedhm", "lotteryfl", "mh-pfedhn"):
+        (line, *_) = re.findall(rf"^    edge-coordinator (emulate --method {name} .*)$", text, re.M)
+        assert main(line.split()) == 0
+    for config, population, _ in asked:
+        config = shaped(config, (1, 8, 8), 10)
+        offer, exits = make_method(config).offer(), exits_of(population, config.model.exit)
+        assert offer.variants
+        plain = replace(config.plan(config.rounds), optimizer="adam")  # as emulated_cohort has it
+        assert chosen_variants(offer, config.model, plain, exits, population.variants)
