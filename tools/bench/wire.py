@@ -135,7 +135,7 @@ def serve(
 
     from coordinator.admission.client_list import Admission
     from coordinator.aggregation.mean import OwnersMean
-    from coordinator.cohorts.base import Assignment, ClientUpdate
+    from coordinator.cohorts.base import Assignment, ClientUpdate, Offer
     from coordinator.config import RunConfig
     from coordinator.fleet.cohort import ZmqCohort
     from coordinator.fleet.router import Router
@@ -158,7 +158,7 @@ def serve(
         late="drop",
     )
     spool = tempfile.TemporaryDirectory()
-    cohort = ZmqCohort(router, Spool(Path(spool.name)), config, SPEC, run="bench")
+    cohort = ZmqCohort(router, Spool(Path(spool.name)), config, Offer(SPEC, PLAN), run="bench")
     ready = cohort.clients()
     base = resident_mb("VmRSS")
     mark("base")

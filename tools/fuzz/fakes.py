@@ -37,6 +37,9 @@ class Frame:
     def __init__(self, data: bytes, sender: str = "stranger") -> None:
         self.bytes, self.buffer, self._sender = data, memoryview(data), sender
 
+    def __len__(self) -> int:
+        return len(self.bytes)
+
     def get(self, name: str | int) -> str | int:
         known = {"User-Id": key_of(self._sender), "Peer-Address": "127.0.0.1", zmq.SRCFD: -1}
         return known[name]

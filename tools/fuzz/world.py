@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from coordinator.cohorts.base import Assignment, Client, ClientUpdate
+from coordinator.cohorts.base import Assignment, Client, ClientUpdate, Offer
 from coordinator.config import RunConfig
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.open_job import make_job
@@ -88,6 +88,7 @@ CONFIG = RunConfig(
     min_clients=len(JOINED),
     staleness_half_life=0.5,
 )
+OFFER = Offer(MODEL, CONFIG.plan(CONFIG.rounds))
 
 Act: TypeAlias = tuple[int, list[bytes]]  # route, the frames behind it
 
@@ -184,7 +185,7 @@ class World:
         World._router.socket = self.socket = Socket(self._listen)  # type: ignore[assignment]
         World._router._admission = admitted(folder)
         self._spool = Spool(folder / "spool")
-        self.cohort = ZmqCohort(World._router, self._spool, CONFIG, MODEL, run=RUN)
+        self.cohort = ZmqCohort(World._router, self._spool, CONFIG, OFFER, run=RUN)
         self.seen = seen or Seen()
         self.results: list[Any] = []
         self._is_judged = is_judged
