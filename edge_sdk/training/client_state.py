@@ -67,6 +67,7 @@ class ClientState:
     ) -> None:
         self._shelf: Shelf = InMemory() if folder is None else OnDisk(folder, is_synced)
         self._most_bytes = most_bytes
+        self._folder = folder
 
     def load(self, run: str, before_round: int) -> tuple[int, Tensors]:
         """The round and tensors of the newest accepted state of a round before that; (0, {}) if
@@ -103,7 +104,7 @@ class ClientState:
             most = f"at most {mebibytes(self._most_bytes)} are kept; take a smaller model"
             raise CapacityError(f"{said}, {most}")
         own = mark_of(run)
-        with _store_errors(round):
+        with _store_errors(self._folder, round):
             for place in self._shelf.places():
                 if place.run != own or place.job is not None:
                     self._shelf.remove(place)
@@ -114,7 +115,7 @@ class ClientState:
         it, or it is accepted already. Raises StoreError."""
         own = mark_of(run)
         waiting = Place(own, round, job)
-        with _store_errors(round):
+        with _store_errors(self._folder, round):
             if waiting not in self._shelf.places():
                 return
             self._shelf.move(waiting, Place(own, round))
@@ -218,9 +219,9 @@ def mark_of(run: str) -> str:
 
 
 @contextmanager
-def _store_errors(round: int) -> Iterator[None]:
+def _store_errors(folder: Path | None, round: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"what this client keeps of round {round} cannot be written"
+        what = f"{folder}: what this client keeps of round {round} cannot be written"
         raise StoreError(f"{what}: {why_not(error)}") from error

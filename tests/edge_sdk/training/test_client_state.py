@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -230,7 +231,8 @@ def test_a_full_disk_fails_the_job(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match="keeps of round 1 cannot be written: No space left"):
+    said = f"{tmp_path}: what this client keeps of round 1 cannot be written: No space left"
+    with pytest.raises(StoreError, match=re.escape(said)):
         ClientState(tmp_path).save("run", 1, values(1), A)
     assert not list(tmp_path.iterdir())
 
