@@ -6,7 +6,9 @@ from edge_sdk.models import build
 from edge_sdk.models.flat import num_weights, parameter_shapes
 from edge_sdk.protocol.messages import ModelSpec, Ready, Welcome
 
-OWN = 8  # a device's own model has at most so many times the weights of the largest offered
+# A device's own model has at most so many times the weights of the largest offered: the server of
+# such a method keeps 1.5 kB or more for each weight of every size of model that it has met.
+OWN = 2
 
 
 class Offered:
