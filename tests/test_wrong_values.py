@@ -143,7 +143,7 @@ NO_EFFECT = [
     (
         "edge-coordinator",
         "emulate --method stale-copy --damping 0.5",
-        "--damping has no effect with",
+        "--damping 0.5 has no place there",
     ),
     ("edge-coordinator", "emulate --resume", "--resume has no effect without --run-dir"),
     (
