@@ -124,6 +124,10 @@ class ClientUpdate:
         """What it counts with."""
         return int(min(self.message.num_examples, self.most_examples))
 
+    def weight(self, weighting: str) -> float:
+        """In a mean over clients, by their "examples" or "equal"."""
+        return float(self.num_examples) if weighting == "examples" else 1.0
+
     @property
     def round(self) -> int:
         return self.message.round

@@ -107,7 +107,7 @@ class DepthAveraging:
         total = 0.0
         self._server_rule.begin(round)
         for update in updates:
-            weight = float(update.num_examples) if self._config.weighting == "examples" else 1.0
+            weight = update.weight(self._config.weighting)
             with watch("aggregate"):
                 self._server_rule.add_(mean, update, weight, sent)
             if generator and is_learnable(update):

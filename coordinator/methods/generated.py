@@ -126,8 +126,7 @@ class GeneratedModels:
             delta = sent - trained
             moved.append((client.id, variant.delta(delta) if variant else delta))
             if light:
-                is_equal = self._config.weighting == "equal"
-                weight = 1.0 if is_equal else float(update.num_examples)
+                weight = update.weight(self._config.weighting)
                 mean.add_(_brought_forward(update, light), weight)
         metrics.num_updates = len(held)
         if generating.novel_after and round > generating.novel_after and not network.is_frozen:

@@ -84,7 +84,7 @@ class LotteryFL:
     def aggregate(self, round: int, updates: Iterable[ClientUpdate]) -> Metrics:
         metrics, mean, held = Metrics(), SlicedMean(self.server.globals), dict(self._masks.held)
         for update in updates:
-            weight = float(update.num_examples) if self._config.weighting == "examples" else 1.0
+            weight = update.weight(self._config.weighting)
             tensors, masks = self._unpacked(update)
             mean.add_(cut(tensors, masks), weight, masks)
             name, state_round = update.client.id, update.message.state_round

@@ -138,7 +138,7 @@ class WidthAveraging:
         metrics, watch = Metrics(), Stopwatch()
         mean = SlicedMean(self.server.globals)
         for update in updates:
-            weight = float(update.num_examples) if self._config.weighting == "examples" else 1.0
+            weight = update.weight(self._config.weighting)
             with watch("aggregate"):
                 self._add_(mean, update, weight, round)
             metrics.num_updates += 1

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tools import tables as csv_tables
 from tools.experiments.figures import served_final
 from tools.experiments.grids import BOUND
 from tools.experiments.tables import (
@@ -31,10 +30,11 @@ from tools.experiments.tables import (
     decimals,
     interval,
     mean,
+    origins_of,
     paired,
     read_runs,
-    rounded,
     signed,
+    write_table,
 )
 from tools.experiments.zoo import by_setting
 
@@ -53,16 +53,9 @@ def add_command(commands: Any) -> None:
 
 def run_curves(args: argparse.Namespace) -> int:
     runs = read_runs(args.out)
-    folder = args.to or args.out
-    folder.mkdir(parents=True, exist_ok=True)
     lines = table_lines(runs, args.bound)
-    made = {f"commit {run.record['commit'][:10]}, {run.record['machine']}" for run in runs}
-    note = f"python -m tools.experiments curves --bound {args.bound}; {'; '.join(sorted(made))}"
-    rows = [{key: rounded(value) for key, value in line.items()} for line in lines]
-    csv_tables.write_csv(folder / f"{args.name}.csv", rows, note)
-    text = in_words(lines, args.bound)
-    (folder / f"{args.name}.md").write_text(f"{text}\n<!-- {note} -->\n")
-    print(text)
+    note = f"python -m tools.experiments curves --bound {args.bound}; {origins_of(runs)}"
+    write_table(args.to or args.out, args.name, lines, in_words(lines, args.bound), note)
     return 0
 
 

@@ -355,6 +355,20 @@ def aligned(lines: Sequence[Sequence[str]], is_markdown: bool) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
+def write_table(folder: Path, name: str, lines: Sequence[Row], text: str, note: str) -> None:
+    """NAME.csv with the lines and NAME.md with their text, each with the note; text is printed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / f"{name}.csv", lines, note)
+    (folder / f"{name}.md").write_text(f"{text}\n<!-- {note} -->\n")
+    print(text)
+
+
+def origins_of(runs: Iterable[Run]) -> str:
+    """Commits and machines that made the runs."""
+    made = {f"commit {run.record['commit'][:10]}, {run.record['machine']}" for run in runs}
+    return "; ".join(sorted(made))
+
+
 def write_csv(path: Path, rows: Sequence[Row], note: str = "") -> None:
     tables.write_csv(path, [{k: rounded(v) for k, v in row.items()} for row in rows], note)
 

@@ -25,7 +25,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tools import tables as csv_tables
 from tools.experiments.figures import Axes, Point, draw, panels_of, point, served_final
 from tools.experiments.grids import BASELINE
 from tools.experiments.tables import (
@@ -41,13 +40,14 @@ from tools.experiments.tables import (
     mean,
     mean_of,
     number,
+    origins_of,
     paired,
     read_runs,
-    rounded,
     scaled,
     signed,
     total,
     values_of,
+    write_table,
 )
 
 Round: TypeAlias = Mapping[str, Any]
@@ -81,16 +81,9 @@ def add_command(commands: Any) -> None:
 
 def run_zoo(args: argparse.Namespace) -> int:
     runs = read_runs(args.out)
-    folder = args.to or args.out
-    folder.mkdir(parents=True, exist_ok=True)
     lines = table_lines(runs)
-    made = {f"commit {run.record['commit'][:10]}, {run.record['machine']}" for run in runs}
-    note = f"python -m tools.experiments zoo; {'; '.join(sorted(made))}"
-    rows = [{key: rounded(value) for key, value in line.items()} for line in lines]
-    csv_tables.write_csv(folder / "zoo.csv", rows, note)
-    text = in_words(lines)
-    (folder / "zoo.md").write_text(f"{text}\n<!-- {note} -->\n")
-    print(text)
+    note = f"python -m tools.experiments zoo; {origins_of(runs)}"
+    write_table(args.to or args.out, "zoo", lines, in_words(lines), note)
     if args.figures:
         args.figures.mkdir(parents=True, exist_ok=True)
         draw_all(runs, args.figures)
