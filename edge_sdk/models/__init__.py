@@ -6,11 +6,14 @@
 and loaded with `--import MODULE` on the command lines. With a struct of options, build(spec,
 options) gets them checked (options.py). Exit e of a family must hold the same tensors under the
 same names and shapes whatever deeper exits exist: a prefix is a real cut. Which of them a
-coordinator may generate is `StagedModel.main_weights`; name a subset to leave some out."""
+coordinator may generate is `StagedModel.main_weights`; name a subset to leave some out.
+
+A family made of a model that is known by other tensor names, as public weights are, also gives a
+function from the spec to those names: `register_family("mine", build, names=names)`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +38,19 @@ __all__ = [
     "family_code",
     "find_family",
     "initial_tensors",
+    "original_names",
     "register_family",
 ]
 
 
 @dataclass(frozen=True)
 class Family:
-    """build: of (spec), and (spec, options) where it has some."""
+    """build: of (spec), and (spec, options) where it has some. names: of the same, the original
+    name of each tensor that has one."""
 
     build: Callable[..., StagedModel]
     options: type[msgspec.Struct] | None = None
+    names: Callable[..., Mapping[str, str]] | None = None
 
     @property
     def is_built_in(self) -> bool:
@@ -62,15 +68,29 @@ FAMILIES: Registry[Family] = Registry(
 
 
 def register_family(
-    name: str, build: Callable[..., StagedModel], options: type[msgspec.Struct] | None = None
+    name: str,
+    build: Callable[..., StagedModel],
+    options: type[msgspec.Struct] | None = None,
+    names: Callable[..., Mapping[str, str]] | None = None,
 ) -> None:
     """Add a family. Raises ConfigError if the name is taken by another builder."""
-    FAMILIES.add(name, Family(build, options), build.__module__)
+    FAMILIES.add(name, Family(build, options, names), build.__module__)
 
 
 def find_family(name: str) -> Family:
     """Raises ConfigError, which lists the known ones."""
     return FAMILIES[name]
+
+
+def original_names(spec: ModelSpec) -> dict[str, str]:
+    """By the name of a tensor in the model, its name in the module that the family was made of, as
+    files of pre-trained weights have it; several may have one. {}: the family has no other names.
+    Raises ConfigError, also for what a family's own code raises."""
+    family = FAMILIES[spec.family]
+    if family.names is None:
+        return {}
+    with own_code(spec.family, "names", family.names):
+        return dict(family.names(spec, *_options(family, spec)))
 
 
 def build(spec: ModelSpec) -> StagedModel:
@@ -80,8 +100,7 @@ def build(spec: ModelSpec) -> StagedModel:
     family = FAMILIES[spec.family]
     try:
         with own_code(spec.family, "build", family.build):
-            own = () if family.options is None else (read_options(spec, family.options),)
-            model = family.build(spec, *own)
+            model = family.build(spec, *_options(family, spec))
             if not family.is_built_in:
                 check_structure(model, spec)
         return factorised(model, spec.rank)
@@ -89,6 +108,11 @@ def build(spec: ModelSpec) -> StagedModel:
         if (name := f"family {spec.family!r}") in str(error):
             raise
         raise ConfigError(f"{name}: {error}") from error
+
+
+def _options(family: Family, spec: ModelSpec) -> tuple[msgspec.Struct, ...]:
+    """As the last argument of a family's functions, if it has any. Raises ConfigError."""
+    return () if family.options is None else (read_options(spec, family.options),)
 
 
 def family_code(

@@ -59,6 +59,66 @@ def test_what_cannot_be_begun_from_is_one_line(tmp_path, content, said):
     assert "\n" not in str(error.value)
 
 
+STAGED = {
+    "stages.0.w": torch.zeros(2, 2),
+    "stages.1.w": torch.zeros(3),
+    "exits.0.w": torch.zeros(5),
+    "exits.1.w": torch.zeros(5),
+}
+ORIGINAL = {"stages.0.w": "conv1.weight", "stages.1.w": "layer1.weight", "exits.1.w": "fc.weight"}
+
+
+@pytest.mark.parametrize("wrapped", ["", "module.", "checkpoint", "before 1.6"])
+def test_a_state_dict_is_taken_by_its_original_names(wrapped, tmp_path):
+    """fc has other classes, and what is no tensor counts nowhere."""
+    path = tmp_path / "x.pth"
+    given = {"conv1.weight": torch.ones(2, 2), "layer1.weight": torch.full((3,), 2.0)}
+    given |= {"fc.weight": torch.zeros(1000), "layer9.weight": torch.zeros(1)}
+    held: dict = {f"{wrapped if wrapped == 'module.' else ''}{n}": t for n, t in given.items()}
+    is_archive = wrapped != "before 1.6"
+    content = {"epoch": 3, "state_dict": held} if wrapped == "checkpoint" else held
+    torch.save(content, path, _use_new_zipfile_serialization=is_archive)
+    found, told = read_init(path, STAGED, ORIGINAL)
+    assert {name: t.unique().tolist() for name, t in found.items()} == {
+        "stages.0.w": [1.0],
+        "stages.1.w": [2.0],
+    }
+    assert "2 of the model's 4 tensors" in told
+    assert "1 of another shape: exits.1.w (fc.weight there) (1000,) instead of (5,)" in told
+    assert "random: exits.0.w" in told
+    assert "left out: layer9.weight" in told
+    torch.save({name: t + 7 for name, t in held.items()}, path)
+    assert found["stages.0.w"].tolist() == [[1.0, 1.0], [1.0, 1.0]], "no view of the file"
+
+
+def test_several_tensors_may_begin_from_one(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"head": torch.arange(5.0)}, path)
+    found, _ = read_init(path, STAGED, {"exits.0.w": "head", "exits.1.w": "head"})
+    assert torch.equal(found["exits.0.w"], found["exits.1.w"])
+    assert found["exits.0.w"].data_ptr() != found["exits.1.w"].data_ptr()
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"conv1.weight": torch.ones(4, 4), "layer1.weight": torch.ones(3)}, path)
+    with pytest.raises(ConfigError, match="1 of another shape: stages.0.w.*of another model"):
+        read_init(path, STAGED, ORIGINAL)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+def test_nothing_in_a_state_dict_is_run(tmp_path, capsys):
+    path = tmp_path / "x.pt"
+    torch.save({"conv1.weight": torch.ones(2, 2), "more": Harmful()}, path)
+    with pytest.raises(ConfigError, match="no state dict of tensors alone"):
+        read_init(path, STAGED, ORIGINAL)
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_begins_from_given_weights(name, tmp_path):
     """Its first round begins from them, whatever it keeps beside them."""

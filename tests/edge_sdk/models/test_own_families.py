@@ -20,7 +20,13 @@ from coordinator.runs.evaluate import accuracy_per_exit
 from coordinator.runs.rounds import run_rounds
 from coordinator.store.store import Store
 from edge_sdk.errors import ConfigError
-from edge_sdk.models import StagedModel, build, initial_tensors, register_family
+from edge_sdk.models import (
+    StagedModel,
+    build,
+    initial_tensors,
+    original_names,
+    register_family,
+)
 from edge_sdk.protocol.messages import ModelSpec, Segment
 from tests.support.examples import client, client_update, examples
 
@@ -150,3 +156,19 @@ def test_parameters_that_cannot_be_trained_are_refused():
         ConfigError, match=r"'bad': parameter stages.0.keep is torch.bool, .*buffer"
     ):
         build(spec("bad"))
+
+
+def test_a_family_may_know_its_tensors_by_other_names(own_things):
+    def names(spec):
+        return {f"stages.{n}.0.weight": f"block{n}.weight" for n in range(spec.exit)}
+
+    register_family("known", build_masked, names=names)
+    register_family("odd", build_bad, names=lambda spec: {}[spec])
+    assert original_names(spec("known")) == {
+        "stages.0.0.weight": "block0.weight",
+        "stages.1.0.weight": "block1.weight",
+        "stages.2.0.weight": "block2.weight",
+    }
+    assert original_names(spec("cnn")) == {}, "none where a family gives none"
+    with pytest.raises(ConfigError, match="family 'odd': names raises KeyError"):
+        original_names(spec("odd"))
