@@ -48,6 +48,8 @@ Distill: TypeAlias = Literal[
     "none", "deep-to-shallow", "deepest-to-shallow", "shallow-to-deep", "mutual"
 ]
 Scaler: TypeAlias = Literal["none", "training", "always"]
+Task: TypeAlias = Literal["classify", "multilabel", "regress", "tokens"]
+Vocabulary: TypeAlias = Annotated[int, Meta(ge=0, le=10_000_000)]  # token ids; 0: floats
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Dtype: TypeAlias = Literal["float32", "float64", "float16", "int64", "int32", "uint8", "bool"]
 ITEM_BYTES: dict[str, int] = {

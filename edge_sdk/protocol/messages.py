@@ -38,24 +38,31 @@ from edge_sdk.protocol.fields import (
     Seconds,
     Share,
     Struct,
+    Task,
     Text,
+    Vocabulary,
 )
 
-PROTOCOL = 6
+PROTOCOL = 7
 MAX_FRAME_BYTES = 1024 * 1024  # any frame as it is on the network; ZMQ_MAXMSGSIZE
 MAX_TENSORS = 10_000
 
 
 class ModelSpec(Struct, frozen=True, kw_only=True):
     """Enough to build a multi-exit model: the exit is a cut, the width a ratio of channels, the
-    rank the share of its rank that a convolution after the first stage keeps, as two factors."""
+    rank the share of its rank that a convolution after the first stage keeps, as two factors.
+
+    task: what the outputs mean (tasks/); vocabulary: 0, inputs are float32, or the number of token
+    ids that the int64 inputs are of."""
 
     family: Name
-    input_shape: InputShape  # (C, H, W), (C, window) or (F,)
-    num_classes: Annotated[int, Meta(ge=2, le=1_000_000)]
+    input_shape: InputShape  # (C, H, W), (C, window), (F,), or (T,) of token ids
+    num_classes: Annotated[int, Meta(ge=1, le=1_000_000)]  # K, outputs of every exit
     exit: Annotated[int, Meta(ge=1, le=100)]
     width: Annotated[float, Meta(gt=0, le=1)] = 1.0
     rank: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    task: Task = "classify"
+    vocabulary: Vocabulary = 0
     options: Annotated[dict[Name, Option], Meta(max_length=50)] = msgspec.field(
         default_factory=dict
     )

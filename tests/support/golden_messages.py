@@ -38,6 +38,8 @@ MODEL = ModelSpec(
     exit=3,
     width=0.5,
     rank=0.25,
+    task="tokens",
+    vocabulary=100,
     options={"channels": (16, 32, 64), "dropout": 0.25, "name": "é", "is_wide": True, "depth": 4},
 )
 PLAN = Plan(
@@ -79,7 +81,7 @@ NAMES = "00112233445566778899aabbccddeeff"
 JOB = "0123456789abcdef0123456789abcdef"
 EXAMPLES: tuple[Message, ...] = (
     Hello(
-        protocol=6,
+        protocol=7,
         client_id="pi-4.kitchen_1",
         session="5f0c9a6e1b2d3c4f",
         profile=DeviceProfile(
@@ -106,7 +108,7 @@ EXAMPLES: tuple[Message, ...] = (
         software="edge-sdk 0.1.0",
     ),
     Welcome(
-        protocol=6,
+        protocol=7,
         run="a1b2c3d4e5f6",
         model=MODEL,
         plan=PLAN,

@@ -12,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from edge_sdk.protocol.messages import (
+    PROTOCOL,
     Accepted,
     Bye,
     Fault,
@@ -105,7 +106,9 @@ def numbered(make: Callable[[int], Message], payload: bytes | None = None) -> Ca
 
 
 def a_welcome(model: ModelSpec) -> Welcome:
-    return Welcome(protocol=6, run="r", model=model, plan=LONG, deadline_s=0.0, heartbeat_s=1.0)
+    return Welcome(
+        protocol=PROTOCOL, run="r", model=model, plan=LONG, deadline_s=0.0, heartbeat_s=1.0
+    )
 
 
 @pytest.mark.parametrize(
