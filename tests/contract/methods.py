@@ -38,6 +38,9 @@ for method in ("heterofl", "fedrolex", "scalefl", "lotteryfl"):
 BEYOND = "its model is the mean less h / alpha, which lies beyond the mean"
 for name in ("feddyn", "depthfl"):
     EXCEPT |= {(name, check): BEYOND for check in ("identical", "weight", "fedavg")}
+FUSED = "the mean goes on being trained, all stages together; see its own tests"
+EXCEPT |= {("feddf", check): FUSED for check in ("identical", "weight", "fedavg", "influence")}
+EXCEPT["feddf", "rule"] = "its teacher is a plain mean, so it refuses a robust rule"
 FACTORS = "what travels are factors of a weight, which everybody trains; see its own tests"
 EXCEPT |= {("fedhm", check): FACTORS for check in ("identical", "unowned")}
 EXCEPT["fedhm", "weight"] = "where none had the whole model, the global one counts as one more"

@@ -34,8 +34,9 @@ KEY_A, KEY_B = (
     b"Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID",
     b"JTKVSB%%)wK0E.X)V>+}o?pNmC{O&4W4b!Ni{Lh6",
 )
-# Of the methods that generate whole models.
-SMALL_NETWORKS: dict[str, dict[str, object]] = {
+# What methods have of their own, made small; or cannot go without.
+OWN: dict[str, dict[str, object]] = {
+    "feddf": {"public": "digits", "public_examples": 24, "fusion_steps": 3, "fusion_batch": 8},
     "mh-pfedhn": {"embedding": 4, "hyper_hidden": 8, "chunk": 256, "hyper_lr": 0.01},
     "mh-pfedhngd": {"embedding": 4, "hyper_hidden": 8, "chunk": 256, "hyper_lr": 0.01},
     "pfedhn": {"embedding": 4, "hyper_hidden": 8},
@@ -87,8 +88,8 @@ def config(method: str, **changes: object) -> RunConfig:
         ),
         "rotation": RotationOptions(mode="add" if method == "stage-rotation" else "off"),
     }
-    if method in SMALL_NETWORKS:
-        settings["own"] = SMALL_NETWORKS[method]
+    if method in OWN:
+        settings["own"] = OWN[method]
     return RunConfig(**(settings | changes))  # type: ignore[arg-type]
 
 

@@ -137,7 +137,8 @@ BEYOND = {"lotteryfl": " --variants 0,0,1"}
 ZOO_ROWS = {
     name: f"--method {name}" + " --personalise 2" * (name in TUNED) + BEYOND.get(name, "")
     for name in METHODS
-    if name not in ("stale-copy", "stage-rotation")  # parts of hypemefed, in the grid `main`
+    # Parts of hypemefed are in the grid `main`; feddf's server has data that no other one has.
+    if name not in ("stale-copy", "stage-rotation", "feddf")
 } | {"hypemefed-paper": "--method hypemefed --paper"}
 
 # Measures against label skew, alone and together, for the default and for its bound.

@@ -13,7 +13,7 @@ from edge_sdk.errors import ConfigError, ShapeError
 from edge_sdk.models import build
 from edge_sdk.models.flat import num_weights, parameter_shapes
 from edge_sdk.protocol.messages import Segment, Teacher
-from tests.support.examples import SMALL_NETWORKS, client_update, cnn, config
+from tests.support.examples import OWN, client_update, cnn, config
 
 NAMES = ("mh-pfedhn", "mh-pfedhngd", "pfedhn")
 COHORT = [Client(id=name, exit=exit, variant=exit) for name, exit in (("a", 1), ("b", 1), ("c", 3))]
@@ -21,7 +21,7 @@ SIZES = [num_weights(parameter_shapes(build(cnn(exit=exit)))) for exit in (1, 2,
 
 
 def fresh(name, seed=0, **own):
-    return make_method(config(name, seed=seed, own=SMALL_NETWORKS[name] | own))
+    return make_method(config(name, seed=seed, own=OWN[name] | own))
 
 
 def returned(who, job, by=0.1, num_examples=10, **more):

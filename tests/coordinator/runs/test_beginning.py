@@ -14,7 +14,7 @@ from coordinator.runs.beginning import load_state, read_init
 from coordinator.store.store import Store
 from edge_sdk.errors import ConfigError
 from tests.contract.methods import unless_except
-from tests.support.examples import cnn, config
+from tests.support.examples import OWN, cnn, config
 
 EMULATE = ["emulate", "--data", "digits", "--examples", "60", "--clients", "3", "--groups", "1,1,1"]
 RUN = [*EMULATE, "--rounds", "1", "--epochs", "1", "--option", "channels=4,4,4"]
@@ -123,7 +123,8 @@ def test_nothing_in_a_state_dict_is_run(tmp_path, capsys):
 def test_every_method_begins_from_given_weights(name, tmp_path):
     """Its first round begins from them, whatever it keeps beside them."""
     unless_except(name, "begin")
-    method = make_method(make_config(name, cnn(), rounds=1))
+    own = {"own": OWN[name]} if name in OWN else {}
+    method = make_method(make_config(name, cnn(), rounds=1, **own))
     before = {name: tensor.clone() for name, tensor in method.current().items()}
     given = {name: t + 1 for name, t in before.items() if name.startswith("stages.0.")}
     assert given
