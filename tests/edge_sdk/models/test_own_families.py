@@ -163,7 +163,7 @@ def test_a_family_may_know_its_tensors_by_other_names(own_things):
         return {f"stages.{n}.0.weight": f"block{n}.weight" for n in range(spec.exit)}
 
     register_family("known", build_masked, names=names)
-    register_family("odd", build_bad, names=lambda spec: {}[spec])
+    register_family("odd", build_bad, names=lambda spec: {}[spec.family])
     assert original_names(spec("known")) == {
         "stages.0.0.weight": "block0.weight",
         "stages.1.0.weight": "block1.weight",
