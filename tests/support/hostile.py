@@ -23,6 +23,7 @@ from tests.support.processes import HOST_GFLOPS, Running, kill_marked
 
 MIB = 1024**2
 LEFT = "next try in"
+TOLD = 10_000  # characters of the device's log
 
 
 class Attack:
@@ -93,6 +94,7 @@ def attacked(folder: Path, *flags: str) -> Iterator[Attack]:
     try:
         yield attack
     finally:
+        print(agent.text()[-TOLD:])  # which pytest shows beside a failure
         attack.close()
         kill_marked(mark)
         agent.process.wait()

@@ -14,11 +14,24 @@ from coordinator.cli.arguments import SHARED, CommandParser, run_config
 from coordinator.cli.serve import add_serve_command
 from coordinator.methods.registry import METHODS
 from coordinator.settings import changed
-from edge_sdk.hardware.boards import save_board
-from edge_sdk.hardware.measure import measure, measured_board
+from edge_sdk.capacity.choice import choose_exit
+from edge_sdk.capacity.counting import segment_costs
+from edge_sdk.cli.flags import DEFAULT_EPOCHS
+from edge_sdk.hardware.boards import board, save_board
+from edge_sdk.hardware.measure import emulated, measure, measured_board
 from tests.support.commands import status_of
+from tests.support.examples import config, examples
 from tests.support.processes import Running, kill_marked, marked, read_rows, wait_until
-from tools.testbed.__main__ import main, make_parser, serve_command, written_model
+from tools.testbed.__main__ import (
+    TRAINING,
+    choose_deadline,
+    main,
+    make_parser,
+    serve_command,
+    spec_of,
+    written_model,
+)
+from tools.testbed.boards import Device
 
 FLAGS = ["--devices", "jetson-nano=1,raspberry-pi-4=2", "--examples", "240", "--epochs", "1"]
 NAMES = {"jetson-nano-1", "raspberry-pi-4-1", "raspberry-pi-4-2"}
@@ -183,20 +196,53 @@ def test_a_model_is_named_only_where_there_is_one(tmp_path):
     assert written_model(tmp_path) == str(tmp_path / "model.safetensors")
 
 
+def served(folder, method, *flags):
+    """The settings of the coordinator that the testbed starts."""
+    given = make_parser().parse_args(["--method", method, *flags])
+    parser = argparse.ArgumentParser()
+    add_serve_command(parser.add_subparsers(parser_class=CommandParser))
+    return run_config(parser.parse_args(serve_command(given, folder, 3, 0.0)), SHARED)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_coordinator_runs_a_method_with_its_own_settings(tmp_path, method):
-    def served(*flags):
-        given = make_parser().parse_args(["--method", method, *flags])
-        parser = argparse.ArgumentParser()
-        add_serve_command(parser.add_subparsers(parser_class=CommandParser))
-        return run_config(parser.parse_args(serve_command(given, tmp_path, 3, 0.0)), SHARED)
-
     assert METHODS["hypemefed"].defaults["server.momentum"] == 0.5, "or this shows nothing"
-    own = served()
-    defaults = METHODS[method].defaults
-    assert changed(own, defaults) == own
-    plain = served("--", "--server-momentum", "0", "--server-lr", "1", "--mode", "async")
+    own = served(tmp_path, method)
+    assert changed(own, METHODS[method].defaults) == own
+    plain = served(
+        tmp_path, method, "--", "--server-momentum", "0", "--server-lr", "1", "--mode", "async"
+    )
     assert (plain.server.momentum, plain.server.lr) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].paper])
+def test_a_paper_has_its_own_settings_too(tmp_path, method):
+    """Where the publication says nothing, the testbed's own."""
+    values = METHODS[method].paper
+    paper = served(tmp_path, method, "--", "--paper")
+    assert changed(paper, values) == paper
+    for name, value in TRAINING.items():
+        assert getattr(paper, name) == values.get(name, value)
+    asked = served(tmp_path, method, "--lr", "0.03", "--epochs", "3", "--", "--paper")
+    assert (asked.lr, asked.epochs) == (0.03, 3)
+
+
+def test_the_chosen_deadline_lets_weak_boards_train_what_rotation_gives_them(tmp_path):
+    """Of a device as the testbed emulates it: stage 3 alone takes longer than exit 1. A method
+    without rotation gets the least with which exit 1 is trained."""
+    pi = emulated(board("raspberry-pi-4"), 30.0, 1e-5)
+    devices = [Device("pi", "raspberry-pi-4", pi, tmp_path, examples(60))]
+    plan, chosen = config("hypemefed", batch_size=16).plan(1), {}
+    for method in ("hypemefed", "owners-mean"):
+        args = make_parser().parse_args(["--method", method, "--option", "channels=4,16,64"])
+        deadline_s = choose_deadline(args, tmp_path, devices)
+        costs = segment_costs(spec_of(args, devices[0].examples, 3), plan, 60, 0)
+        given = {"num_examples": 60, "epochs": DEFAULT_EPOCHS}
+        chosen[method] = choose_exit(costs, pi, deadline_s=deadline_s, **given)
+        slowest = {row.last: row.seconds for row in chosen[method].rows if row.first == row.last}
+    assert slowest[3] > slowest[1]
+    assert 3 in chosen["hypemefed"].stages
+    assert (chosen["owners-mean"].exit, chosen["owners-mean"].stages) == (1, ())
 
 
 def test_a_run_dir_in_use_is_refused(tmp_path, capsys):

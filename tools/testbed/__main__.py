@@ -28,9 +28,10 @@ from rich.console import Console
 from coordinator.cli.arguments import REPEATED, CommandParser
 from coordinator.cli.serve import add_serve_command, serve_settings
 from coordinator.config import RunConfig
-from coordinator.methods.registry import METHODS, make_method
+from coordinator.methods.registry import METHODS, defaults_of, make_method
 from coordinator.runs.serving import ServeSettings, check_serve
 from coordinator.settings import shaped
+from edge_sdk.capacity.choice import choose_exit
 from edge_sdk.capacity.costs import seconds
 from edge_sdk.capacity.counting import each_variant_cost, segment_costs
 from edge_sdk.cli.flags import DEFAULT_EPOCHS, Parser, duration_flag, option_flag
@@ -40,11 +41,11 @@ from edge_sdk.errors import ConfigError, EdgeError
 from edge_sdk.hardware.boards import board
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.models import build
-from edge_sdk.protocol.messages import ModelSpec, Segment
+from edge_sdk.protocol.messages import ModelSpec
 from tools.testbed.boards import DEFAULT_DEVICES, Device, Host, parse_devices, prepare
 from tools.testbed.progress import follow, tell
 
-LR = 2e-3
+TRAINING = {"epochs": DEFAULT_EPOCHS, "batch_size": 16, "lr": 2e-3}
 START_S = 60.0  # for the coordinator to listen
 FAREWELL_S = 20.0  # for devices to end after the run
 
@@ -82,9 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="cnn")
     add("--exits", type=int, default=3)
     add("--option", type=option_text, metavar="KEY=VALUE", help="model option", **REPEATED)
-    add("--epochs", type=int, default=DEFAULT_EPOCHS)
-    add("--batch-size", type=int, default=16)
-    add("--lr", type=float, help=f"default the method's own, else {LR}")
+    for name, value in TRAINING.items():
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=type(value), help=f"default the method's or its paper's own, else {value}")
     add("serve", nargs="*", help="after --: flags of edge-coordinator serve, e.g. -- --mode async")
     add(
         "--deadline",
@@ -92,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         metavar="SECONDS",
         help="board seconds that a job may take; auto: the least with which every device can train "
-        "exit 1; 0: none",
+        "exit 1, and alone each stage that a method with rotation gives it; 0: none",
     )
     return parser
 
@@ -201,8 +202,10 @@ def spec_of(args: argparse.Namespace, examples: Examples, exit: int) -> ModelSpe
 
 
 def choose_deadline(args: argparse.Namespace, folder: Path, devices: Sequence[Device]) -> float:
-    """Board seconds. auto: the least that leaves no device out, with 5 % to spare, so that fast
-    boards, and slow ones with little data, train deeper exits, or larger variants."""
+    """Board seconds. auto: the least, with 5 % to spare, that leaves no device out, and none for
+    good without a stage that rotation gives it and its memory holds: a stage alone may take longer
+    than exit 1. So fast boards, and slow ones with little data, train deeper exits, or larger
+    variants."""
     if args.deadline != "auto":
         return float(args.deadline)
     if args.method in ("fedavg", "fedavg-l"):
@@ -210,16 +213,20 @@ def choose_deadline(args: argparse.Namespace, folder: Path, devices: Sequence[De
     config, _ = coordinator_settings(args, folder, len(devices))
     shape = devices[0].examples
     offer = make_method(shaped(config, shape.input_shape, shape.num_classes), "cpu").offer()
-    shallow = replace(offer.model, exit=1)
-    plan = replace(offer.plan, segments=(Segment(first=1, last=1),))
+    rotates = METHODS[args.method].has_place("rotation.mode") and config.rotation.mode != "off"
+    model = offer.model if rotates else replace(offer.model, exit=1)
     slowest = 0.0
     for device in devices:
         count = len(device.examples)
+        given = {"num_examples": count, "epochs": config.epochs}
         if offer.variants:
             (cost,) = each_variant_cost(offer.variants[:1], offer.plan, count, 0)
-        else:
-            cost = segment_costs(shallow, plan, count, 0)[0]
-        slowest = max(slowest, seconds(cost, device.profile, count, args.epochs))
+            slowest = max(slowest, seconds(cost, device.profile, **given))
+            continue
+        costs = segment_costs(model, offer.plan, count, 0)
+        for row in choose_exit(costs, device.profile, deadline_s=None, **given).rows:
+            if row.first == row.last and (row.is_feasible or row.first == 1):
+                slowest = max(slowest, row.seconds or 0.0)
     return 1.05 * slowest
 
 
@@ -231,9 +238,11 @@ def serve_command(
     command += ["--keys", str(folder / "keys"), "--test", str(folder / "test.npz")]
     command += ["--method", args.method, "--rounds", str(args.rounds), "--seed", str(args.seed)]
     command += ["--model", args.model, "--exits", str(args.exits)]
-    if args.lr or "lr" not in METHODS[args.method].defaults:
-        command += ["--lr", str(args.lr or LR)]
-    command += ["--epochs", str(args.epochs), "--batch-size", str(args.batch_size)]
+    own = defaults_of(args.method, is_paper="--paper" in args.serve)
+    for name, value in TRAINING.items():
+        given = getattr(args, name)
+        if given is not None or name not in own:
+            command += ["--" + name.replace("_", "-"), str(value if given is None else given)]
     command += ["--min-clients", str(num_devices), "--deadline", str(deadline_s)]
     command += [part for option in args.option for part in ("--option", option)]
     if args.participants is not None:
