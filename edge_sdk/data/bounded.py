@@ -37,9 +37,13 @@ def check_fits(where: str | Path, count: int, item_bytes: int, held_bytes: int) 
     if count * item_bytes > held_bytes:
         got = f"{held_bytes} bytes"
         raise bad(where, got, f"{count * item_bytes}, as its header says", DAMAGED)
-    needed, free = count * (item_bytes + FLOAT_BYTES), free_bytes()
-    if needed > free:
-        got = f"{needed / 1024**2:.0f} MiB of numbers, as its header says"
+    check_free(where, count * (item_bytes + FLOAT_BYTES), "numbers, as its header says")
+
+
+def check_free(where: str | Path, num_bytes: int, what: str) -> None:
+    """Raise DataError unless so much memory is free."""
+    if num_bytes > (free := free_bytes()):
+        got = f"{num_bytes / 1024**2:.0f} MiB of {what}"
         raise bad(where, got, f"at most {free / 1024**2:.0f} MiB, which are free", "take fewer")
 
 

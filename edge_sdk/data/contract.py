@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias, cast
 
 from edge_sdk.errors import DataError
+from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.fields import PLAIN_TEXT, Struct
 from edge_sdk.protocol.messages import (
     InputScaling,
@@ -27,6 +28,7 @@ AXES = {2: "features", 3: "series", 4: "images"}  # by the number of axes, n amo
 FEW_CHANNELS = 12  # a series of more is long, else it may be rows of an image
 LONG = 4  # times its channels
 MOST_NAME = 200  # characters of a class's name
+MOST_PATH = 600  # characters of a path in a message
 NAMES_STEP = (
     "give class_names, the list of all classes in an order that is the same on every device, or "
     "numbers"
@@ -39,7 +41,7 @@ FAR_INTEGERS = 8.0  # times as wide, by one rule: 0..16 beside 0..255 are no dar
 
 
 def bad(where: str | Path, got: str, expected: str, step: str = "correct the data") -> DataError:
-    return DataError(f"{where}: got {got}, expected {expected}; {step}")
+    return DataError(f"{one_line(str(where), MOST_PATH)}: got {got}, expected {expected}; {step}")
 
 
 # -- layout ----------------------------------------------------------------------------------------
@@ -119,12 +121,13 @@ class Mismatch:
     is_certain: bool
 
 
-def scaling_of(low: float, high: float, rule: tuple[float, float] | None) -> InputScaling:
+def scaling_of(
+    low: float, high: float, rule: tuple[float, float] | None, made_of: str = ""
+) -> InputScaling:
     """rule: (divisor, offset) of integers, None: floats. The range is told in three digits."""
     low, high = float(f"{low:.3g}"), float(f"{high:.3g}")
-    if rule is None:
-        return InputScaling(low=low, high=high)
-    return InputScaling(low=low, high=high, divisor=rule[0], offset=rule[1])
+    divisor, offset = rule or (None, 0.0)
+    return InputScaling(low=low, high=high, divisor=divisor, offset=offset, made_of=made_of)
 
 
 def described(scaling: InputScaling) -> str:
@@ -143,8 +146,8 @@ def integers(scaling: InputScaling) -> str:
 def mismatch(
     reference: InputScaling | None, other: InputScaling | None, names: tuple[str, str]
 ) -> Mismatch | None:
-    """How the inputs of `other` were scaled unlike those of `reference`; None: as far as can be
-    told they were not, or one of them is not known. names: whose they are, in that order.
+    """How the inputs of `other` were made or scaled unlike those of `reference`; None: as far as
+    can be told they were not, or one of them is not known. names: whose they are, in that order.
 
     Two rules for integers are one or differ; by one rule a range FAR_INTEGERS times as wide is a
     doubt. Floats beside integers, and floats beside floats, are
@@ -154,6 +157,12 @@ def mismatch(
     reference's."""
     if reference is None or other is None:
         return None
+    if reference.made_of and other.made_of not in ("", reference.made_of):
+        text = (
+            f"the inputs of {names[0]} are {reference.made_of}, those of {names[1]} "
+            f"{other.made_of}; make both alike, e.g. by the same data.toml"
+        )
+        return Mismatch(text, True)
     widths = reference.high - reference.low, other.high - other.low
     both = min(reference.high, other.high) - max(reference.low, other.low)
     is_apart = both <= SHARED * max(widths)
@@ -279,7 +288,8 @@ def checked_names(names: object, where: str) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME:
             raise bad(where, f"class_names with {name!r:.60}", wanted)
-        if not re.match(PLAIN_TEXT, name):
+        is_utf_8 = name.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in name)
+        if not is_utf_8 or not re.match(PLAIN_TEXT, name):
             raise bad(where, f"class_names with {name!r:.60}", wanted)
     found = tuple(map(str, names))
     if twice := sorted(name for name, count in Counter(found).items() if count > 1):

@@ -29,7 +29,7 @@ class Examples:
     """Inputs and labels: x (n, C, H, W), (n, C, window) or (n, F) float32, y (n,) int64 in
     0..num_classes - 1, subject (n,) int64 or None: who was measured. scaling (divisor, offset): x
     was made of integers as integer / divisor - offset; None: of floats, or it is not known.
-    class_names: of each class, or none."""
+    class_names: of each class, or none. made_of: what the inputs are, as `InputScaling` says."""
 
     x: Floats
     y: Ints
@@ -37,6 +37,7 @@ class Examples:
     subject: Ints | None = None
     scaling: Scaling | None = None
     class_names: tuple[str, ...] = ()
+    made_of: str = ""
 
     def __len__(self) -> int:
         return len(self.y)
@@ -54,7 +55,8 @@ class Examples:
     @property
     def input_scaling(self) -> InputScaling:
         """How x came to be, and its smallest and largest number."""
-        return scaling_of(float(self.x.min()), float(self.x.max()), self.scaling)
+        low, high = float(self.x.min()), float(self.x.max())
+        return scaling_of(low, high, self.scaling, self.made_of)
 
     def take(self, indices: Ints) -> Examples:
         """The examples at `indices`, in that order, as copies."""

@@ -160,6 +160,8 @@ def save_shard(path: str | os.PathLike[str], examples: Examples) -> None:
         arrays["subject"] = examples.subject
     if examples.class_names:
         arrays["class_names"] = np.array(examples.class_names)
+    if examples.made_of:
+        arrays["made_of"] = np.array(examples.made_of)
     if examples.scaling is not None:
         arrays["scaling"] = np.array(examples.scaling)
     step = "check the folder, its rights and its free space"

@@ -109,6 +109,7 @@ def _exported(
         batch_norms=_batch_norms(whole),
         scaling=rule,
         input_range=(inputs.low, inputs.high) if inputs else None,
+        made_of=inputs.made_of if inputs else "",
         class_names=data.class_names,
         whole=ModelFile(name=WHOLE, sha256=sha256_of(whole)),
         stages=_stage_files(stages),

@@ -24,7 +24,7 @@ from msgspec import Meta
 from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import is_there, make_parent, sha256_of, why_not
 from edge_sdk.helpers.text import one_line
-from edge_sdk.protocol.fields import Input, Struct
+from edge_sdk.protocol.fields import Input, Struct, Text
 from edge_sdk.protocol.messages import InputScaling, ModelSpec
 
 FORMAT: Literal[1] = 1
@@ -45,9 +45,9 @@ class ModelFile(Struct, frozen=True, kw_only=True):
 class ExportedModel(Struct, frozen=True, kw_only=True):
     """model.json. scaling (divisor, offset): the training inputs were integer / divisor - offset;
     None: they were floats, or it is not known. input_range: their smallest and largest; None: not
-    known. class_names: in the order of the labels; (): not known. batch_norms: how many
-    BatchNormalization nodes are left in whole.onnx; those after a convolution or a linear layer are
-    folded into it.
+    known. made_of: what they are, as `InputScaling` says. class_names: in the order of the labels;
+    (): not known. batch_norms: how many BatchNormalization nodes are left in whole.onnx; those
+    after a convolution or a linear layer are folded into it.
     largest_difference: to torch's logits, over the largest of them; checked_on: which inputs."""
 
     format: Literal[1] = FORMAT
@@ -56,6 +56,7 @@ class ExportedModel(Struct, frozen=True, kw_only=True):
     batch_norms: int
     scaling: tuple[Annotated[float, Meta(gt=0)], float] | None
     input_range: tuple[Input, Input] | None = None
+    made_of: Text = ""
     class_names: tuple[str, ...] = ()
     whole: ModelFile
     stages: tuple[ModelFile, ...]
@@ -75,7 +76,8 @@ class ExportedModel(Struct, frozen=True, kw_only=True):
             return None
         low, high = self.input_range or (0.0, 0.0)
         divisor, offset = self.scaling or (None, 0.0)
-        return InputScaling(low=low, high=high, divisor=divisor, offset=offset)
+        made_of = self.made_of
+        return InputScaling(low=low, high=high, divisor=divisor, offset=offset, made_of=made_of)
 
 
 class ExitThresholds(Struct, frozen=True, kw_only=True):

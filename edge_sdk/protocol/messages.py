@@ -214,12 +214,14 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 class InputScaling(Struct, frozen=True, kw_only=True):
     """How the inputs of some data came to be: integer / divisor - offset, or, where divisor is
-    None, floats as they were given. low, high: the smallest and the largest input."""
+    None, floats as they were given. low, high: the smallest and the largest input. made_of: what
+    they are, in words that are the same for inputs that mean the same; "": not known."""
 
     low: Input
     high: Input
     divisor: Annotated[float, Meta(gt=0, le=10**9)] | None = None
     offset: Annotated[float, Meta(ge=-(10**9), le=10**9)] = 0.0
+    made_of: Text = ""
 
 
 class Hello(Struct, frozen=True, kw_only=True, tag="hello"):

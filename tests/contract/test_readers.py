@@ -25,6 +25,7 @@ from tests.support.data_files import (
     write_idx,
     write_npz,
 )
+from tests.support.own_files import write_csv, write_images
 from tests.support.processes import ROOT
 from tests.support.published import (
     write_cifar_10,
@@ -48,17 +49,26 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "data_batch_1": write_cifar_10_python,
     "train.bin": write_cifar_100,
     "train": write_cifar_100_python,
+    "train.csv": lambda folder: write_csv(folder / "train.csv"),
 }
+# By the first ending of a row's files in folders by class: writes them there, and gives one.
+BY_CLASS: dict[str, Callable[[Path], Path]] = {".png": write_images}
 OF_FILES = [row for row in FILE_SETS if row.train]
+OF_CLASSES = [row for row in FILE_SETS if row.by_class]
 
 
 def of_each_row(rows: list[FileSet]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("row", rows, ids=lambda row: (row.train or (row.name,))[0])
+    return pytest.mark.parametrize("row", rows, ids=key)
 
 
-@of_each_row(OF_FILES)
+def key(row: FileSet) -> str:
+    return (row.train or row.by_class or (row.name,))[0]
+
+
+@of_each_row(OF_FILES + OF_CLASSES)
 def test_there_is_a_sample(row):
-    assert row.train[0] in SAMPLES, f"write a small {row.train[0]} for SAMPLES of this file"
+    where = "SAMPLES" if row.train else "BY_CLASS"
+    assert key(row) in SAMPLES | BY_CLASS, f"write a small {key(row)} for {where} of this file"
 
 
 @of_each_row(FILE_SETS)
@@ -70,7 +80,7 @@ def test_the_documents_name_it(row):
 
 @of_each_row(FILE_SETS)
 def test_an_unknown_source_is_answered_with_its_name(row):
-    fails(lambda: load("no such source"), (row.train or (row.name,))[0])
+    fails(lambda: load("no such source"), key(row))
     assert row.name in known()
 
 
@@ -97,7 +107,32 @@ def test_a_folder_and_its_first_file_give_the_same_examples(tmp_path, row):
 
 @of_each_row(OF_FILES)
 def test_corrupt_bytes_raise_nothing_but_data_errors(tmp_path, row):
-    path = SAMPLES[row.train[0]](tmp_path)
+    corrupt(SAMPLES[row.train[0]](tmp_path), read=None)
+
+
+@of_each_row(OF_CLASSES)
+def test_a_corrupt_file_of_a_class_raises_nothing_but_data_errors(tmp_path, row):
+    corrupt(BY_CLASS[row.by_class[0]](tmp_path), read=tmp_path)
+
+
+@of_each_row(OF_CLASSES)
+def test_a_folder_of_classes_comes_back_from_a_shard(tmp_path, row):
+    BY_CLASS[row.by_class[0]](tmp_path / "all")
+    name, examples, test = load(str(tmp_path / "all"))
+    assert (name, test, examples.class_names) == ("all", None, ("cat", "dog"))
+    save_shard(tmp_path / "shard.npz", examples)
+    again = load_shard(str(tmp_path / "shard.npz"))
+    np.testing.assert_array_equal(again.x, examples.x)
+    assert again.trained_on == examples.trained_on
+    for part in ("train", "test"):
+        BY_CLASS[row.by_class[0]](tmp_path / "parts" / part)
+    _, train, test = load(str(tmp_path / "parts"))
+    np.testing.assert_array_equal(train.x, test.x)
+    np.testing.assert_array_equal(train.x, examples.x)
+
+
+def corrupt(path: Path, read: Path | None) -> None:
+    """Spoil the file in many ways and read it, or the folder that holds it."""
     raw = path.read_bytes()
     cut = [raw[: len(raw) * part // 8] for part in range(8)]
     head = [
@@ -109,7 +144,7 @@ def test_corrupt_bytes_raise_nothing_but_data_errors(tmp_path, row):
     for changed in [*cut, *broken_copies(raw, 40), *head]:
         path.write_bytes(changed)
         try:
-            load_shard(str(path))  # a changed pixel is not noticed, and need not be
+            load_shard(str(read or path))  # a changed pixel is not noticed, and need not be
         except DataError as error:
             messages.append(str(error))
     assert len(messages) >= 39  # all that were cut short; one cut may fall between two records

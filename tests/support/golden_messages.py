@@ -76,7 +76,7 @@ SPECS = (
     TensorSpec(name="correction/exits.0.2.bias", shape=(10,), dtype="float16", role="correction"),
     TensorSpec(name="teacher/stages.1.1.count", shape=(), dtype="int64", role="teacher"),
 )
-SCALING = InputScaling(low=-1.0, high=0.75, divisor=127.5, offset=1.0)
+SCALING = InputScaling(low=-1.0, high=0.75, divisor=127.5, offset=1.0, made_of="pixels")
 NAMES = "00112233445566778899aabbccddeeff"
 JOB = "0123456789abcdef0123456789abcdef"
 EXAMPLES: tuple[Message, ...] = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,15 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.data.bounded import MOST_PACKED, Stream, check_fits, read_arrays, read_exactly
-from edge_sdk.data.contract import LAYOUTS, bad, checked_names, laid_out
+from edge_sdk.data.contract import bad, checked_names, laid_out
 from edge_sdk.data.examples import Examples, Floats, Scaling, check_examples, mapped
 from edge_sdk.data.plain_arrays import checked_inputs, checked_labels, plain
 from edge_sdk.data.readers.scaling import PIXELS, image_examples, scaled
 from edge_sdk.data.readers.table import FileSet, register_reader
 from edge_sdk.helpers.imports import optional_module
+from edge_sdk.protocol.fields import PLAIN_TEXT
 
 NPY = b"\x93NUMPY"  # first bytes of an .npy file
-ARRAYS = ("x", "y", "num_classes", "subject", "scaling", "class_names", "layout")
+ARRAYS = ("x", "y", "num_classes", "subject", "scaling", "class_names", "layout", "made_of")
 DIGITS: Scaling = (8.0, 1.0)  # 0..16 to -1..1
 
 
@@ -64,7 +66,7 @@ def checked_arrays(given: Mapping[str, object], where: str) -> Examples:
             raise bad(where, f"{name} of dtype {arrays[name].dtype}", "integers")
     names, subject = _class_names(arrays.get("class_names"), where), arrays.get("subject")
     x, y = checked_inputs(arrays["x"], where), checked_labels(arrays["y"], names, where)
-    x = x.reshape(laid_out(x.shape, _layout(arrays.get("layout"), where), where))
+    x = x.reshape(laid_out(x.shape, _text(arrays.get("layout"), "layout", where), where))
     most = len(names) or int(y.max(initial=0)) + 1
     num_classes = arrays.get("num_classes", np.asarray(most))
     if num_classes.size != 1:
@@ -76,7 +78,8 @@ def checked_arrays(given: Mapping[str, object], where: str) -> Examples:
     if scaling:
         _check_scaled(x, scaling, where)
     subject = None if subject is None else subject.astype(np.int64)
-    found = Examples(x, y, int(num_classes.item()), subject, scaling, names)
+    made_of = _text(arrays.get("made_of"), "made_of", where)
+    found = Examples(x, y, int(num_classes.item()), subject, scaling, names, made_of or "")
     return check_examples(found, where)
 
 
@@ -88,11 +91,12 @@ def _class_names(array: npt.NDArray[Any] | None, where: str) -> tuple[str, ...]:
     return checked_names(array.tolist(), where)
 
 
-def _layout(array: npt.NDArray[Any] | None, where: str) -> str | None:
+def _text(array: npt.NDArray[Any] | None, name: str, where: str) -> str | None:
     if array is None:
         return None
-    if array.ndim or array.dtype.kind != "U":
-        raise bad(where, f"layout {array.shape} of {array.dtype}", f"one of {', '.join(LAYOUTS)}")
+    if array.ndim or array.dtype.kind != "U" or not re.match(PLAIN_TEXT, str(array)[:201]):
+        got, step = f"{name} {array.shape} of {array.dtype}", f'give np.array("...") as {name}'
+        raise bad(where, got, "one line of text", step)
     return str(array)
 
 

@@ -1,0 +1,42 @@
+"""Small files of the kinds that people have: tables, and a folder for each class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+TABLE = "size,weight,label\n1,0.5,cat\n2,-0.5,dog\n3,1e-1,cat\n"
+
+
+def write_csv(path: Path, text: str | bytes = TABLE, about: str = "") -> Path:
+    """about: the data.toml beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if about:
+        (path.parent / "data.toml").write_text(about)
+    return path
+
+
+def pixels(label: int, number: int, height: int = 3, width: int = 4, channels: int = 3):
+    """(height, width, channels) that differ at every place, up to 255."""
+    values = np.arange(height * width * channels) * 7 + 50 * label + 20 * number
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    return (values % 256).reshape(shape).astype(np.uint8)
+
+
+def write_image(path: Path, values: np.ndarray, mode: str | None = None, **options) -> Path:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(values)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+def write_images(folder: Path) -> Path:
+    """Two cats and two dogs, RGB, 3 x 4; the path of the first."""
+    for label, name in enumerate(("cat", "dog")):
+        for number in range(2):
+            write_image(folder / name / f"{number}.png", pixels(label, number))
+    return folder / "cat" / "0.png"
