@@ -267,6 +267,7 @@ def _traced(module: nn.Module, x: Tensor, outputs: Sequence[str], what: str) -> 
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         warnings.filterwarnings("ignore", "Exporting a model to ONNX with a batch_size other")
+        warnings.filterwarnings("ignore", "Constant folding")  # not all of it is done here
         try:
             torch.onnx.export(
                 module,

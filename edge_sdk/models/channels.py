@@ -13,35 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.models.channel_axes import NO_GROUP, Axis, Integers
+from edge_sdk.models.channel_rules import RULES, Rule
 from edge_sdk.models.staged import StagedModel
-
-Integers: TypeAlias = NDArray[np.int64]
-NO_GROUP = -1
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Of each index of an axis: its group of channels, NO_GROUP for one that no width takes away,
-    and which channel of the group it is. Both (n,)."""
-
-    groups: Integers
-    channels: Integers
-
-
-def joined(axes: list[Axis]) -> Axis:
-    """One axis after the other."""
-    groups, channels = zip(*((axis.groups, axis.channels) for axis in axes), strict=True)
-    return Axis(np.concatenate(groups), np.concatenate(channels))
 
 
 @dataclass(frozen=True)
@@ -57,13 +39,13 @@ def trace_channels(model: StagedModel, narrow: Mapping[str, Tensor], x: Tensor) 
     """model: the whole one, in eval mode, thrown away after; narrow: the tensors of the narrow one,
     of the same names; x: (B, *input_shape). Raises ConfigError, without the family's name, for what
     cannot be followed."""
-    trace = _Trace(model, narrow)
+    trace = Trace(model, narrow)
     with torch.no_grad(), _Between(trace):
         model(x)
     return trace.found()
 
 
-class _Trace:
+class Trace:
     def __init__(self, model: StagedModel, narrow: Mapping[str, Tensor]) -> None:
         self._names: dict[int, str] = {}
         self._cuts: dict[tuple[str, int], tuple[int, int]] = {}  # sizes of axes that get smaller
@@ -86,22 +68,22 @@ class _Trace:
             for tensor in own if rule is None else ():
                 self._note_lone(tensor)
 
-    def _entering(self, name: str, rule: _Rule | None) -> Callable[..., None]:
+    def _entering(self, name: str, rule: Rule | None) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
             self._at_work.append(f"{name} ({type(module).__name__})" if name else "the model")
             self.layers += rule is not None
 
         return enter
 
-    def _leaving(self, rule: _Rule | None) -> Callable[..., None]:
+    def _leaving(self, rule: Rule | None) -> Callable[..., None]:
         def leave(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            if rule is not None:
+            if rule is not None and self.layers == 1:  # what layers of a layer do is its rule's
                 given = next(_tensors([args, kwargs]))
                 made = next(_tensors(output))
                 axis, labels = rule(self, module, given)
                 if labels is not None:
                     self.label(made, axis % made.ndim, labels)
-                self.layers -= 1
+            self.layers -= rule is not None
             self._at_work.pop()
 
         return leave
@@ -136,17 +118,20 @@ class _Trace:
             raise self.refuse(f"its input has channels along axis {found[0]}, expected {axis}")
         return found[1]
 
-    def gives(self, tensor: Tensor, axis: int) -> Axis | None:
-        """The group that begins with this axis; None: no width makes it smaller."""
+    def gives(self, tensor: Tensor, axis: int, each: int = 1) -> Axis | None:
+        """The group that begins with this axis, so many indices in a row of `each` channel; None:
+        no width makes it smaller."""
         name = self._names[id(tensor)]
         if (held := self._axes.get(name, {}).get(axis)) is not None:
             return held  # the layer is called again, or another of the same weights was
         if (name, axis) not in self._cuts:
             return None
-        group, (size, small) = len(self._sizes), self._cuts[name, axis]
+        size = tensor.shape[axis] // each
+        group, small = len(self._sizes), self._cuts[name, axis][1] // each
         self._sizes.append((size, small))
         self._same_as.append(group)
-        self.holds(tensor, axis, Axis(np.full(size, group), np.arange(size)))
+        channels = np.repeat(np.arange(size), each)
+        self.holds(tensor, axis, Axis(np.full(len(channels), group), channels))
         return self._axes[name][axis]
 
     def holds(self, tensor: Tensor | None, axis: int, labels: Axis | None) -> None:
@@ -230,13 +215,10 @@ class _Trace:
         return Channels(axes, {root: self._sizes[root] for root in roots})
 
 
-_Rule: TypeAlias = Callable[[_Trace, Any, Tensor], "tuple[int, Axis | None]"]
-
-
 class _Between(TorchFunctionMode):
     """Passes on each call of a torch function, and has the trace follow those between layers."""
 
-    def __init__(self, trace: _Trace) -> None:
+    def __init__(self, trace: Trace) -> None:
         super().__init__()
         self._trace = trace
 
@@ -323,64 +305,3 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _changed(each, change) for key, each in value.items()}
     return value
-
-
-def _product(takes: int, gives: int, axis: int) -> _Rule:
-    """Convolutions and linear layers: the axes of the weight, and that of the features."""
-
-    def rule(trace: _Trace, layer: Any, x: Tensor) -> tuple[int, Axis | None]:
-        labels, groups = trace.input_labels(x, axis), getattr(layer, "groups", 1)
-        if groups > 1 and groups == layer.in_channels == layer.out_channels:
-            return _channelwise(axis)(trace, layer, x)
-        given = trace.gives(layer.weight, gives)
-        if groups > 1 and (labels is not None or given is not None):
-            raise trace.refuse(f"a convolution of {groups} groups")
-        trace.holds(layer.weight, takes, labels)
-        trace.holds(layer.bias, 0, given)
-        return axis, given
-
-    return rule
-
-
-def _channelwise(axis: int) -> _Rule:
-    """Normalisations, depthwise convolutions: what comes in goes out, each tensor has its
-    channels."""
-
-    def rule(trace: _Trace, layer: Any, x: Tensor) -> tuple[int, Axis | None]:
-        labels = trace.input_labels(x, axis)
-        for tensor in [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]:
-            trace.holds(tensor, 0, labels)
-        return axis, labels
-
-    return rule
-
-
-def _recurrent(trace: _Trace, layer: Any, x: Tensor) -> tuple[int, Axis | None]:
-    """Gates one below the other on axis 0, (gates * hidden, inputs); both directions side by side.
-    Of what it returns only the sequence is followed."""
-    if getattr(layer, "proj_size", 0):
-        raise trace.refuse("a recurrent layer with a projection")
-    labels = trace.input_labels(x, -1)
-    ends = ("", "_reverse") if layer.bidirectional else ("",)
-    for number in range(layer.num_layers):
-        outputs = []
-        for end in ends:
-            of: list[Any] = [getattr(layer, f"{kind}_l{number}{end}", None) for kind in RECURRENT]
-            trace.holds(of[0], 1, labels)
-            if hidden := trace.gives(of[1], 1):
-                for tensor in of:
-                    trace.holds(tensor, 0, joined([hidden] * (len(of[1]) // len(hidden.groups))))
-                outputs.append(hidden)
-        labels = joined(outputs) if outputs else None
-    return -1, labels
-
-
-RECURRENT = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-RULES: dict[Any, _Rule] = {
-    (nn.Conv1d, nn.Conv2d, nn.Conv3d): _product(1, 0, 1),
-    (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d): _product(0, 1, 1),
-    nn.Linear: _product(1, 0, -1),
-    (_NormBase, nn.GroupNorm, nn.PReLU): _channelwise(1),
-    nn.LayerNorm: _channelwise(-1),
-    nn.RNNBase: _recurrent,
-}

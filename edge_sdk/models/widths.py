@@ -14,7 +14,8 @@ from torch import Tensor
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import StagedModel, build, family_code, find_family
-from edge_sdk.models.channels import NO_GROUP, Axis, Channels, trace_channels
+from edge_sdk.models.channel_axes import NO_GROUP, Axis
+from edge_sdk.models.channels import Channels, trace_channels
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec
 

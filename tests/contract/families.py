@@ -29,13 +29,17 @@ from tests.support.processes import ROOT
 IMAGES = [(1, 28, 28), (3, 32, 32)]
 SERIES = [(3, 51), (3, 151)]
 CHANNELS = {"channels": (4, 5, 6, 7)}
+BLOCKS = {"layers": (2, 1, 1), "dim": 8, "heads": 4, "ffn": 6, "patch": 7}
 # Per family: the inputs that it takes, tiny options, and one input that it does not take.
 TABLE = {
     "cnn": ([*IMAGES, *SERIES], CHANNELS, (5,)),
+    "llama": (SERIES[:1], BLOCKS | {"kv_heads": 2}, (1, 28, 28)),
     "lstm": (SERIES, {"hidden": 5}, (1, 28, 28)),
     "mlp": ([(7,), *IMAGES, *SERIES], {"widths": (6, 5, 4)}, (1, 2, 3, 4)),
     "resnet18": (IMAGES, CHANNELS | {"blocks": (1, 2, 1, 1)}, (3, 51)),
+    "transformer": (SERIES[:1], BLOCKS, (1, 28, 28)),
     "vgg": ([*IMAGES, *SERIES], CHANNELS, (5,)),
+    "vit": (IMAGES[1:], BLOCKS, (3, 51)),
 }
 FOLDED = ModelSpec(
     family="vgg", input_shape=(3, 51), num_classes=3, exit=3, options=CHANNELS | {"fold": (9, 16)}

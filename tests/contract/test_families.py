@@ -195,7 +195,9 @@ def test_load_refuses_what_does_not_belong(spec):
 
 
 def test_unknown_family_lists_the_known():
-    with pytest.raises(ConfigError, match="known: cnn, lstm, mlp, resnet18, vgg"):
+    with pytest.raises(
+        ConfigError, match="known: cnn, llama, lstm, mlp, resnet18, transformer, vgg, vit"
+    ):
         build(ModelSpec(family="resnet99", input_shape=(1, 8, 8), num_classes=2, exit=1))
 
 

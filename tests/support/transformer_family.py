@@ -54,5 +54,5 @@ def build_fourier(spec: ModelSpec) -> StagedModel:
     return model
 
 
-register_family("transformer", build)
+register_family("encoder", build)
 register_family("fourier", build_fourier)

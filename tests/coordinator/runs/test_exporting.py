@@ -36,7 +36,7 @@ def family(own_things, monkeypatch):
 
 
 def test_transformer_layers_are_exported_and_stay_fast_elsewhere(family, tmp_path):
-    spec = ModelSpec(family="transformer", input_shape=(1, 8, 8), num_classes=3, exit=2)
+    spec = ModelSpec(family="encoder", input_shape=(1, 8, 8), num_classes=3, exit=2)
     made = export(spec, initial_tensors(spec, 0), tmp_path / "model", examples=examples(12))
     assert made.largest_difference < 1e-5
     assert torch.backends.mha.get_fastpath_enabled()
@@ -44,8 +44,8 @@ def test_transformer_layers_are_exported_and_stay_fast_elsewhere(family, tmp_pat
 
 def test_a_run_with_transformer_layers_ends_with_its_export(family, tmp_path, capfd):
     flags = ["--run-dir", str(tmp_path / "run"), "--export", str(tmp_path / "model")]
-    assert main([*EMULATE, "transformer", *flags]) == 0
-    assert read_model(tmp_path / "model").spec.family == "transformer"
+    assert main([*EMULATE, "encoder", *flags]) == 0
+    assert read_model(tmp_path / "model").spec.family == "encoder"
     round_1, wrote = capfd.readouterr().out.splitlines()
     assert round_1.startswith("round 1: ")
     assert wrote.startswith(f"wrote {tmp_path / 'model'}: transformer")

@@ -1,0 +1,67 @@
+"""`llama`: a causal transformer (Touvron et al. 2023) with an exit after each group of blocks:
+RMSNorm before each part, rotary positions, feed-forward networks with gates, and keys and values
+that groups of heads share.
+
+A series (C, window) is taken as linear features of every `patch` steps. An exit is linear on the
+normalised last position, which has seen all others. A width below 1 takes heads, with the keys and
+values that they share, and inner features away and leaves what lies between blocks whole."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from edge_sdk.errors import ConfigError
+from edge_sdk.models import register_family
+from edge_sdk.models.attention import (
+    Attention,
+    Block,
+    BlockOptions,
+    LastPosition,
+    RMSNorm,
+    SwiGLU,
+    exit_of,
+    heads_of,
+    layers_of,
+    patches,
+    stages_of,
+)
+from edge_sdk.models.layers import input_axes
+from edge_sdk.models.options import MOST, widths
+from edge_sdk.models.staged import StagedModel
+from edge_sdk.protocol.messages import ModelSpec
+
+
+class LlamaOptions(BlockOptions, frozen=True):
+    kv_heads: Annotated[
+        int, Meta(ge=0, le=MOST, description="of keys and values (as many as heads)")
+    ] = 0
+    rotary: Annotated[float, Meta(gt=1, description="base of the positions' angles (10000)")] = 1e4
+    norm_eps: Annotated[float, Meta(gt=0, lt=1, description="of RMSNorm (1e-5)")] = 1e-5
+
+
+def build_llama(spec: ModelSpec, options: LlamaOptions) -> StagedModel:
+    """Raises ConfigError for other inputs than series, for heads that do not divide dim, and for an
+    odd number of features in one, which rotary positions take in pairs."""
+    input_axes(spec, 2)
+    heads, dim = heads_of(spec, options, options.kv_heads), options.dim
+    if heads.size % 2:
+        got = f"heads of {heads.size} of dim {dim} features"
+        raise ConfigError(f"model option heads gives {got}, expected an even number in each")
+    inner = widths(spec, "ffn", options.ffn or -(-8 * dim // 3), (), 1)[0]
+
+    def norm() -> RMSNorm:
+        return RMSNorm(dim, options.norm_eps)
+
+    def block() -> Block:
+        attention = Attention(dim, heads, bias=False, is_causal=True, rotary=options.rotary)
+        return Block((norm(), norm()), attention, SwiGLU(dim, inner))
+
+    first = patches(spec, options, has_positions=False)
+    stages = stages_of(first, layers_of(spec, options), block)
+    exits = [exit_of(spec, dim, LastPosition(), norm(), bias=False) for _ in stages]
+    return StagedModel(stages, exits)
+
+
+register_family("llama", build_llama, LlamaOptions)
