@@ -41,7 +41,7 @@ from edge_sdk.models import StagedModel, build, family_code
 from edge_sdk.models.checking import checked_model, checked_models
 from edge_sdk.models.flat import num_weights, parameter_shapes
 from edge_sdk.models.losses import exit_weights
-from edge_sdk.models.staged import moved
+from edge_sdk.models.staged import drawn_inputs
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.plan_tensors import job_specs, update_specs
 from edge_sdk.protocol.tensor_lists import trained_names
@@ -136,7 +136,7 @@ def _cost(
 
     frozen = list(model.stages[: first - 1])
     with FlopCounter() as frozen_flops:
-        features, widest = freeze(frozen, moved(torch.zeros(FEW, *spec.input_shape), "cpu"))
+        features, widest = freeze(frozen, drawn_inputs(spec, FEW))
     step = Step(stages, heads, named, exit_weights(plan, first, last), plan)
     whole, again = moments(step, features)
     with FlopCounter() as flops:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from msgspec.structs import replace
 
 from edge_sdk.capacity.costs import Moment, SegmentCost
@@ -12,7 +11,7 @@ from edge_sdk.capacity.flops import FlopCounter
 from edge_sdk.capacity.moments import FEW, forward, freeze, moments, num_bytes, whole_step
 from edge_sdk.models import family_code
 from edge_sdk.models.checking import checked_model
-from edge_sdk.models.staged import moved
+from edge_sdk.models.staged import drawn_inputs
 from edge_sdk.protocol.messages import Plan, TensorSpec
 from edge_sdk.protocol.tensors import specs_of
 
@@ -37,7 +36,7 @@ def second_model(plan: Plan, copies: int) -> SecondModel | None:
     if (teacher := plan.teacher) is None:
         return None
     model = checked_model(teacher.model)
-    x = moved(torch.zeros(FEW, *teacher.model.input_shape), "cpu")
+    x = drawn_inputs(teacher.model, FEW)
     with family_code(teacher.model, "counting the teacher's costs", model):
         model.ready("cpu")
         with FlopCounter() as asked:

@@ -214,6 +214,30 @@ def learnt(positions: int, dim: int) -> nn.Parameter | None:
     return nn.Parameter(INITIAL * torch.randn(positions, dim)) if positions else None
 
 
+class Tokens(nn.Module):
+    """Token ids (B, T) int64 to (B, T, dim). positions: as of Patches; padding: the id of positions
+    that are zero, -1: none."""
+
+    def __init__(self, vocabulary: int, dim: int, positions: int, padding: int = -1) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, dim)
+        nn.init.normal_(self.embedding.weight, std=INITIAL)
+        self.positions = learnt(positions, dim)
+        self.padding = padding
+
+    def forward(self, ids: Tensor) -> Tensor:
+        features: Tensor = self.embedding(ids)
+        features = features if self.positions is None else features + self.positions
+        return features * ids.ne(self.padding)[..., None] if self.padding >= 0 else features
+
+
+def token_axes(spec: ModelSpec) -> None:
+    """Raises ConfigError unless the input is (T,) token ids."""
+    if len(spec.input_shape) != 1:
+        got = f"takes token ids (T,), got {spec.input_shape} of vocabulary {spec.vocabulary}"
+        raise ConfigError(f"family {spec.family!r} {got}; a vocabulary of 0 is for floats")
+
+
 def patches(spec: ModelSpec, options: BlockOptions, *, has_positions: bool) -> Patches:
     """Of an image or a series, whichever the spec's input is."""
     channels, *sides = spec.input_shape
@@ -252,6 +276,8 @@ class LastPosition(nn.Module):
 def exit_of(
     spec: ModelSpec, dim: int, pool: nn.Module, norm: nn.Module, *, bias: bool
 ) -> nn.Module:
-    """pool: (B, T, dim) to (B, dim)."""
+    """Linear on normalised features. pool: (B, T, dim) to (B, dim), but where the task asks for an
+    answer at each position."""
+    pool = nn.Identity() if spec.task == "tokens" else pool
     head = nn.Linear(dim, spec.num_classes, bias=bias)
     return nn.Sequential(OrderedDict(pool=pool, norm=norm, head=head))

@@ -24,7 +24,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import sha256_of
 from edge_sdk.models import build, family_code, find_family
 from edge_sdk.models.own_code import place_of
-from edge_sdk.models.staged import StagedModel, moved
+from edge_sdk.models.staged import StagedModel, drawn_inputs
 from edge_sdk.models.structure import named_tensors
 from edge_sdk.protocol.messages import ModelSpec, Specs
 from edge_sdk.protocol.tensor_lists import stage_of
@@ -130,16 +130,10 @@ def _digests(model: StagedModel) -> dict[str, str]:
     return {name: sha256_of(t.numpy().tobytes()) for name, t in model.tensors().items()}
 
 
-def _inputs(spec: ModelSpec, count: int) -> Tensor:
-    """(count, *input_shape), from 0 to 1 as scaled pixels, laid out as in training."""
-    drawn = torch.rand(count, *spec.input_shape, generator=torch.Generator().manual_seed(SEED))
-    return moved(drawn, "cpu")
-
-
 @torch.no_grad()
 def _logits(model: StagedModel, spec: ModelSpec) -> list[Tensor]:
     """Those of eval mode, one (3, K) per exit; the same again, and for each example alone."""
-    x = _inputs(spec, EVALUATED)
+    x = drawn_inputs(spec, EVALUATED, SEED)
     logits = _eval_logits(model, spec, x, SEED)
     for exit, (one, other) in enumerate(
         zip(logits, _eval_logits(model, spec, x, SEED + 1), strict=True), 1
@@ -282,7 +276,7 @@ def _train_step(model: StagedModel, spec: ModelSpec) -> None:
     step by all exits together."""
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     labels = torch.arange(TRAINED) % spec.num_classes
-    x, model = _inputs(spec, TRAINED), model.train()
+    x, model = drawn_inputs(spec, TRAINED, SEED), model.train()
     features = x
     for exit, (stage, head) in enumerate(zip(model.stages, model.exits, strict=True), 1):
         with family_code(spec, f"stage {exit} or its exit", model):

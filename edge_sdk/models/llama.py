@@ -2,15 +2,18 @@
 RMSNorm before each part, rotary positions, feed-forward networks with gates, and keys and values
 that groups of heads share.
 
-A series (C, window) is taken as linear features of every `patch` steps. An exit is linear on the
-normalised last position, which has seen all others. A width below 1 takes heads, with the keys and
-values that they share, and inner features away and leaves what lies between blocks whole."""
+Stage 1 begins with an embedding of each token id (T,) or, of a series (C, window), linear features
+of every `patch` steps. An exit is linear on the normalised last position, which has seen all others
+or, where the task asks for an answer at each token, on each: with the next tokens as labels it is a
+language model. A width below 1 takes heads, with the keys and values that they share, and inner
+features away and leaves what lies between blocks whole."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 from msgspec import Meta
+from torch import nn
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import register_family
@@ -21,11 +24,13 @@ from edge_sdk.models.attention import (
     LastPosition,
     RMSNorm,
     SwiGLU,
+    Tokens,
     exit_of,
     heads_of,
     layers_of,
     patches,
     stages_of,
+    token_axes,
 )
 from edge_sdk.models.layers import input_axes
 from edge_sdk.models.options import MOST, widths
@@ -42,9 +47,8 @@ class LlamaOptions(BlockOptions, frozen=True):
 
 
 def build_llama(spec: ModelSpec, options: LlamaOptions) -> StagedModel:
-    """Raises ConfigError for other inputs than series, for heads that do not divide dim, and for an
-    odd number of features in one, which rotary positions take in pairs."""
-    input_axes(spec, 2)
+    """Raises ConfigError for other inputs than series and ids, for heads that do not divide dim,
+    and for an odd number of features in one, which rotary positions take in pairs."""
     heads, dim = heads_of(spec, options, options.kv_heads), options.dim
     if heads.size % 2:
         got = f"heads of {heads.size} of dim {dim} features"
@@ -58,7 +62,13 @@ def build_llama(spec: ModelSpec, options: LlamaOptions) -> StagedModel:
         attention = Attention(dim, heads, bias=False, is_causal=True, rotary=options.rotary)
         return Block((norm(), norm()), attention, SwiGLU(dim, inner))
 
-    first = patches(spec, options, has_positions=False)
+    first: nn.Module
+    if spec.vocabulary:
+        token_axes(spec)
+        first = Tokens(spec.vocabulary, dim, positions=0)
+    else:
+        input_axes(spec, 2)
+        first = patches(spec, options, has_positions=False)
     stages = stages_of(first, layers_of(spec, options), block)
     exits = [exit_of(spec, dim, LastPosition(), norm(), bias=False) for _ in stages]
     return StagedModel(stages, exits)

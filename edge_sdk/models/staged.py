@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_sdk.errors import ConfigError, ShapeError
+from edge_sdk.protocol.messages import ModelSpec
 
 
 class StagedModel(nn.Module):
@@ -81,6 +82,15 @@ class StagedModel(nn.Module):
         with torch.no_grad():
             for name, new in tensors.items():
                 held[name].copy_(new)
+
+
+def drawn_inputs(spec: ModelSpec, count: int, seed: int = 0) -> Tensor:
+    """What a model of the spec takes, (count, *input_shape): float32 from 0 to 1, as scaled pixels,
+    or int64 token ids. A function of its arguments; laid out as in training."""
+    draws, shape = torch.Generator().manual_seed(seed), (count, *spec.input_shape)
+    if spec.vocabulary:
+        return torch.randint(spec.vocabulary, shape, generator=draws)
+    return moved(torch.rand(shape, generator=draws), "cpu")
 
 
 def moved(x: Tensor, device: str | torch.device) -> Tensor:

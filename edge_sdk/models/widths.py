@@ -16,7 +16,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.models import StagedModel, build, family_code, find_family
 from edge_sdk.models.channel_axes import NO_GROUP, Axis
 from edge_sdk.models.channels import Channels, trace_channels
-from edge_sdk.models.staged import moved
+from edge_sdk.models.staged import drawn_inputs
 from edge_sdk.protocol.messages import ModelSpec
 
 
@@ -48,7 +48,7 @@ def _channels(
     spec = msgspec.json.decode(encoded, type=ModelSpec)
     with torch.random.fork_rng(devices=[]):
         whole, narrow = build(spec).eval(), build(replace(spec, width=width))
-        x = moved(torch.rand(2, *spec.input_shape), "cpu")
+        x = drawn_inputs(spec, 2)
     ndims = {name: tensor.ndim for name, tensor in whole.tensors().items()}
     parts = narrow.tensors()
     try:

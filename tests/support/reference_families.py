@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tests.support.reference_transformers import encoder, llama
+
 Array = npt.NDArray[np.float64]
 Weights = dict[str, Array]
 
@@ -167,6 +169,9 @@ REFERENCES: dict[str, Callable[..., list[Array]]] = {
     "vgg": vgg,
     "resnet18": resnet18,
     "lstm": lstm,
+    "vit": encoder,
+    "transformer": encoder,
+    "llama": llama,
 }
 
 

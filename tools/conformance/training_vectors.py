@@ -45,6 +45,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "static_norm": {"static_norm": True},
     "deepest-to-shallow": {"distill": "deepest-to-shallow", "distill_weight": 2.0},
 }
+BLOCKS = {"layers": (2, 1), "dim": 4, "heads": 2, "ffn": 3, "patch": 2}
 # Odd sides show the bins of average pools, and where a max pool drops a row.
 MODELS = {
     "mlp": ((3,), {"widths": (4, 3)}),
@@ -53,6 +54,9 @@ MODELS = {
     "vgg": ((1, 9, 8), {"channels": (2, 2, 3)}),
     "resnet18": ((1, 7, 6), {"channels": (2, 3, 2), "blocks": (1, 1, 1)}),
     "lstm": ((2, 4), {"hidden": 3}),
+    "vit": ((1, 5, 4), BLOCKS),
+    "transformer": ((2, 5), BLOCKS),
+    "llama": ((2, 5), BLOCKS | {"heads": 2, "kv_heads": 1}),
 }
 
 

@@ -48,7 +48,7 @@ def test_a_run_with_transformer_layers_ends_with_its_export(family, tmp_path, ca
     assert read_model(tmp_path / "model").spec.family == "encoder"
     round_1, wrote = capfd.readouterr().out.splitlines()
     assert round_1.startswith("round 1: ")
-    assert wrote.startswith(f"wrote {tmp_path / 'model'}: transformer")
+    assert wrote.startswith(f"wrote {tmp_path / 'model'}: encoder")
 
 
 def test_what_cannot_be_exported_begins_no_run(family, tmp_path, capfd):

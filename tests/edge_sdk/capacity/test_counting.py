@@ -140,7 +140,7 @@ DISTILLED = replace(PLAN, distill="mutual", distill_weight=1.0)
 
 
 @pytest.mark.parametrize("plan", [PLAN, DISTILLED], ids=["plain", "distilled"])
-@pytest.mark.parametrize("family", ["cnn", "mlp", "resnet18", "vgg"])
+@pytest.mark.parametrize("family", ["cnn", "mlp", "resnet18", "vgg", "vit"])
 def test_saved_bytes_equal_those_of_a_step_of_the_whole_batch(family, plan):
     spec = ModelSpec(family=family, input_shape=(3, 18, 25), num_classes=5, exit=3)
     whole = saved_in_one_step(build(spec).ready("cpu"), spec, plan, batch=8)
@@ -354,3 +354,27 @@ def test_the_most_at_once_by_hand():
     order = (moments.LAST, 2, 1)
     assert [moments._whole(sizes, number) for number in order] == [90, 91, 96]
     assert [moments._again(sizes, number) for number in order] == [20, 38, 91]
+
+
+@pytest.mark.parametrize("family", ["vit", "llama"])
+def test_flops_of_attention_counted_by_hand(family):
+    """2 heads of 4 features, of which llama shares one key and value; 3 inner features."""
+    own = {"kv_heads": 1} if family == "llama" else {}
+    shape = (1, 6, 2) if family == "vit" else (1, 6)
+    spec = ModelSpec(
+        family=family,
+        input_shape=shape,
+        num_classes=2,
+        exit=2,
+        options={"dim": 8, "heads": 2, "ffn": 3, "patch": 2, **own},
+    )
+    found = by_segment(spec)
+    linear = 3 * 8 * (8 + 8 + 8) if own else 3 * 8 * 4 * 8  # q, k with v, o at 3 positions
+    linear += 3 * 8 * 3 * (3 if own else 2)
+    scores = 3 * 3 * 8  # of all heads together; as much again for their sums of values
+    patches = 3 * 8 * (4 if family == "vit" else 2)
+    assert found[2, 2].frozen_flops_per_example == 2 * (patches + linear + 2 * scores)
+    exit = 8 * 2
+    # backward twice a product, of patches once; of attention the scores again and four products
+    trained = 2 * patches + 3 * linear + 7 * scores + 3 * exit
+    assert found[1, 1].flops_per_example == 2 * trained
