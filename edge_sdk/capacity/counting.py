@@ -22,7 +22,6 @@ from edge_sdk.capacity.costs import (
     least_bytes,
     recomputing,
 )
-from edge_sdk.capacity.flops import FlopCounter
 from edge_sdk.capacity.moments import (
     FEW,
     Step,
@@ -40,6 +39,7 @@ from edge_sdk.hardware.speed import torch_threads
 from edge_sdk.models import StagedModel, build, family_code
 from edge_sdk.models.checking import checked_model, checked_models
 from edge_sdk.models.flat import num_weights, parameter_shapes
+from edge_sdk.models.flops import FlopCounter
 from edge_sdk.models.losses import exit_weights
 from edge_sdk.models.staged import drawn_inputs
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment

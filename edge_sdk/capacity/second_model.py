@@ -7,10 +7,10 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from edge_sdk.capacity.costs import Moment, SegmentCost
-from edge_sdk.capacity.flops import FlopCounter
 from edge_sdk.capacity.moments import FEW, forward, freeze, moments, num_bytes, whole_step
 from edge_sdk.models import family_code
 from edge_sdk.models.checking import checked_model
+from edge_sdk.models.flops import FlopCounter
 from edge_sdk.models.staged import drawn_inputs
 from edge_sdk.protocol.messages import Plan, TensorSpec
 from edge_sdk.protocol.tensors import specs_of

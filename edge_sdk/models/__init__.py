@@ -102,7 +102,7 @@ def build(spec: ModelSpec) -> StagedModel:
         with own_code(spec.family, "build", family.build):
             model = family.build(spec, *_options(family, spec))
             if not family.is_built_in:
-                check_structure(model, spec)
+                check_structure(model, spec.exit)
         return factorised(model, spec.rank)
     except ConfigError as error:
         if (name := f"family {spec.family!r}") in str(error):

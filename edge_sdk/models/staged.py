@@ -39,6 +39,8 @@ class StagedModel(nn.Module):
                 f"stages; those are {', '.join(matrices) or 'none'}"
             )
         self._main_weights = tuple(name for name in matrices if name in chosen)
+        self.cuts: tuple[str, ...] = ()  # names in the module that it was made of, of every exit
+        self.whole_bytes = 0  # of that module, which is in memory while it is cut
 
     @property
     def main_weights(self) -> tuple[str, ...]:

@@ -13,22 +13,20 @@ from torch.nn.parameter import is_lazy
 
 from edge_sdk.errors import ConfigError, ShapeError
 from edge_sdk.models.staged import StagedModel
-from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import DTYPES, NAMES
 
 
-def check_structure(model: Any, spec: ModelSpec) -> None:
+def check_structure(model: Any, exits: int) -> None:
     """Raise ConfigError, without the family's name, for what `build` returned."""
     if not isinstance(model, StagedModel):
         raise ConfigError(
             f"build returns {type(model).__name__}, expected a StagedModel; return "
             "edge_sdk.models.StagedModel(stages, exits)"
         )
-    if not (len(model.stages) == len(model.exits) == spec.exit):
+    if not (len(model.stages) == len(model.exits) == exits):
         raise ConfigError(
-            f"built {len(model.stages)} stages, {len(model.exits)} exits; expected {spec.exit} of "
-            "each"
+            f"built {len(model.stages)} stages, {len(model.exits)} exits; expected {exits} of each"
         )
     if type(model).forward is not StagedModel.forward or "forward" in vars(model):
         raise ConfigError(

@@ -13,9 +13,9 @@ from edge_sdk.capacity import counting, moments
 from edge_sdk.capacity.costs import Moment, SegmentCost, examples_at_once, in_parts, recomputing
 from edge_sdk.capacity.counting import segment_costs
 from edge_sdk.capacity.counting_apart import segment_costs_apart
-from edge_sdk.capacity.flops import FlopCounter
 from edge_sdk.errors import CapacityError, ConfigError
 from edge_sdk.models import FAMILIES, Family, build
+from edge_sdk.models.flops import FlopCounter
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 
