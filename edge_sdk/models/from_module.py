@@ -49,6 +49,8 @@ def from_module(
     vocabulary: above 0 where the input is ids. Raises ConfigError for cuts that do not exist, or
     that a skip connection passes, and for what cannot be followed."""
 
+    whole_bytes = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+
     def inputs(count: int) -> Tensor:
         if vocabulary:
             return torch.zeros(count, *input_shape, dtype=torch.int64)
@@ -84,7 +86,7 @@ def from_module(
     stages = parts[:kept]
     model = StagedModel(stages, heads, main_weights=_matrices(stages))
     model.cuts = tuple(names)
-    model.whole_bytes = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+    model.whole_bytes = whole_bytes
     check_structure(model, kept)
     return model
 

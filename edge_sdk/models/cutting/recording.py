@@ -142,8 +142,8 @@ class _Recorder(TorchFunctionMode):
     def run(self) -> Recording:
         with self._hooked(), torch.random.fork_rng(devices=[]), self._flops, self:
             torch.func.functional_call(self._module, self._tensors, (self._x,))
-        for tensor, ref, version in self._known.values():
-            self.found.calls[ref.call].made[ref.path].is_written = tensor._version != version
+        for key in self._known:
+            self._note_version(key)
         return self.found
 
     @contextmanager
@@ -291,8 +291,14 @@ class _Recorder(TorchFunctionMode):
         self._depends.append(call.kind == "placeholder" or any(before))
         for path, tensor in tensors_in(output):
             call.made[path] = Made(tuple(tensor.shape), tensor.dtype)
+            self._note_version(id(tensor))  # it may be known already, and come back written into
             self._known[id(tensor)] = tensor, Ref(number, path), tensor._version
         return Ref(number)
+
+    def _note_version(self, key: int) -> None:
+        if key in self._known:
+            tensor, ref, version = self._known[key]
+            self.found.calls[ref.call].made[ref.path].is_written |= tensor._version != version
 
     def _refused(self, why: str) -> ConfigError:
         where = f" in {self._at_work[-1]}" if self._at_work else ""
