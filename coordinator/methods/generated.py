@@ -184,7 +184,7 @@ class GeneratedModels:
         if variant is None:
             raise ConfigError(
                 f"client {client.id!r} has a model of its own kind, of which only its number of "
-                "weights is known here; export it where it is used"
+                "weights is known here; export it on that device, by edge-sdk export"
             )
         return variant.spec, variant.tensors(self._weights(client.id, variant, 0))
 

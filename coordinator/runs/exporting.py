@@ -137,7 +137,7 @@ def own_model(store: Store, method: Method, client: Client) -> tuple[ModelSpec, 
     if FLAT in tensors:
         raise ConfigError(
             f"client {client.id!r} has a model of its own, of {client.num_weights} weights, which "
-            "only it can build; export it there"
+            f"only it can build; {on_device(client.id)}"
         )
     if not method.offer().plan.flat:
         return spec, tensors
@@ -148,10 +148,14 @@ def own_model(store: Store, method: Method, client: Client) -> tuple[ModelSpec, 
     if lacking := sorted(set(buffers) - set(statistics)):
         raise ConfigError(
             f"client {client.id!r} keeps the statistics of BatchNorm itself ({lacking[0]}, ...), "
-            f"and {folder} has none of them; of devices only a model without BatchNorm, such as "
-            "lstm, can be exported here"
+            f"and {folder} has none of them; {on_device(client.id)}"
         )
     return spec, tensors | statistics
+
+
+def on_device(name: str) -> str:
+    """How a device's own model is exported, where the whole of it is."""
+    return f"on that device: edge-sdk export ~/.cache/edge-sdk/updates/{name}-... --out model"
 
 
 def _some(known: Collection[str]) -> str:

@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 import torch
 
+from edge_sdk.data.contract import ModelNote
 from edge_sdk.errors import CapacityError, EdgeError, StoreError
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.helpers.files import replacing, sha256_of, sync, why_not
@@ -52,7 +53,7 @@ class Shelf(Protocol):
     """Where states lie. What cannot be done raises OSError."""
 
     def places(self) -> list[Place]: ...
-    def put(self, place: Place, tensors: Tensors) -> None: ...
+    def put(self, place: Place, tensors: Tensors, model: ModelNote | None) -> None: ...
     def take(self, place: Place) -> Tensors: ...
     def move(self, old: Place, new: Place) -> None: ...
     def remove(self, place: Place) -> None: ...
@@ -94,10 +95,18 @@ class ClientState:
             log.warning("what a client keeps cannot be used: %s", one_line(str(error)))
             return {}
 
-    def save(self, run: str, round: int, tensors: Tensors, job: str = "") -> None:
-        """Keep the state that goes with an update of this round, which is not accepted yet. Raises
-        CapacityError for more than most_bytes, and StoreError; the update must not be sent then, as
-        the client's next one would not be what the coordinator takes it for."""
+    def save(
+        self,
+        run: str,
+        round: int,
+        tensors: Tensors,
+        job: str = "",
+        model: ModelNote | None = None,
+    ) -> None:
+        """Keep the state that goes with an update of this round, which is not accepted yet. model:
+        of which the state holds all weights (own_model.py). Raises CapacityError for more than
+        most_bytes, and StoreError; the update must not be sent then, as the client's next one would
+        not be what the coordinator takes it for."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > self._most_bytes:
             said = f"what a client keeps of round {round} takes {mebibytes(size)}"
@@ -108,7 +117,7 @@ class ClientState:
             for place in self._shelf.places():
                 if place.run != own or place.job is not None:
                     self._shelf.remove(place)
-            self._shelf.put(Place(own, round, job), tensors)
+            self._shelf.put(Place(own, round, job), tensors, model)
 
     def accept(self, run: str, round: int, job: str = "") -> None:
         """The update of this round's job was accepted. Nothing is done where nothing was saved for
@@ -139,7 +148,7 @@ class InMemory:
     def places(self) -> list[Place]:
         return list(self._held)
 
-    def put(self, place: Place, tensors: Tensors) -> None:
+    def put(self, place: Place, tensors: Tensors, model: ModelNote | None) -> None:
         self._held[place] = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def take(self, place: Place) -> Tensors:
@@ -153,11 +162,13 @@ class InMemory:
 
 
 class Head(Struct, frozen=True, kw_only=True):
-    """The first line of a state's file; the tensors' stream follows. digest: of that."""
+    """The first line of a state's file; the tensors' stream follows. digest: of that. model: see
+    ClientState.save."""
 
     place: tuple[str, int]
     digest: Digest
     tensors: Specs
+    model: ModelNote | None = None
 
 
 class OnDisk:
@@ -175,18 +186,22 @@ class OnDisk:
         found = [match for name in names if (match := FILE.fullmatch(name))]
         return [Place(match["run"], int(match["round"]), match["job"]) for match in found]
 
-    def put(self, place: Place, tensors: Tensors) -> None:
+    def put(self, place: Place, tensors: Tensors, model: ModelNote | None) -> None:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         sender = Sender(tensors)
-        about = Head(place=place[:2], digest=sender.digest(), tensors=sender.specs)
+        digest, specs = sender.digest(), sender.specs
+        about = Head(place=place[:2], digest=digest, tensors=specs, model=model)
         with replacing(self._path(place), mode=0o600, is_synced=self._is_synced) as file:
             file.write(msgspec.json.encode(about) + b"\n")
             for index in range(sender.num_parts):
                 file.write(sender.part(index))
 
     def take(self, place: Place) -> Tensors:
-        """Views of the only copy of the file in memory. Raises ValueError and MsgspecError for
-        what is not as `put` left it."""
+        return self.read(place)[1]
+
+    def read(self, place: Place) -> tuple[ModelNote | None, Tensors]:
+        """The tensors are views of the only copy of the file in memory. Raises ValueError and
+        MsgspecError for what is not as `put` left it."""
         with self._path(place).open("rb") as file:
             head = msgspec.json.decode(file.readline(MOST_HEAD_BYTES), type=Head)
             size = layout(head.tensors)[1]
@@ -197,7 +212,7 @@ class OnDisk:
         tensors = views(head.tensors, stream)
         if head.place != place[:2] or Sender(tensors).digest() != head.digest:
             raise ValueError(f"{self._path(place)} is damaged")
-        return tensors
+        return head.model, tensors
 
     def move(self, old: Place, new: Place) -> None:
         os.replace(self._path(old), self._path(new))

@@ -31,7 +31,7 @@ from edge_sdk.agent.pipe import (
     TrainerOptions,
 )
 from edge_sdk.capacity.counting_apart import segment_costs_apart
-from edge_sdk.data.contract import names_digest
+from edge_sdk.data.contract import ModelNote, names_digest
 from edge_sdk.data.examples import check_enough
 from edge_sdk.data.loading import Examples, load_shard
 from edge_sdk.errors import EdgeError
@@ -39,12 +39,14 @@ from edge_sdk.hardware import process_memory
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.protocol.messages import Fault, Fetch, Job, Part, Phase, Update
+from edge_sdk.protocol.plan_tensors import FLAT
 from edge_sdk.protocol.tensors import Receiver, Sender, specs_of
 from edge_sdk.protocol.timing import clock, since
 from edge_sdk.training.augmenting import Augment, load_augment
 from edge_sdk.training.calibration import MemoryCalibration, memory_calibration, runtime_bytes
 from edge_sdk.training.client_state import ClientState
 from edge_sdk.training.devices import usable_device
+from edge_sdk.training.own_model import weights_to_keep
 from edge_sdk.training.saved_update import STATE, SavedUpdate
 from edge_sdk.training.segment import num_batches
 from edge_sdk.training.trainer import TrainResult, train
@@ -186,6 +188,7 @@ class TrainerLoop:
         self._tell_progress()
         keeps_state = job.plan.keeps_state
         state_round, state = self._state.load(self._run, job.round) if keeps_state else (0, {})
+        state.pop(FLAT, None)  # for export alone
         result = train(
             job.model,
             job.plan,
@@ -201,8 +204,10 @@ class TrainerLoop:
             augment=self._augment,
         )
         process_memory.trim()
-        if result.state:
-            self._state.save(self._run, job.round, result.state, job.id)
+        if kept := result.state | weights_to_keep(job, result.tensors):
+            about = ModelNote(spec=job.model, data=self._examples.trained_on)
+            model = about if job.plan.flat else None
+            self._state.save(self._run, job.round, kept, job.id, model)
         self._sender = Sender(result.tensors)
         idle = max(0, process_memory.library_bytes() - self._library_bytes)
         self._update = make_update(job, result, download, idle, self._sender.digest())

@@ -105,7 +105,10 @@ class Flat(Constant):
 def test_an_own_model_is_exported_with_what_its_client_keeps(tmp_path):
     """Of an emulated client from its state in the run's folder; refused where that is not there."""
     store = Store.create(tmp_path, config("owners-mean"), "emulate")
-    with pytest.raises(ConfigError, match="client 'a' keeps the statistics of BatchNorm itself"):
+    with pytest.raises(
+        ConfigError,
+        match="client 'a' keeps the statistics of BatchNorm itself.*: edge-sdk export ~/",
+    ):
         own_model(store, Flat(), client("a", 1))
     buffers = {f"statistics/{name}": b + 1 for name, b in build(Flat.spec).named_buffers()}
     state = ClientState(tmp_path / STATES / "a")
