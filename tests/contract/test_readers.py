@@ -25,7 +25,7 @@ from tests.support.data_files import (
     write_idx,
     write_npz,
 )
-from tests.support.own_files import write_csv, write_images
+from tests.support.own_files import write_csv, write_images, write_sounds
 from tests.support.processes import ROOT
 from tests.support.published import (
     write_cifar_10,
@@ -52,7 +52,7 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "train.csv": lambda folder: write_csv(folder / "train.csv"),
 }
 # By the first ending of a row's files in folders by class: writes them there, and gives one.
-BY_CLASS: dict[str, Callable[[Path], Path]] = {".png": write_images}
+BY_CLASS: dict[str, Callable[[Path], Path]] = {".png": write_images, ".wav": write_sounds}
 OF_FILES = [row for row in FILE_SETS if row.train]
 OF_CLASSES = [row for row in FILE_SETS if row.by_class]
 

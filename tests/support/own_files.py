@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +41,28 @@ def write_images(folder: Path) -> Path:
         for number in range(2):
             write_image(folder / name / f"{number}.png", pixels(label, number))
     return folder / "cat" / "0.png"
+
+
+def write_sound(path: Path, values: np.ndarray, rate: int = 8000, width: int = 2) -> Path:
+    """values: (samples, channels) or (samples,), -1 to below 1."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = values if values.ndim == 2 else values[:, None]
+    if width == 1:
+        raw = (values * 128 + 128).astype(np.uint8).tobytes()
+    else:
+        whole = np.ascontiguousarray((values * 2.0**31).astype("<i4")).view(np.uint8)
+        raw = whole.reshape(-1, 4)[:, 4 - width :].tobytes()  # the upper bytes
+    with wave.open(str(path), "wb") as file:
+        file.setparams((values.shape[1], width, rate, 0, "NONE", ""))
+        file.writeframes(raw)
+    return path
+
+
+def write_sounds(folder: Path) -> Path:
+    """Two cats and two dogs, mono, 8 samples; the path of the first."""
+    for label, name in enumerate(("cat", "dog")):
+        for number in range(2):
+            write_sound(
+                folder / name / f"{number}.wav", np.linspace(-1, 0.25 * label, 8) + number / 4
+            )
+    return folder / "cat" / "0.wav"
