@@ -61,7 +61,7 @@ def shards_folder(tmp_path, monkeypatch):
 def make_coordinator(tmp_path, monkeypatch):
     """Coordinators with CURVE, unless is_insecure; closed in the end."""
     from coordinator.fleet import cohort
-    from tests.support.devices import Coordinator
+    from tests.support.real_coordinator import Coordinator
 
     monkeypatch.setattr(cohort, "FAREWELL_S", 0.0)  # the devices here do not answer a bye
     monkeypatch.setattr(cohort, "LOOK_S", 0.1)  # what is due is not put off

@@ -12,8 +12,9 @@ from coordinator.cohorts.base import Absence, Assignment, ClientUpdate
 from edge_sdk.protocol.messages import Fault, Heartbeat, Message, Plan, Segment
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import specs_of
-from tests.support.devices import WAIT_S, Coordinator, Result, ScriptedDevice, floats
+from tests.support.devices import WAIT_S, ScriptedDevice, floats
 from tests.support.examples import cnn
+from tests.support.real_coordinator import Coordinator, Result
 
 FLOATS_PER_PART = PART_BYTES // 4
 STAGE_2 = Plan(segments=(Segment(first=2, last=2),))

@@ -27,7 +27,7 @@ from edge_sdk.protocol.messages import (
     Ready,
     Welcome,
 )
-from tests.support.devices import WAIT_S, ScriptedDevice, make_cohort
+from tests.support.devices import WAIT_S, ScriptedDevice
 from tests.support.examples import rewrite
 from tests.support.jobs_and_results import (
     BOTH,
@@ -40,6 +40,7 @@ from tests.support.jobs_and_results import (
     give_jobs,
     work,
 )
+from tests.support.real_coordinator import make_cohort
 
 # -- keys ------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from coordinator.fleet.spool import Spool
 from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.messages import Accepted, Fault, Job, Message, Part
 from edge_sdk.protocol.tensors import Sender
-from tests.support.devices import WAIT_S, Coordinator, ScriptedDevice
+from tests.support.devices import WAIT_S, ScriptedDevice
 from tests.support.jobs import Mailbox
 from tests.support.jobs_and_results import (
     BOTH,
@@ -35,6 +35,7 @@ from tests.support.jobs_and_results import (
     talk_until_a_result,
     work,
 )
+from tests.support.real_coordinator import Coordinator
 
 # -- late updates ----------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from coordinator.fleet.unfit import UnfitDevices
 from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Heartbeat, Job, Message, Ready
 from edge_sdk.protocol.stream import PART_BYTES
-from tests.support.devices import WAIT_S, ScriptedDevice, make_cohort
+from tests.support.devices import WAIT_S, ScriptedDevice
 from tests.support.examples import client
 from tests.support.jobs import Mailbox
 from tests.support.jobs_and_results import (
@@ -41,6 +41,7 @@ from tests.support.jobs_and_results import (
     talk_until_a_result,
     work,
 )
+from tests.support.real_coordinator import make_cohort
 
 # -- the caller takes its time ---------------------------------------------------------------------
 

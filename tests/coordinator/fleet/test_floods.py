@@ -13,8 +13,9 @@ from coordinator.store.status import LinkCounts
 from edge_sdk.protocol.keys import KeyPair
 from edge_sdk.protocol.messages import Fault, Heartbeat, Join, Message, Probe, Ready
 from tests.support.admission import new_key, pair_of
-from tests.support.devices import WAIT_S, Coordinator, ScriptedDevice
+from tests.support.devices import WAIT_S, ScriptedDevice
 from tests.support.jobs_and_results import BOTH, work
+from tests.support.real_coordinator import Coordinator
 
 NESTED = b"\x91" * 900  # 900 arrays, one in the other
 

@@ -17,9 +17,10 @@ from coordinator.store.opening import open_store
 from coordinator.store.store import SPOOL
 from edge_sdk.protocol.messages import Accepted, Bye, Fault
 from tests.support.attackers import ATTACKS, changed, statistic
-from tests.support.devices import ANY_PORT, WAIT_S, ScriptedDevice, make_cohort
+from tests.support.devices import ANY_PORT, WAIT_S, ScriptedDevice
 from tests.support.examples import config
 from tests.support.processes import read_rows
+from tests.support.real_coordinator import make_cohort
 
 HONEST = ("a", "b", "c", "d")
 BAD = "bad"

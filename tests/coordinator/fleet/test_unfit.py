@@ -15,8 +15,9 @@ from coordinator.store.status import UnfitDevice
 from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.keys import make_keys
 from edge_sdk.protocol.messages import PROTOCOL, Fault, Ready
-from tests.support.devices import WAIT_S, Coordinator, ScriptedDevice
+from tests.support.devices import WAIT_S, ScriptedDevice
 from tests.support.processes import wait_until
+from tests.support.real_coordinator import Coordinator
 
 # -- by hand ---------------------------------------------------------------------------------------
 

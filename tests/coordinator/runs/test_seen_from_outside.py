@@ -24,9 +24,10 @@ from edge_sdk.protocol.keys import make_keys
 from edge_sdk.protocol.messages import Accepted, Bye, Fault, Fetch, Job, Probe
 from edge_sdk.protocol.stream import PART_BYTES, layout
 from edge_sdk.protocol.tensors import Receiver, specs_of
-from tests.support.devices import WAIT_S, Coordinator, ScriptedDevice, asked_for
+from tests.support.devices import WAIT_S, ScriptedDevice, asked_for
 from tests.support.jobs_and_results import work
 from tests.support.processes import World, free_port, wait_until
+from tests.support.real_coordinator import Coordinator
 from tests.support.scraping import scrape
 
 # -- a cohort ---------------------------------------------------------------------------------

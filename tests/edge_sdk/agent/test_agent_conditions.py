@@ -28,9 +28,10 @@ from tests.support.agent import (
 )
 from tests.support.coordinator import ScriptedCoordinator
 from tests.support.costs import segments, welcome, with_memory
-from tests.support.devices import PROFILE, WAIT_S, Coordinator
+from tests.support.devices import PROFILE, WAIT_S
 from tests.support.examples import examples
 from tests.support.processes import wait_until
+from tests.support.real_coordinator import Coordinator
 
 DRAINED = Conditions(battery_percent=9, is_discharging=True)
 LOW = Conditions(battery_percent=20, is_discharging=True)
