@@ -22,6 +22,8 @@ from edge_sdk.models.options import MOST, FamilyOptions, Size, Sizes, sizes, wid
 from edge_sdk.protocol.messages import ModelSpec
 
 FAR = -1e9  # added to the score of a padded position; finite, as an example may be all padding
+KNOWN_POSITIONS = 8192  # of Llama 3 before its context was made longer
+OFTEN = 4  # turns in these: rates from there on stay
 INITIAL = 0.02  # standard deviation of embeddings at the start (Devlin et al. 2019)
 
 
@@ -69,6 +71,15 @@ def layers_of(spec: ModelSpec, options: BlockOptions) -> list[int]:
     return sizes(spec, "layers", given, [1] * spec.exit, spec.exit)[: spec.exit]
 
 
+class Rotary(NamedTuple):
+    """How far positions turn features. base: of the angles' geometric row. factor: by so much
+    slower where a pair turns less than once in 8192 positions, by less where it turns up to 4 times
+    (Llama 3.1, Grattafiori et al. 2024); 1: none."""
+
+    base: float
+    factor: float = 1.0
+
+
 class RMSNorm(nn.Module):
     """Features over the root of their mean square (Zhang and Sennrich 2019)."""
 
@@ -85,11 +96,16 @@ class Attention(nn.Module):
     """(B, T, dim) to the same: scaled dot products of heads (Vaswani et al. 2017), of which groups
     may share keys and values (Ainslie et al. 2023).
 
-    rotary: turns pairs of a query's and a key's features by their position (Su et al. 2021), by
-    angles of this base; 0: none."""
+    rotary: turns pairs of a query's and a key's features by their position (Su et al. 2021)."""
 
     def __init__(
-        self, dim: int, heads: Heads, *, bias: bool, is_causal: bool = False, rotary: float = 0.0
+        self,
+        dim: int,
+        heads: Heads,
+        *,
+        bias: bool,
+        is_causal: bool = False,
+        rotary: Rotary | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.is_causal, self.rotary = heads, is_causal, rotary
@@ -104,7 +120,7 @@ class Attention(nn.Module):
             layer(x).unflatten(-1, (-1, self.heads.size)) for layer in (self.q, self.k, self.v)
         )
         q, k, v = (part.transpose(1, 2) for part in split)  # (B, heads, T, size)
-        if self.rotary:
+        if self.rotary is not None:
             angles = rotary_angles(x.shape[1], self.heads.size, self.rotary, x.device)
             q, k = turned(q, angles), turned(k, angles)
         if (shared := self.heads.number // self.heads.kv) > 1:
@@ -117,10 +133,14 @@ class Attention(nn.Module):
 
 
 def rotary_angles(
-    positions: int, size: int, base: float, device: torch.device | str = "cpu"
+    positions: int, size: int, rotary: Rotary, device: torch.device | str = "cpu"
 ) -> Tensor:
     """(T, size): position times base^(-2i / size), of feature i and i + size / 2."""
-    rates = base ** (torch.arange(size // 2, device=device) * (-2 / size))
+    rates = rotary.base ** (torch.arange(size // 2, device=device) * (-2 / size))
+    if rotary.factor > 1:
+        turns = rates * KNOWN_POSITIONS / (2 * math.pi)
+        kept = ((turns - 1) / (OFTEN - 1)).clamp(0, 1)
+        rates = rates * (kept + (1 - kept) / rotary.factor)
     angles = torch.arange(positions, device=device)[:, None] * rates
     return torch.cat([angles, angles], 1)
 

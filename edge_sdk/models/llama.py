@@ -23,6 +23,7 @@ from edge_sdk.models.attention import (
     BlockOptions,
     LastPosition,
     RMSNorm,
+    Rotary,
     SwiGLU,
     Tokens,
     exit_of,
@@ -43,7 +44,13 @@ class LlamaOptions(BlockOptions, frozen=True):
         int, Meta(ge=0, le=MOST, description="of keys and values (as many as heads)")
     ] = 0
     rotary: Annotated[float, Meta(gt=1, description="base of the positions' angles (10000)")] = 1e4
+    rotary_factor: Annotated[
+        float, Meta(ge=1, description="slows slow angles down: 8 in Llama 3.1, 32 in 3.2 (1)")
+    ] = 1.0
     norm_eps: Annotated[float, Meta(gt=0, lt=1, description="of RMSNorm (1e-5)")] = 1e-5
+    tied: Annotated[
+        bool, Meta(description="in weights to begin from the embedding is the output layer (no)")
+    ] = False
 
 
 def build_llama(spec: ModelSpec, options: LlamaOptions) -> StagedModel:
@@ -55,11 +62,13 @@ def build_llama(spec: ModelSpec, options: LlamaOptions) -> StagedModel:
         raise ConfigError(f"model option heads gives {got}, expected an even number in each")
     inner = widths(spec, "ffn", options.ffn or -(-8 * dim // 3), (), 1)[0]
 
+    rotary = Rotary(options.rotary, options.rotary_factor)
+
     def norm() -> RMSNorm:
         return RMSNorm(dim, options.norm_eps)
 
     def block() -> Block:
-        attention = Attention(dim, heads, bias=False, is_causal=True, rotary=options.rotary)
+        attention = Attention(dim, heads, bias=False, is_causal=True, rotary=rotary)
         return Block((norm(), norm()), attention, SwiGLU(dim, inner))
 
     first: nn.Module
@@ -74,4 +83,32 @@ def build_llama(spec: ModelSpec, options: LlamaOptions) -> StagedModel:
     return StagedModel(stages, exits)
 
 
-register_family("llama", build_llama, LlamaOptions)
+LAYER = {
+    "norm_1": "input_layernorm",
+    "norm_2": "post_attention_layernorm",
+    **{f"attention.{part}": f"self_attn.{part}_proj" for part in "qkvo"},
+    **{f"feed_forward.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+}
+
+
+def llama_names(spec: ModelSpec, options: LlamaOptions) -> dict[str, str]:
+    """The names of a LlamaForCausalLM, or LlamaForSequenceClassification where the task does not
+    ask for an answer at each token. Every exit begins as the last one."""
+    names, layer = {}, 0
+    if spec.vocabulary:
+        names["stages.0.0.embedding.weight"] = "model.embed_tokens.weight"
+    for stage, layers in enumerate(layers_of(spec, options)):
+        for number in range(layers):
+            block = f"stages.{stage}.{number + (stage == 0)}"
+            for own, theirs in LAYER.items():
+                names[f"{block}.{own}.weight"] = f"model.layers.{layer}.{theirs}.weight"
+            layer += 1
+    head = "model.embed_tokens" if options.tied else "lm_head"
+    for exit in range(spec.exit):
+        names[f"exits.{exit}.norm.weight"] = "model.norm.weight"
+        last = head if spec.task == "tokens" else "score"
+        names[f"exits.{exit}.head.weight"] = f"{last}.weight"
+    return names
+
+
+register_family("llama", build_llama, LlamaOptions, llama_names)
