@@ -20,6 +20,7 @@ from edge_sdk.protocol.messages import (
     Plan,
     Segment,
 )
+from edge_sdk.protocol.tensor_lists import frozen_prefixes
 
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Decay: TypeAlias = Annotated[float, Meta(ge=0, lt=1)]
@@ -51,6 +52,7 @@ MODE = "async: a round ends with its quorum, the others go on and count later"
 LATE = "an update of a round that is over: count it, for less, or not"
 HALF_LIFE = "after which a late update counts half"
 INIT = "weights that the model begins from, as safetensors or a torch state dict"
+FREEZE = "not trained, and sent once: backbone (all stages) or stages=1,2"
 ADJUSTMENT = "tau of logits shifted by a client's own label counts in training, 0: off"
 HOLDOUT = "of each client's examples, set aside: they test the model that it receives"
 EXIT_WEIGHTS = "of the joint loss, e.g. 1,1,2; default all ones"
@@ -197,6 +199,7 @@ class RunConfig(Options, frozen=True, kw_only=True):
     trained_on: TrainedOn = NOT_KNOWN  # scaling and class names of that data
     rounds: Annotated[Index, flag("of the whole run")]
     init: Annotated[str, flag(INIT, metavar="FILE")] = ""
+    freeze: Annotated[str, flag(FREEZE, metavar="WHAT")] = ""
     participants: Annotated[Index | None, flag("clients per round, default all")] = None
     epochs: Annotated[Index, flag("local epochs")] = 1
     batch_size: Annotated[int, Meta(ge=2), flag("of a local step")] = 32
@@ -262,6 +265,7 @@ class RunConfig(Options, frozen=True, kw_only=True):
             distill_weight=self.distill.weight_at(round),
             distill_temperature=self.distill.temperature,
             logit_adjustment=self.logit_adjustment,
+            frozen=frozen_prefixes(self.freeze, self.model.exit),
             holdout=self.holdout,
         )
 

@@ -191,7 +191,7 @@ class Device:
 
     def is_able(self, model, plan):
         models = self.welcome.get("variants") or [self.welcome["model"] | {"exit": model["exit"]}]
-        is_plain = all(key in DONE or value in (0, None, "none") for key, value in plan.items())
+        is_plain = all(key in DONE or value in (0, None, "none", []) for key, value in plan.items())
         return model in models and model["family"] == "mlp" and is_plain
 
     def on_job(self, job):

@@ -41,7 +41,7 @@ from edge_sdk.protocol.messages import (
     Update,
     Welcome,
 )
-from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
+from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts
 
 WINDOW = 8  # parts under way, as real devices have it
 HELLO_S, HELLO_MAX_S = 2.0, 15.0  # between tries while there is no answer, as real devices have it
@@ -65,7 +65,7 @@ def value_of(round: int) -> float:
 @functools.lru_cache(maxsize=2)
 def update_bytes(specs: Specs, round: int) -> memoryview:
     """The stream of an update: value_of(round) in every float, 0 in everything else."""
-    offsets, total = layout(specs)
+    offsets, total, _ = layout(specs)
     stream = bytearray(total)
     for spec, offset in zip(specs, offsets, strict=True):
         code = {"float16": "<e", "float32": "<f", "float64": "<d"}.get(spec.dtype)
@@ -98,7 +98,7 @@ class LightClient:
         self._num_classes = num_classes
         self._job: Job | None = None
         self._update: Update | None = None
-        self._num_parts = self._total_bytes = 0
+        self._layout = layout(())
         self._received: set[int] = set()  # indices of parts
         self._asked = 0
         self._last_accepted = 0  # round
@@ -173,8 +173,7 @@ class LightClient:
         self.counts["jobs"] += 1
         self.given_at.setdefault(job.round, time.monotonic())
         self._job, self._update, self._received, self._asked = job, None, set(), 0
-        self._total_bytes = layout(job.tensors)[1]
-        self._num_parts = num_parts(self._total_bytes)
+        self._layout = layout(job.tensors)
         return self._ask()
 
     def _on_part(self, part: Part, payload: Payload) -> list[Outgoing]:
@@ -182,11 +181,11 @@ class LightClient:
         if job is None or part.round != job.round or part.index in self._received:
             self.counts["parts unasked"] += 1
             return []
-        if len(payload) != part_size(self._total_bytes, part.index):
+        if len(payload) != self._layout.part_size(part.index):
             raise ProtocolError(f"{self.client_id}: part {part.index} has {len(payload)} bytes")
         self.counts["bytes down"] += len(payload)
         if part.index == 0 and self._last_accepted == job.round - 1 > 0:
-            want = update_bytes(job.tensors, self._last_accepted)[:COMPARED_BYTES]
+            want = update_bytes(trained(job), self._last_accepted)[:COMPARED_BYTES]
             self.counts["models compared"] += 1
             self.counts["models wrong"] += payload[:COMPARED_BYTES] != want
         self._received.add(part.index)
@@ -196,11 +195,11 @@ class LightClient:
         """Fetch what the window allows; the finished update when everything is here."""
         job, num_received = self._job, len(self._received)
         assert job is not None
-        if num_received == self._num_parts:
+        if num_received == self._layout.num_parts:
             self._update = finished(job)
             return [(self._fetch(job, 0), None), (self._update, None)]
         under_way = self._asked - num_received
-        count = min(WINDOW - under_way, self._num_parts - self._asked)
+        count = min(WINDOW - under_way, self._layout.num_parts - self._asked)
         if under_way > WINDOW // 2 or count < 1:
             return []
         return [(self._fetch(job, count), None)]
@@ -214,9 +213,10 @@ class LightClient:
         if job is None or self._update is None or fetch.round != job.round:
             self.counts["fetches unasked"] += 1
             return []
-        stream = update_bytes(job.tensors, job.round)
+        stream = update_bytes(trained(job), job.round)
         parts: list[Outgoing] = []
-        for index in range(fetch.first, min(fetch.first + fetch.count, self._num_parts)):
+        last = min(fetch.first + fetch.count, num_parts(len(stream)))
+        for index in range(fetch.first, last):
             payload = stream[index * PART_BYTES : (index + 1) * PART_BYTES]
             self.counts["bytes up"] += len(payload)
             parts.append((Part(round=job.round, index=index), payload))
@@ -242,17 +242,23 @@ class LightClient:
         return self._ready()
 
 
+def trained(job: Job) -> Specs:
+    """The job's tensors but for those that are frozen, which have a digest."""
+    return tuple(spec for spec in job.tensors if spec.digest is None)
+
+
 def finished(job: Job) -> Update:
-    """As if trained: every tensor that came goes back, which is right for jobs of whole models."""
+    """As if trained: every tensor that came goes back, unless it is frozen, which is right for jobs
+    of whole models."""
     exits = {e for part in job.plan.segments for e in range(part.first, part.last + 1)}
     return Update(
         job=job.id,
-        digest=update_digest(job.tensors, job.round),
+        digest=update_digest(trained(job), job.round),
         round=job.round,
         num_examples=NUM_EXAMPLES,
         num_steps=1,
         exits=tuple(ExitResult(exit=e, loss=0.0, accuracy=0.0) for e in sorted(exits)),
         phases={"train": Phase(wall_s=0.0)},
         peak_memory_bytes=0,
-        tensors=job.tensors,
+        tensors=trained(job),
     )

@@ -53,6 +53,8 @@ class Server:
             old = average.get(name)
             if old is None or not tensor.is_floating_point():
                 average[name] = tensor.clone()
+            elif tensor is self.globals[name] and torch.equal(old, tensor):
+                continue  # what never moves stays as it is, its zeros' signs too
             else:
                 average[name] = torch.lerp(old, tensor, 1 / weight)
         for held in (new, first, second, average):

@@ -39,7 +39,7 @@ from edge_sdk.helpers.text import destination, plain_words
 from edge_sdk.protocol.messages import ModelSpec
 
 # Fields of RunConfig: those that every command has that runs rounds
-RUN = ["rounds", "init", "participants", "seed", "eval_every", "eval_tail"]
+RUN = ["rounds", "init", "freeze", "participants", "seed", "eval_every", "eval_tail"]
 LOCAL = ["epochs", "batch_size", "lr", "lr_decay", "optimizer", "momentum", "weight_decay"]
 LOSS = ["prox_mu", "exit_weights", "logit_adjustment"]
 SHARED = [*RUN, *LOCAL, *LOSS, "holdout", "weighting"]

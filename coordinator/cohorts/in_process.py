@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,7 +24,7 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.protocol.messages import Update
 from edge_sdk.protocol.stream import layout
-from edge_sdk.protocol.tensor_lists import check_specs
+from edge_sdk.protocol.tensor_lists import check_specs, is_frozen
 from edge_sdk.protocol.tensors import Tensors, check_finite, specs_of
 from edge_sdk.training.client_state import ClientState
 from edge_sdk.training.trainer import TrainResult, train
@@ -58,6 +58,7 @@ class InProcessCohort:
             name: ClientState(states and states / name, is_synced=False) for name in shards
         }
         self._device = device
+        self._frozen: dict[str, set[str]] = {name: set() for name in shards}  # that were sent
         self._clients = []
         for name, shard in sorted(shards.items()):
             if variants is not None:
@@ -92,7 +93,8 @@ class InProcessCohort:
         for client_id, job in work.items():
             kept = self.kept(client_id, job, round)
             shard = self.shards[client_id]
-            yield self.keep(round, *train_from(by_id[client_id], job, shard, self._device, kept))
+            trained = train_from(by_id[client_id], job, shard, self._device, kept)
+            yield self.keep(round, job, *trained)
 
     def kept(self, client_id: str, job: Assignment, round: int) -> Kept:
         """What a client's job begins from, beside what it brings."""
@@ -103,16 +105,29 @@ class InProcessCohort:
         return self.states[client_id].newest(RUN)
 
     def keep(
-        self, round: int, result: ClientUpdate | Absence, state: Tensors
+        self, round: int, job: Assignment, result: ClientUpdate | Absence, state: Tensors
     ) -> ClientUpdate | Absence:
         """The result, once the state that goes with it lies with the client; an Absence where that
-        cannot be."""
+        cannot be. What is frozen counts as sent with a client's first job that had it, as real
+        devices keep it."""
         try:
             if state:
                 self.states[result.client.id].save(RUN, round, state)
         except EdgeError as error:
             return Absence(result.client, result.segments, "failed", error.code, str(error))
+        if isinstance(result, ClientUpdate) and job.plan.frozen:
+            bytes_down = self._bytes_down(result.client.id, job)
+            arrived = replace(result.arrived, bytes_down=bytes_down)
+            return dataclasses.replace(result, arrived=arrived)
         return result
+
+    def _bytes_down(self, client_id: str, job: Assignment) -> int:
+        """What travels of a job with frozen tensors, which its client keeps from then on."""
+        frozen = {name for name in job.tensors if is_frozen(name, job.plan.frozen)}
+        held = self._frozen[client_id] & frozen
+        self._frozen[client_id] |= frozen
+        sent = {name: tensor for name, tensor in job.tensors.items() if name not in held}
+        return layout(specs_of(sent)).total_bytes
 
     def accept(self, round: int, client_ids: Iterable[str]) -> None:
         for client_id in client_ids:
@@ -160,6 +175,7 @@ def train_from(
 
 def as_update(result: TrainResult, job: Assignment) -> Update:
     """The message that a device would send: what a result tells has the same name in both."""
-    told = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "state"}
+    names = (field.name for field in dataclasses.fields(result) if field.name != "state")
+    told = {name: getattr(result, name) for name in names}
     told |= {"micro_batch": job.plan.micro_batch, "recompute": job.plan.recompute}
     return replace(BLANK, **told | {"tensors": specs_of(result.tensors)})

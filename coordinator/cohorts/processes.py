@@ -61,24 +61,26 @@ class ProcessCohort:
         """As InProcessCohort.train. Raises TrainerError if a worker process died."""
         by_id = {client.id: client for client in self.clients()}
         waiting = deque(work.items())
-        running: deque[Future[tuple[ClientUpdate | Absence, Any]]] = deque()
+        running: deque[tuple[Assignment, Future[tuple[ClientUpdate | Absence, Any]]]] = deque()
         try:
             while waiting or running:
                 while waiting and len(running) < 2 * self._processes:
                     client_id, job = waiting.popleft()
                     state_round, state = self._inner.kept(client_id, job, round)
                     kept = state_round, _arrays(state)
-                    running.append(self._submit(by_id[client_id], _as_arrays(job), kept))
-                result, state = running.popleft().result()
+                    future = self._submit(by_id[client_id], _as_arrays(job), kept)
+                    running.append((job, future))
+                job, future = running.popleft()
+                result, state = future.result()
                 if isinstance(result, ClientUpdate):
                     result = _as_tensors(result)
-                yield self._inner.keep(round, result, _tensors(state))
+                yield self._inner.keep(round, job, result, _tensors(state))
         except BrokenProcessPool as error:
             raise TrainerError(
                 f"round {round}: an emulating process died, out of memory? Use fewer --processes"
             ) from error
         finally:
-            for future in running:
+            for _, future in running:
                 future.cancel()
 
     def _submit(

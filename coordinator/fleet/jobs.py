@@ -152,7 +152,8 @@ class Jobs:
             assignment = Assignment(job.model, job.plan, tensors, held.returns)
             rates = self._link_rates[client.id]
             phase = JobPhase.DOWNLOAD if held.outlives else JobPhase.LATE
-            sender, outlives = Sender(tensors), held.outlives
+            digests = {spec.name: spec.digest for spec in job.tensors if spec.digest}
+            sender, outlives = Sender(tensors, digests=digests), held.outlives
             open_job = OpenJob(client, job, assignment, sender, rates, phase, is_saved=outlives)
             self._spool.adopt_job(held, open_job.sender)
             self.open[client.id] = open_job

@@ -22,7 +22,7 @@ from edge_sdk.errors import ProtocolError, ShapeError
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import Holdout, Job, Ready, Update
 from edge_sdk.protocol.stream import PART_BYTES
-from edge_sdk.protocol.tensor_lists import check_specs
+from edge_sdk.protocol.tensor_lists import check_specs, is_frozen
 from edge_sdk.protocol.tensors import Receiver, Sender, check_finite
 
 MOST_WANTED = 16  # ranges of parts that a device may have asked for and not been sent
@@ -248,12 +248,27 @@ class Senders:
     def __init__(self) -> None:
         # the tensors behind the ids live as long as their sender
         self._by_tensors: WeakValueDictionary[Hashable, Sender] = WeakValueDictionary()
+        # of frozen tensors, by name, which are the same objects in every round
+        self._digests: dict[str, tuple[Tensor, str]] = {}
 
     def of(self, assignment: Assignment) -> Sender:
         key = tuple((name, id(tensor)) for name, tensor in assignment.tensors.items())
         if (sender := self._by_tensors.get(key)) is None:
-            self._by_tensors[key] = sender = Sender(assignment.tensors, is_shared=True)
+            digests = self._digests_of(assignment)
+            sender = Sender(assignment.tensors, digests=digests, is_shared=True)
+            self._by_tensors[key] = sender
         return sender
+
+    def _digests_of(self, assignment: Assignment) -> dict[str, str]:
+        found = {}
+        for name, tensor in assignment.tensors.items():
+            if not is_frozen(name, assignment.plan.frozen):
+                continue
+            known = self._digests.get(name)
+            if known is None or known[0] is not tensor:
+                known = self._digests[name] = tensor, Sender({name: tensor}).digest()
+            found[name] = known[1]
+        return found
 
 
 def make_job(

@@ -122,7 +122,7 @@ class Spool:
                 os.link(same, base)
                 return
         with base.open("wb") as file:
-            file.writelines(sender.part(index) for index in range(sender.num_parts))
+            file.writelines(sender.blocks())
         self._bases[sender] = base
 
     def adopt_job(self, held: SavedJob, sender: Sender) -> None:

@@ -28,8 +28,15 @@ from coordinator.methods.server_rule import OwnersMeanAlone, ServerRule
 from edge_sdk.errors import EdgeError, ShapeError
 from edge_sdk.helpers.text import one_line
 from edge_sdk.models import build, initial_tensors
+from edge_sdk.models.freezing import check_trainable
 from edge_sdk.protocol.messages import ModelSpec
-from edge_sdk.protocol.tensor_lists import needed_names, stage_of, trained_names
+from edge_sdk.protocol.tensor_lists import (
+    frozen_prefixes,
+    is_frozen,
+    needed_names,
+    stage_of,
+    trained_names,
+)
 from edge_sdk.protocol.tensors import Tensors, check_finite, check_shapes, specs_of, with_prefix
 from edge_sdk.protocol.timing import Stopwatch
 
@@ -68,7 +75,10 @@ class DepthAveraging:
         self._adapt = adapt
         self._server_rule = server_rule or OwnersMeanAlone()
         self._least_exit = least_exit
-        parameters = {name for name, _ in build(self.spec).named_parameters()}
+        names = [name for name, _ in build(self.spec).named_parameters()]
+        frozen = frozen_prefixes(config.freeze, self.spec.exit)
+        check_trainable(names, self.spec.exit, frozen)
+        parameters = {name for name in names if not is_frozen(name, frozen)}
         self.server = Server(initial_tensors(self.spec, config.seed), parameters, config.server)
         factor = config.aggregation.clip
         clip = NormClip(
@@ -90,9 +100,9 @@ class DepthAveraging:
         spec = replace(self.spec, exit=max(segment.last for segment in segments))
         held = self.server.globals
         down = {name: held[name] for name in needed_names(held, segments)}
-        up = {name: held[name] for name in trained_names(held, segments)}
         seed = job_seed(config.seed, round, client.id)
         plan = replace(config.plan(round), segments=segments, seed=seed, **self._asks)
+        up = {name: held[name] for name in trained_names(held, segments, plan.frozen)}
         if config.distill.direction == "auto" and self._owners[-1] >= SCARCE * self._owners[0]:
             plan = replace(plan, distill="none", distill_weight=0.0)
         job = Assignment(model=spec, plan=plan, tensors=down, returns=specs_of(up))

@@ -124,7 +124,7 @@ def check_public(config: RunConfig) -> None:
     "feddf",
     paper=PAPER,
     options=FedDFOptions,
-    without=("aggregation.rule", "aggregation.trim"),
+    without=("aggregation.rule", "aggregation.trim", "freeze"),
     check=check_public,
     on_device=OnDevice("depth", "M_e", "K_e"),
 )

@@ -143,6 +143,7 @@ class FedHM:
     "fedhm",
     options=FedHMOptions,
     paper=PAPER,
+    without=("freeze",),
     on_device=OnDevice("the highest of --ranks", "M with factors", "about 2/3 w K"),
 )
 def fedhm(config: RunConfig, device: TorchDevice, options: FedHMOptions) -> Method:

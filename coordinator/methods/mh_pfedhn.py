@@ -40,7 +40,7 @@ ALIKE = LOCAL | {"batch_size": 64, "own.start": "alike"}
 PAPER = ALIKE | {"epochs": 1, "own.hyper_lr": 2e-4}
 ANCESTOR = ALIKE | {"weight_decay": 5e-5, "participants": 1}
 # Settings of a global model that is stepped, or begun from.
-GLOBAL = ("init", "server", "aggregation.clip")
+GLOBAL = ("init", "freeze", "server", "aggregation.clip")
 KEEPS = "statistics of BatchNorm"
 WHOLE = Architecture(layers=4, chunk=0, spread=1.0, is_rectified=False)  # pFedHN's
 SUCCESSIVE = "a step for each client of the round, or one of their sum"

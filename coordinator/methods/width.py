@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 PlanRule: TypeAlias = Callable[[Plan, ModelSpec, int], Plan]
 
 
-# Settings without a place here: these compare whole tensors.
-WITHOUT = ("aggregation.rule", "aggregation.clip")
+# Settings without a place here: these are of whole tensors.
+WITHOUT = ("aggregation.rule", "aggregation.clip", "freeze")
 
 
 def variants_of(spec: ModelSpec, widths: Sequence[float]) -> tuple[ModelSpec, ...]:

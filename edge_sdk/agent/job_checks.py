@@ -23,7 +23,7 @@ from edge_sdk.protocol.stream import layout
 from edge_sdk.protocol.tensor_lists import check_segments, check_specs
 
 # What decides memory, how tensors travel, or which examples are set aside: as it was counted.
-SAME = ("batch_size", "micro_batch", "recompute", "optimizer", "flat", "holdout")
+SAME = ("batch_size", "micro_batch", "recompute", "optimizer", "flat", "holdout", "frozen")
 # As the welcome has it, or without: nothing was counted or is kept for another.
 SAME_OR_WITHOUT = ("distill", "prune", "static_norm", "scaler", "mask_absent", "correction")
 # Any number where the welcome has one.
@@ -74,7 +74,8 @@ def checked_job(job: Job, welcome: Welcome, chooser: Chooser) -> Job:
         _check_model(job.model, welcome.model)
     _check_plan(job.plan, welcome.plan)
     costs = chooser.costs[variant - 1 : variant] if variant else chooser.costs
-    check_specs(job.tensors, _wanted(job, costs), f"job of round {job.round}", is_ordered=False)
+    named = [replace(spec, digest=None) for spec in job.tensors]
+    check_specs(named, _wanted(job, costs), f"job of round {job.round}", is_ordered=False)
     layout(job.tensors)
     deepest = max(segment.last for segment in job.plan.segments)
     model = replace(job.model, exit=deepest)

@@ -31,8 +31,9 @@ class TrainerOptions(Struct, frozen=True, kw_only=True, tag="start"):
     """Agent to trainer, the first message: how to train, and on what data. threads 0: torch's
     default. measure_compute: measure this machine's speed first. calibration: the file of this
     device's memory calibration; saved_updates: the folder of a saved update; "": nothing is
-    written. imports: modules of the user's that register model families or readers. augment:
-    MODULE:FUNCTION that changes the inputs of every batch; "": none."""
+    written. kept_tensors: the folder beside which frozen tensors are kept; "": none are. imports:
+    modules of the user's that register model families or readers. augment: MODULE:FUNCTION
+    that changes the inputs of every batch; "": none."""
 
     data: str
     threads: Count = 0
@@ -40,6 +41,7 @@ class TrainerOptions(Struct, frozen=True, kw_only=True, tag="start"):
     measure_compute: bool = True
     calibration: str = ""
     saved_updates: str = ""
+    kept_tensors: str = ""
     imports: tuple[str, ...] = ()
     augment: str = ""
 

@@ -60,11 +60,11 @@ def trainer_options(
     settings: RunSettings, client_id: str, secrets: Secrets, *, is_emulated: bool = False
 ) -> TrainerOptions:
     """How the trainer of this device starts. One of an emulated board measures nothing and writes
-    nothing: its figures are another device's."""
+    but what never travels again: its figures are another device's."""
     cache, updates = "", ""
+    beside = saved_updates_folder(client_id, settings.coordinator or "", secrets)
     if not is_emulated:
-        cache = memory_calibration_file()
-        updates = saved_updates_folder(client_id, settings.coordinator or "", secrets)
+        cache, updates = memory_calibration_file(), beside
     return TrainerOptions(
         data=settings.data or "",
         threads=settings.threads,
@@ -72,6 +72,7 @@ def trainer_options(
         measure_compute=not is_emulated,
         calibration=cache,
         saved_updates=updates,
+        kept_tensors=beside,
         imports=settings.imports,
         augment=settings.augment or "",
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.messages import Fetch, Part, TensorSpec, Update
-from edge_sdk.protocol.stream import layout, num_parts, part_size
+from edge_sdk.protocol.stream import layout
 
 
 class Transfer:
     """Of one job. tensors: its list."""
 
     def __init__(self, tensors: tuple[TensorSpec, ...] = ()) -> None:
-        self._total_bytes = layout(tensors)[1]
+        self._layout = layout(tensors)
         self._awaited: set[int] = set()
         self._num_up = self._asked_up_to = 0  # parts of the update; the latter on this connection
 
@@ -23,14 +23,14 @@ class Transfer:
 
     def expect(self, fetch: Fetch) -> bool:
         """The trainer asks for these parts; whether it has all of them already."""
-        number = num_parts(self._total_bytes)
+        number = self._layout.num_parts
         self._awaited.update(range(fetch.first, min(fetch.first + fetch.count, number)))
         return fetch.have >= number
 
     def take(self, part: Part, size: int) -> bool:
         """A part has come; whether it was asked for and is not here. Raises ProtocolError for a
         wrong size."""
-        wanted = part_size(self._total_bytes, part.index)
+        wanted = self._layout.part_size(part.index)
         if size != wanted:
             raise ProtocolError(f"part {part.index} has {size} bytes, expected {wanted}")
         if part.index not in self._awaited:
@@ -40,7 +40,7 @@ class Transfer:
 
     def announce(self, update: Update) -> None:
         """Its parts may be asked for, from now on or anew."""
-        self._num_up, self._asked_up_to = num_parts(layout(update.tensors)[1]), 0
+        self._num_up, self._asked_up_to = layout(update.tensors).num_parts, 0
 
     def num_asked_again(self, fetch: Fetch) -> int:
         """The coordinator asks for these parts of the update: how many of them it asks for once

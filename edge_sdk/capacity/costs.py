@@ -73,7 +73,8 @@ class SegmentCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     frozen_flops_per_example: float  # forward through the frozen stages; once a job if cached
     recompute_flops_per_example: float = 0.0  # forward through what would be run again
     upload_bytes: int
-    download_bytes: int
+    download_bytes: int  # without what is frozen, which travels once
+    kept_bytes: int = 0  # of that: the frozen tensors that a device keeps from its first job on
     tensors: tuple[TensorSpec, ...] = ()  # of a stage alone and its exit, or of a whole variant
     buffers: tuple[str, ...] = ()  # which of these are no parameters
     teacher: tuple[TensorSpec, ...] = ()  # of the plan's second model

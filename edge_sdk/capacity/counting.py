@@ -40,11 +40,12 @@ from edge_sdk.models import StagedModel, build, family_code
 from edge_sdk.models.checking import checked_model, checked_models
 from edge_sdk.models.flat import num_weights, parameter_shapes
 from edge_sdk.models.flops import FlopCounter
+from edge_sdk.models.freezing import begin_training_, num_frozen_stages
 from edge_sdk.models.losses import exit_weights
 from edge_sdk.models.staged import drawn_inputs
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.plan_tensors import job_specs, update_specs
-from edge_sdk.protocol.tensor_lists import trained_names
+from edge_sdk.protocol.tensor_lists import is_frozen, trained_names
 from edge_sdk.protocol.tensors import specs_of
 
 
@@ -58,11 +59,11 @@ def segment_costs(
 ) -> tuple[SegmentCost, ...]:
     """Costs of the prefixes (1, 1) .. (1, spec.exit), then of the single stages (2, 2), (3, 3) ...
 
-    Of `plan` the batch size, optimizer and loss count, and whether it has more epochs than one; its
-    segments do not. runtime_bytes: what a trainer needs before it has a model, its data included;
-    allowance, error: of peak memory, as measured on the device (calibration.py). Counted on one
-    thread: a few examples are no work for more, which would wait for each other. Raises ConfigError
-    where the spec cannot be built."""
+    Of `plan` the batch size, optimizer and loss count, what is frozen, and whether it has more
+    epochs than one; its segments do not. runtime_bytes: what a trainer needs before it has a model,
+    its data included; allowance, error: of peak memory, as measured on the device (calibration.py).
+    Counted on one thread: a few examples are no work for more, which would wait for each other.
+    Raises ConfigError where the spec cannot be built."""
     with torch_threads(1):
         costs = in_order(each_cost(spec, plan, num_examples, runtime_bytes))
     return tuple(replace(cost, allowance=allowance, error=error) for cost in costs)
@@ -126,25 +127,29 @@ def _cost(
     """The costs of one segment. model: of the stages that a job of this segment has."""
     first, last = segment.first, segment.last
     stages, heads = model.stages[first - 1 :], model.exits[first - 1 :]
-    named = dict(nn.ModuleList([stages, heads]).named_parameters())
-    buffers = dict(model.named_buffers())
-    held = dict(model.named_parameters()) | buffers
-    trained = trained_names(held, [segment])
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    held = parameters | buffers
+    own = trained_names(held, [segment])
+    named = {n: parameters[n] for n in trained_names(parameters, [segment], plan.frozen)}
+    begin = num_frozen_stages(model, segment, plan.frozen)
     travels = replace(plan, segments=(segment,)), specs_of(held), buffers
     is_listed = first == last or is_variant
     batch = max(2, min(plan.batch_size, num_examples))
 
-    frozen = list(model.stages[: first - 1])
+    begin_training_(model, segment, plan.frozen)
+    stages, frozen = stages[begin:], list(model.stages[: first - 1 + begin])
     with FlopCounter() as frozen_flops:
-        features, widest = freeze(frozen, drawn_inputs(spec, FEW))
+        features, widest = freeze(frozen, drawn_inputs(spec, FEW), max(1, begin))
     step = Step(stages, heads, named, exit_weights(plan, first, last), plan)
     whole, again = moments(step, features)
     with FlopCounter() as flops:
         forward(step, features)
     with FlopCounter() as again_flops, torch.no_grad():
-        nn.Sequential(*stages[:-1])(features)
+        nn.Sequential(*stages[:-1])(features[-1])
     gradient_bytes = num_bytes(named.values())
-    download_bytes = sum(spec.num_bytes for spec in job_specs(*travels))
+    brought = job_specs(*travels)
+    brought_bytes = sum(spec.num_bytes for spec in brought)
+    kept_bytes = sum(spec.num_bytes for spec in brought if is_frozen(spec.name, plan.frozen))
     # Beside weights what is kept is read, c copied; of pruned ones the initial ones are read and
     # copied, those under the mask spread out.
     reads = 2 * plan.correction + int(plan.dyn_alpha > 0) + 3 * bool(plan.prune)
@@ -164,14 +169,14 @@ def _cost(
         last=last,
         parameter_bytes=num_bytes(held.values()),
         load_bytes=_built_bytes(model, replace(spec, exit=last))
-        + download_bytes
+        + brought_bytes
         + arriving
         + set_aside,
         gradient_bytes=gradient_bytes,
         optimizer_bytes=optimizer_copies(plan) * gradient_bytes + pruning_bytes,
         moments=(*whole, *others),
         recompute_moments=(*again, *others) if is_gain else None,
-        cache_bytes=num_bytes([features]) * num_examples // FEW if is_reused else 0,
+        cache_bytes=num_bytes(features) * num_examples // FEW if is_reused else 0,
         runtime_bytes=runtime_bytes,
         batch_size=batch,
         num_layers=len(leaves([*stages, *heads])),
@@ -180,9 +185,10 @@ def _cost(
         frozen_flops_per_example=frozen_flops.total / FEW,
         recompute_flops_per_example=again_flops.total / FEW,
         upload_bytes=sum(spec.num_bytes for spec in update_specs(*travels)),
-        download_bytes=download_bytes,
-        tensors=specs_of({name: held[name] for name in trained}) if is_listed else (),
-        buffers=tuple(name for name in trained if name in buffers) if is_listed else (),
+        download_bytes=brought_bytes - kept_bytes,
+        kept_bytes=kept_bytes,
+        tensors=specs_of({name: held[name] for name in own}) if is_listed else (),
+        buffers=tuple(name for name in own if name in buffers) if is_listed else (),
         num_weights=num_weights(parameter_shapes(model)),
     )
     return _as_planned(cost, plan)
@@ -216,7 +222,7 @@ def of_whole_step(model: StagedModel, plan: Plan, x: Tensor) -> tuple[int, int]:
     """Bytes that training the whole model on batches like x (B, ...) holds from its second step on,
     and what a step takes beside: activations, gradients, a kernel's copy of one weight."""
     step = whole_step(model, plan)
-    most = max(moment.at(len(x), 1) for moment in moments(step, x[:FEW].clone())[0])
+    most = max(moment.at(len(x), 1) for moment in moments(step, [x[:FEW].clone()])[0])
     gradient_bytes = num_bytes(step.named.values())
     held = num_bytes(model.tensors().values()) + optimizer_copies(plan) * gradient_bytes
     return held, most + gradient_bytes
@@ -224,4 +230,4 @@ def of_whole_step(model: StagedModel, plan: Plan, x: Tensor) -> tuple[int, int]:
 
 def autograd_bytes(model: StagedModel, plan: Plan, x: Tensor) -> int:
     """What autograd saves for a step of the whole model on a batch x (B, ...)."""
-    return saved(whole_step(model, plan), x)["all"]
+    return saved(whole_step(model, plan), [x])["all"]

@@ -21,8 +21,9 @@ LAST = 0  # instead of a stage's number: what is saved by a segment's last stage
 
 
 class Step(NamedTuple):
-    """What a training step goes through. named: the parameters of stages and heads. weights: of
-    the exits."""
+    """What a training step goes through, in training mode. stages: without the first that are
+    frozen; of these there may be heads, before those of the stages. named: the parameters that are
+    trained. weights: of the exits."""
 
     stages: nn.ModuleList
     heads: nn.ModuleList
@@ -32,7 +33,7 @@ class Step(NamedTuple):
 
 
 def whole_step(model: StagedModel, plan: Plan) -> Step:
-    named = dict(model.named_parameters())
+    named = dict(model.train().named_parameters())
     weights = exit_weights(plan, 1, len(model.stages))
     return Step(model.stages, model.exits, named, weights, plan)
 
@@ -52,11 +53,9 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 @torch.no_grad()
-def freeze(frozen: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
-    """Features after the frozen stages, and the most bytes that one of their layers has in hand:
-    its input and its output."""
-    if not frozen:
-        return x, 0
+def freeze(frozen: Sequence[nn.Module], x: Tensor, num_kept: int = 1) -> tuple[list[Tensor], int]:
+    """Features after the last num_kept of the frozen stages, and the most bytes that one of their
+    layers has in hand: its input and its output."""
     widest = 0
 
     def look(_: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
@@ -65,23 +64,25 @@ def freeze(frozen: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, int]:
         held = (tensor for tensor in (*inputs, *outputs) if isinstance(tensor, Tensor))
         widest = max(widest, num_bytes(held))
 
-    chain = nn.Sequential(*frozen).eval()
     handles = [leaf.register_forward_hook(look) for leaf in leaves(frozen)]
-    features: Tensor = chain(x)
+    made = [x]
+    for stage in frozen:
+        made.append(stage.eval()(made[-1]))
     for handle in handles:
         handle.remove()
-    return features, widest
+    return made[-num_kept:], widest
 
 
-def moments(step: Step, features: Tensor) -> tuple[list[Moment], list[Moment]]:
+def moments(step: Step, features: Sequence[Tensor]) -> tuple[list[Moment], list[Moment]]:
     """The moments of a backward pass, one for each stage, from the last to the first; and the same
-    where stages are run again. features: (FEW, ...), what the first of the stages takes. How bytes
-    grow with the batch is seen in steps of FEW examples and of twice as many."""
+    where stages are run again. features: each (FEW, ...), as for `forward`. How bytes grow with the
+    batch is seen in steps of FEW examples and of twice as many."""
     stages, heads = step.stages, step.heads
     few = saved(step, features)
-    twice = saved(step, moved(torch.cat([features, features]), "cpu"))
+    twice = saved(step, [moved(torch.cat([made, made]), "cpu") for made in features])
     order = [LAST, *range(len(stages) - 1, 0, -1)]
-    largest = [widest_bytes([*stages[-1].parameters(), *heads.parameters()])]
+    last = [p for stage in stages[-1:] for p in stage.parameters()]
+    largest = [widest_bytes([*last, *heads.parameters()])]
     largest += [widest_bytes(stages[number - 1].parameters()) for number in order[1:]]
 
     def growing(bytes_of: Callable[[Counter[str], int], int]) -> list[Moment]:
@@ -111,13 +112,16 @@ def _again(sizes: Counter[str], number: int) -> int:
     return inputs + sizes[f"{number}"] + sizes[f"widest {number}"]
 
 
-def saved(step: Step, features: Tensor) -> Counter[str]:
+def saved(step: Step, features: Sequence[Tensor]) -> Counter[str]:
     """Bytes that autograd saves in one step, every storage once and the parameters not at all:
     "all"; by stage (LAST for all that follows) what is saved beside the stages' inputs, a stage's
     own output, made a second time, included; its "widest" tensor; each stage's "input". And how
     many "stages" there are."""
     storages: dict[int, tuple[int, int]] = {}  # address: bytes, and the stage that saved them
-    own = {parameter.untyped_storage()._cdata for parameter in step.named.values()}
+    own = {
+        parameter.untyped_storage()._cdata
+        for parameter in (*step.stages.parameters(), *step.heads.parameters())
+    }
     inputs: list[torch.UntypedStorage] = []
     where = LAST
 
@@ -152,17 +156,22 @@ def saved(step: Step, features: Tensor) -> Counter[str]:
 
 def forward(
     step: Step,
-    features: Tensor,
+    features: Sequence[Tensor],
     enter: Callable[[int, Tensor], None] = lambda number, features: None,
 ) -> Tensor:
-    """A step's loss. enter: called before a stage with its number from 1, after it with LAST."""
+    """A step's loss. features: what the frozen stages that have heads made, or what the first stage
+    takes alone. enter: called before a stage with its number from 1, after it with LAST."""
     stages, heads, _, weights, plan = step
-    labels = torch.zeros(len(features), dtype=torch.int64)
+    carried = features[-1]
+    labels = torch.zeros(len(carried), dtype=torch.int64)
+    made = list(features[: len(heads) - len(stages)])
+    for number, stage in enumerate(stages, 1):
+        enter(number, carried)
+        carried = stage(carried)
+        enter(LAST, carried)
+        made.append(carried)
     logits = []
-    for number, (stage, head) in enumerate(zip(stages, heads, strict=True), 1):
-        enter(number, features)
-        features = stage.train()(features)
-        enter(LAST, features)
-        with torch.set_grad_enabled(bool(weights[number - 1]) or plan.distill != "none"):
-            logits.append(head.train()(features))  # of weight 0: no backward pass
+    for head, seen, weight in zip(heads, made, weights, strict=True):
+        with torch.set_grad_enabled(bool(weight) or plan.distill != "none"):
+            logits.append(head(seen))  # of weight 0: no backward pass
     return local_loss(logits, labels, weights, plan)

@@ -47,10 +47,10 @@ def second_model(plan: Plan, copies: int) -> SecondModel | None:
             step = whole_step(model, plan)
             beside_bytes = (1 + copies) * num_bytes(step.named.values())
             steps = tuple(
-                replace(m, fixed_bytes=m.fixed_bytes + beside_bytes) for m in moments(step, x)[0]
+                replace(m, fixed_bytes=m.fixed_bytes + beside_bytes) for m in moments(step, [x])[0]
             )
             with FlopCounter() as trained:
-                forward(step, x)
+                forward(step, [x])
             flops += trained.total
     return SecondModel(specs_of(model.tensors()), moment, steps, flops / FEW)
 

@@ -130,6 +130,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     prune: Prune | None = None
     flat: bool = False  # parameters travel as one vector, statistics of BatchNorm stay here
     teacher: Teacher | None = None
+    frozen: Annotated[tuple[Name, ...], Meta(max_length=100)] = ()  # see is_frozen
     holdout: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # share of the examples, never trained on
     seed: Annotated[int, Meta(ge=0, lt=2**62)] = 0
 
@@ -140,12 +141,16 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 class TensorSpec(Struct, frozen=True, kw_only=True):
-    """One tensor of a transfer; its bytes lie at the next multiple of ALIGNMENT in the stream."""
+    """One tensor of a transfer; its bytes lie at the next multiple of ALIGNMENT in the stream.
+
+    digest: of its bytes, where a job brings the same in every round: whoever keeps those need not
+    ask for them again."""
 
     name: Name
     shape: Annotated[tuple[Count, ...], Meta(max_length=8)]
     dtype: Dtype
     role: Role = "weight"
+    digest: Digest | None = None
 
     @property
     def num_bytes(self) -> int:

@@ -30,6 +30,10 @@ def check_plan(plan: Plan) -> None:
         (plan.prune and not plan.holdout, "prune needs a holdout, by which it is decided"),
         (plan.flat and not is_prefix, "flat needs one segment from stage 1"),
         (plan.prune and not is_prefix, "prune needs one segment from stage 1"),
+        (plan.frozen and plan.flat, "frozen and flat exclude each other"),
+        (plan.frozen and plan.prune, "frozen and prune exclude each other"),
+        (plan.frozen and plan.teacher, "frozen and a teacher exclude each other"),
+        (plan.frozen and plan.static_norm, "frozen and static_norm exclude each other"),
         (plan.teacher and not is_prefix, "a teacher needs one segment from stage 1"),
     ):
         if is_wrong:
@@ -74,7 +78,7 @@ def update_specs(
 
 
 def _trained(plan: Plan, model: Sequence[TensorSpec]) -> list[TensorSpec]:
-    names = set(trained_names([spec.name for spec in model], plan.segments))
+    names = set(trained_names([spec.name for spec in model], plan.segments, plan.frozen))
     return [spec for spec in model if spec.name in names]
 
 

@@ -5,12 +5,14 @@ returns, and how two lists differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from typing import cast, get_args
 
 from msgspec.structs import replace
 
 from edge_sdk.errors import ConfigError, ShapeError
+from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.fields import Role
 from edge_sdk.protocol.messages import Segment, TensorSpec
 
@@ -38,6 +40,29 @@ def stage_of(name: str) -> tuple[str, int]:
     return kind, int(number) + 1
 
 
+def is_frozen(name: str, frozen: Collection[str]) -> bool:
+    """Whether a tensor or module is one of these, or lies within: "stages" is all stages."""
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in frozen)
+
+
+def frozen_prefixes(freeze: str, num_exits: int) -> tuple[str, ...]:
+    """What a plan says as `frozen` of "stages=1,2", of "backbone": all stages, or of "": nothing.
+    Exits are never frozen. Raises ConfigError."""
+    if freeze in ("", "backbone"):
+        return ("stages",) * bool(freeze)
+    kind, _, listed = freeze.partition("=")
+    numbers = listed.split(",")
+    if kind != "stages" or not all(re.fullmatch(r"[0-9]{1,3}", number) for number in numbers):
+        got = one_line(repr(freeze))
+        raise ConfigError(f"--freeze is {got}, expected backbone, or stages as in stages=1,2")
+    stages = sorted({int(number) for number in numbers})
+    if stages[0] < 1 or stages[-1] > num_exits:
+        raise ConfigError(
+            f"--freeze {freeze}: the model has stages 1 to {num_exits}; give some of them"
+        )
+    return tuple(f"stages.{stage - 1}" for stage in stages)
+
+
 def check_segments(segments: Sequence[Segment], num_exits: int) -> None:
     """Raise ConfigError unless the segments are within 1..num_exits and do not overlap."""
     taken: set[int] = set()
@@ -51,15 +76,19 @@ def check_segments(segments: Sequence[Segment], num_exits: int) -> None:
         taken |= stages
 
 
-def trained_names(names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
-    """Names of the tensors that training `segments` changes: their stages and exits."""
+def trained_names(
+    names: Iterable[str], segments: Sequence[Segment], frozen: Collection[str] = ()
+) -> list[str]:
+    """Names of the tensors that training `segments` changes: those of their stages and exits, but
+    for what is frozen."""
     stages = {s for g in segments for s in range(g.first, g.last + 1)}
-    return [name for name in names if stage_of(name)[1] in stages]
+    names = [name for name in names if stage_of(name)[1] in stages]
+    return [name for name in names if not is_frozen(name, frozen)] if frozen else names
 
 
 def needed_names(names: Iterable[str], segments: Sequence[Segment]) -> list[str]:
-    """Names of the tensors that a device needs to train `segments`: those and the frozen stages
-    before them, without the exits of the frozen ones."""
+    """Names of the tensors that a device needs to train `segments`: theirs and the stages before
+    them, without the exits of these."""
     deepest = max(segment.last for segment in segments)
     trained = set(trained_names(names := list(names), segments))
     return [

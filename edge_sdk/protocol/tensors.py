@@ -2,23 +2,25 @@
 
 The stream is the tensors' raw little-endian bytes in the order of the specs, each beginning at a
 multiple of 8; a part is a fixed-size cut of it, so a part's place follows from its index and any
-part can be asked for again. Neither side ever holds a second copy of a large tensor: parts inside
-one tensor are views, and a receiver writes into the one buffer that its tensors are views of."""
+part can be asked for again. Tensors with a digest come last and begin a part of their own. Neither
+side ever holds a second copy of a large tensor: parts inside one tensor are views, and a receiver
+writes into the one buffer that its tensors are views of."""
 
 from __future__ import annotations
 
 import bisect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from edge_sdk.errors import ProtocolError, ShapeError
 from edge_sdk.protocol.fields import ITEM_BYTES
 from edge_sdk.protocol.messages import TensorSpec
-from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, part_size
+from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, part_size
 from edge_sdk.protocol.tensor_lists import role_of, some_of
 
 if sys.byteorder != "little":
@@ -61,20 +63,32 @@ def check_shapes(
 class Sender:
     """Parts of a set of tensors on demand; holds references, copies nothing large.
 
-    is_shared: sends to many; a part that crosses tensors' edges is made once and kept, for at most
-    one more copy of the tensors, instead of once for every receiver."""
+    digests: of tensors that a receiver may keep, by name; these are sent last. is_shared: sends to
+    many; a part that crosses tensors' edges is made once and kept, for at most one more copy of the
+    tensors, instead of once for every receiver."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, is_shared: bool = False) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        digests: Mapping[str, str] | None = None,
+        is_shared: bool = False,
+    ) -> None:
         self._joined: dict[int, bytes] | None = {} if is_shared else None
+        digests = digests or {}
+        tensors = {name: tensors[name] for name in sorted(tensors, key=lambda n: n in digests)}
         self.tensors = tuple(tensors.values())
         self.specs = specs_of(tensors)
-        self.offsets, self.total_bytes = layout(self.specs)
-        self.num_parts = num_parts(self.total_bytes)
+        if digests:
+            self.specs = tuple(replace(s, digest=digests.get(s.name)) for s in self.specs)
+        self.layout = layout(self.specs)
+        self.offsets, self.total_bytes = self.layout.offsets, self.layout.total_bytes
+        self.num_parts = self.layout.num_parts
         self._views = [_bytes_of(tensor) for tensor in tensors.values()]
 
     def part(self, index: int) -> memoryview | bytes:
         """Payload of part `index`. Raises ProtocolError when there is no such part."""
-        size = part_size(self.total_bytes, index)
+        size = self.layout.part_size(index)
         if size == 0:
             raise ProtocolError(f"part {index} asked for, the transfer has {self.num_parts}")
         start = index * PART_BYTES
@@ -98,9 +112,16 @@ class Sender:
                 joined[begin - start : end - start] = view[begin - offset : end - offset]
         return bytes(joined)
 
+    def blocks(self) -> Iterator[memoryview | bytes]:
+        """The whole stream in order, with zeros in its gap."""
+        for index in range(self.num_parts):
+            yield self.part(index)
+            if lacking := part_size(self.total_bytes, index) - self.layout.part_size(index):
+                yield bytes(lacking)
+
     def digest(self) -> str:
         """The digest of the whole stream."""
-        return digest_of(self.part(index) for index in range(self.num_parts))
+        return digest_of(self.blocks())
 
 
 class Storage(Protocol):
@@ -131,8 +152,9 @@ class Receiver:
         self, specs: Sequence[TensorSpec], make_storage: Callable[[int], Storage] = Memory
     ) -> None:
         self.specs = tuple(specs)
-        self.offsets, self.total_bytes = layout(self.specs)
-        self.num_parts = num_parts(self.total_bytes)
+        self.layout = layout(self.specs)
+        self.offsets, self.total_bytes = self.layout.offsets, self.layout.total_bytes
+        self.num_parts = self.layout.num_parts
         self._storage = make_storage(self.total_bytes)
         self._has = bytearray(self.num_parts)
         self.num_received = 0
@@ -179,7 +201,7 @@ class Receiver:
 
     def add(self, index: int, payload: memoryview | bytes) -> bool:
         """Take one part. False: it is here already, and ignored. Raises ProtocolError."""
-        size = part_size(self.total_bytes, index)
+        size = self.layout.part_size(index)
         if size == 0 or len(payload) != size:
             raise ProtocolError(
                 f"part {index} has {len(payload)} bytes, expected {size} "
@@ -191,6 +213,28 @@ class Receiver:
         self._has[index] = 1
         self.num_received += 1
         return True
+
+    def place_of(self, number: int) -> memoryview:
+        """The bytes of tensor `number` of the list, to be read or written."""
+        start = self.offsets[number]
+        return self.stream()[start : start + self.specs[number].num_bytes]
+
+    def has_whole(self, number: int) -> bool:
+        """Whether all parts of this tensor are here."""
+        return all(self._has[part] for part in self._parts_of(number))
+
+    def skip(self, numbers: Collection[int]) -> None:
+        """These tensors have been written to their places: parts that hold nothing else count as
+        here, before any is asked for."""
+        others = (n for n in range(len(self.specs)) if n not in numbers)
+        wanted = {part for number in others for part in self._parts_of(number)}
+        for part in range(self.num_parts):
+            self._has[part] = part not in wanted
+        self.num_received = self.num_parts - len(wanted)
+
+    def _parts_of(self, number: int) -> range:
+        start, size = self.offsets[number], self.specs[number].num_bytes
+        return range(start // PART_BYTES, -(-(start + size) // PART_BYTES)) if size else range(0)
 
     def tensors(self) -> Tensors:
         """The tensors, views of this receiver's buffer. Raises ProtocolError when parts lack."""

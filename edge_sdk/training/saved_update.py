@@ -33,6 +33,7 @@ from edge_sdk.protocol.tensors import Sender, views
 log = logging.getLogger(__name__)
 MOST_OTHERS = 3
 DATA, ABOUT = "update.data", "update.json"
+KEPT = "frozen"  # beside them, what never travels again (kept_tensors.py)
 STATE = "state"  # beside them, what the client keeps between rounds (client_state.py)
 COORDINATOR_MARK = re.compile(r"-[0-9a-f]{12}\Z")  # ends a folder's name, behind the device's name
 
@@ -59,7 +60,7 @@ class SavedUpdate:
             self._folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._folder.mkdir(exist_ok=True, mode=0o700)
             self._lock(self._folder)
-            _forget_old_ones(self._folder)
+            forget_old_ones(self._folder)
             about.unlink(missing_ok=True)
             with os.fdopen(_private(data), "wb") as file:
                 for index in range(sender.num_parts):
@@ -147,7 +148,7 @@ def _synced(*paths: Path) -> None:
             sync(path)
 
 
-def _forget_old_ones(folder: Path) -> None:
+def forget_old_ones(folder: Path) -> None:
     """Remove this device's other folders, but for the newest of them and those in use."""
     try:
         others = [
@@ -171,7 +172,8 @@ def _remove(folder: Path) -> None:
         if lock(handle):
             for path in _files(folder):
                 path.unlink(missing_ok=True)
-            shutil.rmtree(folder / STATE, ignore_errors=True)
+            for inside in (STATE, KEPT):
+                shutil.rmtree(folder / inside, ignore_errors=True)
             folder.rmdir()
     finally:
         os.close(handle)

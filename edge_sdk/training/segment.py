@@ -1,5 +1,8 @@
 """One segment of a job: its batches, steps and figures. There is no other training loop.
 
+Stages before the first that is trained, because it begins deeper or because they are frozen, run
+once: what they make of every example is kept over the epochs where there is memory for it.
+
 Two fields of the plan save memory. micro_batch: a batch goes through in parts of about equal size,
 whose gradients add up to the batch's; BatchNorm sees the parts. recompute: of all stages but a
 segment's last only the input is kept, and the stage runs again when its gradient is wanted: the
@@ -13,11 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edge_sdk.data.examples import MIN_BATCH
-from edge_sdk.errors import TrainerError
+from edge_sdk.errors import ConfigError, TrainerError
 from edge_sdk.models import family_code
+from edge_sdk.models.freezing import begin_training_, num_frozen_stages
 from edge_sdk.models.losses import exit_weights, joint_exit_loss
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ExitResult, Plan, Segment
@@ -28,7 +32,7 @@ from edge_sdk.training.optim import Optimizer
 from edge_sdk.training.terms.base import Batch, Context, Term, Trained
 
 log = logging.getLogger(__name__)
-Inputs: TypeAlias = Callable[[Tensor], Tensor]  # from a batch's indices to its input on the device
+Inputs: TypeAlias = Callable[[Tensor], list[Tensor]]  # see Trained
 
 
 class Cancelled(TrainerError):
@@ -44,11 +48,10 @@ def train_segment(
     whose losses are the cross entropies of the plain logits, without what the plan's terms add."""
     plan, model, y = context.plan, context.model, context.labels
     trained = parts_of(context, segment, inputs)
-    first, last, stages, heads = segment.first, segment.last, trained.stages, trained.heads
+    first, last = segment.first, segment.last
     weights = exit_weights(plan, first, last)
     optimizer = Optimizer(list(trained.named.values()), plan)
-    stages.train()
-    heads.train()
+    begin_training_(model, segment, plan.frozen)
     terms.begin_(trained)
     order = torch.Generator().manual_seed(plan.seed)
     num_steps, sums = 0, torch.zeros(3, last - first + 1, dtype=torch.float64)
@@ -60,9 +63,14 @@ def train_segment(
                     raise Cancelled(f"training of segment ({first}, {last}) cancelled")
                 with family_code(context.spec, "training", model):
                     features, labels = inputs(part), y[part].to(context.device)
-                    logits = forward(stages, heads, features, plan.recompute)
+                    logits = forward(trained, features, plan.recompute)
                     loss = joint_exit_loss([terms.adjusted(z) for z in logits], labels, weights)
-                    loss = terms.loss(loss, Batch(features, logits, labels))
+                    loss = terms.loss(loss, Batch(features[-1], logits, labels))
+                    if not loss.requires_grad:
+                        raise ConfigError(
+                            f"segment ({first}, {last}): what its loss depends on is frozen, so "
+                            "nothing would be trained; freeze less, or weigh other exits"
+                        )
                     (loss * (len(part) / len(batch))).backward()
                     sums += count(logits, labels)
             terms.before_step_()
@@ -88,56 +96,75 @@ def parts_of(context: Context, segment: Segment, inputs: Inputs) -> Trained:
     """What training a segment changes."""
     model, cut = context.model, slice(segment.first - 1, segment.last)
     parameters = dict(model.named_parameters())
-    named = {name: parameters[name] for name in trained_names(parameters, [segment])}
-    return Trained(segment, model.stages[cut], model.exits[cut], named, inputs)
+    frozen = context.plan.frozen
+    names = trained_names(parameters, [segment], frozen)
+    named = {name: parameters[name] for name in names}
+    num_frozen = num_frozen_stages(model, segment, frozen)
+    return Trained(segment, model.stages[cut], model.exits[cut], named, num_frozen, inputs)
 
 
-def forward(
-    stages: nn.ModuleList, heads: nn.ModuleList, features: Tensor, recompute: bool
-) -> list[Tensor]:
-    """Logits of each exit. With recompute the graph holds the inputs of all stages but the last:
-    that one's gradient comes first, so running it again would save nothing."""
-    logits = []
-    for number, (stage, head) in enumerate(zip(stages, heads, strict=True), 1):
+def forward(trained: Trained, features: Sequence[Tensor], recompute: bool) -> list[Tensor]:
+    """Logits of each exit. features: what `trained.inputs` gives. With recompute the graph holds
+    the inputs of all stages but the last: that one's gradient comes first, so running it again
+    would save nothing."""
+    begin, heads, carried = trained.num_frozen, trained.heads, features[-1]
+    logits = [head(made) for head, made in zip(heads[:begin], features, strict=False)]
+    stages = trained.stages[begin:]
+    for number, (stage, head) in enumerate(zip(stages, heads[begin:], strict=True), 1):
         keeps_graph = not recompute or number == len(stages)
-        features = stage(features) if keeps_graph else recomputed(stage, features)
-        logits.append(head(features))
+        carried = stage(carried) if keeps_graph else recomputed(stage, carried)
+        logits.append(head(carried))
     return logits
 
 
 def inputs_of(
     context: Context,
-    frozen: nn.Sequential,
+    segment: Segment,
     x: Tensor,
     rows: Tensor,
     cache_bytes: int,
     augment: Augment | None,
 ) -> Inputs:
-    """A function from a batch's indices, places in `rows` of x, to what the first trained stage
-    takes: x itself, or the features that the frozen stages make of it. Those of all rows are made
-    once and kept on the CPU if several epochs want them and they take at most cache_bytes; else
-    they are made for each batch anew."""
-    plan, device = context.plan, context.device
+    """A function from a batch's indices, places in `rows` of x, to what Trained says: x itself, or
+    features that the stages before the first trained one make of it, which it puts into evaluation
+    mode. Those of all rows are made once and kept on the CPU if several epochs want them and they
+    take at most cache_bytes; else they are made for each batch anew."""
+    plan, device, model = context.plan, context.device, context.model
+    begin = num_frozen_stages(model, segment, plan.frozen)
+    before = model.stages[: segment.first - 1 + begin].eval()
+    first_kept = len(before) - max(1, begin)
 
     @torch.no_grad()
-    def make(some: Tensor) -> Tensor:
+    def make(some: Tensor) -> list[Tensor]:
+        made = [moved(some, device)]
         with family_code(context.spec, "a frozen stage"):
-            made: Tensor = frozen(moved(some, device))
+            for number, stage in enumerate(before):
+                made = [*(made if number > first_kept else ()), stage(made[-1])]
         return made
 
     if augment:
         return lambda batch: make(augment(x[rows[batch]]))
-    one = make(x[:1]) if len(frozen) and plan.epochs > 1 else None
-    if one is None or len(rows) * one.numel() * one.element_size() > cache_bytes:
+    one = make(x[:1]) if len(before) and plan.epochs > 1 else None
+    if one is None or len(rows) * _num_bytes(one) > cache_bytes:
         return lambda batch: make(x[rows[batch]])
-    order = torch.channels_last if one.ndim == 4 else torch.contiguous_format
-    cache = torch.empty((len(rows), *one.shape[1:]), dtype=one.dtype, memory_format=order)
+    caches = [_like(features, len(rows)) for features in one]
     at_once = plan.micro_batch or plan.batch_size
-    for chunk, place in zip(rows.split(at_once), cache.split(at_once), strict=True):
+    for places in torch.arange(len(rows)).split(at_once):
         if context.should_stop():
             raise Cancelled("training cancelled while computing frozen features")
-        place.copy_(make(x[chunk]))
-    return lambda batch: moved(cache[batch], device)
+        for cache, features in zip(caches, make(x[rows[places]]), strict=True):
+            cache[places[0] : places[-1] + 1].copy_(features)
+    return lambda batch: [moved(cache[batch], device) for cache in caches]
+
+
+def _num_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _like(features: Tensor, count: int) -> Tensor:
+    """Room on the CPU for so many examples' features like these (1, ...)."""
+    order = torch.channels_last if features.ndim == 4 else torch.contiguous_format
+    return torch.empty((count, *features.shape[1:]), dtype=features.dtype, memory_format=order)
 
 
 @torch.no_grad()

@@ -110,14 +110,12 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         for segment in sorted(plan.segments, key=lambda g: -g.first):
-            frozen = torch.nn.Sequential(*model.stages[: segment.first - 1]).eval()
-            # end with the segment
-            inputs = inputs_of(context, frozen, x, chosen, cache_bytes, augment)
+            inputs = inputs_of(context, segment, x, chosen, cache_bytes, augment)
             steps, results = train_segment(context, segment, terms, inputs)
             num_steps += steps
             exits += results
     held = model.tensors()
-    update = {name: held[name].cpu() for name in trained_names(held, plan.segments)}
+    update = {name: held[name].cpu() for name in trained_names(held, plan.segments, plan.frozen)}
     update = terms.returned(update)
     order = [tensor.name for tensor in update_specs(plan, specs, buffers, teacher)]
     update = {name: update[name] for name in order} | update

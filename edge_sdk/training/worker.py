@@ -46,6 +46,7 @@ from edge_sdk.training.augmenting import Augment, load_augment
 from edge_sdk.training.calibration import MemoryCalibration, memory_calibration, runtime_bytes
 from edge_sdk.training.client_state import ClientState
 from edge_sdk.training.devices import usable_device
+from edge_sdk.training.kept_tensors import KeptTensors
 from edge_sdk.training.own_model import weights_to_keep
 from edge_sdk.training.saved_update import STATE, SavedUpdate
 from edge_sdk.training.segment import num_batches
@@ -68,6 +69,7 @@ class TrainerLoop:
         calibration: MemoryCalibration,
         saved: SavedUpdate,
         state: ClientState,
+        kept: KeptTensors,
         augment: Augment | None = None,
     ) -> None:
         self._pipe = pipe
@@ -76,6 +78,7 @@ class TrainerLoop:
         self._calibration = calibration
         self._saved = saved
         self._state = state
+        self._kept = kept
         self._augment = augment
         needed, self._library_bytes = runtime_bytes()
         self._runtime_bytes = needed + calibration.scratch_bytes
@@ -153,6 +156,7 @@ class TrainerLoop:
                 total = num_batches(job.plan, len(self._examples))
                 self._progress = Progress(round=job.round, total=total)
                 self._receiver = Receiver(job.tensors)
+                self._kept.fill(self._receiver)
                 self._started = clock()
                 self._request_parts()
             case Part() if self._receiver and message.round == round:
@@ -183,6 +187,8 @@ class TrainerLoop:
     def _train(self, job: Job) -> None:
         assert self._receiver is not None
         download = since(self._started)
+        self._kept.check(self._receiver)
+        self._kept.keep(self._receiver)
         tensors = self._receiver.tensors()
         self._receiver = None  # the model that is trained is the only copy of the tensors
         self._tell_progress()
@@ -243,6 +249,8 @@ class TrainerLoop:
     def _forget_job(self) -> None:
         if self._update:
             self._saved.forget()
+        if self._receiver:  # what has come of the job need not come again
+            self._kept.keep(self._receiver)
         self._job = self._receiver = self._update = self._sender = None
 
 
@@ -264,7 +272,8 @@ def prepare(pipe: Pipe, options: TrainerOptions) -> Callable[[], None]:
     layer_s = measure_layer_s(threads=threads, device=device) if may_measure else 0.0
     folder = Path(options.saved_updates) if options.saved_updates else None
     saved, state = SavedUpdate(folder), ClientState(folder and folder / STATE)
-    loop = TrainerLoop(pipe, examples, device, calibration, saved, state, augment)
+    kept = KeptTensors(Path(options.kept_tensors) if options.kept_tensors else None)
+    loop = TrainerLoop(pipe, examples, device, calibration, saved, state, kept, augment)
     return partial(loop.serve, gflops, layer_s)
 
 

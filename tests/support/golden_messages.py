@@ -44,6 +44,7 @@ MODEL = ModelSpec(
 )
 PLAN = Plan(
     segments=(Segment(first=1, last=2), Segment(first=3, last=3)),
+    frozen=("stages.1", "stages.2.0"),
     epochs=2,
     batch_size=16,
     micro_batch=8,
@@ -75,6 +76,12 @@ SPECS = (
     TensorSpec(name="mask/stages.0.0.weight", shape=(18,), dtype="uint8", role="mask"),
     TensorSpec(name="correction/exits.0.2.bias", shape=(10,), dtype="float16", role="correction"),
     TensorSpec(name="teacher/stages.1.1.count", shape=(), dtype="int64", role="teacher"),
+    TensorSpec(
+        name="stages.1.0.weight",
+        shape=(4, 3),
+        dtype="float32",
+        digest="ffeeddccbbaa99887766554433221100",
+    ),
 )
 SCALING = InputScaling(low=-1.0, high=0.75, divisor=127.5, offset=1.0, made_of="pixels")
 NAMES = "00112233445566778899aabbccddeeff"

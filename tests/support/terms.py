@@ -25,4 +25,4 @@ def context(labels: list[int] | None = None, kept: Tensors | None = None, **plan
 def trained(**values: list[float]) -> Trained:
     """A segment of these parameters."""
     named = {name: nn.Parameter(torch.tensor(value)) for name, value in values.items()}
-    return Trained(ONE[0], nn.ModuleList(), nn.ModuleList(), named, lambda rows: rows)
+    return Trained(ONE[0], nn.ModuleList(), nn.ModuleList(), named, 0, lambda rows: [rows])

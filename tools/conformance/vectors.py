@@ -71,7 +71,7 @@ def stream() -> dict[str, Any]:
         "float64": torch.tensor([0.1], dtype=torch.float64),
     }
     sender = Sender(tensors)
-    offsets, total_bytes = layout(sender.specs)
+    offsets, total_bytes, _ = layout(sender.specs)
     told = [
         msgspec.to_builtins(spec) | {"values": tensors[spec.name].tolist(), "offset": offset}
         for spec, offset in zip(sender.specs, offsets, strict=True)
@@ -86,12 +86,40 @@ def stream() -> dict[str, Any]:
             "hex": bytes(sender.part(0)).hex(),
             "digest": sender.digest(),
         },
+        "kept": kept(),
         "long": {
             "rule": "byte i is i * i % 251",
             "total_bytes": size,
             "digest": digest_of([long]),
             "parts": [{"bytes": len(part), "sha256": digest_of([part])} for part in parts],
         },
+    }
+
+
+def kept() -> dict[str, Any]:
+    """The stream of a job with frozen tensors, all of whose parts are told, and what a device that
+    keeps some of them asks for first."""
+    tensors = {
+        "stages.0.w": torch.zeros(PART_BYTES // 4),
+        "stages.1.w": torch.zeros(PART_BYTES // 2),
+        "exits.1.w": torch.zeros(10),
+    }
+    digests = {name: Sender({name: tensors[name]}).digest() for name in list(tensors)[:2]}
+    sender = Sender(tensors, digests=digests)
+    found = []
+    for held in ([], [1], [2], [1, 2]):
+        receiver = Receiver(sender.specs)
+        receiver.skip(held)
+        have = receiver.num_received
+        first, count = receiver.next_request(WINDOW) or (have, 0)
+        names = [sender.specs[number].name for number in held]
+        found.append({"kept": names, "have": have, "first": first, "count": count})
+    return {
+        "tensors": [msgspec.to_builtins(spec) for spec in sender.specs],
+        "offsets": list(sender.offsets),
+        "total_bytes": sender.total_bytes,
+        "parts": [len(sender.part(index)) for index in range(sender.num_parts)],
+        "fetches": found,
     }
 
 

@@ -34,19 +34,22 @@ class Context:
 
 
 class Trained(NamedTuple):
-    """What a segment trains. named: its parameters by their names in the model. inputs: from places
-    among the examples that are trained on, (B,), to what its first stage takes."""
+    """What a segment trains. named: its parameters by their names in the model, without those that
+    are frozen. num_frozen: how many of its first stages are frozen as a whole. inputs: from places
+    among the examples that are trained on, (B,), to what each of these stages makes; where there
+    are none, to what the first stage takes alone."""
 
     segment: Segment
     stages: nn.ModuleList
     heads: nn.ModuleList
     named: dict[str, nn.Parameter]
-    inputs: Callable[[Tensor], Tensor]
+    num_frozen: int
+    inputs: Callable[[Tensor], list[Tensor]]
 
 
 class Batch(NamedTuple):
-    """A batch, or a part of one, as it went through a segment. features: what its first stage took;
-    logits: one (B, K) per exit, shallow first; labels (B,)."""
+    """A batch, or a part of one, as it went through a segment. features: what its first stage that
+    is not frozen took; logits: one (B, K) per exit, shallow first; labels (B,)."""
 
     features: Tensor
     logits: list[Tensor]

@@ -58,7 +58,7 @@ class StaticNorm(Term):
         whole = [batch for batch in rows if len(batch) >= MIN_BATCH or len(rows) == 1]
         for number, batch in enumerate(whole, 1):
             self._set_momentum(1 / number)
-            features = trained.inputs(batch)
+            features = trained.inputs(batch)[-1]
             for stage, head in zip(trained.stages, trained.heads, strict=True):
                 features = stage(features)
                 head(features)

@@ -160,7 +160,7 @@ def test_saved_bytes_equal_those_of_a_step_of_the_whole_batch(family, plan):
 
 def saved_in_one_step(model, spec: ModelSpec, plan: Plan, batch: int) -> Counter[str]:
     x = moved(torch.randn(batch, *spec.input_shape), "cpu")
-    return moments.saved(moments.whole_step(model, plan), x)
+    return moments.saved(moments.whole_step(model, plan), [x])
 
 
 def test_autograd_saves_what_a_layer_needs_by_hand():

@@ -23,6 +23,7 @@ from edge_sdk.protocol.plan_tensors import job_specs
 from edge_sdk.protocol.tensors import Sender, specs_of
 from edge_sdk.training.calibration import MemoryCalibration
 from edge_sdk.training.client_state import ClientState
+from edge_sdk.training.kept_tensors import KeptTensors
 from edge_sdk.training.saved_update import STATE, SavedUpdate
 from edge_sdk.training.worker import TrainerLoop
 from tests.support.examples import cnn, examples
@@ -271,6 +272,7 @@ class Agent:
             MemoryCalibration(made_with=""),
             SavedUpdate(self.folder),
             ClientState(self.folder / STATE),
+            KeptTensors(self.folder),
         )
 
         def serve() -> None:

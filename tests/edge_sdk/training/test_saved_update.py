@@ -21,6 +21,7 @@ from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensors import Sender, specs_of
 from edge_sdk.training.calibration import MemoryCalibration
 from edge_sdk.training.client_state import ClientState
+from edge_sdk.training.kept_tensors import KeptTensors
 from edge_sdk.training.saved_update import STATE, SavedUpdate
 from edge_sdk.training.worker import TrainerLoop
 from tests.support.devices import floats
@@ -223,6 +224,7 @@ def test_costs_that_cannot_be_counted_do_not_cost_the_update(folder):
         MemoryCalibration(made_with=""),
         SavedUpdate(folder),
         ClientState(None),
+        KeptTensors(None),
     )
     with pytest.raises(EOFError):
         loop.serve(0.0, 0.0)

@@ -15,6 +15,7 @@ from edge_sdk.models.losses import distillation
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training.optim import Optimizer
 from edge_sdk.training.segment import Cancelled, forward, parts
+from edge_sdk.training.terms.base import Trained
 from edge_sdk.training.trainer import train
 from tests.support.examples import cnn, examples
 
@@ -149,6 +150,8 @@ def test_recomputing_keeps_less_of_the_graph():
     """Bytes that autograd saves for a step: of stage 1 its input only."""
     spec = cnn()
     model, x = build(spec), torch.randn(6, *spec.input_shape)
+    segment = Segment(first=1, last=spec.exit)
+    whole = Trained(segment, model.stages, model.exits, {}, 0, lambda rows: [x[rows]])
     saved = []
     for recompute in (False, True):
         storages = {}
@@ -158,7 +161,7 @@ def test_recomputing_keeps_less_of_the_graph():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = forward(model.stages, model.exits, x, recompute)
+            logits = forward(whole, [x], recompute)
         saved.append(sum(storages.values()))
         del logits
     assert saved[1] < 0.6 * saved[0]
