@@ -18,10 +18,13 @@ from edge_sdk.models import FAMILIES, Family, build
 from edge_sdk.models.flops import FlopCounter
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
+from edge_sdk.protocol.tensor_lists import is_frozen
+from tests.support.examples import cnn
 
 CNN = ModelSpec(
     family="cnn", input_shape=(1, 4, 4), num_classes=2, exit=2, options={"channels": (2, 3)}
 )
+
 PLAN = Plan(segments=(Segment(first=1, last=2),), batch_size=4, optimizer="sgd")
 
 
@@ -378,3 +381,29 @@ def test_flops_of_attention_counted_by_hand(family):
     # backward twice a product, of patches once; of attention the scores again and four products
     trained = 2 * patches + 3 * linear + 7 * scores + 3 * exit
     assert found[1, 1].flops_per_example == 2 * trained
+
+
+@pytest.mark.parametrize(("frozen", "first", "begin"), [(("stages",), 1, 3), (("stages.0",), 1, 1)])
+def test_what_is_frozen_costs_no_gradient_and_travels_once(frozen, first, begin):
+    spec = cnn()
+    whole = by_segment(spec, PLAN, num_examples=100)[first, 3]
+    plan = replace(PLAN, frozen=frozen, epochs=2)
+    cost = by_segment(spec, plan, num_examples=100)[first, 3]
+    held = build(spec).tensors()
+    kept = sum(t.numel() * t.element_size() for n, t in held.items() if is_frozen(n, frozen))
+    still = [n for n, _ in build(spec).named_parameters() if not is_frozen(n, frozen)]
+    assert cost.gradient_bytes == sum(held[name].numel() * 4 for name in still)
+    assert cost.optimizer_bytes == 2 * cost.gradient_bytes * (PLAN.optimizer == "adam")
+    assert cost.kept_bytes == kept
+    assert cost.download_bytes == whole.download_bytes - kept
+    assert cost.upload_bytes == whole.upload_bytes - kept
+    assert cost.parameter_bytes == whole.parameter_bytes
+    with torch.no_grad():
+        made, features = torch.zeros(1, *spec.input_shape), []
+        for stage in build(spec).eval().stages[:begin]:
+            made = stage(made)
+            features.append(made.numel() * 4)
+    assert cost.cache_bytes == 100 * sum(features), "of every frozen stage that has an exit"
+    assert cost.flops_per_example < 0.7 * whole.flops_per_example
+    assert cost.frozen_flops_per_example > 0
+    assert {spec.name for spec in cost.tensors} <= set(held), "what a job lists is the same"

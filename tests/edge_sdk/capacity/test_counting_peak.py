@@ -150,8 +150,10 @@ LIGHT = ModelSpec(
         {"optimizer": "sgd", "correction": True},
         {"prune": Prune(share=0.2, target=0.1, threshold=0.0), "holdout": 0.25},
         {"teacher": Teacher(model=LIGHT, weight=0.2, is_trained=True)},
+        {"frozen": ("stages",), "optimizer": "adam", "epochs": 2},
+        {"frozen": ("stages.1",), "optimizer": "adam"},
     ],
-    ids=["correction", "prune", "teacher"],
+    ids=["correction", "prune", "teacher", "frozen backbone", "frozen stage"],
 )
 def test_predicted_peak_covers_what_a_plan_adds(terms):
     plan = Plan(segments=(Segment(first=1, last=3),), batch_size=16, **terms)
