@@ -91,6 +91,21 @@ class ServerOptions(Options, frozen=True, kw_only=True):
     ] = "ema"
 
 
+# By --optimizer, of local steps. Adam begins anew each round and moves every weight by about lr a
+# step, whatever its gradient: with few steps on skewed labels clients then drift apart, and the
+# mean over them loses to that by SGD with momentum (docs/results/label-skew.md).
+LOCAL: Mapping[str, Mapping[str, Any]] = {
+    "sgd": {"lr": 0.02, "momentum": 0.9},
+    "adam": {"lr": 1e-3, "momentum": 0.0},
+}
+# What measured best for means over devices of unequal depth, and for their bound: a client's logits
+# shifted by its own label counts, clients counting alike, a server that steps with momentum.
+STEADY: Mapping[str, Any] = {
+    "logit_adjustment": 1.0,
+    "weighting": "equal",
+    "server.momentum": 0.5,
+    "server.lr": 0.75,
+}
 # A step of fedadam or fedyogi is about lr per weight, whatever the aggregate's: 1 would ruin a
 # model in a round.
 ADAPTIVE: Mapping[str, Any] = {"server.momentum": 0.9, "server.lr": 0.01}
@@ -203,12 +218,14 @@ class RunConfig(Options, frozen=True, kw_only=True):
     participants: Annotated[Index | None, flag("clients per round, default all")] = None
     epochs: Annotated[Index, flag("local epochs")] = 1
     batch_size: Annotated[int, Meta(ge=2), flag("of a local step")] = 32
-    lr: Annotated[float, Meta(gt=0), flag("of local steps")] = 1e-3
+    lr: Annotated[float, Meta(gt=0), flag("of local steps")] = LOCAL["sgd"]["lr"]
     lr_decay: Annotated[
         float, Meta(gt=0, le=1), flag("factor of --lr from one round to the next")
     ] = 1.0
-    optimizer: Annotated[Literal["sgd", "adam"], flag("of local steps")] = "adam"
-    momentum: Annotated[Decay, flag("of local SGD", only=("--optimizer", "sgd"))] = 0.0
+    optimizer: Annotated[Literal["sgd", "adam"], flag("of local steps")] = "sgd"
+    momentum: Annotated[Decay, flag("of local SGD", only=("--optimizer", "sgd"))] = LOCAL["sgd"][
+        "momentum"
+    ]
     seed: Annotated[int, Meta(ge=0, lt=2**31), flag("of all random draws")] = 0
     eval_every: Annotated[Index, flag("rounds from one evaluation to the next")] = 1
     eval_tail: Annotated[Index, flag("last rounds that are always evaluated")] = 1
@@ -264,7 +281,7 @@ class RunConfig(Options, frozen=True, kw_only=True):
             distill="shallow-to-deep" if direction == "auto" else direction,
             distill_weight=self.distill.weight_at(round),
             distill_temperature=self.distill.temperature,
-            logit_adjustment=self.logit_adjustment,
+            logit_adjustment=self.logit_adjustment if self.model.task == "classify" else 0.0,
             frozen=frozen_prefixes(self.freeze, self.model.exit),
             holdout=self.holdout,
         )

@@ -14,7 +14,7 @@ import zmq
 
 PROTOCOL, PART_BYTES, WINDOW = 7, 524288, 8
 PLAN = {"epochs": 1, "batch_size": 32, "optimizer": "adam", "lr": 1e-3, "momentum": 0, "seed": 0}
-DONE = {*PLAN, "segments", "exit_weights", "distill", "distill_temperature"}  # no other field is
+DONE = {*PLAN, "segments", "exit_weights", "distill", "distill_temperature", "logit_adjustment"}
 KEYS = {"device.public": "PUBLIC", "device.secret": "SECRET", "server.public": "SERVER"}
 
 
@@ -42,7 +42,7 @@ def forward(w, stage, h, is_training):
     return linear, norm, h, z, scale, np.maximum(z * w[norm + "weight"] + w[norm + "bias"], 0)
 
 
-def gradients(g, w, first, h, y, weights):
+def gradients(g, w, first, h, y, weights, shift):
     """Of the joint loss, into g. Returns every exit's loss and right answers, sums of the batch."""
     kept, told, d, rows = [], [], 0, np.arange(len(y))
     for stage in range(first, first + len(weights)):
@@ -51,8 +51,9 @@ def gradients(g, w, first, h, y, weights):
         (linear, norm, h, z, scale, out), head = kept[e], f"exits.{first - 1 + e}."
         logits = out @ w[head + "weight"].T + w[head + "bias"]
         log_p = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
+        p = np.exp(log_p + shift)  # by the labels' counts here
         told.insert(0, (-log_p[rows, y].sum(), (log_p.argmax(1) == y).sum()))
-        dz = (np.exp(log_p) - np.eye(len(log_p.T))[y]) * (weights[e] / len(y))
+        dz = (p / p.sum(1, keepdims=True) - np.eye(len(p.T))[y]) * (weights[e] / len(y))
         g[head + "weight"][:], g[head + "bias"][:] = dz.T @ out, dz.sum(0)
         d = (d + dz @ w[head + "weight"]) * (out > 0)
         g[norm + "weight"][:], g[norm + "bias"][:] = (d * z).sum(0), d.sum(0)
@@ -66,6 +67,8 @@ def train(job, stream, x, y):
     """Trains the tensors in the stream, a batch before each yield, and makes the job's update."""
     plan, rng, exits, steps = job["plan"], np.random.default_rng(job["plan"]["seed"]), [], 0
     (_, w), (gradient, g) = views(job["tensors"], stream), views(job["tensors"])
+    counts = np.bincount(y, minlength=job["model"]["num_classes"])
+    shift = plan.get("logit_adjustment", 0) * np.log(counts + 0.5)
     for segment in sorted(plan["segments"], key=lambda each: -each["first"]):  # deepest first
         first, last = segment["first"], segment["last"]
         weights = plan.get("exit_weights", [])[first - 1 : last]
@@ -77,7 +80,7 @@ def train(job, stream, x, y):
             order, told, seen, size = rng.permutation(len(y)), 0, 0, plan["batch_size"]
             batches = [order[begin : begin + size] for begin in range(0, len(y), size)]
             for batch in (each for each in batches if len(each) >= min(3, size)):
-                told = told + gradients(g, w, first, inputs[batch], y[batch], weights)
+                told = told + gradients(g, w, first, inputs[batch], y[batch], weights, shift)
                 seen, t = seen + len(batch), t + 1
                 if plan["optimizer"] == "sgd":
                     m = change = plan["momentum"] * m + gradient
@@ -94,8 +97,8 @@ def train(job, stream, x, y):
     update, places = views(specs)
     for name, place in places.items():
         place[...] = w[name]
-    np.asarray_chkfinite(update)  # else ValueError
-    job["bytes"], digest = memoryview(update).cast("B"), hashlib.sha256(update).hexdigest()[:32]
+    job["bytes"] = memoryview(np.asarray_chkfinite(update)).cast("B")  # else ValueError
+    digest = hashlib.sha256(update).hexdigest()[:32]
     job["update"] = {"job": job["id"], "digest": digest, "num_examples": len(y), "tensors": specs}
     job["update"] |= {"num_steps": steps, "exits": exits, "phases": {}, "peak_memory_bytes": 0}
 

@@ -47,7 +47,8 @@ SHARED = [*RUN, *LOCAL, *LOSS, "holdout", "weighting"]
 NAMES: dict[str, Iterable[str]] = {"rule": RULES, "name": GENERATORS}
 OWN_VALUES = "defaults are those of the --method and --generator that are named"
 # Flags that decide about others.
-DECIDING = ("method", "aggregation", "generator", "server_optimizer")
+DECIDING = ("method", "aggregation", "generator", "optimizer", "server_optimizer")
+OF_METHOD = ("generator", "optimizer")  # of these, a method's own default is what decides
 IMPORT = "Python module that registers model families, methods, ... of your own"
 REPEATED: Any = {"action": "append", "default": []}  # of a flag that may be given again
 ANY_DATA: Any = {"input_shape": (1, 1, 1), "num_classes": 2}  # of a model until the data is read
@@ -217,7 +218,7 @@ class CommandParser(Parser):
             named.is_named = named.method is not None
             for name in DECIDING:  # the command line, else the preset, else the parser
                 if getattr(named, name) is None:
-                    default = None if name == "generator" else self.get_default(name)
+                    default = None if name in OF_METHOD else self.get_default(name)
                     setattr(named, name, preset.get(name, default))
             if named.method in METHODS:
                 values = _method_values(named)
@@ -325,6 +326,7 @@ def _method_values(named: argparse.Namespace) -> dict[str, Any]:
     values = defaults_of(
         named.method,
         is_paper=named.paper,
+        local=named.optimizer or "",
         optimizer=named.server_optimizer,
         generator=generator,
     )

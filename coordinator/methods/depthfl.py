@@ -28,6 +28,7 @@ from coordinator.methods.rotation import rotation
 DEFAULTS = {
     "optimizer": "sgd",
     "lr": 0.1,
+    "momentum": 0.0,
     "weighting": "equal",
     "distill.direction": "mutual",
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from coordinator.config import RunConfig
+from coordinator.config import STEADY, RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.depthwise import DepthAveraging
 from coordinator.methods.registry import OnDevice, TorchDevice, register_method
@@ -20,6 +20,7 @@ from coordinator.methods.rotation import fixed
 
 @register_method(
     "fedavg-s",
+    defaults=STEADY,
     without=("distill", "exit_weights"),
     on_device=OnDevice("exit 1 for everyone", "M_1", "K_1"),
 )
@@ -31,7 +32,7 @@ def fedavg_s(config: RunConfig, device: TorchDevice) -> Method:
 
 
 # Batch and epochs as in its table 2; the learning rate is tuned there, one for each experiment.
-PAPER = {"optimizer": "sgd", "lr": 0.1, "batch_size": 10, "epochs": 5, "server.serve": "last"}
+PAPER = {"lr": 0.1, "momentum": 0.0, "batch_size": 10, "epochs": 5, "server.serve": "last"}
 
 
 @register_method(
@@ -48,7 +49,9 @@ def fedavg(config: RunConfig, device: TorchDevice) -> Method:
     return DepthAveraging(config, fixed(exits), least_exit=exits)
 
 
-@register_method("fedavg-l", on_device=OnDevice("nothing: the whole model", "M", "K"))
+@register_method(
+    "fedavg-l", defaults=STEADY, on_device=OnDevice("nothing: the whole model", "M", "K")
+)
 def fedavg_l(config: RunConfig, device: TorchDevice) -> Method:
     """Everyone trains the whole model, all its exits: the bound, not for weak devices."""
     return DepthAveraging(config, fixed(config.model.exit))

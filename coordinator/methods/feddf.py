@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 PAPER = {
     "optimizer": "sgd",
     "lr": 0.1,
+    "momentum": 0.0,
     "batch_size": 64,
     "epochs": 40,
     "server.serve": "last",

@@ -26,7 +26,7 @@ from coordinator.methods.rotation import rotation
 from coordinator.methods.server_rule import Kept, state_of
 from edge_sdk.protocol.tensors import Tensors
 
-DEFAULTS = {"optimizer": "sgd", "lr": 0.1, "weighting": "equal"}
+DEFAULTS = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.0, "weighting": "equal"}
 # Section 4 and its appendix.
 PAPER = {
     **DEFAULTS,

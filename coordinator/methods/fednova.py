@@ -32,7 +32,7 @@ from edge_sdk.models import build
 from edge_sdk.protocol.messages import Plan
 from edge_sdk.protocol.tensors import Tensors, check_shapes
 
-DEFAULTS = {"optimizer": "sgd", "lr": 0.05}
+DEFAULTS = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.0}
 # VGG-11 on CIFAR-10, 16 clients, as Flower's baseline reproduces table 1.
 PAPER = {
     **DEFAULTS,

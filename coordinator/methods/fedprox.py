@@ -30,6 +30,7 @@ PAPER = {
     "prox_mu": 1.0,
     "optimizer": "sgd",
     "lr": 0.01,
+    "momentum": 0.0,
     "batch_size": 10,
     "epochs": 20,
     "server.serve": "last",

@@ -3,7 +3,7 @@ who trained it. With `--rotation` clients train deeper stages too (rotation.py).
 
 from __future__ import annotations
 
-from coordinator.config import RunConfig
+from coordinator.config import STEADY, RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.depthwise import DepthAveraging
 from coordinator.methods.registry import OnDevice, TorchDevice, register_method
@@ -11,7 +11,10 @@ from coordinator.methods.rotation import rotation
 
 
 @register_method(
-    "owners-mean", uses=("rotation", "server.damping"), on_device=OnDevice("depth", "M_e", "K_e")
+    "owners-mean",
+    defaults=STEADY,
+    uses=("rotation", "server.damping"),
+    on_device=OnDevice("depth", "M_e", "K_e"),
 )
 def owners_mean(config: RunConfig, device: TorchDevice) -> Method:
     """The prefix to the device's exit; each tensor is the mean over those who trained it."""

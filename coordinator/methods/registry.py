@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from coordinator.aggregation.registry import RULES
-from coordinator.config import ADAPTIVE, RunConfig
+from coordinator.config import ADAPTIVE, LOCAL, RunConfig
 from coordinator.generators.registry import GENERATORS
 from coordinator.registry import OnDevice as OnDevice
 from coordinator.registry import PartRegistry
@@ -34,16 +34,24 @@ register_method = METHODS.register
 
 
 def defaults_of(
-    method: str, *, is_paper: bool = False, optimizer: str = "fedavgm", generator: str = ""
+    method: str,
+    *,
+    is_paper: bool = False,
+    local: str = "",
+    optimizer: str = "fedavgm",
+    generator: str = "",
 ) -> dict[str, Any]:
-    """Of a run's shared settings, by their paths. optimizer: the server's; generator: if it is not
-    the method's own. Raises ConfigError for unknown names, and for --paper where there is none."""
+    """Of a run's shared settings, by their paths. local: the optimizer of local steps, and
+    generator, if they are not the method's own; optimizer: the server's. Raises ConfigError for
+    unknown names, and for --paper where there is none."""
     entry = METHODS[method]
     if is_paper and not entry.paper:
         raise ConfigError(f"method {method!r} has no settings of a paper; leave --paper out")
     found = entry.paper if is_paper else entry.defaults
     filled = GENERATORS[generator or found.get("generator.name", "none")].defaults
-    return {**filled, **found, **(ADAPTIVE if optimizer != "fedavgm" else {})}
+    own = found.get("optimizer", "sgd")
+    steps = LOCAL.get(local, {}) if local != own else {}  # another's rate would be none of its own
+    return {**filled, **found, **steps, **(ADAPTIVE if optimizer != "fedavgm" else {})}
 
 
 def make_config(
@@ -53,6 +61,7 @@ def make_config(
     `settings` gives, a field or a whole part of RunConfig, stands."""
     plain = RunConfig(method=method, model=model, **settings)
     which = {"generator": plain.generator.name} if "generator" in settings else {}
+    which |= {"local": plain.optimizer} if "optimizer" in settings else {}
     optimizer = plain.server.optimizer
     defaults = defaults_of(method, is_paper=is_paper, optimizer=optimizer, **which)
     given = settings.keys() | {f"own.{field}" for field in settings.get("own", {})}

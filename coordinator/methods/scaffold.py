@@ -33,7 +33,7 @@ from edge_sdk.protocol.tensor_lists import weight_names
 from edge_sdk.protocol.tensors import Tensors, specs_of, with_prefix
 
 BESIDE = "correction/"
-DEFAULTS = {"optimizer": "sgd", "lr": 0.05}
+DEFAULTS = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.0}
 PAPER = {**DEFAULTS, "weighting": "equal", "server.serve": "last"}
 
 

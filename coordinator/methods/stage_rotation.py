@@ -3,7 +3,7 @@ trains deeper stages, by turns, each alone over the frozen prefix before it (rot
 
 from __future__ import annotations
 
-from coordinator.config import RunConfig
+from coordinator.config import STEADY, RunConfig
 from coordinator.methods.base import Method
 from coordinator.methods.owners_mean import owners_mean
 from coordinator.methods.registry import OnDevice, TorchDevice, register_method
@@ -20,7 +20,7 @@ def check_rotates(config: RunConfig) -> None:
 
 @register_method(
     "stage-rotation",
-    defaults={"rotation.mode": "add", "rotation.stages": 0},
+    defaults={**STEADY, "rotation.mode": "add", "rotation.stages": 0},
     uses=("rotation", "server.damping"),
     check=check_rotates,
     on_device=OnDevice("depth", "M_e", "K_e, and K - K_e down and up by turns"),

@@ -62,13 +62,19 @@ def hypemefed(name, spec=None, rotation="off", **changes):
         server=ServerOptions(serve="last"),
         generator=options(name, **changes),
         rotation=RotationOptions(mode=rotation),
+        weighting="examples",
     )
     return make_method(settings)
 
 
 def owners_mean(spec=None, rotation="off"):
     return make_method(
-        config("owners-mean", model=spec or cnn(), rotation=RotationOptions(mode=rotation))
+        config(
+            "owners-mean",
+            model=spec or cnn(),
+            rotation=RotationOptions(mode=rotation),
+            weighting="examples",
+        )
     )
 
 

@@ -111,6 +111,7 @@ def coordinator(
     width = model_width(args.megabytes)
     link = ["--insecure"] if args.link == "plain" else ["--keys", str(folder)]
     command = [sys.executable, "-m", "coordinator.cli", "serve", "--method", "fedavg-l", *link]
+    command += ["--server-momentum", "0", "--server-lr", "1"]  # so that the mean can be foretold
     command += ["--model", "mlp", "--exits", "2", "--option", f"widths={width},{width}"]
     command += ["--input", str(INPUTS), "--classes", str(CLASSES), "--device", "cpu"]
     command += ["--rounds", str(args.rounds), "--min-clients", str(clients), "--quorum", "1"]

@@ -92,6 +92,8 @@ def accuracy(
             family="cnn", input_shape=train.input_shape, num_classes=train.num_classes, exit=3
         ),
         rounds=rounds,
+        optimizer="adam",
+        lr=1e-3,
         server=ServerOptions(serve="last"),
         aggregation=options,
         rotation=RotationOptions(mode="add" if rotates else "off", stages=0 if rotates else 1),

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from coordinator.methods.registry import METHODS
 
-PLAIN = "--server-momentum 0 --server-lr 1"
-MOMENTUM = "--server-momentum 0.5 --server-lr 0.75"
+# How clients train in every row that compares rules, and how the default did before `label-skew`
+ADAM = "--optimizer adam --lr 0.001 --logit-adjustment 0 --weighting examples"
+PLAIN = f"{ADAM} --server-momentum 0 --server-lr 1"
+MOMENTUM = f"{ADAM} --server-momentum 0.5 --server-lr 0.75"
 REGRESSION = "--generator update-regression --generate all"
 DISTILL = "--distill shallow-to-deep --distill-weight 1 --distill-temperature 1 --distill-ramp 10"
 FULL_RANK = 4096  # above every matrix side of the models here: nothing is cut off
@@ -63,15 +65,15 @@ FIFTY = {
     "skew": "--clients 50 --groups 30,15,5 --participants 10",
 }
 THIRTY = {"even": "--clients 30 --groups 10,10,10 --participants 6"}
-FASHION_FULL = "--epochs 2 --batch-size 32 --lr 0.001 --rounds 100 --eval-every 20 --eval-tail 5"
+FASHION_FULL = "--epochs 2 --batch-size 32 --rounds 100 --eval-every 20 --eval-tail 5"
 FASHION = f"--examples 12000 {FASHION_FULL}"
 # enough local steps for BatchNorm's statistics to follow; all of it is small, so every round counts
-DIGITS = "--epochs 5 --batch-size 8 --lr 0.002 --rounds 40 --eval-every 1"
+DIGITS = "--epochs 5 --batch-size 8 --rounds 40 --eval-every 1"
 CIFAR = (
     "--model vgg --option channels=16,32,64,128 --examples 10000 --test-examples 2000 --epochs 2"
-    " --batch-size 32 --lr 0.001 --rounds 60 --eval-every 20 --eval-tail 5"
+    " --batch-size 32 --rounds 60 --eval-every 20 --eval-tail 5"
 )
-UNIMIB = "--epochs 5 --batch-size 16 --lr 0.001 --rounds 60 --eval-every 20 --eval-tail 5"
+UNIMIB = "--epochs 5 --batch-size 16 --rounds 60 --eval-every 20 --eval-tail 5"
 UNIMIB_PAPER_MODEL = f"{UNIMIB} --model vgg --option channels=64,128,256,512"
 
 OWNERS = f"--method owners-mean {PLAIN}"
@@ -141,21 +143,23 @@ ZOO_ROWS = {
     if name not in ("stale-copy", "stage-rotation", "feddf")
 } | {"hypemefed-paper": "--method hypemefed --paper"}
 
-# Measures against label skew, alone and together, for the default and for its bound.
-MEASURES = {
-    "": "",
-    "+adjusted": " --logit-adjustment 1",
-    "+equal": " --weighting equal",
-    "+adjusted+equal": " --logit-adjustment 1 --weighting equal",
-}
+UNADJUSTED = [
+    name
+    for name in ZOO_ROWS
+    if name in METHODS
+    and not METHODS[name].is_personal
+    and not METHODS[name].defaults.get("logit_adjustment")
+]
+# The measures of the default and its bound against label skew: with all, without one, with none.
 LABEL_SKEW_ROWS = {
-    f"{label}{measure}": f"{flags}{more}"
-    for label, flags in {
-        "default": "--method hypemefed",
-        "rotation-all": f"--method stage-rotation {ALL} {MOMENTUM}",
-        "fedavg-l": f"--method fedavg-l {MOMENTUM}",
-    }.items()
-    for measure, more in MEASURES.items()
+    "default": "--method hypemefed",
+    "fedavg-l": "--method fedavg-l",
+    "default-none": f"--method hypemefed {MOMENTUM}",
+    "fedavg-l-none": f"--method fedavg-l {MOMENTUM}",
+    "default-adam": "--method hypemefed --optimizer adam",
+    "default-unadjusted": "--method hypemefed --logit-adjustment 0",
+    "default-examples": "--method hypemefed --weighting examples",
+    "default-plain-server": "--method hypemefed --server-momentum 0 --server-lr 1",
 }
 STEADY = "--eval-every 2 --eval-tail 5"
 STEADY_FASHION = f"--examples 4000 --epochs 2 --batch-size 16 --rounds 50 {STEADY}"
@@ -187,6 +191,12 @@ GRIDS = {
             *settings("unimib", SMALL, ("0.5", "0.1"), ZOO_UNIMIB),
         ),
         tuple(settings("digits", QUICK, ("0.5",), ZOO_DIGITS)),
+    ),
+    "adjusted": Grid(
+        "the zoo's other methods with logits adjusted to each client's labels",
+        {f"{name}+adjusted": f"{ZOO_ROWS[name]} --logit-adjustment 1" for name in UNADJUSTED},
+        tuple(settings("fashion", {"skew": SMALL["skew"]}, ("0.1",), ZOO_FASHION)),
+        tuple(settings("digits", QUICK, ("0.1",), ZOO_DIGITS)),
     ),
     "main": Grid(
         "every rule, Fashion-MNIST",

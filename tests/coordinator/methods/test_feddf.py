@@ -61,7 +61,7 @@ def test_a_step_by_hand():
     gradient of KL to the bias is (3/4 - 1/2, 1/4 - 1/2), and a step of SGD at rate 0.1 takes 0.1
     of it away; of two steps the second has half of the rate."""
     ensemble, spec, tensors = ensemble_of(exit_1=(0.0,))
-    plan = config("owners-mean", optimizer="sgd", lr=0.1).plan(1)
+    plan = config("owners-mean", optimizer="sgd", lr=0.1, momentum=0.0).plan(1)
     taught = ensemble.taught(tensors, plan, 1, 8, 0)
     bias = taught["exits.0.bias"] - tensors["exits.0.bias"]
     assert bias.tolist() == pytest.approx([-0.025, 0.025], abs=1e-6)
