@@ -6,7 +6,8 @@ exits' logits: the figure `accuracy_mean_of_exits`.
 
 Tensors are known by name: published code pairs them by their place in lists, which is right only
 while a client's list begins the whole one. N counts the clients that are known
-(server_rule.KnownClients). The largest integer of BatchNorm's counters is kept, not their mean."""
+(server_rule.KnownClients). The largest integer of BatchNorm's counters is kept, not their mean. Of
+late and clipped updates h takes what counted (feddyn.py)."""
 
 from __future__ import annotations
 

@@ -6,7 +6,9 @@ device (a plan's dyn_alpha). The server keeps h, zero at first:
 
 over parameters; statistics of BatchNorm follow the mean. Here each client trains the prefix to its
 exit, so h is one per tensor, over those who own it: S and N count owners (N: those that are known,
-server_rule.KnownClients). With --weighting examples shares of clients are shares of examples."""
+server_rule.KnownClients). With --weighting examples shares of clients are shares of examples.
+h moves by what counted, so for less by updates that came late or were clipped, while their clients
+took the whole of their movement into g_i: with either h is no longer the mean of the g_i."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from edge_sdk.protocol.tensors import Tensors, specs_of
 
 Rank = Annotated[float, Meta(gt=0, le=1)]
 Ranks = Annotated[tuple[Rank, ...], Meta(min_length=1, max_length=100)]
-PAPER = {"weighting": "equal", "server.serve": "last"}
+PAPER = {"weighting": "equal", "server.serve": "last"}  # rate, epochs and batch: not known to us
 
 
 class FedHMOptions(Options, frozen=True, kw_only=True):

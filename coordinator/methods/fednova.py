@@ -5,7 +5,9 @@ its steps add up to, a_i, and the mean of what results is taken times the mean a
     w <- w + (sum p_i a_i) sum p_i (w_i - w) / a_i,   sum p_i = 1
 
 a_i of t steps: t for SGD, [t - m (1 - m^t) / (1 - m)] / (1 - m) with momentum m,
-[1 - (1 - lr mu)^t] / (lr mu) with FedProx's term. Server momentum is --server-momentum.
+[1 - (1 - lr mu)^t] / (lr mu) with FedProx's term. Server momentum is --server-momentum. Deviation:
+with FedProx's term the authors' code takes the mean number of steps for (sum p_i a_i), which makes
+the server's step longer than any client's; here it is the mean a_i always.
 
 Here each client trains the prefix to its exit, and both sums are over a tensor's owners. Statistics
 of BatchNorm follow the plain mean. t is what the update tells, at most what its epochs allow over

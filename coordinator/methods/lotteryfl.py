@@ -10,9 +10,10 @@ client's mask, an eighth of a byte a weight; a client's model is the global one 
 Deviations. Pruning is decided by examples that are held out and never trained on; published code
 takes its test data. Biases and norms have no mask, as published, but begin again from copies:
 published code goes on to train the initial values. A kept 0 stays kept. Nobody ends below
---prune-target, which published code misses by up to one --prune-share. Weights: by examples,
-published alike (--paper). Loss: that of all exits together. The whole model has to fit a device,
-also once it is pruned."""
+--prune-target, which published code misses by up to one --prune-share. A client prunes from an
+accuracy of --prune-above on, published above it: of a few examples many reach just that. Weights:
+by examples, published alike (--paper). Loss: that of all exits together. The whole model has to fit
+a device, also once it is pruned."""
 
 from __future__ import annotations
 

@@ -9,7 +9,9 @@ lost its c_i begins again from zero; what it had told of before stays in c.
 
 Here each client trains the prefix to its exit, so c is one per tensor, over those who own it, and N
 is the number of known clients that do (server_rule.KnownClients). With --weighting examples shares
-of clients are shares of examples in c as in the mean: else c would not vanish at the optimum."""
+of clients are shares of examples in c as in the mean: else c would not vanish at the optimum. A
+late update counts for less in the mean, and its difference wholly in c, as its client keeps all of
+its c_i; what --clip takes off a difference is not in c."""
 
 from __future__ import annotations
 
@@ -34,7 +36,14 @@ from edge_sdk.protocol.tensors import Tensors, specs_of, with_prefix
 
 BESIDE = "correction/"
 DEFAULTS = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.0}
-PAPER = {**DEFAULTS, "weighting": "equal", "server.serve": "last"}
+# Epochs and batch as Flower's baseline reproduces it: LeNet-like, 10 clients.
+PAPER = {
+    **DEFAULTS,
+    "weighting": "equal",
+    "batch_size": 64,
+    "epochs": 10,
+    "server.serve": "last",
+}
 
 
 class ControlVariates:
