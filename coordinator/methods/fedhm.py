@@ -7,10 +7,9 @@ As published: where nobody trained the whole model, the global one counts as one
 that what low ranks leave out is not lost at once. With --rank-tau T a client of rank r weighs
 exp(-1 / (r T)) of the usual, as published for capacities that change.
 
-Deviations. Weights: by examples, published 1 / n (--weighting equal, as --paper does). Classifier
-rows: of all clients, published those that have the label. Loss: that of all exits together. Left
-out: the decay of the product, which published code does not use with clients, and a BatchNorm
-between factors. Each such weight is decomposed once a round: 8 s of one core for resnet18."""
+Deviations. Weights: by examples, published 1 / n (--paper). Classifier rows: of all clients,
+published those with the label. Loss: of all exits. Left out: the decay of the product, which
+published code does not use, and BatchNorm between factors. 8 s of a core a round for resnet18."""
 
 from __future__ import annotations
 
