@@ -53,7 +53,8 @@ class Client:
     device. Both are for arrays and Datasets; a file has them in it.
     id: this device's name, default the host name. keys: the folder of this device's keys.
     server_key: the coordinator's public key or its file, default KEYS/server.public.
-    memory_cap: most that training may use, bytes or "512M". threads: of torch, 0 for all cores.
+    memory_cap: most that training may use, bytes or "512M", M of 1024^2. threads: of torch, 0 for
+    all cores.
     imports: modules that register your model families or readers. The trainer, another process than
     yours, imports them, so a family cannot live in __main__.
     augment: "MODULE:FUNCTION", which the trainer imports too and calls with every training batch,

@@ -169,7 +169,7 @@ class Agent:
     def _send_heartbeat(self) -> bool:
         job = self._state.job
         is_sent = self._link.send(Heartbeat(round=job.round if job else 0))
-        self._conduct.expect("heartbeat", int(is_sent))
+        self._conduct.await_heartbeat(is_sent, self._link.heard_at)
         return is_sent
 
     def _on_coordinator_message(

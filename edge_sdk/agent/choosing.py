@@ -3,6 +3,8 @@ coordinator of the choice when that changes."""
 
 from __future__ import annotations
 
+import logging
+
 from edge_sdk.agent import events
 from edge_sdk.agent.events import EventLog
 from edge_sdk.agent.job_checks import check_welcome, checked_job
@@ -17,6 +19,7 @@ from edge_sdk.errors import EdgeError
 from edge_sdk.protocol.link import Link
 from edge_sdk.protocol.messages import DeviceProfile, Job, Welcome
 
+log = logging.getLogger(__name__)
 COUNTED = ("model", "variants", "plan")  # of a welcome: what costs are counted of
 
 
@@ -61,6 +64,7 @@ class Choosing:
             check_welcome(welcome, self._state.inspected)
             check_own_model(welcome, self._own)
         except EdgeError as error:
+            log.warning("nothing to train for this device: %s", error)
             self._take_costs((), welcome, str(error))
             return
         if self._trainer.process is None:

@@ -16,6 +16,12 @@ log = logging.getLogger(__name__)
 CREDIT = 200.0  # messages
 CREDIT_PER_S = 2.0  # given back
 MOST_AWAITED = 1000  # answers of one kind
+SILENT_S = 30.0  # with heartbeats unanswered, until that is logged; then when it has doubled
+LEAST_UNHEARD = 3  # heartbeats: another coordinator may want them seldom
+SILENT = (
+    "coordinator %s has said nothing for %.0f s and answers no heartbeat: it is busy or stopped, "
+    "or nothing comes back over the link; waiting for it"
+)
 
 
 class Conduct:
@@ -24,6 +30,7 @@ class Conduct:
     def __init__(self, endpoint: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._endpoint, self._clock = endpoint, clock
         self._awaited: Counter[str] = Counter()  # answers that the device has asked for, by kind
+        self._heard_at, self._num_unheard, self._tell_silence_s = self._clock(), 0, SILENT_S
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -42,6 +49,20 @@ class Conduct:
     def expect(self, kind: str, number: int = 1) -> None:
         """So many more messages of a kind may come."""
         self._awaited[kind] = min(MOST_AWAITED, self._awaited[kind] + number)
+
+    def await_heartbeat(self, is_sent: bool, heard_at: float) -> None:
+        """A heartbeat was sent, which is answered by one. heard_at: when anything came last, by the
+        clock; long silence is logged, and its end."""
+        self.expect("heartbeat", int(is_sent))
+        if heard_at != self._heard_at:
+            if self._tell_silence_s > SILENT_S:
+                log.warning("coordinator %s answers again", self._endpoint)
+            self._heard_at, self._num_unheard, self._tell_silence_s = heard_at, 0, SILENT_S
+        silent_s = self._clock() - heard_at
+        if self._num_unheard >= LEAST_UNHEARD and silent_s >= self._tell_silence_s:
+            self._tell_silence_s = 2 * silent_s
+            log.warning(SILENT, self._endpoint, silent_s)
+        self._num_unheard += is_sent
 
     def note(self, kind: str, detail: str = "") -> None:
         """A message of a kind has come; one that was not expected costs credit, and the first of

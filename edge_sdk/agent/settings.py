@@ -32,7 +32,7 @@ EXPECTED = {
     "keys": "the absolute path of the folder of keys",
     "server_key": "the coordinator's public key, or the absolute path of its file",
     "insecure": "true or false",
-    "memory_cap": 'a size such as "512M" or "1.5G"',
+    "memory_cap": 'a size such as "512M" or "1.5G", powers of 1024',
     "threads": "a number from 0 (all cores) to 1024",
     "device": '"cpu" or "cuda"',
     "ignore_conditions": "true or false",

@@ -55,7 +55,10 @@ def add_command(commands: Any, name: str, about: str, *examples: str) -> Parser:
 
 def add_memory_cap(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
-        "--memory-cap", type=size_flag, metavar="512M", help="most that training may use in all"
+        "--memory-cap",
+        type=size_flag,
+        metavar="512M",
+        help="most that training may use in all; K, M and G are powers of 1024",
     )
 
 

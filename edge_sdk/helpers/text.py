@@ -74,14 +74,17 @@ def duration(seconds: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 512M; K, M and G are powers of 1024. Raises ConfigError."""
+    """Bytes of a size such as 512M; K, M and G are powers of 1024. Raises ConfigError, also for
+    less than a MiB without a unit, which was hardly meant in bytes."""
     unit = text[-1:].upper() if text[-1:].upper() in UNITS else ""
     try:
         num_bytes = round(float(text[: len(text) - len(unit)]) * UNITS[unit])
     except (ValueError, OverflowError):
         num_bytes = 0
-    if num_bytes < 1:
-        raise ConfigError(f"size {text!r}, expected one such as 512M or 1.5G")
+    if num_bytes < (1 if unit else UNITS["M"]):
+        raise ConfigError(
+            f"size {text!r}, expected one such as 512M or 1.5G; M is 1024 x 1024 bytes"
+        )
     return num_bytes
 
 

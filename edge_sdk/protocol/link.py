@@ -106,6 +106,7 @@ class Link:
         self._search: Search | None = None
         self._target = ""  # the numeric endpoint that the socket connects to
         self._is_connected = False
+        self.heard_at = time.monotonic()  # when a message came last
         self._absence, self._num_mute = "", 0
         self._look_at, self._look_pause_s = 0.0, LOOK_S
         self.open()
@@ -163,6 +164,7 @@ class Link:
             frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return None
+        self.heard_at = time.monotonic()
         return parse_frames(frames)
 
     def messages(self) -> Iterator[tuple[Message | ProtocolError, Payload | None]]:

@@ -120,6 +120,14 @@ def test_an_own_model_that_has_no_place_in_a_run(plan, own, said):
         check_own_model(replace(welcome(), plan=plan), own)
 
 
+def test_the_devices_own_log_says_so(coordinator, tmp_path, caplog):
+    with running(coordinator.endpoint, tmp_path / "data.npz", examples(), own_model=OWN):
+        assert welcomed(coordinator, WHOLE, ()).exit == 0
+    said = [line for line in caplog.messages if "nothing to train for this device" in line]
+    assert len(said) == 1
+    assert "(--model mlp); start it without" in said[0]
+
+
 def test_an_own_model_takes_the_runs_inputs_and_classes():
     check_own_model(replace(welcome(), plan=FLAT), OWN)
     assert models_to_choose(welcome(), OWN) == (own_spec(),)

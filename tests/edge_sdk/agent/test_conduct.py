@@ -21,6 +21,38 @@ def test_what_was_asked_for_costs_nothing(caplog):
     assert (conduct.in_words(), caplog.messages) == ("", [])
 
 
+def test_a_coordinator_that_falls_silent_is_told_and_one_that_is_back(caplog):
+    clock = Clock()
+    conduct = Conduct("there", clock)
+
+    def beat(until_s: float, heard_at: float | None = None) -> None:
+        """A heartbeat every 5 s, each answered at once, or nothing heard since heard_at."""
+        while clock.now < until_s:
+            clock.now += 5
+            conduct.await_heartbeat(True, clock.now if heard_at is None else heard_at)
+
+    beat(100)
+    assert not caplog.messages
+    beat(125, heard_at=100)
+    assert not caplog.messages
+    beat(155, heard_at=100)
+    assert len(caplog.messages) == 1
+    assert "coordinator there has said nothing for 30 s" in caplog.messages[0]
+    beat(195, heard_at=100)
+    assert "for 60 s" in caplog.messages[1]
+    beat(300)
+    assert caplog.messages[2:] == ["coordinator there answers again"]
+
+
+def test_heartbeats_that_are_wanted_seldom_are_no_silence(caplog):
+    clock = Clock()
+    conduct = Conduct("there", clock)
+    for _ in range(5):
+        clock.now += 60
+        conduct.await_heartbeat(True, clock.now - 60)
+    assert not caplog.messages
+
+
 def test_a_flood_is_told_once_and_ends(caplog):
     conduct = Conduct("tcp://there:1", Clock())
     for _ in range(int(CREDIT)):

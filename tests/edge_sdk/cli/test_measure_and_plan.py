@@ -314,10 +314,19 @@ def test_wrong_usage_is_status_2(capsys, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "num_bytes"), [("1024", 1024), ("2k", 2048), ("512M", 512 * MiB), ("1.5G", 1536 * MiB)]
+    ("text", "num_bytes"),
+    [("1048576", MiB), ("2k", 2048), ("512M", 512 * MiB), ("1.5G", 1536 * MiB)],
 )
 def test_sizes(text, num_bytes):
     assert parse_size(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["512", "1048575", "0M", "-1G", "M", "nanM", "10MB"])
+def test_sizes_that_are_none_or_lack_a_unit(text):
+    with pytest.raises(
+        ConfigError, match=f"size '{text}', expected one such as 512M or 1.5G; M is"
+    ):
+        parse_size(text)
 
 
 @pytest.mark.parametrize(
