@@ -23,11 +23,14 @@ from coordinator.settings import Flag, flag_of, flags_of, shared_flags
 from edge_sdk.cli.flags import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
+    DEFAULT_EXITS,
     MAX_EXITS,
     MAX_THREADS,
     Only,
     Parser,
+    add_cuts,
     device_flag,
+    model_parts,
     option_flag,
     path_flag,
     plain_number,
@@ -77,13 +80,14 @@ def add_run_arguments(parser: Parser) -> None:
     add("--resume", action="store_true", help="go on with the run in --run-dir")
     model = parser.add_argument_group("model")
     add = model.add_argument
-    add("--model", default="cnn", help="model family")
+    add("--model", default="cnn", help="family, or a package's model: torchvision:resnet18")
     add(
         "--exits",
         type=whole_flag(1, MAX_EXITS),
-        default=3,
+        default=DEFAULT_EXITS,
         help="number of exits of the whole model",
     )
+    add_cuts(model)
     add("--option", type=option_flag, metavar="KEY=VALUE", help="model option", **REPEATED)
     add_module_flag(model)
     group = parser.add_argument_group("local training")
@@ -171,8 +175,8 @@ def run_config(args: argparse.Namespace, fields: Sequence[str], **settings: Any)
     for part, kind in own_kinds(args).items():
         (values[part] if part else settings)["own"] = taken(args, kind)
     parts = {name: kind(**values[name]) for name, kind in PARTS.items()}
-    options = dict(args.option)
-    model = ModelSpec(family=args.model, exit=args.exits, options=options, **ANY_DATA)
+    family, exits, options = model_parts(args)
+    model = ModelSpec(family=family, exit=exits, options=options, **ANY_DATA)
     settings |= {"method": args.method, "model": model, **taken(args, RunConfig, fields), **parts}
     return RunConfig(**settings)
 

@@ -195,9 +195,9 @@ def _cost(
 
 
 def _built_bytes(model: StagedModel, spec: ModelSpec) -> int:
-    """What the model of `spec` takes while it is built: of a low rank also the whole one, whose
-    layers it takes the place of."""
-    held = num_bytes(model.tensors().values())
+    """What the model of `spec` takes while it is built: of one that is cut from a module all of
+    that, of a low rank also the whole one, whose layers it takes the place of."""
+    held = max(num_bytes(model.tensors().values()), model.whole_bytes)
     if spec.rank == 1 or spec.exit == 1:
         return held
     return held + num_bytes(build(replace(spec, rank=1.0)).tensors().values())

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, UsageError
 from edge_sdk.helpers.text import destination, one_line, parse_option, parse_size
 
 Parse: TypeAlias = Callable[[str], float]
 MAX_THREADS = 1024
+DEFAULT_EXITS = 3  # of a model where neither --exits nor --cuts tells
 MAX_EXITS, MAX_CLASSES = 100, 1_000_000  # as in messages.ModelSpec
 MOST = 2**31 - 1  # of examples, clients, lines, ...
 USUAL_KEYS = "default ~/.config/edge-sdk, or keys in the service's own state folder"  # of a device
@@ -212,6 +213,37 @@ def option_flag(text: str) -> tuple[str, Any]:
         return parse_option(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def model_parts(args: argparse.Namespace) -> tuple[str, int, dict[str, Any]]:
+    """Family, exits and options of --model FAMILY, or PACKAGE:NAME of a package's model, with
+    --exits, --cuts and --option: what is cut by names has as many exits as names. Raises
+    UsageError."""
+    family, sign, name = args.model.partition(":")
+    options = dict(args.option)
+    if sign:
+        options["model"] = name
+    cuts = args.cuts or ("auto" if sign and "cuts" not in options else "")
+    if not cuts:
+        return family, args.exits, options
+    if "cuts" in options:
+        raise UsageError("--cuts and --option cuts say the same; give one of them")
+    if cuts == "auto":
+        return family, args.exits, options | {"cuts": f"auto:{args.exits}"}
+    count = len(cuts.split(","))
+    if args.exits not in (count, DEFAULT_EXITS):
+        raise UsageError(f"--cuts names {count} modules for --exits {args.exits}; give one of them")
+    return family, count, options | {"cuts": cuts}
+
+
+def add_cuts(parser: argparse._ActionsContainer) -> None:
+    """--cuts, beside --model and --exits."""
+    parser.add_argument(
+        "--cuts",
+        metavar="auto",
+        help="of a package's model: names of modules with commas, an exit behind each, or auto: "
+        "as many as --exits, at about equal operations (what such a model has without --cuts)",
+    )
 
 
 def size_flag(text: str) -> int:

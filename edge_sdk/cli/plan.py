@@ -27,14 +27,17 @@ from edge_sdk.capacity.costs import (
 from edge_sdk.cli.flags import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
+    DEFAULT_EXITS,
     MAX_CLASSES,
     MAX_EXITS,
     MOST,
     Subparsers,
     add_command,
+    add_cuts,
     add_imports,
     add_memory_cap,
     duration_flag,
+    model_parts,
     option_flag,
     part_flag,
     print_json,
@@ -81,10 +84,15 @@ def add_plan_command(subparsers: Subparsers) -> None:
         "edge-sdk plan --model cnn --input 1x28x28 --classes 10 --board raspberry-pi-4",
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, help="family, e.g. cnn")
+    said = "family, e.g. cnn, or a package's model, e.g. torchvision:resnet18"
+    model.add_argument("--model", required=True, help=said)
     model.add_argument(
-        "--exits", type=whole_flag(1, MAX_EXITS), default=3, help="exits of the whole model"
+        "--exits",
+        type=whole_flag(1, MAX_EXITS),
+        default=DEFAULT_EXITS,
+        help="exits of the whole model",
     )
+    add_cuts(model)
     model.add_argument(
         "--classes",
         type=whole_flag(2, MAX_CLASSES),
@@ -133,29 +141,30 @@ def run_plan(args: argparse.Namespace) -> int:
     with typed():
         for module in args.imports or ():
             import_module(module)
+    family, exits, options = model_parts(args)
     input_shape, num_classes, num_examples, data_bytes = _local_data(args)
     spec = checked(
         ModelSpec,
-        family=args.model,
+        family=family,
         input_shape=input_shape,
         num_classes=num_classes,
-        exit=args.exits,
+        exit=exits,
         width=args.width,
         rank=args.rank,
-        options=dict(args.option),
+        options=options,
     )
     plan = checked(
         Plan,
-        segments=[{"first": 1, "last": args.exits}],
+        segments=[{"first": 1, "last": exits}],
         epochs=args.epochs,
         batch_size=args.batch_size,
         optimizer=args.optimizer,
     )
     from edge_sdk.capacity.counting import segment_costs
-    from edge_sdk.models.checking import check_family
+    from edge_sdk.models.checking import checked_model
 
     with typed(), memory_errors("making the model"):
-        check_family(spec)  # before seconds of measuring
+        cuts = checked_model(spec).cuts  # before seconds of measuring
     profile = _profile(args.board, args.memory_cap)
     print_step("starting a trial trainer, for the memory that one needs")
     trial = _trial_trainer()
@@ -167,14 +176,17 @@ def run_plan(args: argparse.Namespace) -> int:
         costs, profile, deadline_s=args.deadline, num_examples=num_examples, epochs=plan.epochs
     )
     if args.json:
-        print_json(msgspec.to_builtins({"profile": profile, "costs": costs, "choice": choice}))
+        told = {"profile": profile, "cuts": cuts, "costs": costs, "choice": choice}
+        print_json(msgspec.to_builtins(told))
         return 0
     print(describe_profile(profile))
     parts = {"width": spec.width, "rank": spec.rank}
     cut = "".join(f", {name} {share:g}" for name, share in parts.items() if share < 1)
+    name = ":".join(filter(None, [spec.family, str(spec.options.get("model", ""))]))
     print(
-        f"model    {spec.family}, input {'x'.join(map(str, spec.input_shape))}, "
+        f"model    {name}, input {'x'.join(map(str, spec.input_shape))}, "
         f"{spec.num_classes} classes, {spec.exit} exits{cut}\n"
+        f"{_cuts(cuts)}"
         f"training {plan.epochs} x {num_examples} examples, batch {plan.batch_size}, "
         f"{plan.optimizer}; predicted:\n"
     )
@@ -256,7 +268,9 @@ def _table(
     costs: Sequence[SegmentCost], choice: Choice, profile: DeviceProfile, num_examples: int
 ) -> str:
     """One line per exit and deeper single stage, columns aligned."""
-    lines = [("trains", "parameters", "peak memory", "cache", "s/epoch", "s/round", "fits")]
+    lines = [
+        ("trains", "parameters", "Mflop", "peak memory", "cache", "s/epoch", "s/round", "fits")
+    ]
     for cost, row in zip(costs, choice.rows, strict=True):
         local = msgspec.structs.replace(profile, link_mbit_s=None)
         run = as_chosen(cost, row)
@@ -266,6 +280,7 @@ def _table(
             (
                 _name(cost),
                 f"{cost.gradient_bytes // 4:,}",
+                f"{(cost.flops_per_example + cost.frozen_flops_per_example) / 1e6:,.1f}",
                 f"{mebibytes(row.peak_bytes)} ± {row.error_bytes / 1024**2:.1f}",
                 mebibytes(row.cache_bytes) if row.cache_bytes else "-",
                 f"{twice_s - once_s:.2f}",
@@ -279,6 +294,12 @@ def _table(
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         shown.append("  ".join([line[0].ljust(widths[0]), *cells[1:-1], line[-1]]))
     return "\n".join(shown)
+
+
+def _cuts(cuts: Sequence[str]) -> str:
+    """A line that says behind which module each exit of a package's model stands."""
+    exits = [f"exit {number} behind {name}" for number, name in enumerate(cuts, 1)]
+    return f"cuts     {', '.join(exits)}\n" if exits else ""
 
 
 def _explain(costs: Sequence[SegmentCost], profile: DeviceProfile) -> str:

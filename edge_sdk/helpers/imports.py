@@ -61,7 +61,7 @@ def optional_module(name: str, what: str, extra: str) -> Any:
     needs it and how to get it."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: made for another torch
         reason = f"does not load: {one_line(str(error))}"
         if isinstance(error, ModuleNotFoundError):
             reason = "is not installed"

@@ -96,9 +96,10 @@ def parse_option(text: str) -> tuple[str, int | float | str | bool | tuple[int, 
         raise ConfigError(f"{text!r}, expected KEY=VALUE, e.g. channels=32,64,128")
     if "," in value:
         parts = value.split(",")
-        if not all(part.isdecimal() for part in parts):
+        if all(part.isdecimal() for part in parts):
+            return key, tuple(map(int, parts))
+        if not all(part[:1].isalpha() for part in parts):  # cuts=layer1,layer2 is a text
             raise ConfigError(f"{text!r}, expected whole numbers with commas")
-        return key, tuple(map(int, parts))
     if value in ("true", "false"):
         return key, value == "true"
     for kind in (int, float):

@@ -46,16 +46,18 @@ __all__ = [
 @dataclass(frozen=True)
 class Family:
     """build: of (spec), and (spec, options) where it has some. names: of the same, the original
-    name of each tensor that has one."""
+    name of each tensor that has one. makes_any: what it makes is not known here, as the modules of
+    a package are not, and is tried as a person's own."""
 
     build: Callable[..., StagedModel]
     options: type[msgspec.Struct] | None = None
     names: Callable[..., Mapping[str, str]] | None = None
+    makes_any: bool = False
 
     @property
     def is_built_in(self) -> bool:
         """Of this package, whose contract suite knows what others are asked at run time."""
-        return self.build.__module__.startswith(f"{__name__}.")
+        return self.build.__module__.startswith(f"{__name__}.") and not self.makes_any
 
 
 FAMILIES: Registry[Family] = Registry(
@@ -72,9 +74,11 @@ def register_family(
     build: Callable[..., StagedModel],
     options: type[msgspec.Struct] | None = None,
     names: Callable[..., Mapping[str, str]] | None = None,
+    *,
+    makes_any: bool = False,
 ) -> None:
     """Add a family. Raises ConfigError if the name is taken by another builder."""
-    FAMILIES.add(name, Family(build, options, names), build.__module__)
+    FAMILIES.add(name, Family(build, options, names, makes_any), build.__module__)
 
 
 def find_family(name: str) -> Family:
@@ -107,7 +111,7 @@ def build(spec: ModelSpec) -> StagedModel:
     except ConfigError as error:
         if (name := f"family {spec.family!r}") in str(error):
             raise
-        raise ConfigError(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _options(family: Family, spec: ModelSpec) -> tuple[msgspec.Struct, ...]:

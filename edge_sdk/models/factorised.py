@@ -77,7 +77,9 @@ def factorised(model: StagedModel, rank: float) -> StagedModel:
         for name in model.main_weights
         for part in (factor_names(name) if name in ranks else (name,))
     ]
-    return StagedModel(list(model.stages), list(model.exits), main_weights=main)
+    made = StagedModel(list(model.stages), list(model.exits), main_weights=main)
+    made.cuts, made.whole_bytes = model.cuts, model.whole_bytes
+    return made
 
 
 def factor_names(name: str) -> tuple[str, str]:

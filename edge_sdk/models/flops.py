@@ -28,7 +28,8 @@ class FlopCounter(TorchFunctionMode):
         self.total = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in CONVOLUTIONS:
             self._count(made.numel() * args[1][0].numel(), args[0], args[1])
@@ -39,7 +40,10 @@ class FlopCounter(TorchFunctionMode):
         elif name in RECURRENT:
             self._count_recurrent(args)
         elif name in ATTENTION:
-            self._count_attention(*args[:3])
+            self._count_attention(args[0].numel() * args[1].shape[-2], *args[:3])
+        elif name == "multi_head_attention_forward":  # of nn.MultiheadAttention, one function
+            weight = args[5] if args[5] is not None else kwargs["q_proj_weight"]
+            self._count_attention_layer(made[0], args[:3], weight, args[11])
         return made
 
     def _count(self, multiply_adds: int, *factors: Tensor) -> None:
@@ -57,9 +61,19 @@ class FlopCounter(TorchFunctionMode):
         for number, weight in enumerate(matrices):
             self._count(steps * weight.numel(), weight if number else args[0], weight)
 
-    def _count_attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Count scores and their sums of values, each (..., T, S) by a head's features; backward
+    def _count_attention(self, multiply_adds: int, *given: Tensor) -> None:
+        """Count scores and their sums of values, as many each, of query, key and value; backward
         the scores once more, as they are not kept, and two gradients of each product."""
-        multiply_adds = query.numel() * key.shape[-2]
-        has_gradient = is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        has_gradient = is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         self.total += 2 * multiply_adds * (7 if has_gradient else 2)
+
+    def _count_attention_layer(
+        self, made: Tensor, given: tuple[Tensor, ...], first: Tensor, last: Tensor
+    ) -> None:
+        """Count attention with the products before and behind it, by the weights first and last.
+        given: query (T, B, E), key and value (S, B, E)."""
+        query, key, _ = given
+        for each in given:
+            self._count(each.numel() * query.shape[-1], each, first)
+        self._count_attention(query.numel() * key.shape[0], query, first)
+        self._count(query.numel() * query.shape[-1], made, last)

@@ -56,7 +56,7 @@ def from_module(
             return torch.zeros(count, *input_shape, dtype=torch.int64)
         return torch.rand(count, *input_shape, generator=torch.Generator().manual_seed(count))
 
-    names = named_cuts(module, cuts, inputs)
+    names = named_cuts(module, cuts, inputs, num_classes)
     opened = {name[:end] for name in names for end, sign in enumerate(name) if sign == "."}
 
     def is_open(name: str, _: nn.Module) -> bool:
@@ -99,20 +99,23 @@ def module_names(model: StagedModel) -> dict[str, str]:
         for kind, parts in (("stages", model.stages), ("exits", model.exits))
         for number, part in enumerate(parts)
         if isinstance(part, fx.GraphModule)
-        for name, _ in [*part.named_parameters(), *part.named_buffers()]
+        for name in part.state_dict()
         if not name.startswith(CONSTANT)
     }
 
 
 def named_cuts(
-    module: nn.Module, cuts: Sequence[str] | str, inputs: Callable[[int], Tensor]
+    module: nn.Module,
+    cuts: Sequence[str] | str,
+    inputs: Callable[[int], Tensor],
+    num_classes: int,
 ) -> list[str]:
     """The names in `cuts`, which may ask for any. Raises ConfigError for one that is no module's,
     with the nearest, and for one that stands there twice."""
     if isinstance(cuts, str):
         found = re.fullmatch(r"auto:([1-9]\d{0,2})", cuts)
         if found:
-            return auto_cuts(module, inputs, int(found[1]))
+            return auto_cuts(module, inputs, int(found[1]), num_classes)
         raise ConfigError(f'cuts {cuts!r}, expected names of modules, or "auto:4" for 4 exits')
     known = [name for name, _ in module.named_modules() if name]
     for name in cuts:

@@ -17,17 +17,23 @@ CONTAINERS = (nn.Sequential, nn.ModuleList)
 POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
 
-def auto_cuts(module: nn.Module, inputs: Callable[[int], Tensor], count: int) -> list[str]:
+def auto_cuts(
+    module: nn.Module, inputs: Callable[[int], Tensor], count: int, num_classes: int
+) -> list[str]:
     """Names of `count` modules to cut behind, the last one before the head begins, the others so
-    that each stage has about as many operations. Blocks are not cut into, unless one has more than
-    a stage is to have. Raises ConfigError for a module with fewer places."""
+    that each stage has about as many operations. A module that gives another number of outputs than
+    num_classes has no head. Blocks are not cut into, unless one has more operations than a stage is
+    to have. Raises ConfigError for a module with fewer places."""
     flops = _module_flops(module, inputs(2))
+    found: dict[str, float] = {}
+    for parts in (count, 4 * count, 16 * count):
+        if len(found) < count:
 
-    def is_open(name: str, layer: nn.Module) -> bool:
-        return type(layer) in CONTAINERS or flops.get(name, 0.0) * count > flops[""]
+            def is_open(name: str, layer: nn.Module, parts: int = parts) -> bool:
+                return type(layer) in CONTAINERS or flops.get(name, 0.0) * parts > flops[""]
 
-    cutter = Cutter(module, record(module, inputs, is_open))
-    found = _places(module, cutter)
+            cutter = Cutter(module, record(module, inputs, is_open))
+            found = _places(module, cutter, num_classes)
     if len(found) < count:
         names = ", ".join(found) or "none"
         raise ConfigError(
@@ -44,7 +50,7 @@ def auto_cuts(module: nn.Module, inputs: Callable[[int], Tensor], count: int) ->
     return [places[place] for place in [*chosen, -1]]
 
 
-def _places(module: nn.Module, cutter: Cutter) -> dict[str, float]:
+def _places(module: nn.Module, cutter: Cutter, num_classes: int) -> dict[str, float]:
     """Operations up to each place to cut, by its module's name, in the order in which they run, up
     to where the head begins. Of places between which nothing is computed the last; of names of one
     place the shortest."""
@@ -56,7 +62,8 @@ def _places(module: nn.Module, cutter: Cutter) -> dict[str, float]:
     for name in cutter.names():
         with suppress(ConfigError):
             cut = cutter.cut_at(name)
-            if not cutter.passes_alone(cut.ref, end):
+            is_end = cut.ref == end and cut.features.shape[-1] != num_classes
+            if not (is_end or cutter.passes_alone(cut.ref, end)):
                 continue
             if _is_pool(module.get_submodule(name)):
                 pools.append(cut.ref.call)

@@ -134,13 +134,16 @@ class _Recorder(TorchFunctionMode):
         self._stale: set[int] = set()
         self._depends: list[bool] = []  # of each call: on the input
         self._flops = FlopCounter()
+        self._is_autocast = torch.is_autocast_enabled()
         self._inside = 0  # layers that are at work
         self._at_work: list[str] = []
         self.found = Recording([], {})
         self._add(Call("placeholder", "x", place="the input"), self._x)
 
     def run(self) -> Recording:
-        with self._hooked(), torch.random.fork_rng(devices=[]), self._flops, self:
+        # Whoever builds the model may do so without gradients; whether the module turns them off
+        # by itself is another matter.
+        with self._hooked(), torch.random.fork_rng([]), torch.enable_grad(), self._flops, self:
             torch.func.functional_call(self._module, self._tensors, (self._x,))
         for key in self._known:
             self._note_version(key)
@@ -281,7 +284,7 @@ class _Recorder(TorchFunctionMode):
 
     def _add(self, call: Call, output: Any) -> Ref:
         if call.kind in ("call_module", "call_function", "call_method") and (
-            not torch.is_grad_enabled() or torch.is_autocast_enabled()
+            not torch.is_grad_enabled() or torch.is_autocast_enabled() != self._is_autocast
         ):
             what = "under autocast" if torch.is_grad_enabled() else "without gradients"
             raise self._refused(f"{call.place} runs {what}, which a cut module would not")

@@ -220,6 +220,18 @@ def test_flops_of_products_by_hand(product):
     assert counter.total == 2 * (2 * 3 * 5)
 
 
+def test_flops_of_an_attention_layer_counted_by_hand():
+    """Of 2 examples of 3 positions and 4 features: four products of 6 x 4 x 4, and 2 x 3 x 3 x 4
+    multiply-adds for scores as for sums; with gradients of weights 2 times, 3 behind the first."""
+    layer, x = torch.nn.MultiheadAttention(4, 2, batch_first=True), torch.zeros(2, 3, 4)
+    with FlopCounter() as flops, torch.no_grad():
+        layer(x, x, x)
+    assert flops.total == 2 * (4 * 96 + 2 * 72)
+    with FlopCounter() as flops:
+        layer(x, x, x)
+    assert flops.total == 2 * (3 * 96 * 2 + 96 * 3 + 72 * 7)
+
+
 def test_flops_of_lstm_counted_by_hand():
     spec = ModelSpec(
         family="lstm", input_shape=(3, 7), num_classes=2, exit=2, options={"hidden": 5}
