@@ -5,6 +5,7 @@ tools/test_conformance.py."""
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from msgspec.structs import replace
 from coordinator.cli.main import main as coordinate
 from edge_sdk.data import save_shard
 from edge_sdk.infer.export import export
-from edge_sdk.models import build
+from edge_sdk.models import build, original_names
 from tests.support.examples import cnn, examples
+from tests.support.packages import package_or_skip
 from tests.support.processes import (
     PATIENCE_S,
     ROOT,
@@ -62,6 +64,23 @@ def test_an_own_family_trains(own_things, capsys):
     small = "--examples 60 --test-examples 20 --clients 3 --groups 1,1,1 --rounds 1 --epochs 1"
     assert coordinate([*flags.split(), *small.split(), "--split", "iid"]) == 0
     assert capsys.readouterr().out.startswith("round 1: 3 of 3 returned")
+
+
+def test_an_own_module_trains(own_things, capsys):
+    flags = "emulate --import own_module --model blocks --data digits --method fedavg-s"
+    small = "--examples 60 --test-examples 20 --clients 3 --groups 1,1,1 --rounds 1 --epochs 1"
+    assert coordinate([*flags.split(), *small.split(), "--split", "iid"]) == 0
+    assert capsys.readouterr().out.startswith("round 1: 3 of 3 returned")
+    spec = replace(cnn(), family="blocks")
+    assert original_names(spec)["stages.1.block2.0.weight"] == "block2.0.weight"
+
+
+def test_a_model_of_torchvision_trains_and_answers(tmp_path, capsys):
+    package_or_skip("torchvision")
+    main_of("torchvision_model.py")(str(tmp_path / "run"), rounds=1, examples=50)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("round 1: 3 of 3 returned")
+    assert re.fullmatch(r"labels( \d){5} at exits( [123]){5}", last)
 
 
 def test_a_prefix_of_the_own_family_holds_the_same_tensors(own_things):
