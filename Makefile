@@ -18,7 +18,7 @@ venv: $(STAMP) ## what the other commands need, in .venv; they make it by themse
 
 $(STAMP): pyproject.toml tests/constraints.txt
 	@echo "installing edge-sdk, torch and the tools for tests into $(VENV): once, some minutes,"
-	@echo "1.5 GB with a torch for the CPU alone, more with the one for CUDA (see README.md)"
+	@echo "1.7 GB with a torch for the CPU alone, more with the one for CUDA (see README.md)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable ".[dev]"
 	@touch $@
