@@ -226,7 +226,8 @@ class Patches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.pad(x, self.padding) if any(self.padding) else x
-        features: Tensor = self.project(x).flatten(2).transpose(1, 2)
+        # Made contiguous here, once: else every linear layer of every block makes and keeps a copy.
+        features: Tensor = self.project(x).flatten(2).transpose(1, 2).contiguous()
         return features if self.positions is None else features + self.positions
 
 

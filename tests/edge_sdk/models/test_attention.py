@@ -11,6 +11,7 @@ from torch.nn import functional
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build, initial_tensors, original_names
 from edge_sdk.models.attention import Rotary, rotary_angles
+from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training.trainer import train
 from tests.contract.families import check_slice
@@ -54,6 +55,20 @@ def test_training_lowers_the_loss_of_every_exit(family, shape):
         x, y = torch.from_numpy(data.x), torch.from_numpy(data.y)
         losses.append([functional.cross_entropy(z, y).item() for z in model(x)])
     assert all(after < before / 2 for before, after in zip(*losses, strict=True)), losses
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "shape"), [("vit", (1, 8, 8)), ("transformer", (2, 10)), ("llama", (2, 10))]
+)
+def test_features_lie_as_linear_layers_take_them(family, shape):
+    """Otherwise each keeps a copy of its input for its backward pass."""
+    spec = ModelSpec(family=family, input_shape=shape, num_classes=3, exit=2, options=SMALL)
+    model = build(spec).ready("cpu")
+    features = moved(torch.rand(2, *shape), "cpu")
+    for stage in model.stages:
+        features = stage(features)
+        assert features.is_contiguous()
 
 
 @torch.no_grad()
