@@ -37,6 +37,7 @@ FLOORS = {
         ("aggregation", "generators", "personal"),
         ("methods",),
         ("store",),
+        ("links",),
         ("fleet",),
         ("runs",),
         ("cli",),

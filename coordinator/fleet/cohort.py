@@ -22,11 +22,11 @@ from coordinator.fleet.flow_control import BUDGET_BYTES, Budget
 from coordinator.fleet.jobs import Jobs
 from coordinator.fleet.open_job import check_values
 from coordinator.fleet.patience import Patience
-from coordinator.fleet.router import Outcast, Received, Refused, Router
 from coordinator.fleet.sessions import SILENCE_S, Gone, Session, Sessions, welcome_of
 from coordinator.fleet.spool import Spool
 from coordinator.fleet.state import RoundAtHand, cohort_state, folder_bytes
 from coordinator.fleet.waiting import TELL_S, Waiting
+from coordinator.links.router import Outcast, Received, Refused, Router
 from coordinator.store.status import CohortState
 from edge_sdk.helpers.logs import event
 from edge_sdk.helpers.text import one_line

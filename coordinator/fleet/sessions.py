@@ -19,8 +19,8 @@ from coordinator.config import RunConfig
 from coordinator.fleet.counters import MAX_CLIENTS, Counters
 from coordinator.fleet.declared import plausible_hello
 from coordinator.fleet.offered import Offered
-from coordinator.fleet.rate_limit import Repeats
-from coordinator.fleet.router import (
+from coordinator.links.rate_limit import Repeats
+from coordinator.links.router import (
     NO_KEY,
     NOT_ADMITTED,
     Outcast,

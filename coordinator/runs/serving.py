@@ -12,10 +12,10 @@ import torch
 from coordinator.admission.client_list import Admission
 from coordinator.config import RunConfig
 from coordinator.fleet.cohort import ZmqCohort
-from coordinator.fleet.connections import allow_connections
 from coordinator.fleet.flow_control import BUDGET_BYTES, LEAST_BUDGET_BYTES
-from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
+from coordinator.links.connections import allow_connections
+from coordinator.links.router import Router
 from coordinator.methods.base import Method
 from coordinator.methods.registry import check_method, make_method
 from coordinator.runs.beginning import check_init

@@ -49,7 +49,7 @@ def set_common_options(socket: zmq.Socket[bytes]) -> None:
     socket.set(zmq.SNDHWM, HIGH_WATER)
     # No bound: once a queue is full, a reset of its connection aborts the process at the next PING
     # of either side (libzmq 4.3.5). What comes is bounded by what was asked for, and by the
-    # coordinator (coordinator/fleet/connections.py).
+    # coordinator (coordinator/links/connections.py).
     socket.set(zmq.RCVHWM, 0)
     socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     socket.set(zmq.HEARTBEAT_IVL, PING_MS)

@@ -13,8 +13,8 @@ from coordinator.admission.client_list import Admission
 from coordinator.cohorts.budget import Variant
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.fleet.cohort import ZmqCohort
-from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
+from coordinator.links.router import Router
 from coordinator.methods.registry import METHODS, make_method
 from coordinator.runs.rounds import run_rounds
 from coordinator.store.store import SPOOL, Store

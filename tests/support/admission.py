@@ -12,7 +12,7 @@ import zmq
 from coordinator.admission.client_list import Admission
 from coordinator.admission.invitations import Invitation, read_invitations, write_invitation
 from coordinator.cli.main import main as coordinate
-from coordinator.fleet.router import Received, Router
+from coordinator.links.router import Received, Router
 from edge_sdk.protocol.invitation import InvitationLine
 from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys
 from edge_sdk.protocol.messages import Heartbeat

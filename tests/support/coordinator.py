@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from coordinator.fleet.router import Received, Router
+from coordinator.links.router import Received, Router
 from edge_sdk.protocol.link import Payload
 from edge_sdk.protocol.messages import (
     PROTOCOL,

@@ -15,9 +15,9 @@ from coordinator.admission.client_list import Admission, add_client
 from coordinator.cohorts.base import Absence, Assignment, Client, ClientUpdate, Offer
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.flow_control import BUDGET_BYTES
-from coordinator.fleet.rate_limit import RateLimits
-from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
+from coordinator.links.rate_limit import RateLimits
+from coordinator.links.router import Router
 from edge_sdk.protocol.keys import KeyPair, make_keys
 from tests.support.devices import ANY_PORT, WAIT_S, ScriptedDevice
 from tests.support.examples import config

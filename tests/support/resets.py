@@ -21,8 +21,8 @@ from pathlib import Path
 import zmq
 
 from coordinator.admission.client_list import Admission, add_client
-from coordinator.fleet.rate_limit import RateLimits
-from coordinator.fleet.router import Received, Router
+from coordinator.links.rate_limit import RateLimits
+from coordinator.links.router import Received, Router
 from edge_sdk.protocol import link as links
 from edge_sdk.protocol.codec import encode
 from edge_sdk.protocol.keys import KeyPair, make_keys

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from coordinator.admission.client_list import Admission
-from coordinator.fleet.router import Router
+from coordinator.links.router import Router
 from edge_sdk.data.loading import save_shard
 from edge_sdk.infer.early_exit import EarlyExit
 from edge_sdk.infer.export import export

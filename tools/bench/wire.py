@@ -138,8 +138,8 @@ def serve(
     from coordinator.cohorts.base import Assignment, ClientUpdate, Offer
     from coordinator.config import RunConfig
     from coordinator.fleet.cohort import ZmqCohort
-    from coordinator.fleet.router import Router
     from coordinator.fleet.spool import Spool
+    from coordinator.links.router import Router
     from edge_sdk.protocol.tensors import specs_of
 
     torch.set_num_threads(1)

@@ -32,9 +32,9 @@ from coordinator.cohorts.base import Assignment, Client, ClientUpdate, Offer
 from coordinator.config import RunConfig
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.open_job import make_job
-from coordinator.fleet.rate_limit import RateLimits
-from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
+from coordinator.links.rate_limit import RateLimits
+from coordinator.links.router import Router
 from edge_sdk.protocol.codec import encode
 from edge_sdk.protocol.messages import (
     PROTOCOL,

@@ -8,7 +8,7 @@ import pytest
 
 from coordinator.admission import client_list
 from coordinator.admission.client_list import Admission, add_client, parse_clients
-from coordinator.fleet.router import Router
+from coordinator.links.router import Router
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import make_keys
 from tests.support.examples import KEY_A, KEY_B, mode_of, settle

@@ -13,7 +13,7 @@ import zmq
 
 from coordinator.admission.client_list import add_client, remove_client
 from coordinator.admission.invitations import Invitation, withdraw
-from coordinator.fleet.router import Router
+from coordinator.links.router import Router
 from edge_sdk.protocol.invitation import InvitationLine
 from edge_sdk.protocol.join import Refused, join
 from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys

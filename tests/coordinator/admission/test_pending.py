@@ -12,7 +12,7 @@ import zmq
 from coordinator.admission import pending
 from coordinator.admission.client_list import Admission
 from coordinator.admission.pending import MOST, PendingKeys, forget_pending, read_pending
-from coordinator.fleet.router import Router
+from coordinator.links.router import Router
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import locked
 from edge_sdk.protocol.keys import KeyPair, make_keys, read_keys

@@ -18,7 +18,7 @@ from coordinator.admission.client_list import (
     remove_client,
     replace_client,
 )
-from coordinator.fleet.router import Router
+from coordinator.links.router import Router
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.keys import make_keys, read_keys
 from edge_sdk.protocol.messages import Fault, Heartbeat, Join, Joined

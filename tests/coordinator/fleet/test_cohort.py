@@ -18,7 +18,7 @@ import torch
 from coordinator.admission.client_list import Admission
 from coordinator.cohorts.base import ClientUpdate
 from coordinator.fleet import cohort as cohort_module
-from coordinator.fleet.router import Router
+from coordinator.links.router import Router
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.codec import MAX_CONTROL_BYTES, encode
 from edge_sdk.protocol.keys import make_keys

@@ -12,9 +12,9 @@ import pytest
 
 from coordinator.admission.client_list import remove_client
 from coordinator.fleet import sessions as sessions_module
-from coordinator.fleet.rate_limit import RateLimits
-from coordinator.fleet.router import Received
-from coordinator.fleet.unfit import UnfitDevices
+from coordinator.links.rate_limit import RateLimits
+from coordinator.links.router import Received
+from coordinator.links.unfit import UnfitDevices
 from edge_sdk.protocol.keys import make_keys, read_keys
 from edge_sdk.protocol.messages import (
     PROTOCOL,

@@ -15,10 +15,10 @@ from coordinator.cohorts.base import Absence, Client, ClientUpdate
 from coordinator.fleet import jobs as jobs_module
 from coordinator.fleet.flow_control import Budget
 from coordinator.fleet.jobs import MOST_STALLS, Jobs
-from coordinator.fleet.rate_limit import RateLimits
-from coordinator.fleet.router import Received
 from coordinator.fleet.spool import Spool
-from coordinator.fleet.unfit import UnfitDevices
+from coordinator.links.rate_limit import RateLimits
+from coordinator.links.router import Received
+from coordinator.links.unfit import UnfitDevices
 from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Heartbeat, Job, Message, Ready
 from edge_sdk.protocol.stream import PART_BYTES

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import zmq
 
-from coordinator.fleet.rate_limit import MOST_DROPPED, MOST_REFUSED, SAME_LINES, RateLimits
+from coordinator.links.rate_limit import MOST_DROPPED, MOST_REFUSED, SAME_LINES, RateLimits
 from coordinator.store.status import LinkCounts
 from edge_sdk.protocol.keys import KeyPair
 from edge_sdk.protocol.messages import Fault, Heartbeat, Join, Message, Probe, Ready

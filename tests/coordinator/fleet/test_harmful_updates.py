@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from coordinator.fleet.router import Router
+from coordinator.links.router import Router
 from coordinator.methods.registry import make_method
 from coordinator.runs.rounds import run_rounds
 from coordinator.store.opening import open_store

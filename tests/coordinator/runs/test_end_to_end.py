@@ -21,8 +21,8 @@ from coordinator.cohorts.budget import Variant
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.config import RotationOptions, RunConfig, read_config
 from coordinator.fleet.cohort import ZmqCohort
-from coordinator.fleet.router import Router
 from coordinator.fleet.spool import Spool
+from coordinator.links.router import Router
 from coordinator.methods.base import Method
 from coordinator.methods.registry import make_method
 from coordinator.runs.rounds import run_rounds

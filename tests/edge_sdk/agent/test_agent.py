@@ -15,7 +15,7 @@ import torch
 from msgspec.structs import replace
 
 from coordinator.admission.client_list import Admission, add_client
-from coordinator.fleet.router import Router
+from coordinator.links.router import Router
 from edge_sdk.data.loading import Examples, save_shard
 from edge_sdk.errors import DataError, LinkError
 from edge_sdk.protocol.keys import make_keys

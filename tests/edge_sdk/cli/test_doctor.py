@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.admission.client_list import Admission, add_client
-from coordinator.fleet.router import Router
+from coordinator.links.router import Router
 from edge_sdk.cli import doctor, main
 from edge_sdk.cli.doctor import Finding
 from edge_sdk.hardware import jetson

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from coordinator.fleet.router import Router
+from coordinator.links.router import Router
 from edge_sdk.protocol import link as link_module
 from edge_sdk.protocol import reach as reach_module
 from edge_sdk.protocol.link import Link
@@ -23,7 +23,7 @@ NO_NAME = "tcp://coordinator.invalid:5555"  # a domain that never exists (RFC 67
 # Prints what of a device's link to each endpoint comes about.
 LINKS = """
 import sys, time
-from coordinator.fleet.router import Router
+from coordinator.links.router import Router
 from edge_sdk.protocol.link import Link
 from edge_sdk.protocol.messages import Heartbeat
 from edge_sdk.protocol.reach import reach

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from coordinator.fleet import cohort as cohort_module
-from coordinator.fleet.unfit import MOST, NEWS_S, UnfitDevices
+from coordinator.links.unfit import MOST, NEWS_S, UnfitDevices
 from coordinator.store.status import UnfitDevice
 from edge_sdk.errors import QuorumError
 from edge_sdk.protocol.keys import make_keys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from coordinator.fleet.rate_limit import (
+from coordinator.links.rate_limit import (
     LEAST_KEPT,
     MOST_DROPPED,
     MOST_REFUSED,

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from coordinator.fleet.rate_limit import Repeats
+from coordinator.links.rate_limit import Repeats
 from edge_sdk.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import zmq
 
-from coordinator.fleet import connections
-from coordinator.fleet.connections import OWN_FILES, allow_connections
-from coordinator.fleet.rate_limit import RateLimits
-from coordinator.fleet.router import Received, Router, wire_bytes
+from coordinator.links import connections
+from coordinator.links.connections import OWN_FILES, allow_connections
+from coordinator.links.rate_limit import RateLimits
+from coordinator.links.router import Received, Router, wire_bytes
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.codec import encode
 from edge_sdk.protocol.messages import Heartbeat

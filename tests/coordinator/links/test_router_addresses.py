@@ -9,14 +9,14 @@ from contextlib import closing
 
 import pytest
 
-from coordinator.fleet.router import Received, Router
+from coordinator.links.router import Received, Router
 from edge_sdk.errors import ConfigError
 from tests.support.addresses import KERNELS, needs_ipv6, printed_without_ipv6
 from tests.support.devices import WAIT_S, ScriptedDevice
 from tests.support.processes import ROOT, free_port
 
 LISTENED = """
-from coordinator.fleet.router import Router
+from coordinator.links.router import Router
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.link import Link
 from edge_sdk.protocol.reach import reach

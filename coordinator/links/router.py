@@ -21,9 +21,9 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from coordinator.admission import join as joining
 from coordinator.admission.client_list import Admission
-from coordinator.fleet.connections import Connections
-from coordinator.fleet.rate_limit import OUT_S, RateLimits, Repeats, Verdict, cost_of
-from coordinator.fleet.unfit import UnfitDevices
+from coordinator.links.connections import Connections
+from coordinator.links.rate_limit import OUT_S, RateLimits, Repeats, Verdict, cost_of
+from coordinator.links.unfit import UnfitDevices
 from coordinator.store.status import LinkCounts
 from edge_sdk.errors import ConfigError, ProtocolError, VersionError
 from edge_sdk.helpers.logs import event
