@@ -25,17 +25,8 @@ from msgspec.structs import fields
 
 import edge_sdk
 from coordinator.admission import join as joining
-from coordinator.fleet import (
-    cohort,
-    flow_control,
-    job_phases,
-    jobs,
-    open_job,
-    patience,
-    rate_limit,
-    router,
-    sessions,
-)
+from coordinator.fleet import cohort, flow_control, job_phases, jobs, open_job, patience, sessions
+from coordinator.links import rate_limit, router
 from edge_sdk.agent import agent, conduct, job_watch, state, trainer_process
 from edge_sdk.capacity import chooser
 from edge_sdk.data import examples

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from coordinator.fleet import router
+from coordinator.links import router
 from edge_sdk.protocol.codec import encode
 from edge_sdk.protocol.messages import Accepted, Fault, Fetch, Message, Part
 from tests.support.mutations import FEW, MORE, mutate_bytes, numbers
