@@ -34,7 +34,15 @@ from coordinator.settings import shaped
 from edge_sdk.capacity.choice import choose_exit
 from edge_sdk.capacity.costs import seconds
 from edge_sdk.capacity.counting import each_variant_cost, segment_costs
-from edge_sdk.cli.flags import DEFAULT_EPOCHS, Parser, duration_flag, option_flag
+from edge_sdk.cli.flags import (
+    DEFAULT_EPOCHS,
+    DEFAULT_EXITS,
+    Parser,
+    add_cuts,
+    duration_flag,
+    model_parts,
+    option_flag,
+)
 from edge_sdk.data.loading import Examples, load
 from edge_sdk.data.partition import check_alpha
 from edge_sdk.errors import ConfigError, EdgeError
@@ -81,7 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--alpha", type=float, default=0.5, help="Dirichlet label skew between devices")
     add("--participants", type=int, help="devices per round, default all")
     add("--model", default="cnn")
-    add("--exits", type=int, default=3)
+    add("--exits", type=int, default=DEFAULT_EXITS)
+    add_cuts(parser)
     add("--option", type=option_text, metavar="KEY=VALUE", help="model option", **REPEATED)
     for name, value in TRAINING.items():
         flag = "--" + name.replace("_", "-")
@@ -194,10 +203,15 @@ def check_model(args: argparse.Namespace) -> None:
 
 
 def spec_of(args: argparse.Namespace, examples: Examples, exit: int) -> ModelSpec:
-    options = dict(map(option_flag, args.option))
+    given = {**vars(args), "option": [option_flag(text) for text in args.option]}
+    family, exits, options = model_parts(argparse.Namespace(**given))
     shape, num_classes = examples.input_shape, examples.num_classes
     return ModelSpec(
-        family=args.model, input_shape=shape, num_classes=num_classes, exit=exit, options=options
+        family=family,
+        input_shape=shape,
+        num_classes=num_classes,
+        exit=min(exit, exits),
+        options=options,
     )
 
 
@@ -238,6 +252,7 @@ def serve_command(
     command += ["--keys", str(folder / "keys"), "--test", str(folder / "test.npz")]
     command += ["--method", args.method, "--rounds", str(args.rounds), "--seed", str(args.seed)]
     command += ["--model", args.model, "--exits", str(args.exits)]
+    command += ["--cuts", args.cuts] if args.cuts else []
     own = defaults_of(args.method, is_paper="--paper" in args.serve)
     for name, value in TRAINING.items():
         given = getattr(args, name)
