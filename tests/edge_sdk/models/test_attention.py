@@ -16,6 +16,7 @@ from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.training.trainer import train
 from tests.contract.families import check_slice
 from tests.support.examples import examples
+from tests.support.packages import package_or_skip
 
 LLAMA = ModelSpec(
     family="llama",
@@ -150,7 +151,7 @@ def test_every_tensor_of_llama_has_the_name_of_the_well_known_implementation():
 @torch.no_grad()
 @pytest.mark.parametrize("factor", [1.0, 8.0])
 def test_llama_equals_the_well_known_implementation(factor):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = package_or_skip("transformers")
     scaling = {
         "rope_type": "llama3",
         "factor": factor,
