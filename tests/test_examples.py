@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
+from safetensors.torch import load_file
 
 from coordinator.cli.main import main as coordinate
 from edge_sdk.data import save_shard
@@ -91,6 +92,23 @@ def test_a_prefix_of_the_own_family_holds_the_same_tensors(own_things):
         for exit in (2, 3)
     ]
     assert shapes[0].items() < shapes[1].items()
+
+
+def test_a_pre_trained_body_stays_frozen(own_things, tmp_path, capsys, caplog):
+    file, run = str(tmp_path / "body.pt"), tmp_path / "run"
+    command = [sys.executable, FOLDER / "pretrained.py", file]
+    subprocess.run(command, env=environment("") | {"PYTHONPATH": str(ROOT)}, check=True)
+    flags = "emulate --import pretrained --model body --exits 2 --data digits --freeze backbone"
+    small = "--examples 90 --test-examples 20 --clients 3 --groups 2,1 --rounds 2 --epochs 1"
+    given = ["--split", "iid", "--init", file, "--run-dir", str(run)]
+    assert coordinate([*flags.split(), *small.split(), *given]) == 0
+    assert "14 of the model's 18 tensors begin from it" in caplog.text
+    served, begun = load_file(run / "model.safetensors"), torch.load(file, weights_only=True)
+    for name, tensor in begun.items():
+        if not name.startswith("3."):  # its own classifier, of even and odd
+            assert torch.equal(served[f"stages.{name}"], tensor), name
+    down = dict(read_rows(run, "SELECT round, SUM(bytes_down) FROM participations GROUP BY round"))
+    assert down[1] > 2 * down[2] > 0, "what is frozen travels once"
 
 
 def test_early_exit_says_where_examples_stopped(tmp_path, capsys):

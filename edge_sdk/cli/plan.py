@@ -55,6 +55,7 @@ from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.helpers.text import mebibytes, one_line, plain_words
 from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan
+from edge_sdk.protocol.tensor_lists import frozen_prefixes
 
 DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells
 PLAN_SPEED_S = 0.3  # of sampling GFLOPS: three samples do for a prediction
@@ -128,6 +129,12 @@ def add_plan_command(subparsers: Subparsers) -> None:
     training.add_argument("--batch-size", type=batch, default=DEFAULT_BATCH_SIZE, help="of a step")
     training.add_argument("--epochs", type=epochs, default=DEFAULT_EPOCHS, help="of a round")
     training.add_argument("--optimizer", choices=("sgd", "adam"), default="adam", help="of a step")
+    training.add_argument(
+        "--freeze",
+        default="",
+        metavar="WHAT",
+        help="not trained, and sent once: backbone (all stages) or stages=1,2",
+    )
     training.add_argument("--deadline", type=duration_flag, metavar="S", help="seconds for a round")
     add_memory_cap(parser)
     parser.add_argument("--board", help=f"predict for {', '.join(board_names())}, or a .toml file")
@@ -142,6 +149,8 @@ def run_plan(args: argparse.Namespace) -> int:
         for module in args.imports or ():
             import_module(module)
     family, exits, options = model_parts(args)
+    with typed():
+        frozen = frozen_prefixes(args.freeze, exits)  # before the data are read
     input_shape, num_classes, num_examples, data_bytes = _local_data(args)
     spec = checked(
         ModelSpec,
@@ -159,6 +168,7 @@ def run_plan(args: argparse.Namespace) -> int:
         epochs=args.epochs,
         batch_size=args.batch_size,
         optimizer=args.optimizer,
+        frozen=frozen,
     )
     from edge_sdk.capacity.counting import segment_costs
     from edge_sdk.models.checking import checked_model
@@ -190,6 +200,9 @@ def run_plan(args: argparse.Namespace) -> int:
         f"training {plan.epochs} x {num_examples} examples, batch {plan.batch_size}, "
         f"{plan.optimizer}; predicted:\n"
     )
+    if plan.frozen:
+        kept_bytes = max(cost.kept_bytes for cost in costs)
+        print(f"frozen   {args.freeze}: {mebibytes(kept_bytes)} travel once, then are kept\n")
     print(_table(costs, choice, profile, num_examples))
     if args.explain:
         print(_explain(costs, profile))

@@ -275,7 +275,8 @@ def device_command(device: Device, endpoint: str, host: Host) -> list[str]:
 @contextlib.contextmanager
 def process(module: str, command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A Python process that is ended on the way out if it still runs."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    own = {"OMP_NUM_THREADS": "1", "CACHE_DIRECTORY": str(log.parent / "cache")}
+    environment = os.environ | own
     with log.open("wb") as file:
         child = subprocess.Popen(
             [sys.executable, "-m", module, *command],

@@ -123,6 +123,22 @@ def test_measure_refuses_in_one_line(capsys, arguments, message):
 
 
 @pytest.mark.usefixtures("fixed_runtime")
+def test_plan_counts_what_is_frozen(capsys):
+    """Of a cnn of 4, 8, 8 channels its exits are left: 10 classes of 20 channels at 4 places,
+    and biases; (4, 4, 4), (8, 2, 2) and (8, 1, 1) floats of 300 examples are kept."""
+    arguments = ["--board", "raspberry-pi-4", "--examples", "300", "--epochs", "2"]
+    given = [*PLAN, *arguments, "--option", "channels=4,8,8", "--freeze"]
+    assert main.main([*given, "backbone"]) == 0
+    out = capsys.readouterr().out
+    (words,) = (line.split() for line in out.splitlines() if line.startswith("exit 3 "))
+    assert words[2] == "830"
+    assert words[7] == "0.1"
+    assert "frozen   backbone: 0.0 MiB travel once, then are kept" in out
+    assert main.main([*given, "stages=4"]) == 1
+    assert "--freeze stages=4: the model has stages 1 to 3" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fixed_runtime")
 def test_plan_for_a_board(capsys):
     arguments = ["--board", "raspberry-pi-4", "--examples", "300", "--epochs", "2"]
     assert main.main([*PLAN, *arguments, "--option", "channels=4,8,8"]) == 0
