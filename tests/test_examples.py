@@ -108,7 +108,7 @@ def test_a_pre_trained_body_stays_frozen(own_things, tmp_path, capsys, caplog):
         if not name.startswith("3."):  # its own classifier, of even and odd
             assert torch.equal(served[f"stages.{name}"], tensor), name
     down = dict(read_rows(run, "SELECT round, SUM(bytes_down) FROM participations GROUP BY round"))
-    assert down[1] > 2 * down[2] > 0, "what is frozen travels once"
+    assert down[1] > down[2] > 0, "what is frozen travels once"
 
 
 def test_early_exit_says_where_examples_stopped(tmp_path, capsys):
