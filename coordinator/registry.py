@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 from coordinator.config import Options, Own, RunConfig
 from coordinator.settings import own_options
 from edge_sdk.helpers.registry import Registry
+from edge_sdk.protocol.fields import Task
+from edge_sdk.tasks.metrics import METRICS
 
 Made = TypeVar("Made")
 Make = TypeVar("Make", bound=Callable[..., Any])
@@ -41,7 +43,7 @@ class Registered(Generic[Made]):
 
     Of a method: uses, without: the shared settings that it has a place for of OPT_IN, and has none
     for of all others, by their paths or whole parts, e.g. "server". is_personal: it may have a
-    model of its own for each client."""
+    model of its own for each client. tasks: of a model's outputs, that it makes sense for."""
 
     make: Callable[..., Made]
     options: type[Options] | None = None
@@ -52,6 +54,7 @@ class Registered(Generic[Made]):
     check: Callable[[RunConfig], None] | None = None
     on_device: OnDevice | None = None
     is_personal: bool = False
+    tasks: Collection[Task] = tuple(METRICS)
 
     @property
     def about(self) -> str:
@@ -84,6 +87,7 @@ class PartRegistry(Registry[Registered[Made]]):
         check: Callable[[RunConfig], None] | None = None,
         on_device: OnDevice | None = None,
         is_personal: bool = False,
+        tasks: Collection[Task] = tuple(METRICS),
     ) -> Callable[[Make], Make]:
         """Decorates the function; see Registered. Raises ConfigError for a name that is taken."""
 
@@ -98,6 +102,7 @@ class PartRegistry(Registry[Registered[Made]]):
                 check,
                 on_device,
                 is_personal,
+                tasks,
             )
             self.add(name, entry, make.__module__)
             return make

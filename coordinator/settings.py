@@ -16,8 +16,9 @@ from msgspec.structs import replace
 
 from coordinator.config import PARTS, Options, Own, RunConfig
 from edge_sdk.data.contract import NOT_KNOWN, TrainedOn
-from edge_sdk.errors import DataError, UsageError
+from edge_sdk.errors import ConfigError, DataError, UsageError
 from edge_sdk.helpers.text import destination, one_line, plain_words
+from edge_sdk.protocol.fields import Task
 from edge_sdk.protocol.messages import Plan
 
 Checked = TypeVar("Checked")
@@ -31,6 +32,8 @@ OTHER_FLAGS = {  # of settings that do not say it themselves
     "model.options": "--option",
     "model.input_shape": "--input",
     "model.num_classes": "--classes",
+    "model.task": "--task",
+    "model.vocabulary": "--vocabulary",
 }
 
 
@@ -183,14 +186,24 @@ def shaped(
     input_shape: tuple[int, ...],
     num_classes: int,
     trained_on: TrainedOn = NOT_KNOWN,
+    task: Task = "classify",
+    vocabulary: int = 0,
 ) -> RunConfig:
-    """With a model for that data. Raises DataError for data of one class."""
-    if num_classes < 2:
-        raise DataError(
-            f"{config.data or '--classes'}: got {num_classes} class, expected at least 2 to tell "
-            "apart; give other data"
-        )
-    spec = replace(config.model, input_shape=tuple(input_shape), num_classes=num_classes)
+    """With a model for that data. Raises DataError for data of one class, or UsageError."""
+    from edge_sdk.tasks.table import task_of  # loads numpy
+
+    spec = replace(
+        config.model,
+        input_shape=tuple(input_shape),
+        num_classes=num_classes,
+        task=task,
+        vocabulary=vocabulary,
+    )
+    try:
+        task_of(task).check(spec)
+    except ConfigError as error:
+        kind = DataError if config.data else UsageError
+        raise kind(f"{config.data or '--classes'}: {error}") from error
     return replace(config, model=spec, trained_on=trained_on)
 
 

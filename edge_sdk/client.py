@@ -32,6 +32,8 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.hardware import conditions
 from edge_sdk.helpers.standard_streams import open_closed_streams
 from edge_sdk.helpers.text import parse_size
+from edge_sdk.protocol.fields import Task
+from edge_sdk.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from edge_sdk.data.in_memory import About, Dataset, Source
@@ -50,7 +52,9 @@ class Client:
     quarter of it, or all of it if its items are uint8 (measured: 30 MB for 125 MB).
     layout: "images", "series" or "features", where the axes of x could mean two things or a channel
     axis is missing. class_names: of all classes, in the order of the labels, the same on every
-    device. Both are for arrays and Datasets; a file has them in it.
+    device. task: what y means, see docs/tasks.md: "classify", "multilabel", "regress", "tokens".
+    vocabulary: x are integers below it, token ids (n, T). These four are for arrays and Datasets; a
+    file has them in it.
     id: this device's name, default the host name. keys: the folder of this device's keys.
     server_key: the coordinator's public key or its file, default KEYS/server.public.
     memory_cap: most that training may use, bytes or "512M", M of 1024^2. threads: of torch, 0 for
@@ -72,6 +76,8 @@ class Client:
         data: str | os.PathLike[str] | tuple[Any, Any] | Dataset,
         layout: str | None = None,
         class_names: Sequence[str] = (),
+        task: Task = "classify",
+        vocabulary: int = 0,
         id: str | None = None,
         keys: str | os.PathLike[str] | None = None,
         server_key: str | os.PathLike[str] | None = None,
@@ -116,7 +122,7 @@ class Client:
             augment=augment,
         )
         self._secrets = device_secrets(settings, "server_key")
-        self._data, self._about = _checked_data(data, layout, class_names)
+        self._data, self._about = _checked_data(data, layout, class_names, task, vocabulary)
         client_id = checked_id(id, "id")
         self._options = AgentOptions(
             client_id=client_id,
@@ -168,17 +174,23 @@ class Client:
 
 
 def _checked_data(
-    data: object, layout: str | None, class_names: Sequence[str]
+    data: object, layout: str | None, class_names: Sequence[str], task: Task, vocabulary: int
 ) -> tuple[str | Source, About | None]:
     names = checked_names(class_names, "class_names")
     if isinstance(data, str | os.PathLike):
-        if layout is not None or names:
-            said = "layout and class_names are for arrays and Datasets; put them into the file"
+        if layout is not None or names or task != "classify" or vocabulary:
+            said = (
+                "layout, class_names, task and vocabulary are for arrays and Datasets; put them "
+                "into the file"
+            )
             raise ConfigError(f"data {os.fspath(data)!r}: {said}")
         return os.fspath(data), None
     from edge_sdk.data.in_memory import About, checked_source
 
-    about = About(layout, names)
+    if task not in METRICS or not isinstance(vocabulary, int) or vocabulary < 0:
+        known = f"expected one of {', '.join(METRICS)}, and a number of token ids or 0"
+        raise ConfigError(f"task {task!r}, vocabulary {vocabulary!r}, {known}")
+    about = About(layout, names, task, vocabulary)
     return checked_source(data, about), about
 
 

@@ -17,7 +17,7 @@ def show(event: Event) -> None:
     """Called in the thread of run(), so it must be quick."""
     print(event.kind, event.round, event.detail, flush=True)
     for result in event.exits:  # of "trained"
-        print(f"  exit {result.exit}: loss {result.loss:.3f}, accuracy {result.accuracy:.2f}")
+        print(f"  exit {result.exit}: loss {result.loss:.3f}, {event.metric} {result.metric:.2f}")
 
 
 def main(coordinator: str, x_file: str, y_file: str) -> None:

@@ -90,7 +90,7 @@ def train(job, stream, x, y):
                 stream -= plan["lr"] * change  # 0 where there is no gradient
                 yield
         for exit, (loss, right) in enumerate((told / seen).tolist(), first):
-            exits.append({"exit": exit, "loss": loss, "accuracy": right})
+            exits.append({"exit": exit, "loss": loss, "metric": right})
         steps += t
     trained = {e["exit"] - 1 for e in exits}
     specs = [spec for spec in job["tensors"] if int(spec["name"].split(".")[1]) in trained]

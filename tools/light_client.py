@@ -257,7 +257,7 @@ def finished(job: Job) -> Update:
         round=job.round,
         num_examples=NUM_EXAMPLES,
         num_steps=1,
-        exits=tuple(ExitResult(exit=e, loss=0.0, accuracy=0.0) for e in sorted(exits)),
+        exits=tuple(ExitResult(exit=e, loss=0.0, metric=0.0) for e in sorted(exits)),
         phases={"train": Phase(wall_s=0.0)},
         peak_memory_bytes=0,
         tensors=trained(job),

@@ -12,7 +12,7 @@ from coordinator.config import RunConfig
 from coordinator.fleet.flow_control import BUDGET_BYTES
 from coordinator.settings import shaped
 from edge_sdk.cli.flags import (
-    MAX_CLASSES,
+    MOST_IDS,
     Only,
     add_command,
     duration_flag,
@@ -23,6 +23,8 @@ from edge_sdk.cli.flags import (
 )
 from edge_sdk.errors import UsageError
 from edge_sdk.helpers.imports import heavy_imports
+from edge_sdk.protocol.fields import MAX_OUTPUTS
+from edge_sdk.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from coordinator.runs.serving import ServeSettings
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 PACE = ["min_clients", "deadline_s", "grace_s", "quorum", "min_updates"]
 LATE = ["mode", "late", "staleness_half_life"]
 INPUT = "shape of an example; with --test that set's"
-CLASSES = "number of classes; with --test at least that set's, which may lack some"
+CLASSES = "classes, or outputs of another task; with --test at least that set's"
+TASK = "what they mean, default that of --test, else classify; see docs/tasks.md"
+VOCABULARY = "examples are token ids below N"
 GIVE_UP = "end with status 3 when devices are too few and nothing changes for so long, 0: never"
 
 
@@ -54,7 +58,9 @@ def add_serve_command(commands: Any) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--test", help="common test set: a data source, its test part or else all of it")
     add("--input", type=shape_flag, metavar="1x28x28", help=INPUT)
-    add("--classes", type=whole_flag(2, MAX_CLASSES), help=CLASSES)
+    add("--classes", type=whole_flag(1, MAX_OUTPUTS), help=CLASSES)
+    add("--task", choices=METRICS, help=TASK)
+    add("--vocabulary", type=whole_flag(1, MOST_IDS), metavar="N", help=VOCABULARY)
     group = parser.add_argument_group("pace of the rounds")
     add_flags(group, RunConfig, [*PACE, *LATE], defaults={"quorum": 0.5})
     add = group.add_argument
@@ -90,7 +96,13 @@ def serve_settings(args: argparse.Namespace) -> tuple[RunConfig, ServeSettings]:
             raise UsageError(
                 "give --test SOURCE, or --input and --classes to train without a test set"
             )
-        config = shaped(config, args.input, args.classes)
+        config = shaped(
+            config,
+            args.input,
+            args.classes,
+            task=args.task or "classify",
+            vocabulary=args.vocabulary or 0,
+        )
     if args.run_dir is None:
         raise UsageError("serve needs --run-dir, the folder that the run lives in")
     settings = ServeSettings(
@@ -108,5 +120,7 @@ def serve_settings(args: argparse.Namespace) -> tuple[RunConfig, ServeSettings]:
         imports=tuple(args.imports),
         input_shape=args.input,
         num_classes=args.classes,
+        task=args.task,
+        vocabulary=args.vocabulary,
     )
     return config, settings

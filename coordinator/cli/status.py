@@ -20,7 +20,7 @@ import msgspec
 from coordinator.store.database import DATABASE
 from coordinator.store.failures import Failures
 from coordinator.store.lock import RunLock
-from coordinator.store.reader import ALONE, RoundRow, RunRow, last_failures, last_rounds, run_row
+from coordinator.store.reader import COLUMNS, RoundRow, RunRow, last_failures, last_rounds, run_row
 from coordinator.store.status import (
     ClientState,
     Health,
@@ -33,6 +33,7 @@ from coordinator.store.status import (
 )
 from edge_sdk.cli.flags import add_command, path_flag, whole_flag
 from edge_sdk.errors import StoreError
+from edge_sdk.tasks.metrics import METRICS, Metric
 
 STATUS: dict[Health, int] = {"running": 0, "finished": 0, "dead": 3, "unknown": 4}
 ROUNDS = 5
@@ -144,11 +145,13 @@ def described(view: View, folder: Path) -> list[str]:
         lines.append(f"{folder} has no status.json: what its coordinator does is not known")
     else:
         lines += _run_lines(view.status, view, folder)
-        lines += _client_lines(view.status.cohort.clients, view.age_s or 0.0)
+        task = view.run.task if view.run else view.status.task
+        lines += _client_lines(view.status.cohort.clients, view.age_s or 0.0, METRICS[task])
         lines += _unfit_lines(view.status.cohort.unfit, view.age_s or 0.0)
     if view.rounds:
-        head = "round,returned,late,failed,down,up,seconds,training loss,accuracy per exit in %"
-        lines += ["", *with_holdouts(head, view.rounds, _round_cells)]
+        head = "round,returned,late,failed,down,up,seconds,training loss,{name} per exit{in_unit}"
+        metric = METRICS[view.rounds[0].task]
+        lines += ["", *with_holdouts(headed(head, metric), view.rounds, _round_cells)]
     lines += _failure_lines(view)
     if view.problem:
         lines += ["", view.problem]
@@ -205,12 +208,12 @@ def _run_lines(status: Snapshot, view: View, folder: Path) -> list[str]:
     return lines
 
 
-def _client_lines(clients: Sequence[ClientState], age_s: float) -> list[str]:
+def _client_lines(clients: Sequence[ClientState], age_s: float, metric: Metric) -> list[str]:
     """age_s: of the snapshot, which is added to how long ago each was seen."""
     if not clients:
         return ["", "no clients yet"]
     phases = Counter(client.phase for client in clients)
-    head = "client,phase,exit,round,down,up,updates,loss,accuracy %,seen,platform,address,faults"
+    head = "client,phase,exit,round,down,up,updates,loss,{head},seen,platform,address,faults"
     rows = [
         [
             client.name,
@@ -220,8 +223,8 @@ def _client_lines(clients: Sequence[ClientState], age_s: float) -> list[str]:
             size(client.bytes_down),
             size(client.bytes_up),
             str(client.updates),
-            per_exit((result.loss for result in client.exits), ".3g"),
-            per_exit((result.accuracy for result in client.exits), ".1f", 100),
+            per_exit(result.loss for result in client.exits),
+            per_exit((result.metric for result in client.exits), metric.shown),
             lasting(client.last_seen_s + age_s),
             client.platform or "-",
             client.address or "-",
@@ -229,7 +232,7 @@ def _client_lines(clients: Sequence[ClientState], age_s: float) -> list[str]:
         ]
         for client in clients
     ]
-    return ["", f"{len(clients)} clients: {_counted(phases)}", *table(head, rows)]
+    return ["", f"{len(clients)} clients: {_counted(phases)}", *table(headed(head, metric), rows)]
 
 
 def _unfit_lines(unfit: Sequence[UnfitDevice], age_s: float) -> list[str]:
@@ -251,15 +254,21 @@ def _round_cells(row: RoundRow) -> list[str]:
         size(row.bytes_down),
         size(row.bytes_up),
         f"{row.wall_s:.1f}",
-        per_exit(row.loss, ".3g"),
-        per_exit(row.accuracy, ".1f", 100),
+        per_exit(row.loss),
+        per_exit(row.metric, METRICS[row.task].shown),
     ]
 
 
-def per_exit(values: Iterable[float | None], form: str, factor: float = 1) -> str:
+def per_exit(values: Iterable[float | None], form: Callable[[float], str] = "{:.3g}".format) -> str:
     """As "1.2 / 0.8 / -", exit 1 first; "-" where nothing is known."""
-    cells = ["-" if value is None else format(factor * value, form) for value in values]
-    return " / ".join(cells) or "-"
+    return " / ".join("-" if value is None else form(value) for value in values) or "-"
+
+
+def headed(head: str, metric: Metric) -> str:
+    """The heads of a table, with the metric's name and unit in their places."""
+    unit = " %" * metric.is_share
+    in_unit = " in %" * metric.is_share
+    return head.format(head=metric.head, name=metric.name, unit=unit, in_unit=in_unit)
 
 
 def table(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
@@ -278,16 +287,19 @@ def table(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
 def with_holdouts(
     head: str, rounds: Sequence[RoundRow], cells: Callable[[RoundRow], list[str]]
 ) -> list[str]:
-    """A table of rounds, with a column for each figure of hold-outs that some round has."""
-    more = {
-        name: said
-        for name, said in ALONE.items()
-        if any(getattr(r, name) is not None for r in rounds)
-    }
-    rows = [
-        cells(row) + [per_exit([getattr(row, name)], ".1f", 100) for name in more] for row in rounds
-    ]
-    return table(",".join([head, *more.values()]), rows)
+    """A table of rounds, with a column for each figure of hold-outs that some round has, and for
+    the perplexity of the served model."""
+    metric = METRICS[rounds[0].task]
+    names = [n for n in COLUMNS if any(getattr(r, n) is not None for r in rounds)]
+    heads = [COLUMNS[name] + " %" * metric.is_share for name in names]
+    has_perplexity = any(row.perplexity for row in rounds)
+
+    def more(row: RoundRow) -> list[str]:
+        found = [per_exit([getattr(row, name)], metric.shown) for name in names]
+        return found + [per_exit(row.perplexity, "{:.4g}".format)] * has_perplexity
+
+    rows = [cells(row) + more(row) for row in rounds]
+    return table(",".join([head, *heads, *["perplexity"] * has_perplexity]), rows)
 
 
 def _counted(counts: dict[str, int] | Counter[Any]) -> str:

@@ -21,7 +21,7 @@ from edge_sdk.data.partition import (
     partition_dirichlet,
     partition_iid,
 )
-from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.errors import ConfigError, DataError, UsageError
 
 
 def split_shards(
@@ -31,7 +31,7 @@ def split_shards(
     if split == "iid":
         parts = partition_iid(len(train), num_clients, seed)
     elif split == "dirichlet":
-        parts = partition_dirichlet(train.y, num_clients, alpha, seed)
+        parts = partition_dirichlet(train.strata, num_clients, alpha, seed)
     elif split == "subject":
         if train.subject is None:
             raise DataError("this data has no subjects; use --split dirichlet or iid")
@@ -83,6 +83,15 @@ def check_population(population: Population, num_exits: int) -> None:
     check_holders(population.holders)
     if population.split == "dirichlet":
         check_alpha(population.alpha)
+
+
+def check_split(population: Population, train: Examples) -> None:
+    """Raise UsageError for shares of classes of data that have none."""
+    if population.split == "dirichlet" and train.task != "classify":
+        raise UsageError(
+            f"--split dirichlet shares out classes, these data are for {train.task}; give "
+            "--split iid" + " or subject" * (train.subject is not None)
+        )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from edge_sdk.protocol.messages import Holdout, Job, Ready, Update
 from edge_sdk.protocol.stream import PART_BYTES
 from edge_sdk.protocol.tensor_lists import check_specs, is_frozen
 from edge_sdk.protocol.tensors import Receiver, Sender, check_finite
+from edge_sdk.tasks.metrics import METRICS
 
 MOST_WANTED = 16  # ranges of parts that a device may have asked for and not been sent
 
@@ -305,9 +306,12 @@ def check_update(update: Update, open_job: OpenJob) -> None:
     told = [result.exit for result in update.exits]
     if sorted(told) != sorted(trained):
         raise ShapeError(f"{where}: results of exits {told}, trained were {sorted(trained)}")
+    metric = METRICS[open_job.job.model.task]
     for result in update.exits:
         if not math.isfinite(result.loss):
             raise ShapeError(f"{where}: loss of exit {result.exit} is {result.loss}")
+        if metric.is_share and result.metric > 1:
+            raise ShapeError(f"{where}: {metric.name} of exit {result.exit} is {result.metric}")
     if update.holdout:
         _check_holdout(update.holdout, open_job, where)
 
@@ -319,6 +323,7 @@ def _check_holdout(told: Holdout, open_job: OpenJob, where: str) -> None:
     if told.num_examples >= open_job.client.num_examples:
         got = f"{told.num_examples} examples of {open_job.client.num_examples}"
         raise ShapeError(f"{where}: a hold-out of {got}, which leaves none to train on")
-    if told.num_correct > told.num_examples or not math.isfinite(told.loss):
-        got = f"{told.num_correct} right of {told.num_examples}, loss {told.loss}"
+    metric = METRICS[open_job.job.model.task]
+    if (metric.is_share and told.metric > 1) or not math.isfinite(told.loss):
+        got = f"{metric.name} {told.metric}, loss {told.loss}"
         raise ShapeError(f"{where}: a hold-out of {got}")

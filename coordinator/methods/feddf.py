@@ -38,6 +38,7 @@ from edge_sdk.data.contract import mismatch
 from edge_sdk.data.loading import load_shard
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.tensors import Tensors, check_shapes
+from edge_sdk.tasks.metrics import ONLY_CLASSES
 
 log = logging.getLogger(__name__)
 # ResNet-8 on CIFAR-10, CIFAR-100 as the public set.
@@ -97,9 +98,11 @@ class Fusion:
 
 
 def public_inputs(config: RunConfig, options: FedDFOptions) -> Tensor:
-    """(n, *input_shape) float32. Raises DataError or ConfigError for what the model cannot take."""
+    """(n, *input_shape) float32, or token ids. Raises DataError or ConfigError for what the model
+    cannot take."""
     data, where = load_shard(options.public), f"--public {options.public}"
-    if data.input_shape != config.model.input_shape:
+    is_other = bool(data.vocabulary) != bool(config.model.vocabulary)
+    if is_other or data.input_shape != config.model.input_shape:
         raise ConfigError(
             f"{where} has examples of {data.input_shape}, expected {config.model.input_shape} as "
             "the run's own data; give others"
@@ -128,6 +131,7 @@ def check_public(config: RunConfig) -> None:
     without=("aggregation.rule", "aggregation.trim", "freeze"),
     check=check_public,
     on_device=OnDevice("depth", "M_e", "K_e"),
+    tasks=ONLY_CLASSES,  # it distils a softmax
 )
 def feddf(config: RunConfig, device: TorchDevice, options: FedDFOptions) -> Method:
     """The prefix to the device's exit; the server distils their models' answers on a public set."""

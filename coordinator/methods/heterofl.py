@@ -64,7 +64,7 @@ class WidthOptions(Options, frozen=True, kw_only=True):
                 plan,
                 static_norm=self.static_norm,
                 scaler="training" if self.scaler else "none",
-                mask_absent=self.mask_absent,
+                mask_absent=self.mask_absent and model.task == "classify",
                 clip_norm=self.clip_norm,
             )
 

@@ -144,6 +144,7 @@ def check_holdout(config: RunConfig) -> None:
     check=check_holdout,
     on_device=OnDevice("nothing: the whole model", "M and K", "s K + K / 32", "initial values"),
     is_personal=True,
+    tasks=("classify", "multilabel", "tokens"),  # whose metric is a share, as --prune-above is
 )
 def lotteryfl(config: RunConfig, device: TorchDevice, options: LotteryOptions) -> Method:
     """Each client prunes the global model to a small one of its own, by what it holds out."""

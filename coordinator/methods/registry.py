@@ -85,9 +85,26 @@ def check_method(config: RunConfig) -> None:
                 f"method {config.method!r}: {flag.name} {value} has no place there; leave it out, "
                 "or choose another method (edge-coordinator methods)"
             )
+    _check_task(config)
     if method.check:
         method.check(config)
     find_family(config.model.family)
+
+
+def _check_task(config: RunConfig) -> None:
+    """Raise ConfigError for what only makes sense for other tasks than the data's."""
+    task = config.model.task
+    parts: tuple[tuple[str, PartRegistry[Any], str], ...] = (
+        ("--method", METHODS, config.method),
+        ("--aggregation", RULES, config.aggregation.rule),
+        ("--generator", GENERATORS, config.generator.name),
+    )
+    for flag, registry, name in parts:
+        if task not in (known := registry[name].tasks):
+            raise ConfigError(
+                f"{flag} {name} is for the task {' or '.join(known)}, these data are for {task}; "
+                "choose another (docs/tasks.md)"
+            )
 
 
 def make_method(config: RunConfig, device: TorchDevice = "cpu") -> Method:

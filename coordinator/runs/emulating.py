@@ -26,6 +26,7 @@ from coordinator.cohorts.population import (
     Population,
     check_population,
     check_processes,
+    check_split,
     choose_holders,
     emulated_clients,
     exits_of,
@@ -37,7 +38,7 @@ from coordinator.methods.base import Method
 from coordinator.methods.registry import check_method, make_method
 from coordinator.runs.beginning import check_init
 from coordinator.runs.costs import client_costs
-from coordinator.runs.evaluate import Personalised, personalised_accuracy
+from coordinator.runs.evaluate import Personalised, personalised
 from coordinator.runs.exporting import check_export, export_finished, try_export
 from coordinator.runs.own_models import STATES, OwnModels, check_global, has_global, write_model
 from coordinator.runs.rounds import check_folder, print_round, run_rounds
@@ -51,6 +52,7 @@ from edge_sdk.errors import EdgeError, ExportError, StoreError, UsageError, type
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.helpers import files
 from edge_sdk.helpers.interrupts import stop_signals
+from edge_sdk.tasks.metrics import METRICS
 from edge_sdk.training.devices import pick_device
 
 log = logging.getLogger(__name__)
@@ -105,7 +107,9 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
     torch.set_num_threads(settings.threads)
     data = load_dataset(config.data, config.seed, config.examples, config.test_examples)
     train = data.train
-    config = shaped(config, train.input_shape, train.num_classes, train.trained_on)
+    shape = train.input_shape, train.num_classes
+    config = shaped(config, *shape, train.trained_on, train.task, train.vocabulary)
+    check_split(population, train)
     config = checked(replace(config, population=population.text()))
     with typed():
         method = make_method(config, device)  # a model that cannot be built begins no run
@@ -166,13 +170,14 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         if own:
             extra["personal"] = msgspec.to_builtins(own.results(method))
         if epochs := settings.personal_epochs:
+            metric = METRICS[train.task]
             found = personalise(config, method, cohort.clients(), clients, epochs, device)
             extra["personalised"] = found
             for name, group in found["groups"].items():
+                before, after = (metric.said(group[when]) for when in ("before", "after"))
                 print(
-                    f"{name}: {group['clients']} clients, accuracy on their own hold-outs "
-                    f"{100 * group['before']:.1f} %, after {epochs} local epochs "
-                    f"{100 * group['after']:.1f} %"
+                    f"{name}: {group['clients']} clients, {metric.name} on their own hold-outs "
+                    f"{before}, after {epochs} local epochs {after}"
                 )
         if settings.out:
             write_json(store, method.offer(), population, settings.out, extra)
@@ -237,10 +242,10 @@ def personalise(
     epochs: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Accuracy on the clients' hold-outs, of the served model's part that each can run, before and
-    after `epochs` of fine-tuning (HypeMeFed, section 5.3.2): means over all clients and over those
-    of each exit. known: the same clients as the cohort has them, but for those that take no part.
-    The losses are plain: a client's own label counts are what it is tuned to."""
+    """The metric on the clients' hold-outs, of the served model's part that each can run, before
+    and after `epochs` of fine-tuning (HypeMeFed, section 5.3.2): means over all clients and over
+    those of each exit. known: the same clients as the cohort has them, but for those that take no
+    part. The losses are plain: a client's own label counts are what it is tuned to."""
     plan = replace(config.plan(config.rounds), holdout=0.0, logit_adjustment=0.0)
     emulated = {client.id: client for client in clients}
     groups: dict[str, list[Personalised]] = {"all": []}
@@ -251,7 +256,7 @@ def personalise(
             continue
         spec, tensors = method.deployed(client)
         seeded = replace(plan, seed=job_seed(config.seed, 0, client.id))
-        found = personalised_accuracy(spec, tensors, [kept], [held], seeded, epochs, device=device)
+        found = personalised(spec, tensors, [kept], [held], seeded, epochs, device=device)
         groups["all"] += found
         groups.setdefault(f"exit {own.exit}", []).extend(found)
     return {

@@ -18,55 +18,57 @@ from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors
+from edge_sdk.training.tally import Tally
 from edge_sdk.training.trainer import train
 
 AT_ONCE = 100  # examples
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Shares of examples that are answered right. by_exit: exit 1 first; of_mean: by the mean of
-    all exits' logits, the prediction of DepthFL (2023)."""
+class Tested:
+    """The task's metric and the loss on all examples. by_exit, losses: exit 1 first; of_mean: of
+    the mean of all exits' logits, the prediction of DepthFL (2023)."""
 
     by_exit: list[float]
     of_mean: float
+    losses: list[float]
 
 
-def accuracy_per_exit(
+def metric_per_exit(
     spec: ModelSpec, tensors: Tensors, examples: Examples, *, device: str | torch.device = "cpu"
 ) -> list[float]:
-    """Share of `examples` that each exit gets right, exit 1 first. Every example counts."""
-    return accuracy_of(spec, tensors, examples, device=device).by_exit
+    """The task's metric on `examples`, e.g. the share that each exit gets right, exit 1 first."""
+    return figures_of(spec, tensors, examples, device=device).by_exit
 
 
 @torch.no_grad()
-def accuracy_of(
+def figures_of(
     spec: ModelSpec, tensors: Tensors, examples: Examples, *, device: str | torch.device = "cpu"
-) -> Accuracy:
+) -> Tested:
     """Of a model, in eval mode; every example counts."""
     model = build(spec)
     model.load(tensors)
     model.ready(device).eval()
-    correct = torch.zeros(spec.exit + 1, dtype=torch.int64)  # the last one: of the mean
+    tallies = [Tally(spec.task) for _ in range(spec.exit + 1)]  # the last one: of the mean
     x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
     for features, labels in zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True):
         with family_code(spec, "evaluating", model):
             logits: list[Tensor] = model(moved(features, device))
-        for place, logit in enumerate([*logits, torch.stack(logits).mean(0)]):
-            correct[place] += (logit.argmax(1).cpu() == labels).sum()
-    *by_exit, of_mean = (int(count) / len(examples) for count in correct)
-    return Accuracy(by_exit, of_mean)
+        for tally, logit in zip(tallies, [*logits, torch.stack(logits).mean(0)], strict=True):
+            tally.add_(logit.cpu(), labels)
+    *by_exit, of_mean = (tally.metric for tally in tallies)
+    return Tested(by_exit, of_mean, [tally.loss for tally in tallies[:-1]])
 
 
 @dataclass(frozen=True)
 class Personalised:
-    """One client's accuracy on its own hold-out, at its deepest exit, as a share."""
+    """One client's metric on its own hold-out, at its deepest exit."""
 
     before: float  # the global model as it is
     after: float  # after fine-tuning on the client's own training part
 
 
-def personalised_accuracy(
+def personalised(
     spec: ModelSpec,
     tensors: Tensors,
     shards_train: Sequence[Examples],
@@ -77,8 +79,8 @@ def personalised_accuracy(
     exits: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
 ) -> list[Personalised]:
-    """Per client, accuracy before and after `epochs` local epochs of fine-tuning its subnetwork by
-    the plan (HypeMeFed, section 5.3.2); the global model is not changed.
+    """Per client, the metric before and after `epochs` local epochs of fine-tuning its subnetwork
+    by the plan (HypeMeFed, section 5.3.2); the global model is not changed.
 
     spec, tensors: the global model. exits: the depth of each client's subnetwork, None for the
     whole model. The plan's segments are replaced by the client's prefix. Clients train like
@@ -100,9 +102,9 @@ def personalised_accuracy(
         seed = job_seed(plan.seed, 0, f"personalise/{number}")
         job = replace(plan, segments=segments, epochs=epochs, seed=seed)
         held = {name: tensor for name, tensor in tensors.items() if stage_of(name)[1] <= exit}
-        before = accuracy_per_exit(part, held, holdout, device=device)[-1]
+        before = metric_per_exit(part, held, holdout, device=device)[-1]
         tuned = train(part, job, held, shard, device=device).tensors
-        after = accuracy_per_exit(part, tuned, holdout, device=device)[-1]
+        after = metric_per_exit(part, tuned, holdout, device=device)[-1]
         results.append(Personalised(before, after))
     return results
 

@@ -89,11 +89,12 @@ class Monitor:
             rounds_done=last.rounds_done + 1,
             rounds_s=last.rounds_s + totals.wall_s,
             last_round_s=totals.wall_s,
-            accuracy=tuple(report.accuracy),
+            task=report.task,
+            metric=tuple(report.metric),
             loss=tuple(report.loss),
-            train_accuracy=tuple(report.train_accuracy),
-            holdout_accuracy=report.metrics.values.get("holdout_accuracy"),
-            personal_accuracy=report.metrics.values.get("personal_accuracy"),
+            train_metric=tuple(report.train_metric),
+            holdout_metric=report.alone("holdout"),
+            personal_metric=report.alone("personal"),
         )
         fields = event(
             "round_closed",

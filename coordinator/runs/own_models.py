@@ -21,6 +21,7 @@ from edge_sdk.models import build, family_code
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.messages import Holdout, ModelSpec
 from edge_sdk.protocol.tensors import Tensors, with_prefix
+from edge_sdk.tasks.metrics import METRICS
 from edge_sdk.training.holdout import answers
 from edge_sdk.training.terms.flat import KEPT as STATISTICS
 
@@ -66,7 +67,8 @@ class OwnModels:
 
     def figures(self, method: Method) -> dict[str, float]:
         """`personal_accuracy` and so on, over all clients (holdouts.pooled)."""
-        return pooled("personal", list(self.results(method).values()))
+        metric = METRICS[method.spec.task]
+        return pooled("personal", list(self.results(method).values()), metric)
 
 
 def has_global(method: Method) -> bool:

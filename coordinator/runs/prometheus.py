@@ -20,6 +20,7 @@ from coordinator.runs.http_server import BoundedServer
 from coordinator.store.status import ClientPhase, RunPhase, Snapshot
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.imports import install
+from edge_sdk.tasks.metrics import METRICS
 
 log = logging.getLogger(__name__)
 PREFIX = "edge_coordinator_"
@@ -100,20 +101,22 @@ def families(snapshot: Snapshot) -> Iterator[Any]:
     yield _counter("bytes_sent", "Bytes of tensors sent to clients.", cohort.bytes_down)
     yield _counter("bytes_received", "Bytes of tensors received from clients.", cohort.bytes_up)
     yield _counter("strangers_refused", "Connections refused for their key.", cohort.strangers)
+    metric = METRICS[snapshot.task]
+    title = metric.name[0].upper() + metric.name[1:]
     for name, said, values in (
-        ("test_accuracy", "Accuracy on the test set, last round.", snapshot.accuracy),
+        (f"test_{metric.key}", f"{title} on the test set, last round.", snapshot.metric),
         ("train_loss", "Training loss of the participants, last round.", snapshot.loss),
-        ("train_accuracy", "Training accuracy of the same.", snapshot.train_accuracy),
+        (f"train_{metric.key}", f"Training {metric.name} of the same.", snapshot.train_metric),
     ):
         yield _labelled(
             name, said, "exit", {str(e): v for e, v in enumerate(values, 1) if v is not None}
         )
-    own = {"received": snapshot.holdout_accuracy, "own": snapshot.personal_accuracy}
+    own = {"received": snapshot.holdout_metric, "own": snapshot.personal_metric}
     said = (
-        "Accuracy on what clients set aside, last round, of the models received or of each's own."
+        f"{title} on what clients set aside, last round, of the models received or of each's own."
     )
     yield _labelled(
-        "holdout_accuracy", said, "model", {k: v for k, v in own.items() if v is not None}
+        f"holdout_{metric.key}", said, "model", {k: v for k, v in own.items() if v is not None}
     )
     links = cohort.links
     said = "Messages that were not heard, by why."

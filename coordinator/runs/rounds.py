@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from coordinator.config import RunConfig
 from coordinator.methods.base import Method, Metrics
 from coordinator.runs.asking import Asking
 from coordinator.runs.beginning import load_state
-from coordinator.runs.evaluate import accuracy_of
+from coordinator.runs.evaluate import figures_of
 from coordinator.runs.training_means import TrainingMeans
 from coordinator.store.checkpoints import unsound
 from coordinator.store.lock import RunLock
@@ -27,12 +28,15 @@ from coordinator.store.store import Store
 from coordinator.store.tables import RoundTotals
 from edge_sdk.data.loading import Examples
 from edge_sdk.models import build
+from edge_sdk.protocol.fields import Task
 from edge_sdk.protocol.timing import clock, since
+from edge_sdk.tasks.metrics import METRICS
 
 log = logging.getLogger(__name__)
-HOLDOUTS = {  # figures of a round, and how its line calls them
-    "holdout_accuracy": "on hold-outs as received",
-    "personal_accuracy": "each client's own model on its hold-out",
+PERPLEXITY, MOST_EXPONENT = "perplexity", 80.0  # e^80 is about what float32 holds
+HOLDOUTS = {  # figures of a round, but for the metric's key, and how its line calls them
+    "holdout": "on hold-outs as received",
+    "personal": "each client's own model on its hold-out",
 }
 
 
@@ -42,16 +46,22 @@ def is_evaluated(config: RunConfig, round: int) -> bool:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """One finished round, for whoever watches. By exit, exit 1 first: accuracies on the test set,
-    empty if not evaluated; loss (nats) and accuracy of the participants on what they trained on."""
+    """One finished round, for whoever watches. By exit, exit 1 first: the task's metric on the test
+    set, and e^loss where the task tells that, empty if not evaluated; loss and metric of the
+    participants on what they trained on."""
 
     round: int
-    accuracy: list[float]
-    accuracy_served: list[float]
+    metric: list[float]
+    metric_served: list[float]
     metrics: Metrics
     totals: RoundTotals
     loss: list[float | None] = field(default_factory=list)
-    train_accuracy: list[float | None] = field(default_factory=list)
+    train_metric: list[float | None] = field(default_factory=list)
+    task: Task = "classify"
+
+    def alone(self, kind: str) -> float | None:
+        """A figure of hold-outs, one of HOLDOUTS."""
+        return self.metrics.values.get(f"{kind}_{METRICS[self.task].key}")
 
 
 def run_rounds(
@@ -86,7 +96,7 @@ def run_rounds(
         updates = rebase_late_updates(
             results, method.current(), parameters, config.staleness_half_life
         )
-        training = TrainingMeans()
+        training = TrainingMeans(method.spec.task)
         metrics = method.aggregate(round, training.watched(updates))
         metrics.values |= training.values()
         if why := unsound(method.state_dict()):
@@ -96,12 +106,12 @@ def run_rounds(
                 method.load_state_dict(before)
             else:
                 load_state(store, method)
-        accuracy: list[float] = []
+        last: list[float] = []
         served: list[float] = []
         if is_evaluated(config, round) and (test is not None or own):
             phase("evaluating", round)
             if test is not None and method.current():
-                accuracy, served = evaluate(method, test, metrics, device)
+                last, served = evaluate(method, test, metrics, device)
             if own:
                 metrics.values |= own(method)
         wall_s = time.monotonic() - started
@@ -112,7 +122,8 @@ def run_rounds(
         _accept_state(store, cohort)
         del state  # up to four models and a generator's memory
         before = None
-        report(RoundReport(round, accuracy, served, metrics, totals, *training.by_exit()))
+        found = training.by_exit()
+        report(RoundReport(round, last, served, metrics, totals, *found, method.spec.task))
 
 
 def _accept_state(store: Store, cohort: Cohort) -> None:
@@ -125,18 +136,21 @@ def _accept_state(store: Store, cohort: Cohort) -> None:
 def evaluate(
     method: Method, test: Examples, metrics: Metrics, device: str | torch.device
 ) -> tuple[list[float], list[float]]:
-    """Accuracy per exit on the test set, of the current model and of the one that is served; told
-    to `metrics` too, with that of the mean of the exits' logits, and the time that it took."""
-    start = clock()
-    last = served = accuracy_of(method.spec, method.current(), test, device=device)
+    """The task's metric per exit on the test set, of the current model and of the one that is
+    served; told to `metrics` too, with that of the mean of the exits' logits, and the time that it
+    took."""
+    start, metric = clock(), METRICS[method.spec.task]
+    last = served = figures_of(method.spec, method.current(), test, device=device)
     if method.served() is not method.current():
-        served = accuracy_of(method.spec, method.served(), test, device=device)
+        served = figures_of(method.spec, method.served(), test, device=device)
     metrics.phases["evaluate"] = since(start)
-    for kind, found in (("accuracy", last), ("accuracy_served", served)):
-        for exit, share in enumerate(found.by_exit, 1):
-            metrics.values[f"{kind}_exit_{exit}"] = share
+    for kind, found in ((metric.key, last), (f"{metric.key}_served", served)):
+        for exit, value in enumerate(found.by_exit, 1):
+            metrics.values[f"{kind}_exit_{exit}"] = value
         if method.spec.exit > 1:
             metrics.values[f"{kind}_mean_of_exits"] = found.of_mean
+    for exit, loss in enumerate(served.losses if metric.has_perplexity else (), 1):
+        metrics.values[f"{PERPLEXITY}_exit_{exit}"] = math.exp(min(loss, MOST_EXPONENT))
     return last.by_exit, served.by_exit
 
 
@@ -161,20 +175,24 @@ def check_folder(folder: Path | None, resume: bool) -> None:
 
 def print_round(report: RoundReport) -> None:
     """One progress line."""
-    totals = report.totals
+    totals, metric = report.totals, METRICS[report.task]
     tested = "".join(
-        f", {said} {' / '.join(f'{100 * share:.1f}' for share in shares)} %"
-        for said, shares in {
-            "accuracy per exit": report.accuracy,
-            "served": report.accuracy_served,
+        f", {said} {' / '.join(map(metric.shown, values))}{' %' * metric.is_share}"
+        for said, values in {
+            f"{metric.name} per exit": report.metric,
+            "served": report.metric_served,
         }.items()
-        if shares
+        if values
     )
+    exits = range(1, len(report.metric_served) + 1)
+    if metric.has_perplexity and report.metric_served:
+        found = (report.metrics.values[f"{PERPLEXITY}_exit_{exit}"] for exit in exits)
+        tested += f", its {PERPLEXITY} {' / '.join(f'{value:.4g}' for value in found)}"
     stale = f" and {totals.stale} late" if totals.stale else ""
     own = "".join(
-        f", {said} {100 * report.metrics.values[name]:.1f} %"
-        for name, said in HOLDOUTS.items()
-        if name in report.metrics.values
+        f", {said} {metric.said(value)}"
+        for kind, said in HOLDOUTS.items()
+        if (value := report.alone(kind)) is not None
     )
     print(
         f"round {report.round}: {totals.returned} of {totals.chosen}{stale} returned"

@@ -33,6 +33,7 @@ from edge_sdk.errors import EdgeError, UsageError, typed
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.helpers.text import checked_endpoint
+from edge_sdk.protocol.fields import Task
 from edge_sdk.protocol.keys import read_keys
 from edge_sdk.training.devices import pick_device
 
@@ -48,7 +49,8 @@ class ServeSettings:
     coordinator's; None: nothing is encrypted and everybody is admitted. clients_file: of the
     admitted devices, by default beside the keys. metrics: HOST:PORT for Prometheus. export: folder
     for the served model as ONNX, at the end. imports: modules that register what the run uses.
-    input_shape, num_classes: asked for beside a test set, which may lack some classes."""
+    input_shape, num_classes, task, vocabulary: asked for beside a test set, which may lack some
+    classes or token ids."""
 
     folder: Path
     is_resumed: bool = False
@@ -64,6 +66,8 @@ class ServeSettings:
     imports: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
     num_classes: int | None = None
+    task: Task | None = None
+    vocabulary: int | None = None
 
 
 def check_serve(config: RunConfig, settings: ServeSettings) -> torch.device:
@@ -101,8 +105,10 @@ def serve(config: RunConfig, settings: ServeSettings) -> None:
     if config.data:
         _, train_part, test_part = load(config.data)
         found = test_part or train_part
-        test = as_asked(found, config.data, settings.input_shape, settings.num_classes)
-        config = checked(shaped(config, test.input_shape, test.num_classes, test.trained_on))
+        asked = settings.input_shape, settings.num_classes, settings.task, settings.vocabulary
+        test = as_asked(found, config.data, *asked)
+        shape = test.input_shape, test.num_classes
+        config = checked(shaped(config, *shape, test.trained_on, test.task, test.vocabulary))
     with typed():
         method = make_method(config, device)  # a model that cannot be built begins no run
     if test is not None and not has_global(method):

@@ -14,31 +14,36 @@ from coordinator.store import failures
 from coordinator.store.database import DATABASE, connect_to_read
 from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import is_there
+from edge_sdk.protocol.fields import Task
 from edge_sdk.protocol.messages import ExitResult, Holdout
+from edge_sdk.tasks.metrics import METRICS
 
 T = TypeVar("T")
 DAMAGED = "it is damaged: put back a copy of the run's folder, or start another run"
-BY_EXIT = {  # fields of RoundRow, by the names of the metrics that they come from
-    "accuracy": "accuracy_exit_",
-    "accuracy_served": "accuracy_served_exit_",
+# Fields of RoundRow, by the names of the figures that they come from, and their columns for people.
+# {key}: the metric's of the run's task.
+BY_EXIT = {
+    "metric": "{key}_exit_",
+    "metric_served": "{key}_served_exit_",
+    "perplexity": "perplexity_exit_",
     "loss": "loss_exit_",
-    "train_accuracy": "train_accuracy_exit_",
+    "train_metric": "train_{key}_exit_",
 }
-ALONE = {  # fields of RoundRow that are metrics themselves, and their column for people
-    "holdout_accuracy": "hold-out %",
-    "personal_accuracy": "own %",
-}
+ALONE = {"holdout_metric": "holdout_{key}", "personal_metric": "personal_{key}"}
+COLUMNS = {"holdout_metric": "hold-out", "personal_metric": "own"}
 
+TASK = "coalesce(json_extract(config, '$.model.task'), 'classify')"
 OF_CLIENT = ("train_s", "exits", "holdout")  # of ClientRow, that are more than a column
 
 
 class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One committed round. By exit, exit 1 first: accuracy, accuracy_served: of the model and of
-    the one that is served, on the test set; loss (nats), train_accuracy: of its participants on
-    what they trained on, weighted by their examples. None where there is no figure of an exit.
+    """One committed round. By exit, exit 1 first, the metric of the task (tasks/metrics.py):
+    metric, metric_served, perplexity: of the model and of the one that is served, on the test set;
+    loss, train_metric: of its participants on what they trained on, weighted by their examples.
+    None where there is no figure of an exit.
 
-    holdout_accuracy: of the models that its participants received, on what they set aside;
-    personal_accuracy: of every client's own model on its own; None where that was not asked."""
+    holdout_metric: of the models that its participants received, on what they set aside;
+    personal_metric: of every client's own model on its own; None where that was not asked."""
 
     round: int
     started_utc: str
@@ -50,17 +55,19 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     failures: int
     bytes_down: int
     bytes_up: int
-    accuracy: tuple[float | None, ...] = ()
-    accuracy_served: tuple[float | None, ...] = ()
+    task: Task = "classify"
+    metric: tuple[float | None, ...] = ()
+    metric_served: tuple[float | None, ...] = ()
+    perplexity: tuple[float | None, ...] = ()
     loss: tuple[float | None, ...] = ()
-    train_accuracy: tuple[float | None, ...] = ()
-    holdout_accuracy: float | None = None
-    personal_accuracy: float | None = None
+    train_metric: tuple[float | None, ...] = ()
+    holdout_metric: float | None = None
+    personal_metric: float | None = None
 
 
 class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
     """What one participant returned, or why nothing, in the round that it counts in. exit: the
-    deepest that it can train; segments: of its job, as "1-1,3-3". exits: loss and accuracy of each
+    deepest that it can train; segments: of its job, as "1-1,3-3". exits: loss and metric of each
     exit on what it trained on, last epoch. train_s, holdout: None where not told."""
 
     round: int
@@ -87,6 +94,7 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     finished: int
     rounds: int
+    task: Task = "classify"
 
 
 def run_row(folder: Path) -> RunRow:
@@ -124,16 +132,23 @@ def _read(folder: Path, query: Callable[[sqlite3.Connection], T]) -> T:
 
 
 def _run(db: sqlite3.Connection) -> RunRow:
-    names = "run, kind, json_extract(config, '$.rounds'), (SELECT count(*) FROM rounds)"
+    names = (
+        "run, kind, json_extract(config, '$.rounds'), (SELECT count(*) FROM rounds),"
+        f" {TASK} AS task"
+    )
     found = db.execute(f"SELECT {names} FROM runs").fetchone()
     if found is None:
         raise sqlite3.DatabaseError("it holds no run")
-    run, kind, rounds, finished = found
-    return RunRow(run=run, kind=kind, finished=finished, rounds=rounds)
+    run, kind, rounds, finished, task = found
+    return msgspec.convert(
+        {"run": run, "kind": kind, "finished": finished, "rounds": rounds, "task": task}, RunRow
+    )
 
 
 def _rounds(db: sqlite3.Connection, count: int) -> list[RoundRow]:
-    names = [n for n in RoundRow.__struct_fields__ if n not in BY_EXIT and n not in ALONE]
+    task = _run(db).task
+    key, beside = METRICS[task].key, {*BY_EXIT, *ALONE, "task"}
+    names = [name for name in RoundRow.__struct_fields__ if name not in beside]
     statement = f"SELECT {', '.join(names)} FROM rounds ORDER BY round DESC LIMIT ?"
     rows = [dict(zip(names, row, strict=True)) for row in db.execute(statement, (count,))]
     found = []
@@ -141,9 +156,9 @@ def _rounds(db: sqlite3.Connection, count: int) -> list[RoundRow]:
         values = dict(
             db.execute("SELECT name, value FROM metrics WHERE round = ?", (row["round"],))
         )
-        by_exit = {field: _by_exit(values, prefix) for field, prefix in BY_EXIT.items()}
-        alone = {name: values.get(name) for name in ALONE}
-        found.append(msgspec.convert(row | by_exit | alone, RoundRow))
+        by_exit = {f: _by_exit(values, name.format(key=key)) for f, name in BY_EXIT.items()}
+        alone = {f: values.get(name.format(key=key)) for f, name in ALONE.items()}
+        found.append(msgspec.convert(row | by_exit | alone | {"task": task}, RoundRow))
     return found
 
 

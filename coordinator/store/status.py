@@ -21,6 +21,7 @@ import psutil
 from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import write_whole
 from edge_sdk.helpers.logs import event
+from edge_sdk.protocol.fields import Task
 from edge_sdk.protocol.messages import ExitResult
 
 log = logging.getLogger(__name__)
@@ -134,11 +135,12 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     rounds_s: float = 0.0
     last_round_s: float = 0.0
     # of that round, exit 1 first: on the test set; of its participants, on what they trained on
-    accuracy: tuple[float, ...] = ()
+    task: Task = "classify"  # whose metric this is
+    metric: tuple[float, ...] = ()
     loss: tuple[float | None, ...] = ()
-    train_accuracy: tuple[float | None, ...] = ()
-    holdout_accuracy: float | None = None  # see reader.RoundRow
-    personal_accuracy: float | None = None
+    train_metric: tuple[float | None, ...] = ()
+    holdout_metric: float | None = None  # see reader.RoundRow
+    personal_metric: float | None = None
     cohort: CohortState = CohortState()
 
 

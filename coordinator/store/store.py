@@ -49,6 +49,7 @@ from edge_sdk.helpers.files import is_there, sync, why_not
 from edge_sdk.protocol.messages import ModelSpec, Phase
 from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.protocol.timing import clock, since
+from edge_sdk.tasks.metrics import METRICS
 
 log = logging.getLogger(__name__)
 KEPT_CHECKPOINTS = 2
@@ -186,21 +187,20 @@ class Store:
         return read_checkpoint(self.folder / rows[0][0])
 
     def history(self) -> list[dict[str, object]]:
-        """Every committed round: accuracies per exit (last and served), seconds by phase (CPU where
+        """Every committed round: the metric per exit (last and served), seconds by phase (CPU where
         measured, summed over clients), bytes, counts, and the method's own figures."""
-        rounds = []
-        totals = [field.name for field in fields(RoundTotals)]
+        rounds, totals = [], [field.name for field in fields(RoundTotals)]
+        key = METRICS[self.config.model.task].key
         for row in self._read(f"SELECT round, {', '.join(totals)} FROM rounds ORDER BY round"):
-            round = row[0]
-            values = dict(self._read("SELECT name, value FROM metrics WHERE round = ?", round))
+            values = dict(self._read("SELECT name, value FROM metrics WHERE round = ?", row[0]))
             rounds.append(
                 {
-                    "round": round,
-                    "accuracy": _per_exit(values, "accuracy_exit_"),
-                    "accuracy_served": _per_exit(values, "accuracy_served_exit_"),
+                    "round": row[0],
+                    key: _per_exit(values, f"{key}_exit_"),
+                    f"{key}_served": _per_exit(values, f"{key}_served_exit_"),
                     "loss": _per_exit(values, "loss_exit_"),
-                    "train_accuracy": _per_exit(values, "train_accuracy_exit_"),
-                    "seconds": dict(self._read(SECONDS, round)),
+                    f"train_{key}": _per_exit(values, f"train_{key}_exit_"),
+                    "seconds": dict(self._read(SECONDS, row[0])),
                     **dict(zip(totals, row[1:], strict=True)),
                     "figures": {k: v for k, v in values.items() if "_exit_" not in k},
                 }

@@ -328,7 +328,8 @@ class Agent:
                 state.watch.last = message
             case Update():
                 if not state.is_result_logged:  # else it is announced again, on a new connection
-                    self._tell(events.trained(message, was_before_start=state.is_trained))
+                    task, before = state.job.model.task, state.is_trained
+                    self._tell(events.trained(message, task, was_before_start=before))
                     self._conduct.repay("job")
                 self._link.send(state.complete(message))
             case Part():

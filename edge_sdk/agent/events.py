@@ -11,7 +11,9 @@ from typing import Literal, TypeAlias
 
 from edge_sdk.capacity.choice import Choice
 from edge_sdk.helpers import logs
+from edge_sdk.protocol.fields import Task
 from edge_sdk.protocol.messages import ExitResult, Job, Segment, Update, Welcome
+from edge_sdk.tasks.metrics import METRICS
 
 EventKind: TypeAlias = Literal[
     "connected", "chosen", "job", "trained", "accepted", "failed", "lost", "finished", "ended"
@@ -37,7 +39,8 @@ class Event:
     exit: int = 0  # the deepest that this device trains
     stages: tuple[int, ...] = ()  # deeper ones that it can train alone
     segments: tuple[Segment, ...] = ()  # what a job trains: stages first .. last of each
-    exits: tuple[ExitResult, ...] = ()  # exit, loss (nats), accuracy on the local training data
+    exits: tuple[ExitResult, ...] = ()  # exit, loss, metric on the local training data
+    metric: str = ""  # what that is: accuracy, F1, RMSE
     seconds: float = 0.0  # of training, wall clock
     code: str = ""  # of errors.py
     level: int = logging.INFO  # of logging
@@ -123,14 +126,17 @@ def job_given(job: Job) -> Event:
     return Event("job", f"job for stages {stages}", job.round, segments=segments)
 
 
-def trained(update: Update, *, was_before_start: bool = False) -> Event:
-    """was_before_start: the process before this one trained it and may not have lived to tell."""
+def trained(update: Update, task: Task, *, was_before_start: bool = False) -> Event:
+    """task: of the model. was_before_start: the process before this one trained it and may not have
+    lived to tell."""
     seconds = update.phases["train"].wall_s if "train" in update.phases else 0.0
     detail = f"trained{' before this start' if was_before_start else ''}, sending the update"
+    metric = METRICS[task]
     for result in update.exits:
-        share = f"accuracy {100 * result.accuracy:.1f} %"
-        detail += f"; exit {result.exit}: loss {result.loss:.3g}, {share}"
-    return Event("trained", detail, update.round, exits=update.exits, seconds=seconds)
+        said = f"{metric.name} {metric.said(result.metric)}"
+        detail += f"; exit {result.exit}: loss {result.loss:.3g}, {said}"
+    exits = update.exits
+    return Event("trained", detail, update.round, exits=exits, metric=metric.name, seconds=seconds)
 
 
 def failed(detail: str, code: str, round: int = 0, level: int = logging.ERROR) -> Event:

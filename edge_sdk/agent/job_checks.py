@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from edge_sdk.agent.pipe import Inspected
 from edge_sdk.capacity.chooser import Chooser
 from edge_sdk.capacity.costs import SegmentCost
+from edge_sdk.data.contract import misfit
 from edge_sdk.errors import CapacityError, ConfigError, DataError
 from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.messages import Job, ModelSpec, Plan, TensorSpec, Welcome
@@ -45,18 +46,14 @@ def check_welcome(welcome: Welcome, inspected: Inspected) -> None:
     check_plan(plan)
     others = (*welcome.variants, *([plan.teacher.model] if plan.teacher else []))
     for other in others:
-        for field in ("input_shape", "num_classes"):
+        for field in ("input_shape", "num_classes", "task", "vocabulary"):
             if getattr(other, field) != getattr(model, field):
                 raise ConfigError(
                     f"run {welcome.run} has models of {field} {getattr(model, field)} and of "
                     f"{getattr(other, field)}; see what this coordinator runs"
                 )
-    if model.input_shape != inspected.input_shape or not inspected.num_classes <= model.num_classes:
-        raise DataError(
-            f"run {welcome.run} trains on {model.input_shape} with {model.num_classes} classes, "
-            f"this device's examples are {inspected.input_shape} with {inspected.num_classes}; "
-            "join the run that they belong to"
-        )
+    if found := misfit(inspected, model):
+        raise DataError(f"run {welcome.run}: {found}; join the run that they belong to")
 
 
 def checked_job(job: Job, welcome: Welcome, chooser: Chooser) -> Job:

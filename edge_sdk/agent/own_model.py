@@ -29,6 +29,8 @@ def models_to_choose(welcome: Welcome, own: OwnModel | None) -> tuple[ModelSpec,
         family=own.family,
         input_shape=model.input_shape,
         num_classes=model.num_classes,
+        task=model.task,
+        vocabulary=model.vocabulary,
         exit=own.exits,
         options=own.options,
     )

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import msgspec
 
 from edge_sdk.capacity.costs import SegmentCost
-from edge_sdk.protocol.fields import Count, Digest, Index, JobId, Struct
+from edge_sdk.protocol.fields import Count, Digest, Index, JobId, Struct, Task, Vocabulary
 from edge_sdk.protocol.messages import (
     Fault,
     Fetch,
@@ -61,7 +61,9 @@ class Inspected(Struct, frozen=True, kw_only=True, tag="inspected"):
     num_examples: Index
     input_shape: tuple[Index, ...]
     num_classes: Index
-    num_labels: Index  # classes that occur
+    num_labels: Index  # different ones that occur
+    task: Task = "classify"
+    vocabulary: Vocabulary = 0
     scaling: InputScaling | None = None
     class_names: Digest | None = None
     runtime_bytes: Count

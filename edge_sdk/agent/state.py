@@ -25,7 +25,9 @@ UNANSWERED = (
 )
 ABSENCE_S = 600.0  # between two lines that say the same of an absent coordinator
 LEAST_HEARTBEAT_S = 0.1
-OF_DATA = ("num_examples", "input_shape", "num_classes", "scaling", "class_names")  # in a hello
+OF_DATA = (  # in a hello
+    *("num_examples", "input_shape", "num_classes", "task", "vocabulary", "scaling", "class_names"),
+)
 REFUSED_MAX_S = 120.0
 
 
@@ -41,6 +43,8 @@ def hello(
         num_examples=inspected.num_examples,
         input_shape=inspected.input_shape,
         num_classes=inspected.num_classes,
+        task=inspected.task,
+        vocabulary=inspected.vocabulary,
         scaling=inspected.scaling,
         class_names=inspected.class_names,
         round=job.round if job else 0,

@@ -140,7 +140,7 @@ def _cost(
     stages, frozen = stages[begin:], list(model.stages[: first - 1 + begin])
     with FlopCounter() as frozen_flops:
         features, widest = freeze(frozen, drawn_inputs(spec, FEW), max(1, begin))
-    step = Step(stages, heads, named, exit_weights(plan, first, last), plan)
+    step = Step(stages, heads, named, exit_weights(plan, first, last), plan, spec.task)
     whole, again = moments(step, features)
     with FlopCounter() as flops:
         forward(step, features)
@@ -156,7 +156,8 @@ def _cost(
     arriving = reads * gradient_bytes
     # held while pruned weights are trained: the initial values, and a byte of mask for each weight
     pruning_bytes = gradient_bytes + gradient_bytes // 4 if plan.prune else 0
-    set_aside = math.ceil(plan.holdout * num_examples) * math.prod(spec.input_shape) * 4
+    input_bytes = math.prod(spec.input_shape) * (8 if spec.vocabulary else 4)
+    set_aside = math.ceil(plan.holdout * num_examples) * input_bytes
     is_reused = bool(frozen) and plan.epochs > 1  # the features
     # the frozen stages, before anything is saved; their kernels copy weights, too
     reordered = widest_bytes(p for stage in frozen for p in stage.parameters())

@@ -14,7 +14,9 @@ from edge_sdk.capacity.costs import Moment
 from edge_sdk.models import StagedModel
 from edge_sdk.models.losses import exit_weights, local_loss
 from edge_sdk.models.staged import moved
+from edge_sdk.protocol.fields import Task
 from edge_sdk.protocol.messages import Plan
+from edge_sdk.tasks.table import task_of
 
 FEW = 2  # examples of the smaller step; BatchNorm wants two
 LAST = 0  # instead of a stage's number: what is saved by a segment's last stage, exits and loss
@@ -30,12 +32,13 @@ class Step(NamedTuple):
     named: dict[str, nn.Parameter]
     weights: Sequence[float]
     plan: Plan
+    task: Task = "classify"
 
 
-def whole_step(model: StagedModel, plan: Plan) -> Step:
+def whole_step(model: StagedModel, plan: Plan, task: Task = "classify") -> Step:
     named = dict(model.train().named_parameters())
     weights = exit_weights(plan, 1, len(model.stages))
-    return Step(model.stages, model.exits, named, weights, plan)
+    return Step(model.stages, model.exits, named, weights, plan, task)
 
 
 def widest_bytes(tensors: Iterable[Tensor]) -> int:
@@ -161,9 +164,8 @@ def forward(
 ) -> Tensor:
     """A step's loss. features: what the frozen stages that have heads made, or what the first stage
     takes alone. enter: called before a stage with its number from 1, after it with LAST."""
-    stages, heads, _, weights, plan = step
+    stages, heads, _, weights, plan, task = step
     carried = features[-1]
-    labels = torch.zeros(len(carried), dtype=torch.int64)
     made = list(features[: len(heads) - len(stages)])
     for number, stage in enumerate(stages, 1):
         enter(number, carried)
@@ -174,4 +176,5 @@ def forward(
     for head, seen, weight in zip(heads, made, weights, strict=True):
         with torch.set_grad_enabled(bool(weight) or plan.distill != "none"):
             logits.append(head(seen))  # of weight 0: no backward pass
-    return local_loss(logits, labels, weights, plan)
+    labels = torch.from_numpy(task_of(task).some_labels(logits[0].shape))
+    return local_loss(logits, labels, weights, plan, task)

@@ -44,7 +44,7 @@ def second_model(plan: Plan, copies: int) -> SecondModel | None:
         moment, flops = Moment(example_bytes=widest / FEW), asked.total
         steps: tuple[Moment, ...] = ()
         if teacher.is_trained:
-            step = whole_step(model, plan)
+            step = whole_step(model, plan, teacher.model.task)
             beside_bytes = (1 + copies) * num_bytes(step.named.values())
             steps = tuple(
                 replace(m, fixed_bytes=m.fixed_bytes + beside_bytes) for m in moments(step, [x])[0]

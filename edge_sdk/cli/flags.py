@@ -17,7 +17,7 @@ from edge_sdk.helpers.text import destination, one_line, parse_option, parse_siz
 Parse: TypeAlias = Callable[[str], float]
 MAX_THREADS = 1024
 DEFAULT_EXITS = 3  # of a model where neither --exits nor --cuts tells
-MAX_EXITS, MAX_CLASSES = 100, 1_000_000  # as in messages.ModelSpec
+MAX_EXITS, MOST_IDS = 100, 10_000_000  # as in messages.ModelSpec
 MOST = 2**31 - 1  # of examples, clients, lines, ...
 USUAL_KEYS = "default ~/.config/edge-sdk, or keys in the service's own state folder"  # of a device
 # A round's training where no flag tells: what a run asks of its devices, and `plan` predicts.

@@ -22,7 +22,7 @@ from edge_sdk.cli.flags import (
 )
 from edge_sdk.helpers.files import check_output, write_file
 from edge_sdk.helpers.interrupts import ends_by_interrupt
-from edge_sdk.infer.model_folder import Measure
+from edge_sdk.protocol.fields import Measure
 
 if TYPE_CHECKING:  # numpy, which the agent does without
     import numpy.typing as npt
@@ -119,7 +119,7 @@ def summary(
         "examples": len(found.label),
         "measure": engine.measure,
         "thresholds": list(engine.thresholds),
-        "accuracy": None if y is None else float((found.label == y).mean()),
+        engine.model.metric.key: None if y is None else metric_of(engine, found, y),
         "exit_shares": [float((found.exit == e).mean()) for e in range(1, num_exits + 1)],
         "latency_mean_s": statistics.mean(times_s),
         "latency_median_s": statistics.median(times_s),
@@ -127,11 +127,19 @@ def summary(
     }
 
 
+def metric_of(engine: EarlyExit, found: Prediction, y: npt.NDArray[Any]) -> float:
+    """Of the answers, by the model's task."""
+    from edge_sdk.tasks.table import task_of
+
+    task = task_of(engine.model.spec.task)
+    return task.figure(task.counts(found.label, y).sum(0))
+
+
 def describe(engine: EarlyExit, result: dict[str, Any]) -> str:
     """The summary in lines for a person."""
     from edge_sdk.infer.early_exit import NEVER
 
-    spec = engine.model.spec
+    spec, metric = engine.model.spec, engine.model.metric
     thresholds = ", ".join(f"{value:g}" for value in engine.thresholds)
     when = f"where {engine.measure} is at least {thresholds}"
     if min(engine.thresholds, default=NEVER) >= NEVER:
@@ -141,24 +149,25 @@ def describe(engine: EarlyExit, result: dict[str, Any]) -> str:
         for number, share in enumerate(result["exit_shares"], 1)
     )
     lines = [
-        f"model    {spec.family}, {spec.num_classes} classes, {spec.exit} exits",
+        f"model    {spec.family}, {spec.num_classes} {metric.outputs}, {spec.exit} exits",
         f"stops    {when}",
         f"examples {result['examples']}: {shares}",
         f"latency  mean {1e3 * result['latency_mean_s']:.3f} ms, median "
         f"{1e3 * result['latency_median_s']:.3f}, max {1e3 * result['latency_max_s']:.3f}; batch 1",
     ]
-    if result["accuracy"] is not None:
-        lines.append(f"accuracy {100 * result['accuracy']:.2f} %")
+    if (value := result[metric.key]) is not None:
+        lines.append(f"{metric.name:8} {metric.said(value, 2)}")
     return "\n".join(lines)
 
 
 def rows_of(found: Prediction, skip: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One row an example; index: its place in the data. name: of the class, where it is known."""
-    answers = zip(found.label, found.exit, found.confidence, strict=True)
+    """One row an example; index: its place in the data. label: the answer, a list where the task
+    has several. name: of the class, where it is known."""
+    answers = zip(found.label.tolist(), found.exit, found.confidence, strict=True)
     for index, (label, exit, confidence) in enumerate(answers, skip):
-        row: dict[str, Any] = {"index": index, "label": int(label), "exit": int(exit)}
+        row: dict[str, Any] = {"index": index, "label": label, "exit": int(exit)}
         row["confidence"] = round(float(confidence), 6)
-        yield row | ({"name": names[label]} if names else {})
+        yield row | ({"name": names[label]} if names and isinstance(label, int) else {})
 
 
 def write_predictions(rows: Iterable[dict[str, Any]], path: Path) -> None:
@@ -168,5 +177,6 @@ def write_predictions(rows: Iterable[dict[str, Any]], path: Path) -> None:
     for number, row in enumerate(rows):
         if not number:
             writer.writerow(row)
-        writer.writerow(row.values())
+        cells = (" ".join(map(str, v)) if isinstance(v, list) else v for v in row.values())
+        writer.writerow(cells)
     write_file(path, text.getvalue().encode())

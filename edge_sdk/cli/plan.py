@@ -28,9 +28,9 @@ from edge_sdk.cli.flags import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
     DEFAULT_EXITS,
-    MAX_CLASSES,
     MAX_EXITS,
     MOST,
+    MOST_IDS,
     Subparsers,
     add_command,
     add_cuts,
@@ -54,11 +54,14 @@ from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.hardware.speed import measure_gflops, measure_layer_s
 from edge_sdk.helpers.imports import import_module, require_torch
 from edge_sdk.helpers.text import mebibytes, one_line, plain_words
+from edge_sdk.protocol.fields import MAX_OUTPUTS
 from edge_sdk.protocol.messages import DeviceProfile, ModelSpec, Plan
 from edge_sdk.protocol.tensor_lists import frozen_prefixes
+from edge_sdk.tasks.metrics import METRICS
 
 DEFAULT_EXAMPLES = 1000  # a device's shard where neither --data nor --examples tells
 PLAN_SPEED_S = 0.3  # of sampling GFLOPS: three samples do for a prediction
+OF_DATA = ("input_shape", "num_classes", "task", "vocabulary")  # of ModelSpec
 FLAGS = {  # of fields of ModelSpec
     "family": "--model",
     "exit": "--exits",
@@ -96,8 +99,15 @@ def add_plan_command(subparsers: Subparsers) -> None:
     add_cuts(model)
     model.add_argument(
         "--classes",
-        type=whole_flag(2, MAX_CLASSES),
-        help="classes; with --data at least its own, which is the default",
+        type=whole_flag(1, MAX_OUTPUTS),
+        help="classes, or outputs of another task; with --data at least its own, the default",
+    )
+    model.add_argument("--task", choices=METRICS, help="default that of --data, else classify")
+    model.add_argument(
+        "--vocabulary",
+        type=whole_flag(1, MOST_IDS),
+        metavar="N",
+        help="examples are token ids below N",
     )
     model.add_argument("--input", type=shape_flag, metavar="1x28x28", help="shape of one example")
     model.add_argument(
@@ -151,12 +161,11 @@ def run_plan(args: argparse.Namespace) -> int:
     family, exits, options = model_parts(args)
     with typed():
         frozen = frozen_prefixes(args.freeze, exits)  # before the data are read
-    input_shape, num_classes, num_examples, data_bytes = _local_data(args)
+    shape, num_examples, data_bytes = _local_data(args)
     spec = checked(
         ModelSpec,
         family=family,
-        input_shape=input_shape,
-        num_classes=num_classes,
+        **shape,
         exit=exits,
         width=args.width,
         rank=args.rank,
@@ -195,7 +204,7 @@ def run_plan(args: argparse.Namespace) -> int:
     name = ":".join(filter(None, [spec.family, str(spec.options.get("model", ""))]))
     print(
         f"model    {name}, input {'x'.join(map(str, spec.input_shape))}, "
-        f"{spec.num_classes} classes, {spec.exit} exits{cut}\n"
+        f"{spec.num_classes} {METRICS[spec.task].outputs}, {spec.exit} exits{cut}\n"
         f"{_cuts(cuts)}"
         f"training {plan.epochs} x {num_examples} examples, batch {plan.batch_size}, "
         f"{plan.optimizer}; predicted:\n"
@@ -223,23 +232,25 @@ def checked(kind: type[Any], **fields: Any) -> Any:
         raise UsageError(f"{flag} is {value}, {plain_words(expected)}; see --help") from error
 
 
-def _local_data(args: argparse.Namespace) -> tuple[tuple[int, ...], int, int, int]:
-    """Input shape, number of classes, number of examples and bytes of the data that will train."""
+def _local_data(args: argparse.Namespace) -> tuple[dict[str, Any], int, int]:
+    """What the data that will train say of their model, how many examples they are, and bytes."""
     from edge_sdk.data.examples import MIN_BATCH
     from edge_sdk.data.loading import as_asked, load_shard
 
     if args.examples is not None and args.examples < MIN_BATCH:
         args.usage_error(f"--examples {args.examples}: at least {MIN_BATCH} are needed")
     if args.data:
-        shard = as_asked(load_shard(args.data), args.data, args.input, args.classes)
+        asked = args.input, args.classes, args.task, args.vocabulary
+        shard = as_asked(load_shard(args.data), args.data, *asked)
         data_bytes = shard.x.nbytes + shard.y.nbytes
         num_examples = args.examples or len(shard)
-        return shard.input_shape, shard.num_classes, num_examples, data_bytes
+        return {name: getattr(shard, name) for name in OF_DATA}, num_examples, data_bytes
     if args.input is None or args.classes is None:
         args.usage_error("give --input and --classes, or --data to take them from")
     num_examples = args.examples or DEFAULT_EXAMPLES
-    example_bytes = 4 * math.prod(args.input) + 8  # float32, and the label
-    return args.input, args.classes, num_examples, num_examples * example_bytes
+    example_bytes = (8 if args.vocabulary else 4) * math.prod(args.input) + 8  # and the label
+    told = (args.input, args.classes, args.task or "classify", args.vocabulary or 0)
+    return dict(zip(OF_DATA, told, strict=True)), num_examples, num_examples * example_bytes
 
 
 def _profile(board_name: str | None, cap_bytes: int | None) -> DeviceProfile:

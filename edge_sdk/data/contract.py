@@ -10,17 +10,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeAlias, cast
 
-from edge_sdk.errors import DataError
-from edge_sdk.helpers.text import one_line
-from edge_sdk.protocol.fields import PLAIN_TEXT, Struct
+from edge_sdk.helpers.text import bad as bad
+from edge_sdk.protocol.fields import PLAIN_TEXT, Struct, Task
 from edge_sdk.protocol.messages import (
     InputScaling,
     ModelSpec,
     Welcome,
 )
+from edge_sdk.tasks.metrics import METRICS, NAMES_STEP
 
 Shape: TypeAlias = tuple[int, ...]
 LAYOUTS = {"features": "(n, F)", "series": "(n, C, window)", "images": "(n, C, H, W)"}
@@ -28,20 +27,11 @@ AXES = {2: "features", 3: "series", 4: "images"}  # by the number of axes, n amo
 FEW_CHANNELS = 12  # a series of more is long, else it may be rows of an image
 LONG = 4  # times its channels
 MOST_NAME = 200  # characters of a class's name
-MOST_PATH = 600  # characters of a path in a message
-NAMES_STEP = (
-    "give class_names, the list of all classes in an order that is the same on every device, or "
-    "numbers"
-)
 MOST_INPUT = 1e15  # beyond it lie marks of missing values (1e20, 9.97e36), never scaled inputs
 # Of the wider of two ranges, the share that both have. Pixels at 0..1 beside -1..1 have half.
 SHARED = 0.5
 FAR = 100.0  # times as wide: no other devices' data of one kind, but other units (0..255 by 0..1)
 FAR_INTEGERS = 8.0  # times as wide, by one rule: 0..16 beside 0..255 are no dark pictures
-
-
-def bad(where: str | Path, got: str, expected: str, step: str = "correct the data") -> DataError:
-    return DataError(f"{one_line(str(where), MOST_PATH)}: got {got}, expected {expected}; {step}")
 
 
 # -- layout ----------------------------------------------------------------------------------------
@@ -242,9 +232,42 @@ class DataTold(Protocol):
     @property
     def num_classes(self) -> int: ...
     @property
+    def task(self) -> Task: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
     def scaling(self) -> InputScaling | None: ...
     @property
     def class_names(self) -> str | None: ...
+
+
+def has_room(told: DataTold, model: ModelSpec) -> bool:
+    """Whether the model has an output for all that data of its task have. They may lack classes,
+    not columns of y."""
+    if METRICS[model.task].is_by_column:
+        return told.num_classes == model.num_classes
+    return told.num_classes <= model.num_classes
+
+
+def misfit(told: DataTold, model: ModelSpec) -> str:
+    """Why data cannot train a model; "" where they can."""
+    words = METRICS[model.task].outputs
+    if told.task != model.task:
+        return f"its labels are for the task {told.task}, this run's is {model.task}"
+    if bool(told.vocabulary) != bool(model.vocabulary) or told.vocabulary > model.vocabulary:
+        its, wanted = (
+            f"token ids below {v}" if v else "numbers" for v in (told.vocabulary, model.vocabulary)
+        )
+        return f"its inputs are {its}, this run's {wanted}"
+    if told.input_shape == model.input_shape and has_room(told, model):
+        return ""
+    text = (
+        f"its examples are {told.input_shape} with {told.num_classes} {words}, this run "
+        f"trains on {model.input_shape} with {model.num_classes}"
+    )
+    if told.num_classes == model.num_classes + 1 and model.task == "classify":
+        text += "; if its labels run from 1, give y - 1"
+    return text
 
 
 def unlike_run(
@@ -252,14 +275,7 @@ def unlike_run(
 ) -> Mismatch | None:
     """How a device's data differ from what a run trains on, as both sides find out. name: the
     device's, in the sentence. class_names: the run's, where they are known."""
-    model = welcome.model
-    if told.input_shape != model.input_shape or told.num_classes > model.num_classes:
-        text = (
-            f"its examples are {told.input_shape} with {told.num_classes} classes, this run "
-            f"trains on {model.input_shape} with {model.num_classes}"
-        )
-        if told.num_classes == model.num_classes + 1:
-            text += "; if its labels run from 1, give y - 1"
+    if text := misfit(told, welcome.model):
         return Mismatch(text, True)
     names = {told.class_names, welcome.class_names} - {None}
     if len(names) > 1:

@@ -14,37 +14,44 @@ import numpy.typing as npt
 from edge_sdk.data.contract import AXES, LAYOUTS, MOST_INPUT, TrainedOn, scaling_of
 from edge_sdk.data.contract import bad as bad  # every reader's
 from edge_sdk.errors import DataError, EdgeError
+from edge_sdk.protocol.fields import MAX_OUTPUTS, Task
 from edge_sdk.protocol.messages import InputScaling
+from edge_sdk.tasks.base import check_ids
+from edge_sdk.tasks.metrics import METRICS
+from edge_sdk.tasks.table import task_of
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Scaling: TypeAlias = tuple[float, float]
 # BatchNorm statistics of one or two examples ruin a deep stage; such a rest is dropped.
 MIN_BATCH = 3
-MAX_CLASSES = 1_000_000  # as in messages.ModelSpec; larger labels are something else, e.g. hashes
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Inputs and labels: x (n, C, H, W), (n, C, window) or (n, F) float32, y (n,) int64 in
-    0..num_classes - 1, subject (n,) int64 or None: who was measured. scaling (divisor, offset): x
+    """Inputs and labels: x (n, C, H, W), (n, C, window) or (n, F) float32, or with a vocabulary
+    (n, T) int64 of token ids below it; y as the task has it (tasks/), of class labels (n,) int64 in
+    0..num_classes - 1; subject (n,) int64 or None: who was measured. scaling (divisor, offset): x
     was made of integers as integer / divisor - offset; None: of floats, or it is not known.
-    class_names: of each class, or none. made_of: what the inputs are, as `InputScaling` says."""
+    num_classes: K, outputs that a model of such data has; class_names: of each of them, or none.
+    made_of: what the inputs are, as `InputScaling` says."""
 
-    x: Floats
-    y: Ints
+    x: Floats | Ints
+    y: Floats | Ints
     num_classes: int
     subject: Ints | None = None
     scaling: Scaling | None = None
     class_names: tuple[str, ...] = ()
     made_of: str = ""
+    task: Task = "classify"
+    vocabulary: int = 0
 
     def __len__(self) -> int:
         return len(self.y)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one example, (C, H, W), (C, window) or (F,)."""
+        """Shape of one example, (C, H, W), (C, window), (F,) or (T,)."""
         return self.x.shape[1:]
 
     @property
@@ -53,8 +60,10 @@ class Examples:
         return TrainedOn(scaling=self.input_scaling, class_names=self.class_names)
 
     @property
-    def input_scaling(self) -> InputScaling:
-        """How x came to be, and its smallest and largest number."""
+    def input_scaling(self) -> InputScaling | None:
+        """How x came to be, and its smallest and largest number; None: they are token ids."""
+        if self.vocabulary:
+            return None
         low, high = float(self.x.min()), float(self.x.max())
         return scaling_of(low, high, self.scaling, self.made_of)
 
@@ -63,8 +72,14 @@ class Examples:
         subject = None if self.subject is None else self.subject[indices]
         return replace(self, x=self.x[indices], y=self.y[indices], subject=subject)
 
+    @property
+    def strata(self) -> Ints:
+        """(n,) what parts of the examples are drawn by, so that each has some of each class."""
+        return task_of(self.task).strata(self.y)
+
     def label_counts(self) -> Ints:
-        """Examples per class, (num_classes,). Zeros are legitimate: clients may be skewed."""
+        """Of the task classify: examples per class, (num_classes,). Zeros are legitimate: clients
+        may be skewed."""
         return np.bincount(self.y, minlength=self.num_classes).astype(np.int64)
 
 
@@ -82,25 +97,25 @@ def check_examples(examples: Examples, where: str) -> Examples:
 
     Checks shapes, dtypes, lengths, label range, finite values. A single class is no error."""
     x, y, num_classes = examples.x, examples.y, examples.num_classes
-    if x.ndim not in AXES or x.dtype != np.float32:
+    if examples.vocabulary:
+        check_ids(x, examples.vocabulary, where)
+    elif x.ndim not in AXES or x.dtype != np.float32:
         wanted = f"{', '.join(LAYOUTS.values())} of float32"
         raise bad(where, f"x of shape {x.shape}, {x.dtype}", wanted)
     if 0 in x.shape:
         raise bad(where, f"empty data, x of shape {x.shape}", "at least one example")
-    for name, array in (("y", y), ("subject", y if examples.subject is None else examples.subject)):
-        if array.shape != x.shape[:1] or array.dtype != np.int64:
-            wanted = f"{x.shape[:1]} of int64, one for each example in x"
-            raise bad(where, f"{name} of shape {array.shape}, {array.dtype}", wanted)
-    if not 1 <= num_classes <= MAX_CLASSES:
-        raise bad(where, f"{num_classes} classes", f"1 to {MAX_CLASSES}")
-    if y.min() < 0 or y.max() >= num_classes:
-        got, step = f"labels from {y.min()} to {y.max()}", "correct the data"
-        if (y.min(), y.max()) == (1, num_classes):
-            step = "labels count from 0, so give y - 1"
-        raise bad(where, got, f"0 to {num_classes - 1}", step)
+    subject, words = examples.subject, METRICS[examples.task].outputs
+    if subject is not None and (subject.shape != x.shape[:1] or subject.dtype != np.int64):
+        wanted = f"{x.shape[:1]} of int64, one for each example in x"
+        raise bad(where, f"subject of shape {subject.shape}, {subject.dtype}", wanted)
+    if not 1 <= num_classes <= MAX_OUTPUTS:
+        raise bad(where, f"{num_classes} {words}", f"1 to {MAX_OUTPUTS}")
+    task_of(examples.task).check_labels(y, x, num_classes, where)
     if examples.class_names and len(examples.class_names) != num_classes:
-        got = f"{len(examples.class_names)} class_names for {num_classes} classes"
+        got = f"{len(examples.class_names)} class_names for {num_classes} {words}"
         raise bad(where, got, "one for each class")
+    if examples.vocabulary:
+        return examples
     is_bad = ~np.isfinite(x).all(axis=tuple(range(1, x.ndim)))  # (n,)
     if is_bad.any():
         got = f"NaN or infinite values in {is_bad.sum()} examples, first at {is_bad.argmax()}"

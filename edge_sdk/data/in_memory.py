@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_sdk.data.bounded import shown
 from edge_sdk.data.contract import bad, checked_names, label_of, laid_out
-from edge_sdk.data.examples import MIN_BATCH, Examples, Ints, check_enough, mapped
+from edge_sdk.data.examples import MIN_BATCH, Examples, check_enough, mapped
 from edge_sdk.data.loading import save_shard
 from edge_sdk.data.plain_arrays import MASK_STEP, checked_inputs, masked, plain
 from edge_sdk.data.readers.arrays import checked_arrays
+from edge_sdk.protocol.fields import Task
 
 log = logging.getLogger(__name__)
 LOOKED_AT = 8  # items read twice; a flip of every second one escapes once in 256 times
@@ -42,16 +44,20 @@ Source: TypeAlias = Examples | Dataset
 @dataclass(frozen=True)
 class About:
     """What arrays or a Dataset do not say themselves. layout: one of contract.LAYOUTS, where the
-    axes could mean two things; class_names: in the order of the labels."""
+    axes could mean two things; class_names: in the order of the labels; vocabulary: of token ids,
+    0: x are numbers."""
 
     layout: str | None = None
     class_names: Sequence[str] = ()
+    task: Task = "classify"
+    vocabulary: int = 0
 
     def given(self) -> dict[str, object]:
         """By the names of arrays in a file."""
         names = checked_names(self.class_names, "class_names")
         layout = {} if self.layout is None else {"layout": np.array(self.layout)}
-        return layout | ({"class_names": np.array(names)} if names else {})
+        said = {"task": np.array(self.task), "vocabulary": np.array(self.vocabulary)}
+        return layout | said | ({"class_names": np.array(names)} if names else {})
 
 
 NOTHING = About()
@@ -99,9 +105,10 @@ def shard_of(source: Source, about: About | None = None) -> Iterator[str]:
 
 def _gathered(dataset: Dataset, file: Path, about: About = NOTHING) -> Examples:
     """The Dataset's items, their inputs one after another in `file`."""
-    labels: Ints = np.empty(len(dataset), np.int64)
+    labels = _empty_labels(dataset, about)
     first = _item(dataset, 0, labels, about)
-    laid_out((len(labels), *first.shape), about.layout, "data")  # before all of it is read
+    if not about.vocabulary:  # before all of it is read
+        laid_out((len(labels), *first.shape), about.layout, "data")
     _tell_random(dataset, labels, about)
     advice = "free space, or set TMPDIR"
     with mapped(file, "to write the data", advice, to="write"), file.open("wb") as stream:
@@ -115,7 +122,16 @@ def _gathered(dataset: Dataset, file: Path, about: About = NOTHING) -> Examples:
     return checked_arrays({"x": x, "y": labels, **about.given()}, "data")
 
 
-def _tell_random(dataset: Dataset, labels: Ints, about: About) -> None:
+def _empty_labels(dataset: Dataset, about: About) -> npt.NDArray[Any]:
+    """For the labels of all items, shaped as the first one."""
+    if about.task == "classify":
+        return np.empty(len(dataset), np.int64)
+    with mapped("data[0]", EXPECTED, "correct the Dataset"):
+        label = plain(dataset[0][1], "a label", "data[0]")
+    return np.empty((len(dataset), *label.shape), label.dtype)
+
+
+def _tell_random(dataset: Dataset, labels: npt.NDArray[Any], about: About) -> None:
     """Warn of items that differ from one reading to the next: each is read once, so what they draw
     at random stays."""
     for index in range(min(LOOKED_AT, len(dataset))):
@@ -130,7 +146,7 @@ def _tell_random(dataset: Dataset, labels: Ints, about: About) -> None:
 
 
 @np.errstate(all="ignore")  # what becomes infinite is found by checked_arrays
-def _item(dataset: Dataset, index: int, labels: Ints, about: About) -> np.ndarray[Any, Any]:
+def _item(dataset: Dataset, index: int, labels: npt.NDArray[Any], about: About) -> npt.NDArray[Any]:
     """One input, floats as float32; its label is written to `labels`."""
     where = f"data[{index}]"
     with mapped(where, "a pair of a tensor and an int", "correct the Dataset"):
@@ -143,9 +159,17 @@ def _item(dataset: Dataset, index: int, labels: Ints, about: About) -> np.ndarra
     for name, part in (("input", value), ("label", label)):
         if masked(part):
             raise bad(where, f"a masked {name}", "no masked value", MASK_STEP)
-    x = checked_inputs(plain(value, "an input", where), where, "an input")
+    x = checked_inputs(plain(value, "an input", where), where, "an input", about.vocabulary)
     if not x.size:
         raise bad(where, f"an empty input of shape {x.shape}", "(C, H, W), (C, window) or (F,)")
-    with mapped(where, "a label of 64 bits"):
-        labels[index] = label_of(label, about.class_names, where)
+    if about.task == "classify":
+        with mapped(where, "a label of 64 bits"):
+            labels[index] = label_of(label, about.class_names, where)
+    else:
+        one = plain(label, "a label", where)
+        if one.shape != labels.shape[1:]:
+            raise bad(where, f"a label of shape {one.shape}", f"{labels.shape[1:]} as data[0]")
+        labels[index] = one
+    if about.vocabulary:
+        return x.astype(np.int64)
     return x if x.dtype == np.uint8 else x.astype(np.float32)

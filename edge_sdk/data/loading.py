@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from edge_sdk.data.readers.scaling import PIXELS
 from edge_sdk.data.readers.table import Reader, readers
 from edge_sdk.errors import ConfigError, DataError, UsageError
 from edge_sdk.helpers.files import replacing
+from edge_sdk.protocol.fields import Task
 from edge_sdk.protocol.messages import InputScaling
+from edge_sdk.tasks.metrics import METRICS
 
 __all__ = ["DataSet", "Examples", "load", "load_dataset", "load_shard", "load_test", "save_shard"]
 log = logging.getLogger(__name__)
@@ -39,6 +42,8 @@ def load(source: str) -> tuple[str, Examples, Examples | None]:
     test = _read(read_test, source)
     if train.input_shape != test.input_shape:
         raise bad(source, f"test inputs {test.input_shape}", f"{train.input_shape} as in train")
+    if train.task != test.task:
+        raise bad(source, f"a test part for {test.task}", f"{train.task} as in train")
     whose = (f"{source} (train)", "its test part")
     if found := mismatch(train.input_scaling, test.input_scaling, whose):
         if found.is_certain:
@@ -48,8 +53,10 @@ def load(source: str) -> tuple[str, Examples, Examples | None]:
     if test.class_names and names != test.class_names:
         raise bad(source, "other class_names in test than in train", "the same in both")
     num_classes = max(train.num_classes, test.num_classes)
+    vocabulary = max(train.vocabulary, test.vocabulary)
     train, test = (
-        replace(part, num_classes=num_classes, class_names=names) for part in (train, test)
+        replace(part, num_classes=num_classes, class_names=names, vocabulary=vocabulary)
+        for part in (train, test)
     )
     return name, check_examples(train, source), check_examples(test, source)
 
@@ -58,6 +65,15 @@ def _read(reader: Reader, source: str, is_for_training: bool = True) -> Examples
     """What a reader gives, which may be a user's own, checked; doubts about labels and scaling are
     told."""
     examples = check_examples(reader(), source)
+    if examples.task == "classify":
+        _tell_labels(examples, source)
+    scaling = examples.input_scaling
+    if is_for_training and scaling and (said := _badly_scaled(scaling)):
+        log.warning("%s: %s", source, said)
+    return examples
+
+
+def _tell_labels(examples: Examples, source: str) -> None:
     lowest, highest = int(examples.y.min()), int(examples.y.max())
     if said := from_one(lowest, highest, examples.num_classes):
         log.warning("%s: %s", source, said)
@@ -72,9 +88,6 @@ def _read(reader: Reader, source: str, is_for_training: bool = True) -> Examples
             seen,
             num_classes,
         )
-    if is_for_training and (said := _badly_scaled(examples.input_scaling)):
-        log.warning("%s: %s", source, said)
-    return examples
 
 
 def _badly_scaled(scaling: InputScaling) -> str:
@@ -105,7 +118,7 @@ def load_dataset(
     stratified subsets drawn from `seed`; None takes all."""
     name, train, test = load(source)
     if test is None:
-        train_indices, test_indices = stratified_split(train.y, TEST_FRACTION, seed)
+        train_indices, test_indices = stratified_split(train.strata, TEST_FRACTION, seed)
         train, test = train.take(train_indices), train.take(test_indices)
     train = stratified_subset(train, examples, seed, "train subset")
     return DataSet(name, train, stratified_subset(test, test_examples, seed, "test subset"))
@@ -124,10 +137,26 @@ def load_shard(source: str) -> Examples:
 
 
 def as_asked(
-    examples: Examples, source: str, input_shape: tuple[int, ...] | None, num_classes: int | None
+    examples: Examples,
+    source: str,
+    input_shape: tuple[int, ...] | None,
+    num_classes: int | None,
+    task: Task | None = None,
+    vocabulary: int | None = None,
 ) -> Examples:
-    """The examples for a model of what --input and --classes say beside them: more classes than
-    they happen to hold, never fewer, and the same inputs. None: not asked. Raises UsageError."""
+    """The examples for a model of what --input, --classes, --task and --vocabulary say beside them:
+    more classes or token ids than they happen to hold, never fewer, and else the same. None: not
+    asked. Raises UsageError."""
+    if task not in (None, examples.task):
+        raise UsageError(
+            f"--task {task}, but the labels of {source} are for {examples.task}; leave --task out, "
+            "or give data that say so (docs/tasks.md)"
+        )
+    if vocabulary is not None and not 0 < examples.vocabulary <= vocabulary:
+        there = f"token ids below {examples.vocabulary}" if examples.vocabulary else "numbers"
+        raise UsageError(
+            f"--vocabulary {vocabulary}, but {source} has {there}; leave --vocabulary out"
+        )
     if input_shape is not None and tuple(input_shape) != examples.input_shape:
         asked, there = ("x".join(map(str, s)) for s in (input_shape, examples.input_shape))
         raise UsageError(f"--input {asked}, but {source} has {there}; leave --input out")
@@ -141,7 +170,16 @@ def as_asked(
             f"--classes {num_classes}, but {source} has {len(examples.class_names)} class_names; "
             "leave --classes out, or name the others there"
         )
-    return replace(examples, num_classes=num_classes or examples.num_classes)
+    if num_classes not in (None, examples.num_classes) and METRICS[examples.task].is_by_column:
+        raise UsageError(
+            f"--classes {num_classes}, but {source} has {examples.num_classes} columns of y; leave "
+            "--classes out"
+        )
+    return replace(
+        examples,
+        num_classes=num_classes or examples.num_classes,
+        vocabulary=vocabulary or examples.vocabulary,
+    )
 
 
 def save_shard(path: str | os.PathLike[str], examples: Examples) -> None:
@@ -150,12 +188,17 @@ def save_shard(path: str | os.PathLike[str], examples: Examples) -> None:
     if path.suffix != ".npz":
         raise ConfigError(f"shard file {path}: expected a name that ends in .npz")
     check_examples(examples, str(path))
-    arrays = {
+    arrays: dict[str, Any] = {
         "x": examples.x,
         "y": examples.y,
         "num_classes": np.int64(examples.num_classes),
-        "layout": np.array(AXES[examples.x.ndim]),
     }
+    if examples.vocabulary:
+        arrays["vocabulary"] = np.int64(examples.vocabulary)
+    else:
+        arrays["layout"] = np.array(AXES[examples.x.ndim])
+    if examples.task != "classify":
+        arrays["task"] = np.array(examples.task)
     if examples.subject is not None:
         arrays["subject"] = examples.subject
     if examples.class_names:

@@ -34,13 +34,13 @@ def stratified_split(y: Ints, fraction: float, seed: int) -> tuple[Ints, Ints]:
 
 def split_holdout(examples: Examples, share: float, seed: int = 0) -> tuple[Examples, Examples]:
     """Training part and hold-out of one client's examples, copies of those at `holdout_rows`."""
-    kept, held = holdout_rows(examples.y, share, seed)
+    kept, held = holdout_rows(examples.strata, share, seed)
     return examples.take(kept), examples.take(held)
 
 
 def holdout_rows(y: Ints, share: float, seed: int = 0) -> tuple[Ints, Ints]:
     """Sorted indices of those that one client trains on and of its hold-out, a function of its
-    labels and the seed.
+    strata (Examples.strata) and the seed.
 
     The hold-out is `share` of every class, to one example, while some class has two; of examples
     that are each alone in their class, it is drawn from all, at least one. It is empty where fewer
@@ -148,4 +148,4 @@ def stratified_subset(examples: Examples, size: int | None, seed: int, purpose: 
     if not 1 <= size <= len(examples):
         flag = SUBSET_FLAGS.get(purpose, purpose)
         raise UsageError(f"{flag} {size}, expected 1 to {len(examples)}, all that there are")
-    return examples.take(_stratified(examples.y, size, 0, _generator(seed, purpose)))
+    return examples.take(_stratified(examples.strata, size, 0, _generator(seed, purpose)))

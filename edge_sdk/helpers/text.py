@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import codecs
 import ipaddress
+import os
 import re
 from contextlib import suppress
 
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, DataError
 
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 KINDS = {"int": "a whole number", "float": "a number", "str": "text", "array": "a list"}
+MOST_PATH = 600  # characters of a path in a message
 SIGNS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
 _ENDPOINT = re.compile(r"tcp://(?:\[([^]\s]+)\]|([^][:/\s]+)):(\*|[0-9]{1,5})")
 
@@ -153,3 +155,10 @@ def _check_ipv6(host: str, where: str) -> None:
     if address.is_link_local and not address.scope_id:
         interface = "needs its network interface behind a %, as in [fe80::1%eth0]"
         raise ConfigError(f"{where} has a link-local address, which {interface}")
+
+
+def bad(
+    where: str | os.PathLike[str], got: str, expected: str, step: str = "correct the data"
+) -> DataError:
+    """What is wrong with a data set, in one line."""
+    return DataError(f"{one_line(str(where), MOST_PATH)}: got {got}, expected {expected}; {step}")

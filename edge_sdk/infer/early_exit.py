@@ -27,11 +27,13 @@ from edge_sdk.helpers.imports import optional_module
 from edge_sdk.helpers.text import one_line
 from edge_sdk.infer.model_folder import (
     ExportedModel,
-    Measure,
     read_file,
     read_model,
     read_thresholds,
 )
+from edge_sdk.protocol.fields import Measure
+from edge_sdk.tasks.base import check_ids
+from edge_sdk.tasks.table import task_of
 
 log = logging.getLogger(__name__)
 NEVER = 2.0  # a threshold above every confidence
@@ -43,9 +45,10 @@ Session: TypeAlias = Any  # onnxruntime.InferenceSession, or what has its `run`
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Per example: label (n,) int64, exit (n,) int64 from 1, confidence (n,) float32 at it."""
+    """Per example: label (n, ...), the answer as the task's labels are (docs/tasks.md), of classes
+    (n,) int64; exit (n,) int64 from 1, confidence (n,) float32 at it."""
 
-    label: Ints
+    label: Ints | Floats
     exit: Ints
     confidence: Floats
 
@@ -59,7 +62,7 @@ class EarlyExit:
     model: ExportedModel
     sessions: tuple[Session, ...]  # one per stage
     thresholds: tuple[float, ...]
-    measure: Measure = "softmax"
+    measure: Measure
     told: set[str] = field(default_factory=set)  # doubts about inputs, each told once
 
     @classmethod
@@ -88,41 +91,58 @@ class EarlyExit:
                 )
             threshold, measure = chosen.thresholds, chosen.measure
         thresholds = checked_thresholds(NEVER if threshold is None else threshold, model)
+        measure = checked_measure(measure, model)
         sessions = tuple(
             open_session(read_file(folder, file), str(folder / file.name), threads)
             for file in model.stages
         )
         check_sessions(model, sessions, folder)
-        return cls(model, sessions, thresholds, measure or "softmax")
+        return cls(model, sessions, thresholds, measure)
 
     def predict(self, x: npt.NDArray[Any]) -> Prediction:
-        """Answer each example at its exit. x: (n, *input_shape) of float32 as in training, or of
-        uint8 where model.json says how integers are scaled. Raises ShapeError for another shape or
-        dtype, DataError for NaN or infinite values, StoreError if a stage fails."""
-        features = self._checked(x)
-        label, exit = np.zeros(len(x), np.int64), np.zeros(len(x), np.int64)
+        """Answer each example at its exit. x: (n, *input_shape) of float32 as in training, of uint8
+        where model.json says how integers are scaled, or of int64 token ids. Raises ShapeError for
+        another shape or dtype, DataError for NaN or infinite values, StoreError if a stage
+        fails."""
+        features, spec = self._checked(x), self.model.spec
+        task, exit = task_of(spec.task), np.zeros(len(x), np.int64)
+        label = np.zeros_like(
+            task.answers(np.zeros((len(x), *task.output_shape(spec)), np.float32))
+        )
         confidence = np.zeros(len(x), np.float32)
+        before: Floats | None = None  # the outputs of the exit before, where the task compares them
         left = np.arange(len(x))  # examples that have not stopped, and their features beside it
         if not len(x):
             return Prediction(label, exit, confidence)
         for number, threshold in enumerate((*self.thresholds, 0.0), 1):
             features, logits = self.step(number, features)
-            reached = confidences(logits, self.measure)
+            reached = self.confidences(logits, before)
+            before = logits
             stops = reached >= threshold
             if not stops.any():
                 continue  # no copies: at batch 1 they take as long as a small stage
             done = left[stops]
-            label[done], exit[done] = logits[stops].argmax(1), number
+            label[done], exit[done] = task.answers(logits[stops]), number
             confidence[done] = reached[stops]
             if len(done) == len(left):
                 break
-            left, features = left[~stops], features[~stops]
+            left, features, before = left[~stops], features[~stops], logits[~stops]
         return Prediction(label, exit, confidence)
 
-    def _checked(self, x: npt.NDArray[Any]) -> Floats:
+    def confidences(
+        self, outputs: Floats, before: Floats | None, measure: Measure | None = None
+    ) -> Floats:
+        """(n,) in 0..1, by this engine's measure or another of the task. before: the outputs of the
+        exit before, None at exit 1."""
+        model = self.model
+        spread = np.array(model.output_spread or (1.0,), np.float32)
+        task = task_of(model.spec.task)
+        return task.confidence(outputs, measure or self.measure, before, spread)
+
+    def _checked(self, x: npt.NDArray[Any]) -> Floats | Ints:
         """The inputs as stage 1 takes them; a doubt about their scaling is told once."""
         features = checked_inputs(x, self.model)
-        if not len(x):
+        if not len(x) or self.model.spec.vocabulary:
             return features
         compare = unlike_integers if x.dtype == np.uint8 else unlike_model
         found = compare(self.model.inputs, float(features.min()), float(features.max()))
@@ -133,9 +153,9 @@ class EarlyExit:
             log.warning("%s", found.text)
         return features
 
-    def step(self, number: int, features: Floats) -> tuple[Floats, Floats]:
+    def step(self, number: int, features: Floats | Ints) -> tuple[Floats | Ints, Floats]:
         """Stage `number`, from 1, on features (n, ...): the next stage's features (for the last
-        stage the ones given) and this exit's logits (n, K)."""
+        stage the ones given) and this exit's logits, (n, K) or as the task has them."""
         is_last = number == len(self.sessions)
         names = ["logits"] if is_last else ["features", "logits"]
         try:
@@ -148,44 +168,42 @@ class EarlyExit:
         return (features if is_last else made[0]), logits
 
     def all_exits(self, x: npt.NDArray[Any]) -> Floats:
-        """Logits of every exit, (exits, n, K), in batches of BATCH; raises what predict does."""
-        features = self._checked(x)
-        shape = (len(self.sessions), len(x), self.model.spec.num_classes)
+        """Logits of every exit, (exits, n, K) or as the task has them, in batches of BATCH; raises
+        what predict does."""
+        features, spec = self._checked(x), self.model.spec
+        shape = (len(self.sessions), len(x), *task_of(spec.task).output_shape(spec))
         found = np.empty(shape, np.float32)
         for start in range(0, len(x), BATCH):
-            part = features[start : start + BATCH]
+            part: Floats | Ints = features[start : start + BATCH]
             for number in range(1, len(self.sessions) + 1):
                 part, found[number - 1, start : start + BATCH] = self.step(number, part)
         return found
 
 
-def confidences(logits: Floats, measure: Measure) -> Floats:
-    """(n, K) logits to (n,) in 0..1: the largest softmax probability, or one minus the entropy of
-    the softmax over that of K equal probabilities."""
-    centred = logits - logits.max(1, keepdims=True)
-    powers = np.exp(centred)
-    total = powers.sum(1, keepdims=True)
-    if measure == "softmax":
-        found: Floats = 1 / total[:, 0]
-        return found
-    probabilities = powers / total
-    entropy = (probabilities * (np.log(total) - centred)).sum(1)
-    clipped: Floats = np.clip(1 - entropy / np.float32(np.log(logits.shape[1])), 0, 1)
-    return clipped
+def checked_measure(given: Measure | None, model: ExportedModel) -> Measure:
+    """Of an exit's confidence; None: the task's first. Raises ConfigError."""
+    known = model.metric.measures
+    if given not in (None, *known):
+        raise ConfigError(f"--measure {given}, expected one of the task's, {', '.join(known)}")
+    return given or known[0]
 
 
-def checked_inputs(x: npt.NDArray[Any], model: ExportedModel) -> Floats:
+def checked_inputs(x: npt.NDArray[Any], model: ExportedModel) -> Floats | Ints:
     """The inputs as stage 1 takes them. Raises ShapeError, DataError."""
-    shape = model.spec.input_shape
-    expected = f"(n, {', '.join(map(str, shape))}) of float32"
+    shape, vocabulary = model.spec.input_shape, model.spec.vocabulary
+    expected = f"(n, {', '.join(map(str, shape))}) of {'int64' if vocabulary else 'float32'}"
     if not isinstance(x, np.ndarray) or x.shape[1:] != shape or x.ndim != len(shape) + 1:
         got = f"shape {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
         raise ShapeError(f"inputs are {got}, expected {expected}; a single one is x[None]")
+    if vocabulary and x.dtype.kind in "iu":
+        ids = x.astype(np.int64)
+        check_ids(ids, vocabulary, "inputs")
+        return ids
     if x.dtype == np.uint8 and model.scaling:
         return scaled(x, *model.scaling)
-    if x.dtype != np.float32:
+    if x.dtype != np.float32 or vocabulary:
         wanted = f"{expected}, or uint8" if model.scaling else expected
-        step = "scale them as the training data were"
+        step = "give token ids" if vocabulary else "scale them as the training data were"
         raise ShapeError(f"inputs are {x.dtype}, expected {wanted}; {step}")
     # Two numbers tell of all: this is the way of every single example on a device.
     if x.size and not (math.isfinite(x.min()) and math.isfinite(x.max())):
@@ -246,7 +264,7 @@ def check_sessions(model: ExportedModel, sessions: Sequence[Session], folder: Pa
             set(inputs) != {"input"}
             or set(outputs) != ({"logits"} if is_last else {"features", "logits"})
             or not is_same(inputs["input"], features)
-            or not is_same(outputs["logits"], [spec.num_classes])
+            or not is_same(outputs["logits"], task_of(spec.task).output_shape(spec))
         ):
             raise StoreError(
                 f"{folder / model.stages[number - 1].name} takes {inputs} and gives {outputs}, "

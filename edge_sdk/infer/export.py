@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from edge_sdk.data.contract import NOT_KNOWN, ModelNote, TrainedOn, mismatch
-from edge_sdk.data.examples import Examples, Floats
+from edge_sdk.data.examples import Examples, Floats, Ints
 from edge_sdk.errors import ConfigError, DataError, EdgeError, StoreError
 from edge_sdk.helpers.files import sha256_of, write_file, write_struct
 from edge_sdk.helpers.imports import optional_module
@@ -117,9 +117,11 @@ def _exported(
         checked_on=f"{len(x)} {'random inputs' if examples is None else 'examples'}",
     )
 
-    def torch_logits(part: Floats) -> Floats:
+    def torch_logits(part: Floats | Ints) -> Floats:
         return np.stack([logits.numpy() for logits in reference(torch.from_numpy(part))])
 
+    if spec.task == "regress":
+        made = replace(made, output_spread=_spread(torch_logits(x)[-1]))
     difference = _checked(made, whole, stages, x, torch_logits)
     return replace(made, largest_difference=difference), whole, stages
 
@@ -290,8 +292,8 @@ def _checked(
     model: ExportedModel,
     whole: bytes,
     stages: Sequence[bytes],
-    x: Floats,
-    reference: Callable[[Floats], Floats],
+    x: Floats | Ints,
+    reference: Callable[[Any], Floats],
 ) -> float:
     """Largest difference of any logit, of the whole or through the stages, to `reference` (inputs
     to (exits, n, K)), over the largest logit of that exit. Raises StoreError above TOLERANCE."""
@@ -302,12 +304,13 @@ def _checked(
         wanted = reference(part)
         if not np.isfinite(wanted).all():
             raise DataError("the model gives NaN or infinite logits; nothing to export")
-        scale = np.maximum(np.abs(wanted).max(axis=(1, 2)), 1e-3)  # (exits,)
+        rest = tuple(range(1, wanted.ndim))
+        scale = np.maximum(np.abs(wanted).max(axis=rest), 1e-3)  # (exits,)
         try:
             together = np.stack(session.run(None, {"input": part}))
             got = {WHOLE: together, "the stages": engine.all_exits(part)}
             gaps = {
-                name: float((np.abs(logits - wanted).max(axis=(1, 2)) / scale).max())
+                name: float((np.abs(logits - wanted).max(axis=rest) / scale).max())
                 for name, logits in got.items()
             }
         except EdgeError:
@@ -329,18 +332,27 @@ def _engine(model: ExportedModel, stages: Sequence[bytes]) -> EarlyExit:
     sessions = tuple(
         open_session(content, file.name) for content, file in zip(stages, model.stages, strict=True)
     )
-    return EarlyExit(model, sessions, (NEVER,) * (len(sessions) - 1))
+    return EarlyExit(model, sessions, (NEVER,) * (len(sessions) - 1), model.metric.measures[0])
 
 
-def _inputs(spec: ModelSpec, examples: Examples | None) -> Floats:
+def _spread(values: Floats) -> tuple[float, ...]:
+    """The standard deviation of each value (n, K); 1 where all are alike."""
+    found = values.astype(np.float64).std(0)
+    return tuple(np.where(found > 0, found, 1.0).tolist())
+
+
+def _inputs(spec: ModelSpec, examples: Examples | None) -> Floats | Ints:
     """(at most CHECKED, *input_shape): real inputs, else random ones."""
     if examples is None:
-        draws = np.random.default_rng(0).standard_normal((CHECKED, *spec.input_shape))
-        return draws.astype(np.float32)
-    if examples.input_shape != spec.input_shape:
+        rng, shape = np.random.default_rng(0), (CHECKED, *spec.input_shape)
+        if spec.vocabulary:
+            return rng.integers(spec.vocabulary, size=shape, dtype=np.int64)
+        return rng.standard_normal(shape).astype(np.float32)
+    is_other = bool(examples.vocabulary) != bool(spec.vocabulary)
+    if is_other or examples.input_shape != spec.input_shape:
         wanted = f"the model takes {spec.input_shape}; give the data that it was trained for"
         raise DataError(f"data of inputs {examples.input_shape}, {wanted}")
-    return np.ascontiguousarray(examples.x[:CHECKED])
+    return examples.x[:CHECKED]
 
 
 def _trained_on(examples: Examples | None, known: TrainedOn | None) -> TrainedOn:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def read_inputs(
     model: Path, data: str, skip: int = 0, limit: int | None = None
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-    """Inputs (n, *input_shape), n at least 1, and labels (n,), None where there are none.
+    """Inputs (n, *input_shape), n at least 1, and labels (n, ...), None where there are none.
 
     model: the folder of the exported model that is to answer them. data: as for --data, or inputs
     alone, an .npy file or an .npz without y. skip: how many of the first are left out; limit: the
@@ -43,6 +43,13 @@ def read_inputs(
     else:
         examples, about = load_test(data, is_for_training=False), read_model(model)
         check_shape(examples, about, data)
+        if (examples.task, bool(examples.vocabulary)) != (
+            about.spec.task,
+            bool(about.spec.vocabulary),
+        ):
+            got = f"labels for the task {examples.task}, vocabulary {examples.vocabulary}"
+            wanted = f"{about.spec.task}, {about.spec.vocabulary} as the model has"
+            raise bad(data, got, wanted, "give data that say so")
         x, y = examples.x[part], examples.y[part]
         own = examples.trained_on
         is_bytes = examples.scaling == PIXELS and np.abs(examples.x).max() <= 1
@@ -114,9 +121,10 @@ def unlabelled(arrays: Arrays, model: ExportedModel, data: str) -> npt.NDArray[A
             f"(n, {', '.join(map(str, wanted))})",
             "give x[None]",
         )
-    if x.shape[1:] == wanted:
+    if x.shape[1:] == wanted and not model.spec.vocabulary:
         arrays = {"layout": np.array(AXES[x.ndim])} | arrays
     labels = {"y": np.zeros(x.shape[:1], np.int64), "num_classes": np.array(model.spec.num_classes)}
+    labels["vocabulary"] = np.array(model.spec.vocabulary)
     examples = checked_arrays({**arrays, **labels}, data)
     check_shape(examples, model, data)
     if x.dtype == np.uint8 and model.scaling:

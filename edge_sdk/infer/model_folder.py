@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -24,14 +24,13 @@ from msgspec import Meta
 from edge_sdk.errors import StoreError
 from edge_sdk.helpers.files import is_there, make_parent, sha256_of, why_not
 from edge_sdk.helpers.text import one_line
-from edge_sdk.protocol.fields import Input, Struct, Text
+from edge_sdk.protocol.fields import Figure, Input, Measure, Share, Struct, Text
 from edge_sdk.protocol.messages import InputScaling, ModelSpec
+from edge_sdk.tasks.metrics import METRICS, Metric
 
 FORMAT: Literal[1] = 1
 MODEL, WHOLE, THRESHOLDS = "model.json", "whole.onnx", "calibration.json"
 STAGES = "stage_*.onnx"
-Measure: TypeAlias = Literal["softmax", "entropy"]
-Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 T = TypeVar("T", bound=Struct)
 
 
@@ -46,9 +45,10 @@ class ExportedModel(Struct, frozen=True, kw_only=True):
     """model.json. scaling (divisor, offset): the training inputs were integer / divisor - offset;
     None: they were floats, or it is not known. input_range: their smallest and largest; None: not
     known. made_of: what they are, as `InputScaling` says. class_names: in the order of the labels;
-    (): not known. batch_norms: how many BatchNormalization nodes are left in whole.onnx; those
-    after a convolution or a linear layer are folded into it.
-    largest_difference: to torch's logits, over the largest of them; checked_on: which inputs."""
+    (): not known. output_spread: of the task regress, the standard deviation of each value over the
+    inputs that it was checked on. batch_norms: how many BatchNormalization nodes are left in
+    whole.onnx; those after a convolution or a linear layer are folded into it. largest_difference:
+    to torch's logits, over the largest of them; checked_on: which inputs."""
 
     format: Literal[1] = FORMAT
     spec: ModelSpec  # exit = number of exits here
@@ -58,6 +58,7 @@ class ExportedModel(Struct, frozen=True, kw_only=True):
     input_range: tuple[Input, Input] | None = None
     made_of: Text = ""
     class_names: tuple[str, ...] = ()
+    output_spread: tuple[Annotated[float, Meta(gt=0)], ...] = ()
     whole: ModelFile
     stages: tuple[ModelFile, ...]
     largest_difference: float
@@ -68,6 +69,12 @@ class ExportedModel(Struct, frozen=True, kw_only=True):
             raise ValueError(f"{len(self.stages)} stages for {self.spec.exit} exits")
         if len(self.class_names) not in (0, self.spec.num_classes):
             raise ValueError(f"{len(self.class_names)} class names for {self.spec.num_classes}")
+        if len(self.output_spread) not in (0, self.spec.num_classes):
+            raise ValueError(f"{len(self.output_spread)} spreads for {self.spec.num_classes}")
+
+    @property
+    def metric(self) -> Metric:
+        return METRICS[self.spec.task]
 
     @property
     def inputs(self) -> InputScaling | None:
@@ -82,8 +89,8 @@ class ExportedModel(Struct, frozen=True, kw_only=True):
 
 class ExitThresholds(Struct, frozen=True, kw_only=True):
     """calibration.json: an example stops at the first exit whose confidence by `measure` reaches
-    that exit's threshold; the last exit has none. Accuracies, latency at batch 1 and `exit_shares`
-    (where examples stop) are those on the held-out examples."""
+    that exit's threshold; the last exit has none. Metrics (of the model's task), latency at batch 1
+    and `exit_shares` (where examples stop) are those on the held-out examples."""
 
     format: Literal[1] = FORMAT
     model_sha256: str  # of the model.json that it is for
@@ -91,8 +98,8 @@ class ExitThresholds(Struct, frozen=True, kw_only=True):
     thresholds: tuple[Annotated[float, Meta(ge=0)], ...]
     wanted: str
     num_examples: int
-    accuracy: Share
-    deepest_accuracy: Share
+    metric: Figure
+    deepest_metric: Figure
     latency_s: float
     exit_shares: tuple[Share, ...]
     threads: int
@@ -204,6 +211,6 @@ def described(model: ExportedModel, folder: Path) -> str:
     spec = model.spec
     return (
         f"wrote {folder}: {spec.family}, input {'x'.join(map(str, spec.input_shape))}, "
-        f"{spec.num_classes} classes, exits 1 to {spec.exit}; largest difference to torch "
-        f"{model.largest_difference:.1e} of the largest logit, on {model.checked_on}"
+        f"{spec.num_classes} {model.metric.outputs}, exits 1 to {spec.exit}; largest difference "
+        f"to torch {model.largest_difference:.1e} of the largest logit, on {model.checked_on}"
     )

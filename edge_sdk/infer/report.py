@@ -1,4 +1,4 @@
-"""Accuracy against latency of an exported model on this device, as CSV, Markdown and a plot."""
+"""The metric against latency of an exported model on this device, as CSV, Markdown and a plot."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import logging
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy.typing as npt
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import make_folder, write_file
 from edge_sdk.infer.early_exit import NEVER, EarlyExit
-from edge_sdk.infer.model_folder import Measure
 from edge_sdk.infer.thresholds import Point, answers_of, curve, exit_seconds
+from edge_sdk.protocol.fields import Measure
+from edge_sdk.tasks.metrics import Metric
 
 log = logging.getLogger(__name__)
-MEASURES: tuple[Measure, ...] = get_args(Measure)
 EXPLAINED = (
     "Each example stops at the first exit whose confidence reaches the threshold. Latency: the "
     "median seconds here, at batch 1, of an example that stops at each exit; mean of all examples."
@@ -31,19 +31,21 @@ def write_report(
 ) -> list[Path]:
     """Write curve.csv, curve.md and, where matplotlib is installed, curve.png into `folder`.
 
-    x: (n, *input_shape), y: (n,); about: what they are, for the heading. Raises StoreError where
-    the folder cannot be written, and what EarlyExit.predict and choose_thresholds raise."""
+    x: (n, *input_shape), y: labels as the task has them; about: what they are, for the heading.
+    Raises StoreError where the folder cannot be written, and what EarlyExit.predict and
+    choose_thresholds raise."""
     make_folder(folder, "--out")
-    answers = answers_of(engine, x, y, MEASURES)
+    metric = engine.model.metric
+    answers = answers_of(engine, x, y, metric.measures)
     exit_s = exit_seconds(engine, x)
-    curves = {measure: curve(answers[measure], exit_s) for measure in MEASURES}
-    alone = list(zip(answers["softmax"].accuracies(), exit_s, strict=True))
+    curves = {measure: curve(answers[measure], exit_s) for measure in metric.measures}
+    alone = list(zip(answers[metric.measures[0]].metrics(), exit_s, strict=True))
     contents = {
-        "curve.csv": csv_of(curves).encode(),
+        "curve.csv": csv_of(curves, metric).encode(),
         "curve.md": markdown(engine, curves, alone, about).encode(),
     }
     try:
-        contents["curve.png"] = plot(curves, alone)
+        contents["curve.png"] = plot(curves, alone, metric)
     except ConfigError as error:
         log.warning("no curve.png: %s", error)
     for name, content in contents.items():
@@ -51,18 +53,18 @@ def write_report(
     return [folder / name for name in contents]
 
 
-def csv_of(curves: Mapping[Measure, Sequence[Point]]) -> str:
+def csv_of(curves: Mapping[Measure, Sequence[Point]], metric: Metric) -> str:
     """One line per measure and threshold; "never" stops nothing before the last exit."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     num_exits = len(next(iter(curves.values()))[0].shares)
     exits = [f"share_exit_{number}" for number in range(1, num_exits + 1)]
-    writer.writerow(["measure", "threshold", "accuracy", "latency_ms", *exits])
+    writer.writerow(["measure", "threshold", metric.key, "latency_ms", *exits])
     for measure, points in curves.items():
         for p in points:
             shares = [f"{share:.4f}" for share in p.shares]
             latency = f"{1e3 * p.latency_s:.4f}"
-            writer.writerow([measure, _name(p), f"{p.accuracy:.4f}", latency, *shares])
+            writer.writerow([measure, _name(p), f"{p.metric:.4f}", latency, *shares])
     return text.getvalue()
 
 
@@ -72,44 +74,49 @@ def markdown(
     alone: Sequence[tuple[float, float]],
     about: str,
 ) -> str:
-    spec = engine.model.spec
+    spec, metric = engine.model.spec, engine.model.metric
+    title = metric.name[0].upper() + metric.name[1:]
     lines = [
-        f"# Accuracy and latency: {spec.family}, {spec.exit} exits, on {about}",
+        f"# {title} and latency: {spec.family}, {spec.exit} exits, on {about}",
         "",
         f"{EXPLAINED} Machine: {platform.machine()}.",
         "",
-        "| exit, all stop there | accuracy % | latency ms |",
+        f"| exit, all stop there | {metric.head} | latency ms |",
         "| --- | --- | --- |",
     ]
-    for number, (share, latency_s) in enumerate(alone, 1):
-        lines.append(f"| {number} | {100 * share:.2f} | {1e3 * latency_s:.3f} |")
+    for number, (value, latency_s) in enumerate(alone, 1):
+        lines.append(f"| {number} | {metric.shown(value, 2)} | {1e3 * latency_s:.3f} |")
     heads = " | ".join(f"exit {number} %" for number in range(1, spec.exit + 1))
     for measure, points in curves.items():
-        lines += ["", f"## {measure}", "", f"| threshold | accuracy % | latency ms | {heads} |"]
+        lines += ["", f"## {measure}", "", f"| threshold | {metric.head} | latency ms | {heads} |"]
         lines.append("| --- " * (3 + spec.exit) + "|")
         for p in points:
             shares = " | ".join(f"{100 * share:.1f}" for share in p.shares)
-            cells = f"{100 * p.accuracy:.2f} | {1e3 * p.latency_s:.3f} | {shares}"
+            cells = f"{metric.shown(p.metric, 2)} | {1e3 * p.latency_s:.3f} | {shares}"
             lines.append(f"| {_name(p)} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(curves: Mapping[Measure, Sequence[Point]], alone: Sequence[tuple[float, float]]) -> bytes:
+def plot(
+    curves: Mapping[Measure, Sequence[Point]],
+    alone: Sequence[tuple[float, float]],
+    metric: Metric,
+) -> bytes:
     """PNG: a line per measure, a cross per exit alone. Raises ConfigError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("matplotlib is not installed; pip install matplotlib") from error
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    axes, factor = figure.subplots(), 100 if metric.is_share else 1
     for measure, points in curves.items():
         latencies = [1e3 * point.latency_s for point in points]
-        axes.plot(latencies, [100 * point.accuracy for point in points], ".-", label=measure)
-    for number, (share, latency_s) in enumerate(alone, 1):
-        axes.plot(1e3 * latency_s, 100 * share, "k+")
-        axes.annotate(f"exit {number}", (1e3 * latency_s, 100 * share))
+        axes.plot(latencies, [factor * point.metric for point in points], ".-", label=measure)
+    for number, (value, latency_s) in enumerate(alone, 1):
+        axes.plot(1e3 * latency_s, factor * value, "k+")
+        axes.annotate(f"exit {number}", (1e3 * latency_s, factor * value))
     axes.set_xlabel("mean latency, ms")
-    axes.set_ylabel("accuracy, %")
+    axes.set_ylabel(metric.name + ", %" * metric.is_share)
     axes.legend()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)

@@ -1,4 +1,4 @@
-"""When to stop: thresholds for a wanted accuracy or latency, from held-out data of this device.
+"""When to stop: thresholds for a wanted metric or latency, from held-out data of this device.
 
 Every example goes through all stages once; what each threshold would have done is then counted. The
 same threshold holds for all exits. Latency is not assumed: `predict` is timed here at batch 1 for
@@ -17,10 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.data.examples import Floats, Ints
-from edge_sdk.errors import ConfigError, DataError
+from edge_sdk.errors import ConfigError, DataError, UsageError
 from edge_sdk.helpers.files import sha256_of, write_struct
-from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
-from edge_sdk.infer.model_folder import MODEL, THRESHOLDS, ExitThresholds, ExportedModel, Measure
+from edge_sdk.infer.early_exit import NEVER, EarlyExit
+from edge_sdk.infer.model_folder import MODEL, THRESHOLDS, ExitThresholds, ExportedModel
+from edge_sdk.protocol.fields import Measure, Task
+from edge_sdk.tasks.base import Sums
+from edge_sdk.tasks.metrics import Metric
+from edge_sdk.tasks.table import task_of
 
 # Trained networks are sure of most of what they see, hence the steps that get finer towards 1.
 GRID = (
@@ -33,25 +37,31 @@ TIMED_RUNS, WARM_RUNS = 50, 5
 
 @dataclass(frozen=True)
 class Point:
-    """What one threshold gives: accuracy as a share, mean latency, share of examples per exit."""
+    """What one threshold gives: the task's metric, mean latency, share of examples per exit."""
 
     threshold: float
-    accuracy: float
+    metric: float
     latency_s: float
     shares: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Every exit's answer to held-out examples: labels and confidences (exits, n); y (n,) true."""
+    """Every exit's answers to held-out examples, as what the task counts of each (exits, n, C), and
+    confidences (exits, n)."""
 
-    labels: Ints
+    task: Task
+    counts: Sums
     confidences: Floats
-    y: Ints
 
-    def accuracies(self) -> list[float]:
-        """The accuracy of each exit, if all examples stopped there."""
-        return [float((labels == self.y).mean()) for labels in self.labels]
+    def metric_at(self, at: Ints) -> float:
+        """The metric where each example stops at that exit, from 0. at: (n,)."""
+        sums = self.counts[at, np.arange(len(at))].sum(0)
+        return task_of(self.task).figure(sums)
+
+    def metrics(self) -> list[float]:
+        """The metric of each exit, if all examples stopped there."""
+        return [task_of(self.task).figure(counts.sum(0)) for counts in self.counts]
 
 
 def choose_thresholds(
@@ -59,33 +69,36 @@ def choose_thresholds(
     x: npt.NDArray[Any],
     y: npt.NDArray[Any],
     *,
-    accuracy: float | None = None,
-    accuracy_loss: float | None = None,
+    metric: float | None = None,
+    metric_loss: float | None = None,
     latency_s: float | None = None,
-    measure: Measure = "softmax",
+    measure: Measure | None = None,
     threads: int = 1,
 ) -> ExitThresholds:
-    """Write calibration.json beside the model: the fastest threshold that reaches `accuracy` (a
-    share), or that loses at most `accuracy_loss` against the deepest exit; or the most accurate
-    one within a mean latency of `latency_s`. Give one of the three.
+    """Write calibration.json beside the model: the fastest threshold that reaches `metric`, of the
+    model's task, an accuracy or F1 as a share, or that loses at most `metric_loss` against the
+    deepest exit; or the best one within a mean latency of `latency_s`. Give one of the three.
 
-    x: (n, *input_shape), y: (n,) labels: held-out examples, none that trained the model. Raises
-    ConfigError for a wish that nothing fulfils, DataError or ShapeError for wrong data, and what
-    EarlyExit.load raises."""
+    x: (n, *input_shape), y: labels as the task has them: held-out examples, none that trained the
+    model. Raises ConfigError for a wish that nothing fulfils, DataError or ShapeError for wrong
+    data, and what EarlyExit.load raises."""
     folder = Path(folder)
     engine = EarlyExit.load(folder, threshold=NEVER, measure=measure, threads=threads)
-    answers = answers_of(engine, x, y, [measure])[measure]
+    name, wished = engine.model.metric.name, metric or metric_loss or 0.0
+    if engine.model.metric.is_share and wished > 1:
+        raise UsageError(f"{name} {wished:g}, expected a share from 0 to 1")
+    answers = answers_of(engine, x, y, [engine.measure])[engine.measure]
     points = curve(answers, exit_seconds(engine, x))
-    deepest = answers.accuracies()[-1]
-    point, wanted = choose(points, deepest, accuracy, accuracy_loss, latency_s)
+    deepest = answers.metrics()[-1]
+    point, wanted = choose(points, deepest, engine.model.metric, metric, metric_loss, latency_s)
     found = ExitThresholds(
         model_sha256=sha256_of((folder / MODEL).read_bytes()),
-        measure=measure,
+        measure=engine.measure,
         thresholds=(point.threshold,) * len(engine.thresholds),
         wanted=wanted,
         num_examples=len(y),
-        accuracy=point.accuracy,
-        deepest_accuracy=deepest,
+        metric=point.metric,
+        deepest_metric=deepest,
         latency_s=point.latency_s,
         exit_shares=point.shares,
         threads=threads,
@@ -97,49 +110,54 @@ def choose_thresholds(
 def choose(
     points: Sequence[Point],
     deepest: float,
-    accuracy: float | None,
-    accuracy_loss: float | None,
+    of: Metric,
+    metric: float | None,
+    metric_loss: float | None,
     latency_s: float | None,
 ) -> tuple[Point, str]:
-    """The best point for the one wish that is given, and the wish in words. deepest: accuracy of
+    """The best point for the one wish that is given, and the wish in words. deepest: the metric of
     the deepest exit. Raises ConfigError with what is reachable."""
-    if sum(wish is not None for wish in (accuracy, accuracy_loss, latency_s)) != 1:
-        raise ConfigError("give one of accuracy, accuracy_loss and latency_s")
+    if sum(wish is not None for wish in (metric, metric_loss, latency_s)) != 1:
+        raise ConfigError("give one of metric, metric_loss and latency_s")
+
+    def worse(point: Point) -> float:
+        return of.worse_by(point.metric, 0.0)
+
     if latency_s is not None:
         wanted = f"latency {1e3 * latency_s:g} ms"
         fitting = [point for point in points if point.latency_s <= latency_s]
-        best = max(fitting, key=lambda p: (p.accuracy, -p.latency_s, p.threshold), default=None)
+        best = min(fitting, key=lambda p: (worse(p), p.latency_s, -p.threshold), default=None)
     else:
-        loss = accuracy_loss or 0.0
-        wanted = f"accuracy at most {loss:g} below the deepest exit's {deepest:.4f}"
-        if accuracy is not None:
-            wanted = f"accuracy {accuracy:g}"
-        least = deepest - loss if accuracy is None else accuracy
-        fitting = [point for point in points if point.accuracy >= least - 1e-12]
-        best = min(fitting, key=lambda p: (p.latency_s, -p.accuracy, -p.threshold), default=None)
+        loss = metric_loss or 0.0
+        side = "above" if of.is_lower_better else "below"
+        wanted = f"{of.name} at most {loss:g} {side} the deepest exit's {deepest:.4f}"
+        if metric is not None:
+            wanted = f"{of.name} {metric:g}"
+        reference = deepest if metric is None else metric
+        fitting = [p for p in points if of.worse_by(p.metric, reference) <= loss + 1e-12]
+        best = min(fitting, key=lambda p: (p.latency_s, worse(p), -p.threshold), default=None)
     if best is None:
         fastest = min(points, key=lambda point: point.latency_s)
-        top = max(points, key=lambda point: (point.accuracy, -point.latency_s))
+        top = min(points, key=lambda point: (worse(point), point.latency_s))
         raise ConfigError(
-            f"{wanted} is not reachable on these examples; the fastest is accuracy "
-            f"{fastest.accuracy:.4f} at {1e3 * fastest.latency_s:.3f} ms, the most accurate "
-            f"{top.accuracy:.4f} at {1e3 * top.latency_s:.3f} ms"
+            f"{wanted} is not reachable on these examples; the fastest is {of.name} "
+            f"{fastest.metric:.4f} at {1e3 * fastest.latency_s:.3f} ms, the best "
+            f"{top.metric:.4f} at {1e3 * top.latency_s:.3f} ms"
         )
     return best, wanted
 
 
 def curve(answers: Answers, exit_s: Sequence[float], grid: Sequence[float] = GRID) -> list[Point]:
     """One point per threshold. exit_s: seconds of one example that stops at exit 1, 2, ..."""
-    exits, n = answers.labels.shape
+    exits, n = answers.confidences.shape
     points = []
     for threshold in grid:
         stops = answers.confidences >= threshold  # (exits, n)
         stops[-1] = True
         at = stops.argmax(0)  # (n,) the first exit that stops it, from 0
         shares = np.bincount(at, minlength=exits) / n
-        accuracy = (answers.labels[at, np.arange(n)] == answers.y).mean()
         latency_s = float(shares @ np.array(exit_s))
-        points.append(Point(threshold, float(accuracy), latency_s, tuple(shares.tolist())))
+        points.append(Point(threshold, answers.metric_at(at), latency_s, tuple(shares.tolist())))
     return points
 
 
@@ -150,15 +168,28 @@ def answers_of(
     DataError for labels that do not fit."""
     true = checked_labels(x, y, engine.model)
     logits = engine.all_exits(x)  # (exits, n, K)
-    labels = logits.argmax(2).astype(np.int64)
-    reached = {one: np.stack([confidences(part, one) for part in logits]) for one in measures}
-    return {one: Answers(labels, reached[one], true) for one in measures}
+    name = engine.model.spec.task
+    task = task_of(name)
+    counts = np.stack([task.counts(task.answers(part), true) for part in logits])
+    before = [None, *logits[:-1]]
+    reached = {
+        one: np.stack([engine.confidences(*p, one) for p in zip(logits, before, strict=True)])
+        for one in measures
+    }
+    return {one: Answers(name, counts, reached[one]) for one in measures}
 
 
-def checked_labels(x: npt.NDArray[Any], y: npt.NDArray[Any], model: ExportedModel) -> Ints:
-    """The labels y as (n,) int64. Raises DataError for those that do not fit the model."""
-    num_classes = model.spec.num_classes
+def checked_labels(
+    x: npt.NDArray[Any], y: npt.NDArray[Any], model: ExportedModel
+) -> npt.NDArray[Any]:
+    """The labels y as the model's task has them, of classes (n,) int64. Raises DataError for those
+    that do not fit the model."""
+    num_classes, task = model.spec.num_classes, task_of(model.spec.task)
     labels = np.asarray(y)
+    if model.spec.task != "classify":
+        labels = task.labels(labels, model.class_names, "labels")
+        task.check_labels(labels, x, num_classes, "labels")
+        return labels
     if labels.shape != x.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
         raise DataError(
             f"labels are {labels.shape} of {labels.dtype} for {len(x)} examples, expected one "

@@ -13,7 +13,7 @@ function from the spec to those names: `register_family("mine", build, names=nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,9 @@ from edge_sdk.models.options import read_options
 from edge_sdk.models.own_code import own_code
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.models.structure import check_structure
+from edge_sdk.protocol.fields import Task
 from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.tasks.table import task_of
 
 __all__ = [
     "FAMILIES",
@@ -43,15 +45,21 @@ __all__ = [
 ]
 
 
+ONE_OUTPUT: tuple[Task, ...] = ("classify", "multilabel", "regress")  # (B, K) of an exit
+
+
 @dataclass(frozen=True)
 class Family:
     """build: of (spec), and (spec, options) where it has some. names: of the same, the original
-    name of each tensor that has one. makes_any: what it makes is not known here, as the modules of
-    a package are not, and is tried as a person's own."""
+    name of each tensor that has one. tasks: whose outputs its exits can give; takes_ids: inputs may
+    be token ids, where the spec has a vocabulary. makes_any: what it makes is not known here, as
+    the modules of a package are not, and is tried as a person's own."""
 
     build: Callable[..., StagedModel]
     options: type[msgspec.Struct] | None = None
     names: Callable[..., Mapping[str, str]] | None = None
+    tasks: Collection[Task] = ONE_OUTPUT
+    takes_ids: bool = False
     makes_any: bool = False
 
     @property
@@ -75,10 +83,13 @@ def register_family(
     options: type[msgspec.Struct] | None = None,
     names: Callable[..., Mapping[str, str]] | None = None,
     *,
+    tasks: Collection[Task] = ONE_OUTPUT,
+    takes_ids: bool = False,
     makes_any: bool = False,
 ) -> None:
-    """Add a family. Raises ConfigError if the name is taken by another builder."""
-    FAMILIES.add(name, Family(build, options, names, makes_any), build.__module__)
+    """Add a family; see Family. Raises ConfigError if the name is taken by another builder."""
+    family = Family(build, options, names, tasks, takes_ids, makes_any)
+    FAMILIES.add(name, family, build.__module__)
 
 
 def find_family(name: str) -> Family:
@@ -103,6 +114,7 @@ def build(spec: ModelSpec) -> StagedModel:
     what is no StagedModel of such tensors (structure.py)."""
     family = FAMILIES[spec.family]
     try:
+        _check_task(family, spec)
         with own_code(spec.family, "build", family.build):
             model = family.build(spec, *_options(family, spec))
             if not family.is_built_in:
@@ -112,6 +124,15 @@ def build(spec: ModelSpec) -> StagedModel:
         if (name := f"family {spec.family!r}") in str(error):
             raise
         raise type(error)(f"{name}: {error}") from error
+
+
+def _check_task(family: Family, spec: ModelSpec) -> None:
+    task_of(spec.task).check(spec)
+    if spec.task not in family.tasks:
+        known = ", ".join(family.tasks)
+        raise ConfigError(f"it has no task {spec.task!r}, only {known}; take another family")
+    if spec.vocabulary and not family.takes_ids:
+        raise ConfigError("it takes numbers, the data are token ids; take another family")
 
 
 def _options(family: Family, spec: ModelSpec) -> tuple[msgspec.Struct, ...]:

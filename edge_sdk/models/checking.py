@@ -18,7 +18,6 @@ import msgspec
 import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
-from torch.nn import functional
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import sha256_of
@@ -29,6 +28,8 @@ from edge_sdk.models.structure import named_tensors
 from edge_sdk.protocol.messages import ModelSpec, Specs
 from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import specs_of
+from edge_sdk.tasks.metrics import METRICS
+from edge_sdk.tasks.table import task_of
 
 log = logging.getLogger(__name__)
 TRAINED, EVALUATED = 2, 3  # examples; two sizes and single ones, so that no size may be built in
@@ -43,7 +44,7 @@ class _Known(NamedTuple):
 
     model: StagedModel
     buffers: dict[str, Tensor]
-    logits: list[Tensor]  # in eval mode, one (3, K) per exit
+    logits: list[Tensor]  # in eval mode, of three examples, one per exit
 
     def tensors(self) -> dict[str, Tensor]:
         return self.model.tensors() | self.buffers
@@ -100,7 +101,8 @@ def checked_models(spec: ModelSpec) -> Iterator[StagedModel]:
     torch.manual_seed(SEED)
     with _naming(spec):
         _tried(build(spec), spec, known)
-    if known is not None and all(_is_softmax(found) for found in known.logits):
+    is_softmax = METRICS[spec.task].measures[0] == "softmax"
+    if known is not None and is_softmax and all(map(_is_softmax, known.logits)):
         log.warning(
             "family %r: its exits give probabilities (each row sums to 1), expected logits: the "
             "loss takes their softmax, so it learns slowly; leave softmax out",
@@ -109,7 +111,7 @@ def checked_models(spec: ModelSpec) -> Iterator[StagedModel]:
 
 
 def _is_softmax(found: Tensor) -> bool:
-    rows = found.sum(1)
+    rows = found.sum(-1)
     return bool((found >= 0).all()) and torch.allclose(rows, torch.ones_like(rows), atol=CLOSE)
 
 
@@ -242,10 +244,12 @@ def _check_travels(model: StagedModel) -> None:
 
 
 def _check_logits(found: object, count: int, spec: ModelSpec, exit: int) -> None:
-    wanted = f"expected finite torch.float32 ({count}, {spec.num_classes}): (examples, classes)"
+    shape = (count, *task_of(spec.task).output_shape(spec))
+    words = ", ".join(["examples", *["places"] * (len(shape) - 2), METRICS[spec.task].outputs])
+    wanted = f"expected finite torch.float32 {shape}: ({words})"
     if not isinstance(found, Tensor):
         raise ConfigError(f"exit {exit} gives {_kind(found)}, {wanted}")
-    if tuple(found.shape) != (count, spec.num_classes) or found.dtype != torch.float32:
+    if tuple(found.shape) != shape or found.dtype != torch.float32:
         raise ConfigError(f"exit {exit} gives {found.dtype} {tuple(found.shape)}, {wanted}")
     if not bool(torch.isfinite(found).all()):
         raise ConfigError(f"exit {exit} gives NaN or infinite logits from the start, {wanted}")
@@ -275,7 +279,8 @@ def _train_step(model: StagedModel, spec: ModelSpec) -> None:
     """A backward pass of each stage with its exit, over the features of those before, and then a
     step by all exits together."""
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    labels = torch.arange(TRAINED) % spec.num_classes
+    task = task_of(spec.task)
+    labels = torch.from_numpy(task.some_labels((TRAINED, *task.output_shape(spec))))
     x, model = drawn_inputs(spec, TRAINED, SEED), model.train()
     features = x
     for exit, (stage, head) in enumerate(zip(model.stages, model.exits, strict=True), 1):
@@ -284,7 +289,7 @@ def _train_step(model: StagedModel, spec: ModelSpec) -> None:
             logits = _unchanged(head, features, f"exit {exit}")
         _check_features(features, exit)
         _check_logits(logits, TRAINED, spec, exit)
-        loss = functional.cross_entropy(logits, labels)
+        loss = task.loss(logits, labels)
         _check_own_leaves(loss, exit, names)
         with family_code(spec, f"the backward pass of exit {exit}", model):
             if loss.requires_grad:
@@ -292,7 +297,7 @@ def _train_step(model: StagedModel, spec: ModelSpec) -> None:
         _check_reached(stage, head, exit)
         model.zero_grad(set_to_none=True)
     with family_code(spec, "the backward pass of all exits", model):
-        torch.stack([functional.cross_entropy(z, labels) for z in model(x)]).sum().backward()
+        torch.stack([task.loss(z, labels) for z in model(x)]).sum().backward()
     # BatchNorm over two examples of one position gives gradients of 1e5 in a mobilenet_v3_small.
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     torch.optim.SGD(model.parameters(), LR).step()

@@ -23,6 +23,7 @@ from edge_sdk.models.from_module import module_names
 from edge_sdk.models.packages import PackageOptions, check_name, check_whole, image_axes, staged
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.tasks.metrics import METRICS
 
 
 class HuggingfaceOptions(PackageOptions, frozen=True):
@@ -97,4 +98,12 @@ def names(spec: ModelSpec, options: HuggingfaceOptions) -> dict[str, str]:
     return {name: f"{prefix}.{original}" for name, original in found.items()}
 
 
-register_family("huggingface", build, HuggingfaceOptions, names, makes_any=True)
+register_family(
+    "huggingface",
+    build,
+    HuggingfaceOptions,
+    names,
+    tasks=tuple(METRICS),
+    takes_ids=True,
+    makes_any=True,
+)

@@ -37,6 +37,7 @@ from edge_sdk.models.layers import input_axes
 from edge_sdk.models.options import MOST, widths
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.tasks.metrics import METRICS
 
 
 class LlamaOptions(BlockOptions, frozen=True):
@@ -111,4 +112,6 @@ def llama_names(spec: ModelSpec, options: LlamaOptions) -> dict[str, str]:
     return names
 
 
-register_family("llama", build_llama, LlamaOptions, llama_names)
+register_family(
+    "llama", build_llama, LlamaOptions, llama_names, tasks=tuple(METRICS), takes_ids=True
+)

@@ -15,7 +15,8 @@ from edge_sdk.protocol.messages import ModelSpec
 
 
 class StagedModel(nn.Module):
-    """stages[i] maps features to features; exits[i] maps stage i's features to (B, K) logits.
+    """stages[i] maps features to features; exits[i] maps stage i's features to (B, K) logits, or
+    what else the task has (tasks/).
 
     main_weights: names of the weights that a coordinator may generate for stages that nobody
     trained; by default every parameter of the stages with at least 2 axes. Raises ConfigError for

@@ -32,6 +32,7 @@ from edge_sdk.models.layers import input_axes
 from edge_sdk.models.options import MOST
 from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.tasks.metrics import METRICS
 
 
 class TransformerOptions(BlockOptions, frozen=True):
@@ -69,4 +70,6 @@ def _first(spec: ModelSpec, options: TransformerOptions) -> nn.Module:
     return Tokens(spec.vocabulary, options.dim, spec.input_shape[0], options.pad)
 
 
-register_family("transformer", build_transformer, TransformerOptions)
+register_family(
+    "transformer", build_transformer, TransformerOptions, tasks=tuple(METRICS), takes_ids=True
+)

@@ -49,8 +49,12 @@ Distill: TypeAlias = Literal[
 ]
 Scaler: TypeAlias = Literal["none", "training", "always"]
 Task: TypeAlias = Literal["classify", "multilabel", "regress", "tokens"]
+MAX_OUTPUTS = 1_000_000
+# Of how sure an exit is of an answer, see tasks/.
+Measure: TypeAlias = Literal["softmax", "entropy", "sigmoid", "agreement"]
 Vocabulary: TypeAlias = Annotated[int, Meta(ge=0, le=10_000_000)]  # token ids; 0: floats
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Figure: TypeAlias = Annotated[float, Meta(ge=0, le=3.5e38)]  # finite
 Dtype: TypeAlias = Literal["float32", "float64", "float16", "int64", "int32", "uint8", "bool"]
 ITEM_BYTES: dict[str, int] = {
     "float32": 4,

@@ -16,6 +16,7 @@ from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.fields import (
     ITEM_BYTES,
     MAX_LINE,
+    MAX_OUTPUTS,
     Bound,
     Bytes,
     ClientId,
@@ -25,6 +26,7 @@ from edge_sdk.protocol.fields import (
     Distill,
     Dtype,
     Factor,
+    Figure,
     Index,
     Input,
     InputShape,
@@ -57,7 +59,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
 
     family: Name
     input_shape: InputShape  # (C, H, W), (C, window), (F,), or (T,) of token ids
-    num_classes: Annotated[int, Meta(ge=1, le=1_000_000)]  # K, outputs of every exit
+    num_classes: Annotated[int, Meta(ge=1, le=MAX_OUTPUTS)]  # K, outputs of every exit
     exit: Annotated[int, Meta(ge=1, le=100)]
     width: Annotated[float, Meta(gt=0, le=1)] = 1.0
     rank: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -171,23 +173,24 @@ class Phase(Struct, frozen=True, kw_only=True):
 
 
 class ExitResult(Struct, frozen=True, kw_only=True):
-    """Loss (nats) and accuracy of one exit on the local training data, last epoch.
+    """Loss (nats, of values squared) and the task's metric (tasks/) of one exit on the local
+    training data, last epoch.
 
     A loss that is not finite says that training diverged: it gets through here, so that the
     coordinator can refuse the update by name (coordinator: fleet/open_job.check_update)."""
 
     exit: Index
     loss: float
-    accuracy: Share
+    metric: Figure
 
 
 class Holdout(Struct, frozen=True, kw_only=True):
     """What the model, as it was received, makes of the examples that the plan sets aside: of its
-    last exit, the loss in nats."""
+    last exit, as in ExitResult."""
 
     num_examples: Index
-    num_correct: Count
     loss: float
+    metric: Figure
 
 
 class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -238,7 +241,9 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     profile: DeviceProfile
     num_examples: Index
     input_shape: InputShape
-    num_classes: Index
+    num_classes: Index  # as in ModelSpec, of these data
+    task: Task = "classify"
+    vocabulary: Vocabulary = 0
     scaling: InputScaling | None = None  # None: not known, nothing is compared
     class_names: Digest | None = None  # of the names in the order of the labels; None: not known
     round: JobInHand = 0

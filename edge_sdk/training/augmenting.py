@@ -23,9 +23,9 @@ Augment: TypeAlias = Callable[[Tensor], Tensor]
 
 def load_augment(name: str, x: Tensor) -> Augment:
     """The function of this name, tried on inputs x (n, *input_shape). It takes a batch as a model
-    does, scaled float32 (B, *input_shape), and returns another of that shape. What it draws by
-    torch's global generator is a function of the job's seed. Raises ConfigError, also when called,
-    for what it raises or returns."""
+    does, scaled float32 or token ids (B, *input_shape), and returns another of that shape. What it
+    draws by torch's global generator is a function of the job's seed. Raises ConfigError, also when
+    called, for what it raises or returns."""
     module, _, function = name.partition(":")
     import_module(module)
     found = getattr(importlib.import_module(module), function, None)
@@ -45,15 +45,11 @@ def load_augment(name: str, x: Tensor) -> Augment:
                 raise
             said = one_line(f"{type(error).__name__}: {error}")
             raise ConfigError(f"augment {name!r} raises {said}; mend it") from error
-        if (
-            not isinstance(made, Tensor)
-            or tuple(made.shape) != shape
-            or made.dtype != torch.float32
-        ):
+        if not isinstance(made, Tensor) or tuple(made.shape) != shape or made.dtype != batch.dtype:
             got = type(made).__name__
             if isinstance(made, Tensor):
                 got = f"{tuple(made.shape)} of {made.dtype}"
-            raise ConfigError(f"augment {name!r}: got {got}, expected {shape} of torch.float32")
+            raise ConfigError(f"augment {name!r}: got {got}, expected {shape} of {batch.dtype}")
         if not bool(torch.isfinite(made).all()):
             raise ConfigError(f"augment {name!r} gives NaN or infinite inputs; mend it")
         return made

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from edge_sdk.data.examples import Examples
 from edge_sdk.models import StagedModel
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import Holdout
+from edge_sdk.training.tally import Tally
 
 AT_ONCE = 100  # examples
 
@@ -23,14 +23,12 @@ def answers(
         return None
     was_training = model.training
     model.eval()
-    num_correct, loss = 0, 0.0
+    tally = Tally(examples.task)
     x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
     for features, labels in zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True):
         features = moved(features, device)
         for stage in model.stages:
             features = stage(features)
-        logits = model.exits[-1](features).cpu()  # (B, K)
-        num_correct += int((logits.argmax(1) == labels).sum())
-        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        tally.add_(model.exits[-1](features).cpu(), labels)
     model.train(was_training)
-    return Holdout(num_examples=len(y), num_correct=num_correct, loss=loss / len(y))
+    return Holdout(num_examples=len(y), loss=tally.loss, metric=tally.metric)

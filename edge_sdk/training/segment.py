@@ -26,9 +26,11 @@ from edge_sdk.models.losses import exit_weights, joint_exit_loss
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ExitResult, Plan, Segment
 from edge_sdk.protocol.tensor_lists import trained_names
+from edge_sdk.tasks.table import task_of
 from edge_sdk.training.augmenting import Augment
 from edge_sdk.training.checkpointing import recomputed
 from edge_sdk.training.optim import Optimizer
+from edge_sdk.training.tally import Tally
 from edge_sdk.training.terms.base import Batch, Context, Term, Trained
 
 log = logging.getLogger(__name__)
@@ -45,8 +47,9 @@ def train_segment(
     context: Context, segment: Segment, terms: Term, inputs: Inputs
 ) -> tuple[int, list[ExitResult]]:
     """Train one segment in place. Returns the number of steps and the last epoch's exit results,
-    whose losses are the cross entropies of the plain logits, without what the plan's terms add."""
+    whose losses are those of the plain logits, without what the plan's terms add."""
     plan, model, y = context.plan, context.model, context.labels
+    task = context.spec.task
     trained = parts_of(context, segment, inputs)
     first, last = segment.first, segment.last
     weights = exit_weights(plan, first, last)
@@ -54,40 +57,42 @@ def train_segment(
     begin_training_(model, segment, plan.frozen)
     terms.begin_(trained)
     order = torch.Generator().manual_seed(plan.seed)
-    num_steps, sums = 0, torch.zeros(3, last - first + 1, dtype=torch.float64)
+    num_steps = 0
     for _ in range(plan.epochs):
-        sums.zero_()
+        tallies = [Tally(task) for _ in range(first, last + 1)]
         for batch in batches(len(y), plan.batch_size, order):
+            whole = task_of(task).weight(y[batch])
             for part in parts(batch, plan.micro_batch):
                 if context.should_stop():
                     raise Cancelled(f"training of segment ({first}, {last}) cancelled")
                 with family_code(context.spec, "training", model):
                     features, labels = inputs(part), y[part].to(context.device)
                     logits = forward(trained, features, plan.recompute)
-                    loss = joint_exit_loss([terms.adjusted(z) for z in logits], labels, weights)
+                    adjusted = [terms.adjusted(z) for z in logits]
+                    loss = joint_exit_loss(adjusted, labels, weights, task)
                     loss = terms.loss(loss, Batch(features[-1], logits, labels))
                     if not loss.requires_grad:
                         raise ConfigError(
                             f"segment ({first}, {last}): what its loss depends on is frozen, so "
                             "nothing would be trained; freeze less, or weigh other exits"
                         )
-                    (loss * (len(part) / len(batch))).backward()
-                    sums += count(logits, labels)
+                    (loss * (tallies[0].weight(labels) / max(1, whole))).backward()
+                    for tally, logit in zip(tallies, logits, strict=True):
+                        tally.add_(logit.detach(), labels)
             terms.before_step_()
             optimizer.step_()
             num_steps += 1
         context.note_epoch()
-    losses, correct, seen = sums[0] / sums[2], sums[1] / sums[2], sums[2]
-    if not bool(torch.isfinite(losses).all()):
+    if not all(math.isfinite(tally.loss) for tally in tallies):
         raise TrainerError(
             f"loss of segment ({first}, {last}) is not finite after {num_steps} steps; "
             f"lower the learning rate ({plan.lr}) or check the data"
         )
     terms.end_(num_steps)
-    log.debug("segment (%d, %d): %d steps, %d examples", first, last, num_steps, int(seen[0]))
+    log.debug("segment (%d, %d): %d steps, %d examples", first, last, num_steps, len(y))
     results = [
-        ExitResult(exit=first + i, loss=float(losses[i]), accuracy=float(correct[i]))
-        for i in range(last - first + 1)
+        ExitResult(exit=exit, loss=tally.loss, metric=tally.metric)
+        for exit, tally in enumerate(tallies, first)
     ]
     return num_steps, results
 
@@ -165,16 +170,6 @@ def _like(features: Tensor, count: int) -> Tensor:
     """Room on the CPU for so many examples' features like these (1, ...)."""
     order = torch.channels_last if features.ndim == 4 else torch.contiguous_format
     return torch.empty((count, *features.shape[1:]), dtype=features.dtype, memory_format=order)
-
-
-@torch.no_grad()
-def count(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Of a batch, (3, exits): the summed loss, how many answers are right, how many there are."""
-    stacked = torch.stack([logit.detach() for logit in logits])  # (E, B, K)
-    log_p = stacked.log_softmax(-1).gather(-1, labels.expand(len(logits), -1).unsqueeze(-1))
-    correct = (stacked.argmax(-1) == labels).sum(1)
-    seen = torch.full((len(logits),), len(labels))
-    return torch.stack([-log_p.sum((1, 2)).double().cpu(), correct.double().cpu(), seen.double()])
 
 
 def batches(n: int, batch_size: int, order: torch.Generator) -> list[Tensor]:

@@ -23,6 +23,7 @@ from edge_sdk.protocol.plan_tensors import check_plan, job_specs, update_specs
 from edge_sdk.protocol.tensor_lists import check_segments, trained_names
 from edge_sdk.protocol.tensors import Tensors, check_finite, specs_of
 from edge_sdk.protocol.timing import clock, since
+from edge_sdk.tasks.table import task_of
 from edge_sdk.training.augmenting import Augment
 from edge_sdk.training.holdout import answers
 from edge_sdk.training.segment import inputs_of, train_segment
@@ -138,7 +139,7 @@ def train(
 def _rows(examples: Examples, plan: Plan) -> tuple[Ints, Ints]:
     """Indices of the examples that are trained on, and of those set aside."""
     everyone = np.arange(len(examples))
-    return holdout_rows(examples.y, plan.holdout) if plan.holdout else (everyone, everyone[:0])
+    return holdout_rows(examples.strata, plan.holdout) if plan.holdout else (everyone, everyone[:0])
 
 
 def _fitting(state: Tensors, model: StagedModel) -> Tensors:
@@ -162,8 +163,12 @@ def check_fits(spec: ModelSpec, examples: Examples) -> None:
             f"local examples are {tuple(examples.input_shape)}, the model takes "
             f"{tuple(spec.input_shape)}; this device's data does not belong to this run"
         )
-    if int(examples.y.max()) >= spec.num_classes:
+    if examples.task != spec.task or examples.vocabulary > spec.vocabulary:
         raise DataError(
-            f"local labels reach {int(examples.y.max())}, the model has {spec.num_classes} "
-            "classes; labels run from 0"
+            f"local labels are for the task {examples.task} with a vocabulary of "
+            f"{examples.vocabulary}, the model's is {spec.task} with {spec.vocabulary}; this "
+            "device's data does not belong to this run"
         )
+    task_of(spec.task).check_labels(
+        examples.y, examples.x, spec.num_classes, "local labels of this device"
+    )

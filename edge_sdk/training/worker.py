@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from msgspec.structs import replace
 
@@ -55,6 +56,7 @@ from edge_sdk.training.trainer import TrainResult, train
 log = logging.getLogger(__name__)
 WINDOW = 8  # parts asked for ahead: 4 MiB
 PROGRESS_S = 1.0  # between signs of life while training
+MOST_LOOKED_AT = 100_000  # labels, for whether they are all one
 IDLE_S = 10.0  # and while waiting for messages; well below watchdog.THRASHING_S
 
 
@@ -102,7 +104,9 @@ class TrainerLoop:
                 num_examples=len(self._examples),
                 input_shape=tuple(self._examples.input_shape),
                 num_classes=self._examples.num_classes,
-                num_labels=int((self._examples.label_counts() > 0).sum()),
+                num_labels=len(np.unique(self._examples.y[:MOST_LOOKED_AT])),
+                task=self._examples.task,
+                vocabulary=self._examples.vocabulary,
                 scaling=self._examples.input_scaling,
                 class_names=names_digest(self._examples.class_names),
                 runtime_bytes=self._runtime_bytes,

@@ -203,7 +203,7 @@ class ScriptedDevice:
             "round": self.job.round,
             "num_examples": 10,
             "num_steps": 2,
-            "exits": tuple(ExitResult(exit=exit, loss=0.5, accuracy=0.5) for exit in exits),
+            "exits": tuple(ExitResult(exit=exit, loss=0.5, metric=0.5) for exit in exits),
             "phases": {"train": Phase(wall_s=1.0, cpu_s=0.5)},
             "peak_memory_bytes": 0,
             "tensors": specs_of(self.trained),

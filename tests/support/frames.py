@@ -59,7 +59,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "round": 1,
         "num_examples": 3,
         "num_steps": 0,
-        "exits": [{"exit": 1, "loss": 0.5, "accuracy": 1.0}],
+        "exits": [{"exit": 1, "loss": 0.5, "metric": 1.0}],
         "phases": {"train": {"wall_s": 1.0}},
         "peak_memory_bytes": 0,
         "tensors": [SPEC],

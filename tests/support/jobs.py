@@ -74,7 +74,7 @@ class JobsBed:
             round=job.round,
             num_examples=10,
             num_steps=1,
-            exits=(ExitResult(exit=2, loss=0.5, accuracy=0.5),),
+            exits=(ExitResult(exit=2, loss=0.5, metric=0.5),),
             phases={"train": Phase(wall_s=1.0)},
             peak_memory_bytes=0,
             tensors=specs_of(tensors),

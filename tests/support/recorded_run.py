@@ -70,7 +70,7 @@ def update(
         {},
         segments(of, stages),
         num_examples=10,
-        exits=tuple(ExitResult(exit=stage, loss=1.0, accuracy=0.5) for stage in stages),
+        exits=tuple(ExitResult(exit=stage, loss=1.0, metric=0.5) for stage in stages),
         phases={name: Phase(wall_s=wall, cpu_s=cpu) for name, (wall, cpu) in times.items()},
         peak_memory_bytes=memory,
         bytes_down=down,

@@ -40,8 +40,8 @@ COHORT = CohortState(
             last_seen_s=1.5,
             updates=2,
             exits=(
-                ExitResult(exit=1, loss=1.25, accuracy=0.5),
-                ExitResult(exit=2, loss=0.5, accuracy=0.875),
+                ExitResult(exit=1, loss=1.25, metric=0.5),
+                ExitResult(exit=2, loss=0.5, metric=0.875),
             ),
             faults={"tensors": 1},
             duplicates=1,

@@ -21,7 +21,7 @@ def arrived(tensors: Tensors, job: str = JOB) -> ArrivedUpdate:
         round=3,
         num_examples=10,
         num_steps=2,
-        exits=(ExitResult(exit=1, loss=0.5, accuracy=0.5),),
+        exits=(ExitResult(exit=1, loss=0.5, metric=0.5),),
         phases={},
         peak_memory_bytes=0,
         tensors=specs_of(tensors),

@@ -26,7 +26,7 @@ from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.cohorts.population import Population, emulated_clients
 from coordinator.config import AggregationOptions
 from coordinator.methods.registry import make_config, make_method
-from coordinator.runs.evaluate import accuracy_per_exit
+from coordinator.runs.evaluate import metric_per_exit
 from coordinator.runs.rounds import run_rounds
 from coordinator.store.store import Store
 from edge_sdk.data.loading import DataSet, load_dataset
@@ -159,7 +159,7 @@ def accuracy(
             )
         finally:
             store.close()
-    return accuracy_per_exit(method.spec, method.current(), data.test)[-1], sum(reports)
+    return metric_per_exit(method.spec, method.current(), data.test)[-1], sum(reports)
 
 
 def cell(

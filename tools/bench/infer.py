@@ -92,7 +92,7 @@ def measured(
     order = np.random.default_rng(0).permutation(len(test))
     held, tried = (test.take(half[: args.limit]) for half in np.array_split(order, 2))
     export(spec, tensors, folder, examples=held)
-    done = choose_thresholds(folder, held.x, held.y, accuracy_loss=LOSS)
+    done = choose_thresholds(folder, held.x, held.y, metric_loss=LOSS)
     ways = ways_of(folder, done.thresholds)
     labels, exits, cpu_s, wall_s = timed(ways, tried, args.repeats)
     name = Path(source).name

@@ -23,7 +23,7 @@ from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.cohorts.population import Population, emulated_clients
 from coordinator.config import AggregationOptions, RotationOptions, RunConfig, ServerOptions
 from coordinator.methods.registry import make_method
-from coordinator.runs.evaluate import accuracy_per_exit
+from coordinator.runs.evaluate import metric_per_exit
 from edge_sdk.data.loading import DataSet, load_dataset
 from edge_sdk.protocol.messages import ModelSpec
 from tools.tables import made_by, write_csv
@@ -107,7 +107,7 @@ def accuracy(
         work = {client.id: method.assign(client, number) for client in cohort.clients()}
         updates = (u for u in cohort.train(work, number, 0.0) if isinstance(u, ClientUpdate))
         method.aggregate(number, updates)
-    return accuracy_per_exit(method.spec, method.current(), data.test)
+    return metric_per_exit(method.spec, method.current(), data.test)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

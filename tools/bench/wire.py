@@ -48,7 +48,7 @@ from edge_sdk.protocol.stream import PART_BYTES, digest_of, layout, num_parts, p
 from tools.tables import made_by, print_row, write_csv
 
 NUM_TENSORS = 20
-RESULT = ExitResult(exit=1, loss=0.0, accuracy=0.0)
+RESULT = ExitResult(exit=1, loss=0.0, metric=0.0)
 WINDOW = 8
 SPEC = ModelSpec(family="bench", input_shape=(1, 1), num_classes=2, exit=1)
 PLAN = Plan(segments=(Segment(first=1, last=1),))

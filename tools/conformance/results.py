@@ -71,7 +71,7 @@ def check_trained(bed: Bed, given: Given, update: Update, tensors: Tensors) -> N
         is_close = abs(got.loss - want.loss) <= 1e-3 + 0.01 * want.loss
         check(is_close, f"loss {got.loss:.4f} of exit {got.exit}, expected {want.loss:.4f}")
         most = 1.5 / len(bed.examples)  # one answer may be a tie
-        check(abs(got.accuracy - want.accuracy) <= most, f"accuracy {got.accuracy:.3f} of exit")
+        check(abs(got.metric - want.metric) <= most, f"accuracy {got.metric:.3f} of exit")
 
 
 def sorted_exits(update: Update) -> list:

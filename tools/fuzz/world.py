@@ -163,7 +163,7 @@ def make_hello(name: str, **changes: Any) -> Hello:
 
 
 def make_update(name: str, **changes: Any) -> Update:
-    results = tuple(ExitResult(exit=exit, loss=0.5, accuracy=0.5) for exit in (1, 2, 3))
+    results = tuple(ExitResult(exit=exit, loss=0.5, metric=0.5) for exit in (1, 2, 3))
     fields: dict[str, Any] = {"job": job_of(name).id, "digest": digest_of(name), "round": ROUND}
     fields |= {"num_examples": 10, "num_steps": 2, "exits": results, "peak_memory_bytes": 0}
     fields |= {"phases": {"train": Phase(wall_s=1.0)}, "tensors": specs_of_update()}

@@ -17,14 +17,17 @@ import numpy.typing as npt
 from edge_sdk.data.bounded import MOST_PACKED, Stream, check_fits, read_arrays, read_exactly
 from edge_sdk.data.contract import bad, checked_names, laid_out
 from edge_sdk.data.examples import Examples, Floats, Scaling, check_examples, mapped
-from edge_sdk.data.plain_arrays import checked_inputs, checked_labels, plain
+from edge_sdk.data.plain_arrays import checked_inputs, plain
 from edge_sdk.data.readers.scaling import PIXELS, image_examples, scaled
 from edge_sdk.data.readers.table import FileSet, register_reader
 from edge_sdk.helpers.imports import optional_module
-from edge_sdk.protocol.fields import PLAIN_TEXT
+from edge_sdk.protocol.fields import PLAIN_TEXT, Task
+from edge_sdk.tasks.metrics import METRICS
+from edge_sdk.tasks.table import task_of
 
 NPY = b"\x93NUMPY"  # first bytes of an .npy file
-ARRAYS = ("x", "y", "num_classes", "subject", "scaling", "class_names", "layout", "made_of")
+LABELS = ("num_classes", "subject", "class_names", "task")
+ARRAYS = ("x", "y", *LABELS, "scaling", "layout", "made_of", "vocabulary")
 DIGITS: Scaling = (8.0, 1.0)  # 0..16 to -1..1
 
 
@@ -59,27 +62,35 @@ def check_begin(path: Path, file: BinaryIO, begin: bytes, expected: str) -> None
 def checked_arrays(given: Mapping[str, object], where: str) -> Examples:
     """Examples of what is given under the names of ARRAYS, x and y at least. Raises DataError.
 
-    uint8 x is scaled as pixels; float x stays as it is, so that shards come back unchanged."""
+    uint8 x is scaled as pixels; float x stays as it is, so that shards come back unchanged; with a
+    vocabulary x are token ids. Without a task the labels are those of classes."""
     arrays = {name: plain(value, name, where) for name, value in given.items()}
-    for name in arrays.keys() & {"num_classes", "subject"}:
+    for name in arrays.keys() & {"num_classes", "subject", "vocabulary"}:
         if arrays[name].dtype.kind not in "iu":
             raise bad(where, f"{name} of dtype {arrays[name].dtype}", "integers")
+    task = _task(arrays.get("task"), where)
+    vocabulary = _number(arrays.get("vocabulary", np.asarray(0)), "vocabulary", where)
     names, subject = _class_names(arrays.get("class_names"), where), arrays.get("subject")
-    x, y = checked_inputs(arrays["x"], where), checked_labels(arrays["y"], names, where)
-    x = x.reshape(laid_out(x.shape, _text(arrays.get("layout"), "layout", where), where))
-    most = len(names) or int(y.max(initial=0)) + 1
-    num_classes = arrays.get("num_classes", np.asarray(most))
-    if num_classes.size != 1:
-        raise bad(where, f"num_classes of shape {num_classes.shape}", "one number")
+    x = checked_inputs(arrays["x"], where, vocabulary=vocabulary)
+    if not arrays["y"].size:
+        raise bad(where, "empty data, no label", "at least one example")
+    y = task_of(task).labels(arrays["y"], names, where)
+    if not vocabulary:
+        layout = _text(arrays.get("layout"), "layout", where)
+        x = x.reshape(laid_out(x.shape, layout, where))
+    most = len(names) or task_of(task).num_outputs(y)
+    num_classes = _number(arrays.get("num_classes", np.asarray(most)), "num_classes", where)
     scaling = _scaling(arrays.get("scaling"), where)
-    if x.dtype == np.uint8:
+    if vocabulary and scaling:
+        raise bad(where, "scaling of token ids", "none", "leave `scaling` out")
+    if x.dtype == np.uint8 and not vocabulary:
         x, scaling = scaled(x, *PIXELS), PIXELS
-    x = np.asarray(x, dtype=np.float32, order="C")
+    x = np.asarray(x, dtype=np.int64 if vocabulary else np.float32, order="C")
     if scaling:
         _check_scaled(x, scaling, where)
     subject = None if subject is None else subject.astype(np.int64)
-    made_of = _text(arrays.get("made_of"), "made_of", where)
-    found = Examples(x, y, int(num_classes.item()), subject, scaling, names, made_of or "")
+    made_of = _text(arrays.get("made_of"), "made_of", where) or ""
+    found = Examples(x, y, num_classes, subject, scaling, names, made_of, task, vocabulary)
     return check_examples(found, where)
 
 
@@ -98,6 +109,22 @@ def _text(array: npt.NDArray[Any] | None, name: str, where: str) -> str | None:
         got, step = f"{name} {array.shape} of {array.dtype}", f'give np.array("...") as {name}'
         raise bad(where, got, "one line of text", step)
     return str(array)
+
+
+def _task(array: npt.NDArray[Any] | None, where: str) -> Task:
+    task = _text(array, "task", where) or "classify"
+    if task not in METRICS:
+        known = f"one of {', '.join(METRICS)}"
+        raise bad(where, f"task {task!r:.60}", known, "name one of them")
+    return task
+
+
+def _number(array: npt.NDArray[Any], name: str, where: str) -> int:
+    if array.size != 1:
+        raise bad(where, f"{name} of shape {array.shape}", "one number")
+    if (number := int(array.item())) < 0:
+        raise bad(where, f"{name} {number}", "at least 0")
+    return number
 
 
 def _check_scaled(x: Floats, scaling: Scaling, where: str) -> None:

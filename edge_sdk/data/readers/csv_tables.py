@@ -25,10 +25,10 @@ from msgspec import Meta
 from edge_sdk.data.bounded import shown
 from edge_sdk.data.contract import MOST_INPUT, bad, checked_names
 from edge_sdk.data.examples import Examples, Ints, check_examples, mapped
-from edge_sdk.data.plain_arrays import checked_labels
 from edge_sdk.data.readers.csv_rows import EXPECTED, Row, check_memory, opened, rows_of
 from edge_sdk.data.readers.description import NAME, Description, described_by
 from edge_sdk.data.readers.table import FileSet, register_reader
+from edge_sdk.tasks.table import task_of
 
 Column: TypeAlias = Annotated[str, Meta(max_length=1000)]
 Size: TypeAlias = Annotated[int, Meta(ge=1)]
@@ -253,7 +253,7 @@ def _labels(labels: _Texts, table: Table, path: Path) -> tuple[Ints, tuple[str, 
             raise bad(where, f"the label {numbers[0]!r:.60}", "whole numbers or names", step)
         names = checked_names(sorted(texts), where) if other else ()
     distinct = np.array(texts) if names else np.array(list(map(int, texts)))
-    numbered = checked_labels(distinct, names, where)
+    numbered: Ints = task_of("classify").labels(distinct, names, where)
     return numbered[np.frombuffer(labels.seen, np.int64)], names
 
 

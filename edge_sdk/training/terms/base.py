@@ -19,9 +19,9 @@ from edge_sdk.protocol.tensors import Tensors
 
 @dataclass(frozen=True)
 class Context:
-    """The job that terms are made for. labels (n,): of the examples that are trained on. kept: what
-    this client keeps from earlier rounds, by name; no term writes into it. should_stop() is asked
-    before every batch, note_epoch() told after every epoch of a segment."""
+    """The job that terms are made for. labels (n, ...): of the examples that are trained on. kept:
+    what this client keeps from earlier rounds, by name; no term writes into it. should_stop() is
+    asked before every batch, note_epoch() told after every epoch of a segment."""
 
     spec: ModelSpec
     plan: Plan
@@ -49,7 +49,7 @@ class Trained(NamedTuple):
 
 class Batch(NamedTuple):
     """A batch, or a part of one, as it went through a segment. features: what its first stage that
-    is not frozen took; logits: one (B, K) per exit, shallow first; labels (B,)."""
+    is not frozen took; logits: one per exit, shallow first; labels of the batch."""
 
     features: Tensor
     logits: list[Tensor]
@@ -74,7 +74,7 @@ class Term:
         """A segment is about to be trained."""
 
     def adjusted(self, logits: Tensor) -> Tensor:
-        """The logits (B, K) of an exit as the labels' loss sees them."""
+        """The logits of an exit as the labels' loss sees them."""
         return logits
 
     def loss(self, loss: Tensor, batch: Batch) -> Tensor:

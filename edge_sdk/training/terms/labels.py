@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from edge_sdk.errors import ConfigError
 from edge_sdk.training.terms.base import Context, Term, Trained
 
 SMOOTHING = 0.5
@@ -26,8 +27,15 @@ def log_frequencies(labels: Tensor, num_classes: int) -> Tensor:
     return ((counts + SMOOTHING) / (len(labels) + num_classes * SMOOTHING)).log().float()
 
 
+def check_classes(context: Context, field: str) -> None:
+    """Raise ConfigError for a plan that asks for a term of classes where there are none."""
+    if context.spec.task != "classify":
+        raise ConfigError(f"plan.{field} is of classes, the model's task is {context.spec.task}")
+
+
 class LogitAdjustment(Term):
     def __init__(self, context: Context) -> None:
+        check_classes(context, "logit_adjustment")
         frequencies = log_frequencies(context.labels, context.spec.num_classes)
         self._shift = (context.plan.logit_adjustment * frequencies).to(context.device)
 
@@ -37,6 +45,7 @@ class LogitAdjustment(Term):
 
 class MaskAbsent(Term):
     def __init__(self, context: Context) -> None:
+        check_classes(context, "mask_absent")
         self._num_classes = context.spec.num_classes
         counts = torch.bincount(context.labels, minlength=self._num_classes)
         self._is_absent = (counts == 0).to(context.device)

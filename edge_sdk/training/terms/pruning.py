@@ -49,7 +49,7 @@ class Pruning(Term):
         has_initial = all(f"{ROLE}/{name}" in self._initial for name in parameters)
         if not has_initial or holdout is None or left_share <= self._prune.target:
             return
-        if holdout.num_correct < self._prune.threshold * holdout.num_examples:
+        if holdout.metric < self._prune.threshold:
             return
         share = min(self._prune.share, 1 - self._prune.target / left_share)
         for name, mask in self._masks.items():

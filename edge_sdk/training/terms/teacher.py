@@ -1,7 +1,7 @@
 """A teacher that comes with the job (MH-pFedHNGD): a second model, which answers every batch as it
 came, in evaluation mode but for its norms. The loss becomes (1 - weight) times the labels' plus
-weight T^2 KL(softmax(t / T) || softmax(s / T)), t the logits of the teacher's last exit, s of the
-segment's, averaged over the batch (Hinton et al. 2015).
+weight T^2 times the task's distance, of classes KL(softmax(t / T) || softmax(s / T)), t the logits
+of the teacher's last exit, s of the segment's, averaged over the batch (Hinton et al. 2015).
 
 Its norms take the statistics of the batch: those that come with it are a mean over clients, made by
 other weights than the hypernetwork then generates. The published model has no norms. With them, on
@@ -17,12 +17,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 
 from edge_sdk.models import StagedModel, build, family_code
 from edge_sdk.protocol.messages import Plan, Segment
 from edge_sdk.protocol.tensors import Tensors, with_prefix
+from edge_sdk.tasks.table import task_of
 from edge_sdk.training.segment import train_segment
 from edge_sdk.training.terms.base import Batch, Context, Term, Terms, Trained
 
@@ -34,6 +34,7 @@ class Taught(Term):
         super().__init__(context)
         assert context.plan.teacher is not None
         self._context, self._asked = context, context.plan.teacher
+        self._task = task_of(self._asked.model.task)
         self._returned: Tensors = {}
 
     def received(self, tensors: Tensors) -> Tensors:
@@ -64,13 +65,8 @@ class Taught(Term):
     def loss(self, loss: Tensor, batch: Batch) -> Tensor:
         weight, temperature = self._asked.weight, self._asked.temperature
         with torch.no_grad(), family_code(self._asked.model, "teaching", self._teacher):
-            answers = self._teacher(batch.features)[-1] / temperature
-        apart = functional.kl_div(
-            (batch.logits[-1] / temperature).log_softmax(-1),
-            answers.log_softmax(-1),
-            reduction="batchmean",
-            log_target=True,
-        )
+            answers = self._task.softened(self._teacher(batch.features)[-1], temperature)
+        apart = self._task.distance(self._task.softened(batch.logits[-1], temperature), answers)
         return (1 - weight) * loss + weight * temperature**2 * apart
 
     def returned(self, tensors: Tensors) -> Tensors:

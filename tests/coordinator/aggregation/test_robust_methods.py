@@ -65,7 +65,7 @@ def test_update_that_is_not_finite_does_not_come_back_from_the_spool(tmp_path, v
         num_examples=10,
         num_steps=1,
         phases={},
-        exits=(ExitResult(exit=1, loss=1.0, accuracy=0.5),),
+        exits=(ExitResult(exit=1, loss=1.0, metric=0.5),),
         peak_memory_bytes=0,
         tensors=stream.specs,
     )

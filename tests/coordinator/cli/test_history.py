@@ -26,8 +26,8 @@ def run(tmp_path):
     folder = tmp_path / "run"
     store = Store.create(folder, config("owners-mean"), "serve")
     results = (
-        ExitResult(exit=1, loss=0.75, accuracy=0.5),
-        ExitResult(exit=2, loss=0.25, accuracy=0.875),
+        ExitResult(exit=1, loss=0.75, metric=0.5),
+        ExitResult(exit=2, loss=0.25, metric=0.875),
     )
     done = {"num_examples": 10, "exits": results, "phases": {"train": Phase(wall_s=2.5)}}
     told = [
@@ -122,7 +122,7 @@ def test_a_run_without_rounds_says_so(tmp_path, capsys):
 
 def test_holdouts_have_columns_where_some_client_had_one(tmp_path, capsys):
     store = Store.create(tmp_path, config("owners-mean"), "serve")
-    held = Holdout(num_examples=8, num_correct=5, loss=0.5)
+    held = Holdout(num_examples=8, metric=5 / 8, loss=0.5)
     told = [
         client_update(client(name, 1), {}, PREFIX, holdout=h)
         for name, h in (("a", held), ("b", None))
@@ -139,9 +139,6 @@ def test_holdouts_have_columns_where_some_client_had_one(tmp_path, capsys):
     assert "hold-out %  own %" in capsys.readouterr().out
     assert main(["history", str(tmp_path), "--csv", "--clients"]) == 0
     a, b = table(capsys.readouterr().out)
-    assert (a["holdout_num_correct"], a["holdout_num_examples"], a["holdout_loss"]) == (
-        "5",
-        "8",
-        "0.5",
-    )
-    assert b["holdout_num_correct"] == ""
+    names = ("holdout_accuracy", "holdout_num_examples", "holdout_loss")
+    assert [a[name] for name in names] == ["0.625", "8", "0.5"]
+    assert b["holdout_accuracy"] == ""

@@ -253,8 +253,8 @@ def test_personalised_accuracy_is_told_by_group(tmp_path, capsys):
     assert content["config"]["holdout"] == 0.2
     assert len(content["personal"]) == 6, "of each client: what its own model answers"
     held = sum(result["num_examples"] for result in content["personal"].values())
-    right = sum(result["num_correct"] for result in content["personal"].values())
-    assert content["rounds"][-1]["figures"]["personal_accuracy"] == right / held
+    right = sum(r["metric"] * r["num_examples"] for r in content["personal"].values())
+    assert content["rounds"][-1]["figures"]["personal_accuracy"] == pytest.approx(right / held)
     assert content["personalised"]["groups"]["all"]["before"] > 0
 
 

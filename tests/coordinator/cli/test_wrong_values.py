@@ -144,7 +144,7 @@ def test_serve_refuses_what_devices_would(tmp_path, capsys):
     for flags, said in [
         ([*shape, "--deadline", "inf"], "--deadline: 'inf', expected a number"),
         ([*shape, "--grace", "0"], "--grace: '0', expected a number, above 0"),
-        (["--input", "1x8x8", "--classes", "1"], "--classes: '1', expected a whole number from 2"),
+        (["--input", "1x8x8", "--classes", "1"], "--classes: got 1 class, expected at least 2"),
     ]:
         assert status_of(main, [*serve, *flags]) == 2
         assert said in capsys.readouterr().err

@@ -46,7 +46,7 @@ def first_changed(device: ScriptedDevice, **changes: Any) -> Update:
 
 
 def results_of(*exits: int, loss: float = 0.5) -> tuple[ExitResult, ...]:
-    return tuple(ExitResult(exit=exit, loss=loss, accuracy=0.5) for exit in exits)
+    return tuple(ExitResult(exit=exit, loss=loss, metric=0.5) for exit in exits)
 
 
 BAD_UPDATES: dict[str, tuple[Callable[[ScriptedDevice], Update], str]] = {

@@ -109,9 +109,9 @@ def test_an_updates_own_figures():
         num_examples=1,
         num_steps=1,
         exits=(
-            ExitResult(exit=1, loss=1e308, accuracy=0.5),
-            ExitResult(exit=2, loss=-1e308, accuracy=0.5),
-            ExitResult(exit=3, loss=0.7, accuracy=0.5),
+            ExitResult(exit=1, loss=1e308, metric=0.5),
+            ExitResult(exit=2, loss=-1e308, metric=0.5),
+            ExitResult(exit=3, loss=0.7, metric=0.5),
         ),
         phases={"train": Phase(wall_s=1e9, cpu_s=1e9), "wait": Phase(wall_s=2.0)},
         peak_memory_bytes=2**48,

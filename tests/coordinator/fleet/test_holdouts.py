@@ -27,18 +27,18 @@ def told(bed, plan, **held):
 
 @pytest.mark.parametrize(("loss", "taken"), [(0.5, 0.5), (1e308, MOST_LOSS), (-1.0, 0.0)])
 def test_a_holdout_comes_with_the_update(tmp_path, loss, taken):
-    result = told(JobsBed(tmp_path), ASKED, num_examples=3, num_correct=2, loss=loss)
+    result = told(JobsBed(tmp_path), ASKED, num_examples=3, metric=2 / 3, loss=loss)
     assert isinstance(result, ClientUpdate)
-    assert result.message.holdout == Holdout(num_examples=3, num_correct=2, loss=taken)
+    assert result.message.holdout == Holdout(num_examples=3, metric=2 / 3, loss=taken)
 
 
 @pytest.mark.parametrize(
     ("plan", "held", "said"),
     [
-        (PLAN, {"num_examples": 3, "num_correct": 2}, "tells of a hold-out, the job asked for non"),
-        (ASKED, {"num_examples": 3, "num_correct": 4}, "a hold-out of 4 right of 3, loss 0.5"),
-        (ASKED, {"num_examples": 3, "num_correct": 1, "loss": math.nan}, "1 right of 3, loss nan"),
-        (ASKED, {"num_examples": 10, "num_correct": 9}, "10 examples of 10, which leaves none to"),
+        (PLAN, {"num_examples": 3, "metric": 0.5}, "tells of a hold-out, the job asked for non"),
+        (ASKED, {"num_examples": 3, "metric": 1.5}, "a hold-out of accuracy 1.5, loss 0.5"),
+        (ASKED, {"num_examples": 3, "metric": 0.5, "loss": math.nan}, "accuracy 0.5, loss nan"),
+        (ASKED, {"num_examples": 10, "metric": 0.9}, "10 examples of 10, which leaves none to"),
     ],
 )
 def test_a_holdout_that_cannot_be_is_refused(tmp_path, plan, held, said):

@@ -269,7 +269,7 @@ class Run:
             round=job.round,
             num_examples=1,
             num_steps=1,
-            exits=tuple(ExitResult(exit=e, loss=0.5, accuracy=0.5) for e in (1, 2)[: len(trained)]),
+            exits=tuple(ExitResult(exit=e, loss=0.5, metric=0.5) for e in (1, 2)[: len(trained)]),
             phases={},
             peak_memory_bytes=0,
             tensors=sender.specs,

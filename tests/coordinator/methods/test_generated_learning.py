@@ -56,7 +56,7 @@ def play(method, cohort, shards, kept, number):
             job.model, job.plan, dict(job.tensors), shards[who.id], state=kept.get(who.id)
         )
         kept[who.id] = result.state
-        correct += result.holdout.num_correct
+        correct += result.holdout.metric * result.holdout.num_examples
         asked += result.holdout.num_examples
         updates.append(
             client_update(who, result.tensors, job.plan.segments, num_examples=result.num_examples)

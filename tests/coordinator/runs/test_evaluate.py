@@ -11,10 +11,10 @@ import torch
 
 from coordinator.cohorts.sampling import job_seed
 from coordinator.runs.evaluate import (
-    accuracy_of,
-    accuracy_per_exit,
+    figures_of,
     linear_cka,
-    personalised_accuracy,
+    metric_per_exit,
+    personalised,
 )
 from edge_sdk.data.loading import Examples
 from edge_sdk.errors import ConfigError, DataError, ShapeError
@@ -33,7 +33,7 @@ def test_the_mean_of_the_exits_logits_by_hand(scale, of_mean):
     spec, tensors = two_exits()
     tensors["exits.0.weight"] = scale * tensors["exits.0.weight"]
     x = np.array([[1.0, 0.0]] * 2, dtype=np.float32)
-    found = accuracy_of(spec, tensors, Examples(x=x, y=np.array([1, 1]), num_classes=2))
+    found = figures_of(spec, tensors, Examples(x=x, y=np.array([1, 1]), num_classes=2))
     assert (found.by_exit, found.of_mean) == ([0.0, 1.0], of_mean)
 
 
@@ -68,7 +68,7 @@ def test_personalised_accuracy_is_that_of_the_tuned_subnetwork():
     spec, tensors = cnn(), initial_tensors(cnn(), 0)
     given = {name: tensor.clone() for name, tensor in tensors.items()}
     shards, holdouts = [examples(12, 1), examples(12, 2)], [examples(9, 3), examples(9, 4)]
-    got = personalised_accuracy(spec, tensors, shards, holdouts, PLAN, epochs=3, exits=[3, 1])
+    got = personalised(spec, tensors, shards, holdouts, PLAN, epochs=3, exits=[3, 1])
     small = cnn(exit=1)
     prefix = {name: tensors[name] for name in initial_tensors(small, 0)}
     plan = Plan(
@@ -79,9 +79,9 @@ def test_personalised_accuracy_is_that_of_the_tuned_subnetwork():
         seed=job_seed(5, 0, "personalise/2"),
     )
     tuned = train(small, plan, prefix, shards[1]).tensors
-    assert got[1].before == accuracy_per_exit(small, prefix, holdouts[1])[0]
-    assert got[1].after == accuracy_per_exit(small, tuned, holdouts[1])[0]
-    assert got[0].before == accuracy_per_exit(spec, tensors, holdouts[0])[2]
+    assert got[1].before == metric_per_exit(small, prefix, holdouts[1])[0]
+    assert got[1].after == metric_per_exit(small, tuned, holdouts[1])[0]
+    assert got[0].before == metric_per_exit(spec, tensors, holdouts[0])[2]
     assert all(torch.equal(tensors[name], given[name]) for name in given)
 
 
@@ -89,14 +89,14 @@ def test_personalising_helps_a_client_of_one_class():
     """Every example is of class 2, which this start never predicts and a few epochs learn."""
     single = replace(examples(12), y=np.full(12, 2, dtype=np.int64))
     tensors = initial_tensors(cnn(), 0)
-    (got,) = personalised_accuracy(cnn(), tensors, [single], [single], PLAN, epochs=20)
+    (got,) = personalised(cnn(), tensors, [single], [single], PLAN, epochs=20)
     assert (got.before, got.after) == (0.0, 1.0)
 
 
 def test_personalised_accuracy_refuses_what_does_not_fit():
     tensors, shard = initial_tensors(cnn(), 0), examples(9)
     with pytest.raises(ConfigError, match="1 training parts, 2 hold-outs and 1 exits"):
-        personalised_accuracy(cnn(), tensors, [shard], [shard, shard], PLAN, 1)
+        personalised(cnn(), tensors, [shard], [shard, shard], PLAN, 1)
     none = shard.take(np.array([], dtype=np.int64))
     with pytest.raises(DataError, match="client 1 has no hold-out"):
-        personalised_accuracy(cnn(), tensors, [shard], [none], PLAN, 1)
+        personalised(cnn(), tensors, [shard], [none], PLAN, 1)

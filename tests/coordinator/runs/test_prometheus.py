@@ -33,7 +33,7 @@ def serving(state: Snapshot | None) -> Iterator[MetricsServer]:
 
 
 def test_prometheus_gets_the_latest_snapshot():
-    state = snapshot(rounds_done=2, rounds_s=7.5, last_round_s=3.5, holdout_accuracy=0.75)
+    state = snapshot(rounds_done=2, rounds_s=7.5, last_round_s=3.5, holdout_metric=0.75)
     with serving(state) as server:
         found = scrape(server.port)
     expected = {

@@ -14,7 +14,7 @@ from tests.support.examples import client, client_update
 
 def update(name, examples, **results):
     exits = tuple(
-        ExitResult(exit=int(exit[1:]), loss=loss, accuracy=accuracy)
+        ExitResult(exit=int(exit[1:]), loss=loss, metric=accuracy)
         for exit, (loss, accuracy) in results.items()
     )
     segments = (Segment(first=1, last=1),)
@@ -22,7 +22,7 @@ def update(name, examples, **results):
 
 
 def test_means_are_weighted_by_examples_and_only_over_who_trained_the_exit():
-    means = TrainingMeans()
+    means = TrainingMeans("classify")
     given = [update("a", 10, e1=(1.0, 0.5), e3=(4.0, 0.1)), update("b", 30, e1=(2.0, 0.9))]
     assert list(means.watched(given)) == given
     loss, accuracy = means.by_exit()
@@ -38,8 +38,8 @@ def test_means_are_weighted_by_examples_and_only_over_who_trained_the_exit():
 
 
 def test_nobody_has_no_means():
-    assert TrainingMeans().by_exit() == ([], [])
-    assert TrainingMeans().values() == {}
+    assert TrainingMeans("classify").by_exit() == ([], [])
+    assert TrainingMeans("classify").values() == {}
 
 
 def test_holdouts_are_pooled_over_their_examples_and_spread_over_clients():
@@ -49,7 +49,7 @@ def test_holdouts_are_pooled_over_their_examples_and_spread_over_clients():
     given = [
         replace(update("a", 10, e1=(1.0, 0.5)), arrived=with_holdout(*figures)) for figures in told
     ] + [update("b", 30, e1=(2.0, 0.9))]
-    means = TrainingMeans()
+    means = TrainingMeans("classify")
     assert list(means.watched(given)) == given
     values = {name: v for name, v in means.values().items() if name.startswith("holdout")}
     assert values == {
@@ -67,7 +67,7 @@ def test_a_holdout_counts_no_more_than_an_update_may():
     """One client says that it got all of two billion right; the others, of 10 each, none: it counts
     for two of them."""
     told = [(10, 0, 1.0), (10, 0, 1.0), (2**31, 2**31, 0.0)]
-    means = TrainingMeans()
+    means = TrainingMeans("classify")
     list(means.watched(replace(update("a", 10), arrived=with_holdout(*held)) for held in told))
     values = means.values()
     assert values["holdout_examples"] == 40
@@ -75,7 +75,8 @@ def test_a_holdout_counts_no_more_than_an_update_may():
 
 
 def with_holdout(num_examples, num_correct, loss):
-    held = Holdout(num_examples=num_examples, num_correct=num_correct, loss=loss)
+    metric = num_correct / num_examples
+    held = Holdout(num_examples=num_examples, metric=metric, loss=loss)
     arrived = update("a", 10, e1=(1.0, 0.5)).arrived
     return msgspec.structs.replace(
         arrived, update=msgspec.structs.replace(arrived.update, holdout=held)

@@ -23,9 +23,9 @@ def test_the_last_rounds_of_a_finished_run(tmp_path):
     full = Store.resume(folder)
     history = full.history()
     full.close()
-    assert [(row.round, len(row.accuracy)) for row in rows] == [(1, 0), (2, 3), (3, 3)]
+    assert [(row.round, len(row.metric)) for row in rows] == [(1, 0), (2, 3), (3, 3)]
     for row, entry in zip(rows, history, strict=True):
-        assert list(row.accuracy) == entry["accuracy"]
+        assert list(row.metric) == entry["accuracy"]
         for name in ("wall_s", "chosen", "returned", "stragglers", "failures", "bytes_up"):
             assert getattr(row, name) == entry[name]
     assert [row.round for row in last_rounds(folder, 1)] == [history[-1]["round"]]

@@ -24,7 +24,7 @@ def update(who, **changes):
     settings = {
         "num_examples": 10,
         "num_steps": 2,
-        "exits": (ExitResult(exit=1, loss=0.5, accuracy=0.75),),
+        "exits": (ExitResult(exit=1, loss=0.5, metric=0.75),),
         "phases": {"train": Phase(wall_s=2.0, cpu_s=1.5), "wait": Phase(wall_s=3.0)},
         "bytes_down": 100,
         "bytes_up": 40,

@@ -22,10 +22,11 @@ from edge_sdk.data.examples import Examples
 from edge_sdk.data.loading import save_shard
 from edge_sdk.errors import ConfigError, DataError, ShapeError, StoreError
 from edge_sdk.helpers.files import sha256_of, write_struct
-from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
+from edge_sdk.infer.early_exit import NEVER, EarlyExit
 from edge_sdk.infer.export import export
 from edge_sdk.infer.model_folder import ExitThresholds
 from edge_sdk.models import build, initial_tensors
+from edge_sdk.tasks.base import of_softmax
 from tests.support.examples import cnn, examples, one_line, two_exits
 from tests.support.processes import ROOT
 
@@ -94,8 +95,8 @@ def test_never_stopping_equals_the_deepest_exit_of_torch(tmp_path):
 def test_entropy_is_one_minus_its_share_of_the_largest():
     logits = np.array([[math.log(3), 0], [0, 0], [1e4, 0]], np.float32)
     quarter = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
-    assert confidences(logits, "entropy") == pytest.approx([1 - quarter, 0, 1], abs=1e-6)
-    assert confidences(logits, "softmax") == pytest.approx([0.75, 0.5, 1])
+    assert of_softmax(logits, "entropy") == pytest.approx([1 - quarter, 0, 1], abs=1e-6)
+    assert of_softmax(logits, "softmax") == pytest.approx([0.75, 0.5, 1])
 
 
 def test_each_exit_has_its_own_threshold(tmp_path):
@@ -209,8 +210,8 @@ def test_calibration_counts_for_its_own_model_only(folder):
         "thresholds": (0.1,),
         "wanted": "accuracy 1",
         "num_examples": 3,
-        "accuracy": 1.0,
-        "deepest_accuracy": 1.0,
+        "metric": 1.0,
+        "deepest_metric": 1.0,
         "latency_s": 0.1,
         "exit_shares": (1.0, 0.0),
         "threads": 1,

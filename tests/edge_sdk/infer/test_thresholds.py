@@ -13,7 +13,7 @@ from edge_sdk.cli.calibrate import tell_doubts
 from edge_sdk.cli.main import main
 from edge_sdk.data.loading import save_shard
 from edge_sdk.errors import ConfigError, DataError
-from edge_sdk.infer.early_exit import NEVER, EarlyExit, confidences
+from edge_sdk.infer.early_exit import NEVER, EarlyExit
 from edge_sdk.infer.export import export
 from edge_sdk.infer.report import write_report
 from edge_sdk.infer.thresholds import (
@@ -26,15 +26,18 @@ from edge_sdk.infer.thresholds import (
     exit_seconds,
 )
 from edge_sdk.models import initial_tensors
+from edge_sdk.tasks.base import of_softmax
+from edge_sdk.tasks.metrics import METRICS
 from tests.support.commands import status_of
 from tests.support.examples import cnn, examples, two_exits
 
 # Four examples of class 1. Exit 1 is right on the first two and sure of .9, .8, .6, .4; exit 2 is
 # right on the first three. Stopping there takes 1 and 3 s.
+RIGHT = np.array([[1, 1, 0, 0], [1, 1, 1, 0]], np.float64)
 ANSWERS = Answers(
-    labels=np.array([[1, 1, 0, 0], [1, 1, 1, 0]]),
+    task="classify",
+    counts=np.stack([RIGHT, np.ones_like(RIGHT)], -1),
     confidences=np.array([[0.9, 0.8, 0.6, 0.4], [0.5, 0.5, 0.5, 0.5]], np.float32),
-    y=np.ones(4, np.int64),
 )
 EXIT_S = (1.0, 3.0)
 # threshold: accuracy, mean seconds, share that stops at exit 1
@@ -49,18 +52,18 @@ POINTS = curve(ANSWERS, EXIT_S, tuple(BY_HAND))
 
 
 def test_the_curve_counts_what_each_threshold_would_have_done():
-    assert {p.threshold: (p.accuracy, p.latency_s, p.shares[0]) for p in POINTS} == BY_HAND
+    assert {p.threshold: (p.metric, p.latency_s, p.shares[0]) for p in POINTS} == BY_HAND
     assert all(sum(p.shares) == 1 for p in POINTS)
-    assert ANSWERS.accuracies() == [2 / 4, 3 / 4]
+    assert ANSWERS.metrics() == [2 / 4, 3 / 4]
 
 
 @pytest.mark.parametrize(
     ("wish", "threshold"),
     [
-        ({"accuracy": 0.5}, 0.0),
-        ({"accuracy": 0.75}, 0.7),  # 0.85 and never reach it too, later
-        ({"accuracy_loss": 0.25}, 0.0),
-        ({"accuracy_loss": 0.2}, 0.7),
+        ({"metric": 0.5}, 0.0),
+        ({"metric": 0.75}, 0.7),  # 0.85 and never reach it too, later
+        ({"metric_loss": 0.25}, 0.0),
+        ({"metric_loss": 0.2}, 0.7),
         ({"latency_s": 1.0}, 0.0),
         ({"latency_s": 1.9}, 0.0),  # 0.5 is no better, and slower
         ({"latency_s": 2.0}, 0.7),
@@ -69,19 +72,17 @@ def test_the_curve_counts_what_each_threshold_would_have_done():
     ids=str,
 )
 def test_the_best_threshold_for_a_wish(wish, threshold):
-    every = {"accuracy": None, "accuracy_loss": None, "latency_s": None}
-    point, _ = choose(POINTS, 0.75, **(every | wish))
+    every = {"metric": None, "metric_loss": None, "latency_s": None}
+    point, _ = choose(POINTS, 0.75, METRICS["classify"], **(every | wish))
     assert point.threshold == threshold
 
 
-@pytest.mark.parametrize("wish", [{"accuracy": 0.8}, {"latency_s": 0.9}], ids=str)
+@pytest.mark.parametrize("wish", [{"metric": 0.8}, {"latency_s": 0.9}], ids=str)
 def test_what_nothing_reaches_says_what_is_reachable(wish):
-    every = {"accuracy": None, "accuracy_loss": None, "latency_s": None}
+    every = {"metric": None, "metric_loss": None, "latency_s": None}
     with pytest.raises(ConfigError) as refused:
-        choose(POINTS, 0.75, **(every | wish))
-    assert "accuracy 0.5000 at 1000.000 ms, the most accurate 0.7500 at 2000.000 ms" in str(
-        refused.value
-    )
+        choose(POINTS, 0.75, METRICS["classify"], **(every | wish))
+    assert "accuracy 0.5000 at 1000.000 ms, the best 0.7500 at 2000.000 ms" in str(refused.value)
 
 
 def test_one_wish_at_a_time():
@@ -108,9 +109,9 @@ def test_calibration_is_kept_and_used(model):
     """Right at exit 1 are the first two, at exit 2 the third: all right needs a threshold above 1/2
     and at most 3/4; of those that are as fast the largest on the grid is taken."""
     folder, x = model
-    found = choose_thresholds(folder, x, np.array([0, 0, 1]), accuracy=1.0)
+    found = choose_thresholds(folder, x, np.array([0, 0, 1]), metric=1.0)
     assert found.thresholds == (0.75,)
-    assert (found.accuracy, found.deepest_accuracy) == (1.0, pytest.approx(1 / 3))
+    assert (found.metric, found.deepest_metric) == (1.0, pytest.approx(1 / 3))
     assert found.exit_shares == pytest.approx((2 / 3, 1 / 3))
     assert found.latency_s > 0
     engine = EarlyExit.load(folder)
@@ -120,10 +121,10 @@ def test_calibration_is_kept_and_used(model):
 
 def test_a_refused_wish_keeps_the_calibration_there_was(model):
     folder, x = model
-    choose_thresholds(folder, x, np.array([0, 0, 1]), accuracy=1.0)
+    choose_thresholds(folder, x, np.array([0, 0, 1]), metric=1.0)
     before = (folder / "calibration.json").read_bytes()
     with pytest.raises(ConfigError, match="not reachable"):
-        choose_thresholds(folder, x, np.array([1, 1, 0]), accuracy=0.9)
+        choose_thresholds(folder, x, np.array([1, 1, 0]), metric=0.9)
     assert (folder / "calibration.json").read_bytes() == before
 
 
@@ -140,7 +141,7 @@ def test_a_refused_wish_keeps_the_calibration_there_was(model):
 def test_labels_that_do_not_fit_are_refused(model, y, said):
     folder, x = model
     with pytest.raises(DataError) as refused:
-        choose_thresholds(folder, x, y, accuracy=0.5)
+        choose_thresholds(folder, x, y, metric=0.5)
     assert said in str(refused.value)
 
 
@@ -179,9 +180,9 @@ def test_one_run_of_the_data_serves_every_measure(model, tmp_path):
     assert [[size for size in one.sizes if size > 1] for one in sessions] == [[3], [3]]
     both = answers_of(engine, x, y, ["softmax", "entropy"])
     for measure, found in both.items():
-        by_hand = [confidences(logits, measure) for logits in engine.all_exits(x)]
+        by_hand = [of_softmax(logits, measure) for logits in engine.all_exits(x)]
         assert np.array_equal(found.confidences, by_hand)
-        assert found.labels.tolist() == [[0, 0, 0], [1, 1, 1]]
+        assert found.counts[..., 0].tolist() == [[1, 1, 0], [0, 0, 1]]
 
 
 # -- the command line --------------------------------------------------------------------------
@@ -204,7 +205,7 @@ def test_calibrate_says_what_it_chose_and_infer_obeys(labelled, capsys):
     assert "exit 1 100.0 %" in said, "the fastest of all"
     assert status_of(main, ["calibrate", *labelled, "--accuracy", "1.1"]) == 2
     err = capsys.readouterr().err
-    assert "--accuracy: '1.1', expected a share from 0 to 1" in err
+    assert "accuracy 1.1, expected a share from 0 to 1" in err
     assert err.count("\n") == 1
 
 

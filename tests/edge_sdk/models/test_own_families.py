@@ -16,7 +16,7 @@ from coordinator.config import (
 )
 from coordinator.methods.depthwise import is_learnable
 from coordinator.methods.registry import make_method
-from coordinator.runs.evaluate import accuracy_per_exit
+from coordinator.runs.evaluate import metric_per_exit
 from coordinator.runs.rounds import run_rounds
 from coordinator.store.store import Store
 from edge_sdk.errors import ConfigError
@@ -135,8 +135,8 @@ def test_masks_and_counters_pass_through_a_run(tmp_path, caplog, generator, gene
                 assert tensor.item() == 3 * rounds > 0, "the largest of its owners'"
             elif not tensor.is_floating_point():
                 assert torch.equal(tensor, before[name]), name
-    assert accuracy_per_exit(method.spec, method.served(), examples(30, seed=9)) == (
-        reports[-1].accuracy_served
+    assert metric_per_exit(method.spec, method.served(), examples(30, seed=9)) == (
+        reports[-1].metric_served
     )
 
 

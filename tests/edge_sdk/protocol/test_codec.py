@@ -41,9 +41,9 @@ def test_other_encodings_of_the_same_values_are_read():
     )
     assert decode(data) == Fetch(round=7, have=0, first=0, count=1)
     # 0.5 as float 32 (0x3f000000), 1 as an integer where a float is wanted
-    result = b"\x83\xa4exit\x01\xa4loss\xca\x3f\0\0\0\xa8accuracy\x01"
+    result = b"\x83\xa4exit\x01\xa4loss\xca\x3f\0\0\0\xa6metric\x01"
     exits = msgpack.unpackb(result)
-    assert decode(frame("update", exits=[exits])).exits[0].accuracy == 1.0
+    assert decode(frame("update", exits=[exits])).exits[0].metric == 1.0
     assert decode(frame("update", exits=[exits])).exits[0].loss == 0.5
 
 

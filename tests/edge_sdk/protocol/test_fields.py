@@ -89,7 +89,7 @@ def test_missing_fields_are_refused(tag, field):
         ("hello", {"input_shape": [1] * 5}, "$.input_shape"),
         ("hello", {"round": 2**31 + 1}, "$.round"),
         ("ready", {"stages": [1] * 101}, "$.stages"),
-        ("update", {"exits": [{"exit": 1, "loss": 0.5, "accuracy": 1.0}] * 101}, "$.exits"),
+        ("update", {"exits": [{"exit": 1, "loss": 0.5, "metric": 1.0}] * 101}, "$.exits"),
         ("job", {"plan": {**PLAN, "exit_weights": [1.0] * 101}}, "$.plan.exit_weights"),
         ("job", {"plan": {**PLAN, "distill": "both"}}, "$.plan.distill"),
         ("job", {"plan": {**PLAN, "distill_weight": -0.5}}, "$.plan.distill_weight"),
@@ -128,8 +128,8 @@ def test_missing_fields_are_refused(tag, field):
         ("update", {"phases": {"train": {"wall_s": NAN}}}, "$.phases[...].wall_s"),
         (
             "update",
-            {"exits": [{"exit": 1, "loss": 0.5, "accuracy": NAN}]},
-            "$.exits[0].accuracy",
+            {"exits": [{"exit": 1, "loss": 0.5, "metric": NAN}]},
+            "$.exits[0].metric",
         ),
         ("job", {"deadline_s": INF}, "$.deadline_s"),
         ("job", {"deadline_s": 1.1e9}, "$.deadline_s"),
@@ -169,7 +169,7 @@ def test_a_profile_holds_what_a_device_can_have(field, good, bad):
 
 
 def test_a_loss_that_is_no_number_can_be_reported():
-    exits = [{"exit": 1, "loss": NAN, "accuracy": 0.0}, {"exit": 2, "loss": INF, "accuracy": 0.0}]
+    exits = [{"exit": 1, "loss": NAN, "metric": 0.0}, {"exit": 2, "loss": INF, "metric": 0.0}]
     losses = [result.loss for result in decode(frame("update", exits=exits)).exits]
     assert math.isnan(losses[0])
     assert losses[1] == INF

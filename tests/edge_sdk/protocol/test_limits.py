@@ -82,7 +82,7 @@ def test_the_types_of_messages_can_be_dropped():
 
 def test_limits_of_arrays_maps_and_strings():
     assert decode(frame("update", exits=[]))
-    refused(frame("update", exits=[{"exit": 1, "loss": 0.5, "accuracy": 1.0}] * 10_001))
+    refused(frame("update", exits=[{"exit": 1, "loss": 0.5, "metric": 1.0}] * 10_001))
     refused(frame("bye", **{str(i): i for i in range(1000)}))  # 1002 pairs
     assert len(decode(frame("bye", reason="🛑" * 2000)).reason) == 2000  # 8000 bytes
     refused(frame("bye", reason="x" * 8001))

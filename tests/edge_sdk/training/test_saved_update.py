@@ -46,7 +46,7 @@ def finished() -> tuple[Update, Sender]:
         round=4,
         num_examples=10,
         num_steps=1,
-        exits=(ExitResult(exit=1, loss=0.5, accuracy=0.5),),
+        exits=(ExitResult(exit=1, loss=0.5, metric=0.5),),
         phases={"train": Phase(wall_s=1.0)},
         peak_memory_bytes=0,
         tensors=sender.specs,

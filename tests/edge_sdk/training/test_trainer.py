@@ -137,7 +137,7 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole():
         assert torch.allclose(tensor, parts.tensors[name], atol=1e-6), name
         assert not torch.equal(tensor, tensors[name]), name
     for a, b in zip(whole.exits, parts.exits, strict=True):
-        assert (a.loss, a.accuracy) == pytest.approx((b.loss, b.accuracy), rel=1e-5)
+        assert (a.loss, a.metric) == pytest.approx((b.loss, b.metric), rel=1e-5)
 
 
 def test_parts_are_about_equal():
@@ -276,7 +276,7 @@ def test_training_learns():
     spec, data = cnn(), examples(60)
     plan = Plan(segments=PREFIX, epochs=20, batch_size=10, lr=0.01)
     result = train(spec, plan, initial_tensors(spec, 0), data)
-    assert all(r.accuracy > 0.9 for r in result.exits)
+    assert all(r.metric > 0.9 for r in result.exits)
     assert all(r.loss < math.log(3) / 2 for r in result.exits)
 
 
