@@ -60,6 +60,14 @@ def test_a_run_from_python(tmp_path, capsys):
     assert (tmp_path / "run" / "model.safetensors").stat().st_size > 1000
 
 
+def test_a_regression_is_trained_exported_and_asked(tmp_path, capsys):
+    main_of("regression.py")(str(tmp_path / "a"), rounds=2)
+    said = capsys.readouterr().out
+    assert "round 2: 6 of 6 returned, RMSE per exit " in said
+    assert "1 values, exits 1 to 2" in said
+    assert 40 < float(said.splitlines()[-1].split()[1]) < 90, "its deviation is 77"
+
+
 def test_an_own_family_trains(own_things, capsys):
     flags = "emulate --import own_family --model perceptron --option width=8 --data digits"
     small = "--examples 60 --test-examples 20 --clients 3 --groups 1,1,1 --rounds 1 --epochs 1"

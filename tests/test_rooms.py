@@ -21,6 +21,7 @@ FLOORS = {
         ("errors", "version"),
         ("helpers",),
         ("protocol",),
+        ("tasks",),
         ("data", "hardware"),
         ("models",),
         ("capacity",),
