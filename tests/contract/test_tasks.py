@@ -190,8 +190,3 @@ def test_methods_of_other_tasks_are_refused(method, task, said):
     settings = config(method, model=spec_of(problem(task, 10)), holdout=0.2)
     with pytest.raises(ConfigError, match=said):
         make_method(settings)
-
-
-def test_logit_adjustment_is_of_classes():
-    with pytest.raises(ConfigError, match="--logit-adjustment shifts logits of classes"):
-        make_method(settings_for("regress", logit_adjustment=1.0))

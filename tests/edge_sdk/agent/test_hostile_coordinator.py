@@ -262,4 +262,4 @@ def test_a_welcome_that_does_not_fit_the_data_is_not_counted(attack, changes):
     coordinator = attack.coordinator
     coordinator.welcome(replace(MODEL, **changes), WHOLE)
     ready = coordinator.wait_for(Ready, lambda ready: ready.exit == 0)
-    assert "this device's examples are (1, 8, 8) with 3" in ready.reason
+    assert "its examples are (1, 8, 8) with 3" in ready.reason

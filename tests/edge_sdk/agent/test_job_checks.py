@@ -185,7 +185,7 @@ def test_welcome_to_a_run_of_the_devices_examples():
     "changes", [{"input_shape": (1, 30_000, 30_000)}, {"input_shape": (64,)}, {"num_classes": 2}]
 )
 def test_welcome_to_a_run_of_other_examples(changes):
-    with pytest.raises(DataError, match=r"this device's examples are \(1, 8, 8\) with 3; join"):
+    with pytest.raises(DataError, match=r"its examples are \(1, 8, 8\) with 3 classes"):
         check_welcome(of_model(**changes), INSPECTED)
 
 
