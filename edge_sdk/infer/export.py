@@ -120,10 +120,9 @@ def _exported(
     def torch_logits(part: Floats | Ints) -> Floats:
         return np.stack([logits.numpy() for logits in reference(torch.from_numpy(part))])
 
-    if spec.task == "regress":
-        made = replace(made, output_spread=_spread(torch_logits(x)[-1]))
+    spread = _spread(torch_logits(x)[-1]) if spec.task == "regress" else ()
     difference = _checked(made, whole, stages, x, torch_logits)
-    return replace(made, largest_difference=difference), whole, stages
+    return replace(made, largest_difference=difference, output_spread=spread), whole, stages
 
 
 def cut(source: str | Path, exit: int, folder: str | Path) -> ExportedModel:
@@ -337,8 +336,7 @@ def _engine(model: ExportedModel, stages: Sequence[bytes]) -> EarlyExit:
 
 def _spread(values: Floats) -> tuple[float, ...]:
     """The standard deviation of each value (n, K); 1 where all are alike."""
-    found = values.astype(np.float64).std(0)
-    return tuple(np.where(found > 0, found, 1.0).tolist())
+    return tuple(float(found) or 1.0 for found in values.astype(np.float64).std(0))
 
 
 def _inputs(spec: ModelSpec, examples: Examples | None) -> Floats | Ints:

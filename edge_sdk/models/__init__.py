@@ -132,7 +132,8 @@ def _check_task(family: Family, spec: ModelSpec) -> None:
         known = ", ".join(family.tasks)
         raise ConfigError(f"it has no task {spec.task!r}, only {known}; take another family")
     if spec.vocabulary and not family.takes_ids:
-        raise ConfigError("it takes numbers, the data are token ids; take another family")
+        got = f"takes floats, got token ids of a vocabulary of {spec.vocabulary}"
+        raise ConfigError(f"family {spec.family!r} {got}; take the family transformer or llama")
 
 
 def _options(family: Family, spec: ModelSpec) -> tuple[msgspec.Struct, ...]:

@@ -33,15 +33,11 @@ def conv_block(
 
 
 def input_axes(spec: ModelSpec, *known: int) -> int:
-    """The number of axes of an input of floats. Raises ConfigError unless it is one of `known`, for
-    token ids, and for a task that asks for an answer at each of them."""
-    step = "take the family transformer or llama"
-    if spec.vocabulary:
-        got = f"takes floats, got token ids of a vocabulary of {spec.vocabulary}"
-        raise ConfigError(f"family {spec.family!r} {got}; {step}")
+    """The number of axes of an input of floats. Raises ConfigError unless it is one of `known`, and
+    for a task that asks for an answer at each of its tokens."""
     if spec.task == "tokens":
         got = f"task tokens without a vocabulary for input {spec.input_shape}"
-        raise ConfigError(f"family {spec.family!r} got {got}; give one, and {step}")
+        raise ConfigError(f"family {spec.family!r} got {got}; give one")
     axes = len(spec.input_shape)
     if axes not in known:
         takes = " or ".join(FORMS[number] for number in known)

@@ -53,9 +53,8 @@ MAX_TENSORS = 10_000
 class ModelSpec(Struct, frozen=True, kw_only=True):
     """Enough to build a multi-exit model: the exit is a cut, the width a ratio of channels, the
     rank the share of its rank that a convolution after the first stage keeps, as two factors.
-
-    task: what the outputs mean (tasks/); vocabulary: 0, inputs are float32, or the number of token
-    ids that the int64 inputs are of."""
+    task: what the outputs mean. vocabulary: how many token ids the int64 inputs are of, 0: float32.
+    """
 
     family: Name
     input_shape: InputShape  # (C, H, W), (C, window), (F,), or (T,) of token ids
@@ -173,8 +172,7 @@ class Phase(Struct, frozen=True, kw_only=True):
 
 
 class ExitResult(Struct, frozen=True, kw_only=True):
-    """Loss (nats, of values squared) and the task's metric (tasks/) of one exit on the local
-    training data, last epoch.
+    """Loss and metric, by the task, of one exit on the local training data, last epoch.
 
     A loss that is not finite says that training diverged: it gets through here, so that the
     coordinator can refuse the update by name (coordinator: fleet/open_job.check_update)."""
@@ -185,8 +183,7 @@ class ExitResult(Struct, frozen=True, kw_only=True):
 
 
 class Holdout(Struct, frozen=True, kw_only=True):
-    """What the model, as it was received, makes of the examples that the plan sets aside: of its
-    last exit, as in ExitResult."""
+    """What the model as received makes, at its last exit, of the examples that were set aside."""
 
     num_examples: Index
     loss: float

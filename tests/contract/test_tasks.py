@@ -167,7 +167,7 @@ def test_the_family_is_tried_with_the_tasks_outputs():
     check_family(spec)
     with pytest.raises(ConfigError, match=r"it has no task 'tokens', only classify, multilabel"):
         build(replace(spec, family="mlp", vocabulary=0))
-    with pytest.raises(ConfigError, match="it takes numbers, the data are token ids"):
+    with pytest.raises(ConfigError, match="'mlp' takes floats, got token ids of a vocabulary of 6"):
         build(replace(spec_of(problem("regress", 10)), vocabulary=6))
     for task in ("classify", "multilabel", "regress"):  # of texts
         check_family(replace(spec, task=task))
