@@ -339,7 +339,7 @@ def test_bad_jobs_say_what_is_wrong():
         train(spec, plan, tensors, examples(shape=(1, 9, 9)))
     with pytest.raises(DataError, match="at least 3"):
         train(spec, plan, tensors, examples(2))
-    with pytest.raises(DataError, match="labels reach 2"):
+    with pytest.raises(DataError, match="labels from 0 to 2, expected 0 to 1"):
         two = replace(spec, num_classes=2)
         train(two, plan, initial_tensors(two, 0), data)
 
