@@ -60,11 +60,11 @@ class Examples:
         return TrainedOn(scaling=self.input_scaling, class_names=self.class_names)
 
     @property
-    def input_scaling(self) -> InputScaling | None:
-        """How x came to be, and its smallest and largest number; None: they are token ids."""
-        if self.vocabulary:
-            return None
+    def input_scaling(self) -> InputScaling:
+        """How x came to be, and its smallest and largest number; of token ids those that may be."""
         low, high = float(self.x.min()), float(self.x.max())
+        if self.vocabulary:
+            low, high = 0.0, self.vocabulary - 1.0
         return scaling_of(low, high, self.scaling, self.made_of)
 
     def take(self, indices: Ints) -> Examples:

@@ -67,8 +67,8 @@ def _read(reader: Reader, source: str, is_for_training: bool = True) -> Examples
     examples = check_examples(reader(), source)
     if examples.task == "classify":
         _tell_labels(examples, source)
-    scaling = examples.input_scaling
-    if is_for_training and scaling and (said := _badly_scaled(scaling)):
+    is_scaled = is_for_training and not examples.vocabulary
+    if is_scaled and (said := _badly_scaled(examples.input_scaling)):
         log.warning("%s: %s", source, said)
     return examples
 
@@ -97,7 +97,7 @@ def _badly_scaled(scaling: InputScaling) -> str:
             return ""
         return (
             f"the inputs are {described(scaling)}, and training wants about -1 to 1; scale them by "
-            "constants, or give pixels of 0 to 255 as uint8"
+            "constants (of a table by range in data.toml), or give pixels of 0 to 255 as uint8"
         )
     largest = round((scaling.high + scaling.offset) * scaling.divisor)
     if (scaling.divisor, scaling.offset) != PIXELS or not 0 < largest < DARK:

@@ -25,7 +25,14 @@ from tests.support.data_files import (
     write_idx,
     write_npz,
 )
-from tests.support.own_files import write_csv, write_images, write_sounds
+from tests.support.own_files import (
+    write_csv,
+    write_images,
+    write_jsonl,
+    write_sounds,
+    write_text,
+    write_texts,
+)
 from tests.support.processes import ROOT
 from tests.support.published import (
     write_cifar_10,
@@ -50,9 +57,15 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "train.bin": write_cifar_100,
     "train": write_cifar_100_python,
     "train.csv": lambda folder: write_csv(folder / "train.csv"),
+    "train.txt": lambda folder: write_text(folder / "train.txt", "the cat sat . " * 9),
+    "train.jsonl": lambda folder: write_jsonl(folder / "train.jsonl"),
 }
 # By the first ending of a row's files in folders by class: writes them there, and gives one.
-BY_CLASS: dict[str, Callable[[Path], Path]] = {".png": write_images, ".wav": write_sounds}
+BY_CLASS: dict[str, Callable[[Path], Path]] = {
+    ".png": write_images,
+    ".wav": write_sounds,
+    ".txt": write_texts,
+}
 OF_FILES = [row for row in FILE_SETS if row.train]
 OF_CLASSES = [row for row in FILE_SETS if row.by_class]
 

@@ -6,6 +6,7 @@ import wave
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 TABLE = "size,weight,label\n1,0.5,cat\n2,-0.5,dog\n3,1e-1,cat\n"
 
@@ -27,10 +28,9 @@ def pixels(label: int, number: int, height: int = 3, width: int = 4, channels: i
 
 
 def write_image(path: Path, values: np.ndarray, mode: str | None = None, **options) -> Path:
-    from PIL import Image
-
+    image_of = pytest.importorskip("PIL.Image", reason="Pillow is not installed").fromarray
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(values)
+    image = image_of(values)
     (image.convert(mode) if mode else image).save(path, **options)
     return path
 
@@ -66,3 +66,44 @@ def write_sounds(folder: Path) -> Path:
                 folder / name / f"{number}.wav", np.linspace(-1, 0.25 * label, 8) + number / 4
             )
     return folder / "cat" / "0.wav"
+
+
+WORDS = ("[PAD]", "[UNK]", "the", "cat", "dog", "sat", "ran", ".")
+
+
+def write_tokenizer(path: Path, words=WORDS, padding: bool = False) -> Path:
+    """A word is a token, its id its place in `words`."""
+    package = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    vocabulary = {word: number for number, word in enumerate(words)}
+    made = package.Tokenizer(package.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = package.pre_tokenizers.Whitespace()
+    if padding:
+        made.enable_padding(pad_id=0, pad_token="[PAD]")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.save(str(path))
+    return path
+
+
+def write_text(path: Path, text: str, about: str = "", length: int = 4) -> Path:
+    """The text with a tokenizer and a data.toml beside it."""
+    write_tokenizer(path.parent / "tokenizer.json")
+    path.write_text(text)
+    keys = f'tokenizer = "tokenizer.json"\nlength = {length}\n'
+    (path.parent / "data.toml").write_text(keys + about)
+    return path
+
+
+def write_jsonl(path: Path) -> Path:
+    lines = ('{"text": "the cat sat", "label": "cat"}', '{"text": "the dog ran", "label": "dog"}')
+    return write_text(path, "\n".join((*lines, *lines)), 'pad = "[PAD]"')
+
+
+def write_texts(folder: Path) -> Path:
+    """Two cats and two dogs; the path of the first."""
+    for name in ("cat", "dog"):
+        for number in range(2):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / f"{number}.txt").write_text(f"the {name} sat" + " ." * number)
+    write_tokenizer(folder / "tokenizer.json", padding=True)
+    (folder / "data.toml").write_text('tokenizer = "tokenizer.json"\nlength = 4\n')
+    return folder / "cat" / "0.txt"

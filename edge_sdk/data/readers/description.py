@@ -29,12 +29,17 @@ Kind = TypeVar("Kind", bound=Description)
 
 
 def described_by(folder: Path, kind: type[Kind]) -> Kind:
-    """The data.toml of a folder, or of the one that holds it where the folder is one of two parts;
-    where there is none, the defaults. Raises DataError, which names the key."""
-    for path in (folder / NAME, *([folder.parent / NAME] if folder.name in PARTS else [])):
-        if path.exists() or path.is_symlink():
-            return _read(path, kind)
-    return kind()
+    """The data.toml for a folder; where there is none, the defaults. Raises DataError, which names
+    the key."""
+    path = folder_of(folder) / NAME
+    return _read(path, kind) if path.exists() or path.is_symlink() else kind()
+
+
+def folder_of(folder: Path) -> Path:
+    """Where the data.toml for a folder lies: in it, or in the one that holds it as one of two
+    parts."""
+    is_part = folder.name in PARTS and not (folder / NAME).exists()
+    return folder.parent if is_part else folder
 
 
 def _read(path: Path, kind: type[Kind]) -> Kind:

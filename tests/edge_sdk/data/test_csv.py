@@ -12,6 +12,7 @@ from edge_sdk.data.loading import load, load_dataset, load_shard
 from tests.support.data_files import fails
 from tests.support.own_files import TABLE, write_csv
 
+VALUES = "a,up,b,on\n1,0.5,2,0\n3,-0.5,4,1\n5,0,6,1\n"
 X = np.array([[1, 0.5], [2, -0.5], [3, 0.1]], np.float32)
 
 
@@ -55,7 +56,7 @@ def test_names_of_classes_that_this_device_lacks_and_quoted_ones(tmp_path):
     examples = load_shard(str(path))
     assert (examples.y.tolist(), examples.num_classes) == ([1, 2], 3)
     write_csv(path, text, about)
-    fails(lambda: load(str(path)), r"the label 'two\nlines'", "a name of class_names")
+    fails(lambda: load(str(path)), r"the label 'two\nlines'", "one of classes of data.toml")
 
 
 def test_what_data_toml_says_is_done(tmp_path):
@@ -75,6 +76,28 @@ def test_what_data_toml_says_is_done(tmp_path):
     np.testing.assert_allclose(examples.x, [[-1, 1], [-0.6, -1]], atol=1e-7)
     assert examples.subject is not None
     assert (examples.subject.tolist(), examples.class_names) == ([0, 1], ())
+
+
+def test_several_columns_of_values_or_of_answers(tmp_path):
+    about = 'task = "regress"\nlabel = ["on", "up"]\nrange = {on = [0, 4], a = [1, 5]}\n'
+    path = write_csv(tmp_path / "a.csv", VALUES, about)
+    examples = load_shard(str(path))
+    assert (examples.task, examples.num_classes) == ("regress", 2)
+    assert examples.class_names == ("on", "up")
+    np.testing.assert_array_equal(examples.x, [[-1, 2], [0, 4], [1, 6]])
+    np.testing.assert_array_equal(examples.y, [[-1, 0.5], [-0.5, -0.5], [-0.5, 0]])
+    assert examples.y.dtype == np.float32
+    write_csv(
+        path,
+        VALUES.replace("0.5", "1").replace("-1", "1"),
+        'task = "multilabel"\nlabel = ["up", "on"]',
+    )
+    examples = load_shard(str(path))
+    assert (examples.task, examples.class_names) == ("multilabel", ("up", "on"))
+    assert examples.y.tolist() == [[1, 0], [1, 1], [0, 1]]
+    write_csv(path, "a,y\n1,2.5\n2,3\n", 'task = "regress"\nlabel = "y"')
+    examples = load_shard(str(path))
+    assert (examples.x.tolist(), examples.y.tolist()) == ([[1], [2]], [[2.5], [3]])
 
 
 def test_rows_that_are_left_out_are_counted(tmp_path, caplog):
@@ -128,8 +151,14 @@ def test_rows_that_are_left_out_are_counted(tmp_path, caplog):
         (TABLE, "size = [3]", ("data.toml", "unknown field", "size", "label")),
         (TABLE, "label = 3", ("data.toml", "$.label", "expected")),
         (TABLE, "label =", ("data.toml", "TOML")),
+        (TABLE, 'label = ["size", "weight"]', ("['size', 'weight']", "one column", "regress")),
+        (TABLE, 'task = "regress"\nlabel = ["size", "cat"]', ("one called 'cat'",)),
+        (TABLE, 'task = "regress"\nlabel = "size"', ("column 'label'", "'cat'", "a number")),
+        (TABLE, 'task = "regress"\nclasses = ["a"]', ("classes beside task 'regress'",)),
+        (TABLE, 'task = "tokens"', ("data.toml", "'tokens'")),
+        (VALUES, 'task = "multilabel"\nlabel = ["up", "on"]', ("0 and 1",)),
         (TABLE, 'classes = ["dog", "dog"]', ("'dog' more than once",)),
-        (TABLE, 'classes = ["dog"]', ("the label 'cat'", "a name of class_names")),
+        (TABLE, 'classes = ["dog"]', ("the label 'cat'", "one of classes of data.toml")),
     ],
     ids=lambda value: repr(value)[-30:] if isinstance(value, tuple) else "",
 )
