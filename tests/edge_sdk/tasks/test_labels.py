@@ -58,7 +58,9 @@ def test_labels_become_what_the_task_has():
     assert (labels.num_classes, labels.y.dtype) == (4, np.float32)
     text = {"x": IDS.astype(np.uint8), "y": IDS, "task": np.array("tokens"), "vocabulary": 9}
     tokens = checked_arrays(text, "")
-    assert (tokens.x.dtype, tokens.scaling, tokens.input_scaling) == (np.int64, None, None)
+    assert (tokens.x.dtype, tokens.scaling) == (np.int64, None)
+    told = tokens.input_scaling  # of ids those that may be: 0 to the vocabulary, less one
+    assert (told.low, told.high, told.divisor) == (0, tokens.vocabulary - 1, None)
     assert (tokens.num_classes, tokens.vocabulary) == (1, 9)
 
 
