@@ -1,5 +1,5 @@
-"""Every method over ZeroMQ: a real device, which keeps its own state, gives to the last bit what an
-emulated client gives."""
+"""Every method, and every task, over ZeroMQ: a real device, which keeps its own state, gives to the
+last bit what an emulated client gives."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from coordinator.methods.registry import METHODS, make_method
 from coordinator.runs.rounds import run_rounds
 from coordinator.store.store import SPOOL, Store
 from edge_sdk.protocol.keys import read_keys
+from edge_sdk.tasks.table import TASKS
 from tests.contract.methods import changed_names
 from tests.support.examples import config
 from tests.support.processes import World
+from tests.support.task_problems import problem, spec_of
 
 ROUNDS = 2  # the second one begins from what the device kept of the first
 PATIENCE_S = 90.0
@@ -49,14 +51,11 @@ def finished(folder, settings, cohort_of):
     return method, cohort
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_device_gives_the_bytes_that_an_emulated_client_gives(world, tmp_path, name):
+def over_links(world, settings):
+    """A function that makes the cohort of the devices that come to the world's address."""
     give_up = time.monotonic() + PATIENCE_S
-    settings = config(name, rounds=ROUNDS, late="drop")
-    model = replace(settings.model, num_classes=10)
-    settings = replace(settings, model=model)
 
-    def over_links(store, method):
+    def cohort_of(store, method):
         admission = Admission(world.keys / "clients")
         router = Router(world.endpoint, read_keys(world.keys, "server"), admission)
         spool = Spool(store.folder / SPOOL)
@@ -69,6 +68,14 @@ def test_a_device_gives_the_bytes_that_an_emulated_client_gives(world, tmp_path,
             should_stop=lambda: time.monotonic() > give_up,
         )
 
+    return cohort_of
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_device_gives_the_bytes_that_an_emulated_client_gives(world, tmp_path, name):
+    settings = config(name, rounds=ROUNDS, late="drop")
+    settings = replace(settings, model=replace(settings.model, num_classes=10))
+
     def emulated(store, method):
         offer = method.offer()
         chosen = None
@@ -79,6 +86,27 @@ def test_a_device_gives_the_bytes_that_an_emulated_client_gives(world, tmp_path,
             world.shards, {"a": method.spec.exit}, method.spec.exit, variants=chosen
         )
 
-    real, _ = finished(tmp_path / "real", settings, over_links)
+    real, _ = finished(tmp_path / "real", settings, over_links(world, settings))
     alike, _ = finished(tmp_path / "emulated", settings, emulated)
+    assert not changed_names(real.state_dict(), alike.state_dict())
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "classify"])
+def test_so_it_does_of_every_task(tmp_path, task):
+    shard = problem(task, 60)
+    model = spec_of(shard)
+    if shard.vocabulary:  # a family that a device knows
+        options = {"dim": 8, "heads": 2, "ffn": 16}
+        model = replace(model, family="transformer", options=options)
+    settings = config("stage-rotation", model=model, rounds=ROUNDS, late="drop", holdout=0.2)
+    with World(tmp_path / "world", num_devices=1) as world:
+        world.admit("task", shard)
+        world.device("task")
+        real, _ = finished(tmp_path / "real", settings, over_links(world, settings))
+    alike, _ = finished(
+        tmp_path / "emulated",
+        settings,
+        lambda store, _: InProcessCohort({"task": shard}, {"task": 2}, 2),
+    )
+    assert changed_names(real.current(), make_method(settings).current()), "it learned"
     assert not changed_names(real.state_dict(), alike.state_dict())

@@ -1,5 +1,5 @@
-"""What every task must do: an emulated run learns, a real device gives the same bytes, an exported
-model answers as torch does, and labels that are none are refused in one line."""
+"""What every task must do: an emulated run learns, an exported model answers as torch does, and
+labels that are none are refused in one line. Real devices: test_methods_over_links.py."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_unknown_source_lists_the_known(source):
 
 
 def test_file_of_unknown_kind(tmp_path):
-    for name in ("data.csv", "fall_labels.mat", "fall"):
+    for name in ("data.xls", "fall_labels.mat", "fall"):
         (tmp_path / name).write_text("1,2")
         fails(lambda name=name: load(str(tmp_path / name)), name, "unknown kind", "digits")
     fails(lambda: load(str(tmp_path)), str(tmp_path), "without data files", "train.npz")

@@ -19,6 +19,7 @@ from edge_sdk.protocol.messages import Fault, Job, Part, Plan, Segment, Update
 from edge_sdk.protocol.tensors import Sender
 from edge_sdk.training.calibration import MemoryCalibration
 from edge_sdk.training.client_state import ClientState
+from edge_sdk.training.kept_tensors import KeptTensors
 from edge_sdk.training.own_model import read_own_model
 from edge_sdk.training.saved_update import STATE, SavedUpdate
 from edge_sdk.training.trainer import train
@@ -37,7 +38,7 @@ def rounds_of(folder, *accepted, plan=PLAN, sent=SENT, spec=SPEC, data=DATA):
     ours, theirs = socket.socketpair()
     agent, saved = Pipe(ours), SavedUpdate(folder)
     here, state = MemoryCalibration(made_with=""), ClientState(folder / STATE)
-    loop = TrainerLoop(Pipe(theirs), data, "cpu", here, saved, state)
+    loop = TrainerLoop(Pipe(theirs), data, "cpu", here, saved, state, KeptTensors(folder / "kept"))
     with ThreadPoolExecutor(1) as thread:
         ended = thread.submit(loop.serve, 0.0, 0.0)
         for round, is_accepted in enumerate(accepted, 1):
