@@ -18,10 +18,8 @@ from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors
-from edge_sdk.training.tally import Tally
+from edge_sdk.training.tally import Tally, answered_at_once
 from edge_sdk.training.trainer import train
-
-AT_ONCE = 100  # examples
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,8 @@ def figures_of(
     model.ready(device).eval()
     tallies = [Tally(spec.task) for _ in range(spec.exit + 1)]  # the last one: of the mean
     x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
-    for features, labels in zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True):
+    count = answered_at_once(spec)
+    for features, labels in zip(x.split(count), y.split(count), strict=True):
         with family_code(spec, "evaluating", model):
             logits: list[Tensor] = model(moved(features, device))
         for tally, logit in zip(tallies, [*logits, torch.stack(logits).mean(0)], strict=True):
@@ -104,7 +103,7 @@ def personalised(
         held = {name: tensor for name, tensor in tensors.items() if stage_of(name)[1] <= exit}
         before = metric_per_exit(part, held, holdout, device=device)[-1]
         tuned = train(part, job, held, shard, device=device).tensors
-        after = metric_per_exit(part, tuned, holdout, device=device)[-1]
+        after = metric_per_exit(part, held | tuned, holdout, device=device)[-1]
         results.append(Personalised(before, after))
     return results
 

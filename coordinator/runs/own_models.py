@@ -23,6 +23,7 @@ from edge_sdk.protocol.messages import Holdout, ModelSpec
 from edge_sdk.protocol.tensors import Tensors, with_prefix
 from edge_sdk.tasks.metrics import METRICS
 from edge_sdk.training.holdout import answers
+from edge_sdk.training.tally import answered_at_once
 from edge_sdk.training.terms.flat import KEPT as STATISTICS
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ class OwnModels:
             model.load(tensors)
             model.load(with_prefix(self._kept(client.id), STATISTICS))
             with family_code(spec, "evaluating", model):
-                result = answers(model, self._holdouts[client.id], self._device)
+                at_once = answered_at_once(spec)
+                result = answers(model, self._holdouts[client.id], at_once, self._device)
             if result:
                 found[client.id] = result
         return found

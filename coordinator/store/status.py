@@ -136,7 +136,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     last_round_s: float = 0.0
     # of that round, exit 1 first: on the test set; of its participants, on what they trained on
     task: Task = "classify"  # whose metric this is
-    metric: tuple[float, ...] = ()
+    metric: tuple[float | None, ...] = ()  # None: no finite one
     loss: tuple[float | None, ...] = ()
     train_metric: tuple[float | None, ...] = ()
     holdout_metric: float | None = None  # see reader.RoundRow

@@ -124,7 +124,8 @@ def unlabelled(arrays: Arrays, model: ExportedModel, data: str) -> npt.NDArray[A
     if x.shape[1:] == wanted and not model.spec.vocabulary:
         arrays = {"layout": np.array(AXES[x.ndim])} | arrays
     labels = {"y": np.zeros(x.shape[:1], np.int64), "num_classes": np.array(model.spec.num_classes)}
-    labels["vocabulary"] = np.array(model.spec.vocabulary)
+    # whatever the task: without labels it says nothing of the inputs
+    labels |= {"vocabulary": np.array(model.spec.vocabulary), "task": np.array("classify")}
     examples = checked_arrays({**arrays, **labels}, data)
     check_shape(examples, model, data)
     if x.dtype == np.uint8 and model.scaling:

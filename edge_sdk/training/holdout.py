@@ -10,22 +10,21 @@ from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import Holdout
 from edge_sdk.training.tally import Tally
 
-AT_ONCE = 100  # examples
-
 
 @torch.no_grad()
 def answers(
-    model: StagedModel, examples: Examples, device: str | torch.device = "cpu"
+    model: StagedModel, examples: Examples, at_once: int, device: str | torch.device = "cpu"
 ) -> Holdout | None:
-    """Of the model's last exit, in eval mode; the other exits are not asked, so they may lack
-    tensors. None of no examples. The model is left in the mode that it was in."""
+    """Of the model's last exit, in eval mode, at_once examples together; the other exits are not
+    asked, so they may lack tensors. None of no examples. The model is left in the mode that it was
+    in."""
     if not len(examples):
         return None
     was_training = model.training
     model.eval()
     tally = Tally(examples.task)
     x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
-    for features, labels in zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True):
+    for features, labels in zip(x.split(at_once), y.split(at_once), strict=True):
         features = moved(features, device)
         for stage in model.stages:
             features = stage(features)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from edge_sdk.training.saved_update import KEPT, forget_old_ones
 
 log = logging.getLogger(__name__)
 MOST_BYTES = 1024**3
+LEAST_FREE_BYTES = 256 * 1024**2  # of the disk, for what training must be able to save
 BY_DIGEST = re.compile(r"[0-9a-f]{32}\Z")
 
 
@@ -31,9 +33,15 @@ class KeptTensors:
     """beside: the folder of this agent's saved update, made when needed; None: nothing is kept.
     Errors of the disk are told and cost a transfer, no training."""
 
-    def __init__(self, beside: Path | None, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(
+        self,
+        beside: Path | None,
+        most_bytes: int = MOST_BYTES,
+        least_free_bytes: int = LEAST_FREE_BYTES,
+    ) -> None:
         self._folder = beside and beside / KEPT
         self._most_bytes = most_bytes
+        self._least_free_bytes = least_free_bytes
 
     def fill(self, receiver: Receiver) -> None:
         """Write what is kept of a job's tensors to their places, before any part is asked for."""
@@ -90,6 +98,11 @@ class KeptTensors:
                     break
                 if not receiver.has_whole(number) or (folder / digest).exists():
                     continue
+                free = shutil.disk_usage(folder).free - len(place)
+                if free < self._least_free_bytes:
+                    said = "frozen tensors are not kept: %s would have %d bytes free, at least %d"
+                    log.warning(said, folder, free, self._least_free_bytes)
+                    break
                 if digest_of([place]) == digest:
                     write_whole(folder / digest, bytes(place), mode=0o600, is_synced=False)
             self._make_room(folder, named)

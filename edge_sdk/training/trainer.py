@@ -27,6 +27,7 @@ from edge_sdk.tasks.table import task_of
 from edge_sdk.training.augmenting import Augment
 from edge_sdk.training.holdout import answers
 from edge_sdk.training.segment import inputs_of, train_segment
+from edge_sdk.training.tally import answered_at_once
 from edge_sdk.training.terms.base import Context
 from edge_sdk.training.terms.table import terms_of
 
@@ -101,7 +102,8 @@ def train(
             used.clear()
     model.ready(device)
     with family_code(spec, "answering examples set aside", model):
-        tested = answers(model, examples.take(aside), device)
+        at_once = min(answered_at_once(spec), plan.micro_batch or plan.batch_size)
+        tested = answers(model, examples.take(aside), at_once, device)
     terms.loaded_(tested)
     loaded = clock()
 

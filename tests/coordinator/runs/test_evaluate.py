@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace as replace_plan
 
 from coordinator.cohorts.sampling import job_seed
 from coordinator.runs.evaluate import (
@@ -83,6 +84,15 @@ def test_personalised_accuracy_is_that_of_the_tuned_subnetwork():
     assert got[1].after == metric_per_exit(small, tuned, holdouts[1])[0]
     assert got[0].before == metric_per_exit(spec, tensors, holdouts[0])[2]
     assert all(torch.equal(tensors[name], given[name]) for name in given)
+
+
+def test_what_is_frozen_stays_in_a_tuned_model():
+    """An update lacks it: the tuned model has it from the one that it began from."""
+    spec, shard = cnn(), examples(40, 1)
+    learned = train(spec, replace_plan(PLAN, epochs=40), initial_tensors(spec, 0), shard).tensors
+    plan = replace_plan(PLAN, frozen=("stages",), lr=1e-9)
+    (got,) = personalised(spec, learned, [shard], [shard], plan, epochs=1)
+    assert got.after == got.before > 0.9
 
 
 def test_personalising_helps_a_client_of_one_class():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import stat
@@ -53,6 +54,13 @@ def test_what_is_written_is_read_by_everybody(tmp_path):
     assert (found.phase, found.round, found.pid) == ("round open", 3, os.getpid())
     assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o644
     assert os.listdir(tmp_path) == [FILE]
+
+
+def test_a_metric_that_is_not_finite_is_none_to_those_who_look(tmp_path):
+    """An RMSE of outputs beyond float32; JSON has no number for it."""
+    found = read_status(told(tmp_path, task="regress", metric=(0.5, math.nan, math.inf)))
+    assert found is not None
+    assert found.metric == (0.5, None, None)
 
 
 def test_a_full_disk_is_one_line_and_the_last_file_stays(tmp_path, caplog, monkeypatch):

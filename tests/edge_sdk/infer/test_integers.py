@@ -78,6 +78,15 @@ def test_integers_that_are_no_bytes_stay_floats(tmp_path):
     assert read_inputs(folder, str(tmp_path / "a.npz"))[0].dtype == np.float32
 
 
+def test_inputs_alone_need_no_labels_of_the_task_beside_them(tmp_path):
+    folder = model(tmp_path, 255, PIXELS)
+    for task in ("tokens", "regress"):
+        np.savez(tmp_path / "a.npz", x=integers(255), task=task)
+        x, y = read_inputs(folder, str(tmp_path / "a.npz"))
+        np.testing.assert_array_equal(x, integers(255))
+        assert y is None
+
+
 @pytest.mark.parametrize("kind", ["npy", "npz", "npz with y"])
 def test_another_shape_is_named_with_its_file(tmp_path, kind):
     folder = model(tmp_path, 255, PIXELS)

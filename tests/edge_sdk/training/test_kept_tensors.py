@@ -144,3 +144,12 @@ def test_a_folder_that_cannot_be_written_costs_a_transfer_only(tmp_path, caplog)
     for _ in range(2):
         assert transfer(sender, KeptTensors(tmp_path))[1] == [0, 1, 2, 3]
     assert "frozen tensors are not kept" in caplog.text
+
+
+def test_a_disk_that_is_nearly_full_keeps_none(tmp_path, caplog):
+    sender = sender_of(TENSORS)
+    kept = KeptTensors(tmp_path, least_free_bytes=2**62)
+    transfer(sender, kept)
+    assert not list((tmp_path / KEPT).iterdir())
+    assert caplog.text.count("frozen tensors are not kept") == 1
+    assert transfer(sender, kept)[1] == [0, 1, 2, 3], "all come again"

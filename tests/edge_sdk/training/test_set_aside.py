@@ -23,7 +23,7 @@ def test_they_are_not_trained_on_and_the_received_model_answers_them():
         assert torch.equal(result.tensors[name], tensor), name
     model = build(spec)
     model.load(sent)
-    assert result.holdout == answers(model, held)
+    assert result.holdout == answers(model, held, PLAN.batch_size)
     assert alone.holdout is None
 
 
