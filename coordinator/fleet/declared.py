@@ -10,11 +10,14 @@ import logging
 from msgspec.structs import replace
 
 from edge_sdk.helpers.text import one_line
+from edge_sdk.protocol.fields import Task
 from edge_sdk.protocol.messages import Hello, Ready, Update
+from edge_sdk.tasks.metrics import METRICS
 
 log = logging.getLogger(__name__)
 LONGEST_S = 7 * 86_400.0  # that anything of a round takes
 MOST_LOSS = 1e6  # nats
+MOST_SQUARE = 1e30  # of an error, as a loss: labels are below 1e15
 MOST_TEXT = 60  # characters of a name
 # Above every machine that trains one device's share, below every board: from, to.
 PLAUSIBLE: dict[str, tuple[float, float]] = {
@@ -51,8 +54,9 @@ def plausible_ready(ready: Ready) -> Ready:
     return replace(ready, prefix_s=min(ready.prefix_s, LONGEST_S), stage_s=stage_s)
 
 
-def plausible_update(update: Update) -> Update:
-    """Losses were checked to be finite."""
+def plausible_update(update: Update, task: Task = "classify") -> Update:
+    """task: of the model. Losses were checked to be finite."""
+    most = MOST_SQUARE if METRICS[task].is_lower_better else MOST_LOSS
     phases = {
         name: replace(
             phase,
@@ -61,10 +65,10 @@ def plausible_update(update: Update) -> Update:
         )
         for name, phase in update.phases.items()
     }
-    exits = tuple(replace(e, loss=_within(e.loss, 0.0, MOST_LOSS)) for e in update.exits)
+    exits = tuple(replace(e, loss=_within(e.loss, 0.0, most)) for e in update.exits)
     holdout = update.holdout
     if holdout:
-        holdout = replace(holdout, loss=_within(holdout.loss, 0.0, MOST_LOSS))
+        holdout = replace(holdout, loss=_within(holdout.loss, 0.0, most))
     peak = min(update.peak_memory_bytes, 2**44)
     return replace(update, phases=phases, exits=exits, holdout=holdout, peak_memory_bytes=peak)
 

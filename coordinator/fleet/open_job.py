@@ -197,7 +197,7 @@ class OpenJob:
         """The update is as asked for; its parts go to the receiver."""
         if self.update is None:  # one that is announced anew is no progress
             self.most_moved, self.progressed = 0, time.monotonic()
-        self.update, self.receiver = plausible_update(update), receiver
+        self.update, self.receiver = plausible_update(update, self.job.model.task), receiver
         self.announced = time.monotonic()
         self.digest = digest
         self.advance(JobEvent.ANNOUNCED)

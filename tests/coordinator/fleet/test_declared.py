@@ -12,6 +12,7 @@ from coordinator.config import RotationOptions
 from coordinator.fleet.declared import (
     LONGEST_S,
     MOST_LOSS,
+    MOST_SQUARE,
     plausible_hello,
     plausible_ready,
     plausible_update,
@@ -122,6 +123,10 @@ def test_an_updates_own_figures():
     assert taken.phases["train"] == Phase(wall_s=LONGEST_S, cpu_s=1024 * LONGEST_S)
     assert taken.phases["wait"] == Phase(wall_s=2.0)
     assert taken.peak_memory_bytes == 2**44
+    squared = plausible_update(update, "regress")  # of house prices a loss is 1e10 and more
+    assert [result.loss for result in squared.exits] == [MOST_SQUARE, 0.0, 0.7]
+    prices = replace(update, exits=(ExitResult(exit=1, loss=4e10, metric=2e5),))
+    assert plausible_update(prices, "regress").exits == prices.exits
 
 
 def test_the_coordinator_goes_by_what_is_plausible(make_coordinator):
