@@ -18,7 +18,8 @@ from edge_sdk.models.staged import moved
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensor_lists import stage_of
 from edge_sdk.protocol.tensors import Tensors
-from edge_sdk.training.tally import Tally, answered_at_once
+from edge_sdk.tasks.table import answered_at_once
+from edge_sdk.training.tally import Tally
 from edge_sdk.training.trainer import train
 
 

@@ -22,8 +22,8 @@ from edge_sdk.models.staged import StagedModel
 from edge_sdk.protocol.messages import Holdout, ModelSpec
 from edge_sdk.protocol.tensors import Tensors, with_prefix
 from edge_sdk.tasks.metrics import METRICS
+from edge_sdk.tasks.table import answered_at_once
 from edge_sdk.training.holdout import answers
-from edge_sdk.training.tally import answered_at_once
 from edge_sdk.training.terms.flat import KEPT as STATISTICS
 
 log = logging.getLogger(__name__)

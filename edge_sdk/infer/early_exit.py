@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,11 +33,10 @@ from edge_sdk.infer.model_folder import (
 )
 from edge_sdk.protocol.fields import Measure
 from edge_sdk.tasks.base import check_ids
-from edge_sdk.tasks.table import task_of
+from edge_sdk.tasks.table import answered_at_once, task_of
 
 log = logging.getLogger(__name__)
 NEVER = 2.0  # a threshold above every confidence
-BATCH = 100
 # of onnxruntime 1.32: of a learnable scalar before a product it leaves an input that nothing makes
 BROKEN = ["MatMulScaleFusion"]
 Session: TypeAlias = Any  # onnxruntime.InferenceSession, or what has its `run`
@@ -106,9 +105,8 @@ class EarlyExit:
         fails."""
         features, spec = self._checked(x), self.model.spec
         task, exit = task_of(spec.task), np.zeros(len(x), np.int64)
-        label = np.zeros_like(
-            task.answers(np.zeros((len(x), *task.output_shape(spec)), np.float32))
-        )
+        none = task.answers(np.zeros((0, *task.output_shape(spec)), np.float32))
+        label = np.zeros((len(x), *none.shape[1:]), none.dtype)
         confidence = np.zeros(len(x), np.float32)
         before: Floats | None = None  # the outputs of the exit before, where the task compares them
         left = np.arange(len(x))  # examples that have not stopped, and their features beside it
@@ -168,16 +166,26 @@ class EarlyExit:
         return (features if is_last else made[0]), logits
 
     def all_exits(self, x: npt.NDArray[Any]) -> Floats:
-        """Logits of every exit, (exits, n, K) or as the task has them, in batches of BATCH; raises
-        what predict does."""
-        features, spec = self._checked(x), self.model.spec
+        """Logits of every exit, (exits, n, K) or as the task has them; raises what predict does."""
+        spec, start = self.model.spec, 0
         shape = (len(self.sessions), len(x), *task_of(spec.task).output_shape(spec))
         found = np.empty(shape, np.float32)
-        for start in range(0, len(x), BATCH):
-            part: Floats | Ints = features[start : start + BATCH]
-            for number in range(1, len(self.sessions) + 1):
-                part, found[number - 1, start : start + BATCH] = self.step(number, part)
+        for logits in self.batches(x):
+            found[:, start : start + logits.shape[1]] = logits
+            start += logits.shape[1]
         return found
+
+    def batches(self, x: npt.NDArray[Any]) -> Iterator[Floats]:
+        """As `all_exits`, of the first examples, then of the next, and so on: of all texts together
+        they may be more than there is memory for."""
+        features, count = self._checked(x), answered_at_once(self.model.spec)
+        for start in range(0, len(x), count):
+            part: Floats | Ints = features[start : start + count]
+            made = []
+            for number in range(1, len(self.sessions) + 1):
+                part, logits = self.step(number, part)
+                made.append(logits)
+            yield np.stack(made)
 
 
 def checked_measure(given: Measure | None, model: ExportedModel) -> Measure:

@@ -167,16 +167,19 @@ def answers_of(
     """The answers by each measure, from one run of every example through every stage. Raises
     DataError for labels that do not fit."""
     true = checked_labels(x, y, engine.model)
-    logits = engine.all_exits(x)  # (exits, n, K)
     name = engine.model.spec.task
-    task = task_of(name)
-    counts = np.stack([task.counts(task.answers(part), true) for part in logits])
-    before = [None, *logits[:-1]]
-    reached = {
-        one: np.stack([engine.confidences(*p, one) for p in zip(logits, before, strict=True)])
-        for one in measures
-    }
-    return {one: Answers(name, counts, reached[one]) for one in measures}
+    task, start = task_of(name), 0
+    counts: list[npt.NDArray[Any]] = []  # of each batch (exits, n, C)
+    reached: dict[Measure, list[npt.NDArray[Any]]] = {one: [] for one in measures}  # (exits, n)
+    for logits in engine.batches(x):  # (exits, n, K)
+        labels = true[start : start + logits.shape[1]]
+        start += len(labels)
+        counts.append(np.stack([task.counts(task.answers(part), labels) for part in logits]))
+        pairs = list(zip(logits, [None, *logits[:-1]], strict=True))
+        for one in measures:
+            reached[one].append(np.stack([engine.confidences(*pair, one) for pair in pairs]))
+    whole = np.concatenate(counts, 1)
+    return {one: Answers(name, whole, np.concatenate(reached[one], 1)) for one in measures}
 
 
 def checked_labels(

@@ -23,11 +23,10 @@ from edge_sdk.protocol.plan_tensors import check_plan, job_specs, update_specs
 from edge_sdk.protocol.tensor_lists import check_segments, trained_names
 from edge_sdk.protocol.tensors import Tensors, check_finite, specs_of
 from edge_sdk.protocol.timing import clock, since
-from edge_sdk.tasks.table import task_of
+from edge_sdk.tasks.table import answered_at_once, task_of
 from edge_sdk.training.augmenting import Augment
 from edge_sdk.training.holdout import answers
 from edge_sdk.training.segment import inputs_of, train_segment
-from edge_sdk.training.tally import answered_at_once
 from edge_sdk.training.terms.base import Context
 from edge_sdk.training.terms.table import terms_of
 

@@ -66,6 +66,15 @@ def test_an_example_stops_at_the_first_confident_exit(folder):
     assert (first.sizes, second.sizes) == ([3], [1]), "only the one left goes on"
 
 
+def test_all_exits_are_asked_a_batch_at_a_time(folder):
+    engine, (first, second) = counted(EarlyExit.load(folder))
+    x = np.tile(X, (50, 1))
+    wanted, found = engine.all_exits(X), list(engine.batches(x))
+    assert [part.shape for part in found] == [(2, 100, 2), (2, 50, 2)]
+    np.testing.assert_allclose(np.concatenate(found, 1), np.tile(wanted, (1, 50, 1)))
+    assert first.sizes == second.sizes == [3, 100, 50]
+
+
 def test_stopping_early_runs_no_later_stage(folder):
     engine, (first, second) = counted(EarlyExit.load(folder, threshold=0.7))
     assert engine.predict(X[:2]).exit.tolist() == [1, 1]

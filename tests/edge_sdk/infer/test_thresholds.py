@@ -88,7 +88,7 @@ def test_what_nothing_reaches_says_what_is_reachable(wish):
 def test_one_wish_at_a_time():
     for wishes in ((None, None, None), (0.5, None, 1.0)):
         with pytest.raises(ConfigError, match="give one of"):
-            choose(POINTS, 0.75, *wishes)
+            choose(POINTS, 0.75, METRICS["classify"], *wishes)
 
 
 def test_the_grid_covers_everything():

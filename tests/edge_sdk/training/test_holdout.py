@@ -12,8 +12,8 @@ import torch
 
 from edge_sdk.models import build
 from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.tasks.table import answered_at_once
 from edge_sdk.training.holdout import answers
-from edge_sdk.training.tally import answered_at_once
 from tests.support.examples import cnn, examples
 
 
