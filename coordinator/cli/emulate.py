@@ -43,12 +43,8 @@ def add_emulate_command(commands: Any) -> None:
     add = parser.add_argument_group("clients").add_argument
     alpha = number_flag(0, 1e300, "a number above 0", is_open=True)
     add("--clients", type=whole_flag(1, MOST), default=50, help="how many share the data")
-    add(
-        "--groups",
-        type=whole_numbers_flag,
-        default="17,17,16",
-        help="clients per exit, shallow first",
-    )
+    said = "clients per exit, shallow first; default as many at each"
+    add("--groups", type=whole_numbers_flag, default=(), metavar="17,17,16", help=said)
     add("--split", choices=SPLITS, default="dirichlet", help="of the data among clients")
     add("--alpha", type=alpha, default=0.5, help="Dirichlet label skew")
     said = "share of the weak clients that can hold a deeper stage"
@@ -69,19 +65,19 @@ def add_emulate_command(commands: Any) -> None:
 
 def run_emulate(args: argparse.Namespace) -> int:
     with heavy_imports():
-        from coordinator.cohorts.population import Population
+        from coordinator.cohorts.population import Population, even_groups
         from coordinator.runs.emulating import HOLDOUT, EmulateSettings, emulate
+    if args.personalise and not args.holdout:
+        args.holdout = HOLDOUT
+    config = run_config(args, [*SHARED, *SUBSETS], data=args.data)
     population = Population(
         clients=args.clients,
-        groups=args.groups,
+        groups=args.groups or even_groups(args.clients, config.model.exit),
         split=args.split,
         alpha=args.alpha,
         holders=args.holders,
         variants=args.variants,
     )
-    if args.personalise and not args.holdout:
-        args.holdout = HOLDOUT
-    config = run_config(args, [*SHARED, *SUBSETS], data=args.data)
     settings = EmulateSettings(
         folder=args.run_dir,
         is_resumed=args.resume,

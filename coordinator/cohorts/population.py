@@ -45,10 +45,20 @@ def group_exits(groups: Sequence[int], num_clients: int, num_exits: int) -> list
     """Exit of each client: the first groups[0] clients stop at exit 1, and so on."""
     if sum(groups) != num_clients or len(groups) > num_exits or min(groups) < 0:
         raise ConfigError(
-            f"groups {','.join(map(str, groups))} need to sum to {num_clients} clients over at "
-            f"most {num_exits} exits"
+            f"--groups {_words(groups)} need to sum to {num_clients} clients over at most "
+            f"{num_exits} exits; give such as {_words(even_groups(num_clients, num_exits))}"
         )
     return [exit for exit, count in enumerate(groups, 1) for _ in range(count)]
+
+
+def even_groups(num_clients: int, num_exits: int) -> tuple[int, ...]:
+    """As many clients at each exit; what is left over goes to the shallow ones."""
+    each, over = divmod(num_clients, num_exits)
+    return tuple(each + (exit < over) for exit in range(num_exits))
+
+
+def _words(groups: Sequence[int]) -> str:
+    return ",".join(map(str, groups))
 
 
 def exits_of(population: Population, num_exits: int) -> dict[str, int]:

@@ -65,7 +65,10 @@ def optional_module(name: str, what: str, extra: str) -> Any:
         reason = f"does not load: {one_line(str(error))}"
         if isinstance(error, ModuleNotFoundError):
             reason = "is not installed"
-        raise LackError(f"{what} needs {name}, which {reason}; {install(extra)}") from error
+        step = install(extra)
+        if isinstance(error, RuntimeError):  # what is there is installed again by no extra
+            step = f"is it for another torch? reinstall {name} from where this torch came from"
+        raise LackError(f"{what} needs {name}, which {reason}; {step}") from error
 
 
 def import_module(name: str) -> None:

@@ -130,7 +130,8 @@ def _check_task(family: Family, spec: ModelSpec) -> None:
     task_of(spec.task).check(spec)
     if spec.task not in family.tasks:
         known = ", ".join(family.tasks)
-        raise ConfigError(f"it has no task {spec.task!r}, only {known}; take another family")
+        able = " or ".join(name for name in FAMILIES if spec.task in FAMILIES[name].tasks)
+        raise ConfigError(f"it has no task {spec.task!r}, only {known}; take {able}")
     if spec.vocabulary and not family.takes_ids:
         got = f"takes floats, got token ids of a vocabulary of {spec.vocabulary}"
         raise ConfigError(f"family {spec.family!r} {got}; take the family transformer or llama")

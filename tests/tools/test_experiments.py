@@ -155,9 +155,11 @@ def test_a_real_grid_of_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert row["mb_up_per_round"] > 0
     assert main([*DIGITS, *TINY, "--out", str(out)]) == 0  # nothing is run again
     assert "0 run, 1 there already" in capsys.readouterr().err
-    broken = [*TINY[:-1], "--clients 3"]  # the groups sum to 50
+    broken = [*TINY[:-1], "--clients 3 --groups 17,17,16"]
     assert main([*DIGITS, *broken, "--out", str(tmp_path / "bad")]) == 1
-    assert "failed, exit code 2: edge-coordinator: groups 17,17,16 need" in capsys.readouterr().err
+    assert (
+        "failed, exit code 2: edge-coordinator: --groups 17,17,16 need" in capsys.readouterr().err
+    )
     assert (tmp_path / "bad" / f"{name}.log").exists()
 
 

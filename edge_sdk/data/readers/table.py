@@ -98,6 +98,11 @@ def _fits(path: Path, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(path.name, pattern) for pattern in patterns)
 
 
+def _is_alone(path: Path) -> bool:
+    """Whether it is read when it is named itself."""
+    return any(_fits(path, row.alone) for row in FILE_SETS) and path.is_file()
+
+
 def _folder_readers(folder: Path) -> Readers:
     fitting = [row for row in FILE_SETS if _is_any_there(folder, row.train)]
     found = [row for row in fitting if row.rank == min(row.rank for row in fitting)]
@@ -119,7 +124,10 @@ def _class_readers(folder: Path) -> Readers:
         endings = endings_within(train)
     found = [row for row in FILE_SETS if endings & set(row.by_class)]
     if not found:
-        raise bad(folder, "a directory without data files", known(), "give one of these")
+        step = "give one of these"
+        if named := sorted(path for path in folder.iterdir() if _is_alone(path)):
+            step = f"name the file, {named[0]}, or call it as one of these"
+        raise bad(folder, "a directory without data files", known(), step)
     if len(found) > 1:
         got = " and ".join(row.by_class[0] for row in found)
         raise bad(train, f"files {got} in its folders", "one kind", "move the others elsewhere")

@@ -73,7 +73,10 @@ def test_bad_settings_are_one_clear_line(capsys, flags, said):
         (["--alpha", "0"], "--alpha: '0', expected a number above 0"),
         (["--holders", "nan"], "--holders: 'nan', expected a share"),
         (["--clients", "0", "--groups", "0"], "--clients: '0', expected a whole number from 1"),
-        (["--groups", "1,2"], "groups 1,2 need to sum to 6"),
+        (
+            ["--groups", "1,2"],
+            "--groups 1,2 need to sum to 6 clients over at most 3 exits; give such as 2,2,2",
+        ),
         (["--model", "resnet99"], "known: cnn, "),
         (["--method", "stage-rotation", "--rotation", "off"], "--rotation off is owners-mean"),
         (["--out", "."], "--out . is no file"),
@@ -87,6 +90,12 @@ def test_wrong_values_are_told_before_data_is_read(capsys, flags, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [["--exits", "2"], ["--clients", "4"]], ids=str)
+def test_groups_follow_clients_and_exits(capsys, flags):
+    assert status_of(main, ["emulate", "--data", "nowhere", *flags]) == 1
+    assert "'nowhere'" in capsys.readouterr().err  # the data are read after the groups
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -96,7 +105,7 @@ def test_wrong_values_are_told_before_data_is_read(capsys, flags, said):
         (["--model", "resnet99"], "unknown model family"),
         (["--listen", "5555"], "tcp://HOST:PORT"),
         (["--metrics", "9464"], "HOST:PORT"),
-        (["--memory-budget", "10"], "--memory-budget is 10 bytes"),
+        (["--memory-budget", "10K"], "--memory-budget is 10240 bytes"),
         (["--keys", "no-keys"], "server.public"),
         (["--resume"], "holds no run"),
     ],
@@ -156,9 +165,9 @@ def test_late_updates_cannot_be_dropped_in_an_asynchronous_run(tmp_path, capsys)
     flags = ["--input", "1x8x8", "--classes", "3", "--mode", "async", "--late", "drop"]
     assert main([*serve, *flags]) == 2
     assert "--late drop has no place with --mode async" in capsys.readouterr().err
-    budget = ["--input", "1x8x8", "--classes", "3", "--memory-budget", "10"]
+    budget = ["--input", "1x8x8", "--classes", "3", "--memory-budget", "10K"]
     assert main([*serve, *budget]) == 2
-    assert "--memory-budget is 10 bytes, expected at least 1048576" in capsys.readouterr().err
+    assert "--memory-budget is 10240 bytes, expected at least 1048576" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ import torch
 from coordinator.aggregation.border import Border
 from coordinator.cohorts.base import Absence, Assignment, ClientUpdate
 from coordinator.cohorts.in_process import InProcessCohort, train_here
-from coordinator.cohorts.population import Population, choose_holders, group_exits, split_shards
+from coordinator.cohorts.population import (
+    Population,
+    choose_holders,
+    even_groups,
+    group_exits,
+    split_shards,
+)
 from coordinator.cohorts.sampling import sample
 from coordinator.methods.base import Metrics
 from coordinator.methods.registry import make_method
@@ -155,6 +161,8 @@ def test_groups_and_splits():
     for groups, clients in (([2, 2], 3), ([1, 1, 1, 1], 4), ([4, -1], 3)):
         with pytest.raises(ConfigError, match="groups"):
             group_exits(groups, clients, 3)
+    assert [even_groups(50, n) for n in (2, 3)] == [(25, 25), (17, 17, 16)]
+    assert even_groups(2, 3) == (1, 1, 0)
     data = examples(60)
     parts = split_shards(data, 4, split="iid", alpha=0.5, seed=0)
     assert sum(len(part) for part in parts) == 60

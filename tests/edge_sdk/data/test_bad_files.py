@@ -43,6 +43,10 @@ def test_file_of_unknown_kind(tmp_path):
         (tmp_path / name).write_text("1,2")
         fails(lambda name=name: load(str(tmp_path / name)), name, "unknown kind", "digits")
     fails(lambda: load(str(tmp_path)), str(tmp_path), "without data files", "train.npz")
+    (tmp_path / "prices.csv").write_text("1,2")
+    fails(
+        lambda: load(str(tmp_path)), "without data files", f"name the file, {tmp_path}/prices.csv"
+    )
 
 
 def test_missing_package_names_the_extra(monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from edge_sdk.data.loading import save_shard
+from edge_sdk.errors import LackError
 from edge_sdk.helpers import imports
 from tests.support.examples import examples
 from tests.support.processes import ROOT
@@ -138,3 +139,14 @@ def test_the_oldest_is_the_one_that_pip_takes():
     oldest = ".".join(map(str, imports.OLDEST))
     assert len(lines) == 2
     assert all(f"'torch>={oldest}" in line for line in lines)
+
+
+def test_a_package_for_another_torch_is_not_to_be_installed_again_by_its_extra(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "of_another.py").write_text("raise RuntimeError('operator nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        LackError, match=r"does not exist; is it for another torch\? reinstall of_an"
+    ):
+        imports.optional_module("of_another", "this", "torchvision")
