@@ -67,7 +67,9 @@ def optional_module(name: str, what: str, extra: str) -> Any:
             reason = "is not installed"
         step = install(extra)
         if isinstance(error, RuntimeError):  # what is there is installed again by no extra
-            step = f"is it for another torch? reinstall {name} from where this torch came from"
+            step = (
+                "it, or what it needs, is for another torch; reinstall that from this torch's index"
+            )
         raise LackError(f"{what} needs {name}, which {reason}; {step}") from error
 
 
