@@ -112,7 +112,7 @@ NO_EFFECT = [
     ("edge-coordinator", "emulate --alpha 1 --split iid", "--alpha has no effect with --split iid"),
     (
         "edge-coordinator",
-        "emulate --momentum 0.9",
+        "emulate --optimizer adam --momentum 0.9",
         "--momentum has no effect with --optimizer adam",
     ),
     (

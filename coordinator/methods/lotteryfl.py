@@ -12,8 +12,7 @@ takes its test data. Biases and norms have no mask, as published, but begin agai
 published code goes on to train the initial values. A kept 0 stays kept. Nobody ends below
 --prune-target, which published code misses by up to one --prune-share. A client prunes from an
 accuracy of --prune-above on, published above it: of a few examples many reach just that. Weights:
-by examples, published alike (--paper). Loss: that of all exits together. The whole model has to fit
-a device, also once it is pruned."""
+by examples, published alike (--paper). The loss is of all exits. A device holds the whole model."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ MOST = 2**31 - 1  # of examples, clients, lines, ...
 USUAL_KEYS = "default ~/.config/edge-sdk, or keys in the service's own state folder"  # of a device
 # A round's training where no flag tells: what a run asks of its devices, and `plan` predicts.
 DEFAULT_EPOCHS, DEFAULT_BATCH_SIZE = 2, 32
+DEFAULT_MOMENTUM = 0.9  # of sgd
 
 
 def print_step(step: str) -> None:

@@ -28,6 +28,7 @@ from edge_sdk.cli.flags import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
     DEFAULT_EXITS,
+    DEFAULT_MOMENTUM,
     MAX_EXITS,
     MOST,
     MOST_IDS,
@@ -138,7 +139,7 @@ def add_plan_command(subparsers: Subparsers) -> None:
     )
     training.add_argument("--batch-size", type=batch, default=DEFAULT_BATCH_SIZE, help="of a step")
     training.add_argument("--epochs", type=epochs, default=DEFAULT_EPOCHS, help="of a round")
-    training.add_argument("--optimizer", choices=("sgd", "adam"), default="adam", help="of a step")
+    training.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd", help="of a step")
     training.add_argument(
         "--freeze",
         default="",
@@ -177,6 +178,7 @@ def run_plan(args: argparse.Namespace) -> int:
         epochs=args.epochs,
         batch_size=args.batch_size,
         optimizer=args.optimizer,
+        momentum=DEFAULT_MOMENTUM if args.optimizer == "sgd" else 0.0,
         frozen=frozen,
     )
     from edge_sdk.capacity.counting import segment_costs

@@ -170,7 +170,8 @@ def array(tensor: dict[str, Any]) -> Any:
 
 
 def test_every_family_is_there():
-    assert {name.split()[0] for name in CASES} == set(FAMILIES) == set(REFERENCES)
+    known = {name for name in FAMILIES if not FAMILIES[name].makes_any}
+    assert {name.split()[0] for name in CASES} == known == set(REFERENCES)
 
 
 FIELDS = read("training")["fields"]

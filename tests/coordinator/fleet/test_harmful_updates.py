@@ -127,7 +127,7 @@ def test_a_harmful_update_is_refused_told_and_does_not_end_the_run(tmp_path, att
 
 def test_two_billion_examples_count_three_times_anothers(tmp_path):
     """Four honest ones of 10 move by 1, the liar by 0, as if it had 30: (40 1 + 30 0) / 70."""
-    made = config("owners-mean", rounds=1, min_clients=5)
+    made = config("owners-mean", rounds=1, min_clients=5, weighting="examples")
     initial = make_method(made).current()
     many = 2**31 - 1
     with running(tmp_path / "run", made, until=1) as run:

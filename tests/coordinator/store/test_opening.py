@@ -53,7 +53,7 @@ def test_what_refuses_updates_may_be_another(tmp_path):
     ("changes", "said"),
     [
         ({"rounds": 1}, r"--rounds 2 \(now 1\)"),
-        ({"rounds": 3, "lr": 0.5}, r"--lr 0.001 \(now 0.5\)"),
+        ({"rounds": 3, "lr": 0.5}, r"--lr 0.02 \(now 0.5\)"),
     ],
 )
 def test_nothing_else_may_differ(tmp_path, changes, said):
