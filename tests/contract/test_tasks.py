@@ -3,6 +3,8 @@ labels that are none are refused in one line. Real devices: test_methods_over_li
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import replace as changed
 
 import numpy as np
@@ -10,7 +12,6 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-import tests.support.tokens_family  # noqa: F401  registers `embedded`
 from coordinator.cohorts.in_process import InProcessCohort
 from coordinator.methods.registry import make_method
 from coordinator.runs.rounds import print_round, run_rounds
@@ -35,6 +36,14 @@ ROUNDS = 4
 # At the end of the run: at least, or of an error at most.
 LEARNED = {"classify": 0.9, "multilabel": 0.85, "regress": 0.7, "tokens": 0.95}
 KEYS = {"classify": "accuracy", "multilabel": "f1", "regress": "rmse", "tokens": "accuracy"}
+
+
+@pytest.fixture(autouse=True)
+def embedded(own_things, monkeypatch):
+    """The family of tests/support/tokens_family.py, known in these tests only."""
+    module = "tests.support.tokens_family"
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    return importlib.import_module(module)
 
 
 @pytest.fixture(params=METRICS)
