@@ -15,7 +15,7 @@ import msgspec
 from coordinator.cohorts.base import BLANK, Absence, Client, ClientUpdate
 from edge_sdk.protocol.messages import Segment, Update
 
-VERSION = 5
+VERSION = 6
 PARTICIPATIONS = """round INTEGER, client_id TEXT, exit INTEGER, variant INTEGER, segments TEXT,
     outcome TEXT, code TEXT, detail TEXT, num_examples INTEGER, num_steps INTEGER,
     bytes_down INTEGER, bytes_up INTEGER, peak_memory_bytes INTEGER, retries INTEGER,

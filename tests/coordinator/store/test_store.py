@@ -227,7 +227,7 @@ def test_wrong_folders_say_so(tmp_path):
     with db:
         db.execute("UPDATE runs SET version = 99")
     db.close()
-    with pytest.raises(StoreError, match="format 99, this is format 5"):
+    with pytest.raises(StoreError, match="format 99, this is format 6"):
         Store.resume(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "run.sqlite").write_bytes(b"not a database at all" * 100)
