@@ -135,7 +135,7 @@ QUICK = {"even": "--clients 12 --groups 4,4,4 --participants 6"}
 TUNED = ("fedavg-s", "fedavg-l", "owners-mean", "hypemefed")
 # The whole model and its initial values fit no group's memory: the last group takes part all the
 # same, which is that method at its best, not at equal memory.
-BEYOND = {"lotteryfl": " --variants 0,0,1"}
+BEYOND = {"lotteryfl": " --variants 0,0,1", "mh-pfedhngd": " --variants 1,2,3"}
 ZOO_ROWS = {
     name: f"--method {name}" + " --personalise 2" * (name in TUNED) + BEYOND.get(name, "")
     for name in METHODS
