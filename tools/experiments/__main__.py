@@ -163,7 +163,7 @@ def grid_cells(name: str, grid: Grid, args: argparse.Namespace) -> Iterator[Cell
     ]
     for seed, setting, label in itertools.product(args.seeds, found, labels):
         flags = [
-            *f"{grid.rows[label]} {setting.flags}".split(),
+            *f"{grid.rows[label]} {setting.flags} {grid.instead.get(label, '')}".split(),
             *["--data", sources[setting.data], "--seed", seed],
             *(["--rounds", str(args.rounds)] if args.rounds else []),
             *shlex.split(args.extra),
