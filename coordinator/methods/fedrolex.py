@@ -9,8 +9,8 @@ which published code divides by four after rounds 800 and 1200 (here: --lr-decay
 Deviations. The published code weighs updates by a counter that it restores within its loop over the
 tensors, so from the second tensor on a client counts as often as its place in the list says; its
 `--overlap` draws windows for each layer on its own, so shortcuts add unlike channels. Here it is
-the plain mean over owners, and there is no overlap. Widths are what clients hold and are not drawn
-anew each round; training goes as in heterofl.py, whose deviations hold here too.
+the plain mean over owners, and there is no overlap. Widths and training go as in heterofl.py, whose
+deviations hold here too.
 
 A group of C channels is covered by a width p for pC rounds, then not for (1 - p)C of them: with few
 rounds prefer heterofl.
@@ -42,4 +42,10 @@ PAPER = LEVELS | {
 def fedrolex(config: RunConfig, device: TorchDevice, options: WidthOptions) -> Method:
     """As heterofl, of channels that move on by one in each round."""
     variants = variants_of(config.model, options.widths)
-    return WidthAveraging(config, variants, options.plan_rule(), lambda round: round - 1)
+    return WidthAveraging(
+        config,
+        variants,
+        options.plan_rule(),
+        lambda round: round - 1,
+        is_redrawn=options.redraw_widths,
+    )

@@ -11,8 +11,9 @@ Deviations. Statistics: the published code has the server go over all clients' d
 model before it evaluates; here, where data stays with the clients, each client's pass is over its
 own, with what it trained, and they are averaged like weights. Loss: that of all exits together, so
 that the exits can be compared; --exit-weights 0,0,1 is the last alone. Weights: by examples, the
-published code counts clients alike (--weighting equal, as --paper does). A client has the width
-that it holds; widths drawn anew each round are not offered. The default widths lie closer together
+published code counts clients alike (--weighting equal, as --paper does). Width: a client has the
+one that it holds; with --redraw-widths each of its jobs has one of those up to it, where the
+published `dynamic` mode draws from all levels for everybody. The default widths lie closer together
 where most devices are: the memory of activations falls with the width, not with its square.
 """
 
@@ -51,6 +52,9 @@ class WidthOptions(Options, frozen=True, kw_only=True):
         Meta(min_length=1, max_length=100),
         flag("shares of the channels, of the models that devices choose among"),
     ] = (0.125, 0.25, 0.5, 0.75, 1.0)
+    redraw_widths: Annotated[
+        bool, flag("a job has any of the widths up to the one that its client holds")
+    ] = False
     static_norm: Annotated[
         bool, flag("BatchNorm by the batch in training, its statistics by a pass at the end")
     ] = True
@@ -79,4 +83,9 @@ ON_DEVICE = OnDevice("the widest of --widths", "about w M", "about w^2 K")
 )
 def heterofl(config: RunConfig, device: TorchDevice, options: WidthOptions) -> Method:
     """Each client trains the first channels of every layer, as many as it can hold."""
-    return WidthAveraging(config, variants_of(config.model, options.widths), options.plan_rule())
+    return WidthAveraging(
+        config,
+        variants_of(config.model, options.widths),
+        options.plan_rule(),
+        is_redrawn=options.redraw_widths,
+    )

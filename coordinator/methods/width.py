@@ -82,7 +82,8 @@ def step_(
 
 class WidthAveraging:
     """variants: the models that clients choose among, cheapest first; shift: by how many channels
-    the parts of a round's jobs are moved."""
+    the parts of a round's jobs are moved; is_redrawn: each job has one of the models up to the
+    client's, all as likely."""
 
     def __init__(
         self,
@@ -90,12 +91,15 @@ class WidthAveraging:
         variants: tuple[ModelSpec, ...],
         plan_rule: PlanRule,
         shift: Callable[[int], int] = lambda round: 0,
+        *,
+        is_redrawn: bool = False,
     ) -> None:
         self.spec = config.model
         self._config = config
         self._variants = variants
         self._plan_rule = plan_rule
         self._shift = shift
+        self._is_redrawn = is_redrawn
         self._parameters = {name for name, _ in build(self.spec).named_parameters()}
         whole = initial_tensors(self.spec, config.seed)
         self._names = list(whole)
@@ -125,7 +129,7 @@ class WidthAveraging:
         """Raises CapacityError for a client that holds none of the variants."""
         if not 1 <= client.variant <= len(self._variants):
             raise CapacityError(f"{client.id} holds none of the {len(self._variants)} models")
-        model = self._variants[client.variant - 1]
+        model = self._variants[self._drawn(client, round) - 1]
         down = dict(self._slice(model, round).tensors)
         plan = replace(
             self._plan_rule(self._config.plan(round), model, round),
@@ -133,6 +137,12 @@ class WidthAveraging:
             seed=job_seed(self._config.seed, round, client.id),
         )
         return Assignment(model=model, plan=plan, tensors=down, returns=specs_of(down))
+
+    def _drawn(self, client: Client, round: int) -> int:
+        """The place of its model in this round."""
+        if not self._is_redrawn:
+            return client.variant
+        return 1 + job_seed(self._config.seed, round, f"width/{client.id}") % client.variant
 
     def aggregate(self, round: int, updates: Iterable[ClientUpdate]) -> Metrics:
         metrics, watch = Metrics(), Stopwatch()

@@ -59,6 +59,25 @@ def test_worked_example():
     assert found["exits.0.bias"].tolist() == [4, 4, 4]
 
 
+def test_widths_are_redrawn_up_to_the_one_held():
+    """Every width up to it in some round, each about as often, the same again for the same seed;
+    what returns is added where it was cut."""
+    own = {"widths": (0.25, 0.5, 1.0), "redraw_widths": True}
+    method, again = method_of(own=own), method_of(own=own)
+    a, b = client_of("a", 1), client_of("b", 3)
+    drawn = [method.assign(b, number).model.width for number in range(1, 301)]
+    assert drawn == [again.assign(b, number).model.width for number in range(1, 301)]
+    assert all(70 < drawn.count(width) < 130 for width in (0.25, 0.5, 1.0))
+    assert {method.assign(a, number).model.width for number in range(1, 20)} == {0.25}
+    number = drawn.index(0.5) + 1
+    before = method.current()["stages.0.1.weight"].clone()
+    method.aggregate(number, [returned(method, b, 7.0, round=number)])
+    found = method.current()["stages.0.1.weight"]
+    assert found[:2].eq(7).all()
+    assert found[2:].equal(before[2:])
+    assert method.deployed(b)[0].width == 1.0, "what it can run stays what it holds"
+
+
 def test_one_width_and_plain_settings_are_fedavg():
     """Of clients that train in earnest, the same seeds: the same bytes."""
     off = {"static_norm": False, "mask_absent": False, "scaler": False, "clip_norm": 0.0}
