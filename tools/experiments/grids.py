@@ -151,6 +151,20 @@ ZOO_ROWS = {
 # good as untrained: one round of one client, of whose step a thousandth is taken.
 ALONE = "--rounds 1 --participants 1 --epochs 1 --server-momentum 0 --server-lr 0.001"
 
+# Clients that all take part in every round, which a hypernetwork needs to learn anything.
+PERSONAL = {"all": "--clients 10 --groups 4,3,3"}
+PERSONAL_FASHION = (
+    "--examples 2000 --test-examples 2000 --epochs 2 --batch-size 16 --rounds 60 --holdout 0.25"
+    " --eval-every 4 --eval-tail 5"
+)
+PERSONAL_ROWS = {
+    name: ZOO_ROWS[name]
+    for name in ("fedavg-l", "owners-mean", "hypemefed", "pfedhn", "mh-pfedhn", "mh-pfedhngd")
+} | {
+    "mh-pfedhn-paper": "--method mh-pfedhn --paper",
+    "local-only": "--method owners-mean --personalise 120",
+}
+
 UNADJUSTED = [
     name
     for name in ZOO_ROWS
@@ -198,6 +212,13 @@ GRIDS = {
             *settings("cifar", SMALL, ("0.5", "0.1"), ZOO_CIFAR),
             *settings("unimib", SMALL, ("0.5", "0.1"), ZOO_UNIMIB),
         ),
+        tuple(settings("digits", QUICK, ("0.5",), ZOO_DIGITS)),
+        {"local-only": ALONE},
+    ),
+    "personal": Grid(
+        "models of each client's own against a tuned global one and against learning alone",
+        PERSONAL_ROWS,
+        tuple(settings("fashion", PERSONAL, ("0.1", "0.5"), PERSONAL_FASHION)),
         tuple(settings("digits", QUICK, ("0.5",), ZOO_DIGITS)),
         {"local-only": ALONE},
     ),
