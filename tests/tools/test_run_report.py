@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from coordinator.cohorts.base import Client
 from coordinator.methods.base import Metrics
@@ -15,7 +16,7 @@ from edge_sdk.protocol.messages import DeviceProfile
 from tests.support.recorded_run import CONFIG, commit, record_run, update
 from tools.testbed.progress import rounds_after
 from tools.testbed.run_report import (
-    Accuracy,
+    Figure,
     Levers,
     PhaseTime,
     Platform,
@@ -182,9 +183,9 @@ def test_who_saved_memory(store: Store):
 
 def test_accuracy_and_figures(store: Store):
     report = read_run(store.folder)
-    assert report.accuracy == [
-        Accuracy("exit 1", first_round=1, first=0.2, last_round=3, last=0.5, served_last=0.4),
-        Accuracy("exit 2", first_round=1, first=0.3, last_round=3, last=0.7, served_last=None),
+    assert report.tested == [
+        Figure("exit 1", first_round=1, first=0.2, last_round=3, last=0.5, served_last=0.4),
+        Figure("exit 2", first_round=1, first=0.3, last_round=3, last=0.7, served_last=None),
     ]
     assert report.figures == {"error": 0.25, "gap": None}  # of round 3
 
@@ -192,11 +193,27 @@ def test_accuracy_and_figures(store: Store):
 def test_a_method_without_a_model_for_all_has_the_accuracy_of_holdouts(store: Store):
     values = {"holdout_accuracy": 0.75}
     store.commit(4, Metrics(values), {"w": torch.zeros(1)}, "2026-01-01T00:00:00+00:00", 1.0)
-    own = Accuracy("hold-outs, as received", 4, 0.75, 4, 0.75, None)
-    assert read_run(store.folder).accuracy[-1] == own
+    own = Figure("hold-outs, as received", 4, 0.75, 4, 0.75, None)
+    assert read_run(store.folder).tested[-1] == own
     assert rounds_after(store.folder, 3) == [(4, "on hold-outs 75.0 %")]
     (last,) = rounds_after(store.folder, 2)[:1]
     assert last == (3, "served accuracy per exit 40.0 %")
+
+
+def test_the_metric_is_that_of_the_runs_task(tmp_path: Path):
+    """An error has no per cent."""
+    config = replace(CONFIG, model=replace(CONFIG.model, task="regress", num_classes=1))
+    store = Store.create(tmp_path / "run", config, "serve")
+    values = {"rmse_exit_1": 2.5, "rmse_served_exit_1": 2.25, "holdout_rmse": 3.0}
+    store.begin(1, [])
+    store.commit(1, Metrics(values), {"w": torch.zeros(1)}, "2026-01-01T00:00:00+00:00", 1.0)
+    assert read_run(store.folder).tested == [
+        Figure("exit 1", 1, 2.5, 1, 2.5, 2.25),
+        Figure("hold-outs, as received", 1, 3.0, 1, 3.0, None),
+    ]
+    said = "served RMSE per exit 2.25, on hold-outs 3"
+    assert rounds_after(store.folder, 0) == [(1, said)]
+    store.close()
 
 
 def test_run_in_progress(store: Store):

@@ -104,7 +104,7 @@ def test_in_process_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     counts = {time.phase: time.board.count for time in report.platforms[0].phases}
     assert counts == {"wait": 0, "download": 0, "load": 6, "train": 6, "upload": 0}
     assert report.platforms[0].trained == [Trained(3, False, 3, 6)]
-    assert [accuracy.of for accuracy in report.accuracy] == ["exit 1", "exit 2", "exit 3"]
+    assert [tested.of for tested in report.tested] == ["exit 1", "exit 2", "exit 3"]
     with sqlite3.connect(f"file:{tmp_path / 'run.sqlite'}?mode=ro", uri=True) as db:
         (bytes_up,) = db.execute("SELECT SUM(bytes_up) FROM rounds").fetchone()
         (longest_s,) = db.execute("SELECT MAX(wall_s) FROM phases WHERE phase = 'train'").fetchone()

@@ -11,8 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from coordinator.config import read_config
 from coordinator.store.status import read_status
 from edge_sdk.errors import ConfigError, StoreError
+from edge_sdk.tasks.metrics import METRICS
 from tools.testbed.boards import Device
 
 
@@ -35,22 +37,22 @@ def follow(
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[accuracy]}"),
+        TextColumn("{task.fields[tested]}"),
     ]
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("rounds", total=num_rounds, accuracy="boards are starting")
+        task = progress.add_task("rounds", total=num_rounds, tested="boards are starting")
         seen = ready = 0
         while True:
             has_ended = server.poll() is not None
             finished = rounds_after(folder, seen)
             if not seen and ready < (ready := max(ready, num_ready(folder))):
-                progress.update(task, accuracy=f"{ready} of {len(boards)} boards are ready")
+                progress.update(task, tested=f"{ready} of {len(boards)} boards are ready")
                 if not console.is_terminal:
                     tell(console, f"{ready} of {len(boards)} boards are ready")
-            for seen, accuracy in finished:
-                progress.update(task, completed=seen, accuracy=accuracy)
+            for seen, tested in finished:
+                progress.update(task, completed=seen, tested=tested)
                 if not console.is_terminal:
-                    tell(console, f"round {seen}: {accuracy}")
+                    tell(console, f"round {seen}: {tested}")
             if has_ended:
                 return
             for device, process in boards.items():
@@ -77,26 +79,33 @@ def last_error(device: Device) -> str:
 
 
 def rounds_after(folder: Path, seen: int) -> list[tuple[int, str]]:
-    """Every round committed after this one, and its served accuracy per exit as text, and that on
-    hold-outs; "" where it was not evaluated."""
-    shares: dict[int, tuple[list[str], list[str]]] = {}
+    """Every round committed after this one, and the task's metric per exit of the served model as
+    text, and that on hold-outs; "" where it was not evaluated."""
+    found: dict[int, tuple[list[float], list[float]]] = {}
+    metric = METRICS["classify"]
     with contextlib.suppress(sqlite3.Error):  # there is no database yet
         uri = (folder / "run.sqlite").as_uri() + "?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+            for (config,) in db.execute("SELECT config FROM runs"):
+                metric = METRICS[read_config(config, str(folder)).model.task]
             for round, name, value in db.execute(
                 "SELECT r.round, name, value FROM rounds AS r LEFT JOIN metrics AS m"
-                " ON m.round = r.round AND (name LIKE 'accuracy_served_exit_%'"
-                " OR name = 'holdout_accuracy') WHERE r.round > ? ORDER BY r.round, name",
-                (seen,),
+                " ON m.round = r.round AND (name LIKE ? OR name = ?)"
+                " WHERE r.round > ? ORDER BY r.round, name",
+                (f"{metric.key}_served_exit_%", holdouts := f"holdout_{metric.key}", seen),
             ):
-                found = shares.setdefault(round, ([], []))
+                values = found.setdefault(round, ([], []))
                 if value is not None:
-                    found[name == "holdout_accuracy"].append(f"{100 * value:.1f}")
-    heads = ("served accuracy per exit", "on hold-outs")
+                    values[name == holdouts].append(value)
+    heads, unit = (f"served {metric.name} per exit", "on hold-outs"), " %" * metric.is_share
     return [
         (
             round,
-            ", ".join(f"{h} {' / '.join(f)} %" for h, f in zip(heads, found, strict=True) if f),
+            ", ".join(
+                f"{head} {' / '.join(map(metric.shown, values))}{unit}"
+                for head, values in zip(heads, both, strict=True)
+                if values
+            ),
         )
-        for round, found in shares.items()
+        for round, both in found.items()
     ]

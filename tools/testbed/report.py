@@ -1,4 +1,4 @@
-"""Print a run's report: seconds by platform and phase, bytes, faults, saved memory, accuracy.
+"""Print a run's report: seconds by platform and phase, bytes, faults, saved memory, metric.
 
     python -m tools.testbed.report RUN_DIR [--json] [--csv FILE]
 
@@ -123,11 +123,14 @@ def print_report(report: Report) -> None:
     head = "memory saved,updates,in parts,smallest part,stages run again"
     print_table(head, rows or [["by no device: whole batches, all activations kept"]])
 
-    rows = []
-    for a in report.accuracy:
-        shares = [_figure(s and 100 * s, ".1f") for s in (a.first, a.last, a.served_last)]
-        rows.append([a.of, str(a.first_round), shares[0], str(a.last_round), *shares[1:]])
-    print_table("accuracy in %,round,first,round,last,served last", rows or [[MISSING]])
+    rows, metric = [], report.metric
+    for t in report.tested:
+        values = [
+            MISSING if v is None else metric.shown(v) for v in (t.first, t.last, t.served_last)
+        ]
+        rows.append([t.of, str(t.first_round), values[0], str(t.last_round), *values[1:]])
+    unit = " in %" if metric.is_share else ""
+    print_table(f"{metric.name}{unit},round,first,round,last,served last", rows or [[MISSING]])
     figures = [
         f"{name} = {'not a number' if value is None else f'{value:.4g}'}"
         for name, value in report.figures.items()

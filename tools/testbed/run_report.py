@@ -18,13 +18,13 @@ from coordinator.config import read_config
 from coordinator.store.database import DATABASE, connect_to_read
 from coordinator.store.tables import VERSION
 from edge_sdk.errors import StoreError
+from edge_sdk.tasks.metrics import METRICS, Metric
 
 DEVICE_PHASES = ("wait", "download", "load", "train", "upload")
 SERVER_PHASES = ("fit", "generate", "aggregate", "evaluate", "checkpoint")
 WALL, CPU, LINK = "wall clock", "CPU x scale", "bytes / link"
 EMULATED = {"load": CPU, "train": CPU, "download": LINK, "upload": LINK}  # others: wall clock
-LAST, SERVED = "accuracy_exit_", "accuracy_served_exit_"
-HOLDOUTS = {"holdout_accuracy": "hold-outs, as received", "personal_accuracy": "hold-outs, own"}
+HOLDOUTS = {"holdout": "hold-outs, as received", "personal": "hold-outs, own"}
 PARTICIPATIONS = """SELECT p.*, COALESCE(platform, 'unknown') AS platform, cpu_scale, link_mbit_s,
     COALESCE(is_emulated, 0) AS is_emulated
     FROM participations AS p LEFT JOIN clients USING (client_id) ORDER BY p.round, client_id"""
@@ -105,8 +105,8 @@ class Platform:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Accuracy (0..1) in the first and the last round that has it. of: "exit 1", ... on the test
+class Figure:
+    """The task's metric in the first and the last round that has it. of: "exit 1", ... on the test
     set, or what clients set aside."""
 
     of: str
@@ -130,7 +130,8 @@ class Report:
     platforms: list[Platform]
     server: list[PhaseTime]
     totals: Totals
-    accuracy: list[Accuracy]
+    metric: Metric
+    tested: list[Figure]
     figures: dict[str, float | None]
 
 
@@ -164,6 +165,7 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
     if not rounds:
         raise StoreError(f"run {run['run']} in {folder} has no finished round yet; nothing to show")
     config = read_config(run["config"], str(folder / DATABASE))
+    metric = METRICS[config.model.task]
     phases = db.execute("SELECT round, client_id, phase, wall_s, cpu_s FROM phases").fetchall()
     metrics = db.execute("SELECT round, name, value FROM metrics ORDER BY round, name").fetchall()
     rows = db.execute(PARTICIPATIONS).fetchall()
@@ -181,7 +183,8 @@ def _read(db: sqlite3.Connection, folder: Path) -> Report:
         platforms=[_platform(groups[key], phases, rounds) for key in sorted(groups)],
         server=_phase_times(SERVER_PHASES, server, {}),
         totals=_totals(rows, rounds),
-        accuracy=_accuracies(metrics),
+        metric=metric,
+        tested=_tested(metric, metrics),
         figures={
             name: value
             for round, name, value in metrics
@@ -303,18 +306,17 @@ def _totals(rows: Sequence[sqlite3.Row], rounds: int) -> Totals:
     )
 
 
-def _accuracies(metrics: Iterable[tuple[int, str, float | None]]) -> list[Accuracy]:
+def _tested(metric: Metric, metrics: Iterable[tuple[int, str, float | None]]) -> list[Figure]:
     """metrics: round, name, value in order of rounds."""
     series: dict[str, list[tuple[int, float]]] = {}
     for round, name, value in metrics:
         if value is not None:
             series.setdefault(name, []).append((round, value))
-    found = []
-    for exit in sorted(int(name[len(LAST) :]) for name in series if name.startswith(LAST)):
-        values, served = series[f"{LAST}{exit}"], series.get(f"{SERVED}{exit}")
-        last = served[-1][1] if served else None
-        found.append(Accuracy(f"exit {exit}", *values[0], *values[-1], last))
+    found, last = [], f"{metric.key}_exit_"
+    for exit in sorted(int(name[len(last) :]) for name in series if name.startswith(last)):
+        values, served = series[f"{last}{exit}"], series.get(f"{metric.key}_served_exit_{exit}")
+        found.append(Figure(f"exit {exit}", *values[0], *values[-1], served and served[-1][1]))
     for name, of in HOLDOUTS.items():
-        if values := series.get(name, []):
-            found.append(Accuracy(of, *values[0], *values[-1], None))
+        if values := series.get(f"{name}_{metric.key}", []):
+            found.append(Figure(of, *values[0], *values[-1], None))
     return found
