@@ -20,6 +20,7 @@ from coordinator.settings import changed, shared_flags, value_at
 from edge_sdk.errors import ConfigError
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.tasks.metrics import ONLY_CLASSES
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +106,12 @@ def _check_task(config: RunConfig) -> None:
                 f"{flag} {name} is for the task {' or '.join(known)}, these data are for {task}; "
                 "choose another (docs/tasks.md)"
             )
+    default = METHODS[config.method].defaults.get("logit_adjustment", 0.0)
+    if task not in ONLY_CLASSES and config.logit_adjustment not in (0.0, default):
+        raise ConfigError(
+            f"--logit-adjustment {config.logit_adjustment:g} is for classes, these data are for "
+            f"{task}; leave it out"
+        )
 
 
 def make_method(config: RunConfig, device: TorchDevice = "cpu") -> Method:

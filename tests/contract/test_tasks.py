@@ -201,3 +201,12 @@ def test_methods_of_other_tasks_are_refused(method, task, said):
     settings = config(method, model=spec_of(problem(task, 10)), holdout=0.2)
     with pytest.raises(ConfigError, match=said):
         make_method(settings)
+
+
+def test_an_adjustment_for_classes_is_refused_elsewhere():
+    """But for a method's own default, which does not count there."""
+    model = spec_of(problem("regress", 10))
+    settings = config("hypemefed", model=model, logit_adjustment=0.5)
+    with pytest.raises(ConfigError, match=r"--logit-adjustment 0\.5 is for classes, these data"):
+        make_method(settings)
+    assert make_method(replace(settings, logit_adjustment=1.0)).offer().plan.logit_adjustment == 0
