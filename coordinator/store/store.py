@@ -190,16 +190,15 @@ class Store:
         """Every committed round: the metric per exit (last and served), seconds by phase (CPU where
         measured, summed over clients), bytes, counts, and the method's own figures."""
         rounds, totals = [], [field.name for field in fields(RoundTotals)]
-        key = METRICS[self.config.model.task].key
+        metric = METRICS[self.config.model.task]
+        by_exit = [metric.key, f"{metric.key}_served", "loss", f"train_{metric.key}"]
+        by_exit += ["perplexity"] * metric.has_perplexity  # of the served model
         for row in self._read(f"SELECT round, {', '.join(totals)} FROM rounds ORDER BY round"):
             values = dict(self._read("SELECT name, value FROM metrics WHERE round = ?", row[0]))
             rounds.append(
                 {
                     "round": row[0],
-                    key: _per_exit(values, f"{key}_exit_"),
-                    f"{key}_served": _per_exit(values, f"{key}_served_exit_"),
-                    "loss": _per_exit(values, "loss_exit_"),
-                    f"train_{key}": _per_exit(values, f"train_{key}_exit_"),
+                    **{name: _per_exit(values, f"{name}_exit_") for name in by_exit},
                     "seconds": dict(self._read(SECONDS, row[0])),
                     **dict(zip(totals, row[1:], strict=True)),
                     "figures": {k: v for k, v in values.items() if "_exit_" not in k},

@@ -84,6 +84,10 @@ def test_a_run_learns_and_its_metric_has_its_name(tmp_path, task, capsys):
     assert list(row.metric) == reports[-1].metric
     assert row.task == task
     assert row.holdout_metric == reports[-1].metrics.values[f"holdout_{key}"]
+    store = Store.resume(tmp_path)
+    (*_, entry) = store.history()
+    store.close()
+    assert entry.get("perplexity", []) == list(row.perplexity)
     assert bool(row.perplexity) == (task == "tokens")
     print_round(reports[-1])
     said = capsys.readouterr().out

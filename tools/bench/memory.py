@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -38,6 +38,7 @@ import psutil
 
 from edge_sdk.agent.pipe import Estimate, Estimated, Inspected, Progress, Train, TrainerOptions
 from edge_sdk.agent.trainer_process import TrainerProcess
+from edge_sdk.capacity.costs import SegmentCost
 from edge_sdk.data.examples import Examples
 from edge_sdk.data.loading import save_shard
 from edge_sdk.protocol.keys import make_keys
@@ -209,13 +210,41 @@ def trainer_job(spec: ModelSpec, plan: Plan, data: Path) -> Figures:
     import torch
 
     from edge_sdk.capacity.counting import autograd_bytes
-    from edge_sdk.models import build, initial_tensors
+    from edge_sdk.models import build
     from edge_sdk.models.staged import moved
+
+    batch = moved(torch.zeros(plan.batch_size, *spec.input_shape), "cpu")
+    saved_bytes = autograd_bytes(build(spec).ready("cpu"), plan, batch)
+    done = one_job(spec, plan, data)
+    copies = 1 + {"adam": 2, "sgd": 0}[plan.optimizer]  # the gradients and their moments
+    needed = done.cost.download_bytes + copies * done.cost.gradient_bytes + saved_bytes
+    return {
+        "rss_mb": done.ready["rss_mb"],
+        "peak_mb": done.peak_mb,
+        "start_cpu_s": done.ready["start_cpu_s"],
+        "count_cpu_s": done.count_cpu_s,
+        "needed_mb": needed / 1e6,
+        "losses": [result.loss for result in done.update.exits],
+    }
+
+
+class Done(NamedTuple):
+    """A job that a training process has done. ready: its footing before; cost: as it predicted
+    it; peak_mb: resident; count_cpu_s: of counting the costs."""
+
+    ready: Figures
+    cost: SegmentCost
+    update: Update
+    peak_mb: float
+    count_cpu_s: float
+
+
+def one_job(spec: ModelSpec, plan: Plan, data: Path) -> Done:
+    """All stages of the model, in a fresh training process."""
+    from edge_sdk.models import initial_tensors
     from edge_sdk.protocol.tensors import Sender
 
     sender = Sender(initial_tensors(spec, 0))
-    batch = moved(torch.zeros(plan.batch_size, *spec.input_shape), "cpu")
-    saved_bytes = autograd_bytes(build(spec).ready("cpu"), plan, batch)
     with trainer_process(data) as (trainer, pid):
         assert isinstance(heard(trainer), Inspected)
         ready = footing(pid)
@@ -230,17 +259,8 @@ def trainer_job(spec: ModelSpec, plan: Plan, data: Path) -> Figures:
             for index in range(message.first, message.first + message.count):
                 trainer.send(Part(round=1, index=index), memoryview(sender.part(index)))
         assert isinstance(message, Update), message
-        after = footprint(pid)
-    copies = 1 + {"adam": 2, "sgd": 0}[plan.optimizer]  # the gradients and their moments
-    needed = cost.download_bytes + copies * cost.gradient_bytes + saved_bytes
-    return {
-        "rss_mb": ready["rss_mb"],
-        "peak_mb": max(after["peak_mb"], ready["peak_mb"]),
-        "start_cpu_s": ready["start_cpu_s"],
-        "count_cpu_s": times.children_user + times.children_system,
-        "needed_mb": needed / 1e6,
-        "losses": [result.loss for result in message.exits],
-    }
+        peak_mb = max(footprint(pid)["peak_mb"], ready["peak_mb"])
+    return Done(ready, cost, message, peak_mb, times.children_user + times.children_system)
 
 
 @contextlib.contextmanager

@@ -26,17 +26,18 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edge_sdk.cli.flags import whole_flag
 from edge_sdk.errors import ConfigError, EdgeError
-from tools.experiments import curves, figures, probes, tables, zoo
-from tools.experiments.grids import GRIDS, Grid, Setting
+from tools.experiments import adapters, corpus, curves, figures, grids, peaks, probes, tables, zoo
+from tools.experiments.grids import Grid, Setting
 from tools.tables import git, machine
 
 ROOT = Path(__file__).resolve().parents[2]
+GRIDS = grids.GRIDS | adapters.GRIDS
 KNOWN_SOURCES = {"digits": "digits"}  # data that needs no --data
 GRACE_S = 20.0  # for a stopped run to end its round and delete its scratch folder
 POLL_S = 0.2
@@ -94,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     zoo.add_command(commands)
     curves.add_command(commands)
     probes.add_command(commands)
+    corpus.add_commands(commands)
+    peaks.add_command(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -163,7 +166,7 @@ def grid_cells(name: str, grid: Grid, args: argparse.Namespace) -> Iterator[Cell
     ]
     for seed, setting, label in itertools.product(args.seeds, found, labels):
         flags = [
-            *f"{grid.rows[label]} {setting.flags} {grid.instead.get(label, '')}".split(),
+            *in_place(f"{grid.rows[label]} {setting.flags} {grid.instead.get(label, '')}", sources),
             *["--data", sources[setting.data], "--seed", seed],
             *(["--rounds", str(args.rounds)] if args.rounds else []),
             *shlex.split(args.extra),
@@ -177,6 +180,18 @@ def source_of(item: str) -> tuple[str, str]:
     if not (name and equals and source):
         raise ConfigError(f"--data {item!r} is not NAME=SOURCE, e.g. fashion=data/fashion-mnist")
     return name, str(Path(source).absolute()) if Path(source).exists() else source
+
+
+def in_place(flags: str, sources: Mapping[str, str]) -> Iterator[str]:
+    """The words of `flags`, of which @NAME/REST is REST in what --data gives for NAME."""
+    for word in flags.split():
+        name, slash, rest = word[1:].partition("/")
+        if not word.startswith("@"):
+            yield word
+        elif name in sources:
+            yield sources[name] + slash + rest
+        else:
+            raise ConfigError(f"a row has {word}; give --data {name}=FOLDER")
 
 
 def picked(wanted: list[str] | None, known: Collection[str], what: str, grid: str) -> list[str]:
