@@ -52,7 +52,7 @@ MODE = "async: a round ends with its quorum, the others go on and count later"
 LATE = "an update of a round that is over: count it, for less, or not"
 HALF_LIFE = "after which a late update counts half"
 INIT = "weights that the model begins from, as safetensors or a torch state dict"
-FREEZE = "not trained, and sent once: backbone (all stages) or stages=1,2"
+FREEZE = "not trained, and sent once: backbone (all stages), stages=1,2, or all but adapters"
 ADJUSTMENT = "tau of logits shifted by a client's own label counts in training, 0: off"
 HOLDOUT = "of each client's examples, set aside: they test the model that it receives"
 EXIT_WEIGHTS = "of the joint loss, e.g. 1,1,2; default all ones"
@@ -264,6 +264,12 @@ class RunConfig(Options, frozen=True, kw_only=True):
             return 0
         return math.ceil(4 * self.staleness_half_life)
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """What plans say of it; with adapters at least all stages. Raises ConfigError."""
+        has_adapters = self.model.adapters is not None
+        return frozen_prefixes(self.freeze, self.model.exit, has_adapters=has_adapters)
+
     def plan(self, round: int) -> Plan:
         """The training that devices are asked for in a round; segments and seed are set per job.
         The last round's costs most: it is what devices count with."""
@@ -282,7 +288,7 @@ class RunConfig(Options, frozen=True, kw_only=True):
             distill_weight=self.distill.weight_at(round),
             distill_temperature=self.distill.temperature,
             logit_adjustment=self.logit_adjustment if self.model.task == "classify" else 0.0,
-            frozen=frozen_prefixes(self.freeze, self.model.exit),
+            frozen=self.frozen,
             holdout=self.holdout,
         )
 

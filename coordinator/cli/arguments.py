@@ -28,6 +28,8 @@ from edge_sdk.cli.flags import (
     MAX_THREADS,
     Only,
     Parser,
+    adapters_of,
+    add_adapters,
     add_cuts,
     device_flag,
     model_parts,
@@ -88,6 +90,7 @@ def add_run_arguments(parser: Parser) -> None:
         help="number of exits of the whole model",
     )
     add_cuts(model)
+    add_adapters(model)
     add("--option", type=option_flag, metavar="KEY=VALUE", help="model option", **REPEATED)
     add_module_flag(model)
     group = parser.add_argument_group("local training")
@@ -176,7 +179,8 @@ def run_config(args: argparse.Namespace, fields: Sequence[str], **settings: Any)
         (values[part] if part else settings)["own"] = taken(args, kind)
     parts = {name: kind(**values[name]) for name, kind in PARTS.items()}
     family, exits, options = model_parts(args)
-    model = ModelSpec(family=family, exit=exits, options=options, **ANY_DATA)
+    parts_of_model: Any = {"options": options, "adapters": adapters_of(args)}
+    model = ModelSpec(family=family, exit=exits, **parts_of_model, **ANY_DATA)
     settings |= {"method": args.method, "model": model, **taken(args, RunConfig, fields), **parts}
     return RunConfig(**settings)
 

@@ -31,7 +31,6 @@ from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.freezing import check_trainable
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensor_lists import (
-    frozen_prefixes,
     is_frozen,
     needed_names,
     stage_of,
@@ -76,7 +75,7 @@ class DepthAveraging:
         self._server_rule = server_rule or OwnersMeanAlone()
         self._least_exit = least_exit
         names = [name for name, _ in build(self.spec).named_parameters()]
-        frozen = frozen_prefixes(config.freeze, self.spec.exit)
+        frozen = config.frozen
         check_trainable(names, self.spec.exit, frozen)
         parameters = {name for name in names if not is_frozen(name, frozen)}
         self.server = Server(initial_tensors(self.spec, config.seed), parameters, config.server)

@@ -20,7 +20,6 @@ from coordinator.methods.base import Method
 from coordinator.methods.depthwise import DepthAveraging
 from coordinator.methods.registry import OnDevice, TorchDevice, register_method
 from coordinator.methods.rotation import rotation
-from edge_sdk.protocol.tensor_lists import frozen_prefixes
 
 BEST = {
     **STEADY,
@@ -52,7 +51,7 @@ PAPER = {
 )
 def hypemefed(config: RunConfig, device: TorchDevice) -> Method:
     """The prefix to the device's exit, deeper stages by turns, and a generator for the rest."""
-    frozen = frozen_prefixes(config.freeze, config.model.exit)
-    make = partial(make_generator, config.model, config.generator, config.seed, device, frozen)
+    parts = config.model, config.generator, config.seed, device, config.frozen
+    make = partial(make_generator, *parts)
     rule = rotation(config.rotation, config.seed, config.deadline_s)
     return DepthAveraging(config, rule, make)

@@ -86,6 +86,11 @@ def check_method(config: RunConfig) -> None:
                 f"method {config.method!r}: {flag.name} {value} has no place there; leave it out, "
                 "or choose another method (edge-coordinator methods)"
             )
+    if config.model.adapters and not method.has_place("freeze"):
+        raise ConfigError(
+            f"method {config.method!r}: --adapt {config.model.adapters.kind} has no place there, "
+            "nothing is frozen there; leave it out, or choose another (edge-coordinator methods)"
+        )
     _check_task(config)
     if method.check:
         method.check(config)

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
+import msgspec
+
 from edge_sdk.errors import ConfigError, UsageError
-from edge_sdk.helpers.text import destination, one_line, parse_option, parse_size
+from edge_sdk.helpers.text import destination, one_line, parse_option, parse_size, plain_words
+from edge_sdk.protocol.fields import Adapters
 
 Parse: TypeAlias = Callable[[str], float]
 MAX_THREADS = 1024
@@ -245,6 +248,46 @@ def add_cuts(parser: argparse._ActionsContainer) -> None:
         help="of a package's model: names of modules with commas, an exit behind each, or auto: "
         "as many as --exits, at about equal operations (what such a model has without --cuts)",
     )
+
+
+def add_adapters(parser: argparse._ActionsContainer) -> None:
+    """--adapt and what goes with it, beside --model; see adapters_of."""
+    add = parser.add_argument
+    add("--adapt", metavar="KIND", help="train adapters alone: lora, dema or pq-lora")
+    add("--adapt-rank", type=whole_flag(1, 4096), metavar="N", help="of adapters (8)")
+    add("--adapt-branches", type=whole_flag(1, 64), metavar="N", help="of dema (1)")
+    add(
+        "--adapt-targets",
+        metavar="PATTERNS",
+        help="modules that have one, e.g. attention.q,attention.v (the kind's own)",
+    )
+    add(
+        "--adapt-from",
+        type=whole_flag(1, MAX_EXITS),
+        metavar="STAGE",
+        help="stages before it have none, and run once (1)",
+    )
+
+
+def adapters_of(args: argparse.Namespace) -> Adapters | None:
+    """What the flags ask for; None: nothing. Raises UsageError for a detail without --adapt."""
+    targets = tuple(filter(None, (args.adapt_targets or "").split(",")))
+    given = {
+        "rank": args.adapt_rank,
+        "branches": args.adapt_branches,
+        "targets": targets or None,
+        "first": args.adapt_from,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.adapt is None and given:
+        name = {"first": "from"}.get(next(iter(given)), next(iter(given)))
+        raise UsageError(f"--adapt-{name} counts with --adapt KIND; give that, or leave it out")
+    if args.adapt in (None, "none"):
+        return None
+    try:
+        return msgspec.convert({"kind": args.adapt, **given}, Adapters)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"--adapt {one_line(args.adapt)}: {plain_words(str(error))}") from error
 
 
 def size_flag(text: str) -> int:

@@ -33,6 +33,8 @@ from edge_sdk.cli.flags import (
     MOST,
     MOST_IDS,
     Subparsers,
+    adapters_of,
+    add_adapters,
     add_command,
     add_cuts,
     add_imports,
@@ -128,6 +130,7 @@ def add_plan_command(subparsers: Subparsers) -> None:
         metavar="KEY=VALUE",
         help="of the model, e.g. channels=16,32,64",
     )
+    add_adapters(model)
     add_imports(model)
     training = parser.add_argument_group("training")
     batch, epochs = whole_flag(2, 1_000_000), whole_flag(1, 100_000)  # as in messages.Plan
@@ -144,7 +147,7 @@ def add_plan_command(subparsers: Subparsers) -> None:
         "--freeze",
         default="",
         metavar="WHAT",
-        help="not trained, and sent once: backbone (all stages) or stages=1,2",
+        help="not trained, and sent once: backbone (all stages), stages=1,2, or all but adapters",
     )
     training.add_argument("--deadline", type=duration_flag, metavar="S", help="seconds for a round")
     add_memory_cap(parser)
@@ -160,8 +163,9 @@ def run_plan(args: argparse.Namespace) -> int:
         for module in args.imports or ():
             import_module(module)
     family, exits, options = model_parts(args)
-    with typed():
-        frozen = frozen_prefixes(args.freeze, exits)  # before the data are read
+    adapters = adapters_of(args)
+    with typed():  # before the data are read
+        frozen = frozen_prefixes(args.freeze, exits, has_adapters=adapters is not None)
     shape, num_examples, data_bytes = _local_data(args)
     spec = checked(
         ModelSpec,
@@ -170,6 +174,7 @@ def run_plan(args: argparse.Namespace) -> int:
         exit=exits,
         width=args.width,
         rank=args.rank,
+        adapters=adapters,
         options=options,
     )
     plan = checked(
@@ -213,7 +218,8 @@ def run_plan(args: argparse.Namespace) -> int:
     )
     if plan.frozen:
         kept_bytes = max(cost.kept_bytes for cost in costs)
-        print(f"frozen   {args.freeze}: {mebibytes(kept_bytes)} travel once, then are kept\n")
+        frozen_parts = args.freeze or "backbone"
+        print(f"frozen   {frozen_parts}: {mebibytes(kept_bytes)} travel once, then are kept\n")
     print(_table(costs, choice, profile, num_examples))
     if args.explain:
         print(_explain(costs, profile))

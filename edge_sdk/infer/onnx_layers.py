@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from edge_sdk.models.adapters.attach import merge_
 from edge_sdk.models.staged import StagedModel
 
 FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -21,9 +22,11 @@ POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 
 
 def plain_model(model: StagedModel, x: Tensor) -> StagedModel:
-    """A copy that computes the same in eval mode, of layers that ONNX has: BatchNorm folded, pools
-    replaced where they must be. x: (n, *input_shape), for the sizes that pools see."""
+    """A copy that computes the same in eval mode, of layers that ONNX has: adapters merged,
+    BatchNorm folded, pools replaced where they must be. x: (n, *input_shape), for the sizes that
+    pools see."""
     plain = copy.deepcopy(model).eval()
+    merge_(plain)
     fold_batch_norms_(plain)
     _replace_pools_(plain, x)
     return plain
@@ -39,6 +42,8 @@ def fold_batch_norms_(model: nn.Module) -> None:
             layer = _last(before)
             if not isinstance(layer, FOLDABLE) or not isinstance(norm, NORMS):
                 continue
+            if layer._forward_hooks or before._forward_hooks:
+                continue  # what it gives is not its weight's alone
             if norm.running_mean is None or norm.running_var is None:
                 continue  # it normalises by the batch, also in eval mode
             gamma = 1.0 if norm.weight is None else norm.weight.double()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.registry import Registry
+from edge_sdk.models.adapters.attach import adapted
 from edge_sdk.models.factorised import factorised
 from edge_sdk.models.options import read_options
 from edge_sdk.models.own_code import own_code
@@ -110,8 +111,8 @@ def original_names(spec: ModelSpec) -> dict[str, str]:
 
 def build(spec: ModelSpec) -> StagedModel:
     """The model of `spec`, randomly initialised, with factors in the place of layers where its rank
-    is below 1 (factorised.py). Raises ConfigError, also for what a family's own code raises and for
-    what is no StagedModel of such tensors (structure.py)."""
+    is below 1 (factorised.py), and with its adapters (adapters/). Raises ConfigError, also for what
+    a family's own code raises and for what is no StagedModel of such tensors (structure.py)."""
     family = FAMILIES[spec.family]
     try:
         _check_task(family, spec)
@@ -119,7 +120,7 @@ def build(spec: ModelSpec) -> StagedModel:
             model = family.build(spec, *_options(family, spec))
             if not family.is_built_in:
                 check_structure(model, spec.exit)
-        return factorised(model, spec.rank)
+        return adapted(factorised(model, spec.rank), spec.adapters)
     except ConfigError as error:
         if (name := f"family {spec.family!r}") in str(error):
             raise

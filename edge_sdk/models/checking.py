@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from edge_sdk.errors import ConfigError
 from edge_sdk.helpers.files import sha256_of
 from edge_sdk.models import build, family_code, find_family
+from edge_sdk.models.adapters.attach import check_adapters
 from edge_sdk.models.own_code import place_of
 from edge_sdk.models.staged import StagedModel, drawn_inputs
 from edge_sdk.models.structure import named_tensors
@@ -53,20 +54,20 @@ class _Known(NamedTuple):
 def check_family(spec: ModelSpec) -> None:
     """Raise ConfigError, which names the family and the place, unless `spec` can be trained. Draws
     nothing from the global generator."""
-    if find_family(spec.family).is_built_in:
-        build(spec)
-        return
     with torch.random.fork_rng(devices=[]):
-        for _ in checked_models(spec):
-            pass
+        checked_model(spec)
 
 
 def checked_model(spec: ModelSpec) -> StagedModel:
     """The model of this spec alone; of a person's own family all its cuts are tried as well. See
     checked_models."""
     if find_family(spec.family).is_built_in:
-        return build(spec)
-    return deque(checked_models(spec), maxlen=1)[0]
+        model = build(spec)
+    else:
+        model = deque(checked_models(spec), maxlen=1)[0]
+    with family_code(spec, "trying its adapters", model):
+        check_adapters(model, spec)
+    return model
 
 
 def checked_models(spec: ModelSpec) -> Iterator[StagedModel]:

@@ -36,7 +36,7 @@ def factor_ranks(model: StagedModel, rank: float) -> dict[str, int]:
     main = set(model.main_weights)
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     closed = {
-        layer for parent in model.modules() if _is_closed(parent) for layer in parent.children()
+        layer for parent in model.modules() if is_closed(parent) for layer in parent.children()
     }
     found = {}
     for path, layer in model.named_modules():
@@ -166,7 +166,7 @@ def _is_plain(layer: nn.Module) -> bool:
     )
 
 
-def _is_closed(parent: nn.Module) -> bool:
+def is_closed(parent: nn.Module) -> bool:
     """A layer of torch that is made of layers, such as those of transformers, reads the weights of
     its parts by itself."""
     return type(parent).__module__.startswith("torch.nn") and not isinstance(parent, CONTAINERS)

@@ -26,7 +26,9 @@ def num_frozen_stages(model: StagedModel, segment: Segment, frozen: Collection[s
     """How many of the segment's first stages are frozen as a whole, before the first that is
     trained: what they make of an example never changes."""
     for number in range(segment.first, segment.last + 1):
-        if not is_frozen(f"stages.{number - 1}", frozen):
+        name = f"stages.{number - 1}"
+        within = (f"{name}.{n}" for n, _ in model.stages[number - 1].named_parameters())
+        if not all(is_frozen(part, frozen) for part in (name, *within)):
             return number - segment.first
     return segment.last + 1 - segment.first
 

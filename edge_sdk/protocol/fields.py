@@ -69,3 +69,15 @@ ITEM_BYTES: dict[str, int] = {
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Immutable record with checked fields."""
+
+
+class Adapters(Struct, frozen=True, kw_only=True):
+    """Small trained parts beside the layers of a frozen model (edge_sdk/models/adapters/): of the
+    modules whose names match one of `targets`, (): that the kind chooses, in stages from `first`
+    on. branches: of dema, whose outputs are weighed."""
+
+    kind: Name
+    rank: Annotated[int, Meta(ge=1, le=4096)] = 8
+    branches: Annotated[int, Meta(ge=1, le=64)] = 1
+    targets: Annotated[tuple[Name, ...], Meta(max_length=100)] = ()
+    first: Annotated[int, Meta(ge=1, le=100)] = 1

@@ -17,6 +17,7 @@ from edge_sdk.protocol.fields import (
     ITEM_BYTES,
     MAX_LINE,
     MAX_OUTPUTS,
+    Adapters,
     Bound,
     Bytes,
     ClientId,
@@ -45,7 +46,7 @@ from edge_sdk.protocol.fields import (
     Vocabulary,
 )
 
-PROTOCOL = 7
+PROTOCOL = 8
 MAX_FRAME_BYTES = 1024 * 1024  # any frame as it is on the network; ZMQ_MAXMSGSIZE
 MAX_TENSORS = 10_000
 
@@ -53,8 +54,7 @@ MAX_TENSORS = 10_000
 class ModelSpec(Struct, frozen=True, kw_only=True):
     """Enough to build a multi-exit model: the exit is a cut, the width a ratio of channels, the
     rank the share of its rank that a convolution after the first stage keeps, as two factors.
-    task: what the outputs mean. vocabulary: how many token ids the int64 inputs are of, 0: float32.
-    """
+    task: what outputs mean. vocabulary: how many token ids the int64 inputs are of, 0: float32."""
 
     family: Name
     input_shape: InputShape  # (C, H, W), (C, window), (F,), or (T,) of token ids
@@ -64,6 +64,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     rank: Annotated[float, Meta(gt=0, le=1)] = 1.0
     task: Task = "classify"
     vocabulary: Vocabulary = 0
+    adapters: Adapters | None = None
     options: Annotated[dict[Name, Option], Meta(max_length=50)] = msgspec.field(
         default_factory=dict
     )

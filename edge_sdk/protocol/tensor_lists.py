@@ -16,6 +16,7 @@ from edge_sdk.helpers.text import one_line
 from edge_sdk.protocol.fields import Role
 from edge_sdk.protocol.messages import Segment, TensorSpec
 
+ADAPTER = "adapter"  # the module of what is trained within what is frozen
 ROLES = frozenset(get_args(Role)) - {"weight"}
 
 
@@ -41,15 +42,22 @@ def stage_of(name: str) -> tuple[str, int]:
 
 
 def is_frozen(name: str, frozen: Collection[str]) -> bool:
-    """Whether a tensor or module is one of these, or lies within: "stages" is all stages."""
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in frozen)
+    """Whether a tensor or module is one of these, or lies within: "stages" is all stages. What lies
+    in a module named `adapter` never is."""
+    is_within = any(name == prefix or name.startswith(f"{prefix}.") for prefix in frozen)
+    return is_within and ADAPTER not in name.split(".")
 
 
-def frozen_prefixes(freeze: str, num_exits: int) -> tuple[str, ...]:
-    """What a plan says as `frozen` of "stages=1,2", of "backbone": all stages, or of "": nothing.
-    Exits are never frozen. Raises ConfigError."""
-    if freeze in ("", "backbone"):
-        return ("stages",) * bool(freeze)
+def frozen_prefixes(freeze: str, num_exits: int, *, has_adapters: bool = False) -> tuple[str, ...]:
+    """What a plan says as `frozen` of "stages=1,2", of "backbone": all stages, of "all": exits too,
+    or of "": nothing. has_adapters: of the model, which then is frozen. Raises ConfigError."""
+    if has_adapters and freeze not in ("", "backbone", "all"):
+        raise ConfigError(f"--freeze {freeze} with --adapt, expected backbone or all")
+    if freeze == "all" and not has_adapters:
+        raise ConfigError("--freeze all leaves nothing to train; give --adapt too, or backbone")
+    if freeze in ("", "backbone", "all"):
+        frozen = ("stages",) * bool(freeze or has_adapters)
+        return (*frozen, "exits") if freeze == "all" else frozen
     kind, _, listed = freeze.partition("=")
     numbers = listed.split(",")
     if kind != "stages" or not all(re.fullmatch(r"[0-9]{1,3}", number) for number in numbers):

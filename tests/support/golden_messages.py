@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edge_sdk.protocol.fields import Adapters
 from edge_sdk.protocol.messages import (
     Accepted,
     Bye,
@@ -40,6 +41,7 @@ MODEL = ModelSpec(
     rank=0.25,
     task="tokens",
     vocabulary=100,
+    adapters=Adapters(kind="dema", rank=4, branches=2, targets=("attention.q", "*.o"), first=2),
     options={"channels": (16, 32, 64), "dropout": 0.25, "name": "é", "is_wide": True, "depth": 4},
 )
 PLAN = Plan(
@@ -88,7 +90,7 @@ NAMES = "00112233445566778899aabbccddeeff"
 JOB = "0123456789abcdef0123456789abcdef"
 EXAMPLES: tuple[Message, ...] = (
     Hello(
-        protocol=7,
+        protocol=8,
         client_id="pi-4.kitchen_1",
         session="5f0c9a6e1b2d3c4f",
         profile=DeviceProfile(
@@ -117,7 +119,7 @@ EXAMPLES: tuple[Message, ...] = (
         software="edge-sdk 0.1.0",
     ),
     Welcome(
-        protocol=7,
+        protocol=8,
         run="a1b2c3d4e5f6",
         model=MODEL,
         plan=PLAN,
