@@ -124,3 +124,32 @@ def test_a_device_is_measured_by_a_job_of_its_own(tmp_path: Path):
     assert row["label"] == "fedavg-l"
     assert float(row["up"]) * 1e6 == pytest.approx(moved, rel=0.01)
     assert float(row["measured"]) > 0
+
+
+def test_rows_are_compared_seed_by_seed(tmp_path: Path):
+    """lora is 1 and 3 better than full: 2 with half an interval of t(1) * sd / sqrt(2) = 12.7."""
+    places = {"data": "code", "regime": "two", "alpha": "subject"}
+    last = {"round": 2, "returned": 4, "bytes_up": 8e6, "bytes_down": 4e6, "seconds": {"train": 3}}
+    for label, perplexities in {"full": (9.0, 7.0), "lora": (8.0, 4.0)}.items():
+        for seed, perplexity in enumerate(perplexities):
+            cell = {"grid": "g", "label": label, **places, "seed": seed}
+            record = {"cell": cell, "command": "", "commit": "c", "machine": "m"}
+            name = f"code-two-subject-{label}-s{seed}"
+            (tmp_path / f"{name}.record.json").write_text(json.dumps(record))
+            figures = {"small.perplexity": perplexity, "personal_accuracy": 0.5}
+            content = {"rounds": [last | {"perplexity": [1.0], "figures": figures}]}
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert main(["compare", "--out", str(tmp_path), "--base", "full"]) == 0
+    head, full, lora = (tmp_path / "compare.csv").read_text().splitlines()[1:]
+    rows = [dict(zip(head.split(","), line.split(","), strict=True)) for line in (full, lora)]
+    assert [row["small ppl"] for row in rows] == ["8.0", "6.0"]
+    assert [row["small ppl_minus_base"] for row in rows] == ["", "-2.0"]
+    assert float(rows[1]["small ppl_minus_base_95"]) == pytest.approx(12.7062, rel=1e-4)
+    assert [rows[1][name] for name in ("own", "MB up", "MB down", "s")] == [
+        "50.0",
+        "2.0",
+        "1.0",
+        "3.0",
+    ]
+    text = (tmp_path / "compare.md").read_text()
+    assert "| lora | 2     | 6.00 ±25.41 | -2.00 ±12.71" in text

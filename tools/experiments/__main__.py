@@ -32,7 +32,18 @@ from pathlib import Path
 
 from edge_sdk.cli.flags import whole_flag
 from edge_sdk.errors import ConfigError, EdgeError
-from tools.experiments import adapters, corpus, curves, figures, grids, peaks, probes, tables, zoo
+from tools.experiments import (
+    adapters,
+    compare,
+    corpus,
+    curves,
+    figures,
+    grids,
+    peaks,
+    probes,
+    tables,
+    zoo,
+)
 from tools.experiments.grids import Grid, Setting
 from tools.tables import git, machine
 
@@ -97,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     probes.add_command(commands)
     corpus.add_commands(commands)
     peaks.add_command(commands)
+    compare.add_command(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))

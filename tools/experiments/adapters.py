@@ -26,7 +26,7 @@ PROSE = (
     f"{PRETRAINED} --examples 15000 --test-examples 500 --rounds 2 --batch-size 16"
     " --optimizer adam --lr 0.002 --lr-decay 0.3"
 )
-CLASSES = f"{PRETRAINED} --rounds 6 --batch-size 32 --lr 0.03 --lr-decay 0.7 --eval-every 2"
+CLASSES = f"{PRETRAINED} --rounds 3 --batch-size 32 --lr 0.03 --lr-decay 0.5 --eval-every 1"
 
 IMAGES = (
     "--examples 3000 --test-examples 1000 --epochs 1 --batch-size 16 --rounds 12 --eval-every 3"
@@ -37,7 +37,7 @@ IMAGE_ROWS = {
     "init": "--method hypemefed --init @runs/vgg/model.safetensors",
     "frozen-backbone": "--method hypemefed --init @runs/vgg/model.safetensors --freeze backbone",
 }
-TEXTS = "--epochs 1 --batch-size 8 --rounds 5 --eval-every 5 --optimizer adam"
+TEXTS = "--epochs 1 --batch-size 8 --rounds 4 --eval-every 4 --optimizer adam"
 TEXT_ROWS = {
     "full-small": f"--method fedavg-l {SMALL} --init @runs/small/model.safetensors --lr 0.001",
 }
