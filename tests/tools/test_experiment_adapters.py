@@ -102,7 +102,7 @@ def test_some_classes_become_a_data_set_of_their_own(tmp_path: Path, capsys):
 
 
 def test_a_row_names_files_by_what_data_gives(tmp_path: Path, capsys):
-    grid = ["run", "--grid", "adapt-texts", "--only", "full-small", "--dry-run"]
+    grid = ["run", "--grid", "adapt-texts", "--only", "small-full", "--dry-run"]
     grid += ["--out", str(tmp_path), "--data", "code=digits"]
     assert main([*grid, "--data", f"runs={tmp_path}"]) == 0
     assert f"--init {tmp_path}/small/model.safetensors " in capsys.readouterr().out
