@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
+from msgspec.structs import replace
 
 from edge_sdk.data.contract import NOT_KNOWN, TrainedOn
 from edge_sdk.errors import ConfigError
-from edge_sdk.protocol.fields import Index, Seconds
+from edge_sdk.protocol.fields import Index, Name, Option, Seconds
 from edge_sdk.protocol.messages import (
     ModelSpec,
     Plan,
@@ -51,6 +52,7 @@ GRACE = "seconds after the deadline before a round closes without its stragglers
 MODE = "async: a round ends with its quorum, the others go on and count later"
 LATE = "an update of a round that is over: count it, for less, or not"
 HALF_LIFE = "after which a late update counts half"
+BACKBONES = "TOML of several models, one for each kind of device; see docs/adapters.md"
 INIT = "weights that the model begins from, as safetensors or a torch state dict"
 FREEZE = "not trained, and sent once: backbone (all stages), stages=1,2, or all but adapters"
 ADJUSTMENT = "tau of logits shifted by a client's own label counts in training, 0: off"
@@ -200,6 +202,21 @@ class DistillOptions(Options, frozen=True, kw_only=True):
         return self.weight * min(1.0, round / self.ramp_rounds) if self.ramp_rounds else self.weight
 
 
+BACKBONE_NAME = r"\A[a-z0-9][a-z0-9_-]{0,31}\Z"
+BACKBONE_NAME_IN_WORDS = "1 to 32 small letters, digits, - or _"
+
+
+class Backbone(Options, frozen=True, kw_only=True):
+    """One of several models of a run, of unequal size: what `model` of the run tells of a single
+    one. All else, such as inputs, outputs and adapters, is the run's. init: as RunConfig.init."""
+
+    name: Annotated[str, Meta(pattern=BACKBONE_NAME)]
+    family: Name
+    exits: Annotated[int, Meta(ge=1, le=100)] = 1
+    options: dict[Name, Option] = msgspec.field(default_factory=dict)
+    init: str = ""
+
+
 class RunConfig(Options, frozen=True, kw_only=True):
     """Everything that decides a run but the devices themselves. What goes into `plan` has the
     bounds of the wire's Plan besides; `checked` applies them.
@@ -213,6 +230,10 @@ class RunConfig(Options, frozen=True, kw_only=True):
     data: str = ""  # what the common test set comes from
     trained_on: TrainedOn = NOT_KNOWN  # scaling and class names of that data
     rounds: Annotated[Index, flag("of the whole run")]
+    # The smallest first; (): `model` alone, which is otherwise one of the deepest of them.
+    backbones: Annotated[
+        tuple[Backbone, ...], Meta(max_length=100), flag(BACKBONES, metavar="FILE.toml")
+    ] = ()
     init: Annotated[str, flag(INIT, metavar="FILE")] = ""
     freeze: Annotated[str, flag(FREEZE, metavar="WHAT")] = ""
     participants: Annotated[Index | None, flag("clients per round, default all")] = None
@@ -269,6 +290,17 @@ class RunConfig(Options, frozen=True, kw_only=True):
         """What plans say of it; with adapters at least all stages. Raises ConfigError."""
         has_adapters = self.model.adapters is not None
         return frozen_prefixes(self.freeze, self.model.exit, has_adapters=has_adapters)
+
+    @property
+    def num_groups(self) -> int:
+        """Kinds of emulated clients: one for each backbone, or for each exit."""
+        return len(self.backbones) or self.model.exit
+
+    def of_backbone(self, backbone: Backbone) -> RunConfig:
+        """The same run of this backbone alone."""
+        family, exit, options = backbone.family, backbone.exits, backbone.options
+        model = replace(self.model, family=family, exit=exit, options=options)
+        return replace(self, model=model, init=backbone.init, backbones=())
 
     def plan(self, round: int) -> Plan:
         """The training that devices are asked for in a round; segments and seed are set per job.

@@ -18,7 +18,7 @@ Make = TypeVar("Make", bound=Callable[..., Any])
 
 
 # Shared settings, by path or part of RunConfig, that only count with a method that `uses` them.
-OPT_IN = ("rotation", "generator", "server.damping")
+OPT_IN = ("rotation", "generator", "server.damping", "backbones")
 
 
 @dataclass(frozen=True)

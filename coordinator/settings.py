@@ -14,16 +14,17 @@ import msgspec
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from coordinator.config import PARTS, Options, Own, RunConfig
+from coordinator.config import PARTS, Backbone, Options, Own, RunConfig
 from edge_sdk.data.contract import NOT_KNOWN, TrainedOn
 from edge_sdk.errors import ConfigError, DataError, UsageError
 from edge_sdk.helpers.text import destination, one_line, plain_words
-from edge_sdk.protocol.fields import Task
+from edge_sdk.protocol.fields import Adapters, Task
 from edge_sdk.protocol.messages import Plan
 
 Checked = TypeVar("Checked")
 
 
+ADAPT = "model.adapters.kind"  # which a method may have a default of
 OTHER_FLAGS = {  # of settings that do not say it themselves
     "data": "--data (serve: --test)",
     "trained_on.class_names": "class_names of --data (serve: --test)",
@@ -31,7 +32,7 @@ OTHER_FLAGS = {  # of settings that do not say it themselves
     "model.exit": "--exits",
     "model.options": "--option",
     "model.adapters": "--adapt",
-    "model.adapters.kind": "--adapt",
+    ADAPT: "--adapt",
     "model.adapters.rank": "--adapt-rank",
     "model.adapters.branches": "--adapt-branches",
     "model.adapters.targets": "--adapt-targets",
@@ -174,9 +175,13 @@ def value_at(config: RunConfig, path: str) -> Any:
 
 def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """With other values at some paths, e.g. {"server.lr": 0.5}; "own.": of what the method has of
-    its own."""
+    its own; ADAPT: of a model that has adapters already nothing is changed."""
     for path, value in values.items():
         part, _, field = path.rpartition(".")
+        if path == ADAPT:
+            adapters = config.model.adapters or Adapters(kind=value)
+            config = replace(config, model=replace(config.model, adapters=adapters))
+            continue
         if part == "own":
             value = ({} if config.own is UNSET else config.own) | {field: value}
             config = replace(config, own=value)
@@ -211,6 +216,18 @@ def shaped(
         kind = DataError if config.data else UsageError
         raise kind(f"{config.data or '--classes'}: {error}") from error
     return replace(config, model=spec, trained_on=trained_on)
+
+
+def with_backbones(config: RunConfig, backbones: tuple[Backbone, ...]) -> RunConfig:
+    """With these models; `model` is then the first of the deepest, by whose exits all is bounded.
+    Raises UsageError for two of one name."""
+    if not backbones:
+        return config
+    names = [backbone.name for backbone in backbones]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"--backbones: two are named {twice[0]}; give each a name of its own")
+    deepest = config.of_backbone(max(backbones, key=lambda backbone: backbone.exits)).model
+    return replace(config, model=deepest, backbones=backbones)
 
 
 def differences(old: RunConfig, new: RunConfig) -> str:

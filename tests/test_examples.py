@@ -183,3 +183,15 @@ def test_an_own_reader_reads_and_refuses(tmp_path):
         "pixels.csv: got lines of 3 numbers, expected lines of a label and 784 numbers from 0 to "
         "255; correct the data\n"
     )
+
+
+def test_a_run_of_several_backbones(tmp_path, capsys):
+    """As the file says it, on few examples."""
+    path = FOLDER / "backbones.toml"
+    (line,) = re.findall(r"^#     (edge-coordinator emulate .*)$", path.read_text(), re.M)
+    command = line.replace("examples/backbones.toml", str(path)).split()[1:]
+    few = ["--rounds", "1", "--clients", "4", "--examples", "80", "--test-examples", "40"]
+    assert coordinate([*command, *few, "--epochs", "1", "--run-dir", str(tmp_path / "run")]) == 0
+    assert re.search(r"small [\d.]+ / [\d.]+ %, large [\d.]+ / [\d.]+ %", capsys.readouterr().out)
+    models = [tmp_path / "run" / f"model-{name}.safetensors" for name in ("small", "large")]
+    assert all(path.stat().st_size > 1000 for path in models)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -59,11 +59,28 @@ STATE = "border/norms"
 
 
 class Border:
-    """One run's. factor: FACTOR, 0: movement is not bounded. epochs: of a job."""
+    """One run's. others: where clients train several models, those after the first, in the order of
+    their variants; the stages of each are on their own. factor: FACTOR, 0: movement is not bounded.
+    epochs: of a job."""
 
-    def __init__(self, model: nn.Module, factor: float, *, epochs: int, seed: int) -> None:
-        self._groups = groups_of(model)
-        stages = 1 + max((stage for stage, _ in self._groups.values()), default=-1)
+    def __init__(
+        self,
+        model: nn.Module,
+        factor: float,
+        *,
+        epochs: int,
+        seed: int,
+        others: Sequence[nn.Module] = (),
+    ) -> None:
+        self._groups: list[Mapping[str, Group]] = []  # by name, of each model
+        self._stages: list[str] = []  # how each is called
+        for number, each in enumerate((model, *others), 1):
+            before, groups = len(self._stages), groups_of(each)
+            count = 1 + max((stage for stage, _ in groups.values()), default=-1)
+            of_model = f" of model {number}" if others else ""
+            self._stages += [f"stage {stage}{of_model}" for stage in range(1, count + 1)]
+            self._groups.append({n: (before + stage, k) for n, (stage, k) in groups.items()})
+        stages = len(self._stages)
         self._beside: Group = (stages, WEIGHTS)
         self.memory = NormMemory(stages + 1, len(KINDS))
         self._factor = factor
@@ -91,7 +108,7 @@ class Border:
                 continue
             is_packed = role == "packed"
             of_model = weight if role in ("packed", "teacher") else name
-            group = self._groups.get(of_model, self._beside)
+            group = self._groups_of(update).get(of_model, self._beside)
             if group[1] == VARIANCES and tensor.numel() and (least := float(tensor.min())) < 0:
                 raise UpdateError(f"{where}: {name} reaches {least:.3g}, a variance is at least 0")
             old = kept_of_sent(weight, update.tensors, sent, where) if is_packed else sent.get(name)
@@ -151,6 +168,10 @@ class Border:
     def _where(self, update: ClientUpdate) -> str:
         """An emulated client's names no round."""
         return f"update from {update.client.id}, round {update.round or self._round}"
+
+    def _groups_of(self, update: ClientUpdate) -> Mapping[str, Group]:
+        several = len(self._groups) > 1
+        return self._groups[max(update.client.variant, 1) - 1 if several else 0]
 
     def _norms(self, update: ClientUpdate) -> tuple[dict[Group, float], dict[Group, float]]:
         return self._seen.get((update.client.id, update.round), ({}, {}))
@@ -215,7 +236,7 @@ class Border:
         return (
             "tensors beside the model"
             if group == self._beside
-            else f"{KINDS[kind]} of stage {stage + 1}"
+            else f"{KINDS[kind]} of {self._stages[stage]}"
         )
 
     def _check_integers(

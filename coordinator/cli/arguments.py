@@ -14,12 +14,14 @@ from typing import Any, NoReturn
 import msgspec
 
 from coordinator.aggregation.registry import RULES
-from coordinator.config import PARTS, Options, RunConfig
+from coordinator.cli.backbones import read_backbones
+from coordinator.config import PARTS, Backbone, Options, RunConfig
 from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS, defaults_of
 from coordinator.presets import PRESETS, find_preset
 from coordinator.registry import PartRegistry, Registered
-from coordinator.settings import Flag, flag_of, flags_of, shared_flags
+from coordinator.settings import Flag, flag_of, flags_of, shared_flags, with_backbones
+from coordinator.store.reader import kept_config
 from edge_sdk.cli.flags import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_EPOCHS,
@@ -56,6 +58,7 @@ DECIDING = ("method", "aggregation", "generator", "optimizer", "server_optimizer
 OF_METHOD = ("generator", "optimizer")  # of these, a method's own default is what decides
 IMPORT = "Python module that registers model families, methods, ... of your own"
 REPEATED: Any = {"action": "append", "default": []}  # of a flag that may be given again
+ONE_MODEL = ("--model", "--exits", "--cuts", "--option", "--init")  # told by --backbones instead
 ANY_DATA: Any = {"input_shape": (1, 1, 1), "num_classes": 2}  # of a model until the data is read
 
 
@@ -92,6 +95,9 @@ def add_run_arguments(parser: Parser) -> None:
     add_cuts(model)
     add_adapters(model)
     add("--option", type=option_flag, metavar="KEY=VALUE", help="model option", **REPEATED)
+    backbones = shared_flags()["backbones"]
+    add(backbones.name, type=path_flag, metavar=backbones.metavar, help=backbones.help)
+    parser.only |= dict.fromkeys(ONE_MODEL, Only(backbones.name, (None,)))
     add_module_flag(model)
     group = parser.add_argument_group("local training")
     defaults = {"epochs": DEFAULT_EPOCHS, "batch_size": DEFAULT_BATCH_SIZE}
@@ -182,7 +188,16 @@ def run_config(args: argparse.Namespace, fields: Sequence[str], **settings: Any)
     parts_of_model: Any = {"options": options, "adapters": adapters_of(args)}
     model = ModelSpec(family=family, exit=exits, **parts_of_model, **ANY_DATA)
     settings |= {"method": args.method, "model": model, **taken(args, RunConfig, fields), **parts}
-    return RunConfig(**settings)
+    return with_backbones(RunConfig(**settings), _backbones(args))
+
+
+def _backbones(args: argparse.Namespace) -> tuple[Backbone, ...]:
+    """Those of --backbones. A run that goes on has its own, should the file be gone."""
+    if args.backbones is None:
+        return ()
+    if args.resume and not args.backbones.exists():
+        return kept_config(args.run_dir).backbones
+    return read_backbones(args.backbones)
 
 
 def own_kinds(args: argparse.Namespace) -> dict[str, type[Options]]:

@@ -49,7 +49,10 @@ def add_emulate_command(commands: Any) -> None:
     add("--alpha", type=alpha, default=0.5, help="Dirichlet label skew")
     said = "share of the weak clients that can hold a deeper stage"
     add("--holders", type=share_flag, default=1.0, metavar="SHARE", help=said)
-    said = "of each group, of a method that offers several models; default the largest that fits"
+    said = (
+        "of each group, of a method that offers several models; default the largest that fits, or "
+        "of --backbones one after the other"
+    )
     add("--variants", type=whole_numbers_flag, default=(), metavar="1,2,4", help=said)
     add("--processes", type=whole_flag(1, 1024), default=1, help="clients trained at once")
     add("--personalise", type=whole_flag(1, 100_000), metavar="EPOCHS", help=PERSONALISE)
@@ -72,7 +75,7 @@ def run_emulate(args: argparse.Namespace) -> int:
     config = run_config(args, [*SHARED, *SUBSETS], data=args.data)
     population = Population(
         clients=args.clients,
-        groups=args.groups or even_groups(args.clients, config.model.exit),
+        groups=args.groups or even_groups(args.clients, config.num_groups),
         split=args.split,
         alpha=args.alpha,
         holders=args.holders,

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from coordinator.cli.arguments import REPEATED
-from edge_sdk.cli.flags import MAX_EXITS, add_command, path_flag, whole_flag
+from edge_sdk.cli.flags import MAX_EXITS, Only, add_command, path_flag, whole_flag
 from edge_sdk.helpers.imports import heavy_imports
 
 
@@ -32,9 +32,11 @@ def add_export_command(commands: Any) -> None:
         "--exit", type=whole_flag(1, MAX_EXITS), help="deepest exit to keep, default all"
     )
     part.add_argument("--client", metavar="ID", help="the part that this client can run")
+    add("--backbone", metavar="NAME", help="of a run with several, this one")
     add("--data", help="real examples to check it on, default the run's own test set")
     said = "Python module that registers your model families"
     add("--import", dest="imports", metavar="MODULE", help=said, **REPEATED)
+    parser.only["--backbone"] = Only("--client", (None,))
     parser.set_defaults(run=run_export)
 
 
@@ -48,5 +50,6 @@ def add_export_flag(parser: argparse._ActionsContainer) -> None:
 def run_export(args: argparse.Namespace) -> int:
     with heavy_imports():
         from coordinator.runs.exporting import export_run
-    export_run(args.run_dir, args.out, client_id=args.client, exit=args.exit, data=args.data)
+    chosen = {"client_id": args.client, "exit": args.exit, "backbone": args.backbone}
+    export_run(args.run_dir, args.out, **chosen, data=args.data)
     return 0

@@ -287,19 +287,23 @@ def table(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
 def with_holdouts(
     head: str, rounds: Sequence[RoundRow], cells: Callable[[RoundRow], list[str]]
 ) -> list[str]:
-    """A table of rounds, with a column for each figure of hold-outs that some round has, and for
-    the perplexity of the served model."""
+    """A table of rounds, with a column for each figure of hold-outs that some round has, for the
+    perplexity of the served model, and for each of several models."""
     metric = METRICS[rounds[0].task]
     names = [n for n in COLUMNS if any(getattr(r, n) is not None for r in rounds)]
     heads = [COLUMNS[name] + " %" * metric.is_share for name in names]
     has_perplexity = any(row.perplexity for row in rounds)
+    families = list(dict.fromkeys(name for row in rounds for name in row.families))
 
     def more(row: RoundRow) -> list[str]:
         found = [per_exit([getattr(row, name)], metric.shown) for name in names]
-        return found + [per_exit(row.perplexity, "{:.4g}".format)] * has_perplexity
+        found += [per_exit(row.perplexity, "{:.4g}".format)] * has_perplexity
+        return found + [per_exit(row.families.get(name, ()), metric.shown) for name in families]
 
     rows = [cells(row) + more(row) for row in rounds]
-    return table(",".join([head, *heads, *["perplexity"] * has_perplexity]), rows)
+    heads += ["perplexity"] * has_perplexity
+    heads += [f"{name} {metric.head}" for name in families]
+    return table(",".join([head, *heads]), rows)
 
 
 def _counted(counts: dict[str, int] | Counter[Any]) -> str:

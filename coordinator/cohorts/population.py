@@ -115,7 +115,7 @@ def emulated_clients(
     population: Population, config: RunConfig, train: Examples
 ) -> list[EmulatedClient]:
     """Everything about them is a function of the run's seed."""
-    exits = exits_of(population, config.model.exit)
+    exits = exits_of(population, config.num_groups)
     parts = split_shards(
         train, population.clients, split=population.split, alpha=population.alpha, seed=config.seed
     )

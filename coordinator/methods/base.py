@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -52,3 +52,29 @@ class Method(Protocol):
     def state_dict(self) -> Tensors: ...
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises ShapeError for the state of another method, generator or model."""
+
+
+class Family(NamedTuple):
+    """One of several models of a method, and all clients that train it."""
+
+    spec: ModelSpec
+    current: Tensors
+    served: Tensors
+
+
+@runtime_checkable
+class HasFamilies(Protocol):
+    """A method of several models, one for each kind of client, none for all: its `current` and
+    `served` are {} unless it has one family alone."""
+
+    def families(self) -> dict[str, Family]:
+        """By name, in the order in which they are offered as variants."""
+
+    def begin_family_from(self, name: str, tensors: Tensors) -> None:
+        """As Method.begin_from, of one of them."""
+
+
+def families_of(method: Method) -> dict[str, Family]:
+    """Of a method that has several; {}: it has one model, or one for each client."""
+    found = method.families() if isinstance(method, HasFamilies) else {}
+    return found if len(found) > 1 else {}

@@ -82,8 +82,9 @@ def check_method(config: RunConfig) -> None:
     for path, flag in shared_flags().items():
         value = value_at(config, path)
         if not (flag.only or method.has_place(path) or value == flag.default):
+            shown = f" {value}" if isinstance(value, str | int | float) else ""
             raise ConfigError(
-                f"method {config.method!r}: {flag.name} {value} has no place there; leave it out, "
+                f"method {config.method!r}: {flag.name}{shown} has no place there; leave it out, "
                 "or choose another method (edge-coordinator methods)"
             )
     if config.model.adapters and not method.has_place("freeze"):

@@ -86,7 +86,7 @@ def check_emulate(
     with typed():
         device = pick_device(settings.device)
         check_method(checked(config))
-        check_population(population, config.model.exit)
+        check_population(population, config.num_groups)
         check_processes(settings.processes, device)
     asked = 0 if settings.is_resumed else config.participants or 0
     if asked > population.clients:
@@ -119,7 +119,7 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
         check_global(method, "--personalise", "its own model is tested by --holdout alone")
     try_export(method, data.test, settings.export)
     if not settings.is_resumed:
-        check_init(config.init, method)
+        check_init(config, method)
     clients = emulated_clients(population, config, train)
     with ExitStack() as stack:
         folder = settings.folder
@@ -223,7 +223,8 @@ def emulated_cohort(
     variants = None
     if offer and offer.variants:
         plain = replace(config.plan(config.rounds), optimizer="adam")  # one memory, any method
-        variants = chosen_variants(offer, config.model, plain, exits, population.variants)
+        numbers = population.variants or tuple(range(1, len(config.backbones) + 1))
+        variants = chosen_variants(offer, config.model, plain, exits, numbers)
     here = InProcessCohort(shards, exits, config.model.exit, device, holders, variants, states)
     if processes == 1:
         yield here
@@ -283,7 +284,7 @@ def write_json(
     groups: dict[str, Any] = {}
     try:
         with memory_errors("while counting costs"):
-            exits = exits_of(population, config.model.exit)
+            exits = exits_of(population, config.num_groups)
             costs, groups = client_costs(store, offer, exits)
     except EdgeError as error:  # of a family's own code, or for memory
         log.warning("%s has no costs of clients: %s", path, error)

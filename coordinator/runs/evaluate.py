@@ -3,6 +3,7 @@ alike two models' features are."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,12 @@ from edge_sdk.protocol.tensors import Tensors
 from edge_sdk.tasks.table import answered_at_once
 from edge_sdk.training.tally import Tally
 from edge_sdk.training.trainer import train
+
+PERPLEXITY, MOST_EXPONENT = "perplexity", 80.0  # e^80 is about what float32 holds
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, MOST_EXPONENT))
 
 
 @dataclass(frozen=True)

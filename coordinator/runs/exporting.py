@@ -10,9 +10,10 @@ from pathlib import Path
 from coordinator.cohorts.base import Client
 from coordinator.cohorts.in_process import RUN
 from coordinator.config import RunConfig
-from coordinator.methods.base import Method
+from coordinator.methods.base import Method, families_of
 from coordinator.methods.registry import make_method
 from coordinator.runs.beginning import load_state
+from coordinator.runs.families import check_backbone
 from coordinator.runs.own_models import STATES, check_global
 from coordinator.runs.untrained import deepest_trained, tell_untrained, untrained_exits
 from coordinator.store.store import Store
@@ -43,9 +44,8 @@ def try_export(method: Method, examples: Examples | None, folder: Path | None) -
     long run: exported as it is before training, and thrown away."""
     if not folder:
         return
-    check_global(
-        method, f"--export {folder}", "leave it out; edge-coordinator export --client NAME"
-    )
+    part = "--backbone NAME" if families_of(method) else "--client NAME"
+    check_global(method, f"--export {folder}", f"leave it out; edge-coordinator export {part}")
     try:
         check_exportable(method.spec, method.current(), examples)
     except EdgeError as error:
@@ -90,10 +90,12 @@ def export_run(
     *,
     client_id: str | None = None,
     exit: int | None = None,
+    backbone: str | None = None,
     data: str | None = None,
 ) -> None:
-    """Write a run's served model, or a client's part of it, or its first exits, as ONNX. data: to
-    check it on, by default the run's own test set. Raises EdgeError."""
+    """Write a run's served model, or a client's part of it, or its first exits, as ONNX. backbone:
+    of a run with several. data: to check it on, by default the run's own test set. Raises
+    EdgeError."""
     check_export(out)
     store = Store.open_readonly(folder)
     try:
@@ -101,7 +103,13 @@ def export_run(
             raise StoreError(f"{folder} has no finished round yet; nothing to export")
         method = make_method(store.config)
         load_state(store, method)
-        spec, tensors = chosen_part(store, method, client_id, exit)
+        if backbone is not None:
+            families = families_of(method)
+            check_backbone(families, backbone)
+            chosen = families[backbone]
+            spec, tensors = prefix(chosen.spec, chosen.served, exit or chosen.spec.exit)
+        else:
+            spec, tensors = chosen_part(store, method, client_id, exit)
         examples = load_test(data) if data else run_examples(store.config)
     finally:
         store.close()
@@ -115,7 +123,10 @@ def chosen_part(
     """The served model: a client's part, its first exits, or all that devices trained. Raises
     ConfigError."""
     if client_id is None:
-        check_global(method, f"{store.folder}", f"give --client: {_some(store.client_models())}")
+        instead = f"give --client: {_some(store.client_models())}"
+        if families := families_of(method):
+            instead = f"give --backbone: {', '.join(families)}, or --client"
+        check_global(method, f"{store.folder}", instead)
         untrained = untrained_exits(store, method.spec.exit)
         tell_untrained(untrained, method.spec.exit)
         return prefix(

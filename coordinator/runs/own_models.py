@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from coordinator.cohorts.base import Client
-from coordinator.methods.base import Method
+from coordinator.methods.base import Method, families_of
 from coordinator.runs.holdouts import pooled
 from coordinator.store.store import Store
 from edge_sdk.data.loading import Examples
@@ -68,9 +68,14 @@ class OwnModels:
         return found
 
     def figures(self, method: Method) -> dict[str, float]:
-        """`personal_accuracy` and so on, over all clients (holdouts.pooled)."""
-        metric = METRICS[method.spec.task]
-        return pooled("personal", list(self.results(method).values()), metric)
+        """`personal_accuracy` and so on, over all clients (holdouts.pooled); of several models over
+        the clients of each too, as `NAME.personal_accuracy`."""
+        metric, results = METRICS[method.spec.task], self.results(method)
+        figures = pooled("personal", list(results.values()), metric)
+        for place, name in enumerate(families_of(method), 1):
+            own = [results[c.id] for c in self._clients if c.variant == place and c.id in results]
+            figures |= pooled(f"{name}.personal", own, metric)
+        return figures
 
 
 def has_global(method: Method) -> bool:
@@ -81,17 +86,25 @@ def has_global(method: Method) -> bool:
 def check_global(method: Method, what: str, instead: str) -> None:
     """Raise ConfigError where `what` was asked for of a method without a model for all."""
     if not has_global(method):
+        each = "backbone" if families_of(method) else "client"
         raise ConfigError(
-            f"{what}: this method has a model for each client, none for all; {instead}"
+            f"{what}: this method has a model for each {each}, none for all; {instead}"
         )
 
 
 def write_model(store: Store, method: Method) -> Path | None:
-    """The served model as the run's; None, said in one line, where there is none for all."""
+    """The served model as the run's; None, said in one line, where there is none for all. Of
+    several backbones each, as model-NAME.safetensors."""
     if has_global(method):
         return store.write_model(method.spec, method.served())
     with suppress(OSError):
         (store.folder / "model.safetensors").unlink(missing_ok=True)
+    if families := families_of(method):
+        for name, family in families.items():
+            store.write_model(family.spec, family.served, f"model-{name}")
+        names = ", ".join(f"model-{name}.safetensors" for name in families)
+        log.info("a model for each backbone, in %s: %s", store.folder, names)
+        return None
     said = (
         "method %s has a model for each client, none for all, so no model.safetensors is written; "
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,13 +12,13 @@ from pathlib import Path
 import torch
 
 from coordinator.aggregation.border import Border
-from coordinator.aggregation.staleness import rebase_late_updates
 from coordinator.cohorts.base import Absence, ClientUpdate, Cohort, KeepsState
 from coordinator.config import RunConfig
-from coordinator.methods.base import Method, Metrics
+from coordinator.methods.base import Method, Metrics, families_of
 from coordinator.runs.asking import Asking
 from coordinator.runs.beginning import load_state
-from coordinator.runs.evaluate import figures_of
+from coordinator.runs.evaluate import PERPLEXITY, figures_of, perplexity
+from coordinator.runs.families import brought_forward, evaluate_families
 from coordinator.runs.training_means import TrainingMeans
 from coordinator.store.checkpoints import unsound
 from coordinator.store.lock import RunLock
@@ -33,7 +32,6 @@ from edge_sdk.protocol.timing import clock, since
 from edge_sdk.tasks.metrics import METRICS
 
 log = logging.getLogger(__name__)
-PERPLEXITY, MOST_EXPONENT = "perplexity", 80.0  # e^80 is about what float32 holds
 HOLDOUTS = {  # figures of a round, but for the metric's key, and how its line calls them
     "holdout": "on hold-outs as received",
     "personal": "each client's own model on its hold-out",
@@ -48,7 +46,8 @@ def is_evaluated(config: RunConfig, round: int) -> bool:
 class RoundReport:
     """One finished round, for whoever watches. By exit, exit 1 first: the task's metric on the test
     set, and e^loss where the task tells that, empty if not evaluated; loss and metric of the
-    participants on what they trained on."""
+    participants on what they trained on. families: of a method that has several, the served model's
+    metric by name."""
 
     round: int
     metric: list[float]
@@ -58,6 +57,7 @@ class RoundReport:
     loss: list[float | None] = field(default_factory=list)
     train_metric: list[float | None] = field(default_factory=list)
     task: Task = "classify"
+    families: dict[str, list[float]] = field(default_factory=dict)
 
     def alone(self, kind: str) -> float | None:
         """A figure of hold-outs, one of HOLDOUTS."""
@@ -81,9 +81,16 @@ def run_rounds(
     `phase` is told what the run does from now on, and its round. Raises what store and cohort
     raise, and TrainerError when nobody returns anything; every finished round is kept then."""
     config = store.config
-    model = build(method.spec)
-    parameters = {name for name, _ in model.named_parameters()}
-    border = Border(model, config.aggregation.refuse_above, epochs=config.epochs, seed=config.seed)
+    families = families_of(method)
+    models = [build(spec) for spec in ([f.spec for f in families.values()] or [method.spec])]
+    parameters = [{name for name, _ in model.named_parameters()} for model in models]
+    border = Border(
+        models[0],
+        config.aggregation.refuse_above,
+        epochs=config.epochs,
+        seed=config.seed,
+        others=models[1:],
+    )
     load_state(store, method, border)
     before = method.state_dict() if store.next_round() == 1 else None
     _accept_state(store, cohort)  # again, after a kill between a commit and that
@@ -93,10 +100,8 @@ def run_rounds(
         started, started_utc = time.monotonic(), datetime.now(timezone.utc).isoformat()
         phase("round open", round)
         results = store.record_results(round, _closing(asking.results(), round, phase))
-        updates = rebase_late_updates(
-            results, method.current(), parameters, config.staleness_half_life
-        )
-        training = TrainingMeans(method.spec.task)
+        updates = brought_forward(results, method, parameters, config.staleness_half_life)
+        training = TrainingMeans(method.spec.task, families)
         metrics = method.aggregate(round, training.watched(updates))
         metrics.values |= training.values()
         if why := unsound(method.state_dict()):
@@ -108,10 +113,13 @@ def run_rounds(
                 load_state(store, method)
         last: list[float] = []
         served: list[float] = []
+        by_family: dict[str, list[float]] = {}
         if is_evaluated(config, round) and (test is not None or own):
             phase("evaluating", round)
             if test is not None and method.current():
                 last, served = evaluate(method, test, metrics, device)
+            if test is not None and families:
+                by_family = evaluate_families(method, test, metrics, device)
             if own:
                 metrics.values |= own(method)
         wall_s = time.monotonic() - started
@@ -123,7 +131,8 @@ def run_rounds(
         del state  # up to four models and a generator's memory
         before = None
         found = training.by_exit()
-        report(RoundReport(round, last, served, metrics, totals, *found, method.spec.task))
+        task = method.spec.task
+        report(RoundReport(round, last, served, metrics, totals, *found, task, by_family))
 
 
 def _accept_state(store: Store, cohort: Cohort) -> None:
@@ -150,7 +159,7 @@ def evaluate(
         if method.spec.exit > 1:
             metrics.values[f"{kind}_mean_of_exits"] = found.of_mean
     for exit, loss in enumerate(served.losses if metric.has_perplexity else (), 1):
-        metrics.values[f"{PERPLEXITY}_exit_{exit}"] = math.exp(min(loss, MOST_EXPONENT))
+        metrics.values[f"{PERPLEXITY}_exit_{exit}"] = perplexity(loss)
     return last.by_exit, served.by_exit
 
 
@@ -184,6 +193,8 @@ def print_round(report: RoundReport) -> None:
         }.items()
         if values
     )
+    for name, values in report.families.items():
+        tested += f", {name} {' / '.join(map(metric.shown, values))}{' %' * metric.is_share}"
     exits = range(1, len(report.metric_served) + 1)
     if metric.has_perplexity and report.metric_served:
         found = (report.metrics.values[f"{PERPLEXITY}_exit_{exit}"] for exit in exits)

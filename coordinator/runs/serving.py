@@ -16,7 +16,7 @@ from coordinator.fleet.flow_control import BUDGET_BYTES, LEAST_BUDGET_BYTES
 from coordinator.fleet.spool import Spool
 from coordinator.links.connections import allow_connections
 from coordinator.links.router import Router
-from coordinator.methods.base import Method
+from coordinator.methods.base import Method, families_of
 from coordinator.methods.registry import check_method, make_method
 from coordinator.runs.beginning import check_init
 from coordinator.runs.exporting import check_export, export_finished, try_export
@@ -111,14 +111,14 @@ def serve(config: RunConfig, settings: ServeSettings) -> None:
         config = checked(shaped(config, *shape, test.trained_on, test.task, test.vocabulary))
     with typed():
         method = make_method(config, device)  # a model that cannot be built begins no run
-    if test is not None and not has_global(method):
+    if test is not None and not (has_global(method) or families_of(method)):
         said = (
             "method %s has no model for all clients, so --test %s only gives their models a shape"
         )
         log.warning(said, config.method, config.data)
     try_export(method, test, settings.export)
     if not settings.is_resumed:
-        check_init(config.init, method)
+        check_init(config, method)
     with ExitStack() as stack:
         metrics = MetricsServer(settings.metrics) if settings.metrics is not None else None
         if metrics:

@@ -31,26 +31,26 @@ class WeightFile(NamedTuple):
 
 
 @contextmanager
-def weight_file(path: Path) -> Iterator[WeightFile]:
-    """The file, open within. Of a state dict only tensors are read, nothing in it is run. Raises
-    ConfigError."""
+def weight_file(path: Path, what: str) -> Iterator[WeightFile]:
+    """The file, open within. what: how errors call it. Of a state dict only tensors are read,
+    nothing in it is run. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             is_pickle = file.read(1) == PICKLE
         if is_pickle or zipfile.is_zipfile(path):
-            yield _of_state_dict(path, is_archive=not is_pickle)
+            yield _of_state_dict(path, what, is_archive=not is_pickle)
             return
         with safe_open(path, "pt") as found:
             shapes = {name: tuple(found.get_slice(name).get_shape()) for name in found.keys()}  # noqa: SIM118 - it is no mapping
             yield WeightFile(shapes, lambda name: found.get_tensor(name).clone())
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"--init {path} cannot be read: {one_line(str(error))}; give a safetensors file, such "
+            f"{what} cannot be read: {one_line(str(error))}; give a safetensors file, such "
             "as the model.safetensors of another run, or a torch state dict"
         ) from error
 
 
-def _of_state_dict(path: Path, *, is_archive: bool) -> WeightFile:
+def _of_state_dict(path: Path, what: str, *, is_archive: bool) -> WeightFile:
     """is_archive: its tensors stay in the file until they are read."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
@@ -60,7 +60,7 @@ def _of_state_dict(path: Path, *, is_archive: bool) -> WeightFile:
         if is_for_memory(error):
             raise
         raise ConfigError(
-            f"--init {path} is no state dict of tensors alone, as torch.load(weights_only=True) "
+            f"{what} is no state dict of tensors alone, as torch.load(weights_only=True) "
             "takes it; write one with torch.save(model.state_dict(), FILE)"
         ) from error
     held = _tensors(content)

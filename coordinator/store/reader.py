@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
+from coordinator.config import RunConfig, read_config
 from coordinator.store import failures
 from coordinator.store.database import DATABASE, connect_to_read
 from edge_sdk.errors import StoreError
@@ -40,7 +41,8 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     """One committed round. By exit, exit 1 first, the metric of the task (tasks/metrics.py):
     metric, metric_served, perplexity: of the model and of the one that is served, on the test set;
     loss, train_metric: of its participants on what they trained on, weighted by their examples.
-    None where there is no figure of an exit.
+    None where there is no figure of an exit. families: of a run of several models, the metric of
+    each that is served, by name.
 
     holdout_metric: of the models that its participants received, on what they set aside;
     personal_metric: of every client's own model on its own; None where that was not asked."""
@@ -61,6 +63,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     perplexity: tuple[float | None, ...] = ()
     loss: tuple[float | None, ...] = ()
     train_metric: tuple[float | None, ...] = ()
+    families: dict[str, tuple[float | None, ...]] = {}
     holdout_metric: float | None = None
     personal_metric: float | None = None
 
@@ -100,6 +103,12 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
 def run_row(folder: Path) -> RunRow:
     """What the run is, and how far. Raises StoreError."""
     return _read(folder, _run)
+
+
+def kept_config(folder: Path) -> RunConfig:
+    """The settings that the run began with. Raises StoreError."""
+    text = _read(folder, lambda db: db.execute("SELECT config FROM runs").fetchone()[0])
+    return read_config(text, str(folder))
 
 
 def last_rounds(folder: Path, count: int) -> list[RoundRow]:
@@ -147,10 +156,10 @@ def _run(db: sqlite3.Connection) -> RunRow:
 
 def _rounds(db: sqlite3.Connection, count: int) -> list[RoundRow]:
     task = _run(db).task
-    key, beside = METRICS[task].key, {*BY_EXIT, *ALONE, "task"}
-    names = [name for name in RoundRow.__struct_fields__ if name not in beside]
-    statement = f"SELECT {', '.join(names)} FROM rounds ORDER BY round DESC LIMIT ?"
-    rows = [dict(zip(names, row, strict=True)) for row in db.execute(statement, (count,))]
+    key, beside = METRICS[task].key, {*BY_EXIT, *ALONE, "families", "task"}
+    columns = [name for name in RoundRow.__struct_fields__ if name not in beside]
+    statement = f"SELECT {', '.join(columns)} FROM rounds ORDER BY round DESC LIMIT ?"
+    rows = [dict(zip(columns, row, strict=True)) for row in db.execute(statement, (count,))]
     found = []
     for row in reversed(rows):
         values = dict(
@@ -158,7 +167,11 @@ def _rounds(db: sqlite3.Connection, count: int) -> list[RoundRow]:
         )
         by_exit = {f: _by_exit(values, name.format(key=key)) for f, name in BY_EXIT.items()}
         alone = {f: values.get(name.format(key=key)) for f, name in ALONE.items()}
-        found.append(msgspec.convert(row | by_exit | alone | {"task": task}, RoundRow))
+        ends = f".{key}_exit_1"
+        names = [name.removesuffix(ends) for name in values if name.endswith(ends)]
+        families = {name: _by_exit(values, f"{name}.{key}_exit_") for name in names}
+        told = {"families": families, "task": task}
+        found.append(msgspec.convert(row | by_exit | alone | told, RoundRow))
     return found
 
 

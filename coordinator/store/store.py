@@ -299,9 +299,9 @@ class Store:
             (self.folder / checkpoint_name(round - KEPT_CHECKPOINTS)).unlink()
         return totals
 
-    def write_model(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Path:
-        """The model to use as `model.safetensors`; its metadata: a ModelNote as JSON."""
-        path = self.folder / "model.safetensors"
+    def write_model(self, spec: ModelSpec, tensors: Tensors, name: str = "model") -> Path:
+        """The model to use as `NAME.safetensors`; its metadata: a ModelNote as JSON."""
+        path = self.folder / f"{name}.safetensors"
         note = ModelNote(spec=spec, data=self.config.trained_on)
         self.write_tensors(path, tensors, {"model": msgspec.json.encode(note).decode()})
         return path

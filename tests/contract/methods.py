@@ -35,6 +35,7 @@ EXCEPT = {
 PARTS = "it averages parts of tensors, which rules and clipping do not know, and refuses them"
 for method in ("heterofl", "fedrolex", "scalefl", "lotteryfl"):
     EXCEPT |= {(method, check): PARTS for check in ("rule", "clip")}
+EXCEPT["heterotune", "clip"] = "each backbone is its own; it refuses clipping"
 BEYOND = "its model is the mean less h / alpha, which lies beyond the mean"
 for name in ("feddyn", "depthfl"):
     EXCEPT |= {(name, check): BEYOND for check in ("identical", "weight", "fedavg")}

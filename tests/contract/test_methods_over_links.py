@@ -12,12 +12,15 @@ from msgspec.structs import replace
 from coordinator.admission.client_list import Admission
 from coordinator.cohorts.budget import Variant
 from coordinator.cohorts.in_process import InProcessCohort
+from coordinator.config import Backbone
 from coordinator.fleet.cohort import ZmqCohort
 from coordinator.fleet.spool import Spool
 from coordinator.links.router import Router
 from coordinator.methods.registry import METHODS, make_method
 from coordinator.runs.rounds import run_rounds
+from coordinator.settings import with_backbones
 from coordinator.store.store import SPOOL, Store
+from edge_sdk.protocol.fields import Adapters
 from edge_sdk.protocol.keys import read_keys
 from edge_sdk.tasks.table import TASKS
 from tests.contract.methods import changed_names
@@ -71,10 +74,22 @@ def over_links(world, settings):
     return cohort_of
 
 
-@pytest.mark.parametrize("name", METHODS)
+# Of a method that may have several, and trains no model whole.
+BACKBONES = tuple(
+    Backbone(name=f"dim-{dim}", family="vit", exits=exits, options={"dim": dim, "heads": 2})
+    for dim, exits in ((8, 2), (12, 1))
+)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "heterotune, backbones"])
 def test_a_device_gives_the_bytes_that_an_emulated_client_gives(world, tmp_path, name):
-    settings = config(name, rounds=ROUNDS, late="drop")
+    method, _, backbones = name.partition(", ")
+    settings = config(method, rounds=ROUNDS, late="drop")
     settings = replace(settings, model=replace(settings.model, num_classes=10))
+    if backbones:
+        model = replace(settings.model, adapters=Adapters(kind="dema", rank=4))
+        changes = {"model": model, "holdout": 0.2, "own": {"share": "aligned"}}
+        settings = with_backbones(replace(settings, **changes), BACKBONES)
 
     def emulated(store, method):
         offer = method.offer()
