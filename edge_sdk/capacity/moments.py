@@ -16,6 +16,7 @@ from edge_sdk.models.losses import exit_weights, local_loss
 from edge_sdk.models.staged import moved
 from edge_sdk.protocol.fields import Task
 from edge_sdk.protocol.messages import Plan
+from edge_sdk.protocol.tensor_lists import ADAPTER
 from edge_sdk.tasks.table import task_of
 
 FEW = 2  # examples of the smaller step; BatchNorm wants two
@@ -105,21 +106,22 @@ def _whole(sizes: Counter[str], number: int) -> int:
     later = 0
     if number != LAST:
         later = sizes[f"{LAST}"] + sum(sizes[f"{n}"] for n in range(number + 1, sizes["stages"]))
-    return sizes["all"] - later + sizes[f"widest {number}"]
+    return sizes["all"] - later + sizes[f"widest {number}"] * sizes["gradients"]
 
 
 def _again(sizes: Counter[str], number: int) -> int:
     """What a stage that is run again holds: its own, its input, the inputs of the stages before."""
     up_to = sizes["stages"] if number == LAST else number
     inputs = sum(sizes[f"input {n}"] for n in range(1, up_to + 1))
-    return inputs + sizes[f"{number}"] + sizes[f"widest {number}"]
+    return inputs + sizes[f"{number}"] + sizes[f"widest {number}"] * sizes["gradients"]
 
 
 def saved(step: Step, features: Sequence[Tensor]) -> Counter[str]:
     """Bytes that autograd saves in one step, every storage once and the parameters not at all:
     "all"; by stage (LAST for all that follows) what is saved beside the stages' inputs, a stage's
     own output, made a second time, included; its "widest" tensor; each stage's "input". And how
-    many "stages" there are."""
+    many "stages" there are, and "gradients" of that widest tensor at once: one, or where layers
+    have adapters those through the layer and its adapter, and their sum."""
     storages: dict[int, tuple[int, int]] = {}  # address: bytes, and the stage that saved them
     own = {
         parameter.untyped_storage()._cdata
@@ -144,7 +146,9 @@ def saved(step: Step, features: Sequence[Tensor]) -> Counter[str]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = forward(step, features, enter)
-    sizes = Counter(stages=len(step.stages), all=sum(size for size, _ in storages.values()))
+    gradients = 3 if any(ADAPTER in name.split(".") for name in step.named) else 1
+    all_bytes = sum(size for size, _ in storages.values())
+    sizes = Counter(stages=len(step.stages), all=all_bytes, gradients=gradients)
     sizes.update({f"input {n}": storage.nbytes() for n, storage in enumerate(inputs, 1)})
     input_addresses = {storage._cdata for storage in inputs}
     for address, (size, stage) in storages.items():

@@ -26,6 +26,8 @@ def plain_model(model: StagedModel, x: Tensor) -> StagedModel:
     BatchNorm folded, pools replaced where they must be. x: (n, *input_shape), for the sizes that
     pools see."""
     plain = copy.deepcopy(model).eval()
+    for layer, copied in zip(model.modules(), plain.modules(), strict=True):
+        copied._forward_hooks = layer._forward_hooks.copy()  # the copy of a traced module has none
     merge_(plain)
     fold_batch_norms_(plain)
     _replace_pools_(plain, x)

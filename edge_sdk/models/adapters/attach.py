@@ -82,16 +82,19 @@ def check_adapters(model: StagedModel, spec: ModelSpec) -> None:
             f"--adapt-from {adapters.first} of a model of {spec.exit} stages; give 1 to {spec.exit}"
         )
     held = {name: m for name, m in model.named_modules() if name.endswith(f".{ADAPTER}")}
+    within = [name for name, _ in model.named_modules() if name.startswith("stages.")]
+    layers = [n for n in within if isinstance(model.get_submodule(n), (nn.Linear, *lora.CONVS))]
+    for pattern in adapters.targets:
+        if not any(_matches(name, pattern) for name in within):
+            said = f"--adapt-targets {one_line(pattern)} match no module of the stages"
+            raise ConfigError(f"{said}; there are {some_of(layers)}")
     if not held:
-        layers = [
-            name
-            for name, module in model.named_modules()
-            if name.startswith("stages.") and isinstance(module, (nn.Linear, *lora.CONVS))
-        ]
-        asked = ",".join(adapters.targets)
-        what = f"--adapt-targets {one_line(asked)} match no" if asked else "there is no"
-        said = f"{what} module that {adapters.kind} can adapt"
-        raise ConfigError(f"{said}; the model has {some_of(layers)}")
+        behind = f" from stage {adapters.first} on" if adapters.first > 1 else ""
+        raise ConfigError(
+            f"--adapt {adapters.kind} finds nothing to adapt in family {spec.family!r}{behind}; "
+            "name modules as --adapt-targets, or take another kind; its layers are "
+            f"{some_of(layers)}"
+        )
     seen: set[str] = set()
     handles = [
         module.register_forward_hook(lambda *_, name=name: seen.add(name))

@@ -39,10 +39,11 @@ class DeMA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         last = x.movedim(1, -1) if self.is_channels_first else x
-        inner = (last @ self.down).unsqueeze(-2).unsqueeze(-2)  # (..., 1, 1, rank)
-        mixed = functional.gelu(inner @ self.branches).squeeze(-2)  # (..., count, rank)
-        weighed = (mixed * self.gate.softmax(0).unsqueeze(-1)).sum(-2)  # (..., rank)
-        made: Tensor = weighed @ self.up
+        # All branches side by side: (rank, count rank) and (count rank, features). U is weighed
+        # rather than what each branch gives, which would have to be kept for the gradients.
+        inward = self.branches.transpose(0, 1).flatten(1)
+        outward = (self.gate.softmax(0)[:, None, None] * self.up).flatten(0, 1)
+        made: Tensor = functional.gelu(last @ self.down @ inward) @ outward
         return x + (made.movedim(-1, 1) if self.is_channels_first else made)
 
 

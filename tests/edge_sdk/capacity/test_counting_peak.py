@@ -7,9 +7,10 @@ import sys
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from edge_sdk.capacity.costs import TRAINER_ENVIRONMENT, SegmentCost, peak_bytes, uncached
-from edge_sdk.protocol.messages import ModelSpec, Plan, Prune, Segment, Teacher
+from edge_sdk.protocol.messages import Adapters, ModelSpec, Plan, Prune, Segment, Teacher
 
 TRAINER = """
 import json, sys
@@ -29,8 +30,10 @@ from edge_sdk.protocol.messages import ModelSpec, Plan
 spec = msgspec.json.decode(sys.argv[1], type=ModelSpec)
 plan = msgspec.json.decode(sys.argv[2], type=Plan)
 count = int(sys.argv[4])
-x = numpy.ones((count, *spec.input_shape), dtype=numpy.float32)
-examples = Examples(x, numpy.arange(count) % spec.num_classes, spec.num_classes)
+is_ids = bool(spec.vocabulary)
+x = numpy.ones((count, *spec.input_shape), dtype=numpy.int64 if is_ids else numpy.float32)
+y = x.copy() if spec.task == "tokens" else numpy.arange(count) % spec.num_classes
+examples = Examples(x, y, spec.num_classes, task=spec.task, vocabulary=spec.vocabulary)
 found = memory_calibration(None, "cpu", may_measure=True)
 needed, libraries = runtime_bytes()
 costs = segment_costs_apart(
@@ -133,6 +136,36 @@ def test_predicted_peak_covers_attention():
     plan = Plan(segments=(Segment(first=1, last=2),), batch_size=32)
     predicted, peak = predicted_and_measured(VIT, plan, 64, 0)
     assert peak <= predicted <= 1.15 * peak
+
+
+LLAMA = ModelSpec(
+    family="llama",
+    input_shape=(128,),
+    num_classes=256,
+    exit=2,
+    task="tokens",
+    vocabulary=256,
+    options={"layers": 2, "dim": 128, "heads": 4},
+)
+HALF = Adapters(kind="dema", first=2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "adapters", "levers"),
+    [
+        (VIT, Adapters(kind="pq-lora"), {"optimizer": "adam"}),
+        (VIT, HALF, {"optimizer": "adam"}),
+        (LLAMA, Adapters(kind="lora"), {"micro_batch": 16}),
+        (LLAMA, Adapters(kind="dema", branches=4), {"recompute": True}),
+        (LLAMA, HALF, {"epochs": 2}),
+    ],
+    ids=["pq-lora", "half", "llama in parts", "llama again", "llama half, cached"],
+)
+def test_predicted_peak_covers_adapters(spec, adapters, levers):
+    plan = Plan(segments=(Segment(first=1, last=2),), batch_size=32, frozen=("stages",), **levers)
+    given = replace(spec, adapters=adapters)
+    predicted, peak = predicted_and_measured(given, plan, 64, 10**9)
+    assert peak <= 1.02 * predicted <= 1.15 * peak
 
 
 LIGHT = ModelSpec(
