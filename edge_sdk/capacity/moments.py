@@ -106,22 +106,22 @@ def _whole(sizes: Counter[str], number: int) -> int:
     later = 0
     if number != LAST:
         later = sizes[f"{LAST}"] + sum(sizes[f"{n}"] for n in range(number + 1, sizes["stages"]))
-    return sizes["all"] - later + sizes[f"widest {number}"] * sizes["gradients"]
+    return sizes["all"] - later + sizes[f"widest {number}"]
 
 
 def _again(sizes: Counter[str], number: int) -> int:
     """What a stage that is run again holds: its own, its input, the inputs of the stages before."""
     up_to = sizes["stages"] if number == LAST else number
     inputs = sum(sizes[f"input {n}"] for n in range(1, up_to + 1))
-    return inputs + sizes[f"{number}"] + sizes[f"widest {number}"] * sizes["gradients"]
+    return inputs + sizes[f"{number}"] + sizes[f"widest {number}"]
 
 
 def saved(step: Step, features: Sequence[Tensor]) -> Counter[str]:
     """Bytes that autograd saves in one step, every storage once and the parameters not at all:
     "all"; by stage (LAST for all that follows) what is saved beside the stages' inputs, a stage's
-    own output, made a second time, included; its "widest" tensor; each stage's "input". And how
-    many "stages" there are, and "gradients" of that widest tensor at once: one, or where layers
-    have adapters those through the layer and its adapter, and their sum."""
+    own output, made a second time, included; its "widest" tensor, three times where layers have
+    adapters: the gradients through both and their sum; each stage's "input". And how many "stages"
+    there are."""
     storages: dict[int, tuple[int, int]] = {}  # address: bytes, and the stage that saved them
     own = {
         parameter.untyped_storage()._cdata
@@ -146,9 +146,8 @@ def saved(step: Step, features: Sequence[Tensor]) -> Counter[str]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = forward(step, features, enter)
-    gradients = 3 if any(ADAPTER in name.split(".") for name in step.named) else 1
-    all_bytes = sum(size for size, _ in storages.values())
-    sizes = Counter(stages=len(step.stages), all=all_bytes, gradients=gradients)
+    times = 3 if any(ADAPTER in name.split(".") for name in step.named) else 1
+    sizes = Counter(stages=len(step.stages), all=sum(size for size, _ in storages.values()))
     sizes.update({f"input {n}": storage.nbytes() for n, storage in enumerate(inputs, 1)})
     input_addresses = {storage._cdata for storage in inputs}
     for address, (size, stage) in storages.items():
@@ -156,7 +155,7 @@ def saved(step: Step, features: Sequence[Tensor]) -> Counter[str]:
             stage != LAST and address != inputs[stage - 1]._cdata
         ):
             sizes[f"{stage}"] += size
-            sizes[f"widest {stage}"] = max(sizes[f"widest {stage}"], size)
+            sizes[f"widest {stage}"] = max(sizes[f"widest {stage}"], times * size)
     del loss  # the graph, which kept the storages alive
     return sizes
 

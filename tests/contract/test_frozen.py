@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from coordinator.cohorts.base import Absence
 from coordinator.config import AggregationOptions, GeneratorOptions, RotationOptions, ServerOptions
 from coordinator.generators.registry import GENERATORS
 from coordinator.methods.registry import METHODS, make_method
 from edge_sdk.errors import ConfigError
+from edge_sdk.protocol.messages import Adapters
 from edge_sdk.protocol.stream import layout
 from edge_sdk.protocol.tensor_lists import is_frozen
 from edge_sdk.protocol.tensors import specs_of
 from tests.contract.test_methods_training import cohort_of
-from tests.support.examples import config
+from tests.support.examples import cnn, config
 
 FROZEN = {"backbone": ("stages",), "stages=1": ("stages.0",), "stages=2": ("stages.1",)}
 ADAM = ServerOptions(optimizer="fedadam", momentum=0.9, lr=0.01)
@@ -58,6 +60,17 @@ def test_every_method_leaves_what_is_frozen_or_refuses(name, freeze):
             make_method(settings)
         return
     rounds_of(changes.get("freeze", freeze), settings)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_adapters_alone_or_refuses(name):
+    adapted = replace(cnn(), adapters=Adapters(kind="lora", rank=1))
+    settings = config(name, model=adapted)
+    if not METHODS[name].has_place("freeze"):
+        with pytest.raises(ConfigError, match=f"method '{name}': --adapt lora has no place there"):
+            make_method(settings)
+        return
+    rounds_of("backbone", settings)
 
 
 @pytest.mark.parametrize("freeze", FROZEN)

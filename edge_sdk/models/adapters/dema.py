@@ -38,13 +38,14 @@ class DeMA(nn.Module):
         self.is_channels_first = is_channels_first
 
     def forward(self, x: Tensor) -> Tensor:
-        last = x.movedim(1, -1) if self.is_channels_first else x
+        last = x.movedim(1, x.ndim - 1) if self.is_channels_first else x
         # All branches side by side: (rank, count rank) and (count rank, features). U is weighed
         # rather than what each branch gives, which would have to be kept for the gradients.
         inward = self.branches.transpose(0, 1).flatten(1)
         outward = (self.gate.softmax(0)[:, None, None] * self.up).flatten(0, 1)
         made: Tensor = functional.gelu(last @ self.down @ inward) @ outward
-        return x + (made.movedim(-1, 1) if self.is_channels_first else made)
+        # ONNX takes no axis counted from the end here
+        return x + (made.movedim(made.ndim - 1, 1) if self.is_channels_first else made)
 
 
 def default_targets(model: StagedModel) -> list[str]:

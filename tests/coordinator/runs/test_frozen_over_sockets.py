@@ -4,6 +4,7 @@ its program, not in the next run of its coordinator."""
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 from safetensors.torch import load_file
 
 from coordinator.config import read_config
@@ -25,10 +26,10 @@ def world(tmp_path, monkeypatch):
         yield world
 
 
-def bytes_of_a_run(world, folder: str) -> dict[int, tuple[int, int]]:
+def bytes_of_a_run(world, folder: str, *flags: str) -> dict[int, tuple[int, int]]:
     """Down and up by round, of a device that is started for it."""
     world.run_dir = world.folder / folder
-    server, device = world.serve(*FLAGS), world.device("a", "--once")
+    server, device = world.serve(*FLAGS, *flags), world.device("a", "--once")
     assert (server.end(), device.end()) == (0, 0), server.text() + device.text()
     rows = world.rows("SELECT round, bytes_down, bytes_up FROM participations")
     return {round: (down, up) for round, down, up in rows}
@@ -50,3 +51,20 @@ def test_a_frozen_backbone_travels_once(world):
     models = [load_file(world.folder / run / "model.safetensors") for run in ("first", "second")]
     for name in frozen:
         assert models[0][name].numpy().tobytes() == models[1][name].numpy().tobytes()
+
+
+def test_adapters_travel_without_their_backbone(world):
+    """Of 0.56 M weights the device sends those of adapters and exits; bases are kept, too."""
+    found = bytes_of_a_run(world, "adapted", "--adapt", "pq-lora", "--adapt-rank", "4")
+    (text,) = world.rows("SELECT config FROM runs")[0]
+    spec = read_config(text, "run").model
+    held = build(spec).tensors()
+    trained = {n: t for n, t in held.items() if not is_frozen(n, ("stages",))}
+    small, whole = layout(specs_of(trained)).total_bytes, layout(specs_of(held)).total_bytes
+    assert found[2] == (small, small)
+    assert found[1][1] == small
+    assert found[1][0] == pytest.approx(whole, abs=2000)  # two messages of parts instead of one
+    every_weight = build(replace(spec, adapters=None)).tensors()
+    assert small < 0.03 * layout(specs_of(every_weight)).total_bytes
+    served = load_file(world.run_dir / "model.safetensors")
+    assert any(served[name].any() for name in served if name.endswith("adapter.p"))
