@@ -236,7 +236,7 @@ def draw_all(runs: Sequence[Run], folder: Path) -> None:
         title = f"{data}, {regime} groups, {alpha_in_words(alpha)}"
         for kind, x, amount in kinds:
             curves = [(label, curve(held.values(), amount)) for label, held in labels.items()]
-            curves = sorted((c for c in curves if c[1]), key=lambda c: -c[1][-1].mean)
+            curves = sorted((c for c in curves if len(c[1]) > 1), key=lambda c: -c[1][-1].mean)
             axes = Axes(x, "accuracy of the served model's\ndeepest exit (%)")
             draw(folder / f"zoo-{kind}-{'-'.join(setting)}.png", panels_of(curves, title), axes)
 
