@@ -70,7 +70,7 @@ FOREIGN = {
     "python3 -m venv": "makes an environment",
     "pip install": "fetches torch",
 }
-OUTPUT = ("emulated boards (", "served accuracy per exit", "memory saved", "deadline of a job")
+OUTPUT = ("emulated boards (", " per exit", "memory saved", "deadline of a job")
 
 
 def said(capsys: pytest.CaptureFixture[str], command: str, *arguments: str) -> str:

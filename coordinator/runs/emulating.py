@@ -52,6 +52,7 @@ from edge_sdk.errors import EdgeError, ExportError, StoreError, UsageError, type
 from edge_sdk.hardware.process_memory import memory_errors
 from edge_sdk.helpers import files
 from edge_sdk.helpers.interrupts import stop_signals
+from edge_sdk.models.causal import check_sight
 from edge_sdk.tasks.metrics import METRICS
 from edge_sdk.training.devices import pick_device
 
@@ -113,6 +114,7 @@ def emulate(config: RunConfig, population: Population, settings: EmulateSettings
     config = checked(replace(config, population=population.text()))
     with typed():
         method = make_method(config, device)  # a model that cannot be built begins no run
+        check_sight(method.spec, train)
         if population.variants:
             check_numbers(population.variants, method.offer(), len(population.groups))
     if settings.personal_epochs:

@@ -201,7 +201,7 @@ def print_round(report: RoundReport) -> None:
         tested += f", its {PERPLEXITY} {' / '.join(f'{value:.4g}' for value in found)}"
     stale = f" and {totals.stale} late" if totals.stale else ""
     own = "".join(
-        f", {said} {metric.said(value)}"
+        f", {metric.name} {said} {metric.said(value)}"
         for kind, said in HOLDOUTS.items()
         if (value := report.alone(kind)) is not None
     )

@@ -33,6 +33,7 @@ from edge_sdk.errors import EdgeError, UsageError, typed
 from edge_sdk.helpers import logs
 from edge_sdk.helpers.interrupts import stop_signals
 from edge_sdk.helpers.text import checked_endpoint
+from edge_sdk.models.causal import check_sight
 from edge_sdk.protocol.fields import Task
 from edge_sdk.protocol.keys import read_keys
 from edge_sdk.training.devices import pick_device
@@ -116,6 +117,8 @@ def serve(config: RunConfig, settings: ServeSettings) -> None:
             "method %s has no model for all clients, so --test %s only gives their models a shape"
         )
         log.warning(said, config.method, config.data)
+    if test is not None:
+        check_sight(method.spec, test)
     try_export(method, test, settings.export)
     if not settings.is_resumed:
         check_init(config, method)

@@ -27,6 +27,7 @@ UNSCALED = 100.0  # no float input that somebody scaled is larger; 0..255 and -9
 NARROW = 0.01  # no inputs that somebody scaled have a range smaller than this
 DARK = 64  # of 256: pixels have a larger one among them
 MANY_CLASSES, SEEN = 1000, 0.01  # of more classes, a share that labels have if they are no ids
+VALUES, FEW = 50, 4  # of more classes, examples of each, where the classes may be numbers to tell
 TEST_FRACTION = 0.2
 
 
@@ -75,9 +76,15 @@ def _read(reader: Reader, source: str, is_for_training: bool = True) -> Examples
 
 def _tell_labels(examples: Examples, source: str) -> None:
     lowest, highest = int(examples.y.min()), int(examples.y.max())
-    if said := from_one(lowest, highest, examples.num_classes):
+    said = from_one(lowest, highest, examples.num_classes)
+    if said and not examples.class_names:  # named classes are numbered by their names
         log.warning("%s: %s", source, said)
     seen, num_classes = len(np.unique(examples.y)), examples.num_classes
+    if seen > VALUES and len(examples) < FEW * seen:
+        said = (
+            "%s: %d examples of %d classes, fewer than %d each; numbers to be told are of the task "
+        )
+        log.warning(said + "regress (task in data.toml)", source, len(examples), seen, FEW)
     if num_classes > MANY_CLASSES and seen < SEEN * num_classes:
         log.warning(
             "%s: labels from %d to %d are of %d classes only, and the model gets %d; number the "

@@ -65,6 +65,8 @@ def checked_model(spec: ModelSpec) -> StagedModel:
         model = build(spec)
     else:
         model = deque(checked_models(spec), maxlen=1)[0]
+    if model.doubt:
+        log.warning("family %r: %s", spec.family, model.doubt)
     with family_code(spec, "trying its adapters", model):
         check_adapters(model, spec)
     return model

@@ -78,7 +78,7 @@ def factorised(model: StagedModel, rank: float) -> StagedModel:
         for part in (factor_names(name) if name in ranks else (name,))
     ]
     made = StagedModel(list(model.stages), list(model.exits), main_weights=main)
-    made.cuts, made.whole_bytes = model.cuts, model.whole_bytes
+    made.cuts, made.whole_bytes, made.doubt = model.cuts, model.whole_bytes, model.doubt
     return made
 
 

@@ -68,7 +68,8 @@ def from_module(
     if not 1 <= kept <= len(names):
         raise ConfigError(f"{kept} exits of {len(names)} cuts, expected 1 to {len(names)}")
     last, shallow = cuts_there[-1], cuts_there[:kept]
-    is_own = keep_head and kept == len(names) and _fits(cutter, last, num_classes, task)
+    is_asked = keep_head and kept == len(names) and _gives(cutter, last, num_classes, task)
+    is_own = is_asked and _follows(cutter, last)
     parts = cutter.stages(shallow, cutter.output if is_own else None)
     for part, given in zip(parts, [cutter.input, *(c.features for c in shallow)], strict=False):
         _drop_counters_(part)
@@ -87,6 +88,11 @@ def from_module(
     model = StagedModel(stages, heads, main_weights=_matrices(stages))
     model.cuts = tuple(names)
     model.whole_bytes = whole_bytes
+    if is_asked and not is_own:
+        model.doubt = (
+            f"the module's own last layers use more than what passes the cut {last.name!r}, so the "
+            "last exit is a new one; cut elsewhere, or say keep_head=False"
+        )
     check_structure(model, kept)
     return model
 
@@ -126,16 +132,17 @@ def named_cuts(
     return list(cuts)
 
 
-def _fits(cutter: Cutter, last: Cut, num_classes: int, task: str) -> bool:
-    """Whether the module gives the outputs of the last exit, by what follows the last cut."""
-    end = cutter.output
-    if end is None:
-        return False
+def _gives(cutter: Cutter, last: Cut, num_classes: int, task: str) -> bool:
+    """Whether the module gives the outputs of the last exit."""
     positions = last.features.shape[1:-1] if task == "tokens" else ()
-    wanted = (2, *positions, num_classes)
-    return cutter.made(end).shape == wanted and (
-        end == last.ref or cutter.passes_alone(last.ref, end)
-    )
+    wanted, end = (2, *positions, num_classes), cutter.output
+    return end is not None and cutter.made(end).shape == wanted
+
+
+def _follows(cutter: Cutter, last: Cut) -> bool:
+    """Whether what the module gives is made of what passes the last cut alone."""
+    end = cutter.output
+    return end is not None and (end == last.ref or cutter.passes_alone(last.ref, end))
 
 
 def _leave_input_(part: nn.Module) -> None:

@@ -14,9 +14,9 @@ import torch
 from msgspec import Meta
 from torch import nn
 
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, LackError
 from edge_sdk.helpers.imports import optional_module
-from edge_sdk.helpers.text import parse_option
+from edge_sdk.helpers.text import one_line, parse_option
 from edge_sdk.models import register_family
 from edge_sdk.models.cutting.stages import nearest
 from edge_sdk.models.from_module import module_names
@@ -61,7 +61,14 @@ def make(spec: ModelSpec, options: HuggingfaceOptions) -> nn.Module:
             f"config max_position_embeddings {longest}, the data have {spec.input_shape[0]} tokens"
         )
     kind = "AutoModelForCausalLM" if _is_causal(spec, options) else "AutoModel"
-    module: nn.Module = getattr(transformers, kind).from_config(config)
+    try:
+        module: nn.Module = getattr(transformers, kind).from_config(config)
+    except ModuleNotFoundError as error:  # it names its own file and not what lacks below that
+        why = one_line(str(error.__cause__ or error))
+        raise LackError(
+            f"the family huggingface cannot load {options.model} of transformers: {why}; what it "
+            "needs lacks, or is for another torch"
+        ) from error
     return module
 
 

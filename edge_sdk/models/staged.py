@@ -42,6 +42,7 @@ class StagedModel(nn.Module):
         self._main_weights = tuple(name for name in matrices if name in chosen)
         self.cuts: tuple[str, ...] = ()  # names in the module that it was made of, of every exit
         self.whole_bytes = 0  # of that module, which is in memory while it is cut
+        self.doubt = ""  # about how it was cut, to be told before it is trained
 
     @property
     def main_weights(self) -> tuple[str, ...]:

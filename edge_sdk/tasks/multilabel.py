@@ -44,8 +44,11 @@ class Multilabel:
         if y.shape != (len(x), num_outputs) or y.dtype != np.float32:
             wanted = f"({len(x)}, {num_outputs}) of float32, a row for each example in x"
             raise bad(where, f"y of shape {y.shape}, {y.dtype}", wanted)
-        if not np.isin(y, (0, 1)).all():
-            raise bad(where, f"y from {y.min()} to {y.max()}", "0 and 1")
+        wrong = np.argwhere(~np.isin(y, (0, 1)))
+        if len(wrong):
+            example, label = wrong[0]
+            got = f"y[{example}, {label}] {y[example, label]:g}, and {len(wrong) - 1} more such"
+            raise bad(where, got, "0 or 1")
 
     def strata(self, y: Array) -> npt.NDArray[np.int64]:
         return np.zeros(len(y), np.int64)

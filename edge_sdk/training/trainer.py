@@ -18,6 +18,7 @@ from edge_sdk.data.partition import holdout_rows
 from edge_sdk.errors import DataError, ShapeError
 from edge_sdk.hardware import process_memory
 from edge_sdk.models import StagedModel, build, family_code
+from edge_sdk.models.causal import check_causal
 from edge_sdk.protocol.messages import ExitResult, Holdout, ModelSpec, Phase, Plan
 from edge_sdk.protocol.plan_tensors import check_plan, job_specs, update_specs
 from edge_sdk.protocol.tensor_lists import check_segments, trained_names
@@ -100,6 +101,8 @@ def train(
         for used in (tensors, state, kept):
             used.clear()
     model.ready(device)
+    with family_code(spec, "looking for its answers", model):
+        check_causal(spec, model, examples)
     with family_code(spec, "answering examples set aside", model):
         at_once = min(answered_at_once(spec), plan.micro_batch or plan.batch_size)
         tested = answers(model, examples.take(aside), at_once, device)

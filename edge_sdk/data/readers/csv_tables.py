@@ -35,6 +35,7 @@ Column: TypeAlias = Annotated[str, Meta(max_length=1000)]
 Columns: TypeAlias = Annotated[tuple[Column, ...], Meta(min_length=1)]
 Size: TypeAlias = Annotated[int, Meta(ge=1)]
 Range: TypeAlias = tuple[float, float]
+FAR = 1.5  # of a value, in halves of its range from the middle
 CHECKED = 4096  # rows after which memory is looked at again
 WORK_BYTES = 12  # of a number as float64, and as float32 that trains
 MISSING = ("", "na", "n/a", "nan", "null", "none", "?")  # marks of a value that is not known
@@ -214,6 +215,7 @@ def _examples(held: _Held, table: Table, path: Path) -> Examples:
     numbers = np.frombuffer(held.numbers, np.float64).reshape(held.num_rows, -1)  # (n, F + K)
     numbers -= ranges.sum(1) / 2
     numbers /= (ranges[:, 1] - ranges[:, 0]) / 2
+    _tell_ranges(numbers, columns, num_inputs, ranges, path)
     with np.errstate(over="ignore"):  # what becomes infinite is refused below
         x = numbers[:, :num_inputs].astype(np.float32).reshape(-1, *shape)
         y: Floats | Ints = numbers[:, num_inputs:].astype(np.float32)  # (n, K), K = 0 of classes
@@ -237,6 +239,29 @@ def _examples(held: _Held, table: Table, path: Path) -> Examples:
         made_of=f"{num_inputs} columns ({hashlib.sha256(told.encode()).hexdigest()[:8]})",
     )
     return check_examples(examples, str(path))
+
+
+def _tell_ranges(
+    numbers: npt.NDArray[np.float64],
+    columns: Sequence[str],
+    num_inputs: int,
+    ranges: npt.NDArray[np.float64],
+    path: Path,
+) -> None:
+    """numbers: (n, F + K), scaled: those far beyond their column's range are told, and in which
+    unit answers are."""
+    for place, (name, (low, high)) in enumerate(zip(columns, ranges.tolist(), strict=True)):
+        if (low, high) == (-1.0, 1.0):
+            continue
+        if count := int((np.abs(numbers[:, place]) > FAR).sum()):
+            said = (
+                "%s: %d values of column %r lie far outside its range of %g to %g; correct them, "
+            )
+            log.warning(said + "or range in %s", path, count, name, low, high, NAME)
+        if place >= num_inputs:
+            middle, half = (low + high) / 2, (high - low) / 2
+            said = "%s: answers and errors of %r are in the unit of its range: (%s - %g) / %g"
+            log.warning(said, path, name, name, middle, half)
 
 
 def _ranges(

@@ -79,7 +79,7 @@ def test_what_was_not_tested_is_not_told(capsys):
     print_round(RoundReport(2, [], [], own, totals))
     assert capsys.readouterr().out.splitlines() == [
         "round 1: 2 of 2 returned, accuracy per exit 50.0 / 25.0 %, served 75.0 / 100.0 %, 3.0 s",
-        "round 2: 2 of 2 returned, on hold-outs as received 50.0 %, 3.0 s",
+        "round 2: 2 of 2 returned, accuracy on hold-outs as received 50.0 %, 3.0 s",
     ]
 
 

@@ -156,7 +156,11 @@ def test_rows_that_are_left_out_are_counted(tmp_path, caplog):
         (TABLE, 'task = "regress"\nlabel = "size"', ("column 'label'", "'cat'", "a number")),
         (TABLE, 'task = "regress"\nclasses = ["a"]', ("classes beside task 'regress'",)),
         (TABLE, 'task = "tokens"', ("data.toml", "'tokens'")),
-        (VALUES, 'task = "multilabel"\nlabel = ["up", "on"]', ("0 and 1",)),
+        (
+            VALUES,
+            'task = "multilabel"\nlabel = ["up", "on"]',
+            ("y[0, 0] 0.5, and 1 more", "0 or 1"),
+        ),
         (TABLE, 'classes = ["dog", "dog"]', ("'dog' more than once",)),
         (TABLE, 'classes = ["dog"]', ("the label 'cat'", "one of classes of data.toml")),
     ],

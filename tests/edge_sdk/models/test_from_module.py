@@ -310,3 +310,22 @@ def test_widths_are_followed_where_the_module_has_them(own_things):
     held = slice_of(spec, 0.5)
     assert held["stages.1.two.0.weight"][0].tolist() == [0, 1, 2, 3]
     assert held["exits.1.fc.weight"][1].tolist() == [0, 1, 2, 3]
+
+
+class Aside(nn.Module):
+    """Its head also takes what never passes the layer `one`."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.side, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.one(x) + self.side(x))
+
+
+def test_a_head_that_takes_more_than_the_cut_is_told():
+    model = from_module(Aside(), ["one"], input_shape=(4,), num_classes=3)
+    assert "use more than what passes the cut 'one', so the last exit is a new one" in model.doubt
+    assert not any("head" in name for name in module_names(model).values())
+    plain = from_module(Aside(), ["one"], input_shape=(4,), num_classes=3, keep_head=False)
+    assert not plain.doubt
