@@ -5,6 +5,7 @@ Memory: a kernel for each family, updates are folded in as they arrive."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -28,9 +29,10 @@ from edge_sdk.models.checking import check_family
 from edge_sdk.models.flat import num_weights, parameter_shapes
 from edge_sdk.protocol.messages import ModelSpec
 from edge_sdk.protocol.tensor_lists import is_frozen
-from edge_sdk.protocol.tensors import Tensors, check_finite, check_shapes, with_prefix
+from edge_sdk.protocol.tensors import Tensors, check_shapes, with_prefix
 from edge_sdk.protocol.timing import Stopwatch
 
+log = logging.getLogger(__name__)
 ONLY = "model"  # the name of a run's single family
 
 
@@ -120,7 +122,7 @@ class FamilyAveraging:
             if self._share != "none" and made:
                 self._share_(made, examples, round)
             for name, aggregate in made.items():
-                self._step(name, aggregate, metrics)
+                self._step(name, aggregate, round, metrics)
         metrics.phases |= watch.phases
         return metrics
 
@@ -155,11 +157,12 @@ class FamilyAveraging:
             for name, key in owners.items():
                 made.setdefault(name, dict(before[name]))[key] = before[name][key] + step
 
-    def _step(self, name: str, aggregate: Tensors, metrics: Metrics) -> None:
+    def _step(self, name: str, aggregate: Tensors, round: int, metrics: Metrics) -> None:
+        """Take the server's step, unless it would not be finite."""
         try:
-            check_finite(aggregate, f"the mean of {name}")
             self._families[name].server.step(aggregate)
-        except ShapeError:
+        except ShapeError as error:
+            log.error("round %d: %s: %s; it stays as it was", round, name, error)
             metrics.values["aggregate_refused"] = 1.0
             return
         if guard := self._guards.get(name):

@@ -21,7 +21,7 @@ from edge_sdk.hardware.boards import board, save_board
 from edge_sdk.hardware.measure import emulated, measure, measured_board
 from tests.support.commands import status_of
 from tests.support.examples import config, examples
-from tests.support.processes import Running, kill_marked, marked, read_rows, wait_until
+from tests.support.processes import ROOT, Running, kill_marked, marked, read_rows, wait_until
 from tools.testbed.__main__ import (
     TRAINING,
     choose_deadline,
@@ -88,6 +88,20 @@ def test_two_rounds_on_three_boards(testbed, tmp_path):
         assert said in text, text
     for name in NAMES:
         assert "run finished" in (run_dir / "devices" / name / "device.log").read_text()
+
+
+def test_two_kinds_of_boards_train_two_backbones(testbed, tmp_path):
+    """The fast one has time for the large one within the deadline that the slow one needs."""
+    backbones = str(ROOT / "examples" / "backbones.toml")
+    boards = ["--devices", "raspberry-pi-zero-2w=1,jetson-tx2=1"]
+    running = testbed("--rounds", "1", *boards, "--method", "heterotune", "--backbones", backbones)
+    assert running.end(120) == 0, running.text()
+    run_dir = tmp_path / "run"
+    chosen = read_rows(run_dir, "SELECT client_id, variant, outcome FROM participations")
+    assert sorted(chosen) == [("jetson-tx2-1", 2, "ok"), ("raspberry-pi-zero-2w-1", 1, "ok")]
+    models = [run_dir / f"model-{name}.safetensors" for name in ("large", "small")]
+    assert ", ".join(map(str, models)) in running.text()
+    assert "small, exit 1" in running.text()
 
 
 def test_a_measured_board_takes_part(testbed, tmp_path):

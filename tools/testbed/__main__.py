@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 from rich.console import Console
@@ -92,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--exits", type=int, default=DEFAULT_EXITS)
     add_cuts(parser)
     add("--option", type=option_text, metavar="KEY=VALUE", help="model option", **REPEATED)
+    add("--backbones", type=Path, metavar="FILE.toml", help="several models instead of one")
     for name, value in TRAINING.items():
         flag = "--" + name.replace("_", "-")
         add(flag, type=type(value), help=f"default the method's or its paper's own, else {value}")
@@ -173,7 +175,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def written_model(folder: Path) -> str:
     """Where the finished run's model is, or that there is none."""
     file = folder / "model.safetensors"
-    return str(file) if file.exists() else "none for all, each client has its own"
+    found = [file] if file.exists() else sorted(folder.glob("model-*.safetensors"))
+    return ", ".join(map(str, found)) or "none for all, each client has its own"
 
 
 def check_flags(args: argparse.Namespace, folder: Path) -> None:
@@ -199,17 +202,19 @@ def coordinator_settings(
 def check_model(args: argparse.Namespace) -> None:
     """Refuse a model that cannot be built before anything is written. Raises ConfigError."""
     _, train, _ = load(args.data)
-    build(spec_of(args, train, args.exits))
+    if not args.backbones:  # else the coordinator's own settings are checked, see check_flags
+        build(spec_of(args, train, args.exits))
 
 
 def spec_of(args: argparse.Namespace, examples: Examples, exit: int) -> ModelSpec:
     given = {**vars(args), "option": [option_flag(text) for text in args.option]}
     family, exits, options = model_parts(argparse.Namespace(**given))
-    shape, num_classes = examples.input_shape, examples.num_classes
     return ModelSpec(
         family=family,
-        input_shape=shape,
-        num_classes=num_classes,
+        input_shape=examples.input_shape,
+        num_classes=examples.num_classes,
+        task=examples.task,
+        vocabulary=examples.vocabulary,
         exit=min(exit, exits),
         options=options,
     )
@@ -225,8 +230,10 @@ def choose_deadline(args: argparse.Namespace, folder: Path, devices: Sequence[De
     if args.method in ("fedavg", "fedavg-l"):
         return 0.0  # everyone trains the whole model, however long it takes
     config, _ = coordinator_settings(args, folder, len(devices))
-    shape = devices[0].examples
-    offer = make_method(shaped(config, shape.input_shape, shape.num_classes), "cpu").offer()
+    data = devices[0].examples
+    about: Any = {"task": data.task, "vocabulary": data.vocabulary}
+    config = shaped(config, data.input_shape, data.num_classes, **about)
+    offer = make_method(config, "cpu").offer()
     rotates = METHODS[args.method].has_place("rotation.mode") and config.rotation.mode != "off"
     model = offer.model if rotates else replace(offer.model, exit=1)
     slowest = 0.0
@@ -235,7 +242,7 @@ def choose_deadline(args: argparse.Namespace, folder: Path, devices: Sequence[De
         given = {"num_examples": count, "epochs": config.epochs}
         if offer.variants:
             (cost,) = each_variant_cost(offer.variants[:1], offer.plan, count, 0)
-            slowest = max(slowest, seconds(cost, device.profile, **given))
+            slowest = max(slowest, seconds(cost, device.profile, count, config.epochs))
             continue
         costs = segment_costs(model, offer.plan, count, 0)
         for row in choose_exit(costs, device.profile, deadline_s=None, **given).rows:
@@ -251,7 +258,10 @@ def serve_command(
     command = ["serve", "--listen", "tcp://127.0.0.1:*", "--run-dir", str(folder)]
     command += ["--keys", str(folder / "keys"), "--test", str(folder / "test.npz")]
     command += ["--method", args.method, "--rounds", str(args.rounds), "--seed", str(args.seed)]
-    command += ["--model", args.model, "--exits", str(args.exits)]
+    if args.backbones:
+        command += ["--backbones", str(args.backbones)]
+    else:
+        command += ["--model", args.model, "--exits", str(args.exits)]
     command += ["--cuts", args.cuts] if args.cuts else []
     own = defaults_of(args.method, is_paper="--paper" in args.serve)
     for name, value in TRAINING.items():

@@ -44,9 +44,8 @@ def prepare(args: argparse.Namespace, folder: Path, host: Host) -> list[Device]:
     platforms = parse_devices(args.devices)
     boards = {f"{short(b)}-{i}": b for b, count in platforms for i in range(1, count + 1)}
     profiles = {b: emulated(board(b), host.gflops, host.layer_s) for b, _ in platforms}
-    shards = split_shards(
-        data.train, len(boards), split="dirichlet", alpha=args.alpha, seed=args.seed
-    )
+    split = "dirichlet" if data.train.task == "classify" else "iid"  # of what has no classes
+    shards = split_shards(data.train, len(boards), split=split, alpha=args.alpha, seed=args.seed)
     keys = folder / "keys"
     make_keys(keys, "server")
     save_shard(folder / "test.npz", data.test)

@@ -80,32 +80,38 @@ def last_error(device: Device) -> str:
 
 def rounds_after(folder: Path, seen: int) -> list[tuple[int, str]]:
     """Every round committed after this one, and the task's metric per exit of the served model as
-    text, and that on hold-outs; "" where it was not evaluated."""
-    found: dict[int, tuple[list[float], list[float]]] = {}
+    text, or of each of several, and that on hold-outs; "" where it was not evaluated."""
+    found: dict[int, dict[str, list[float]]] = {}
     metric = METRICS["classify"]
     with contextlib.suppress(sqlite3.Error):  # there is no database yet
         uri = (folder / "run.sqlite").as_uri() + "?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
             for (config,) in db.execute("SELECT config FROM runs"):
                 metric = METRICS[read_config(config, str(folder)).model.task]
+            key = metric.key
+            heads = {
+                f"{key}_served_exit_": f"served {metric.name} per exit",
+                f"holdout_{key}": "on hold-outs",
+            }
+            of_family = f".{key}_exit_"
             for round, name, value in db.execute(
                 "SELECT r.round, name, value FROM rounds AS r LEFT JOIN metrics AS m"
-                " ON m.round = r.round AND (name LIKE ? OR name = ?)"
+                " ON m.round = r.round AND (name LIKE ? OR name = ? OR name LIKE ?)"
                 " WHERE r.round > ? ORDER BY r.round, name",
-                (f"{metric.key}_served_exit_%", holdouts := f"holdout_{metric.key}", seen),
+                (f"{key}_served_exit_%", f"holdout_{key}", f"%{of_family}%", seen),
             ):
-                values = found.setdefault(round, ([], []))
+                values = found.setdefault(round, {})
                 if value is not None:
-                    values[name == holdouts].append(value)
-    heads, unit = (f"served {metric.name} per exit", "on hold-outs"), " %" * metric.is_share
+                    head = heads.get(name.rstrip("0123456789"), name.partition(of_family)[0])
+                    values.setdefault(head, []).append(value)
+    unit = " %" * metric.is_share
     return [
         (
             round,
             ", ".join(
                 f"{head} {' / '.join(map(metric.shown, values))}{unit}"
-                for head, values in zip(heads, both, strict=True)
-                if values
+                for head, values in told.items()
             ),
         )
-        for round, both in found.items()
+        for round, told in found.items()
     ]

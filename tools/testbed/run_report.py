@@ -107,7 +107,7 @@ class Platform:
 @dataclass(frozen=True)
 class Figure:
     """The task's metric in the first and the last round that has it. of: "exit 1", ... on the test
-    set, or what clients set aside."""
+    set, of several models "small, exit 1", ..., or what clients set aside."""
 
     of: str
     first_round: int
@@ -313,9 +313,14 @@ def _tested(metric: Metric, metrics: Iterable[tuple[int, str, float | None]]) ->
         if value is not None:
             series.setdefault(name, []).append((round, value))
     found, last = [], f"{metric.key}_exit_"
-    for exit in sorted(int(name[len(last) :]) for name in series if name.startswith(last)):
-        values, served = series[f"{last}{exit}"], series.get(f"{metric.key}_served_exit_{exit}")
-        found.append(Figure(f"exit {exit}", *values[0], *values[-1], served and served[-1][1]))
+    families = {name.partition(last)[0] for name in series if f".{last}" in f".{name}"}
+    for family in sorted(families):  # "small.", or "" of a run of one model
+        begin = f"{family}{last}"
+        for exit in sorted(int(name[len(begin) :]) for name in series if name.startswith(begin)):
+            values = series[f"{begin}{exit}"]
+            served = series.get(f"{family}{metric.key}_served_exit_{exit}")
+            of = f"{family.replace('.', ', ')}exit {exit}"
+            found.append(Figure(of, *values[0], *values[-1], served and served[-1][1]))
     for name, of in HOLDOUTS.items():
         if values := series.get(f"{name}_{metric.key}", []):
             found.append(Figure(of, *values[0], *values[-1], None))

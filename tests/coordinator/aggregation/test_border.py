@@ -83,6 +83,25 @@ def test_weights_may_move_ten_medians_of_earlier_rounds():
     assert refused.value.code == "update"
 
 
+def test_each_of_several_models_is_compared_with_its_own():
+    """Model 1 moves by 1 to 3 and model 2 by 40: 10 medians are 20 of the one, 400 of the other."""
+
+    def of(variant, update):
+        return dataclasses.replace(
+            update, client=dataclasses.replace(update.client, variant=variant)
+        )
+
+    guard = border(others=[model()])
+    small = [of(1, moved(name, size)) for name, size in (("a", 1.0), ("b", 3.0), ("c", 2.0))]
+    screen(guard, *small, *(of(2, moved(name, 40.0)) for name in "def"))
+    guard.check(of(2, moved("d", 399.0)), SENT)
+    guard.check(of(1, moved("a", 19.0)), SENT)
+    with pytest.raises(UpdateError, match="weights of stage 1 of model 1 by 40, at most 20"):
+        guard.check(of(1, moved("a", 40.0)), SENT)
+    with pytest.raises(UpdateError, match="weights of stage 1 of model 2 by 401, at most 400"):
+        guard.check(of(2, moved("d", 401.0)), SENT)
+
+
 def test_whoever_trains_in_earnest_is_not_refused_where_others_hardly_moved():
     # 10 medians are 0.01; |sent| + 1 = 4 is what may always be moved
     guard = settled(0.001, 0.001, 0.001)

@@ -9,11 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coordinator.cli.main import main
+from coordinator.cohorts.base import Client
+from coordinator.methods.base import Family
 from coordinator.runs.exporting import export_run
+from coordinator.runs.families import brought_forward
 from coordinator.store.reader import last_rounds
 from edge_sdk.errors import ConfigError
 from edge_sdk.models import build
 from edge_sdk.protocol.messages import ModelSpec
+from tests.support.examples import client_update
 
 TOML = """
 [small]
@@ -160,3 +164,25 @@ def test_other_methods_refuse_backbones(backbones, tmp_path, capsys):
     where = ["--backbones", str(backbones), "--run-dir", str(tmp_path / "run")]
     assert main(["emulate", "--method", "fedavg-l", *where]) in (1, 2)
     assert "--backbones has no place there" in capsys.readouterr().err
+
+
+class TwoModels:
+    """Of one weight each."""
+
+    def families(self):
+        held = [{"stages.0.w": torch.tensor([float(number)])} for number in (10, 20)]
+        return dict(zip(("small", "large"), (Family(None, h, h) for h in held), strict=True))
+
+    def begin_family_from(self, name, tensors):
+        raise NotImplementedError
+
+
+def test_a_late_update_goes_on_from_its_own_model():
+    """Half of a movement of 4 counts two rounds later: 10 + 2 and 20 + 2."""
+    late = {"staleness": 2, "sent": {"stages.0.w": torch.tensor([1.0])}}
+    updates = [
+        client_update(Client("a", 1, variant=v), {"stages.0.w": torch.tensor([5.0])}, (), **late)
+        for v in (1, 2)
+    ]
+    found = brought_forward(updates, TwoModels(), [{"stages.0.w"}] * 2, half_life=2.0)
+    assert [float(update.tensors["stages.0.w"]) for update in found] == [12.0, 22.0]
