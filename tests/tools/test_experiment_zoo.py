@@ -120,5 +120,6 @@ def test_the_grid_has_every_method_but_the_parts_of_one(tmp_path: Path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3 * 4 * len(GRIDS["zoo"].rows)
     assert main(["run", "--grid", "main", "--out", str(tmp_path), "--quick"]) == 1
     assert (
-        "grid main has no --quick setting; label-skew, zoo, adjusted has" in capsys.readouterr().err
+        "grid main has no --quick setting; label-skew, zoo, personal, adjusted has"
+        in capsys.readouterr().err
     )
