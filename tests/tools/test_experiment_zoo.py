@@ -112,7 +112,7 @@ def test_best_first_and_personal_ones_last_in_files_and_figures(results, capsys)
 
 def test_the_grid_has_every_method_but_the_parts_of_one(tmp_path: Path, capsys):
     methods = {flags.split()[1] for flags in GRIDS["zoo"].rows.values()}
-    assert methods == set(METHODS) - {"stale-copy", "stage-rotation", "feddf"}
+    assert methods == set(METHODS) - {"stale-copy", "stage-rotation", "feddf", "heterotune"}
     command = ["run", "--grid", "zoo", "--out", str(tmp_path), "--dry-run"]
     assert main([*command, "--quick"]) == 0, "it needs no data"
     assert len(capsys.readouterr().out.splitlines()) == len(GRIDS["zoo"].rows)

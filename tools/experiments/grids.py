@@ -141,8 +141,9 @@ BEYOND = {"lotteryfl": " --variants 0,0,1", "mh-pfedhngd": " --variants 1,2,3"}
 ZOO_ROWS = {
     name: f"--method {name}" + " --personalise 2" * (name in TUNED) + BEYOND.get(name, "")
     for name in METHODS
-    # Parts of hypemefed are in the grid `main`; feddf's server has data that no other one has.
-    if name not in ("stale-copy", "stage-rotation", "feddf")
+    # Parts of hypemefed are in the grid `main`; feddf's server has data that no other one has, and
+    # heterotune backbones.
+    if name not in ("stale-copy", "stage-rotation", "feddf", "heterotune")
 } | {
     "hypemefed-paper": "--method hypemefed --paper",
     "local-only": "--method owners-mean --personalise 16",
