@@ -68,6 +68,16 @@ def test_a_regression_is_trained_exported_and_asked(tmp_path, capsys):
     assert 40 < float(said.splitlines()[-1].split()[1]) < 90, "its deviation is 77"
 
 
+def test_a_llama_learns_a_text_by_adapters_and_writes(tmp_path, capsys):
+    main_of("llama_adapters.py")(str(tmp_path / "run"), rounds=1)
+    assert re.match(r"b'.+' at exit [12]\.\d on average", capsys.readouterr().out.splitlines()[-1])
+    first, second = (
+        load_file(tmp_path / "run" / n / "model.safetensors") for n in ("first", "second")
+    )
+    stages = [name for name in first if name.startswith("stages.")]
+    assert all(torch.equal(first[name], second[name]) for name in stages)
+
+
 def test_an_own_family_trains(own_things, capsys):
     flags = "emulate --import own_family --model perceptron --option width=8 --data digits"
     small = "--examples 60 --test-examples 20 --clients 3 --groups 1,1,1 --rounds 1 --epochs 1"

@@ -271,18 +271,22 @@ def add_adapters(parser: argparse._ActionsContainer) -> None:
 
 def adapters_of(args: argparse.Namespace) -> Adapters | None:
     """What the flags ask for; None: nothing. Raises UsageError for a detail without --adapt."""
-    targets = tuple(filter(None, (args.adapt_targets or "").split(",")))
+    asked = args.adapt_targets
+    if asked is not None and not all(asked.split(",")):
+        got = one_line(repr(asked))
+        raise UsageError(f"--adapt-targets is {got}, expected patterns of names, commas between")
     given = {
         "rank": args.adapt_rank,
         "branches": args.adapt_branches,
-        "targets": targets or None,
+        "targets": None if asked is None else asked.split(","),
         "first": args.adapt_from,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    if args.adapt is None and given:
+    is_off = args.adapt in (None, "none")
+    if is_off and given:
         name = {"first": "from"}.get(next(iter(given)), next(iter(given)))
         raise UsageError(f"--adapt-{name} counts with --adapt KIND; give that, or leave it out")
-    if args.adapt in (None, "none"):
+    if is_off:
         return None
     try:
         return msgspec.convert({"kind": args.adapt, **given}, Adapters)

@@ -218,8 +218,9 @@ def run_plan(args: argparse.Namespace) -> int:
     )
     if plan.frozen:
         kept_bytes = max(cost.kept_bytes for cost in costs)
-        frozen_parts = args.freeze or "backbone"
-        print(f"frozen   {frozen_parts}: {mebibytes(kept_bytes)} travel once, then are kept\n")
+        held = args.freeze or "backbone"
+        held += f", beside {adapters.kind} of rank {adapters.rank}" if adapters else ""
+        print(f"frozen   {held}: {mebibytes(kept_bytes)} travel once, then are kept\n")
     print(_table(costs, choice, profile, num_examples))
     if args.explain:
         print(_explain(costs, profile))

@@ -3,7 +3,7 @@
     python -m tools.bench.adapters [--batch 16] [--rank 8]
 
 Memory is that of the job beside a trainer's own: weights, gradients, Adam's state, what autograd
-saves and the widest tensors of a backward pass. tests/edge_sdk/capacity/test_counting_adapters.py
+saves and the widest tensors of a backward pass. tests/edge_sdk/capacity/test_counting_peak.py
 compares such figures with the peaks of real trainers.
 """
 

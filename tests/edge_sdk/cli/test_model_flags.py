@@ -6,8 +6,9 @@ import argparse
 
 import pytest
 
-from edge_sdk.cli.flags import model_parts
+from edge_sdk.cli.flags import adapters_of, add_adapters, model_parts
 from edge_sdk.errors import UsageError
+from edge_sdk.protocol.fields import Adapters
 
 
 def parts(model, exits=3, cuts=None, **options):
@@ -42,3 +43,34 @@ def test_an_option_may_say_the_cuts():
 def test_as_many_exits_as_cuts():
     with pytest.raises(UsageError, match="--cuts names 2 modules for --exits 5; give one of them"):
         parts("timm:vit", 5, "a,b")
+
+
+def adapters(text):
+    parser = argparse.ArgumentParser()
+    add_adapters(parser)
+    return adapters_of(parser.parse_args(text.split()))
+
+
+def test_adapters_as_flags():
+    assert adapters("") is None
+    assert adapters("--adapt none") is None
+    assert adapters("--adapt lora") == Adapters(kind="lora")
+    every = "--adapt dema --adapt-rank 4 --adapt-branches 2 --adapt-targets a.*,b --adapt-from 3"
+    assert adapters(every) == Adapters(
+        kind="dema", rank=4, branches=2, targets=("a.*", "b"), first=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("--adapt-rank 4", "--adapt-rank counts with --adapt KIND"),
+        ("--adapt none --adapt-from 2", "--adapt-from counts with --adapt KIND"),
+        ("--adapt lora --adapt-targets a,,b", "--adapt-targets is 'a,,b', expected patterns of"),
+        ("--adapt lora --adapt-targets ,", "--adapt-targets is ',', expected patterns of names"),
+        ("--adapt " + 300 * "x", "--adapt x+.*: expected text of length"),
+    ],
+)
+def test_adapters_that_are_no_flags(text, said):
+    with pytest.raises(UsageError, match=said):
+        adapters(text)

@@ -14,7 +14,8 @@ from edge_sdk.infer.early_exit import NEVER, EarlyExit
 from edge_sdk.infer.export import export
 from edge_sdk.infer.generate import generate
 from edge_sdk.models import build, initial_tensors
-from edge_sdk.protocol.messages import ModelSpec
+from edge_sdk.models.adapters.attach import KINDS
+from edge_sdk.protocol.messages import Adapters, ModelSpec
 
 SPEC = ModelSpec(
     family="llama",
@@ -29,9 +30,13 @@ PROMPT = [3, 1, 4]
 
 
 def exported(spec, folder, **flags):
-    """Of weights that are as far from each other as trained ones."""
+    """Of weights that are as far from each other as trained ones; adapters begin as nothing."""
+    draws = torch.Generator().manual_seed(0)
     tensors = {
-        n: 8 * t if "head" in n or "emb" in n else t for n, t in initial_tensors(spec, 0).items()
+        n: 8 * t
+        if "head" in n or "emb" in n
+        else t + torch.randn(t.shape, generator=draws) * ("adapter" in n)
+        for n, t in initial_tensors(spec, 0).items()
     }
     export(spec, tensors, folder)
     model = build(spec).eval()
@@ -67,6 +72,18 @@ def test_tokens_exits_and_confidences_are_those_of_torch(llama, threshold):
     assert found.exits.tolist() == exits
     np.testing.assert_allclose(found.confidences, confidences, rtol=1e-4)
     assert set(exits) == {0.0: {1}, 0.9: {1, 2}, NEVER: {2}}[threshold]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_adapters_they_are_those_of_torch_too(kind, tmp_path):
+    """lora and pq-lora are merged into the exported weights, dema is not."""
+    engine, model = exported(
+        replace(SPEC, adapters=Adapters(kind=kind, rank=2)), tmp_path / "model"
+    )
+    found = generate(changed(engine, thresholds=(0.6,)), PROMPT, 8)
+    ids, exits, confidences = by_torch(model, 8, 0.6)
+    assert (found.ids.tolist(), found.exits.tolist()) == (ids, exits)
+    np.testing.assert_allclose(found.confidences, confidences, rtol=1e-4)
 
 
 def test_an_id_may_end_the_text(llama):
