@@ -15,6 +15,7 @@ from edge_sdk.models import build, initial_tensors
 from edge_sdk.models.adapters.attach import KINDS
 from edge_sdk.models.adapters.base import BASIS
 from edge_sdk.models.checking import check_family
+from edge_sdk.models.freezing import begin_training_
 from edge_sdk.protocol.messages import Adapters, ModelSpec, Plan, Segment
 from edge_sdk.protocol.tensor_lists import ADAPTER, is_frozen, stage_of
 from edge_sdk.training.trainer import train
@@ -98,6 +99,18 @@ def test_training_changes_adapters_and_exits_alone(spec):
     assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
     recomputed = train(spec, replace(PLAN, recompute=True), dict(before), data).tensors
     assert all(torch.equal(recomputed[name], tensor) for name, tensor in found.items())
+
+
+def test_gradients_are_theirs_and_the_exits_alone(spec):
+    model = build(spec)
+    begin_training_(model, PLAN.segments[0], FROZEN)
+    sum(logits.square().sum() for logits in model(inputs_of(spec))).backward()
+    names = [name for name, _ in model.named_parameters()]
+    wanted = {name for name in names if not is_frozen(name, FROZEN)}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == wanted
+    for name, module in model.named_modules():
+        if name.startswith(("stages.", "exits.")):
+            assert module.training == (not is_frozen(name, FROZEN)), name
 
 
 def test_a_prefix_is_a_cut(spec):
