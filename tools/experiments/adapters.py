@@ -44,9 +44,12 @@ IMAGE_ROWS = {
     "dema": f"{VIT_INIT} --adapt dema --adapt-rank 16 --optimizer adam --lr 0.003",
 }
 
-# Every adapter has all of the model to itself: exits that know the bytes are frozen too.
+# Exits know the bytes already and are frozen too.
 LORA = "--adapt lora --adapt-rank 4 --freeze all"
 DEMA = "--adapt dema --adapt-rank 16 --freeze all"
+LAST_HALF = (
+    "--adapt dema --adapt-rank 16 --adapt-from 2"  # exit 1 has no adapter: exits are trained
+)
 PQ = "--adapt pq-lora --adapt-rank 8 --freeze all"
 BOTH = "--method heterotune --backbones @runs/backbones.toml"
 ALL_SMALL = f"--method fedavg-l {PLAIN} {SMALL} --init @runs/small/model.safetensors"
@@ -58,7 +61,7 @@ TEXT_ROWS = {
     "dema-shared": f"{BOTH} {DEMA} --share shared --lr 0.01",
     "dema-aligned": f"{BOTH} {DEMA} --share aligned --lr 0.01",
     "full": f"{BOTH} --adapt none --share none --lr 0.002",
-    "dema-last-half": f"{BOTH} {DEMA} --adapt-from 2 --share none --lr 0.01",
+    "dema-last-half": f"{BOTH} {LAST_HALF} --share none --lr 0.01",
     "pq-lora": f"{BOTH} {PQ} --share none --lr 0.03",
     "pq-lora-shared": f"{BOTH} {PQ} --share shared --lr 0.03",
     "small-full": f"{ALL_SMALL} --lr 0.002",
@@ -76,7 +79,7 @@ WIDE_ROWS = {
     "lora": f"{WIDE} {LORA}",
     "lora-query-value": f"{WIDE} {LORA} --adapt-targets attention.q,attention.v",
     "dema": f"{WIDE} {DEMA}",
-    "dema-last-half": f"{WIDE} {DEMA} --adapt-from 2",
+    "dema-last-half": f"{WIDE} {LAST_HALF}",
     "pq-lora": f"{WIDE} {PQ}",
 }
 

@@ -7,8 +7,8 @@ Means over seeds with the half width of their 95 % interval, and the paired diff
 row with theirs. Of each model of a run (the whole one, or one of each backbone): the metric in % of
 its deepest exit on the test set after each evaluated round, or only the last perplexity where the
 task tells that. own: the metric on what the clients set aside, or after training alone where a row
-does that. up, down: MB of 10^6 bytes that a participant moves in a round, the last one, when frozen
-tensors travel no more; s: CPU seconds of training a round, of all clients together.
+does that. up, down: MB of 10^6 bytes that a participant moves in the last round, in which only one
+that was not drawn before gets frozen tensors; s: CPU seconds of training a round, of all clients.
 """
 
 from __future__ import annotations
