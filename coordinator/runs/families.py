@@ -36,7 +36,8 @@ def evaluate_families(
     method: Method, test: Examples, metrics: Metrics, device: str | torch.device
 ) -> dict[str, list[float]]:
     """The task's metric per exit on the test set of each served model, told to `metrics` too: as
-    `NAME.accuracy_exit_1` and so on, and of its last exit as `NAME.accuracy`."""
+    `NAME.accuracy_exit_1` and so on, and of its last exit as `NAME.accuracy`; of tokens the
+    perplexity likewise."""
     start, metric, found = clock(), METRICS[method.spec.task], {}
     for name, family in families_of(method).items():
         tested = figures_of(family.spec, family.served, test, device=device)
@@ -46,6 +47,7 @@ def evaluate_families(
             metrics.values[f"{name}.{metric.key}_exit_{exit}"] = value
         for exit, loss in enumerate(tested.losses if metric.has_perplexity else (), 1):
             metrics.values[f"{name}.{PERPLEXITY}_exit_{exit}"] = perplexity(loss)
+            metrics.values[f"{name}.{PERPLEXITY}"] = perplexity(loss)
     metrics.phases["evaluate"] = since(start)
     return found
 

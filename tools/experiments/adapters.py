@@ -57,16 +57,16 @@ TEXTS = "--epochs 1 --batch-size 8 --rounds 4 --eval-every 4 --holdout 0.2 --opt
 TEXT_ROWS = {
     "frozen": f"{BOTH} {LORA} --share none --lr 1e-9",
     "lora": f"{BOTH} {LORA} --share none --lr 0.01",
-    "dema": f"{BOTH} {DEMA} --share none --lr 0.01",
-    "dema-shared": f"{BOTH} {DEMA} --share shared --lr 0.01",
-    "dema-aligned": f"{BOTH} {DEMA} --share aligned --lr 0.01",
+    "dema": f"{BOTH} {DEMA} --share none --lr 0.02",
+    "dema-shared": f"{BOTH} {DEMA} --share shared --lr 0.02",
+    "dema-aligned": f"{BOTH} {DEMA} --share aligned --lr 0.02",
     "full": f"{BOTH} --adapt none --share none --lr 0.002",
-    "dema-last-half": f"{BOTH} {LAST_HALF} --share none --lr 0.01",
+    "dema-last-half": f"{BOTH} {LAST_HALF} --share none --lr 0.02",
     "pq-lora": f"{BOTH} {PQ} --share none --lr 0.03",
     "pq-lora-shared": f"{BOTH} {PQ} --share shared --lr 0.03",
     "small-full": f"{ALL_SMALL} --lr 0.002",
-    "small-dema": f"{ALL_SMALL} {DEMA} --lr 0.01",
-    "small-dema-alone": f"{ALL_SMALL} {DEMA} --lr 0.01 --personalise 4",
+    "small-dema": f"{ALL_SMALL} {DEMA} --lr 0.02",
+    "small-dema-alone": f"{ALL_SMALL} {DEMA} --lr 0.02 --personalise 4",
 }
 # As good as untrained by others: one round, of whose step a thousandth is taken.
 ALONE = "--rounds 1 --eval-every 1 --participants 1 --server-lr 0.001"
