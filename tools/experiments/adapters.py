@@ -38,10 +38,10 @@ IMAGES = (
 VIT_INIT = "--method hypemefed --init @runs/vit/model.safetensors"
 IMAGE_ROWS = {
     "scratch": "--method hypemefed --optimizer adam --lr 0.001",
-    "init": f"{VIT_INIT} --optimizer adam --lr 0.001",
-    "freeze-backbone": f"{VIT_INIT} --freeze backbone --optimizer adam --lr 0.003",
-    "lora": f"{VIT_INIT} --adapt lora --adapt-rank 4 --optimizer adam --lr 0.003",
-    "dema": f"{VIT_INIT} --adapt dema --adapt-rank 16 --optimizer adam --lr 0.003",
+    "init": f"{VIT_INIT} --optimizer adam --lr 0.003",
+    "freeze-backbone": f"{VIT_INIT} --freeze backbone --optimizer adam --lr 0.01",
+    "lora": f"{VIT_INIT} --adapt lora --adapt-rank 4 --optimizer adam --lr 0.01",
+    "dema": f"{VIT_INIT} --adapt dema --adapt-rank 16 --optimizer adam --lr 0.01",
 }
 
 # Exits know the bytes already and are frozen too.
