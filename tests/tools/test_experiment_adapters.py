@@ -111,11 +111,13 @@ def test_a_row_names_files_by_what_data_gives(tmp_path: Path, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_device_is_measured_by_a_job_of_its_own(tmp_path: Path):
+def test_a_device_is_measured_by_a_job_of_its_own(tmp_path: Path, capsys):
     """It moves what the run's clients moved, but for a few bytes between tensors."""
     cell = ["run", "--grid", "digits", "--regimes", "even", "--only", "fedavg-l", "--rounds", "1"]
     cell += ["--extra", "--examples 500 --test-examples 50 --epochs 1 --option channels=2,3,4"]
     assert main([*cell, "--out", str(tmp_path)]) == 0
+    assert main(["peaks", "--out", str(tmp_path), "--only", "lora"]) == 1
+    assert "there is no row lora; known: fedavg-l" in capsys.readouterr().err
     assert main(["peaks", "--out", str(tmp_path)]) == 0
     head, line = (tmp_path / "peaks.csv").read_text().splitlines()[1:]
     row = dict(zip(head.split(","), line.split(","), strict=True))

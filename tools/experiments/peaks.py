@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from coordinator.config import RunConfig
 from coordinator.methods.registry import make_method
 from edge_sdk.capacity.costs import peak_bytes
 from edge_sdk.data.loading import load, save_shard
+from edge_sdk.errors import ConfigError
 from edge_sdk.models import initial_tensors
 from edge_sdk.protocol.messages import ModelSpec, Plan, Segment
 from tools.bench.memory import one_job
@@ -44,13 +45,15 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
     parser.add_argument("--to", type=Path, help="folder for NAME.csv and NAME.md, default --out")
     parser.add_argument("--name", default="peaks", help="of the files, default peaks")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="labels of rows, default all")
     parser.set_defaults(run=run_peaks)
 
 
 def run_peaks(args: argparse.Namespace) -> int:
     runs = {str(run.cell["label"]): run for run in reversed(read_runs(args.out))}  # a seed of each
     lines: list[Row] = []
-    for label, run in sorted(runs.items()):
+    for label in picked(args.only, sorted(runs)):
+        run = runs[label]
         name = "-".join(str(run.cell[key]) for key in ("data", "regime", "alpha"))
         content = read_json(args.out / f"{name}-{label}-s{run.cell['seed']}.json")
         lines += [{"label": label} | line for line in lines_of(content["config"])]
@@ -59,6 +62,13 @@ def run_peaks(args: argparse.Namespace) -> int:
     text = aligned([list(lines[0]), *cells], is_markdown=True)
     write_table(args.to or args.out, args.name, lines, text, note)
     return 0
+
+
+def picked(wanted: Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
+    """The wanted rows, or all. Raises ConfigError listing the known ones."""
+    if unknown := sorted(set(wanted or ()) - set(known)):
+        raise ConfigError(f"there is no row {', '.join(unknown)}; known: {', '.join(known)}")
+    return wanted or known
 
 
 def shown(key: str, value: Any) -> str:
