@@ -49,7 +49,7 @@ class Server:
                     held[name] = torch.where(owned[name], held[name], before[name])
         # normalised geometric average: sum d^i w / sum d^i, newest first
         weight, average = options.ema * self._average_weight + 1, dict(self._average)
-        for name, tensor in new.items():
+        for name, tensor in new.items() if options.serve == "ema" else ():
             old = average.get(name)
             if old is None or not tensor.is_floating_point():
                 average[name] = tensor.clone()

@@ -301,7 +301,7 @@ def with_holdouts(
         return found + [per_exit(row.families.get(name, ()), metric.shown) for name in families]
 
     rows = [cells(row) + more(row) for row in rounds]
-    heads += ["perplexity"] * has_perplexity
+    heads += ["served perplexity"] * has_perplexity
     heads += [f"{name} {metric.head}" for name in families]
     return table(",".join([head, *heads]), rows)
 

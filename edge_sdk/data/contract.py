@@ -150,7 +150,7 @@ def mismatch(
     if reference.made_of and other.made_of not in ("", reference.made_of):
         text = (
             f"the inputs of {names[0]} are {reference.made_of}, those of {names[1]} "
-            f"{other.made_of}; make both alike, e.g. by the same data.toml"
+            f"{other.made_of}; make both alike: columns, their order and ranges (data.toml)"
         )
         return Mismatch(text, True)
     widths = reference.high - reference.low, other.high - other.low
@@ -281,7 +281,8 @@ def unlike_run(
     if len(names) > 1:
         whose = f", which are {listed(class_names, 20)}" if class_names else ""
         text = f"the class_names of {name} are not this run's{whose}"
-        return Mismatch(f"{text}; give the same names in the same order", True)
+        step = "give the same names in the same order, with those that it has no example of"
+        return Mismatch(f"{text}; {step} (classes in data.toml)", True)
     return mismatch(welcome.scaling, told.scaling, ("this run", name))
 
 
