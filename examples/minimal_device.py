@@ -12,7 +12,7 @@ import msgpack
 import numpy as np
 import zmq
 
-PROTOCOL, PART_BYTES, WINDOW = 7, 524288, 8
+PROTOCOL, PART_BYTES, WINDOW = 8, 524288, 8
 PLAN = {"epochs": 1, "batch_size": 32, "optimizer": "adam", "lr": 1e-3, "momentum": 0, "seed": 0}
 DONE = {*PLAN, "segments", "exit_weights", "distill", "distill_temperature", "logit_adjustment"}
 KEYS = {"device.public": "PUBLIC", "device.secret": "SECRET", "server.public": "SERVER"}

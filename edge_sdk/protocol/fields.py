@@ -79,5 +79,5 @@ class Adapters(Struct, frozen=True, kw_only=True):
     kind: Name
     rank: Annotated[int, Meta(ge=1, le=4096)] = 8
     branches: Annotated[int, Meta(ge=1, le=64)] = 1
-    targets: Annotated[tuple[Name, ...], Meta(max_length=100)] = ()
+    targets: Annotated[tuple[Name, ...], Meta(max_length=20)] = ()
     first: Annotated[int, Meta(ge=1, le=100)] = 1

@@ -24,7 +24,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "trains_one_stage": ("stage, inputs, False)", "stage, inputs, True)", "from where it should"),
     "trains_two_segments": ('-each["first"]', 'each["first"]', "from where it should"),
     "trains_in_batches": ("min(3, size)", "min(1, size)", "num_steps 6, expected 4"),
-    "credit": ("WINDOW = 7, 524288, 8", "WINDOW = 7, 524288, 9", "count=9"),
+    "credit": ("WINDOW = 8, 524288, 8", "WINDOW = 8, 524288, 9", "count=9"),
     "upload_on_request": ('+ message["count"]', "+ 13", "expected part"),
     "variants": ("variant=len(variants) * able", "variant=0", "ready names variant 0 of 3, exit 2"),
     "cut_in_the_download": (

@@ -4,6 +4,7 @@ covered without a line here."""
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any, TypeAlias
 
 import msgspec.inspect as kinds
@@ -43,8 +44,10 @@ def drawn_frames(each: int, number: int) -> list[bytes]:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    for strategy in strategies().values():
-        seed(number)(options(given(strategy)(take)))()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Generating overly large repr")  # nobody reads it
+        for strategy in strategies().values():
+            seed(number)(options(given(strategy)(take)))()
     return frames
 
 

@@ -82,7 +82,7 @@ def rounds_after(folder: Path, seen: int) -> list[tuple[int, str]]:
     """Every round committed after this one, and the task's metric per exit of the served model as
     text, or of each of several, and that on hold-outs; "" where it was not evaluated."""
     found: dict[int, dict[str, list[float]]] = {}
-    metric = METRICS["classify"]
+    metric, on_holdouts = METRICS["classify"], "on hold-outs"
     with contextlib.suppress(sqlite3.Error):  # there is no database yet
         uri = (folder / "run.sqlite").as_uri() + "?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
@@ -91,7 +91,7 @@ def rounds_after(folder: Path, seen: int) -> list[tuple[int, str]]:
             key = metric.key
             heads = {
                 f"{key}_served_exit_": f"served {metric.name} per exit",
-                f"holdout_{key}": "on hold-outs",
+                f"holdout_{key}": on_holdouts,
             }
             of_family = f".{key}_exit_"
             for round, name, value in db.execute(
@@ -110,7 +110,7 @@ def rounds_after(folder: Path, seen: int) -> list[tuple[int, str]]:
             round,
             ", ".join(
                 f"{head} {' / '.join(map(metric.shown, values))}{unit}"
-                for head, values in told.items()
+                for head, values in sorted(told.items(), key=lambda item: item[0] == on_holdouts)
             ),
         )
         for round, told in found.items()

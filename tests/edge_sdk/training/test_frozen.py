@@ -34,12 +34,20 @@ def test_what_is_frozen_is_told_as_prefixes(freeze, expected):
     assert frozen_prefixes(freeze, 3) == expected
 
 
-@pytest.mark.parametrize(
-    "freeze", ["stages", "stages=", "stages=1,x", "exits=1", "all", "stages=²"]
-)
+@pytest.mark.parametrize("freeze", ["stages", "stages=", "stages=1,x", "exits=1", "stages=²"])
 def test_what_cannot_be_frozen_is_one_line(freeze):
     with pytest.raises(ConfigError, match="--freeze is .*expected backbone, or stages as in"):
         frozen_prefixes(freeze, 3)
+
+
+def test_all_but_adapters_needs_some():
+    """And a backbone with adapters is frozen whole."""
+    with pytest.raises(ConfigError, match="--freeze all leaves nothing to train; give --adapt too"):
+        frozen_prefixes("all", 3)
+    assert frozen_prefixes("all", 3, has_adapters=True) == ("stages", "exits")
+    assert frozen_prefixes("", 3, has_adapters=True) == ("stages",)
+    with pytest.raises(ConfigError, match="stages=1 with --adapt, expected backbone or all"):
+        frozen_prefixes("stages=1", 3, has_adapters=True)
 
 
 @pytest.mark.parametrize("freeze", ["stages=0", "stages=1,4"])
