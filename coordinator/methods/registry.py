@@ -83,15 +83,16 @@ def check_method(config: RunConfig) -> None:
         value = value_at(config, path)
         if not (flag.only or method.has_place(path) or value == flag.default):
             values = value if isinstance(value, tuple) else (value,)
-            plain = [str(one) for one in values if isinstance(one, str | int | float)]
+            plain = ",".join(str(one) for one in values if isinstance(one, str | int | float))
+            shown = f"{flag.name} {plain}".rstrip()
             raise ConfigError(
-                f"method {config.method!r}: {flag.name} {','.join(plain)} has no place there; "
-                "leave it out, or choose another method (edge-coordinator methods)"
+                f"method {config.method!r}: {shown} has no place there; leave it out, or choose "
+                "another method (edge-coordinator methods)"
             )
     if config.model.adapters and not method.has_place("freeze"):
         raise ConfigError(
-            f"method {config.method!r}: --adapt {config.model.adapters.kind} has no place where "
-            "nothing is frozen; leave it out, or choose another method (edge-coordinator methods)"
+            f"method {config.method!r}: --adapt {config.model.adapters.kind} has no place there, "
+            "as nothing is frozen; leave it out, or choose another (edge-coordinator methods)"
         )
     _check_task(config)
     if method.check:
